@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints for MPI jobs: killed at any moment, it goes on from the last saved step.
+
+Importing this package starts no MPI, imports no torch, installs no signal handler and
+configures no logging; each name brings its own module when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpi_ckpt.elastic.accumulator import Accumulator
+    from mpi_ckpt.elastic.epochs import EpochState, remaining_epochs_until
+    from mpi_ckpt.elastic.preemption import PreemptionGuard
+    from mpi_ckpt.elastic.sampler import ElasticSampler
+    from mpi_ckpt.engine.pending import PendingSave
+    from mpi_ckpt.errors import CheckpointError
+    from mpi_ckpt.manager import CheckpointManager
+    from mpi_ckpt.options import Options
+    from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport, SyncReport
+    from mpi_ckpt.retention import KeepBest, KeepEvery, KeepLast
+    from mpi_ckpt.state import State
+    from mpi_ckpt.states.arrays import ArrayState
+    from mpi_ckpt.states.module import ModuleState
+    from mpi_ckpt.states.objects import ObjectState
+    from mpi_ckpt.states.optimizer import OptimizerState
+    from mpi_ckpt.states.rng import RNGState
+    from mpi_ckpt.states.scheduler import SchedulerState
+    from mpi_ckpt.states.train import TrainState
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Accumulator": "mpi_ckpt.elastic.accumulator",
+    "ArrayState": "mpi_ckpt.states.arrays",
+    "CheckpointError": "mpi_ckpt.errors",
+    "CheckpointManager": "mpi_ckpt.manager",
+    "ElasticSampler": "mpi_ckpt.elastic.sampler",
+    "EpochState": "mpi_ckpt.elastic.epochs",
+    "GenerationInfo": "mpi_ckpt.reports",
+    "KeepBest": "mpi_ckpt.retention",
+    "KeepEvery": "mpi_ckpt.retention",
+    "KeepLast": "mpi_ckpt.retention",
+    "ModuleState": "mpi_ckpt.states.module",
+    "ObjectState": "mpi_ckpt.states.objects",
+    "OptimizerState": "mpi_ckpt.states.optimizer",
+    "Options": "mpi_ckpt.options",
+    "PendingSave": "mpi_ckpt.engine.pending",
+    "PreemptionGuard": "mpi_ckpt.elastic.preemption",
+    "RNGState": "mpi_ckpt.states.rng",
+    "RestoreReport": "mpi_ckpt.reports",
+    "SaveReport": "mpi_ckpt.reports",
+    "SchedulerState": "mpi_ckpt.states.scheduler",
+    "State": "mpi_ckpt.state",
+    "SyncReport": "mpi_ckpt.reports",
+    "TrainState": "mpi_ckpt.states.train",
+    "remaining_epochs_until": "mpi_ckpt.elastic.epochs",
+}
+
+__all__ = [
+    "Accumulator",
+    "ArrayState",
+    "CheckpointError",
+    "CheckpointManager",
+    "ElasticSampler",
+    "EpochState",
+    "GenerationInfo",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "ModuleState",
+    "ObjectState",
+    "OptimizerState",
+    "Options",
+    "PendingSave",
+    "PreemptionGuard",
+    "RNGState",
+    "RestoreReport",
+    "SaveReport",
+    "SchedulerState",
+    "State",
+    "SyncReport",
+    "TrainState",
+    "remaining_epochs_until",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The digest of a run of bytes: xxh3-128, a block at a time.
+
+Taken once per save and used three times: to agree that replicas are equal, to tell what
+changed, to prove the bytes on load. Blocks let a reader verify while it streams, and let
+several threads hash one large leaf.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import xxhash
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = [
+    "ALGORITHM",
+    "BLOCK_BYTES",
+    "DIGEST_BYTES",
+    "BlockHasher",
+    "Digest",
+    "digest_bytes",
+    "digest_many",
+]
+
+ALGORITHM = "xxh3-128"
+DIGEST_BYTES = 16
+BLOCK_BYTES = 16 << 20
+
+# Below this many bytes starting threads costs more than it saves (13 GB/s a core).
+_PARALLEL_BYTES = 32 << 20
+
+
+def digest_bytes(data: memoryview | bytes | bytearray) -> bytes:
+    """Return the xxh3-128 of one run of bytes, 16 bytes, big end first. Thread-safe."""
+    return xxhash.xxh3_128_digest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Digest of a run of bytes.
+
+    Attributes:
+        blocks: One xxh3-128 for each block of ``BLOCK_BYTES`` (the last may be shorter);
+            an empty run has one block, the digest of nothing.
+    """
+
+    blocks: tuple[bytes, ...]
+
+    @property
+    def whole(self) -> bytes:
+        """The one block's digest, or the digest of all blocks' digests in a row."""
+        return (
+            self.blocks[0] if len(self.blocks) == 1 else digest_bytes(b"".join(self.blocks))
+        )
+
+    @classmethod
+    def of(cls, data: memoryview | bytes, block_bytes: int = BLOCK_BYTES) -> Digest:
+        """Digest a run of bytes. Not collective. Thread-safe."""
+        return cls(tuple(digest_bytes(piece) for piece in split_blocks(data, block_bytes)))
+
+
+def split_blocks(data: memoryview | bytes, block_bytes: int) -> list[memoryview]:
+    """Cut a run of bytes into its blocks; nothing is one empty block. Thread-safe."""
+    view = memoryview(data).cast("B")
+    return [
+        view[start : start + block_bytes]
+        for start in range(0, max(len(view), 1), block_bytes)
+    ]
+
+
+class BlockHasher:
+    """Digest of bytes that come as a stream. Not thread-safe."""
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        self._block_bytes = block_bytes
+        self._blocks: list[bytes] = []
+        self._hash = xxhash.xxh3_128()
+        self._filled = 0
+        self.nbytes = 0
+
+    def update(self, data: memoryview | bytes) -> None:
+        """Take more bytes. Not collective."""
+        view = memoryview(data).cast("B")
+        self.nbytes += len(view)
+        while len(view) > 0:
+            # A full block is closed only when more follows: a run that ends on the
+            # border of a block has no empty block behind it.
+            if self._filled == self._block_bytes:
+                self._close_block()
+            piece = view[: self._block_bytes - self._filled]
+            self._hash.update(piece)
+            self._filled += len(piece)
+            view = view[len(piece) :]
+
+    def finish(self) -> Digest:
+        """Return the digest of everything taken. Not collective."""
+        self._close_block()
+        return Digest(tuple(self._blocks))
+
+    def _close_block(self) -> None:
+        self._blocks.append(self._hash.digest())
+        self._hash = xxhash.xxh3_128()
+        self._filled = 0
+
+
+def digest_many(
+    reads: Sequence[Callable[[], memoryview]], nbytes: int, threads: int
+) -> list[Digest]:
+    """Digest several runs of bytes, side by side where that pays.
+
+    Not collective. Thread-safe. The worker threads end before this returns.
+
+    Args:
+        reads: One function per run that gives its bytes; at most ``threads`` of the
+            runs are held at a time, so private copies stay bounded.
+        nbytes: Sum of all lengths in bytes.
+        threads: Threads to use at most.
+
+    Returns:
+        One digest for each run, in order.
+    """
+
+    def digest(read: Callable[[], memoryview]) -> Digest:
+        return Digest.of(read())
+
+    if threads == 1 or nbytes < _PARALLEL_BYTES:
+        return [digest(read) for read in reads]
+    with ThreadPoolExecutor(threads, thread_name_prefix="mpi_ckpt-digest") as pool:
+        return list(pool.map(digest, reads))

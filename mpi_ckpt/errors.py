@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error this package raises, and how errors of several ranks become one.
+
+::
+
+    CheckpointError(Exception)
+    ├─ RegistrationError(ValueError)      a name is illegal, taken, or differs between ranks
+    ├─ OptionsError(ValueError)           out of range, or different between ranks
+    ├─ LaunchError(RuntimeError)          launcher and MPI disagree; no MPI found
+    ├─ LockedError                        another job owns the checkpoint directory
+    ├─ SaveError                          nothing published, earlier generations untouched
+    │  ├─ StageError                      a state could not give its contents
+    │  ├─ DivergedError                   sync="check": replicas differ
+    │  ├─ WriteError(OSError)             a file of the partial could not be written
+    │  └─ PublishError(OSError)           the last steps of the commit failed
+    ├─ RestoreError
+    │  ├─ NoCheckpointError(FileNotFoundError)
+    │  ├─ ReadError(OSError)              a file is there and cannot be read
+    │  ├─ CorruptGenerationError          bytes or names disagree with the manifest
+    │  ├─ UnsupportedFormatError          a newer version, or another library
+    │  └─ StateMismatchError              missing, unexpected, wrong shape or dtype
+    └─ CollectiveError                    ranks that never arrived
+
+A failure on any rank is raised on every rank, as the same class with the same message.
+"""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = [
+    "CheckpointError",
+    "CollectiveError",
+    "CorruptGenerationError",
+    "DivergedError",
+    "LaunchError",
+    "LockedError",
+    "NoCheckpointError",
+    "OptionsError",
+    "PublishError",
+    "RankFailure",
+    "ReadError",
+    "RegistrationError",
+    "RemoteTraceback",
+    "RestoreError",
+    "SaveError",
+    "StageError",
+    "StateMismatchError",
+    "UnsupportedFormatError",
+    "WriteError",
+    "merge_failures",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFailure:
+    """What went wrong on one rank, as text that can travel.
+
+    Attributes:
+        rank: Rank on this package's communicator.
+        size: Number of ranks.
+        host: Host name of the rank.
+        operation: What the rank was doing.
+        kind: Class name of the exception.
+        message: Its text.
+        errno: Its errno, where it is an OSError.
+        path: The file concerned, where there is one.
+        generation: The generation concerned, where there is one.
+        problems: Every single finding, where the exception lists several.
+        traceback: The formatted traceback.
+    """
+
+    rank: int
+    size: int
+    host: str
+    operation: str
+    kind: str
+    message: str
+    errno: int | None = None
+    path: str | None = None
+    generation: int | None = None
+    problems: Sequence[str] = ()
+    traceback: str = ""
+
+    @classmethod
+    def capture(
+        cls, error: BaseException, *, rank: int, size: int, operation: str
+    ) -> RankFailure:
+        """Describe an exception of this rank. Not collective. Thread-safe."""
+        # Anybody's exception may call anything `errno` or `problems`.
+        ours = error if isinstance(error, CheckpointError) else None
+        known = ours or (error if isinstance(error, OSError) else None)
+        return cls(
+            rank=rank,
+            size=size,
+            host=socket.gethostname(),
+            operation=operation,
+            kind=type(error).__name__,
+            message=_text_of(error),
+            errno=known.errno if known else None,
+            path=_path_of(error),
+            generation=ours.generation if ours else None,
+            problems=list(ours.problems) if ours else [],
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values. Not collective. Thread-safe."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank} of {self.size} on {self.host}"
+        text = f"{where}, {self.operation}: {self.message}"
+        # An OSError says its path itself; ours do as well.
+        if self.path and self.path not in self.message:
+            text += f" [{self.path}]"
+        if self.kind in _FAMILY:
+            return text
+        return f"{text} ({self.kind})"
+
+
+class RemoteTraceback(Exception):
+    """Carries the tracebacks of the failing ranks as the cause of an agreed error."""
+
+
+class CheckpointError(Exception):
+    """Base of every error of this package.
+
+    Args:
+        message: What failed, where, what was expected and found, what is still safe.
+        path: File or directory concerned.
+        generation: Generation concerned.
+        errno: Error number of the operating system, where there is one.
+        failures: One record for each rank that failed; the same on every rank.
+        problems: Every single finding, where an error lists several.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | str | None = None,
+        generation: int | None = None,
+        errno: int | None = None,
+        failures: Sequence[RankFailure] = (),
+        problems: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else str(path)
+        self.generation = generation
+        self.errno = errno
+        self.failures = tuple(failures)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # OSError's own would lose errno, and with it what launchers and pools are told.
+        known = ("path", "generation", "errno", "failures", "problems")
+        remade = partial(type(self), **{name: getattr(self, name) for name in known})
+        return remade, (self.message,)
+
+
+class RegistrationError(CheckpointError, ValueError):
+    """A state's name is illegal, taken, or differs between ranks."""
+
+
+class OptionsError(CheckpointError, ValueError):
+    """Options are out of range, contradict each other, or differ between ranks."""
+
+
+class LaunchError(CheckpointError, RuntimeError):
+    """The launcher's variables and MPI disagree about the job, or MPI is missing."""
+
+
+class LockedError(CheckpointError):
+    """Another job owns the checkpoint directory."""
+
+
+class SaveError(CheckpointError):
+    """A save failed: nothing was published, earlier generations are untouched."""
+
+
+class StageError(SaveError):
+    """A state could not give its contents."""
+
+
+class DivergedError(SaveError):
+    """Replicas differ where the state was asked to check that they do not."""
+
+
+class WriteError(SaveError, OSError):
+    """A file of the partial could not be written."""
+
+
+class PublishError(SaveError, OSError):
+    """The manifest, the rename or the last fsync failed."""
+
+
+class RestoreError(CheckpointError):
+    """A restore failed."""
+
+
+class NoCheckpointError(RestoreError, FileNotFoundError):
+    """There is nothing to restore from."""
+
+
+class ReadError(RestoreError, OSError):
+    """A file is there and the operating system cannot read it."""
+
+
+class CorruptGenerationError(RestoreError):
+    """The bytes of a generation disagree with its manifest."""
+
+
+class UnsupportedFormatError(RestoreError):
+    """Written by a newer format version, or by another library."""
+
+
+class StateMismatchError(RestoreError):
+    """A generation does not fit the program's states; ``problems`` lists every case."""
+
+
+class CollectiveError(CheckpointError):
+    """Ranks never arrived, or failed in a way no other class describes."""
+
+
+_FAMILY: dict[str, type[CheckpointError]] = {
+    cls.__name__: cls
+    for cls in (
+        RegistrationError,
+        OptionsError,
+        LaunchError,
+        LockedError,
+        SaveError,
+        StageError,
+        DivergedError,
+        WriteError,
+        PublishError,
+        RestoreError,
+        NoCheckpointError,
+        ReadError,
+        CorruptGenerationError,
+        UnsupportedFormatError,
+        StateMismatchError,
+        CollectiveError,
+        CheckpointError,
+    )
+}
+
+
+def merge_failures(
+    failures: Sequence[RankFailure], default: type[CheckpointError], safe: str
+) -> CheckpointError:
+    """Make the one error that all ranks raise from the failures of some.
+
+    Not collective. Thread-safe. The class is that of the lowest failing rank where it
+    belongs to this package's family, else ``default``.
+
+    Args:
+        failures: At least one, ordered by rank.
+        default: Class for exceptions from outside the family.
+        safe: One clause that says what is still safe.
+
+    Returns:
+        The error, its ``__cause__`` holding the tracebacks of the failing ranks.
+    """
+    first = failures[0]
+    lines = [str(failure) for failure in failures]
+    error = _FAMILY.get(first.kind, default)(
+        "\n  ".join([f"{first.operation} failed; {safe}", *lines]),
+        path=first.path,
+        generation=first.generation,
+        errno=first.errno,
+        failures=failures,
+        # Ranks mostly find the same: each finding is told once.
+        problems=list(dict.fromkeys(p for f in failures for p in f.problems or [str(f)])),
+    )
+    error.__cause__ = RemoteTraceback(
+        "\n".join(
+            f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in failures
+        )
+    )
+    return error
+
+
+def _text_of(error: BaseException) -> str:
+    # The other ranks wait for this text, so making it must not fail.
+    try:
+        return str(error) or type(error).__name__
+    except Exception as failure:
+        return f"its text cannot be made ({type(failure).__name__})"
+
+
+def _path_of(error: BaseException) -> str | None:
+    path = getattr(error, "path", None) or getattr(error, "filename", None)
+    return None if path is None else str(path)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A leaf: one named run of typed bytes inside a state. States and storage meet here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mpi_ckpt import dtypes
+
+__all__ = ["Buffer", "Leaf", "LeafSpec", "MemoryBuffer", "copy_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class LeafSpec:
+    """What a leaf looks like from outside.
+
+    Attributes:
+        name: Unique within its state.
+        dtype: Element type, a name of `mpi_ckpt.dtypes`.
+        shape: Shape in elements; ``()`` is a scalar.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return dtypes.nbytes(self.dtype, self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}{list(self.shape)}"
+
+
+class Buffer(Protocol):
+    """Where the bytes of a leaf live: host memory, a strided tensor, a device."""
+
+    def view(self) -> memoryview | None:
+        """Return the live bytes, writable, where they are contiguous host memory."""
+
+    def read(self) -> memoryview:
+        """Return the bytes: the live ones where `view` has them, else a private copy."""
+
+    def copy_to(self, target: memoryview) -> None:
+        """Copy the bytes to host memory of the same length, in one go."""
+
+    def write(self, data: memoryview) -> None:
+        """Replace the bytes by ``data``, of the same length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One named tensor, array or blob, and where its bytes live."""
+
+    spec: LeafSpec
+    buffer: Buffer
+
+
+def copy_bytes(source: memoryview, target: memoryview) -> None:
+    """Copy bytes at the speed of memory, without holding up other threads."""
+    if len(source):
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+class MemoryBuffer:
+    """Plain host memory that belongs to nobody else."""
+
+    def __init__(self, memory: memoryview | bytes | bytearray) -> None:
+        self._memory = memoryview(memory)
+
+    @classmethod
+    def empty(cls, nbytes: int) -> MemoryBuffer:
+        """Make a buffer to be filled. Not collective."""
+        return cls(bytearray(nbytes))
+
+    def view(self) -> memoryview | None:
+        """Return the memory itself, if it may be written to. Not collective."""
+        return None if self._memory.readonly else self._memory
+
+    def read(self) -> memoryview:
+        """Return the memory itself. Not collective."""
+        return self._memory
+
+    def copy_to(self, target: memoryview) -> None:
+        """Copy the memory. Not collective."""
+        copy_bytes(self._memory, target)
+
+    def write(self, data: memoryview) -> None:
+        """Replace the bytes. Not collective."""
+        copy_bytes(data, self._memory)

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manager: puts the steps of a save and a restore in order, and nothing else.
+
+save      states --sync--> leaves --write--> files in .partial-* --publish--> checkpoint-N
+restore   newest valid generation --read once--> root --bcast--> leaves --> states
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import Communicator, agree, any_of, bcast_json
+from mpi_ckpt.elastic.preemption import PreemptionGuard
+from mpi_ckpt.engine.interval import Interval
+from mpi_ckpt.engine.registry import Registry
+from mpi_ckpt.engine.restore import restore_states
+from mpi_ckpt.engine.saver import Saver
+from mpi_ckpt.engine.session import Session
+from mpi_ckpt.engine.sync import capture_on_root, sync_states
+from mpi_ckpt.engine.write import SaveRequest
+from mpi_ckpt.errors import CheckpointError, RegistrationError, RestoreError, SaveError
+from mpi_ckpt.options import Options
+from mpi_ckpt.reports import (
+    GenerationInfo,
+    PhaseClock,
+    RestoreReport,
+    SaveReport,
+    SyncReport,
+)
+from mpi_ckpt.storage.directory import CheckpointDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from os import PathLike
+    from types import TracebackType
+
+    from mpi4py import MPI
+
+    from mpi_ckpt.engine.pending import PendingSave
+    from mpi_ckpt.state import State
+
+__all__ = ["CheckpointManager"]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """Saves and restores the states of an MPI job.
+
+    Collective, as is every method unless it says otherwise: all ranks of the
+    communicator call it, in the same order. Main thread only. A context manager, which
+    closes itself.
+
+    Args:
+        root: Directory of the generations, made when first saved to. Only the root rank
+            touches it; it need not be visible to the others.
+        states: The states, with the same names in the same order on every rank.
+        comm: Communicator of mpi4py; it is duplicated. None: all ranks of the job.
+        options: How to do it; the same on every rank.
+
+    Raises:
+        LaunchError: On every rank, if launcher and MPI disagree about the job.
+        OptionsError: On every rank, if the options differ between ranks.
+        RegistrationError: On every rank, if names collide or differ between ranks.
+    """
+
+    def __init__(
+        self,
+        root: str | PathLike[str],
+        states: Iterable[State] = (),
+        *,
+        comm: MPI.Intracomm | None = None,
+        options: Options | None = None,
+    ) -> None:
+        options = options or Options()
+        communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
+        directory = CheckpointDirectory(Path(root).absolute(), options.io)
+        self._session = Session(communicator, directory, options)
+        self._registry = Registry(communicator)
+        self._step = 0
+        self._interval = Interval(options.interval)
+        self._pinned: int | None = None
+        self._saver = Saver(self._session)
+        self._guard = PreemptionGuard(options.preemption_signals)
+        try:
+            self._register(list(states))
+        except CheckpointError:
+            communicator.close()
+            raise
+        if options.preemption_signals and not self._guard.install():
+            logger.warning("signals are not watched: this is not the main thread")
+
+    @property
+    def steps(self) -> int:
+        """Training steps done: calls of `step`, over all runs. Not collective."""
+        return self._step
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank is the one that commits. Not collective."""
+        return self._session.comm.is_root
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the states, in saving order. Not collective."""
+        return self._registry.names
+
+    @property
+    def exit_code(self) -> int:
+        """Code to leave with: 0, or ``Options.exit_code`` after a request to stop.
+
+        Not collective.
+        """
+        return self._session.options.exit_code if self._guard.requested else 0
+
+    def add(self, state: State) -> None:
+        """Take in one more state.
+
+        Not collective, but every rank must add the same before the next save.
+
+        Raises:
+            RegistrationError: On the calling rank, if it is no state or its name is
+                taken.
+        """
+        self._registry.add(state)
+
+    def remove(self, name: str) -> None:
+        """Forget a state, so that it is no longer saved.
+
+        Not collective, but every rank must remove the same before the next save.
+
+        Raises:
+            RegistrationError: On the calling rank, if there is no such state.
+        """
+        self._registry.remove(name)
+
+    def sync(self, only: Collection[str] | None = None) -> SyncReport:
+        """Make the states equal on all ranks, without saving.
+
+        Collective. The way to start replicas alike when there is nothing to restore.
+
+        Args:
+            only: Names of the states to sync; None for all.
+
+        Raises:
+            CheckpointError: On every rank, as `save` does before it writes.
+        """
+        states = self._registry.choose(only)
+        return sync_states(self._session.comm, states, self._session.options)[1]
+
+    def save(
+        self,
+        step: int | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        only: Collection[str] | None = None,
+        carry: Callable[[str], bool] | None = None,
+        sync: bool = True,
+    ) -> SaveReport | PendingSave:
+        """Sync the states, write them as one new generation, publish it durably.
+
+        Collective. When it returns, on any rank, the generation survives a power cut;
+        with ``Options.asynchronous`` when ``wait()`` of what it returns has.
+
+        Args:
+            step: Training step to note; None for the manager's own count.
+            metrics: Finite or not; for `KeepBest`, and for you.
+            only: Names of the states to save; the others are taken from the newest
+                generation. None saves every state whose ``skip`` is false.
+            carry: With ``only``: tells by name which of the others to take; None for all.
+                Asked on root.
+            sync: Whether to make the replicas equal first; if not, root's are saved.
+
+        Raises:
+            SaveError: On every rank, if any failed; nothing was published.
+            CheckpointError: On every rank, for anything else that went wrong.
+        """
+        pending = self._saver.pending
+        if pending is not None and not pending.finished:
+            if self._session.options.when_pending == "skip":
+                return pending
+            if self._session.options.when_pending == "raise":
+                raise SaveError(
+                    "a save is still under way, and Options.when_pending is 'raise'; it "
+                    "goes on, nothing else was saved"
+                )
+        self._saver.finish()
+        clock = PhaseClock()
+        session, states = self._session, self._registry.choose(only)
+        # First of all: a job that may not save here must not find out after hours.
+        session.on_root("opening the directory", session.directory.own, SaveError)
+        with clock.phase("sync"):
+            if sync:
+                contents, synced = sync_states(session.comm, states, session.options)
+            else:
+                contents, synced = capture_on_root(session.comm, states), SyncReport()
+        by_name = {one.state.name: one for one in contents}
+        request = SaveRequest(
+            states=[by_name.get(state.name, state) for state in states],
+            step=self._step if step is None else step,
+            size=session.comm.size,
+            metrics=dict(metrics or {}),
+            carry=None if only is None else carry or bool,  # every name is true
+        )
+        self._pinned = None
+        self._interval.restart()
+        return self._saver.save(request, synced, clock)
+
+    def restore(self, only: Collection[str] | None = None) -> RestoreReport | None:
+        """Bring the states back to the newest generation that verifies.
+
+        Collective. A generation that does not verify is set aside, with a warning by
+        root, and the one before it is used. The random streams come last in effect, as
+        nothing here draws from them.
+
+        Args:
+            only: Names of the states to restore; None for all. Several partial restores
+                in a row use one generation, proven as a whole first.
+
+        Returns:
+            The report; None, with nothing changed, if nothing was ever saved here.
+
+        Raises:
+            StateMismatchError: On every rank, listing every leaf that does not fit;
+                nothing was changed.
+            CorruptGenerationError: On every rank, if no generation is good.
+            UnsupportedFormatError: On every rank, if the newest is of another format.
+            CheckpointError: On every rank, for anything else that went wrong.
+        """
+        self._saver.finish()
+        clock = PhaseClock()
+        session, states = self._session, self._registry.choose(only, skipped=True)
+        partial = only is not None
+        pinned = self._pinned if partial else None
+        report = restore_states(session, states, clock, partial=partial, pinned=pinned)
+        if report is not None:
+            self._step = report.step
+            self._pinned = report.generation if partial else None
+            self._interval.restart()
+        return report
+
+    def step(self, *, metrics: Mapping[str, float] | None = None) -> bool:
+        """Count a training step; save if one is due or somebody asked to stop.
+
+        Collective. Call at every step boundary. Costs one allreduce of 48 bytes.
+
+        Args:
+            metrics: Given to the save, if there is one.
+
+        Returns:
+            Whether to stop: a signal came to some rank, and everything is saved. Leave
+            with ``sys.exit(manager.exit_code)``, on every rank.
+
+        Raises:
+            CheckpointError: On every rank, as `save` does.
+        """
+        self._step += 1
+        comm = self._session.comm
+        is_due = self._interval.is_due(self._step, is_root=comm.is_root)
+        written = self._saver.has_written
+        stop, due, written = any_of(comm, "step()", self._guard.requested, is_due, written)
+        if stop or written:
+            self._saver.finish()
+        if stop:
+            # The last save is of this very step, and durable.
+            report = self.save(metrics=metrics).wait()
+        elif due:
+            self.save(metrics=metrics)
+        if stop:
+            self._guard.requested = True
+            if comm.is_root:
+                logger.warning(
+                    "asked to stop (%s); generation %d is saved",
+                    self._guard.reason or "on another rank",
+                    report.generation,
+                )
+        return stop
+
+    def wait(self) -> None:
+        """Return when no save is pending.
+
+        Collective.
+
+        Raises:
+            SaveError: On every rank, if the pending save failed.
+        """
+        self._saver.finish()
+
+    def generations(self) -> list[GenerationInfo]:
+        """Return the generations that are there, oldest first.
+
+        Collective.
+
+        Raises:
+            CheckpointError: On every rank, if root cannot list the directory.
+        """
+        self._saver.finish()
+        session, doing = self._session, "listing generations"
+        found = session.on_root(doing, session.directory.catalog.generations, RestoreError)
+        mine = [one.to_json() for one in found or []]
+        told = bcast_json(session.comm, mine, doing)
+        return [GenerationInfo(**{**one, "path": Path(one["path"])}) for one in told]
+
+    def close(self) -> None:
+        """Finish a pending save; let go of directory, signals and communicator.
+
+        Collective. Callable twice.
+
+        Raises:
+            SaveError: On every rank, if the pending save failed; all else is let go of.
+        """
+        try:
+            self._saver.finish()
+        finally:
+            # The error, if any, was agreed on: every rank is here.
+            self._let_go()
+            self._session.comm.close()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            # INVARIANT: one rank alone may be here, so nothing collective: the
+            # communicator is left to MPI_Finalize.
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._guard.uninstall()
+        self._saver.close()
+        self._session.directory.close()
+
+    def _register(self, states: Sequence[State]) -> None:
+        self._session.compare_options()
+
+        def add_all() -> None:
+            for state in states:
+                self._registry.add(state)
+
+        agree(self._session.comm, "registering states", add_all, error=RegistrationError)
+        self._registry.choose(None, skipped=True)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which generations stay: pure functions of what is there. `storage.prune` acts on them.
+
+Policies are joined by ``|``: a generation stays if any of them keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from mpi_ckpt.errors import OptionsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "GenerationSummary",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "RetentionPolicy",
+    "select_kept",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSummary:
+    """What a policy may ask about a generation.
+
+    Attributes:
+        generation: Its number.
+        step: The training step given at the save.
+        metrics: The metrics given at the save.
+    """
+
+    generation: int
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class RetentionPolicy:
+    """Decides which generations stay. Subclasses override `keep`."""
+
+    def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
+        """Return the numbers to keep.
+
+        Not collective. Thread-safe. Called by root alone, after a save was acknowledged.
+
+        Args:
+            generations: All that are there, oldest first.
+        """
+        raise NotImplementedError
+
+    def __or__(self, other: RetentionPolicy) -> RetentionPolicy:
+        """Keep what either of two policies keeps."""
+        return _Either(self, other)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLast(RetentionPolicy):
+    """Keep the ``count`` newest generations.
+
+    Raises:
+        OptionsError: On every rank that makes it, if ``count`` is below 1.
+    """
+
+    count: int = 3
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 1, f"KeepLast({self.count}): at least 1 must stay")
+
+    def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
+        """Return the newest. Not collective. Thread-safe."""
+        return {one.generation for one in generations[-self.count :]}
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvery(RetentionPolicy):
+    """Keep the first generation of every ``steps`` training steps, for good.
+
+    Raises:
+        OptionsError: On every rank that makes it, if ``steps`` is below 1.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"KeepEvery({self.steps}): steps must be at least 1")
+
+    def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
+        """Return the first of each interval. Not collective. Thread-safe."""
+        first: dict[int, int] = {}
+        for one in generations:
+            first.setdefault(one.step // self.steps, one.generation)
+        return set(first.values())
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBest(RetentionPolicy):
+    """Keep the ``count`` generations with the best value of a metric.
+
+    Generations saved without that metric, or with NaN, are never the best.
+
+    Raises:
+        OptionsError: On every rank that makes it, if ``count`` is below 1 or ``mode``
+            is unknown.
+    """
+
+    metric: str
+    count: int = 1
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 1, f"KeepBest({self.count}): at least 1 must stay")
+        _require(self.mode in ("min", "max"), f"KeepBest mode {self.mode!r}: min or max")
+
+    def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
+        """Return the best. Not collective. Thread-safe."""
+        sign = 1.0 if self.mode == "min" else -1.0
+        ranked = sorted(
+            (sign * one.metrics[self.metric], -one.generation)
+            for one in generations
+            if not math.isnan(one.metrics.get(self.metric, math.nan))
+        )
+        return {-number for _, number in ranked[: self.count]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Either(RetentionPolicy):
+    left: RetentionPolicy
+    right: RetentionPolicy
+
+    def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
+        return self.left.keep(generations) | self.right.keep(generations)
+
+
+def select_kept(
+    policy: RetentionPolicy, generations: Sequence[GenerationSummary]
+) -> set[int]:
+    """Apply a policy; whatever it says, the newest generation stays.
+
+    Not collective. Thread-safe.
+
+    Args:
+        policy: The user's policy.
+        generations: All that are there, in any order.
+    """
+    ordered = sorted(generations, key=lambda one: one.generation)
+    newest = {one.generation for one in ordered[-1:]}
+    return policy.keep(ordered) | newest
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise OptionsError(message)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a state: what the engine asks of a piece of training.
+
+``State`` is adaptdl's: three methods to override. ``LeafState`` adds what makes a save
+fast: the tensors themselves, so that nothing is pickled, only what differs is sent, and
+bytes go straight into live memory. ``PartsState`` is for states of which every rank holds
+a part of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from mpi_ckpt.errors import RegistrationError, StageError
+from mpi_ckpt.storage.layout import check_state_name
+from mpi_ckpt.storage.stream import read_leaves, write_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import BinaryIO
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+
+__all__ = ["Capture", "LeafState", "PartsState", "State", "Structure", "SyncMode"]
+
+Structure = Any
+"""JSON values: what of a state is not a tensor."""
+
+SyncMode = Literal["root", "mean", "check", "none"]
+
+SYNC_MODES: tuple[SyncMode, ...] = ("root", "mean", "check", "none")
+
+
+class State:
+    """A named piece of training that writes itself to a file object.
+
+    Subclasses override any of `save`, `load` and `sync`; each is a no-op here.
+
+    Args:
+        name: Unique among the states of a manager. Any text of 1 to 200 bytes that is
+            not a path: no leading ``/``, no ``..`` part, no NUL.
+
+    Attributes:
+        skip: While true, the state is left out of saves.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name is illegal.
+    """
+
+    skip: bool = False
+
+    def __init__(self, name: str) -> None:
+        check_state_name(name)
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """The name under which the state is saved."""
+        return self._name
+
+    def save(self, fileobj: BinaryIO) -> None:
+        """Write the state. Called on root only; must not communicate."""
+
+    def load(self, fileobj: BinaryIO) -> None:
+        """Read the state. Called on every rank with the same bytes."""
+
+    def sync(self) -> None:
+        """Make the state equal on all ranks. Called on every rank before a save."""
+
+
+class Capture:
+    """The contents of a leaf state at one moment, by reference.
+
+    Args:
+        structure: JSON values, everything that is not a tensor.
+        leaves: The tensors, unique names; the order is the same on every rank.
+
+    Raises:
+        StageError: On the calling rank, if two leaves have one name.
+    """
+
+    __slots__ = ("leaves", "structure")
+
+    def __init__(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
+        self.structure = structure
+        self.leaves = tuple(leaves)
+        if len({leaf.spec.name for leaf in self.leaves}) != len(self.leaves):
+            raise StageError("two leaves of a state have one name")
+
+
+class LeafState(State):
+    """A state that shows its tensors.
+
+    Args:
+        name: As for `State`.
+        sync: What a save does about replicas that differ. ``"root"``: root's value wins.
+            ``"mean"``: floating leaves are averaged, the rest is root's. ``"check"``:
+            raise and name them. ``"none"``: root's is saved, nothing is compared.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+    """
+
+    def __init__(self, name: str, *, sync: SyncMode = "root") -> None:
+        super().__init__(name)
+        if sync not in SYNC_MODES:
+            raise RegistrationError(
+                f"state {name!r}: sync is {sync!r}, expected one of {SYNC_MODES}"
+            )
+        self.sync_mode: SyncMode = sync
+
+    def bind(self, comm: Communicator) -> None:
+        """Take the manager's communicator. Not collective. Called by the manager."""
+
+    def capture(self) -> Capture:
+        """Return the contents by reference: nothing is copied.
+
+        Not collective. Called on every rank at each save.
+        """
+        raise NotImplementedError
+
+    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
+        """Return where the bytes of these leaves shall go: live memory where it fits.
+
+        Not collective. Called on every rank before a byte is moved; must not change
+        the state.
+
+        Args:
+            structure: As captured on root, now or in an earlier run.
+            specs: Leaves that will come, in this order.
+
+        Raises:
+            StateMismatchError: On every rank, listing every leaf that does not fit.
+        """
+        raise NotImplementedError
+
+    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
+        """Take over contents that have fully arrived.
+
+        Not collective. Called on every rank after `prepare`.
+
+        Args:
+            structure: The one given to `prepare`.
+            leaves: Those that `prepare` returned, filled.
+        """
+        raise NotImplementedError
+
+    def save(self, fileobj: BinaryIO) -> None:
+        """Write the state alone, as a safetensors stream. Not collective."""
+        captured = self.capture()
+        write_leaves(fileobj, captured.structure, captured.leaves)
+
+    def load(self, fileobj: BinaryIO) -> None:
+        """Read what `save` wrote. Not collective.
+
+        Raises:
+            StateMismatchError: On the calling rank, if the contents do not fit.
+            CorruptGenerationError: On the calling rank, if the stream is damaged.
+        """
+        structure, leaves = read_leaves(fileobj, self.prepare)
+        self.adopt(structure, leaves)
+
+
+class PartsState(LeafState):
+    """A leaf state of which each rank holds a part; root puts the parts together."""
+
+    def part(self) -> bytes:
+        """Return what this rank holds. Not collective. Called before each capture."""
+        raise NotImplementedError
+
+    def combine(self, parts: Sequence[bytes]) -> None:
+        """Take the parts of all ranks, in rank order. Called on root only."""
+        raise NotImplementedError
+
+    def combined(self) -> None:
+        """Note that root has this rank's part. Called on every rank once it is so."""
