@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All of MPI. Nothing else in the package names a communicator of mpi4py.
+
+Everything here is collective unless it says otherwise, and for the main thread only.
+"""
+
+from mpi_ckpt.comm.agreement import (
+    agree,
+    agree_on_root,
+    any_of,
+    compare_texts,
+    differing_digests,
+)
+from mpi_ckpt.comm.communicator import ROOT, Communicator
+from mpi_ckpt.comm.transfer import (
+    bcast_buffers,
+    bcast_bytes,
+    bcast_json,
+    gather_bytes,
+    mean_buffers,
+)
+
+__all__ = [
+    "ROOT",
+    "Communicator",
+    "agree",
+    "agree_on_root",
+    "any_of",
+    "bcast_buffers",
+    "bcast_bytes",
+    "bcast_json",
+    "compare_texts",
+    "differing_digests",
+    "gather_bytes",
+    "mean_buffers",
+]

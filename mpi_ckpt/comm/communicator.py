@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package's own communicator: a duplicate, with deadlines on every wait.
+
+Worker threads never come here; everything runs on the caller's thread, so that
+MPI_THREAD_FUNNELED is enough.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm.launch import check_horovod, check_launch, load_mpi
+from mpi_ckpt.errors import CollectiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi4py import MPI
+    from numpy.typing import NDArray
+
+__all__ = ["ROOT", "Communicator"]
+
+ROOT = 0
+"""The rank that decides, reads and commits."""
+
+_HOST_BYTES = 64
+_ROLL_CALL_TAG = 7001
+_DATA_TAG = 7002
+# A rank that waits for a collective yields this often before it starts to sleep, so a
+# short wait costs no latency and a long one (root writes) no core.
+_YIELDS = 2000
+_PAUSE_SECONDS_MAX = 1e-3
+# Whoever came too late has seen by then that the others gave up.
+_ROUNDS_TO_SEE = 64
+_ROLL_CALL_SECONDS = 3.0
+_ADVICE = "published generations are untouched, end this job and start it again"
+
+# MPI: what was given up is still posted, and is carried out when a late rank comes. Its
+# buffers must not become somebody else's memory until then: here is who holds them.
+_ABANDONED: list[object] = []
+
+
+class Communicator:
+    """A private duplicate of a communicator.
+
+    Collective. Main thread only. Freed by `close`.
+
+    Args:
+        comm: The user's communicator; None is the world.
+        deadline_seconds: How long any wait may take.
+        message_bytes: Largest message in bytes, at most 1 GiB.
+
+    Attributes:
+        rank: This rank.
+        size: Number of ranks.
+        hosts: Host name of every rank.
+
+    Raises:
+        LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm | None = None,
+        *,
+        deadline_seconds: float = 600.0,
+        message_bytes: int = 16 << 20,
+    ) -> None:
+        self._mpi: Any = load_mpi()
+        self._check(comm)
+        parent = self._mpi.COMM_WORLD if comm is None else comm
+        check_horovod(parent.size)
+        self.deadline_seconds = deadline_seconds
+        self.message_bytes = message_bytes
+        self._broken: str | None = None
+        self.handle: MPI.Intracomm = parent.Dup()
+        self.rank: int = self.handle.rank
+        self.size: int = self.handle.size
+        self.hosts = self._exchange_hosts()
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank is root."""
+        return self.rank == ROOT
+
+    def close(self) -> None:
+        """Free the duplicate. Collective. May be called twice.
+
+        After a missed deadline nothing is freed: that would wait for the absent.
+        """
+        gone = self._mpi.Is_finalized() or self.handle == self._mpi.COMM_NULL
+        if not gone and self._broken is None and not self._others_gave_up():
+            self.handle.Free()
+
+    def all_reduce(self, values: NDArray[Any], operation: str, doing: str) -> NDArray[Any]:
+        """Reduce small vectors over all ranks.
+
+        Collective. Main thread only.
+
+        Args:
+            values: 1-d, the same length and dtype on every rank.
+            operation: ``"min"``, ``"max"`` or ``"sum"``.
+            doing: What the ranks meet for, told when one does not come.
+
+        Raises:
+            CollectiveError: On every live rank, if one never arrives.
+        """
+        result = np.empty_like(values)
+        mpi_operation = getattr(self._mpi, operation.upper())
+        most = max(1, self.message_bytes // values.itemsize)
+        requests = [
+            self.handle.Iallreduce(
+                values[start : start + most], result[start : start + most], op=mpi_operation
+            )
+            for start in range(0, len(values), most)
+        ]
+        self.wait(requests, doing, buffers=(values, result))
+        return result
+
+    def wait(
+        self,
+        requests: Sequence[MPI.Request],
+        doing: str,
+        *,
+        streaming: bool = False,
+        buffers: object = None,
+    ) -> None:
+        """Wait for requests, no longer than the deadline.
+
+        Not collective. Main thread only.
+
+        Args:
+            requests: Posted on this communicator.
+            doing: What the ranks meet for, told when one does not come.
+            streaming: Whether data is flowing, so that the core is better spent on
+                progress than on sleep.
+            buffers: Holds what the requests work on but do not hold themselves: those of
+                reductions do not (mpi4py 4.1).
+
+        Raises:
+            CollectiveError: On every live rank, if one never arrives, or if an earlier
+                wait on this communicator failed.
+        """
+        pending = list(requests)
+        try:
+            self._refuse_if_broken(doing)
+            self._wait(pending, doing, streaming)
+            # What a late rank does is carried out, though the others have given it up.
+            self._refuse_if_late(doing)
+        except BaseException as error:
+            _ABANDONED.append((pending, buffers))
+            if not isinstance(error, self._mpi.Exception):
+                raise
+            self._broken = f"MPI failed: {error}"
+            raise CollectiveError(f"{doing}: {self._broken}; {_ADVICE}") from error
+
+    def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
+        deadline = time.monotonic() + self.deadline_seconds
+        rounds = 0
+        pause = 0.0
+        while not self._mpi.Request.Testall(pending):
+            rounds += 1
+            if streaming or rounds < _YIELDS:
+                os.sched_yield()
+            else:
+                pause = min(pause + 1e-5, _PAUSE_SECONDS_MAX)
+                time.sleep(pause)
+            if rounds == _ROUNDS_TO_SEE:
+                self._refuse_if_late(doing)
+            elif rounds % _ROUNDS_TO_SEE == 0 and (
+                time.monotonic() > deadline or self._others_gave_up()
+            ):
+                self._give_up(doing)
+
+    def isend(self, data: NDArray[np.uint8], to: int) -> MPI.Request:
+        """Start sending bytes to a rank. Not collective. Main thread only."""
+        return self.handle.Isend(data, dest=to, tag=_DATA_TAG)
+
+    def irecv(self, into: NDArray[np.uint8], source: int) -> MPI.Request:
+        """Start receiving bytes from a rank. Not collective. Main thread only."""
+        return self.handle.Irecv(into, source=source, tag=_DATA_TAG)
+
+    def _check(self, comm: MPI.Intracomm | None) -> None:
+        # Whoever passes COMM_SELF means a job of one rank.
+        if comm is None or comm != self._mpi.COMM_SELF:
+            name, version = self._mpi.get_vendor()
+            library = f"{name} {'.'.join(map(str, version))}"
+            check_launch(self._mpi.COMM_WORLD.size, library)
+
+    def _exchange_hosts(self) -> tuple[str, ...]:
+        mine = np.zeros(_HOST_BYTES, np.uint8)
+        name = socket.gethostname().encode()[:_HOST_BYTES]
+        mine[: len(name)] = np.frombuffer(name, np.uint8)
+        all_names = np.zeros((self.size, _HOST_BYTES), np.uint8)
+        self.wait([self.handle.Iallgather(mine, all_names)], "meeting for the first time")
+        return tuple(
+            row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_names
+        )
+
+    # A rank whose deadline passes calls the roll: it tells every rank that it gives up
+    # and notes who answers. A waiting rank answers by giving up as well, so all live
+    # ranks raise within moments of the first; who is silent is named by all.
+
+    def _others_gave_up(self) -> bool:
+        # MPI: a probe takes in what has arrived and may find it only the next time.
+        return any(
+            self.handle.Iprobe(source=self._mpi.ANY_SOURCE, tag=_ROLL_CALL_TAG)
+            for _ in range(2)
+        )
+
+    def _refuse_if_late(self, doing: str) -> None:
+        if self.size > 1 and self._others_gave_up():
+            self._broken = "the others gave up waiting for this rank"
+            self._refuse_if_broken(doing)
+
+    def _refuse_if_broken(self, doing: str) -> None:
+        if self._broken is not None:
+            raise CollectiveError(
+                f"{doing}: ranks cannot meet any more on this communicator: "
+                f"{self._broken}; {_ADVICE}"
+            )
+
+    def _give_up(self, doing: str) -> None:
+        present = self._call_roll()
+        absent = [rank for rank in range(self.size) if rank not in present]
+        named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in absent)
+        if absent:
+            self._broken = (
+                f"{named} of {self.size} did not arrive within {self.deadline_seconds:g} s"
+            )
+        else:
+            self._broken = (
+                f"no progress within {self.deadline_seconds:g} s, though all "
+                f"{self.size} ranks are waiting: they disagree about what comes next"
+            )
+        raise CollectiveError(f"{doing}: {self._broken}; {_ADVICE}")
+
+    def _call_roll(self) -> set[int]:
+        token = np.zeros(1, np.uint8)
+        sends = [
+            self.handle.Isend(token, dest=rank, tag=_ROLL_CALL_TAG)
+            for rank in range(self.size)
+            if rank != self.rank
+        ]
+        present = {self.rank}
+        status = self._mpi.Status()
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
+        while len(present) < self.size and time.monotonic() < deadline:
+            if self.handle.Iprobe(self._mpi.ANY_SOURCE, _ROLL_CALL_TAG, status):
+                self.handle.Recv(token, source=status.source, tag=_ROLL_CALL_TAG)
+                present.add(status.source)
+            else:
+                time.sleep(_PAUSE_SECONDS_MAX)
+        # To a rank that never looked: nobody may ever receive it.
+        _ABANDONED.extend(send for send in sends if not send.Test())
+        return present
