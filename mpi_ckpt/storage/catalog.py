@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published generations: listed, chosen by retention, removed. Root alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.reports import GenerationInfo
+from mpi_ckpt.retention import GenerationSummary, RetentionPolicy, select_kept
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
+from mpi_ckpt.storage.reader import read_manifest
+from mpi_ckpt.storage.recovery import survey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from mpi_ckpt.storage.manifest import Manifest
+
+__all__ = ["Catalog"]
+
+logger = logging.getLogger(__name__)
+
+
+class Catalog:
+    """The published generations of a directory, each manifest read once.
+
+    Not thread-safe. Disk is the truth: the catalog only spares reading twice.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._known: dict[int, GenerationInfo] = {}
+
+    def add(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
+        """Note a generation whose manifest is at hand. Not collective."""
+        self._known[manifest.generation] = GenerationInfo(
+            generation=manifest.generation,
+            path=path,
+            step=manifest.step,
+            time=manifest.time,
+            size=manifest.size,
+            nbytes=manifest_bytes + sum(file.nbytes for file in manifest.files),
+            metrics=manifest.metrics,
+        )
+
+    def generations(self) -> list[GenerationInfo]:
+        """Return what is there, oldest first; the unreadable are left out.
+
+        Not collective.
+
+        Raises:
+            ReadError: On the calling rank, if the directory cannot be listed.
+        """
+        present = sorted(survey(self._root).generations)
+        self._known = {n: info for n, info in self._known.items() if n in present}
+        for number in present:
+            if number not in self._known:
+                self._read(number)
+        return [self._known[number] for number in present if number in self._known]
+
+    def choose(self, policy: RetentionPolicy) -> tuple[int, ...]:
+        """Return the numbers that a policy gives up. Not collective."""
+        there = self.generations()
+        kept = select_kept(
+            policy,
+            [GenerationSummary(i.generation, i.step, i.metrics) for i in there],
+        )
+        return tuple(i.generation for i in there if i.generation not in kept)
+
+    def remove(self, numbers: Iterable[int], job: str) -> None:
+        """Remove generations; what fails is logged, and swept by the next owner.
+
+        Not collective. The caller holds the lock.
+        """
+        doomed: list[Path] = []
+        try:
+            for number in numbers:
+                source = self._root / generation_name(number)
+                target = self._root / partial_name(number, job)
+                filesystem.rename_new(source, target)
+                self._known.pop(number, None)
+                doomed.append(target)
+            if doomed:
+                # CRASH: files may go before the rename is durable; a generation would
+                # be back under its name with files missing.
+                filesystem.sync_directory(self._root)
+            for path in doomed:
+                filesystem.remove_tree(path)
+        except OSError as error:
+            logger.warning("old generations were not all removed: %s", error)
+
+    def _read(self, number: int) -> None:
+        path = self._root / generation_name(number)
+        try:
+            size = (path / MANIFEST).stat().st_size
+            self.add(read_manifest(path), path, size)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s is left alone: %s", path, error)

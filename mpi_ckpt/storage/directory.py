@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint directory as one job owns it: lock, sweep, newest generation, next number.
+
+Used by root alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import (
+    CorruptGenerationError,
+    SaveError,
+    UnsupportedFormatError,
+)
+from mpi_ckpt.storage import filesystem, recovery
+from mpi_ckpt.storage.catalog import Catalog
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.layout import QUARANTINE, generation_name
+from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.outfile import StagingBlocks
+from mpi_ckpt.storage.partial import Partial
+from mpi_ckpt.storage.reader import GenerationReader
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpi_ckpt.storage.manifest import Manifest
+    from mpi_ckpt.storage.outfile import IOMode
+
+__all__ = ["CheckpointDirectory"]
+
+logger = logging.getLogger(__name__)
+
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class CheckpointDirectory:
+    """The directory in which a job's generations live. Not thread-safe.
+
+    Nothing is touched until it is owned; a directory that cannot be written to can
+    still be restored from.
+
+    Args:
+        root: The directory; it and its parents need not exist.
+        mode: How files are written; see `create_out_file`.
+
+    Attributes:
+        root: The directory.
+        job: A name for this run of the job, in names of partials and in manifests.
+        catalog: The published generations.
+    """
+
+    def __init__(self, root: Path, mode: IOMode = "auto") -> None:
+        self.root = root
+        self._mode: IOMode = mode
+        self._staging = StagingBlocks()
+        self.job = secrets.token_hex(6)
+        self.catalog = Catalog(root)
+        self._lock: DirectoryLock | None = None
+        self._aside: dict[int, str] = {}
+        self._newest: Manifest | None = None
+
+    @property
+    def set_aside(self) -> dict[str, str]:
+        """Path -> reason of each generation that failed to verify in this run."""
+        return {
+            str(self.root / generation_name(number)): reason
+            for number, reason in self._aside.items()
+        }
+
+    def own(self) -> None:
+        """Make the directory if it is missing, lock it, sweep leftovers. Idempotent.
+
+        Raises:
+            LockedError: On the calling rank, if another job holds it.
+            SaveError: On the calling rank, if it cannot be written to.
+        """
+        if self._lock is not None:
+            return
+        with os_errors_as(SaveError, "making", self.root):
+            filesystem.make_directories(self.root)
+        self._lock = DirectoryLock(self.root, self.job)
+        recovery.sweep(self.root, recovery.survey(self.root).partials)
+
+    def close(self) -> None:
+        """Let go of the lock. Callable twice."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
+
+    def begin(self) -> Partial:
+        """Start the next generation, without leftovers; the directory must be owned.
+
+        Raises:
+            WriteError: On the calling rank, if its partial cannot be made.
+            ReadError: On the calling rank, if the directory cannot be listed.
+        """
+        found = recovery.survey(self.root)
+        if found.partials:  # what an earlier save or removal of this job could not delete
+            recovery.sweep(self.root, found.partials)
+            found = recovery.survey(self.root)
+        return Partial(
+            self.root,
+            found.next_generation,
+            self.job,
+            mode=self._mode,
+            staging=self._staging,
+        )
+
+    def open_newest(self) -> GenerationReader | None:
+        """Open the newest generation whose manifest and files look right.
+
+        Returns:
+            The open generation; None if nothing was ever saved here.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if there were generations and
+                none is good.
+            UnsupportedFormatError: On the calling rank, if the newest is of another
+                format: going back behind it would lose work in silence.
+            LockedError: On the calling rank, if another job holds the directory.
+            ReadError: On the calling rank, if the operating system cannot read.
+        """
+        # Also where nothing was saved yet: of two jobs that start there the second must
+        # hear of it now, not when it has trained for hours.
+        self._own_if_writable()
+        found = recovery.survey(self.root)
+        for number in found.generations:
+            if number in self._aside:
+                continue
+            try:
+                return GenerationReader(self.root / generation_name(number))
+            except CorruptGenerationError as problem:
+                self.reject(number, problem)
+        self._explain_absence(found)
+        return None
+
+    def note_published(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
+        """Remember a generation that this job has just published."""
+        self._newest = manifest
+        self.catalog.add(manifest, path, manifest_bytes)
+
+    def forget_newest(self) -> None:
+        """Let `newest_manifest` look at the disk again."""
+        self._newest = None
+
+    def newest_manifest(self) -> Manifest | None:
+        """Return the manifest of the newest good generation, None if there is none.
+
+        Its files may be damaged all the same: only sizes and headers were looked at.
+
+        Raises:
+            RestoreError: On the calling rank, if there are generations but no good one.
+        """
+        if self._newest is None:
+            reader = self.open_newest()
+            if reader is not None:
+                with reader:
+                    self._newest = reader.manifest
+        return self._newest
+
+    def reject(self, number: int, problem: CorruptGenerationError) -> None:
+        """Set a generation aside that failed to verify, and say so."""
+        self._newest = None
+        self._aside[number] = str(problem)
+        where = self.root / generation_name(number)
+        if self._lock is not None:
+            where = recovery.quarantine(self.root, number, problem)
+        logger.warning(
+            "generation %d failed to verify and is not used: %s; kept for you in %s",
+            number,
+            problem,
+            where,
+        )
+
+    def _own_if_writable(self) -> None:
+        try:
+            self.own()
+        except SaveError as error:
+            # A full or failing disk may still be read; a save will say what is wrong.
+            level = logging.INFO if error.errno in _NOT_WRITABLE else logging.WARNING
+            logger.log(level, "restoring without a lock, as for a reader: %s", error)
+
+    def _explain_absence(self, found: recovery.Survey) -> None:
+        if self._aside or found.quarantined:
+            named = [*self._aside.values()] or [
+                str(self.root / QUARANTINE / name) for name in found.quarantined
+            ]
+            raise CorruptGenerationError(
+                f"no generation in {self.root} is good: {'; '.join(named)}. To start "
+                f"anew, move {self.root / QUARANTINE} and what is left elsewhere",
+                path=self.root,
+                problems=named,
+            )
+        if found.adaptdl:
+            raise UnsupportedFormatError(
+                f"{self.root} holds checkpoints of adaptdl ({', '.join(found.adaptdl)}), "
+                "which are pickles and are not read; to start anew, use another "
+                "directory or move them away",
+                path=self.root,
+            )

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns an OSError into an error of this package that says what was being done."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["os_errors_as"]
+
+_ADVICE = {
+    errno.ENOSPC: "the file system is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EFBIG: "the file-size limit of the process or the file system is reached",
+    errno.EXDEV: "the directory spans several file systems",
+}
+
+
+@contextmanager
+def os_errors_as(error: type[CheckpointError], doing: str, path: Path) -> Iterator[None]:
+    """Raise ``error`` for any OSError of the block. Not collective. Thread-safe.
+
+    Args:
+        error: Class to raise; errors of this package pass as they are.
+        doing: What the block does, such as "write of".
+        path: What it does it to, unless the OSError names a file itself.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as cause:
+        code = cause.errno or 0
+        where = cause.filename or path
+        name = errno.errorcode.get(code, "OSError")
+        advice = f"; {_ADVICE[code]}" if code in _ADVICE else ""
+        text = os.strerror(code) if code else str(cause)
+        raise error(
+            f"{doing} {where} failed: {name} ({text}){advice}", path=where, errno=code
+        ) from cause

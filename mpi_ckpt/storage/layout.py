@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names inside a checkpoint directory: every path of the format is made here. Pure."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from mpi_ckpt.errors import RegistrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "LOCK",
+    "MANIFEST",
+    "QUARANTINE",
+    "carried_file_name",
+    "check_file_name",
+    "check_names_apart",
+    "check_state_name",
+    "generation_name",
+    "generation_number",
+    "is_adaptdl_name",
+    "is_partial_name",
+    "partial_name",
+    "partial_number",
+    "shard_file_name",
+    "stream_file_name",
+]
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+QUARANTINE = ".quarantine"
+
+STATE_NAME_BYTES_MAX = 200
+"""Leaves room for the suffix within the 255 bytes of a file name."""
+
+_GENERATION = re.compile(r"checkpoint-(\d{8,18})")
+_ADAPTDL = re.compile(r"checkpoint-\d{1,7}")
+_PARTIAL = re.compile(r"\.partial-(\d{8,18})-[0-9a-z]+")
+_FILE = re.compile(r"(?!\.)[A-Za-z0-9._%~+-]{1,255}|\.(?!\.)[A-Za-z0-9._%~+-]{1,254}")
+
+
+def generation_name(number: int) -> str:
+    """Return the directory name of a published generation."""
+    return f"checkpoint-{number:08d}"
+
+
+def generation_number(name: str) -> int | None:
+    """Return the number in a generation's name, None for any other name."""
+    match = _GENERATION.fullmatch(name)
+    # `checkpoint-000000042` would name generation 42 a second time: it is foreign.
+    if match is None or generation_name(int(match[1])) != name:
+        return None
+    return int(match[1])
+
+
+def is_adaptdl_name(name: str) -> bool:
+    """Tell whether a name looks like a checkpoint of adaptdl, which we do not read."""
+    return _ADAPTDL.fullmatch(name) is not None
+
+
+def partial_name(number: int, job: str) -> str:
+    """Return the name of a generation that is being written, or being removed."""
+    return f".partial-{number:08d}-{job}"
+
+
+def is_partial_name(name: str) -> bool:
+    """Tell whether a name is one that `partial_name` makes."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
+def partial_number(name: str) -> int:
+    """Return the number in a name that `partial_name` made."""
+    return int(name.split("-")[1])
+
+
+def shard_file_name(rank: int) -> str:
+    """Return the name of the file with the leaves that a rank wrote."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def stream_file_name(state: str) -> str:
+    """Return the name of the file with the stream of a plain state."""
+    encoded = quote(state, safe="~+")
+    return f"%2E{encoded[1:]}.bin" if encoded.startswith(".") else f"{encoded}.bin"
+
+
+def carried_file_name(name: str, generation: int) -> str:
+    """Return the name under which a later generation holds a file of an older one."""
+    stem, _, suffix = name.rpartition(".")
+    stem = re.sub(r"\.from-\d+$", "", stem)
+    return f"{stem}.from-{generation:08d}.{suffix}"
+
+
+def check_file_name(name: object) -> str:
+    """Return a file name found in a manifest if it cannot lead out of its directory.
+
+    Raises:
+        ValueError: On the calling rank, if it could.
+    """
+    if not isinstance(name, str) or _FILE.fullmatch(name) is None:
+        raise ValueError(f"{name!r} is not a file name of this format")
+    return name
+
+
+def check_state_name(name: object) -> None:
+    """Refuse a state name that is empty, a path, or too long for a file name.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        RegistrationError: On the calling rank, saying what is wrong.
+    """
+    if not isinstance(name, str):
+        raise RegistrationError(f"state name {name!r} is not a string")
+    reason = _fault_of(name)
+    if reason:
+        raise RegistrationError(f"state name {name!r}: {reason}")
+
+
+def _fault_of(name: str) -> str | None:
+    if not name or name.isspace():
+        return "must not be empty"
+    if name.startswith("/") or {".", ".."} & set(name.split("/")):
+        return "must not be a path"
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        return "must not hold NUL, other control characters or lone surrogates"
+    length = len(stream_file_name(name).encode())
+    if length > STATE_NAME_BYTES_MAX:
+        return f"takes {length} bytes as a file name, {STATE_NAME_BYTES_MAX} at most"
+    return None
+
+
+def check_names_apart(names: Iterable[str]) -> None:
+    """Refuse names that are equal, or that some file systems take for equal.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        RegistrationError: On the calling rank, naming all pairs.
+    """
+    seen: dict[str, str] = {}
+    faults: list[str] = []
+    for name in names:
+        folded = unicodedata.normalize("NFC", name).casefold()
+        if folded not in seen:
+            seen[folded] = name
+        elif seen[folded] == name:
+            faults.append(f"{name!r} is given twice")
+        else:
+            faults.append(f"{seen[folded]!r} and {name!r} differ only in case or form")
+    if faults:
+        raise RegistrationError(
+            "state names collide:\n  " + "\n  ".join(faults), problems=faults
+        )

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One job owns a checkpoint directory: an flock, held by root while the job lives."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import LockedError, SaveError
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.layout import LOCK
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["DirectoryLock"]
+
+PATIENCE_SECONDS = 5.0
+"""A job that was just killed may take this long to die and let go."""
+
+
+class DirectoryLock:
+    """Exclusive ownership of a checkpoint directory.
+
+    Root only. Not thread-safe. The kernel lets go when the process dies, so a dead job
+    never blocks its successor.
+
+    Args:
+        root: The checkpoint directory; must exist.
+        job: Name of this job, told to whoever is refused.
+        patience_seconds: How long to wait for another owner to end.
+
+    Raises:
+        LockedError: On the calling rank, if another job holds the directory.
+        SaveError: On the calling rank, if the lock file cannot be used.
+    """
+
+    def __init__(
+        self, root: Path, job: str, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        self._path = root / LOCK
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os_errors_as(SaveError, "opening the lock", self._path):
+            self._descriptor = os.open(self._path, flags, 0o666)
+        try:
+            self._acquire(patience_seconds)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._sign(job)
+        _HELD.add(self)
+
+    def _acquire(self, patience_seconds: float) -> None:
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise LockedError(
+                        f"{self._path.parent} belongs to another running job "
+                        f"({self._owner()}); two jobs would overwrite each other's "
+                        "checkpoints: end that job, or give this one a directory of "
+                        "its own",
+                        path=self._path,
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:
+                name = errno.errorcode.get(error.errno or 0, "OSError")
+                raise SaveError(
+                    f"{self._path} cannot be locked: {name} ({error.strerror}); the file "
+                    "system must support flock",
+                    path=self._path,
+                    errno=error.errno,
+                ) from error
+            else:
+                return
+
+    def _sign(self, job: str) -> None:
+        text = f"job {job}, process {os.getpid()} on {socket.gethostname()}\n"
+        with suppress(OSError):  # a full disk must not keep us from owning it
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text.encode(), 0)
+
+    def _owner(self) -> str:
+        with suppress(OSError):
+            return os.pread(self._descriptor, 500, 0).decode(errors="replace").strip()
+        return "owner unknown"
+
+    def close(self) -> None:
+        """Let go of the directory; in a forked child, only forget it. Callable twice."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+_HELD: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # A forked data-loader worker shares the open file: without this it would hold the
+    # lock beyond the death of the process that took it.
+    for lock in list(_HELD):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

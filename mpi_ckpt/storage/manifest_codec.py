@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Manifest to bytes and back: pure, and distrustful of every byte it reads.
+
+The last member of the JSON object is the digest of all bytes before it, so any change is
+seen without a rule for canonical JSON (docs/format.md). That tail, ``format`` and
+``version`` are fixed for all versions to come.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from reprlib import repr as shown
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.digest import ALGORITHM, DIGEST_BYTES, Digest, digest_bytes
+from mpi_ckpt.errors import UnsupportedFormatError
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.storage.layout import (
+    check_file_name,
+    check_names_apart,
+    check_state_name,
+)
+from mpi_ckpt.storage.manifest import (
+    Extent,
+    Manifest,
+    StoredFile,
+    StoredLeaf,
+    StoredState,
+)
+from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["FORMAT", "MANIFEST_BYTES_MAX", "VERSION", "decode", "encode"]
+
+FORMAT = "mpi_ckpt"
+VERSION = 1
+MANIFEST_BYTES_MAX = 256 << 20
+
+_TAIL_START = b',"digest":"'
+_TAIL_END = b'"}\n'
+_TAIL_BYTES = len(_TAIL_START) + 2 * DIGEST_BYTES + len(_TAIL_END)
+_BLOCK_BYTES_RANGE = range(1, (64 << 20) + 1)
+_NUMBER_MAX = (1 << 63) - 1
+_RANK_MAX = (1 << 31) - 1
+_SIZE_MAX = 1 << 60
+_NOT_FINITE = frozenset({"nan", "inf", "-inf"})
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the bytes of ``manifest.json``.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        ValueError: On the calling rank, for what `decode` would refuse of the values
+            that users give: a step that is no integer, a structure that is not JSON,
+            names that collide with those of carried states.
+    """
+    check_names_apart(state.name for state in manifest.states)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "digest_algorithm": ALGORITHM,
+        "block_bytes": manifest.block_bytes,
+        "generation": manifest.generation,
+        "step": _integer(manifest.step, _NUMBER_MAX, -_NUMBER_MAX),
+        "time": manifest.time,
+        "job": manifest.job,
+        "size": manifest.size,
+        "metrics": {_text(k): _encode_metric(v) for k, v in manifest.metrics.items()},
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.nbytes,
+                "header_bytes": file.header_bytes,
+                "header_digest": file.header_digest.hex(),
+                "generation": file.generation,
+            }
+            for file in manifest.files
+        ],
+        "states": [_encode_state(state) for state in manifest.states],
+    }
+    # Without allow_nan=False a NaN is written that no reader takes for JSON.
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    head = text.encode()[:-1]
+    return head + _TAIL_START + digest_bytes(head).hex().encode() + _TAIL_END
+
+
+def _encode_metric(value: float) -> float | str:
+    # JSON has no NaN and no infinity.
+    return value if math.isfinite(value) else str(value)
+
+
+def _encode_state(state: StoredState) -> dict[str, Any]:
+    if state.stream is not None:
+        return {"name": state.name, "stream": _encode_extent(state.stream)}
+    return {
+        "name": state.name,
+        "structure": state.structure,
+        "leaves": [
+            {
+                "name": _text(leaf.spec.name),
+                "dtype": leaf.spec.dtype,
+                "shape": list(leaf.spec.shape),
+                **_encode_extent(leaf.extent),
+            }
+            for leaf in state.leaves
+        ],
+    }
+
+
+def _encode_extent(extent: Extent) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "file": extent.file,
+        "offset": extent.offset,
+        "bytes": extent.nbytes,
+        "digest": extent.digest.whole.hex(),
+    }
+    if len(extent.digest.blocks) > 1:
+        entry["blocks"] = b"".join(extent.digest.blocks).hex()
+    return entry
+
+
+def decode(data: bytes) -> Manifest:
+    """Read the bytes of ``manifest.json``.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        ValueError: On the calling rank, if a byte was changed or a rule is broken.
+        UnsupportedFormatError: On the calling rank, if the manifest is whole and of
+            another format or version.
+    """
+    head, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
+    expected = _TAIL_START + digest_bytes(head).hex().encode() + _TAIL_END
+    if tail != expected:
+        raise ValueError("the manifest does not match its own digest")
+    try:
+        document = json.loads(
+            data.decode(),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_int=_short_int,
+        )
+        _expect(isinstance(document, dict), "the manifest is not a JSON object")
+        _refuse_other_formats(document)
+        return _decode_manifest(document)
+    except RecursionError:
+        raise ValueError("the manifest is nested too deeply") from None
+    except KeyError as error:
+        raise ValueError(f"the manifest lacks {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the manifest has a value of a wrong kind: {error}") from error
+
+
+def _refuse_other_formats(document: dict[str, Any]) -> None:
+    version = document.get("version")
+    if document.get("format") != FORMAT or type(version) is not int or version != VERSION:
+        raise UnsupportedFormatError(
+            f"the manifest is of format {document.get('format')!r} version "
+            f"{version!r}; this library reads {FORMAT!r} version {VERSION}"
+        )
+
+
+def _decode_manifest(document: dict[str, Any]) -> Manifest:
+    _expect(document["digest_algorithm"] == ALGORITHM, "unknown digest algorithm")
+    block_bytes = _integer(document["block_bytes"], _BLOCK_BYTES_RANGE.stop - 1, 1)
+    files = tuple(_decode_file(entry) for entry in _list(document["files"]))
+    sizes = {file.name: file for file in files}
+    _expect(len(sizes) == len(files), "a file is listed twice")
+    states = tuple(
+        _decode_state(entry, sizes, block_bytes) for entry in _list(document["states"])
+    )
+    check_names_apart(state.name for state in states)
+    _check_extents(states, sizes)
+    return Manifest(
+        generation=_integer(document["generation"], _NUMBER_MAX),
+        step=_integer(document["step"], _NUMBER_MAX, -_NUMBER_MAX),
+        time=_real(document["time"]),
+        job=_text(document["job"]),
+        size=_integer(document["size"], _RANK_MAX, 1),
+        metrics={k: _decode_metric(v) for k, v in document["metrics"].items()},
+        block_bytes=block_bytes,
+        files=files,
+        states=states,
+    )
+
+
+def _decode_file(entry: dict[str, Any]) -> StoredFile:
+    file = StoredFile(
+        name=check_file_name(entry["name"]),
+        nbytes=_integer(entry["bytes"], _SIZE_MAX),
+        header_bytes=_integer(entry["header_bytes"], HEADER_BYTES_MAX),
+        header_digest=_digest(entry["header_digest"]),
+        generation=_integer(entry["generation"], _NUMBER_MAX),
+    )
+    _expect(file.header_bytes <= file.nbytes, f"{file.name}: header beyond its end")
+    return file
+
+
+def _decode_state(
+    entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
+) -> StoredState:
+    name = entry["name"]
+    check_state_name(name)
+    if "stream" in entry:
+        return StoredState(name, stream=_decode_extent(entry["stream"], files, block_bytes))
+    leaves = tuple(_decode_leaf(e, files, block_bytes) for e in _list(entry["leaves"]))
+    names = {leaf.spec.name for leaf in leaves}
+    _expect(len(names) == len(leaves), f"state {name!r} lists a leaf twice")
+    return StoredState(name, entry["structure"], leaves)
+
+
+def _decode_leaf(
+    entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
+) -> StoredLeaf:
+    name, dtype = _text(entry["name"]), _text(entry["dtype"])
+    _expect(dtypes.is_known(dtype), f"leaf {name!r} has the unknown dtype {dtype!r}")
+    shape = tuple(_integer(length, _SIZE_MAX) for length in _list(entry["shape"]))
+    _expect(len(shape) <= 64, f"leaf {name!r} has {len(shape)} dimensions")
+    leaf = StoredLeaf(
+        LeafSpec(name, dtype, shape), _decode_extent(entry, files, block_bytes)
+    )
+    _expect(
+        leaf.spec.nbytes == leaf.extent.nbytes,
+        f"leaf {leaf.spec} takes {leaf.spec.nbytes} bytes, {leaf.extent.nbytes} listed",
+    )
+    return leaf
+
+
+def _decode_extent(
+    entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
+) -> Extent:
+    file = files[entry["file"]]
+    offset = _integer(entry["offset"], _SIZE_MAX)
+    nbytes = _integer(entry["bytes"], _SIZE_MAX)
+    _expect(
+        file.header_bytes <= offset and offset + nbytes <= file.nbytes,
+        f"{file.name}: bytes {offset} to {offset + nbytes} lie outside its data",
+    )
+    whole = _digest(entry["digest"])
+    blocks = bytes.fromhex(_text(entry.get("blocks", entry["digest"])))
+    count = max(1, -(-nbytes // block_bytes))
+    _expect(len(blocks) == count * DIGEST_BYTES, f"{file.name}: wrong number of blocks")
+    cuts = range(0, len(blocks), DIGEST_BYTES)
+    digest = Digest(tuple(blocks[cut : cut + DIGEST_BYTES] for cut in cuts))
+    _expect(digest.whole == whole, f"{file.name}: block digests do not match")
+    return Extent(file.name, offset, nbytes, digest)
+
+
+def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]) -> None:
+    by_file: dict[str, list[Extent]] = {name: [] for name in files}
+    for state in states:
+        for extent in state.extents:
+            by_file[extent.file].append(extent)
+    for name, extents in by_file.items():
+        end = 0
+        for extent in sorted(extents, key=lambda one: (one.offset, one.nbytes)):
+            _expect(extent.offset >= end, f"{name}: leaves overlap at {extent.offset}")
+            end = extent.offset + extent.nbytes
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        _expect(key not in result, f"the manifest has the key {key!r} twice")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"the manifest holds {name}, which is not JSON")
+
+
+def _short_int(digits: str) -> int:
+    # Python limits conversion to 4300 digits; a structure may hold large integers.
+    _expect(len(digits) <= 4000, "the manifest holds an integer of absurd length")
+    return int(digits)
+
+
+def _integer(value: object, most: int, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"the manifest has {shown(value)} where an integer belongs")  # noqa: TRY004 (bad bytes)
+    _expect(least <= value <= most, f"the manifest has {value}, out of range")
+    return value
+
+
+def _real(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"the manifest has {shown(value)} where a number belongs")  # noqa: TRY004 (bad bytes)
+    try:
+        real = float(value)
+    except OverflowError:  # an integer too large for a float
+        real = math.inf
+    _expect(math.isfinite(real), "the manifest has a number out of range")
+    return real
+
+
+def _decode_metric(value: object) -> float:
+    return float(value) if value in _NOT_FINITE else _real(value)
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"the manifest has {shown(value)} where a list belongs")  # noqa: TRY004 (bad bytes)
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the manifest has {shown(value)} where text belongs")  # noqa: TRY004 (bad bytes)
+    return value
+
+
+def _digest(value: object) -> bytes:
+    digest = bytes.fromhex(_text(value))
+    _expect(len(digest) == DIGEST_BYTES, f"{value!r} is no digest")
+    return digest
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

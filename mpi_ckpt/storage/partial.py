@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A generation on its way: written beside the others, then published by one rename.
+
+The order is the promise (docs/guarantees.md): every file is fsynced before the manifest
+is written; the manifest and the directory are fsynced before the rename; the parent is
+fsynced before anybody is told.
+"""
+
+from __future__ import annotations
+
+import io
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.digest import BlockHasher, Digest
+from mpi_ckpt.errors import PublishError, WriteError
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
+from mpi_ckpt.storage.outfile import StagingBlocks, create_out_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+    from typing import BinaryIO
+
+    from _typeshed import ReadableBuffer
+
+    from mpi_ckpt.storage.outfile import IOMode, OutFile
+
+__all__ = ["Partial"]
+
+_STREAM_BUFFER_BYTES = 1 << 20
+_COPY_BYTES = 16 << 20
+
+
+class Partial:
+    """A generation that is being written. Root only. Used by one thread.
+
+    Args:
+        root: The checkpoint directory; the caller holds its lock.
+        generation: Number it will be published under.
+        job: Name of the job.
+        mode: How files are written; see `create_out_file`.
+        staging: Memory for direct writes, kept by the caller from save to save.
+
+    Raises:
+        WriteError: On the calling rank, if its directory cannot be made.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        generation: int,
+        job: str,
+        *,
+        mode: IOMode = "auto",
+        staging: StagingBlocks | None = None,
+    ) -> None:
+        self._root = root
+        self._mode: IOMode = mode
+        self._staging = staging or StagingBlocks()
+        self.generation = generation
+        self.path = root / partial_name(generation, job)
+        self.bytes_written = 0
+        self._was_named = False
+        with os_errors_as(WriteError, "making", self.path):
+            filesystem.make_directory(self.path)
+
+    def write_shard(self, name: str, runs: Iterable[memoryview], nbytes: int) -> None:
+        """Write runs of bytes, one behind the other, as one durable file.
+
+        Not collective.
+
+        Args:
+            name: Of the file.
+            runs: Each is done with before the next is asked for.
+            nbytes: Their length in all.
+
+        Raises:
+            WriteError: On the calling rank; the partial must then be dropped.
+        """
+        with self._file(name, nbytes) as out:
+            for run in runs:
+                out.write(run)
+        self.bytes_written += nbytes
+
+    def write_stream(
+        self, name: str, save: Callable[[BinaryIO], None]
+    ) -> tuple[int, Digest]:
+        """Let a function write a durable file; digest what it writes on the way.
+
+        Not collective.
+
+        Returns:
+            Size in bytes and digest.
+
+        Raises:
+            WriteError: On the calling rank; the partial must then be dropped.
+        """
+        with self._file(name, None) as out:
+            raw = _DigestingFile(out)
+            with io.BufferedWriter(raw, _STREAM_BUFFER_BYTES) as fileobj:
+                save(fileobj)
+        self.bytes_written += raw.hasher.nbytes
+        return raw.hasher.nbytes, raw.hasher.finish()
+
+    def carry(self, source: Path, name: str, *, copy: bool) -> bool:
+        """Share a file of an older generation by hard link.
+
+        Not collective.
+
+        Args:
+            source: The file.
+            name: Its name in this generation.
+            copy: Whether to copy it where links are refused.
+
+        Returns:
+            False if links are refused and it was not copied.
+
+        Raises:
+            WriteError: On the calling rank; the partial must then be dropped.
+        """
+        with os_errors_as(WriteError, "sharing", source):
+            try:
+                filesystem.link_file(source, self.path / name)
+            except OSError:
+                if not copy:
+                    return False
+                self._copy(source, name)
+        return True
+
+    def publish(self, manifest: bytes) -> Path:
+        """Write the manifest and make the generation exist. Not collective.
+
+        Returns:
+            The directory under its final name; it is durable.
+
+        Raises:
+            WriteError: On the calling rank; nothing was published.
+            PublishError: On the calling rank; nothing was published.
+        """
+        with self._file(MANIFEST, len(manifest)) as out:
+            out.write(memoryview(manifest))
+        self.bytes_written += len(manifest)
+        target = self._root / generation_name(self.generation)
+        with os_errors_as(PublishError, "publishing", self.path):
+            filesystem.sync_directory(self.path)
+            # CRASH: before this rename the generation does not exist; everything it
+            # needs is durable, so after it the generation is whole.
+            filesystem.rename_new(self.path, target)
+            try:
+                filesystem.sync_directory(self._root)
+            except OSError:
+                self._withdraw(target)
+                raise
+        return target
+
+    def drop(self) -> None:
+        """Delete what was written; what cannot be deleted is swept later."""
+        if not self._was_named:
+            with suppress(OSError):
+                filesystem.remove_tree(self.path)
+
+    def _withdraw(self, target: Path) -> None:
+        # Nobody knows whether the name is durable. Withdraw it, so that what is raised
+        # ("nothing was published") is what a restart finds.
+        # CRASH: the files must not go before the name is durably gone, and the directory
+        # was just not fsynced: they are left to a sweep, which fsyncs it first.
+        self._was_named = True
+        filesystem.rename_new(target, self.path)
+
+    @contextmanager
+    def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
+        path = self.path / name
+        with (
+            os_errors_as(WriteError, "writing", path),
+            create_out_file(
+                path, nbytes=nbytes, mode=self._mode, staging=self._staging
+            ) as out,
+        ):
+            yield out
+            out.finish()
+
+    def _copy(self, source: Path, name: str) -> None:
+        with (
+            filesystem.open_for_reading(source) as (reader, nbytes),
+            self._file(name, nbytes) as out,
+        ):
+            window = memoryview(bytearray(min(_COPY_BYTES, nbytes)))
+            for offset in range(0, nbytes, _COPY_BYTES):
+                count = filesystem.read_at(reader, window, offset)
+                out.write(window[:count])
+        self.bytes_written += nbytes
+
+
+class _DigestingFile(io.RawIOBase):
+    """Passes on what is written, and digests it."""
+
+    def __init__(self, out: OutFile) -> None:
+        super().__init__()
+        self._out = out
+        self.hasher = BlockHasher()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.hasher.nbytes
+
+    def write(self, data: ReadableBuffer) -> int:
+        view = memoryview(data).cast("B")
+        self._out.write(view)
+        self.hasher.update(view)
+        return len(view)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a generation and gives its bytes, each block proven before it is handed out."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, UnsupportedFormatError
+from mpi_ckpt.storage import filesystem, manifest_codec
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.layout import MANIFEST, generation_number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from mpi_ckpt.storage.manifest import Extent, Manifest, StoredFile
+
+__all__ = ["GenerationReader", "read_manifest"]
+
+# What open says when a generation is not what it should be, rather than out of reach.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check the manifest of a generation.
+
+    Not collective. Thread-safe.
+
+    Args:
+        path: Directory of the generation; the manifest must carry the number in its
+            name, where the name has one.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if it is missing or damaged.
+        UnsupportedFormatError: On the calling rank, if it is of another version.
+        ReadError: On the calling rank, if the operating system cannot read it.
+    """
+    where = path / MANIFEST
+    number = generation_number(path.name)
+    with _corrupt_unless_readable(where, number):
+        with filesystem.open_for_reading(where) as (descriptor, nbytes):
+            if nbytes > manifest_codec.MANIFEST_BYTES_MAX:
+                raise ValueError(f"{nbytes} bytes are no manifest")
+            data = bytearray(nbytes)
+            data = data[: filesystem.read_at(descriptor, memoryview(data), 0)]
+        try:
+            manifest = manifest_codec.decode(bytes(data))
+        except UnsupportedFormatError as error:
+            raise UnsupportedFormatError(
+                f"{where}: {error}", path=where, generation=number
+            ) from None
+        if number is not None and manifest.generation != number:
+            raise ValueError(f"it is the manifest of generation {manifest.generation}")
+    return manifest
+
+
+class GenerationReader:
+    """The files of one generation, open for reading; a context manager.
+
+    Not collective. Its bytes can be read by several threads.
+
+    Args:
+        path: Directory of the generation.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if a file is missing, of another
+            size, or has a damaged header.
+        UnsupportedFormatError: On the calling rank, if it is of another version.
+        ReadError: On the calling rank, if the operating system cannot read it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        # Threads append; adding to a number would lose some.
+        self._counts: list[int] = []
+        self._descriptors: dict[str, int] = {}
+        self._direct: dict[str, int] = {}
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            for file in self.manifest.files:
+                self._open(file, stack)
+            self._stack = stack.pop_all()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far."""
+        return sum(self._counts)
+
+    def close(self) -> None:
+        """Close the files. Callable twice."""
+        self._stack.close()
+
+    def __enter__(self) -> GenerationReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def verify(self) -> None:
+        """Prove every byte.
+
+        Not collective. Needs one block of memory.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, for the first that is wrong.
+            ReadError: On the calling rank, if the operating system cannot read it.
+        """
+        window = memoryview(bytearray(self.manifest.block_bytes))
+        for state in self.manifest.states:
+            for extent in state.extents:
+                for block in range(len(extent.digest.blocks)):
+                    rest = extent.nbytes - block * self.manifest.block_bytes
+                    into = window[: max(0, rest)]
+                    self._read_block(extent, block, into)
+                    self.prove(extent, block, into)
+
+    def read_direct(self, file: str, into: memoryview, offset: int) -> int:
+        """Read around the page cache where that is possible, else through it.
+
+        Not collective. Thread-safe.
+
+        Args:
+            file: Name of a file of the manifest.
+            into: Aligned to 4096 bytes, as long as a multiple of that.
+            offset: A multiple of 4096.
+
+        Returns:
+            Bytes read; fewer than asked for only at the end of the file.
+
+        Raises:
+            ReadError: On the calling rank, if the operating system cannot read them.
+        """
+        with os_errors_as(ReadError, "reading", self.path / file):
+            try:
+                descriptor = self._direct.get(file, self._descriptors[file])
+                count = filesystem.read_at(descriptor, into, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Opened direct, and yet not read so: other alignments are asked for,
+                # or (Lustre) alignment also of the read that finds the end.
+                count = filesystem.read_at(self._descriptors[file], into, offset)
+        self._counts.append(count)
+        return count
+
+    def expect(self, file: str, found: int, needed: int) -> None:
+        """Require that a file was read as far as is needed. Not collective.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if it ends before.
+        """
+        if found < needed:
+            raise CorruptGenerationError(
+                f"{self.path / file} ends at {found}, bytes up to {needed} are listed",
+                path=self.path / file,
+                generation=self.manifest.generation,
+            )
+
+    def prove(self, extent: Extent, block: int, data: memoryview) -> None:
+        """Compare the bytes of a block with what was saved.
+
+        Not collective. Thread-safe.
+
+        Args:
+            extent: A run of bytes of this generation's manifest.
+            block: Index of the block in the run.
+            data: The bytes that were read.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if they are others.
+        """
+        expected, found = extent.digest.blocks[block], digest_bytes(data)
+        if found != expected:
+            where = self.path / extent.file
+            offset = extent.offset + block * self.manifest.block_bytes
+            raise CorruptGenerationError(
+                f"{where}: bytes {offset} to {offset + len(data)} have digest "
+                f"{found.hex()}, expected {expected.hex()}",
+                path=where,
+                generation=self.manifest.generation,
+            )
+
+    def _read_block(self, extent: Extent, block: int, into: memoryview) -> None:
+        offset = extent.offset + block * self.manifest.block_bytes
+        with os_errors_as(ReadError, "reading", self.path / extent.file):
+            count = filesystem.read_at(self._descriptors[extent.file], into, offset)
+        self._counts.append(count)
+        self.expect(extent.file, offset + count, offset + len(into))
+
+    def _open(self, file: StoredFile, stack: ExitStack) -> None:
+        where = self.path / file.name
+        with _corrupt_unless_readable(where, self.manifest.generation):
+            descriptor, nbytes = stack.enter_context(filesystem.open_for_reading(where))
+            if nbytes != file.nbytes:
+                raise ValueError(f"has {nbytes} bytes, expected {file.nbytes}")
+            header = bytearray(file.header_bytes)
+            self._counts.append(filesystem.read_at(descriptor, memoryview(header), 0))
+            if digest_bytes(header) != file.header_digest:
+                raise ValueError("its header does not match its digest")
+        self._descriptors[file.name] = descriptor
+        # Some file systems take no direct reads; the page cache then serves.
+        with suppress(OSError):
+            direct = filesystem.open_for_reading(where, direct=True)
+            self._direct[file.name], _ = stack.enter_context(direct)
+
+
+@contextmanager
+def _corrupt_unless_readable(where: Path, generation: int | None) -> Iterator[None]:
+    try:
+        with os_errors_as(ReadError, "reading", where):
+            yield
+    except ReadError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        raise CorruptGenerationError(
+            f"{error}", path=where, generation=generation
+        ) from error
+    except ValueError as error:
+        raise CorruptGenerationError(
+            f"{where}: {error}", path=where, generation=generation
+        ) from error

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in a checkpoint directory: looked at, swept, set aside.
+
+Called by root alone. What disk holds is the only truth: nothing is remembered between
+runs but the generations themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import ReadError
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.layout import (
+    QUARANTINE,
+    generation_name,
+    generation_number,
+    is_adaptdl_name,
+    is_partial_name,
+    partial_number,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpi_ckpt.errors import CorruptGenerationError
+
+__all__ = ["Survey", "quarantine", "survey", "sweep"]
+
+logger = logging.getLogger(__name__)
+
+_REASON = "reason.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a look at a checkpoint directory found.
+
+    Attributes:
+        generations: Numbers of the published generations, newest first.
+        partials: Names of leftovers of writes and removals that were cut off.
+        quarantined: Names of the generations that were set aside.
+        adaptdl: Names of checkpoints in adaptdl's format.
+    """
+
+    generations: tuple[int, ...] = ()
+    partials: tuple[str, ...] = ()
+    quarantined: tuple[str, ...] = ()
+    adaptdl: tuple[str, ...] = ()
+
+    @property
+    def next_generation(self) -> int:
+        """A number that no generation or leftover has or had, as far as one can tell."""
+        aside = [
+            number
+            for name in self.quarantined
+            if (number := generation_number(name.partition("~")[0])) is not None
+        ]
+        left = [partial_number(name) for name in self.partials]
+        return max([0, *self.generations, *aside, *left]) + 1
+
+
+def survey(root: Path) -> Survey:
+    """Look at a checkpoint directory; a missing one is empty.
+
+    Not collective. Names of no known form are ignored.
+
+    Raises:
+        ReadError: On the calling rank, if it cannot be listed.
+    """
+    with os_errors_as(ReadError, "listing", root):
+        try:
+            names = filesystem.list_names(root)
+        except FileNotFoundError:
+            return Survey()
+        aside = filesystem.list_names(root / QUARANTINE) if QUARANTINE in names else []
+    numbers = [n for name in names if (n := generation_number(name)) is not None]
+    return Survey(
+        generations=tuple(sorted(numbers, reverse=True)),
+        partials=tuple(name for name in names if is_partial_name(name)),
+        quarantined=tuple(aside),
+        adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
+    )
+
+
+def sweep(root: Path, partials: tuple[str, ...]) -> None:
+    """Delete leftovers; what cannot be deleted is told, and stays for the next sweep.
+
+    Not collective. The caller holds the lock.
+    """
+    if not partials:
+        return
+    try:
+        # CRASH: a leftover may be a generation on its way out. If its files went before
+        # that rename is durable, it would be back under its name with files missing.
+        filesystem.sync_directory(root)
+    except OSError as error:
+        logger.warning("leftovers in %s are not removed: %s", root, error)
+        return
+    for name in partials:
+        try:
+            filesystem.remove_tree(root / name)
+        except OSError as error:
+            logger.warning("%s, a leftover, cannot be removed: %s", root / name, error)
+        else:
+            logger.info("removed %s, left by a run that was cut off", root / name)
+
+
+def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> Path:
+    """Set a generation aside with the reason; nothing is deleted.
+
+    Not collective. The caller holds the lock.
+
+    Returns:
+        Where it is now; its old place if it could not be moved.
+    """
+    source = root / generation_name(generation)
+    shelf = root / QUARANTINE
+    target = shelf / source.name
+    try:
+        filesystem.make_directories(shelf)
+        attempt = 1
+        while target.is_symlink() or target.exists():
+            attempt += 1
+            target = shelf / f"{source.name}~{attempt}"
+        reason = json.dumps({"generation": generation, "reason": str(problem)})
+        filesystem.rename_new(source, target)
+        filesystem.sync_directory(shelf)
+        filesystem.sync_directory(root)
+        _leave_reason(target, reason.encode())
+    except OSError as error:
+        logger.warning("%s could not be set aside: %s", source, error)
+        return source if source.exists() else target
+    return target
+
+
+def _leave_reason(target: Path, reason: bytes) -> None:
+    if not target.is_dir() or target.is_symlink():
+        return
+    with filesystem.create_file(target / _REASON) as descriptor:
+        filesystem.write_all(descriptor, reason, 0)
+        filesystem.sync_file(descriptor)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves to and from a file object: a safetensors stream with the structure beside it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.errors import CorruptGenerationError
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX, encode_header, parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import BinaryIO
+
+    from mpi_ckpt.leaf import Leaf
+
+__all__ = ["read_leaves", "write_leaves"]
+
+
+def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> None:  # noqa: ANN401 (JSON)
+    """Write leaves as a safetensors stream. Not collective.
+
+    Args:
+        fileobj: Open for writing bytes.
+        structure: JSON values; they travel in the stream's metadata.
+        leaves: Written in this order.
+    """
+    forms = [[leaf.spec.name, leaf.spec.dtype, leaf.spec.shape] for leaf in leaves]
+    metadata = {"mpi_ckpt": json.dumps({"structure": structure, "leaves": forms})}
+    entries = [(_header_name(leaf.spec.name), leaf.spec) for leaf in leaves]
+    fileobj.write(encode_header(entries, metadata))
+    fileobj.writelines(leaf.buffer.read() for leaf in leaves)
+
+
+def read_leaves(
+    fileobj: BinaryIO,
+    prepare: Callable[[Any, Sequence[LeafSpec]], list[Leaf]],
+) -> tuple[Any, list[Leaf]]:
+    """Read what `write_leaves` wrote into the leaves that ``prepare`` names.
+
+    Not collective.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if the stream is damaged.
+    """
+    try:
+        length = int.from_bytes(_read_exactly(fileobj, 8), "little")
+        if length > HEADER_BYTES_MAX:
+            raise ValueError(f"a header of {length} bytes")
+        header = parse_header(_read_exactly(fileobj, length))
+        content = json.loads(header["__metadata__"]["mpi_ckpt"])
+        structure = content["structure"]
+        specs = [_read_spec(*form) for form in content["leaves"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptGenerationError(
+            f"the stream is not one that a leaf state wrote: {error}"
+        ) from error
+    leaves = prepare(structure, specs)
+    for leaf in leaves:
+        try:
+            data = _read_exactly(fileobj, leaf.spec.nbytes)
+        except ValueError as error:
+            raise CorruptGenerationError(f"leaf {leaf.spec}: {error}") from error
+        leaf.buffer.write(memoryview(data))
+    return structure, leaves
+
+
+def _header_name(leaf: str) -> str:
+    # One name in the header is not that of a tensor.
+    return f"{leaf}_" if leaf.startswith("__metadata__") else leaf
+
+
+def _read_spec(name: Any, dtype: Any, shape: Any) -> LeafSpec:  # noqa: ANN401 (JSON)
+    plain = isinstance(name, str) and all(type(n) is int and n >= 0 for n in shape)
+    if not plain or not dtypes.is_known(dtype):
+        raise ValueError(f"a leaf {name!r} of {dtype!r} {shape!r}")
+    return LeafSpec(name, dtype, tuple(shape))
+
+
+def _read_exactly(fileobj: BinaryIO, count: int) -> bytes:
+    data = fileobj.read(count)
+    if len(data) != count:
+        raise ValueError(f"ends after {len(data)} of {count} bytes")
+    return data
