@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy arrays as leaves, and the state made of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.errors import StageError, StateMismatchError
+from mpi_ckpt.leaf import Leaf, LeafSpec
+from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["ArrayBuffer", "ArrayState", "array_dtype_name", "empty_array"]
+
+_NAMES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "complex128": "C128",
+}
+_DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
+
+
+def array_dtype_name(dtype: np.dtype[Any]) -> str:
+    """Return the leaf dtype of a NumPy dtype; byte order does not matter.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        StageError: On the calling rank, for objects and records, which are no bytes.
+    """
+    if dtype.name in _NAMES:
+        return _NAMES[dtype.name]
+    # Not newbyteorder(): NumPy's newer dtypes have none, and raise.
+    name = f"numpy:{dtype.str.replace('>', '<')}"
+    if dtype.hasobject or not dtypes.is_known(name):
+        raise StageError(
+            f"arrays of dtype {dtype} cannot be saved: only numbers, dates and "
+            "fixed-width text are plain bytes"
+        )
+    return name
+
+
+def empty_array(spec: LeafSpec) -> NDArray[Any]:
+    """Make an array for a leaf.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        StateMismatchError: On the calling rank, if NumPy has no such dtype here.
+    """
+    try:
+        dtype = _DTYPES.get(spec.dtype) or np.dtype(spec.dtype.removeprefix("numpy:"))
+    except TypeError:
+        raise StateMismatchError(f"{spec}: NumPy has no such dtype here") from None
+    return np.empty(spec.shape, dtype)
+
+
+class ArrayBuffer:
+    """The bytes of an array of any layout, little end first. Not collective."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+
+    def view(self) -> memoryview | None:
+        """Return the live bytes if they are contiguous, writable and little-endian."""
+        array = self._array
+        direct = array.flags.c_contiguous and array.flags.writeable
+        if not direct or array.dtype != self._little():
+            return None
+        return array.reshape(-1).view(np.uint8).data
+
+    def read(self) -> memoryview:
+        """Return the live bytes if possible, else those of a copy."""
+        contiguous = np.ascontiguousarray(self._array, dtype=self._little())
+        return contiguous.reshape(-1).view(np.uint8).data.toreadonly()
+
+    def copy_to(self, target: memoryview) -> None:
+        """Copy the bytes in one go, whatever the layout."""
+        if self._array.size:
+            new = np.frombuffer(target, self._little()).reshape(self._array.shape)
+            np.copyto(new, self._array)
+
+    def write(self, data: memoryview) -> None:
+        """Write bytes into the array, whatever its layout."""
+        new = np.frombuffer(data, self._little()).reshape(self._array.shape)
+        np.copyto(self._array, new)
+
+    def _little(self) -> np.dtype[Any]:
+        little: np.dtype[Any] = self._array.dtype.newbyteorder("<")
+        return little
+
+
+def array_leaf(name: str, array: NDArray[Any]) -> Leaf:
+    """Make the leaf of an array.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        StageError: On the calling rank, if the array is more than plain bytes.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        raise StageError(f"{name or 'the value'} is a masked array: its mask would be lost")
+    spec = LeafSpec(name, array_dtype_name(array.dtype), array.shape)
+    return Leaf(spec, ArrayBuffer(array))
+
+
+class ArrayState(LeafState):
+    """Named NumPy arrays, restored in place.
+
+    Args:
+        name: As for `mpi_ckpt.State`.
+        arrays: Any names, dtypes (but objects and records) and layouts. The same names,
+            dtypes and shapes on every rank, and in every run.
+        sync: As for `LeafState`.
+
+    Attributes:
+        arrays: The live arrays. Replace an entry freely between saves.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+    """
+
+    def __init__(
+        self, name: str, arrays: Mapping[str, NDArray[Any]], *, sync: SyncMode = "root"
+    ) -> None:
+        super().__init__(name, sync=sync)
+        self.arrays: dict[str, NDArray[Any]] = dict(arrays)
+
+    def capture(self) -> Capture:
+        """See `LeafState`. Not collective."""
+        given: dict[str, Any] = self.arrays
+        for key, value in given.items():
+            if not isinstance(value, np.ndarray):
+                # Arithmetic on 0-d arrays gives NumPy scalars: nothing to restore into.
+                given[key] = np.array(value)
+        return Capture(None, [array_leaf(k, a) for k, a in self.arrays.items()])
+
+    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ARG002
+        """See `LeafState`. Not collective."""
+        live = {leaf.spec.name: leaf for leaf in self.capture().leaves}
+        compare_specs(self.name, specs, [leaf.spec for leaf in live.values()])
+        raise_mismatch(
+            self.name,
+            [f"{k} is read-only" for k, a in self.arrays.items() if not a.flags.writeable],
+        )
+        return [live[spec.name] for spec in specs]
+
+    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
+        """See `LeafState`: everything is in place already. Not collective."""

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparing what was saved with what the program has: all differences at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import StateMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.leaf import LeafSpec
+
+__all__ = ["compare_specs", "raise_mismatch"]
+
+
+def compare_specs(state: str, saved: Sequence[LeafSpec], live: Sequence[LeafSpec]) -> None:
+    """Require the same names, dtypes and shapes, in any order.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        StateMismatchError: On the calling rank, listing every difference.
+    """
+    by_name = {spec.name: spec for spec in live}
+    problems = [
+        f"{spec} is saved, the program has no such leaf"
+        for spec in saved
+        if spec.name not in by_name
+    ]
+    problems += [
+        f"{spec} is saved, the program has {by_name[spec.name]}"
+        for spec in saved
+        if spec.name in by_name and by_name[spec.name] != spec
+    ]
+    names = {spec.name for spec in saved}
+    problems += [
+        f"{spec} is in the program, not in the checkpoint"
+        for spec in live
+        if spec.name not in names
+    ]
+    raise_mismatch(state, problems)
+
+
+def raise_mismatch(state: str, problems: Sequence[str]) -> None:
+    """Raise if there are problems. Not collective. Thread-safe.
+
+    Raises:
+        StateMismatchError: On the calling rank, if the list is not empty.
+    """
+    if problems:
+        raise StateMismatchError(
+            f"state {state!r} does not fit the checkpoint; nothing was changed:\n    "
+            + "\n    ".join(problems),
+            problems=[f"{state}: {problem}" for problem in problems],
+        )

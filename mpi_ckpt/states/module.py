@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A torch module as a state: parameters and buffers, in place, tied ones once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.states.mismatch import raise_mismatch
+from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+
+__all__ = ["ModuleState"]
+
+_EXTRA = "_extra_state"
+
+
+class ModuleState(LeafState):
+    """The parameters, persistent buffers and extra state of a module.
+
+    Restored in place, so optimizers, data-parallel wrappers and CUDA graphs keep their
+    references. Tied parameters are saved once and stay tied.
+
+    Args:
+        name: As for `mpi_ckpt.State`.
+        module: Any module, on any device, with frozen and unused parameters or none.
+        sync: As for `LeafState`.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+    """
+
+    def __init__(
+        self, name: str, module: torch.nn.Module, *, sync: SyncMode = "root"
+    ) -> None:
+        super().__init__(name, sync=sync)
+        self._module = module
+        self._arriving: dict[str, Any] = {}
+        self._targets: _Contents | None = None
+
+    def capture(self) -> Capture:
+        """See `LeafState`. Not collective."""
+        contents = _Contents(self._module)
+        structure = {"ties": contents.ties, "extra": contents.extra.structure}
+        return Capture(
+            structure, [*contents.leaves.values(), *contents.extra.leaves.values()]
+        )
+
+    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
+        """See `LeafState`. Not collective."""
+        live = _Contents(self._module)
+        try:
+            saved_ties = dict(structure["ties"])
+            extra_kinds = leaf_kinds(structure["extra"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise StateMismatchError(
+                f"state {self.name!r} was not saved from a module"
+            ) from error
+        saved = [spec for spec in specs if spec.name not in extra_kinds]
+        raise_mismatch(self.name, _problems(saved, saved_ties, live))
+        self._arriving, self._targets = {}, live
+        targets = []
+        for spec in specs:
+            if spec.name in extra_kinds:
+                value, leaf = make_leaf_value(spec, extra_kinds[spec.name])
+                self._arriving[spec.name] = value
+            else:
+                leaf = live.leaves[spec.name]
+            targets.append(leaf)
+        return targets
+
+    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
+        """See `LeafState`. Not collective."""
+        targets, self._targets = self._targets, None
+        assert targets is not None
+        # Tied when it was saved, apart in this program: each gets the value.
+        for name, source in structure["ties"].items():
+            if name in targets.leaves:
+                targets.leaves[name].buffer.write(targets.leaves[source].buffer.read())
+        if targets.computed:
+            self._give_back(targets)
+        arrived, self._arriving = self._arriving, {}
+        for name, value in unflatten(structure["extra"], arrived).items():
+            path = name.rpartition(_EXTRA)[0].rstrip(".")
+            self._module.get_submodule(path).set_extra_state(value)
+
+    def _give_back(self, targets: _Contents) -> None:
+        # A second look at the module would compute the old values anew, so it is given
+        # those of `prepare`, and all others, as its hooks may want several at once.
+        values = OrderedDict(targets.values)
+        values._metadata = targets.versions  # type: ignore[attr-defined] # noqa: SLF001
+        outcome = self._module.load_state_dict(values, strict=False)
+        refused = set(getattr(outcome, "unexpected_keys", ())) & set(targets.computed)
+        if refused:
+            raise StateMismatchError(
+                f"state {self.name!r}: the module does not take back "
+                f"{sorted(refused)}, which are in its own state dict"
+            )
+
+
+class _Contents:
+    """A module's state dict, sorted by what can be done with its entries."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        from mpi_ckpt.states.tensors import tensor_leaf
+
+        live = {id(t) for t in (*module.parameters(), *module.buffers())}
+        self.leaves: dict[str, Leaf] = {}
+        self.ties: dict[str, str] = {}
+        self.values: dict[str, torch.Tensor] = {}
+        # Made by a hook of the module when asked, so writing into them is not enough.
+        self.computed: list[str] = []
+        extra: dict[str, Any] = {}
+        first: dict[tuple[Any, ...], str] = {}
+        state_dict = module.state_dict(keep_vars=True)
+        # By which modules tell their own older formats.
+        self.versions = getattr(state_dict, "_metadata", {})
+        for name, value in state_dict.items():
+            if name.rpartition(".")[2] == _EXTRA:
+                extra[name] = value
+                continue
+            self.values[name] = value
+            source = first.setdefault(_identity(value), name)
+            if source != name:
+                self.ties[name] = source
+                continue
+            self.leaves[name] = tensor_leaf(name, value)
+            if id(value) not in live:
+                self.computed.append(name)
+        self.extra = flatten(extra, "#extra")
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what is equal for two tensors over the very same memory."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return (
+        tensor.device,
+        tensor.data_ptr(),
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
+
+
+def _problems(
+    saved: Sequence[LeafSpec], saved_ties: dict[str, str], live: _Contents
+) -> list[str]:
+    specs = {spec.name: spec for spec in saved}
+    there = {name: leaf.spec for name, leaf in live.leaves.items()}
+    problems = []
+    for name, spec in specs.items():
+        if name in live.ties:
+            problems.append(
+                f"{name} is tied to {live.ties[name]} in the program, apart in the "
+                "checkpoint"
+            )
+        elif name not in there:
+            problems.append(f"{spec} is saved, the program has no such parameter")
+        elif there[name] != spec:
+            problems.append(f"{spec} is saved, the program has {there[name]}")
+    for name, source in saved_ties.items():
+        if name in there and source in specs and not _alike(there[name], specs[source]):
+            problems.append(f"{name}: saved as {specs[source]}, program has {there[name]}")
+        if live.ties.get(name, source) != source:
+            problems.append(
+                f"{name} is tied to {live.ties[name]} in the program, to {source} in the "
+                "checkpoint"
+            )
+        if name not in there and name not in live.ties:
+            problems.append(f"{name} is saved, the program has no such parameter")
+    problems += [
+        f"{spec} is in the program, not in the checkpoint"
+        for name, spec in there.items()
+        if name not in specs and name not in saved_ties
+    ]
+    return problems
+
+
+def _alike(one: LeafSpec, other: LeafSpec) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States whose contents are one nested value: objects, optimizers, schedulers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+
+__all__ = ["NestedState"]
+
+
+class NestedState(LeafState):
+    """A leaf state that gives and takes a nested value.
+
+    Tensors that the program has already, under the same name and of the same dtype and
+    shape, are restored in place; others are made.
+    """
+
+    def __init__(self, name: str, *, sync: SyncMode = "root") -> None:
+        super().__init__(name, sync=sync)
+        self._arriving: dict[str, Any] = {}
+
+    def nested(self) -> Any:  # noqa: ANN401 (any nested value)
+        """Return the live contents, by reference. Not collective."""
+        raise NotImplementedError
+
+    def accept(self, value: Any) -> None:  # noqa: ANN401 (any nested value)
+        """Take over contents that have arrived. Not collective."""
+        raise NotImplementedError
+
+    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:
+        """Raise StateMismatchError if such contents do not fit. Not collective."""
+
+    def device_of(self, leaf: str) -> Any:  # noqa: ANN401, ARG002 (a torch device)
+        """Return the device a new tensor for a leaf belongs on. Not collective."""
+        return "cpu"
+
+    def capture(self) -> Capture:
+        """See `LeafState`. Not collective."""
+        flattened = flatten(self.nested())
+        return Capture(flattened.structure, tuple(flattened.leaves.values()))
+
+    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
+        """See `LeafState`. Not collective."""
+        self.check(structure, specs)
+        live = flatten(self.nested())
+        kinds, live_kinds = leaf_kinds(structure), leaf_kinds(live.structure)
+        self._arriving = {}
+        targets = []
+        for spec in specs:
+            leaf = live.leaves.get(spec.name)
+            kind = kinds.get(spec.name, "")
+            value = live.values.get(spec.name)
+            fits = live_kinds.get(spec.name) == kind and _is_writable(value)
+            if leaf is None or leaf.spec != spec or not fits:
+                value, leaf = make_leaf_value(spec, kind, self.device_of(spec.name))
+            self._arriving[spec.name] = value
+            targets.append(leaf)
+        return targets
+
+    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
+        """See `LeafState`. Not collective."""
+        arrived, self._arriving = self._arriving, {}
+        self.accept(unflatten(structure, arrived))
+
+
+def _is_writable(value: object) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.flags.writeable
+    return not isinstance(value, np.generic)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All of a training in one state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.leaf import Leaf
+from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.states.mismatch import raise_mismatch
+from mpi_ckpt.states.module import ModuleState
+from mpi_ckpt.states.optimizer import OptimizerState
+from mpi_ckpt.states.scheduler import SchedulerState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.states.scheduler import Stateful
+
+__all__ = ["TrainState"]
+
+
+class TrainState(LeafState):
+    """Module, optimizer, scheduler and gradient scaler as one state.
+
+    Args:
+        module: The model.
+        optimizer: Its optimizer.
+        scheduler: Anything with a state dict of plain values.
+        scaler: Likewise, a ``torch.amp.GradScaler`` as a rule.
+        name: As for `mpi_ckpt.State`.
+        sync: As for `LeafState`.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Stateful | None = None,
+        scaler: Stateful | None = None,
+        name: str = "train",
+        sync: SyncMode = "root",
+    ) -> None:
+        super().__init__(name, sync=sync)
+        # The optimizer comes after the module it optimizes, the scheduler after the
+        # optimizer whose rates it sets.
+        self._parts: dict[str, LeafState] = {"module": ModuleState("module", module)}
+        if optimizer is not None:
+            self._parts["optimizer"] = OptimizerState("optimizer", optimizer)
+        if scheduler is not None:
+            self._parts["scheduler"] = SchedulerState("scheduler", scheduler)
+        if scaler is not None:
+            self._parts["scaler"] = SchedulerState("scaler", scaler)
+
+    def capture(self) -> Capture:
+        """See `LeafState`. Not collective."""
+        captured = {key: part.capture() for key, part in self._parts.items()}
+        leaves = [
+            Leaf(replace(leaf.spec, name=f"{key}/{leaf.spec.name}"), leaf.buffer)
+            for key, one in captured.items()
+            for leaf in one.leaves
+        ]
+        return Capture({key: one.structure for key, one in captured.items()}, leaves)
+
+    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
+        """See `LeafState`. Not collective."""
+        self._check_parts(structure)
+        targets: dict[str, Leaf] = {}
+        problems: list[str] = []
+        for key, part in self._parts.items():
+            prefix = f"{key}/"
+            ours = [
+                replace(spec, name=spec.name.removeprefix(prefix))
+                for spec in specs
+                if spec.name.startswith(prefix)
+            ]
+            try:
+                leaves = part.prepare(structure[key], ours)
+            except StateMismatchError as error:
+                problems += error.problems or [str(error)]
+            else:
+                targets.update((prefix + leaf.spec.name, leaf) for leaf in leaves)
+        raise_mismatch(self.name, problems)
+        return [Leaf(spec, targets[spec.name].buffer) for spec in specs]
+
+    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
+        """See `LeafState`. Not collective."""
+        for key, part in self._parts.items():
+            part.adopt(structure[key], leaves)
+
+    def _check_parts(self, structure: Structure) -> None:
+        saved = set(structure) if isinstance(structure, dict) else set()
+        problems = [
+            f"{key} is saved, the program has none" for key in saved - set(self._parts)
+        ]
+        problems += [
+            f"{key} is in the program, not saved" for key in set(self._parts) - saved
+        ]
+        raise_mismatch(self.name, sorted(problems))
