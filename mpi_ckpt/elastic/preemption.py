@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests to stop: signals on any rank, noticed by all at the next step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType, TracebackType
+
+__all__ = ["PreemptionGuard"]
+
+DEFAULT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class PreemptionGuard:
+    """Turns signals into a flag while it is installed.
+
+    Not collective: each rank has its own flag, the manager agrees on them. Handlers that
+    were there before are called as well. A second SIGINT ends the process, as if the
+    guard were not there.
+
+    Schedulers and terminals signal whole groups, data-loader workers among them. A
+    process forked from this one never sets a flag: it lets pass what only asks for a
+    save (SIGUSR1, SIGUSR2, the first SIGINT), so that its trainer can save, and ends of
+    anything else as if the guard were not there.
+
+    Args:
+        signals: Signals that ask to stop.
+
+    Attributes:
+        requested: Whether a signal came.
+        reason: Name of the signal that came first, empty before.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = DEFAULT_SIGNALS) -> None:
+        self._signals = tuple(signals)
+        self._previous: dict[int, Any] = {}
+        self._owner = os.getpid()
+        self._passed_in_child: set[int] = set()
+        self.requested = False
+        self.reason = ""
+
+    def install(self) -> bool:
+        """Install the handlers. Main thread only.
+
+        Returns:
+            False if this is not the main thread: Python then allows no handler, and the
+            guard watches for nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        self._owner = os.getpid()
+        for number in self._signals:
+            if number not in self._previous:
+                self._previous[number] = signal.signal(number, self._note)
+        return True
+
+    def uninstall(self) -> None:
+        """Put the previous handlers back. Main thread only. Callable twice."""
+        for number, previous in self._previous.items():
+            # Somebody who took the signal after us keeps it.
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, _restorable(previous))
+        self._previous.clear()
+
+    def __enter__(self) -> PreemptionGuard:
+        self.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # INVARIANT: a handler only sets a flag, and steps aside for whoever was there.
+        previous = self._previous.get(number)
+        if os.getpid() != self._owner:
+            self._note_in_child(number, previous, frame)
+            return
+        again = self.requested and number == signal.SIGINT
+        self.requested = True
+        self.reason = self.reason or signal.Signals(number).name
+        if again:
+            self._as_if_absent(number, previous, frame)
+        elif callable(previous) and previous is not signal.default_int_handler:
+            previous(number, frame)
+
+    def _note_in_child(self, number: int, previous: Any, frame: FrameType | None) -> None:  # noqa: ANN401 (a handler)
+        asks_only = number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+        nobody_there = previous in (signal.SIG_DFL, signal.default_int_handler)
+        if asks_only and nobody_there and number not in self._passed_in_child:
+            # The second SIGINT is meant; who asks for a save may ask again.
+            if number == signal.SIGINT:
+                self._passed_in_child.add(number)
+            return
+        self._as_if_absent(number, previous, frame)
+
+    def _as_if_absent(
+        self,
+        number: int,
+        previous: Any,  # noqa: ANN401 (a handler, or one of the signal module's constants)
+        frame: FrameType | None,
+    ) -> None:
+        if callable(previous):
+            previous(number, frame)
+        elif previous != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def _restorable(previous: Any) -> Any:  # noqa: ANN401
+    # None stands for a handler that Python did not install and cannot put back.
+    return signal.SIG_DFL if previous is None else previous
