@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a state holds at the moment of a save, with the digests taken of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.digest import Digest, digest_bytes, digest_many
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.state import LeafState, Structure
+
+__all__ = ["Contents", "capture_all", "capture_only", "digest_contents"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A captured leaf state.
+
+    Attributes:
+        state: The state.
+        structure: Its JSON values.
+        leaves: Its leaves.
+        digests: One for each leaf; None if nobody has needed them yet.
+    """
+
+    state: LeafState
+    structure: Structure
+    leaves: tuple[Leaf, ...]
+    digests: tuple[Digest, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """The state's name."""
+        return self.state.name
+
+    @property
+    def specs(self) -> list[LeafSpec]:
+        """The leaves' specs, in order."""
+        return [leaf.spec for leaf in self.leaves]
+
+    def summary(self) -> tuple[bytes, bytes, bytes]:
+        """Return three digests: of the leaves' specs, of the structure, of the bytes.
+
+        Not collective.
+        """
+        forms = [[spec.name, spec.dtype, spec.shape] for spec in self.specs]
+        return (
+            digest_bytes(json.dumps(forms).encode()),
+            digest_bytes(json.dumps(self.structure).encode()),
+            digest_bytes(b"".join(digest.whole for digest in self.digests or ())),
+        )
+
+
+def capture_only(states: Sequence[LeafState]) -> list[Contents]:
+    """Capture states without looking at their bytes. Not collective.
+
+    Raises:
+        StageError: On the calling rank, if a state cannot be captured.
+    """
+    captured = [(state, state.capture()) for state in states]
+    return [Contents(state, one.structure, one.leaves) for state, one in captured]
+
+
+def capture_all(states: Sequence[LeafState], threads: int) -> list[Contents]:
+    """Capture states and digest all their leaves, side by side.
+
+    Not collective. See `digest_contents`.
+
+    Raises:
+        StageError: On the calling rank, if a state cannot be captured.
+    """
+    return digest_contents(capture_only(states), threads)
+
+
+def digest_contents(contents: Sequence[Contents], threads: int) -> list[Contents]:
+    """Digest what was not digested yet, all leaves side by side.
+
+    Not collective. Nothing is copied but leaves that are not contiguous host memory, at
+    most ``threads`` of them at a time.
+
+    Args:
+        contents: Captured states.
+        threads: Threads that hash.
+    """
+    leaves = [leaf for one in contents if one.digests is None for leaf in one.leaves]
+    digests = iter(
+        digest_many(
+            [leaf.buffer.read for leaf in leaves],
+            sum(leaf.spec.nbytes for leaf in leaves),
+            threads,
+        )
+    )
+    return [
+        one
+        if one.digests is not None
+        else replace(one, digests=tuple(next(digests) for _ in one.leaves))
+        for one in contents
+    ]

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which generation to restore, and which of the program's states are in it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.comm import bcast_json
+from mpi_ckpt.engine.read import describe
+from mpi_ckpt.errors import CorruptGenerationError, RestoreError, StateMismatchError
+from mpi_ckpt.storage.layout import generation_name
+from mpi_ckpt.storage.reader import GenerationReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.state import State
+    from mpi_ckpt.storage.directory import CheckpointDirectory
+
+__all__ = ["Fit", "Found", "find_newest", "fit_states", "reject"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A generation that looks good.
+
+    Attributes:
+        description: What `describe` says of it, on every rank.
+        reader: The open generation on root; None elsewhere.
+    """
+
+    description: dict[str, Any]
+    reader: GenerationReader | None
+
+    @property
+    def generation(self) -> int:
+        """Its number."""
+        number: int = self.description["generation"]
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How the program's states and those of a generation meet.
+
+    Attributes:
+        states: States of the program that the generation has.
+        missing: Names of states that only the program has.
+        unexpected: Names of states that only the generation has.
+    """
+
+    states: tuple[State, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+@contextmanager
+def find_newest(
+    session: Session, *, pinned: int | None, proven: bool
+) -> Iterator[Found | None]:
+    """Find the newest good generation; root keeps it open within the block.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The session.
+        pinned: Number of the generation that must be used; None for the newest.
+        proven: Whether to verify all its bytes here, because later restores will take
+            other states from it.
+
+    Raises:
+        RestoreError: On every rank, if root finds generations but no good one.
+    """
+
+    def look() -> GenerationReader | None:
+        return _open(session.directory, pinned, proven=proven)
+
+    reader = session.on_root("looking for a generation", look, RestoreError)
+    try:
+        mine = None if reader is None else describe(reader.manifest)
+        description = bcast_json(session.comm, mine, "telling of a generation")
+        yield None if description is None else Found(description, reader)
+    finally:
+        if reader is not None:
+            reader.close()
+
+
+def fit_states(
+    found: Found, states: Sequence[State], *, partial: bool, strict: bool
+) -> Fit:
+    """Match the names of states. Not collective: the same on every rank.
+
+    Args:
+        found: The generation.
+        states: The states wanted.
+        partial: Whether it is understood that the generation has others.
+        strict: Whether any other difference is an error.
+
+    Raises:
+        StateMismatchError: On every rank, naming all that are missing or unexpected.
+    """
+    saved = found.description["states"]
+    names = {state.name for state in states}
+    missing = tuple(state.name for state in states if state.name not in saved)
+    unexpected = () if partial else tuple(name for name in saved if name not in names)
+    problems = [f"state {name!r} is in the program, not saved" for name in missing]
+    problems += [f"state {name!r} is saved, not in the program" for name in unexpected]
+    if problems and strict:
+        raise StateMismatchError(
+            f"generation {found.generation} has other states than the program; nothing "
+            "was changed (Options(strict=False) restores what both have):\n  "
+            + "\n  ".join(problems),
+            generation=found.generation,
+            problems=problems,
+        )
+    there = tuple(state for state in states if state.name in saved)
+    return Fit(there, missing, unexpected)
+
+
+def reject(session: Session, found: Found, problem: CorruptGenerationError) -> None:
+    """Set a generation aside that turned out bad while it was read.
+
+    Collective. Main thread only.
+
+    Raises:
+        RestoreError: On every rank, if root cannot.
+    """
+    session.on_root(
+        "setting a generation aside",
+        lambda: session.directory.reject(found.generation, problem),
+        RestoreError,
+    )
+
+
+def _open(
+    directory: CheckpointDirectory, pinned: int | None, *, proven: bool
+) -> GenerationReader | None:
+    if pinned is not None:
+        return GenerationReader(directory.root / generation_name(pinned))
+    while True:
+        reader = directory.open_newest()
+        if reader is None or not proven:
+            return reader
+        try:
+            reader.verify()
+        except CorruptGenerationError as problem:
+            reader.close()
+            directory.reject(reader.manifest.generation, problem)
+        else:
+            return reader

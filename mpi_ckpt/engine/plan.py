@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which leaf goes where in a file. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.storage.tensorfile import encode_header
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.leaf import LeafSpec
+
+__all__ = ["Placement", "ShardPlan", "plan_shard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one leaf lies: index of its state and of the leaf, offset in bytes."""
+
+    state: int
+    leaf: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The layout of one file.
+
+    Attributes:
+        header: The bytes before the first leaf.
+        placements: The leaves in file order, without holes.
+        nbytes: Size of the file.
+    """
+
+    header: bytes
+    placements: tuple[Placement, ...]
+    nbytes: int
+
+
+def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
+    """Lay out the leaves of several states in one safetensors file.
+
+    Not collective. Thread-safe. Leaves of larger elements come first, so that every
+    leaf is aligned to its own elements; otherwise the order is the states'.
+
+    Args:
+        states: Name and leaves of each state.
+
+    Raises:
+        SaveError: On the calling rank, if the header would be too large to be read.
+    """
+    order = sorted(
+        (
+            (index, number)
+            for index, (_, specs) in enumerate(states)
+            for number in range(len(specs))
+        ),
+        key=lambda at: -dtypes.element_bytes(states[at[0]][1][at[1]].dtype),
+    )
+    specs = [states[index][1][number] for index, number in order]
+    # A state's name is encoded, so that "a/b" + "c" and "a" + "b/c" stay apart.
+    names = [
+        f"{quote(states[index][0], safe='')}/{spec.name}"
+        for (index, _), spec in zip(order, specs, strict=True)
+    ]
+    header = encode_header(zip(names, specs, strict=True), {"format": "mpi_ckpt"})
+    placements = []
+    offset = len(header)
+    for (index, number), spec in zip(order, specs, strict=True):
+        placements.append(Placement(index, number, offset))
+        offset += spec.nbytes
+    return ShardPlan(header, tuple(placements), offset)

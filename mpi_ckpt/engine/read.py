@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings one generation from root's files into the states of every rank."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.comm import agree, agree_on_root, bcast_buffers
+from mpi_ckpt.engine.read_plan import Batch, Place, plan_reads
+from mpi_ckpt.engine.targets import Target
+from mpi_ckpt.errors import RestoreError, StateMismatchError
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer, copy_bytes
+from mpi_ckpt.state import LeafState, State
+from mpi_ckpt.storage.prefetch import Prefetcher, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.storage.manifest import Extent, Manifest
+    from mpi_ckpt.storage.reader import GenerationReader
+
+__all__ = ["Incoming", "adopt", "describe", "match", "transfer"]
+
+_OVERWRITTEN = (
+    "published generations are untouched, but states in memory may hold a mixture: do "
+    "not train on them"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A state that is about to be restored.
+
+    Attributes:
+        state: The program's state.
+        structure: What was saved beside the leaves; None for a stream.
+        leaves: Where the leaves go; for a stream, one leaf of bytes.
+        places: Where they come from.
+    """
+
+    state: State
+    structure: Any
+    leaves: tuple[Leaf, ...]
+    places: tuple[Place, ...]
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """Return what ranks other than root need of a manifest, as JSON values.
+
+    Not collective. Thread-safe.
+    """
+    numbers = {file.name: number for number, file in enumerate(manifest.files)}
+
+    def place(extent: Extent) -> list[int]:
+        return [numbers[extent.file], extent.offset, extent.nbytes]
+
+    return {
+        "generation": manifest.generation,
+        "step": manifest.step,
+        "size": manifest.size,
+        "metrics": dict(manifest.metrics),
+        "block_bytes": manifest.block_bytes,
+        "states": {
+            state.name: {"places": [place(state.stream)]}
+            if state.stream is not None
+            else {
+                "places": [place(leaf.extent) for leaf in state.leaves],
+                "structure": state.structure,
+                "leaves": [
+                    [leaf.spec.name, leaf.spec.dtype, leaf.spec.shape]
+                    for leaf in state.leaves
+                ],
+            }
+            for state in manifest.states
+        },
+    }
+
+
+def match(description: dict[str, Any], states: Sequence[State]) -> list[Incoming]:
+    """Find a place for every byte before the first one moves.
+
+    Not collective. Called on every rank.
+
+    Args:
+        description: Made by `describe` on root.
+        states: The states to restore; all are in the description.
+
+    Raises:
+        StateMismatchError: On the calling rank, listing all mismatches of all states.
+    """
+    matched: list[Incoming] = []
+    problems: list[str] = []
+    for state in states:
+        try:
+            matched.append(_match_one(description["states"][state.name], state))
+        except StateMismatchError as error:
+            problems += error.problems or [str(error)]
+    if problems:
+        raise StateMismatchError(
+            f"generation {description['generation']} does not fit the program, nothing "
+            "was changed:\n  " + "\n  ".join(problems),
+            generation=description["generation"],
+            problems=problems,
+        )
+    return matched
+
+
+def _match_one(saved: dict[str, Any], state: State) -> Incoming:
+    places = tuple(Place(*place) for place in saved["places"])
+    if "leaves" not in saved:
+        if isinstance(state, LeafState):
+            raise StateMismatchError(f"state {state.name!r} was saved as a stream")
+        spec = LeafSpec("stream", "U8", (places[0].nbytes,))
+        leaf = Leaf(spec, MemoryBuffer.empty(spec.nbytes))
+        return Incoming(state, None, (leaf,), places)
+    if not isinstance(state, LeafState):
+        raise StateMismatchError(f"state {state.name!r} was saved as leaves")
+    specs = [LeafSpec(name, dtype, tuple(shape)) for name, dtype, shape in saved["leaves"]]
+    leaves = state.prepare(saved["structure"], specs)
+    return Incoming(state, saved["structure"], tuple(leaves), places)
+
+
+def transfer(
+    comm: Communicator,
+    reader: GenerationReader | None,
+    incoming: Sequence[Incoming],
+    *,
+    block_bytes: int,
+    window_bytes: int,
+) -> None:
+    """Read on root, prove, broadcast, put in place: a window at a time.
+
+    Collective. Main thread only. No byte is sent or put in place before its block was
+    proven. Files are read once, whatever the number of ranks, each window while the one
+    before it is proven and sent.
+
+    Args:
+        comm: The communicator.
+        reader: The open generation on root; None elsewhere.
+        incoming: What `match` found, in the same order on every rank.
+        block_bytes: Block length of the generation.
+        window_bytes: Memory root reads into, in two halves; at least two blocks.
+
+    Raises:
+        CorruptGenerationError: On every rank, if bytes are not those that were saved.
+        ReadError: On every rank, if root cannot read.
+    """
+    leaves = [leaf for one in incoming for leaf in one.leaves]
+    targets = [Target(leaf.buffer, leaf.spec.nbytes) for leaf in leaves]
+    places = [place for one in incoming for place in one.places]
+    batches = plan_reads(places, block_bytes=block_bytes, window_bytes=window_bytes // 2)
+
+    def open_source() -> _Source:
+        assert reader is not None  # this is root
+        return _Source(reader, incoming, batches)
+
+    source = agree_on_root(comm, "preparing to read", open_source, error=RestoreError)
+    try:
+        for batch in batches:
+
+            def read(batch: Batch = batch) -> list[memoryview]:
+                assert source is not None  # this is root
+                return source.take(batch)
+
+            parts = agree_on_root(
+                comm, "reading a generation", read, error=RestoreError, safe=_OVERWRITTEN
+            )
+            _distribute(comm, batch, parts, targets)
+    finally:
+        if source is not None:
+            source.close()
+
+
+class _Source:
+    """The proven bytes of a generation, on root."""
+
+    def __init__(
+        self,
+        reader: GenerationReader,
+        incoming: Sequence[Incoming],
+        batches: Sequence[Batch],
+    ) -> None:
+        self._reader = reader
+        saved = [reader.manifest.state(one.state.name) for one in incoming]
+        self._extents = [extent for one in saved if one for extent in one.extents]
+        names = [file.name for file in reader.manifest.files]
+        runs = [Run(names[batch.file], batch.start, batch.end) for batch in batches]
+        self._prefetcher = Prefetcher(reader, runs)
+
+    def close(self) -> None:
+        """Stop reading ahead. Callable twice."""
+        self._prefetcher.close()
+
+    def take(self, batch: Batch) -> list[memoryview]:
+        """Return the proven bytes of each piece of the next batch."""
+        window = self._prefetcher.take()
+        parts = []
+        for piece in batch.pieces:
+            start = piece.offset - batch.start
+            part = window[start : start + piece.nbytes]
+            self._reader.prove(self._extents[piece.leaf], piece.block, part)
+            parts.append(part)
+        return parts
+
+
+def _distribute(
+    comm: Communicator,
+    batch: Batch,
+    parts: Sequence[memoryview] | None,
+    targets: Sequence[Target],
+) -> None:
+    """Send the pieces of a batch from root to where they belong on every rank."""
+    doing = "sending a generation"
+    places = [targets[p.leaf].memory()[p.start : p.end] for p in batch.pieces]
+    bcast_buffers(comm, places if parts is None else parts, doing)
+    if parts is not None:
+        for place, part in zip(places, parts, strict=True):
+            copy_bytes(part, place)
+    for piece in batch.pieces:
+        if piece.last:
+            targets[piece.leaf].finish()
+
+
+def adopt(comm: Communicator, incoming: Sequence[Incoming]) -> None:
+    """Let the states take over what has arrived, in order.
+
+    Collective. Main thread only.
+
+    Raises:
+        CheckpointError: On every rank, if a state's load fails on any.
+    """
+
+    def take_over() -> None:
+        for one in incoming:
+            if isinstance(one.state, LeafState):
+                one.state.adopt(one.structure, one.leaves)
+            else:
+                one.state.load(io.BytesIO(one.leaves[0].buffer.read()))
+
+    agree(comm, "loading the states", take_over, error=RestoreError, safe=_OVERWRITTEN)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings states back to the newest generation that proves good."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import agree
+from mpi_ckpt.engine.find import find_newest, fit_states, reject
+from mpi_ckpt.engine.read import adopt, match, transfer
+from mpi_ckpt.engine.report import report_restore
+from mpi_ckpt.errors import CorruptGenerationError, RestoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.engine.find import Fit, Found
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import PhaseClock, RestoreReport
+    from mpi_ckpt.state import State
+
+__all__ = ["restore_states"]
+
+
+def restore_states(
+    session: Session,
+    states: Sequence[State],
+    clock: PhaseClock,
+    *,
+    partial: bool,
+    pinned: int | None,
+) -> RestoreReport | None:
+    """Restore states from the newest good generation, setting bad ones aside.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        states: What to restore, the same on every rank.
+        clock: Started when the restore was asked for.
+        partial: Whether the program asks for some of its states only.
+        pinned: Number of the generation to use; None for the newest.
+
+    Returns:
+        The report; None, with nothing changed, if nothing was ever saved.
+
+    Raises:
+        RestoreError: On every rank; see `CheckpointManager.restore`.
+    """
+    while True:
+        with find_newest(session, pinned=pinned, proven=partial) as found:
+            if found is None:
+                return None
+            strict = session.options.strict
+            fit = fit_states(found, states, partial=partial, strict=strict)
+            try:
+                _bring_back(session, found, fit, clock)
+            # Agreed on: every rank is here, with the same error.
+            except CorruptGenerationError as problem:
+                if pinned is not None:
+                    raise
+                reject(session, found, problem)
+            else:
+                return report_restore(session, found, fit, clock)
+
+
+def _bring_back(session: Session, found: Found, fit: Fit, clock: PhaseClock) -> None:
+    with clock.phase("match"):
+        incoming = agree(
+            session.comm,
+            "matching a generation with the program",
+            lambda: match(found.description, fit.states),
+            error=RestoreError,
+        )
+    with clock.phase("transfer"):
+        transfer(
+            session.comm,
+            found.reader,
+            incoming,
+            block_bytes=found.description["block_bytes"],
+            window_bytes=session.options.window_bytes,
+        )
+    with clock.phase("adopt"):
+        adopt(session.comm, incoming)

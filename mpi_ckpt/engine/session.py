@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every step of a save or restore needs at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from mpi_ckpt.comm import agree_on_root, compare_texts
+from mpi_ckpt.errors import OptionsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.errors import CheckpointError
+    from mpi_ckpt.options import Options
+    from mpi_ckpt.storage.directory import CheckpointDirectory
+
+__all__ = ["Session"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The ranks, the directory and the options of one manager.
+
+    Attributes:
+        comm: The manager's communicator.
+        directory: Touched on root only.
+        options: The same on every rank.
+    """
+
+    comm: Communicator
+    directory: CheckpointDirectory
+    options: Options
+
+    def compare_options(self) -> None:
+        """Require the same options on every rank.
+
+        Collective. Main thread only. Called once, before anything else meets.
+
+        Raises:
+            OptionsError: On every rank, if they differ.
+        """
+        texts = [f"{name}={value}" for name, value in self.options.describe().items()]
+        problems = compare_texts(self.comm, "comparing options", texts)
+        if problems:
+            raise OptionsError(
+                "the ranks were given different options:\n  " + "\n  ".join(problems),
+                problems=problems,
+            )
+        # Not before: ranks that cut messages differently could not even tell of it.
+        self.comm.message_bytes = self.options.message_bytes
+
+    def on_root(
+        self, doing: str, work: Callable[[], Result], error: type[CheckpointError]
+    ) -> Result | None:
+        """Do local work on root; see `mpi_ckpt.comm.agree_on_root`.
+
+        Collective. Main thread only.
+
+        Raises:
+            CheckpointError: On every rank, if the work failed.
+        """
+        return agree_on_root(self.comm, doing, work, error=error)

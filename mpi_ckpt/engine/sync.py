@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making replicas equal: digests first, and only what differs is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.comm import (
+    agree,
+    agree_on_root,
+    bcast_buffers,
+    bcast_json,
+    differing_digests,
+    mean_buffers,
+)
+from mpi_ckpt.digest import Digest
+from mpi_ckpt.engine.averaging import from_summable, to_summable
+from mpi_ckpt.engine.contents import Contents, capture_all, capture_only
+from mpi_ckpt.engine.parts import combine_parts
+from mpi_ckpt.engine.targets import Target
+from mpi_ckpt.errors import DivergedError, StageError
+from mpi_ckpt.leaf import Leaf, LeafSpec
+from mpi_ckpt.reports import SyncReport
+from mpi_ckpt.state import LeafState, State, Structure
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.options import Options
+
+__all__ = ["STRUCTURE", "capture_on_root", "sync_states"]
+
+STRUCTURE = "(structure)"
+"""Stands in reports for what of a state is not a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """How one state differs between ranks.
+
+    Attributes:
+        index: Of the state.
+        form: Whether its structure or its leaves' specs differ.
+        leaves: Indices of the leaves to be sent; None for all that root has.
+        averaged: Those of them that are averaged instead.
+        structure: Root's structure.
+        targets: Where the leaves go on this rank, all of them; those of root, on root,
+            unless some are averaged.
+    """
+
+    index: int
+    form: bool
+    leaves: tuple[int, ...] | None
+    averaged: tuple[int, ...] = ()
+    structure: Structure = None
+    targets: tuple[Leaf, ...] = ()
+
+
+def sync_states(
+    comm: Communicator, states: Sequence[State], options: Options
+) -> tuple[list[Contents], SyncReport]:
+    """Make all states equal on all ranks, in the way each asks for.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        states: The same states in the same order on every rank.
+        options: Threads and window are used.
+
+    Returns:
+        The contents of the leaf states as root has them after the sync, and the report.
+        On other ranks the contents may be older.
+
+    Raises:
+        DivergedError: On every rank, if a state that checks is not equal everywhere.
+        StageError: On every rank, if a state cannot be captured on any.
+        StateMismatchError: On every rank, if root's contents do not fit on one.
+    """
+    for state in states:
+        if not isinstance(state, LeafState):
+            agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
+    leaf_states = [state for state in states if isinstance(state, LeafState)]
+    combine_parts(comm, leaf_states)
+    contents = agree(
+        comm,
+        "capturing the states",
+        lambda: _capture(comm, leaf_states, options.digest_threads),
+        error=StageError,
+    )
+    compared = [one for one in contents if one.digests is not None]
+    differences = _find_differences(comm, compared)
+    _refuse_divergence(compared, differences)
+    differences = _prepare(comm, compared, differences)
+    sent, averaged = _transfer(comm, compared, differences, options)
+    _adopt(comm, compared, differences)
+    report = SyncReport(
+        differing={
+            compared[one.index].state.name: _names(one.targets, one) for one in differences
+        },
+        bytes_hashed=sum(spec.nbytes for one in compared for spec in one.specs),
+        bytes_sent=sent,
+    )
+    return [averaged.get(one.state.name, one) for one in contents], report
+
+
+def capture_on_root(comm: Communicator, states: Sequence[State]) -> list[Contents]:
+    """Take the leaf states as root has them, without comparing anything.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        states: The same states in the same order on every rank.
+
+    Returns:
+        Their contents on root, not yet digested; nothing elsewhere.
+
+    Raises:
+        StageError: On every rank, if a state cannot be captured on root.
+    """
+    leaf_states = [state for state in states if isinstance(state, LeafState)]
+    # Parts differ by nature: without this, root would save those of an earlier save.
+    combine_parts(comm, leaf_states)
+    contents = agree_on_root(
+        comm, "capturing the states", lambda: capture_only(leaf_states), error=StageError
+    )
+    return contents or []
+
+
+def _capture(
+    comm: Communicator, states: Sequence[LeafState], threads: int
+) -> list[Contents]:
+    """Digest what is compared; of the rest root alone takes note, to be digested later."""
+    alone = comm.size == 1
+    compared = [s for s in states if s.sync_mode != "none" and not alone]
+    digested = {one.state.name: one for one in capture_all(compared, threads)}
+    rest = [s for s in states if s.name not in digested and comm.is_root]
+    captured = digested | {one.state.name: one for one in capture_only(rest)}
+    return [captured[state.name] for state in states if state.name in captured]
+
+
+def _find_differences(
+    comm: Communicator, contents: Sequence[Contents]
+) -> list[_Difference]:
+    doing = "comparing the states of all ranks"
+    summaries = [digest for one in contents for digest in one.summary()]
+    differs = differing_digests(comm, summaries, doing).reshape(-1, 3)
+    # Digests of single leaves are compared where the leaves are the same in name and
+    # form, and some byte is not.
+    inspected = {i for i, (specs, _, data) in enumerate(differs) if data and not specs}
+    leaf_digests = [d.whole for i in sorted(inspected) for d in contents[i].digests or ()]
+    leaf_differs = iter(differing_digests(comm, leaf_digests, doing))
+    found = []
+    for index, (specs, structure, _) in enumerate(differs):
+        leaves: tuple[int, ...] | None = () if not specs else None
+        if index in inspected:
+            flags = [next(leaf_differs) for _ in contents[index].leaves]
+            leaves = tuple(int(i) for i in np.flatnonzero(flags))
+        if specs or structure or leaves:
+            found.append(_Difference(index, bool(specs or structure), leaves))
+    return found
+
+
+def _refuse_divergence(
+    contents: Sequence[Contents], differences: Sequence[_Difference]
+) -> None:
+    problems = [
+        f"state {contents[one.index].state.name!r}: "
+        + ", ".join(_names(contents[one.index].leaves, one))
+        + " differ between ranks"
+        for one in differences
+        if contents[one.index].state.sync_mode == "check"
+    ]
+    # The differences were agreed on, so this is reached by all ranks or by none.
+    if problems:
+        raise DivergedError(
+            "replicas have diverged, nothing was saved:\n  " + "\n  ".join(problems),
+            problems=problems,
+        )
+
+
+def _names(leaves: Sequence[Leaf], difference: _Difference) -> tuple[str, ...]:
+    names = [STRUCTURE] if difference.form else []
+    return (*names, *(leaves[i].spec.name for i in difference.leaves or ()))
+
+
+def _prepare(
+    comm: Communicator, contents: Sequence[Contents], differences: list[_Difference]
+) -> list[_Difference]:
+    if not differences:
+        return []
+    forms = _bcast_forms(comm, contents, [one.index for one in differences])
+
+    def prepare() -> list[_Difference]:
+        prepared = []
+        for difference, (structure, specs) in zip(differences, forms, strict=True):
+            own = contents[difference.index]
+            targets = own.leaves
+            averaged = _averaged(own, difference)
+            if averaged or not comm.is_root:
+                targets = tuple(own.state.prepare(structure, specs))
+                if difference.leaves is not None:
+                    sent = set() if comm.is_root else set(difference.leaves)
+                    _keep_equal(own.leaves, targets, sent.difference(averaged))
+            leaves = difference.leaves
+            if leaves is None:
+                leaves = tuple(range(len(specs)))
+            prepared.append(
+                replace(
+                    difference,
+                    leaves=leaves,
+                    averaged=averaged,
+                    structure=structure,
+                    targets=targets,
+                )
+            )
+        return prepared
+
+    return agree(comm, "fitting root's states", prepare, error=StageError)
+
+
+def _averaged(own: Contents, difference: _Difference) -> tuple[int, ...]:
+    if own.state.sync_mode != "mean" or difference.form:
+        return ()
+    specs = own.specs
+    return tuple(i for i in difference.leaves or () if specs[i].dtype in dtypes.FLOATING)
+
+
+def _bcast_forms(
+    comm: Communicator, contents: Sequence[Contents], indices: Sequence[int]
+) -> list[tuple[Structure, list[LeafSpec]]]:
+    mine = [
+        [
+            contents[i].structure,
+            [[s.name, s.dtype, s.shape] for s in contents[i].specs],
+        ]
+        for i in indices
+    ]
+    forms = bcast_json(comm, mine, "sending the form of the states")
+    return [
+        (
+            structure,
+            [LeafSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs],
+        )
+        for structure, specs in forms
+    ]
+
+
+def _keep_equal(
+    leaves: Sequence[Leaf], targets: Sequence[Leaf], sent: Collection[int]
+) -> None:
+    """Fill targets that nothing is sent to from what this rank has: it is the same."""
+    for index, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
+        if index not in sent and not _same_memory(leaf, target):
+            target.buffer.write(leaf.buffer.read())
+
+
+def _same_memory(leaf: Leaf, target: Leaf) -> bool:
+    one, other = leaf.buffer.view(), target.buffer.view()
+    if one is None or other is None or not len(one):
+        return False
+    return bool(np.shares_memory(np.frombuffer(one, "u1"), np.frombuffer(other, "u1")))
+
+
+def _transfer(
+    comm: Communicator,
+    contents: Sequence[Contents],
+    differences: Sequence[_Difference],
+    options: Options,
+) -> tuple[int, dict[str, Contents]]:
+    sent = 0
+    averaged: dict[str, Contents] = {}
+    to_bcast: list[Leaf] = []
+    for difference in differences:
+        own = contents[difference.index]
+        leaves = difference.leaves or ()
+        to_bcast += [difference.targets[i] for i in leaves if i not in difference.averaged]
+        if difference.averaged:
+            _average(comm, [difference.targets[i] for i in difference.averaged])
+            averaged[own.state.name] = _with_new_digests(own, difference)
+        sent += sum(difference.targets[i].spec.nbytes for i in leaves)
+    for batch in _batches(to_bcast, options.window_bytes):
+        _bcast_leaves(comm, batch)
+    return sent, averaged
+
+
+def _batches(leaves: Sequence[Leaf], window_bytes: int) -> Iterator[list[Leaf]]:
+    """Group leaves so that private copies of a group stay within the window."""
+    batch: list[Leaf] = []
+    filled = 0
+    for leaf in leaves:
+        if batch and filled + leaf.spec.nbytes > window_bytes:
+            yield batch
+            batch, filled = [], 0
+        batch.append(leaf)
+        filled += leaf.spec.nbytes
+    if batch:
+        yield batch
+
+
+def _bcast_leaves(comm: Communicator, leaves: Sequence[Leaf]) -> None:
+    doing = "sending what differs"
+    if comm.is_root:
+        bcast_buffers(comm, [leaf.buffer.read() for leaf in leaves], doing)
+        return
+    targets = [Target(leaf.buffer, leaf.spec.nbytes) for leaf in leaves]
+    bcast_buffers(comm, [target.memory() for target in targets], doing)
+    for target in targets:
+        target.finish()
+
+
+def _average(comm: Communicator, leaves: Sequence[Leaf]) -> None:
+    for leaf in leaves:
+        array = to_summable(leaf.spec.dtype, leaf.buffer.read())
+        mean_buffers(comm, [array], "averaging what differs")
+        leaf.buffer.write(from_summable(leaf.spec.dtype, array))
+
+
+def _with_new_digests(own: Contents, difference: _Difference) -> Contents:
+    digests = list(own.digests or ())
+    for index in difference.averaged:
+        digests[index] = Digest.of(difference.targets[index].buffer.read())
+    return replace(own, leaves=difference.targets, digests=tuple(digests))
+
+
+def _adopt(
+    comm: Communicator, contents: Sequence[Contents], differences: Sequence[_Difference]
+) -> None:
+    if not differences:
+        return
+
+    def adopt() -> None:
+        for one in differences:
+            if one.averaged or not comm.is_root:
+                contents[one.index].state.adopt(one.structure, one.targets)
+
+    agree(comm, "taking over root's states", adopt, error=StageError)
