@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says at the end of a run what was tried, and with which seed to try it again."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.crash.faults import quiet
+from tests.crash.world import COUNTS, SEED
+
+
+def pytest_terminal_summary(terminalreporter):
+    tried = ", ".join(f"{number} {what}" for what, number in COUNTS.items())
+    terminalreporter.write_line(f"crash tests: MPI_CKPT_TEST_SEED={SEED}; {tried}")
+
+
+@pytest.fixture(autouse=True)
+def seed_and_silence():
+    """Print the seed into the output of a failed test; keep thousands of warnings out."""
+    print(f"MPI_CKPT_TEST_SEED={SEED}")
+    with quiet():
+        yield

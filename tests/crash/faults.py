@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single I/O faults: every call of the library's writer fails once, or from then on.
+
+After SQLite's "test the Nth call": a workload runs with the first call of a kind failing,
+then with the second, and so on until none fires any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import logging
+import os
+import shutil
+import stat
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.errors import CheckpointError
+from tests.crash.recorder import in_place_of_os
+from tests.crash.replay import PIECE, write_image
+from tests.crash.scenarios import ROOT, saved_image
+from tests.crash.world import COUNTS, Saved, Training, empty, leftovers, scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from tests.crash.replay import Image
+
+CALLS = (
+    "open",
+    "pwrite",
+    "fsync",
+    "mkdir",
+    "rename",
+    "link",
+    "unlink",
+    "rmdir",
+    "listdir",
+    "preadv",
+    "lstat",
+    "posix_fallocate",
+    "ftruncate",
+    "close",
+    "fstat",
+)
+ERRNOS = (
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ESTALE,
+    errno.EFBIG,
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        call: Name of the function of ``os``.
+        nth: Which of its calls fails, counted from 1.
+        errno: How.
+        forever: Whether all later calls fail as well.
+    """
+
+    call: str
+    nth: int
+    errno: int
+    forever: bool = False
+
+    def __str__(self) -> str:
+        often = "from then on" if self.forever else "once"
+        return (
+            f"{self.call} no. {self.nth} fails with {errno.errorcode[self.errno]} {often}"
+        )
+
+
+class Faulty:
+    """An ``os`` of which one call fails, in place of a real one or a recorder."""
+
+    def __init__(self, fault: Fault, inner: Any = os) -> None:
+        self.fault = fault
+        self.fired = 0
+        self.retried: list[str] = []
+        self._inner = inner
+        self._calls = itertools.count(1)  # counts right from several threads
+        self._failed: list[int] = []  # descriptors of files whose fsync failed
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._inner, name)
+        if name == "fsync":
+            function = self._fsync
+        if name != self.fault.call:
+            return function
+        return lambda *args, **kwargs: self._call(function, *args, **kwargs)
+
+    def close_kept(self) -> None:
+        """Forget files whose fsync failed."""
+        for descriptor in self._failed:
+            os.close(descriptor)
+        self._failed.clear()
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        fault = self.fault
+        number = next(self._calls)
+        if number == fault.nth or (fault.forever and number > fault.nth):
+            self.fired += 1
+            if fault.call == "fsync":
+                self._note_failure(args[0])
+            paths = [str(path) for path in args[:2] if not isinstance(path, int)]
+            if fault.call in ("rename", "link"):
+                paths.insert(1, None)
+            elif not isinstance(args[0], os.PathLike):
+                paths = []  # calls on descriptors tell no name
+            if fault.call == "close":  # which closes, whatever it says
+                function(*args)
+            raise OSError(fault.errno, os.strerror(fault.errno), *paths)
+        return function(*args, **kwargs)
+
+    def _fsync(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        self.retried += [
+            f"file {status.st_ino}"
+            for failed in self._failed
+            if os.path.sameopenfile(failed, descriptor)
+        ]
+        self._inner.fsync(descriptor)
+
+    def _note_failure(self, descriptor: int) -> None:
+        # A second descriptor keeps the number of the inode from being used again.
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            self.retried += [
+                f"file {descriptor}"
+                for failed in self._failed
+                if os.path.sameopenfile(failed, descriptor)
+            ]
+            self._failed.append(os.dup(descriptor))
+
+
+class Short:
+    """An ``os`` that writes and reads fewer bytes than asked for.
+
+    Around the page cache the least is a block, as it is for a kernel.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.cut = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def pwrite(self, descriptor: int, data: Any, offset: int) -> int:
+        view = memoryview(data).cast("B")
+        return os.pwrite(descriptor, self._shorten(descriptor, view), offset)
+
+    def preadv(self, descriptor: int, buffers: Any, offset: int) -> int:
+        view = memoryview(buffers[0]).cast("B")
+        return os.preadv(descriptor, [self._shorten(descriptor, view)], offset)
+
+    def _shorten(self, descriptor: int, view: memoryview) -> memoryview:
+        most = self._most
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            most = -(-most // PIECE) * PIECE
+        self.cut += len(view) > most
+        return view[:most]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Something that a fault hits.
+
+    Attributes:
+        name: For messages.
+        base: What is on disk before.
+        before: What a restore brings if the workload failed.
+        after: What it brings if the workload succeeded.
+        act: The workload itself.
+        prepare: What is done before, without a fault.
+        keep: Generations to keep.
+        root: The checkpoint directory.
+        options: For the manager.
+    """
+
+    name: str
+    base: Image
+    before: Saved | None
+    after: Saved | None
+    act: Callable[[Training], Any]
+    prepare: Callable[[Training], Any] = lambda _: None
+    keep: int = 3
+    root: str = ROOT
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def workloads() -> list[Workload]:
+    one, _ = saved_image([1])
+    two, _ = saved_image([1, 2])
+    three, _ = saved_image([1, 2, 3])
+    damaged = dict(two)
+    stream = f"{ROOT}/checkpoint-00000002/plain.bin"
+    damaged[stream] = damaged[stream][:-1] + b"\xff"
+    left = f"{ROOT}/.partial-00000003-0123456789ab"
+    crashed = {**two, left: None, f"{left}/rank-00000.safetensors": b"torn"}
+    return [
+        Workload(
+            "first save", {}, None, Saved.of(5), lambda t: t.save(5), root="made/for/it"
+        ),
+        Workload(
+            "save after a crash", crashed, Saved.of(2), Saved.of(5), lambda t: t.save(5)
+        ),
+        Workload(
+            "save with prune",
+            three,
+            Saved.of(3),
+            Saved.of(5),
+            lambda t: t.save(5),
+            Training.restore,
+            keep=1,
+        ),
+        Workload(
+            "carrying save",
+            one,
+            Saved.of(1),
+            Saved(5, 1, 5),
+            lambda t: t.save(5, only=["plain"]),
+            Training.restore,
+        ),
+        Workload(
+            "sharing save",
+            two,
+            Saved.of(2),
+            Saved(5, 2, 5),
+            lambda t: (t.move(5, ["plain"]), t.manager.save(5), t.manager.wait()),
+            Training.restore,
+            keep=2,
+        ),
+        Workload(
+            "direct save",
+            one,
+            Saved.of(1),
+            Saved.of(5),
+            lambda t: t.save(5),
+            options={"io": "direct"},
+        ),
+        Workload(
+            "asynchronous save",
+            two,
+            Saved.of(2),
+            Saved.of(5),
+            lambda t: t.save(5),
+            keep=1,
+            options={"asynchronous": True},
+        ),
+        Workload(
+            "restore after a crash", crashed, Saved.of(2), Saved.of(2), Training.restore
+        ),
+        Workload("fallback", damaged, Saved.of(1), Saved.of(1), Training.restore),
+    ]
+
+
+@dataclass
+class Outcome:
+    """What a workload came to under a fault; the same on every rank.
+
+    Attributes:
+        fired: Whether the fault did happen.
+        error: Class and message of what was raised, None if it succeeded.
+        wrong: All that is not as it must be.
+        seconds: How long it took.
+    """
+
+    fired: bool = False
+    error: tuple[str, str] | None = None
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def attempt(
+    workload: Workload, fault: Fault, sandbox: Path, comm: Any = None, **options: Any
+) -> Outcome:
+    """Run a workload with a fault on root; check all that must hold after.
+
+    Collective if ``comm`` is given: files are root's, everything else is checked on
+    every rank.
+    """
+    is_root = comm is None or comm.rank == 0
+    if is_root:
+        empty(sandbox)
+        write_image(workload.base, sandbox)
+    if comm is not None:
+        comm.Barrier()
+    faulty = Faulty(fault) if is_root else Untouched()
+    root = sandbox / workload.root
+    options = {**workload.options, **options}
+    with Training(root, keep=workload.keep, comm=comm, **options) as training:
+        workload.prepare(training)
+        outcome = _act(workload, training, faulty, fault, str(sandbox))
+        if is_root:
+            outcome.fired = faulty.fired > 0
+            outcome.wrong += [f"fsync again after it failed: {f}" for f in faulty.retried]
+            faulty.close_kept()
+        expected = workload.before if outcome.error else workload.after
+        _go_on(training, root, expected, outcome, is_root=is_root)
+    with Training(root, comm=comm, **options) as training:
+        found = training.restore()
+        if found != Saved.of(7):
+            outcome.wrong.append(f"a new job restored {found} after the next save")
+    return outcome
+
+
+class Untouched:
+    """An ``os`` for ranks that must not touch files at all."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"a rank that is not root calls os.{name}")
+
+
+def _act(
+    workload: Workload, training: Training, faulty: Any, fault: Fault, sandbox: str
+) -> Outcome:
+    outcome = Outcome()
+    start = time.perf_counter()
+    try:
+        with in_place_of_os(faulty):
+            workload.act(training)
+    except CheckpointError as error:
+        outcome.error = (type(error).__name__, str(error))
+        name = errno.errorcode[fault.errno]
+        if name not in str(error) or error.errno != fault.errno:
+            outcome.wrong.append(f"{name} is not told: {error}")
+        # The directory that holds the sandbox is fsynced as well.
+        if os.path.dirname(sandbox) not in str(error):
+            outcome.wrong.append(f"no file is named: {error}")
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def _go_on(
+    training: Training,
+    root: Path,
+    expected: Saved | None,
+    outcome: Outcome,
+    *,
+    is_root: bool,
+) -> None:
+    """The fault is gone: the right generation is there, and the next save works."""
+    wrong = outcome.wrong
+    try:
+        found = training.restore()
+        if found != expected:
+            wrong.append(f"restored {found}, expected {expected}")
+        training.save(7)
+        if is_root and leftovers(root):
+            wrong.append(f"left behind: {leftovers(root)}")
+        training.plain.value = b""
+        found = training.restore()
+        if found != Saved.of(7):
+            wrong.append(f"restored {found} after the next save")
+    except (CheckpointError, ValueError) as error:
+        wrong.append(f"does not go on: {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the library logs out of the output of thousands of faults."""
+    logger = logging.getLogger("mpi_ckpt")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass
+class Table:
+    """How a workload did under many faults.
+
+    Attributes:
+        fired: Faults that did happen.
+        raised: Those of which an error came.
+        calls: The kinds of calls that failed.
+        wrong: All that is not as it must be.
+    """
+
+    fired: int = 0
+    raised: int = 0
+    calls: set[str] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        shown = "\n".join(self.wrong[:10])
+        return f"{len(self.wrong)} wrong of {self.fired} faults:\n{shown}"
+
+
+def run_table(
+    workload: Workload, errnos: Sequence[int] = ERRNOS, *, forever: bool = False
+) -> Table:
+    """Let every call of every kind fail, with every error, until none fires."""
+    table = Table()
+    sandbox = scratch()
+    try:
+        with quiet():
+            for call in CALLS:
+                for code in errnos:
+                    _until_none_fires(table, workload, sandbox, call, code, forever=forever)
+    finally:
+        shutil.rmtree(sandbox)
+    return table
+
+
+def _until_none_fires(
+    table: Table, workload: Workload, sandbox: Path, call: str, code: int, *, forever: bool
+) -> None:
+    nth = 1
+    while True:
+        fault = Fault(call, nth, code, forever)
+        outcome = attempt(workload, fault, sandbox)
+        if not outcome.fired:
+            return
+        table.fired += 1
+        COUNTS["faults"] += 1
+        table.calls.add(call)
+        table.raised += outcome.error is not None
+        table.wrong += [f"{workload.name}, {fault}: {line}" for line in outcome.wrong]
+        nth += 1

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Goes through faults of root, one after the other, in one job.
+
+Arguments: file with the faults as JSON, file for what came of them, a line for each.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from mpi4py import MPI
+
+from tests.crash.faults import Fault, attempt, quiet, workloads
+from tests.crash.world import scratch
+
+asked, told = Path(sys.argv[1]), Path(sys.argv[2])
+comm = MPI.COMM_WORLD
+known = {workload.name: workload for workload in workloads()}
+sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
+lines = []
+with quiet():
+    for name, *fault in json.loads(asked.read_text()):
+        outcome = attempt(known[name], Fault(*fault), sandbox, comm, deadline_seconds=20)
+        gathered = comm.gather(outcome)
+        if comm.rank == 0:
+            report = {
+                "fault": f"{name}, {Fault(*fault)}",
+                "fired": outcome.fired,
+                "errors": [one.error for one in gathered],
+                "wrong": [line for one in gathered for line in one.wrong],
+                "seconds": [one.seconds for one in gathered],
+            }
+            lines.append(json.dumps(report))
+if comm.rank == 0:
+    told.write_text("\n".join(lines))
+    shutil.rmtree(sandbox)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The testers are tested: each weakened library must be caught, by the right verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+
+import pytest
+
+from mpi_ckpt.engine import write
+from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.storage import catalog, filesystem, partial, recovery
+from mpi_ckpt.storage.layout import generation_name
+from tests.crash import faults, scenarios
+from tests.crash.recorder import in_place_of_os
+from tests.crash.scenarios import judge_crashes
+from tests.crash.world import COUNTS, SEED, Training
+
+real_sync_directory = filesystem.sync_directory
+
+
+@pytest.fixture(autouse=True)
+def uncounted():
+    """What is tried on a weakened library is no merit of the library."""
+    before = COUNTS.copy()
+    yield
+    COUNTS.clear()
+    COUNTS.update(before)
+
+
+def verdicts(scenario):
+    return judge_crashes(scenario, SEED, samples=20, limit=200).kinds
+
+
+def skip_sync_of(monkeypatch, ends):
+    """Do not fsync directories whose name satisfies a condition."""
+
+    def weak(path):
+        if not ends(path.name):
+            real_sync_directory(path)
+
+    monkeypatch.setattr(filesystem, "sync_directory", weak)
+
+
+def test_no_fsync_of_files(monkeypatch):
+    monkeypatch.setattr(filesystem, "sync_file", lambda _: None)
+    assert verdicts(scenarios.next_save())["TORN"] > 0
+
+
+def test_no_fsync_of_directories(monkeypatch):
+    monkeypatch.setattr(filesystem, "sync_directory", lambda _: None)
+    found = verdicts(scenarios.next_save())
+    assert found["LOST"] > 0
+    assert found["TORN"] > 0
+
+
+def test_no_fsync_of_the_partial(monkeypatch):
+    skip_sync_of(monkeypatch, lambda name: name.startswith(".partial"))
+    assert verdicts(scenarios.next_save())["TORN"] > 0
+
+
+def test_no_fsync_of_the_parent_after_publishing(monkeypatch):
+    skip_sync_of(monkeypatch, lambda name: name == scenarios.ROOT)
+    assert verdicts(scenarios.next_save())["LOST"] > 0
+
+
+def test_no_fsync_of_parents_that_were_made(monkeypatch):
+    skip_sync_of(monkeypatch, lambda name: name in ("made", "on", "the"))
+    assert verdicts(scenarios.first_save())["NONE"] > 0
+
+
+def test_no_fsync_of_a_parent_that_a_killed_job_made(monkeypatch):
+    skip_sync_of(monkeypatch, lambda name: name.startswith("mpi_ckpt-crash"))
+    first = scenarios.first_save()
+    made = next(number for number, op in enumerate(first.ops, 1) if op.kind == "mkdir")
+    assert verdicts(scenarios.killed_then_recovered(first, made))["NONE"] > 0
+
+
+def test_manifest_is_renamed_before_its_bytes_are_durable(monkeypatch):
+    def early(self, manifest):
+        with filesystem.create_file(self.path / "manifest.json") as descriptor:
+            filesystem.write_all(descriptor, manifest, 0)
+            target = self._root / generation_name(self.generation)
+            filesystem.sync_directory(self.path)
+            filesystem.rename_new(self.path, target)
+            filesystem.sync_directory(self._root)
+            filesystem.sync_file(descriptor)
+        return target
+
+    monkeypatch.setattr(partial.Partial, "publish", early)
+    assert verdicts(scenarios.next_save())["TORN"] > 0
+
+
+def test_acknowledged_when_it_is_only_staged():
+    def program(run):
+        with run.start(asynchronous=True) as training:
+            number, _ = run.start_save(training, 2)
+            run.recorder.mark(number)
+
+    base, saves = scenarios.saved_image([1])
+    scenario = scenarios.Scenario("early", base, saves=saves, acked=0)
+    assert verdicts(scenarios.record(scenario, program))["LOST"] > 0
+
+
+def test_prune_without_fsync_of_the_parent(monkeypatch):
+    def remove(self, numbers, job):
+        # As in the library, but for the fsync between the renames and the deletions.
+        for number in numbers:
+            target = self._root / f".partial-{number:08d}-{job}"
+            filesystem.rename_new(self._root / generation_name(number), target)
+            filesystem.remove_tree(target)
+
+    monkeypatch.setattr(catalog.Catalog, "remove", remove)
+    assert verdicts(scenarios.saves_that_prune(1))["TORN"] > 0
+
+
+def test_prune_in_place(monkeypatch):
+    def remove(self, numbers, job):
+        for number in numbers:
+            filesystem.remove_tree(self._root / generation_name(number))
+
+    monkeypatch.setattr(catalog.Catalog, "remove", remove)
+    assert verdicts(scenarios.saves_that_prune(1))["TORN"] > 0
+
+
+def test_sweep_without_fsync_of_the_parent(monkeypatch):
+    def sweep(root, partials):
+        for name in partials:
+            filesystem.remove_tree(root / name)
+
+    monkeypatch.setattr(recovery, "sweep", sweep)
+    first = scenarios.saves_that_prune(1)
+    renamed = [
+        number
+        for number, op in enumerate(first.ops, 1)
+        if op.kind == "rename" and ".partial" in op.target
+    ]
+    assert verdicts(scenarios.killed_then_recovered(first, renamed[-1]))["TORN"] > 0
+
+
+def test_no_sweep(monkeypatch):
+    scenario = scenarios.sweep()
+    monkeypatch.setattr(recovery, "sweep", lambda *_: None)
+    assert verdicts(scenario)["LEFTOVER"] > 0
+
+
+def save_with_failing_fsync(number):
+    """Record a save of which one fsync fails, whatever the library makes of it."""
+    fault = faults.Fault("fsync", number, errno.EIO)
+
+    def program(run):
+        with run.start() as training, contextlib.suppress(CheckpointError):
+            run.save(training, 2)
+
+    base, saves = scenarios.saved_image([1])
+    scenario = scenarios.Scenario("one fsync fails", base, saves=saves, acked=0)
+    wrap = functools.partial(faults.Faulty, fault)
+    return scenarios.record(scenario, program, wrap)
+
+
+def test_withdrawn_generation_is_deleted_at_once(monkeypatch):
+    def withdraw(self, target):
+        filesystem.rename_new(target, self.path)
+
+    monkeypatch.setattr(partial.Partial, "_withdraw", withdraw)
+    runs = [save_with_failing_fsync(number) for number in range(1, 8)]
+    withdrawn = [run for run in runs if sum(op.kind == "rename" for op in run.ops) == 2]
+    assert len(withdrawn) == 1
+    assert verdicts(withdrawn[0])["TORN"] > 0
+
+
+def test_failed_fsync_of_a_directory_is_ignored(monkeypatch):
+    def careless(path):
+        with contextlib.suppress(OSError):
+            real_sync_directory(path)
+
+    monkeypatch.setattr(filesystem, "sync_directory", careless)
+    runs = [save_with_failing_fsync(number) for number in range(1, 8)]
+    acked = [run for run in runs if run.ops[-1].kind == "mark"]
+    assert any(verdicts(run)["LOST"] > 0 for run in acked)
+
+
+# The table of faults.
+
+
+def table(name, errnos=(errno.EIO,)):
+    workload = next(one for one in faults.workloads() if one.name == name)
+    return faults.run_table(workload, errnos).wrong
+
+
+def test_fault_table_sees_an_fsync_that_is_tried_again(monkeypatch):
+    def stubborn(descriptor):
+        try:
+            filesystem.os.fsync(descriptor)
+        except OSError:
+            filesystem.os.fsync(descriptor)
+
+    monkeypatch.setattr(filesystem, "sync_file", stubborn)
+    assert any("fsync again" in line for line in table("save with prune"))
+
+
+def test_fault_table_sees_a_prune_that_fails_a_save(monkeypatch):
+    def strict(directory, retention):
+        return directory.catalog.choose(retention)
+
+    monkeypatch.setattr(write, "_retired", strict)
+    assert any("expected Saved(step=3" in line for line in table("save with prune"))
+
+
+def test_fault_table_sees_leftovers(monkeypatch):
+    monkeypatch.setattr(recovery, "sweep", lambda *_: None)
+    assert any("left behind" in line for line in table("save after a crash"))
+
+
+def test_short_writes_that_are_not_continued(monkeypatch, tmp_path):
+    def once(descriptor, data, offset):
+        filesystem.os.pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(filesystem, "write_all", once)
+    with in_place_of_os(faults.Short(1000)), Training(tmp_path) as training:
+        training.save(5)
+        with pytest.raises(CheckpointError):
+            training.restore()

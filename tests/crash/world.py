@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small training to save and restore, and the judge of what comes back after a fault."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from mpi4py import MPI
+
+from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, State
+from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.storage.layout import generation_number, is_partial_name
+from mpi_ckpt.storage.reader import GenerationReader
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+STRESS = bool(os.environ.get("MPI_CKPT_TEST_STRESS"))
+SEED = int(os.environ.get("MPI_CKPT_TEST_SEED") or random.SystemRandom().randrange(10**6))
+
+COUNTS: Counter[str] = Counter()
+"""How much was tried: shown at the end of a run."""
+
+STATES = ("arrays", "plain")
+
+_PLAIN_BYTES = 5000
+_WIDTH = 2500  # 20 kB: five 4 KiB pieces to be torn
+
+
+class Plain(State):
+    """A plain state of bytes."""
+
+    def __init__(self) -> None:
+        super().__init__("plain")
+        self.value = b""
+
+    def save(self, fileobj: BinaryIO) -> None:
+        fileobj.write(self.value)
+
+    def load(self, fileobj: BinaryIO) -> None:
+        self.value = fileobj.read()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one save holds: the training step, and the steps its contents are of."""
+
+    step: int
+    arrays: int
+    plain: int
+
+    @classmethod
+    def of(cls, step: int) -> Saved:
+        return cls(step, step, step)
+
+
+def arrays_at(step: int) -> dict[str, np.ndarray]:
+    return {
+        "weights": np.random.default_rng(step).random(_WIDTH),
+        "count": np.array([step], np.int32),
+    }
+
+
+def plain_at(step: int) -> bytes:
+    return step.to_bytes(4, "big") * (_PLAIN_BYTES // 4)
+
+
+class Training:
+    """The two states of the training and their manager, by default a job of one rank."""
+
+    def __init__(
+        self, root: Path, *, keep: int = 3, comm: Any = None, **options: Any
+    ) -> None:
+        self.arrays = ArrayState("arrays", arrays_at(0))
+        self.plain = Plain()
+        self.manager = CheckpointManager(
+            root,
+            [self.arrays, self.plain],
+            comm=MPI.COMM_SELF if comm is None else comm,
+            options=Options(retention=KeepLast(keep), preemption_signals=(), **options),
+        )
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.close()
+
+    def move(self, step: int, moved: Collection[str] = STATES) -> None:
+        """Bring some of the states to a step."""
+        if "arrays" in moved:
+            for name, array in arrays_at(step).items():
+                self.arrays.arrays[name][:] = array
+        if "plain" in moved:
+            self.plain.value = plain_at(step)
+
+    def save(self, step: int, only: Collection[str] | None = None) -> None:
+        """Bring the states that are saved to a step; return when all is done."""
+        self.move(step, STATES if only is None else only)
+        self.manager.save(step, only=only)
+        self.manager.wait()  # also for what is pruned behind the training
+
+    def restore(self) -> Saved | None:
+        """Restore; say what came.
+
+        Raises:
+            ValueError: If the contents were never saved by anybody.
+        """
+        report = self.manager.restore()
+        return None if report is None else self.holds(report.step)
+
+    def holds(self, step: int) -> Saved:
+        arrays = self.arrays.arrays
+        number = int(arrays["count"][0])
+        if not np.array_equal(arrays["weights"], arrays_at(number)["weights"]):
+            raise ValueError("the arrays are no saved ones")
+        plain = int.from_bytes(self.plain.value[:4], "big")
+        if self.plain.value != plain_at(plain):
+            raise ValueError("the plain state is no saved one")
+        return Saved(step, number, plain)
+
+
+def scratch() -> Path:
+    """Return a new directory in memory where there is one: fsync costs nothing there."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK)
+    return Path(tempfile.mkdtemp(prefix="mpi_ckpt-crash-", dir=memory if usable else None))
+
+
+def empty(directory: Path) -> None:
+    """Delete all that is in a directory."""
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def leftovers(root: Path) -> list[str]:
+    return [name for name in os.listdir(root) if is_partial_name(name)]
+
+
+def judge(
+    root: Path,
+    saves: Sequence[Saved],
+    acked: int,
+    *,
+    bad: frozenset[str] = frozenset(),
+    next_step: int = 900,
+) -> str | None:
+    """Start again in a directory as a crash left it; say what is wrong, if anything.
+
+    Args:
+        root: The checkpoint directory, which need not exist.
+        saves: All saves so far, in order, the last ones perhaps never finished.
+        acked: Index of the last that was acknowledged; -1 for none.
+        bad: Names of generations that were damaged on purpose.
+        next_step: Step of the save that is tried at last.
+
+    Returns:
+        None, or a line that begins with TORN (a generation with its final name that does
+        not verify), NONE (nothing can be loaded), WRONG (loaded what nobody saved), LOST
+        (older than acknowledged), STUCK (cannot go on) or LEFTOVER.
+    """
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if generation_number(path.name) is not None and path.name not in bad:
+            try:
+                with GenerationReader(path) as reader:
+                    reader.verify()
+            except CheckpointError as error:
+                return f"TORN {error}"
+    with Training(root) as training:
+        try:
+            found = training.restore()
+        except CheckpointError as error:
+            return f"NONE {error}"
+        except ValueError as error:
+            return f"WRONG {error}"
+        if found is None and acked >= 0:
+            return f"NONE nothing found, {saves[acked]} was acknowledged"
+        if found is not None and found not in saves:
+            return f"WRONG {found} is none of {saves}"
+        if found is not None and saves.index(found) < acked:
+            return f"LOST {found} came back, {saves[acked]} was acknowledged"
+        return _go_on(training, root, next_step)
+
+
+def _go_on(training: Training, root: Path, step: int) -> str | None:
+    try:
+        training.save(step)
+    except CheckpointError as error:
+        return f"STUCK {error}"
+    left = leftovers(root)
+    if left:
+        return f"LEFTOVER {left}"
+    training.plain.value = b""
+    if training.restore() != Saved.of(step):
+        return "STUCK the next save does not come back"
+    return None

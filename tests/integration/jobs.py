@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs of the integration tests: watched through what they write, ended if they hang."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.launch import REPOSITORY, Outcome, end_tree, finish_job, ranks_of, start_job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from subprocess import Popen
+
+PROGRAMS = Path(__file__).parent / "programs"
+EXAMPLES = REPOSITORY / "examples"
+
+# No step of a test takes a tenth of this on an idle machine.
+PATIENCE_SECONDS = 50
+
+
+class Jobs:
+    """Starts jobs; whatever still runs when the test is over is ended."""
+
+    def __init__(self) -> None:
+        self._started: list[Popen[str]] = []
+
+    def start(self, ranks: int, *command: object, **env: str) -> Popen[str]:
+        job = start_job(ranks, [str(part) for part in command], env=env)
+        self._started.append(job)
+        return job
+
+    def finish(self, job: Popen[str]) -> Outcome:
+        self._started.remove(job)
+        return finish_job(job, timeout=PATIENCE_SECONDS)
+
+    def run(self, ranks: int, *command: object, **env: str) -> Outcome:
+        return self.finish(self.start(ranks, *command, **env))
+
+    def kill(self, job: Popen[str]) -> None:
+        """Kill all of a job at once, as the loss of its node would."""
+        end_tree(job.pid)
+        self.finish(job)
+
+    def wait_until(self, job: Popen[str], condition: Callable[[], bool]) -> None:
+        """Return when a condition holds; fail if the job ends, or hangs, before."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            if job.poll() is not None:
+                raise AssertionError(f"too early an end: {self.finish(job).text}")
+            if time.monotonic() > deadline:
+                end_tree(job.pid)
+                raise AssertionError(f"waited in vain: {self.finish(job).text}")
+            time.sleep(0.002)
+
+    def end_all(self) -> None:
+        for job in list(self._started):
+            self.kill(job)
+
+
+@contextlib.contextmanager
+def jobs_of_a_test() -> Iterator[Jobs]:
+    jobs = Jobs()
+    try:
+        yield jobs
+    finally:
+        jobs.end_all()
+
+
+class Training:
+    """examples/train.py in a folder of its own: started, watched, started again."""
+
+    def __init__(self, jobs: Jobs, folder: Path, *, epochs: int, **options: object) -> None:
+        self.jobs = jobs
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.log = folder / "log.jsonl"
+        self.options = {"epochs": epochs, "interval": 10, **options}
+
+    @property
+    def command(self) -> list[str]:
+        options = [f"--{name}={value}" for name, value in self.options.items()]
+        files = [f"--checkpoints={self.checkpoints}", f"--log={self.log}"]
+        return [str(EXAMPLES / "train.py"), *files, *options]
+
+    def start(self, ranks: int) -> Popen[str]:
+        # Each rank leaves the code it exits with in a file of the folder.
+        return self.jobs.start(ranks, PROGRAMS / "note_exit.py", self.folder, *self.command)
+
+    def run(self, ranks: int) -> Outcome:
+        return self.jobs.finish(self.start(ranks))
+
+    def start_until(self, ranks: int, step: int) -> Popen[str]:
+        job = self.start(ranks)
+        self.jobs.wait_until(job, lambda: self.step >= step)
+        return job
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [one for one in events if kind in (None, one["event"])]
+
+    @property
+    def step(self) -> int:
+        """The step last logged."""
+        return max((one["step"] for one in self.events()), default=0)
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the weights it has ended with."""
+        (end,) = self.events("end")
+        return end["digest"]
+
+    def exits(self) -> dict[int, str]:
+        """The exit code that each rank of the last run has noted."""
+        notes = self.folder.glob("exit-*")
+        return {int(note.name.removeprefix("exit-")): note.read_text() for note in notes}
+
+    def samples(self) -> dict[int, int]:
+        """Samples trained on in each epoch, as the last run through it has summed up."""
+        return {one["epoch"]: one["samples"] for one in self.events("epoch")}
+
+
+def process_of(job: Popen[str], rank: int) -> int:
+    """Return the process id of a rank, told by what the launcher has set for it."""
+    pattern = re.compile(rb"(?:^|\0)(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)")
+    for process in ranks_of(job):
+        with contextlib.suppress(OSError):
+            found = pattern.search(Path(f"/proc/{process}/environ").read_bytes())
+            if found and int(found[1]) == rank:
+                return process
+    raise AssertionError(f"rank {rank} is not running")
+
+
+def signal_to(job: Popen[str], number: int, rank: int | None) -> None:
+    """Send a signal to one rank, or to mpirun if it is None."""
+    os.kill(job.pid if rank is None else process_of(job, rank), number)

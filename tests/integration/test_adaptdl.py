@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program written for adaptdl: killed in its second epoch, gone on with other ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from tests.integration.jobs import EXAMPLES, Jobs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SAVES_AN_EPOCH = 10
+EPOCHS = 4
+
+
+def test_program_for_adaptdl_survives_a_kill_with_other_ranks(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    root, results = tmp_path / "root", tmp_path / "results.jsonl"
+
+    def start(ranks: int):
+        return jobs.start(
+            ranks,
+            *(EXAMPLES / "adaptdl_train.py", f"--epochs={EPOCHS}", f"--results={results}"),
+            MPI_CKPT_DIR=str(root),
+        )
+
+    def generation() -> int:
+        names = [path.name for path in root.glob("checkpoint-*")]
+        return max((int(name.removeprefix("checkpoint-")) for name in names), default=0)
+
+    def lines() -> list[dict]:
+        return [json.loads(line) for line in results.read_text().splitlines()]
+
+    job = start(2)
+    jobs.wait_until(job, lambda: generation() > SAVES_AN_EPOCH)
+    jobs.kill(job)
+    assert [one["epoch"] for one in lines()] == [0], "killed too late for this test"
+    saved = generation()
+    assert SAVES_AN_EPOCH < saved < 2 * SAVES_AN_EPOCH
+
+    outcome = jobs.finish(start(3))
+    assert outcome.code == 0, outcome.text
+    # Entered again in the middle of the second epoch, not at its start or the first.
+    assert [one["epoch"] for one in lines()] == [0, 1, 2, 3]
+    assert [one["samples"] for one in lines()] == [2400] * EPOCHS
+    losses = [one["loss"] for one in lines()]
+    assert losses[-1] < 0.05
+    assert generation() - saved == EPOCHS * SAVES_AN_EPOCH - saved
+
+    # The same sums as without a kill, but for the rounding of other ranks' sums.
+    root, results = tmp_path / "whole", tmp_path / "whole.jsonl"
+    outcome = jobs.finish(start(1))
+    assert outcome.code == 0, outcome.text
+    for one, loss in zip(lines(), losses, strict=True):
+        assert abs(one["loss"] - loss) < 1e-4 * one["loss"]

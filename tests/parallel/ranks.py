@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests ask of all ranks together."""
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+from mpi_ckpt import CheckpointManager, Options
+
+
+def assert_same(comm, value):
+    """Require an equal value on every rank."""
+    everyone = comm.allgather(value)
+    assert all(one == everyone[0] for one in everyone), everyone
+
+
+class Caught:
+    """The exception that a block ended with on this rank."""
+
+    error = None
+
+
+@contextmanager
+def same_error(comm, expected, *parts):
+    """Require a block to end with the same class and message on every rank.
+
+    The ranks compare notes even where nothing was raised, so that none is left waiting.
+    """
+    caught = Caught()
+    try:
+        yield caught
+    except Exception as error:
+        caught.error = error
+    error = caught.error
+    found = comm.allgather((type(error).__name__, str(error)))
+    assert {kind for kind, _ in found} == {expected.__name__}, found
+    assert len(set(found)) == 1, found
+    for part in parts:
+        assert str(part) in found[0][1], (part, found[0][1])
+
+
+def manager(root, *states, comm=None, deadline_seconds=20.0, **options):
+    """Make a manager whose ranks do not wait for long when a test goes wrong."""
+    options.setdefault("preemption_signals", ())
+    return CheckpointManager(
+        root,
+        states,
+        comm=comm,
+        options=Options(deadline_seconds=deadline_seconds, **options),
+    )
+
+
+def plain(report):
+    """Return a report without what differs between ranks by nature: seconds."""
+    return replace(report, seconds={})
+
+
+def randoms(seed):
+    """Return a random stream that is the same on every rank."""
+    return random.Random(f"mpi_ckpt {seed}")
+
+
+class RecordingHandle:
+    """Stands in for an mpi4py communicator and notes the bytes of each message.
+
+    Attributes:
+        messages: Function and bytes of everything posted.
+    """
+
+    def __init__(self, communicator):
+        self._communicator = communicator
+        self._handle = communicator.handle
+        self.messages = []
+
+    def __getattr__(self, name):
+        function = getattr(self._handle, name)
+        if name not in ("Iallgather", "Iallreduce", "Ibcast", "Igather", "Isend", "Irecv"):
+            return function
+
+        def post(buffer, *arguments, **options):
+            self.messages.append((name, buffer.nbytes))
+            return function(buffer, *arguments, **options)
+
+        return post
+
+    def __enter__(self):
+        self._communicator.handle = self
+        return self
+
+    def __exit__(self, *_):
+        self._communicator.handle = self._handle
+
+    @property
+    def largest(self):
+        return max([nbytes for _, nbytes in self.messages], default=0)
+
+    def sent_by(self, function):
+        return sum(nbytes for name, nbytes in self.messages if name == function)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that do not come: every other one says who, and goes no further."""
+
+import gc
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from mpi_ckpt import ArrayState
+from mpi_ckpt.comm import agree, bcast_buffers, bcast_bytes, communicator, gather_bytes
+from mpi_ckpt.errors import CollectiveError, SaveError
+from tests.parallel.ranks import manager, same_error
+
+HOST = socket.gethostname()
+DEADLINE = 0.2
+
+
+@pytest.fixture
+def broken_ones():
+    """Communicators that are never freed: whoever was absent would be waited for."""
+    return []
+
+
+@pytest.fixture
+def short_roll_call(monkeypatch):
+    monkeypatch.setattr(communicator, "_ROLL_CALL_SECONDS", 0.5)
+
+
+@pytest.fixture
+def make(peers, broken_ones):
+    def make():
+        one = communicator.Communicator(peers, deadline_seconds=DEADLINE)
+        broken_ones.append(one)
+        return one
+
+    return make
+
+
+def meet(one):
+    """Post an allreduce and wait for it; return the error and the seconds it took."""
+    start = time.monotonic()
+    with pytest.raises(CollectiveError) as caught:
+        one.all_reduce(np.ones(4), "sum", "meeting")
+    return str(caught.value), time.monotonic() - start
+
+
+def named(ranks, size):
+    return ", ".join(f"rank {rank} on {HOST}" for rank in ranks) + f" of {size}"
+
+
+def test_a_late_rank_is_named_by_all_others(peers):
+    one = communicator.Communicator(peers, deadline_seconds=1)
+    late = peers.size - 1
+    if peers.rank == late:
+        time.sleep(4.2)
+        text, seconds = meet(one)
+        assert "the others gave up waiting for this rank" in text
+        assert seconds < 1
+    else:
+        text, seconds = meet(one)
+        expected = f"meeting: {named([late], peers.size)} did not arrive within 1 s"
+        assert text.startswith(expected)
+        assert "published generations are untouched" in text
+        assert 1 <= seconds < 5
+    again, seconds = meet(one)
+    assert seconds < 0.5
+    assert again.startswith("meeting: ranks cannot meet any more on this communicator: ")
+    reason = "the others gave up" if peers.rank == late else named([late], peers.size)
+    assert reason in again
+    others = peers.allgather(text)[:late]
+    assert len(set(others)) == 1
+    one.close()
+
+
+@pytest.mark.parametrize("absent", ["root", "all but root"])
+def test_exactly_the_absent_are_named(peers, make, short_roll_call, absent):
+    ranks = list(range(peers.size))
+    gone = {"root": ranks[:1], "all but root": ranks[1:]}[absent]
+    one = make()
+    if peers.rank in gone:
+        time.sleep(0.9)
+        text, seconds = meet(one)
+        assert "the others gave up waiting for this rank" in text
+    else:
+        text, seconds = meet(one)
+        assert f"{named(gone, peers.size)} did not arrive within 0.2 s" in text
+    assert seconds < 2
+
+
+def test_every_kind_of_wait_ends(peers, make, short_roll_call):
+    def send(one):
+        bcast_buffers(one, [memoryview(bytearray(5 << 20))], "sending")
+        # Who only sends may be done with that.
+        agree(one, "sending", int, error=SaveError)
+
+    calls = {
+        "sending": send,
+        "gathering": lambda one: gather_bytes(one, bytes(3 << 20), "gathering"),
+    }
+    ones = {doing: make() for doing in calls}
+    late = peers.size - 1
+    if peers.rank == late:
+        time.sleep(len(calls) * (DEADLINE + 0.6))
+    texts = []
+    for doing, call in calls.items():
+        try:
+            call(ones[doing])
+        except CollectiveError as error:
+            texts.append(str(error))
+    on_root = peers.bcast(texts)
+    expected = f"{named([late], peers.size)} did not arrive within 0.2 s"
+    assert [text.partition(";")[0] for text in on_root] == [
+        f"{doing}: {expected}" for doing in calls
+    ]
+
+
+def test_results_that_come_late_go_nowhere(peers, make, short_roll_call):
+    one = make()
+    if peers.rank == peers.size - 1:
+        time.sleep(0.9)
+    meet(one)
+    gc.collect()  # what the traceback still held
+    fresh = [np.zeros(4) for _ in range(2000)]
+    # The late rank has posted its part by now, so MPI finishes what was given up: into
+    # memory that must not belong to anybody else yet.
+    for _ in range(50):
+        peers.barrier()
+    assert not any(array.any() for array in fresh)
+
+
+def test_a_rank_that_closes_without_meeting_does_not_wait(peers, make, short_roll_call):
+    one = make()
+    if peers.rank == peers.size - 1:
+        time.sleep(0.9)
+    else:
+        meet(one)
+    start = time.monotonic()
+    one.close()
+    assert time.monotonic() - start < 0.5
+
+
+def test_a_save_to_which_a_rank_does_not_come(peers, shared_path, short_roll_call):
+    arrays = {"x": np.arange(5.0)}
+    late = peers.size - 1
+    with manager(shared_path, ArrayState("a", arrays)) as one:
+        one.save()
+        one._session.comm.deadline_seconds = DEADLINE
+        if peers.rank == late:
+            time.sleep(0.9)
+        with pytest.raises(CollectiveError) as caught:
+            one.save()
+        with pytest.raises(CollectiveError, match="cannot meet any more"):
+            one.restore()
+    text = peers.bcast(str(caught.value))
+    assert named([late], peers.size) in text
+    arrays["x"][:] = 0
+    with manager(shared_path, ArrayState("a", arrays)) as one:
+        assert one.restore().generation == 1
+        assert [info.generation for info in one.generations()] == [1]
+    assert arrays["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_ranks_that_do_different_things_are_told(peers, make_communicator):
+    one = make_communicator()
+    last = peers.size - 1
+    doing = "loading" if peers.rank == last else "saving"
+    with same_error(
+        peers,
+        CollectiveError,
+        "the ranks do different things; published generations are untouched",
+        f"rank 0 on {HOST}: saving",
+        f"rank {last} on {HOST}: loading",
+    ):
+        agree(one, doing, int, error=SaveError)
+    assert agree(one, "going on", int, error=SaveError) == 0
+
+
+@pytest.mark.parametrize("call", ["sync", "restore", "step", "generations"])
+def test_a_save_on_root_alone_is_told(peers, shared_path, call):
+    with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as one:
+        with same_error(peers, CollectiveError, "the ranks do different things"):
+            getattr(one, "save" if peers.rank == 0 else call)()
+        assert one.save().generation == 1
+
+
+def test_no_progress_though_all_are_there(peers, make):
+    one = make()
+    # Everybody waits for everybody, and nobody sends.
+    into = np.zeros(1, np.uint8)
+    with same_error(peers, CollectiveError, "they disagree about what comes next"):
+        one.wait([one.irecv(into, rank) for rank in range(peers.size)], "waiting")
+    with pytest.raises(CollectiveError, match="cannot meet any more"):
+        one.all_reduce(np.ones(1), "max", "meeting")
+
+
+def test_what_mpi_cannot_do_breaks_the_communicator(comm):
+    one = communicator.Communicator(comm, deadline_seconds=5)
+    sent = one.isend(np.ones(100, np.uint8), one.rank)
+    with pytest.raises(CollectiveError, match="sending to myself: MPI failed: "):
+        one.wait([one.irecv(np.zeros(10, np.uint8), one.rank), sent], "sending to myself")
+    with pytest.raises(CollectiveError, match=r"cannot meet any more.*MPI failed"):
+        one.all_reduce(np.ones(1), "max", "meeting")
+
+
+def test_a_rank_alone_never_waits(comm):
+    alone = communicator.Communicator(
+        comm if comm.size == 1 else type(comm)(comm_self()), deadline_seconds=1e-9
+    )
+    for _ in range(10):
+        assert alone.all_reduce(np.ones(1), "sum", "meeting")[0] == 1
+        assert bcast_bytes(alone, b"x" * 1000, "sending") == b"x" * 1000
+        assert gather_bytes(alone, b"y", "gathering") == [b"y"]
+    alone.close()
+
+
+def comm_self():
+    from mpi4py import MPI
+
+    return MPI.COMM_SELF
+
+
+def test_a_slow_rank_within_the_deadline_is_waited_for(comm, make_communicator):
+    one = make_communicator(deadline_seconds=20)
+    if comm.rank == comm.size - 1:
+        time.sleep(0.3)
+    with same_error(comm, SaveError, "too late"):
+        agree(one, "working", lambda: int("too late"), error=SaveError)
+    assert one.all_reduce(np.ones(1), "sum", "meeting")[0] == comm.size

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes what many tests need: manifests, small generations, a communicator of nobody."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.contents import capture_only
+from mpi_ckpt.engine.write import Published, SaveRequest, write_generation
+from mpi_ckpt.options import Options
+from mpi_ckpt.reports import PhaseClock
+from mpi_ckpt.retention import KeepLast
+from mpi_ckpt.state import LeafState, State
+from mpi_ckpt.states.arrays import ArrayState
+from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.manifest_codec import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@dataclass
+class Ranks:
+    """What a state asks of a communicator when it is bound."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+
+class Stream(State):
+    """A plain state that holds bytes."""
+
+    def __init__(self, name: str, data: bytes = b"") -> None:
+        super().__init__(name)
+        self.data = data
+
+    def save(self, fileobj) -> None:
+        fileobj.write(self.data)
+
+    def load(self, fileobj) -> None:
+        self.data = fileobj.read()
+
+
+def carry(saved: LeafState, into: LeafState) -> None:
+    """Restore a state from what another saved, through a file object."""
+    stream = io.BytesIO()
+    saved.save(stream)
+    stream.seek(0)
+    into.load(stream)
+    assert stream.read() == b""
+
+
+def some_states() -> list[State]:
+    """Return states of every form: leaves of several widths, empty ones, a stream."""
+    arrays = {
+        "wide": np.arange(6, dtype=np.float64).reshape(2, 3),
+        "narrow": np.arange(5, dtype=np.int8),
+        "none": np.empty((0, 4), np.float32),
+        "one": np.array(7, np.int16),
+    }
+    return [
+        ArrayState("arrays", arrays),
+        ObjectState("a/b", {"epoch": 3, "rate": 0.1, "seen": np.arange(3)}),
+        Stream("stream", bytes(range(100))),
+        Stream("nothing"),
+    ]
+
+
+def save(
+    directory: CheckpointDirectory,
+    states: list[State],
+    *,
+    carry: Callable[[str], bool] | None = None,
+    options: Options | None = None,
+    **noted,
+) -> Published:
+    """Write a generation of these states, as root of a job of one rank does."""
+    captured = iter(capture_only([s for s in states if isinstance(s, LeafState)]))
+    mixed = [next(captured) if isinstance(s, LeafState) else s for s in states]
+    noted = {"step": 1, "size": 1, "carry": carry, **noted}
+    options = options or Options(retention=KeepLast(100), reuse=False)
+    request = SaveRequest(states=mixed, **noted)
+    return write_generation(directory, request, options, PhaseClock())
+
+
+def publish(root: Path, states: list[State] | None = None, **noted) -> Path:
+    """Write one generation below a root that nobody owns afterwards."""
+    directory = CheckpointDirectory(root)
+    directory.own()
+    try:
+        return save(directory, some_states() if states is None else states, **noted).path
+    finally:
+        directory.close()
+
+
+def sealed(head: bytes) -> bytes:
+    """Put a matching digest behind the start of a manifest."""
+    return head + b',"digest":"' + digest_bytes(head).hex().encode() + b'"}\n'
+
+
+def sealed_document(document: object) -> bytes:
+    """Return a manifest with a matching digest, whatever it says."""
+    return sealed(json.dumps(document, separators=(",", ":")).encode()[:-1])
+
+
+def document_of(path: Path) -> dict:
+    """Return what a generation's manifest says, without its digest."""
+    document = json.loads((path / "manifest.json").read_bytes())
+    del document["digest"]
+    decode(sealed_document(document))  # a test that breaks one thing starts from whole
+    return document

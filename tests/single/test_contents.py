@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpi_ckpt.digest import Digest
+from mpi_ckpt.engine.contents import capture_all, capture_only, digest_contents
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.states.arrays import ArrayState
+from mpi_ckpt.states.objects import ObjectState
+
+
+def state(**changed) -> ArrayState:
+    arrays = {"a": np.arange(4.0), "b": np.arange(6, dtype="i2").reshape(2, 3)}
+    return ArrayState("s", {**arrays, **changed})
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_leaf_has_its_own_digest(threads):
+    states = [state(), ObjectState("o", {"x": np.ones(2), "y": 1}), state()]
+    contents = capture_all(states, threads)
+    assert [one.state for one in contents] == states
+    for one in contents:
+        assert len(one.digests) == len(one.leaves)
+        for leaf, digest in zip(one.leaves, one.digests, strict=True):
+            assert digest == Digest.of(leaf.buffer.read())
+    assert contents[1].structure["y"] == 1
+
+
+def changed_summaries(other: ArrayState | ObjectState, one=None) -> list[bool]:
+    """Tell which of the three digests (forms, structure, bytes) differ."""
+    first, second = capture_all([one or state(), other], 1)
+    return [a != b for a, b in zip(first.summary(), second.summary(), strict=True)]
+
+
+def test_summary_tells_what_kind_of_difference_there_is():
+    assert changed_summaries(state()) == [False, False, False]
+    assert changed_summaries(state(a=np.arange(4.0) + 1)) == [False, False, True]
+    assert changed_summaries(state(b=np.arange(6, dtype="i2"))) == [True, False, False]
+    assert changed_summaries(state(a=np.arange(4.0).view("i8"))) == [True, False, False]
+    assert changed_summaries(state(c=np.ones(1))) == [True, False, True]
+    one, other = (ObjectState("o", {"n": n, "x": np.ones(2)}) for n in (1, 2))
+    assert changed_summaries(other, one) == [False, True, False]
+
+
+def test_nothing_is_copied():
+    live = state()
+    (contents,) = capture_all([live], 1)
+    live.arrays["a"][0] = 7
+    assert bytes(contents.leaves[0].buffer.read()) == live.arrays["a"].tobytes()
+
+
+def test_what_was_digested_is_not_digested_again():
+    captured = capture_only([state(), state(a=np.ones(2))])
+    assert [one.digests for one in captured] == [None, None]
+    mixed = [*capture_all([state()], 1), captured[1]]
+    digested = digest_contents(mixed, 1)
+    assert digested[0] is mixed[0]
+    assert digested[1].digests == capture_all([state(a=np.ones(2))], 1)[0].digests
+
+
+def test_state_that_cannot_be_captured_is_told():
+    with pytest.raises(StageError, match="object"):
+        capture_all([ObjectState("o", {"x": object()})], 1)
+    assert capture_all([], 2) == []

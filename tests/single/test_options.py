@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from datetime import timedelta
+
+import pytest
+
+from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.options import ENVIRONMENT, Options
+from mpi_ckpt.retention import KeepEvery, KeepLast
+
+
+def test_defaults_are_usable_and_few():
+    options = Options()
+    assert options.retention == KeepLast(3)
+    assert options.exit_code == 143
+    assert signal.SIGTERM in options.preemption_signals
+    assert len(dataclasses.fields(options)) <= 14
+
+
+def test_options_are_frozen_and_named():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().strict = False
+    with pytest.raises(TypeError):
+        Options(KeepLast(1))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"retention": None},
+        {"retention": 3},
+        {"interval": 0},
+        {"interval": -5},
+        {"interval": timedelta(0)},
+        {"interval": timedelta(seconds=-1)},
+        {"exit_code": -1},
+        {"exit_code": 256},
+        {"deadline_seconds": 0},
+        {"deadline_seconds": math.nan},
+        {"message_bytes": 63},
+        {"message_bytes": (1 << 30) + 1},
+        {"window_bytes": 0},
+        {"digest_threads": 0},
+        {"full_every": 0},
+        {"when_pending": "queue"},
+        {"io": "mmap"},
+    ],
+    ids=repr,
+)
+def test_values_out_of_range_are_refused(given):
+    (name,) = given
+    with pytest.raises(OptionsError, match=name):
+        Options(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"interval": 1},
+        {"interval": timedelta(milliseconds=1)},
+        {"exit_code": 0},
+        {"exit_code": 255},
+        {"message_bytes": 64},
+        {"message_bytes": 1 << 30},
+        {"full_every": 1},
+        {"window_bytes": 1},
+        {"digest_threads": 1},
+        {"preemption_signals": ()},
+        {"retention": KeepLast(1) | KeepEvery(10)},
+    ],
+    ids=repr,
+)
+def test_values_at_the_border_are_taken(given):
+    Options(**given)
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(OptionsError) as caught:
+        Options(interval=0, exit_code=300, digest_threads=0)
+    assert len(caught.value.problems) == 3
+    assert isinstance(caught.value, ValueError)
+
+
+def test_no_variables_give_the_defaults():
+    assert Options.from_env({"HOME": "/", "MPI_CKPT_DIR": "/x"}) == Options()
+
+
+def test_every_variable_sets_its_field():
+    options = Options.from_env(
+        {
+            "MPI_CKPT_KEEP_LAST": "7",
+            "MPI_CKPT_INTERVAL": "100",
+            "MPI_CKPT_DEADLINE_SECONDS": "5.5",
+            "MPI_CKPT_MESSAGE_BYTES": "4096",
+            "MPI_CKPT_WINDOW_BYTES": "8192",
+            "MPI_CKPT_DIGEST_THREADS": "3",
+        }
+    )
+    assert options == Options(
+        retention=KeepLast(7),
+        interval=100,
+        deadline_seconds=5.5,
+        message_bytes=4096,
+        window_bytes=8192,
+        digest_threads=3,
+    )
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert {field for field, _, _ in ENVIRONMENT.values()} <= fields
+
+
+def test_interval_in_seconds_is_a_time():
+    assert Options.from_env({"MPI_CKPT_INTERVAL": "0.5s"}).interval == timedelta(
+        seconds=0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("MPI_CKPT_KEEP_LAST", "0"),
+        ("MPI_CKPT_KEEP_LAST", "three"),
+        ("MPI_CKPT_INTERVAL", "1.5"),
+        ("MPI_CKPT_INTERVAL", "s"),
+        ("MPI_CKPT_INTERVAL", "nans"),
+        ("MPI_CKPT_INTERVAL", "infs"),
+        ("MPI_CKPT_INTERVAL", "0"),
+        ("MPI_CKPT_DEADLINE_SECONDS", "soon"),
+        ("MPI_CKPT_DEADLINE_SECONDS", "-1"),
+        ("MPI_CKPT_MESSAGE_BYTES", "1e6"),
+        ("MPI_CKPT_DIGEST_THREADS", ""),
+    ],
+)
+def test_variables_that_cannot_be_used_are_refused(variable, text):
+    with pytest.raises(OptionsError):
+        Options.from_env({variable: text})
+
+
+def test_unreadable_variables_are_all_named():
+    with pytest.raises(OptionsError) as caught:
+        Options.from_env({"MPI_CKPT_KEEP_LAST": "x", "MPI_CKPT_WINDOW_BYTES": "y"})
+    assert "MPI_CKPT_KEEP_LAST='x'" in str(caught.value)
+    assert "MPI_CKPT_WINDOW_BYTES='y'" in str(caught.value)
+
+
+def test_description_differs_where_options_do():
+    one, other = Options(interval=5).describe(), Options(interval=6).describe()
+    assert [name for name in one if one[name] != other[name]] == ["interval"]
+    assert Options(interval=5).describe() == one

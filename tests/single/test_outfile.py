@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files written from front to back, direct and buffered."""
+
+import errno
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpi_ckpt.storage import filesystem, outfile
+from mpi_ckpt.storage.outfile import StagingBlocks, create_out_file
+
+
+class _Os:
+    """The os module with some functions replaced."""
+
+    def __init__(self, **replaced):
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+
+def write(path, pieces, mode, *, known=True):
+    nbytes = sum(map(len, pieces)) if known else None
+    with create_out_file(path, nbytes=nbytes, mode=mode, staging=StagingBlocks()) as out:
+        for piece in pieces:
+            out.write(memoryview(piece))
+        out.finish()
+
+
+@pytest.mark.parametrize("mode", ["auto", "direct", "buffered"])
+@pytest.mark.parametrize("known", [True, False])
+@given(sizes=st.lists(st.integers(0, 9000), max_size=8), seed=st.integers(0, 255))
+@settings(max_examples=15, deadline=None)
+def test_bytes_arrive_whatever_the_pieces(tmp_path_factory, mode, known, sizes, seed):
+    path = tmp_path_factory.mktemp("out") / "file"
+    pieces = [bytes([(seed + i) % 256]) * size for i, size in enumerate(sizes)]
+    write(path, pieces, mode, known=known)
+    assert path.read_bytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 4095, 4096, 4097])
+def test_direct_files_of_several_blocks(tmp_path, extra):
+    data = os.urandom(3 * outfile._BLOCK_BYTES + extra)
+    write(tmp_path / "file", [data[:5], data[5:]], "direct")
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_blocks_are_reused_from_file_to_file(tmp_path):
+    staging = StagingBlocks()
+    first = [id(block) for block in staging.take()]
+    for name in ("a", "b"):
+        with create_out_file(
+            tmp_path / name, nbytes=None, mode="direct", staging=staging
+        ) as out:
+            out.write(memoryview(b"x" * 100))
+            out.finish()
+    assert [id(block) for block in staging.take()] == first
+
+
+def test_small_files_go_through_the_page_cache(tmp_path, monkeypatch):
+    flags = []
+
+    def note(path, flag, mode=0o777):
+        flags.append(flag)
+        return os.open(path, flag, mode)
+
+    monkeypatch.setattr(filesystem, "os", _Os(open=note))
+    write(tmp_path / "small", [b"x" * 100], "auto")
+    write(tmp_path / "large", [b"x" * outfile._DIRECT_BYTES_MIN], "auto")
+    assert [bool(flag & os.O_DIRECT) for flag in flags] == [False, True]
+
+
+def test_a_file_system_without_direct_writes_is_written_buffered(tmp_path, monkeypatch):
+    def refuse(path, flag, mode=0o777):
+        descriptor = os.open(path, flag & ~os.O_DIRECT, mode)
+        if flag & os.O_DIRECT:  # as Linux does it: made, then refused
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "no direct writes here", str(path))
+        return descriptor
+
+    monkeypatch.setattr(filesystem, "os", _Os(open=refuse))
+    data = os.urandom(outfile._DIRECT_BYTES_MIN)
+    write(tmp_path / "file", [data], "auto")
+    assert (tmp_path / "file").read_bytes() == data
+    with pytest.raises(OSError, match="no direct writes"):
+        write(tmp_path / "other", [data], "direct")
+
+
+def test_space_is_claimed_before_anything_is_written(tmp_path, monkeypatch):
+    def full(descriptor, offset, nbytes):
+        raise OSError(errno.ENOSPC, "full")
+
+    def never(*args):
+        raise AssertionError("written to a full disk")
+
+    monkeypatch.setattr(filesystem, "os", _Os(posix_fallocate=full, pwrite=never))
+    with pytest.raises(OSError, match="full"):
+        write(tmp_path / "file", [b"x" * outfile._DIRECT_BYTES_MIN], "direct")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_failed_write_in_a_thread_is_raised(tmp_path, monkeypatch, code, call):
+    calls = []
+
+    def fail(descriptor, data, offset):
+        calls.append(offset)
+        if len(calls) == call:
+            raise OSError(code, os.strerror(code))
+        return os.pwrite(descriptor, data, offset)
+
+    def never(descriptor):
+        raise AssertionError("fsynced a file whose write had failed")
+
+    monkeypatch.setattr(filesystem, "os", _Os(pwrite=fail, fsync=never))
+    data = b"x" * (3 * outfile._BLOCK_BYTES)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        write(tmp_path / "file", [data], "direct")
