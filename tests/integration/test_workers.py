@@ -19,7 +19,7 @@ def test_terminated_worker_is_not_noticed(jobs: Jobs, tmp_path: Path, method: st
     outcome = jobs.run(2, "-W", "default", *program)
     assert outcome.code == 0, outcome.text
     assert outcome.out.count("went on") == 2
-    # Python's own tracker of semaphores may complain of what a terminated worker left, or of
+    # Python's own tracker of semaphores may complain of what a terminated worker left or of
     # what torch's handler of SIGCHLD interrupted: neither is ours, and both are harmless.
     lines = outcome.err.splitlines()
     others = [line for line in lines if "resource_tracker" not in line]
