@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import Communicator, agree, any_of, bcast_json
 from mpi_ckpt.elastic.preemption import PreemptionGuard
+from mpi_ckpt.engine.draft import SaveRequest
 from mpi_ckpt.engine.interval import Interval
 from mpi_ckpt.engine.registry import Registry
 from mpi_ckpt.engine.restore import restore_states
 from mpi_ckpt.engine.saver import Saver
 from mpi_ckpt.engine.session import Session
 from mpi_ckpt.engine.sync import capture_on_root, sync_states
-from mpi_ckpt.engine.write import SaveRequest
 from mpi_ckpt.errors import CheckpointError, RegistrationError, RestoreError, SaveError
 from mpi_ckpt.options import Options
 from mpi_ckpt.reports import (
@@ -259,9 +259,9 @@ class CheckpointManager:
         self._step += 1
         comm = self._session.comm
         is_due = self._interval.is_due(self._step, is_root=comm.is_root)
-        written = self._saver.has_written
-        stop, due, written = any_of(comm, "step()", self._guard.requested, is_due, written)
-        if stop or written:
+        writing = self._saver.is_writing
+        stop, due, writing = any_of(comm, "step()", self._guard.requested, is_due, writing)
+        if stop or not writing:
             self._saver.finish()
         if stop:
             # The last save is of this very step, and durable.

@@ -56,6 +56,10 @@ class Options:
         io: How files are written. ``"auto"`` (default): around the page cache where the
             file system takes that and the file is not small; ``"direct"`` insists;
             ``"buffered"`` never.
+        writers: Who writes. ``"root"`` (default): root alone, whose directory nobody else
+            need see. ``"node"``: one rank of every host; ``"all"``: every rank. Leaves
+            that a sync has proven equal are then split over the writers by bytes, each
+            writing a file of its own into the directory, which all must see.
         digest_threads: Threads that hash on each rank. Default: 2; more than the cores a
             rank owns is of no use.
 
@@ -83,6 +87,7 @@ class Options:
     message_bytes: int = 16 << 20
     window_bytes: int = 64 << 20
     io: Literal["auto", "direct", "buffered"] = "auto"
+    writers: Literal["root", "node", "all"] = "root"
     digest_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -128,6 +133,10 @@ class Options:
             (
                 self.io in ("auto", "direct", "buffered"),
                 f"io is {self.io!r}: auto, direct or buffered",
+            ),
+            (
+                self.writers in ("root", "node", "all"),
+                f"writers is {self.writers!r}: root, node or all",
             ),
             (
                 self.digest_threads >= 1,
@@ -191,6 +200,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MPI_CKPT_MESSAGE_BYTES": ("message_bytes", int, "largest MPI message"),
     "MPI_CKPT_WINDOW_BYTES": ("window_bytes", int, "memory a restore streams through"),
     "MPI_CKPT_IO": ("io", str, "auto, direct or buffered"),
+    "MPI_CKPT_WRITERS": ("writers", str, "root, node or all"),
     "MPI_CKPT_DIGEST_THREADS": ("digest_threads", int, "hashing threads per rank"),
 }
 """Variable -> (field, parser, meaning): drives `Options.from_env` and the docs."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import LeafState, Structure
 
-__all__ = ["Contents", "capture_all", "capture_only", "digest_contents"]
+__all__ = ["Contents", "capture_all", "capture_only", "digest_contents", "pick_leaves"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +102,13 @@ def digest_contents(contents: Sequence[Contents], threads: int) -> list[Contents
         else replace(one, digests=tuple(next(digests) for _ in one.leaves))
         for one in contents
     ]
+
+
+def pick_leaves(contents: Contents, numbers: Sequence[int]) -> Contents:
+    """Return contents with some of the leaves only. Not collective. Thread-safe."""
+    digests = contents.digests
+    return replace(
+        contents,
+        leaves=tuple(contents.leaves[n] for n in numbers),
+        digests=digests and tuple(digests[n] for n in numbers),
+    )

@@ -6,14 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import any_of
-from mpi_ckpt.errors import CheckpointError, SaveError
+from mpi_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.write import Published
     from mpi_ckpt.reports import SaveReport
 
 __all__ = ["PendingSave"]
@@ -27,19 +26,20 @@ class PendingSave:
 
     Args:
         session: The manager's.
-        future: The work on root; None elsewhere.
-        acknowledge: Called on every rank when the save is durable; makes the report.
+        future: The work of this rank; None if it has none.
+        conclude: Collective: agrees on how the work ended, given a way to wait for this
+            rank's, and makes the report.
     """
 
     def __init__(
         self,
         session: Session,
-        future: Future[Published] | None,
-        acknowledge: Callable[[Published | None], SaveReport],
+        future: Future[None] | None,
+        conclude: Callable[[Callable[[], None]], SaveReport],
     ) -> None:
         self._session = session
         self._future = future
-        self._acknowledge = acknowledge
+        self._conclude = conclude
         self._error: CheckpointError | None = None
         self.report: SaveReport | None = None
 
@@ -49,9 +49,9 @@ class PendingSave:
         return self.report is not None or self._error is not None
 
     @property
-    def written(self) -> bool:
-        """Whether root's work is over, as far as this rank knows. Not collective."""
-        return self._future is not None and self._future.done()
+    def is_writing(self) -> bool:
+        """Whether this rank's work is still going on. Not collective."""
+        return self._future is not None and not self._future.done()
 
     def done(self) -> bool:
         """Tell whether `wait` would return at once.
@@ -63,8 +63,8 @@ class PendingSave:
         """
         if self.finished:
             return True
-        (done,) = any_of(self._session.comm, "done()", self.written)
-        return done
+        (writing,) = any_of(self._session.comm, "done()", self.is_writing)
+        return not writing
 
     def wait(self) -> SaveReport:
         """Wait until the save is durable, or has failed.
@@ -81,13 +81,12 @@ class PendingSave:
         return self.report
 
     def _finish(self) -> SaveReport:
-        def result() -> Published:
-            assert self._future is not None  # this is root
-            return self._future.result()
+        def written() -> None:
+            if self._future is not None:
+                self._future.result()
 
         try:
-            published = self._session.on_root("saving", result, SaveError)
+            return self._conclude(written)
         except CheckpointError as error:
             self._error = error
             raise
-        return self._acknowledge(published)

@@ -11,9 +11,9 @@ from mpi_ckpt.reports import PhaseClock, RestoreReport, SaveReport, SyncReport
 from mpi_ckpt.storage.layout import generation_name
 
 if TYPE_CHECKING:
+    from mpi_ckpt.engine.draft import Published
     from mpi_ckpt.engine.find import Fit, Found
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.write import Published
 
 __all__ = ["report_restore", "report_save"]
 

@@ -1,26 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries a save out on root: at once, or behind the training's back."""
+"""Carries a save out: at once, or behind the training's back."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from mpi_ckpt.comm import agree
 from mpi_ckpt.engine.background import Background
+from mpi_ckpt.engine.joint import JointSave
 from mpi_ckpt.engine.pending import PendingSave
 from mpi_ckpt.engine.report import report_save
-from mpi_ckpt.engine.stage import Arena, stage
-from mpi_ckpt.engine.write import SaveRequest, write_generation
+from mpi_ckpt.engine.solo import SoloSave
+from mpi_ckpt.engine.stage import Arena
+from mpi_ckpt.engine.writers import choose_ranks
 from mpi_ckpt.errors import SaveError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
+    from mpi_ckpt.engine.draft import Published, SaveRequest
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.write import Published
     from mpi_ckpt.reports import PhaseClock, SaveReport, SyncReport
 
 __all__ = ["Saver"]
+
+
+class SaveWork(Protocol):
+    """One save, in the steps in which it can be done behind the training's back.
+
+    Attributes:
+        writes_here: Whether this rank writes any file.
+    """
+
+    writes_here: bool
+
+    def stage(self, arena: Arena) -> None:
+        """Copy what this rank writes. Not collective. On ranks that write."""
+
+    def write(self) -> None:
+        """Write it. Not collective. On ranks that write, on any thread; no MPI."""
+
+    def conclude(self, written: Callable[[], None]) -> Published | None:
+        """Agree on how `write` ended everywhere, and have the generation published.
+
+        Collective.
+
+        Args:
+            written: Returns when this rank's `write` has ended, raises if it failed.
+
+        Returns:
+            What root published; None elsewhere.
+        """
+
+    def abandon(self) -> None:
+        """Leave nothing behind. Not collective. No rank writes any more."""
 
 
 class Saver:
@@ -40,9 +74,9 @@ class Saver:
         self.pending: PendingSave | None = None
 
     @property
-    def has_written(self) -> bool:
-        """Whether root's thread is through with the pending save. Not collective."""
-        return self.pending is not None and self.pending.written
+    def is_writing(self) -> bool:
+        """Whether this rank still works on the pending save. Not collective."""
+        return self.pending is not None and self.pending.is_writing
 
     def save(
         self, request: SaveRequest, synced: SyncReport, clock: PhaseClock
@@ -53,26 +87,35 @@ class Saver:
 
         Args:
             request: What to save.
-            synced: What the sync did, for the report.
+            synced: What the sync did: says what may be shared out, and for the report.
             clock: Started when the save was asked for.
 
         Raises:
             SaveError: On every rank; nothing was published.
         """
+        session = self._session
+        work = self._plan(request, synced, clock)
 
-        def acknowledge(published: Published | None) -> SaveReport:
+        def conclude(written: Callable[[], None]) -> SaveReport:
+            published = work.conclude(written)
             return self._acknowledge(published, request, synced, clock)
 
-        if self._session.options.asynchronous:
-            future = self._session.on_root(
-                "staging a save", lambda: self._submit(request, clock), SaveError
+        if not session.options.asynchronous:
+            return conclude(work.write if work.writes_here else _nothing)
+        try:
+            future = agree(
+                session.comm,
+                "staging a save",
+                lambda: self._submit(work, clock),
+                error=SaveError,
             )
-            self.pending = PendingSave(self._session, future, acknowledge)
-            return self.pending
-        published = self._session.on_root(
-            "saving", lambda: self._write(request, clock), SaveError
-        )
-        return acknowledge(published)
+        except BaseException:
+            # A rank that could stage is writing by now.
+            self._background.join()
+            work.abandon()
+            raise
+        self.pending = PendingSave(session, future, conclude)
+        return self.pending
 
     def finish(self) -> None:
         """End what is under way; root's thread is idle after.
@@ -94,14 +137,24 @@ class Saver:
         self._background.close()
         self._arena.close()
 
-    def _submit(self, request: SaveRequest, clock: PhaseClock) -> Future[Published]:
-        with clock.phase("stage"):
-            staged = replace(request, states=stage(self._arena, request.states))
-        return self._background.submit(lambda: self._write(staged, clock))
-
-    def _write(self, request: SaveRequest, clock: PhaseClock) -> Published:
+    def _plan(
+        self, request: SaveRequest, synced: SyncReport, clock: PhaseClock
+    ) -> SaveWork:
         session = self._session
-        return write_generation(session.directory, request, session.options, clock)
+        writers = choose_ranks(session.options.writers, session.comm.hosts)
+        compared = {one.name for one in request.contents if one.digests is not None}
+        equal = compared - set(synced.differing)
+        # What was compared is known to all: every rank goes the same way.
+        if len(writers) == 1 or not equal:
+            return SoloSave(session, request, clock)
+        return JointSave(session, request, equal, clock)
+
+    def _submit(self, work: SaveWork, clock: PhaseClock) -> Future[None] | None:
+        if not work.writes_here:
+            return None
+        with clock.phase("stage"):
+            work.stage(self._arena)
+        return self._background.submit(work.write)
 
     def _acknowledge(
         self,
@@ -121,3 +174,7 @@ class Saver:
                 lambda: directory.catalog.remove(retired, directory.job)
             )
         return report
+
+
+def _nothing() -> None:
+    """Stand for the work of a rank that has none."""

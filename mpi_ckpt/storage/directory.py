@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint directory as one job owns it: lock, sweep, newest generation, next number.
 
-Used by root alone.
+Used by root alone, but for `CheckpointDirectory.join`.
 """
 
 from __future__ import annotations
@@ -109,6 +109,22 @@ class CheckpointDirectory:
             self.job,
             mode=self._mode,
             staging=self._staging,
+        )
+
+    def join(self, generation: int, job: str) -> Partial:
+        """Write into the generation that root of this job has begun.
+
+        Args:
+            generation: Its number.
+            job: Root's name of the job.
+        """
+        return Partial(
+            self.root,
+            generation,
+            job,
+            mode=self._mode,
+            staging=self._staging,
+            joined=True,
         )
 
     def open_newest(self) -> GenerationReader | None:

@@ -8,6 +8,7 @@ fsynced before anybody is told.
 
 from __future__ import annotations
 
+import errno
 import io
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ _COPY_BYTES = 16 << 20
 
 
 class Partial:
-    """A generation that is being written. Root only. Used by one thread.
+    """A generation that is being written. Used by one thread.
 
     Args:
         root: The checkpoint directory; the caller holds its lock.
@@ -43,9 +44,11 @@ class Partial:
         job: Name of the job.
         mode: How files are written; see `create_out_file`.
         staging: Memory for direct writes, kept by the caller from save to save.
+        joined: Whether root of the job has made it, and this is another rank, which
+            writes one file into it.
 
     Raises:
-        WriteError: On the calling rank, if its directory cannot be made.
+        WriteError: On the calling rank, if its directory cannot be made, or is not there.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Partial:
         *,
         mode: IOMode = "auto",
         staging: StagingBlocks | None = None,
+        joined: bool = False,
     ) -> None:
         self._root = root
         self._mode: IOMode = mode
@@ -64,8 +68,12 @@ class Partial:
         self.path = root / partial_name(generation, job)
         self.bytes_written = 0
         self._was_named = False
-        with os_errors_as(WriteError, "making", self.path):
-            filesystem.make_directory(self.path)
+        self._joined = joined
+        if joined:
+            self._require_visible()
+        else:
+            with os_errors_as(WriteError, "making", self.path):
+                filesystem.make_directory(self.path)
 
     def write_shard(self, name: str, runs: Iterable[memoryview], nbytes: int) -> None:
         """Write runs of bytes, one behind the other, as one durable file.
@@ -83,6 +91,11 @@ class Partial:
         with self._file(name, nbytes) as out:
             for run in runs:
                 out.write(run)
+        if self._joined:
+            # CRASH: root fsyncs the directory too, but on some network file systems only
+            # the host that made an entry can make it durable.
+            with os_errors_as(WriteError, "writing", self.path):
+                filesystem.sync_directory(self.path)
         self.bytes_written += nbytes
 
     def write_stream(
@@ -157,10 +170,27 @@ class Partial:
         return target
 
     def drop(self) -> None:
-        """Delete what was written; what cannot be deleted is swept later."""
+        """Delete what was written; what cannot be deleted is swept later.
+
+        Not collective.
+        """
         if not self._was_named:
             with suppress(OSError):
                 filesystem.remove_tree(self.path)
+
+    def _require_visible(self) -> None:
+        try:
+            with os_errors_as(WriteError, "joining", self.path):
+                filesystem.list_names(self.path)
+        except WriteError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise WriteError(
+                f"{self.path}: root has made it, and this host does not see it. Several "
+                "writers need a directory that all see; Options(writers='root') does not",
+                path=self.path,
+                errno=error.errno,
+            ) from error
 
     def _withdraw(self, target: Path) -> None:
         # Nobody knows whether the name is durable. Withdraw it, so that what is raised

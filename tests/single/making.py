@@ -12,7 +12,8 @@ import numpy as np
 
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.contents import capture_only
-from mpi_ckpt.engine.write import Published, SaveRequest, write_generation
+from mpi_ckpt.engine.draft import Published, SaveRequest
+from mpi_ckpt.engine.write import write_generation
 from mpi_ckpt.options import Options
 from mpi_ckpt.reports import PhaseClock
 from mpi_ckpt.retention import KeepLast

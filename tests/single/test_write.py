@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mpi_ckpt.engine import write
+from mpi_ckpt.engine import draft
 from mpi_ckpt.errors import RegistrationError, SaveError, StageError, WriteError
 from mpi_ckpt.options import Options
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
@@ -301,7 +301,7 @@ def test_carried_state_that_differs_in_case_only_is_refused(directory):
 
 
 def test_manifest_too_large_to_be_read_is_not_published(directory, monkeypatch):
-    monkeypatch.setattr(write, "MANIFEST_BYTES_MAX", 1000)
+    monkeypatch.setattr(draft, "MANIFEST_BYTES_MAX", 1000)
     with pytest.raises(SaveError, match="at most 1000 can be read"):
         save(directory, [ArrayState("a", {f"x{n}": np.ones(1) for n in range(20)})])
     assert generations(directory) == []

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A save that root writes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.engine.stage import stage
+from mpi_ckpt.engine.write import write_generation
+from mpi_ckpt.errors import SaveError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpi_ckpt.engine.draft import Published, SaveRequest
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.engine.stage import Arena
+    from mpi_ckpt.reports import PhaseClock
+
+__all__ = ["SoloSave"]
+
+
+class SoloSave:
+    """See `mpi_ckpt.engine.saver.SaveWork`.
+
+    Args:
+        session: The manager's.
+        request: What to save.
+        clock: Started when the save was asked for.
+    """
+
+    def __init__(self, session: Session, request: SaveRequest, clock: PhaseClock) -> None:
+        self._session = session
+        self._request = request
+        self._clock = clock
+        self._published: Published | None = None
+        self.writes_here = session.comm.is_root
+
+    def stage(self, arena: Arena) -> None:
+        """Copy what is saved. Not collective. On root."""
+        staged = stage(arena, self._request.states)
+        self._request = replace(self._request, states=staged)
+
+    def write(self) -> None:
+        """Write and publish. Not collective. On root, on any thread.
+
+        Raises:
+            SaveError: On the calling rank; nothing was published.
+        """
+        session = self._session
+        self._published = write_generation(
+            session.directory, self._request, session.options, self._clock
+        )
+
+    def conclude(self, written: Callable[[], None]) -> Published | None:
+        """Agree on how `write` ended.
+
+        Collective.
+
+        Raises:
+            SaveError: On every rank; nothing was published.
+        """
+        self._session.on_root("saving", written, SaveError)
+        return self._published
+
+    def abandon(self) -> None:
+        """Nothing was begun yet. Not collective."""

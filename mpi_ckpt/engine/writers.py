@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ranks write, and which leaves each of them writes. Pure."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Sequence
+
+__all__ = ["Ranks", "choose_ranks", "split_by_bytes"]
+
+Ranks = Literal["root", "node", "all"]
+"""Root alone, one rank of every host, or every rank."""
+
+Key = TypeVar("Key", bound="Hashable")
+
+
+def choose_ranks(ranks: Ranks, hosts: Sequence[str]) -> tuple[int, ...]:
+    """Return the ranks that do a work, root first.
+
+    Not collective. Thread-safe.
+
+    Args:
+        ranks: How they are chosen; of a host the lowest.
+        hosts: Host name of every rank.
+    """
+    if ranks == "all":
+        return tuple(range(len(hosts)))
+    if ranks == "node":
+        return tuple(hosts.index(host) for host in dict.fromkeys(hosts))
+    return (0,)
+
+
+def split_by_bytes(sizes: Iterable[tuple[Key, int]], parts: int) -> list[list[Key]]:
+    """Split things over parts so that the parts are about equally heavy.
+
+    Not collective. Thread-safe. Longest processing time first: each thing, the heaviest
+    first, goes to the lightest part (R. L. Graham, 1969: at most 4/3 of the optimum).
+
+    Args:
+        sizes: Things and their bytes.
+        parts: Number of parts.
+
+    Returns:
+        For each part its things, in the order they were given.
+    """
+    things = list(sizes)
+    heaviest_first = sorted(range(len(things)), key=lambda i: -things[i][1])
+    lightest = [(0, part) for part in range(parts)]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for index in heaviest_first:
+        weight, part = heapq.heappop(lightest)
+        chosen[part].append(index)
+        heapq.heappush(lightest, (weight + things[index][1], part))
+    return [[things[i][0] for i in sorted(indices)] for indices in chosen]
