@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from mpi_ckpt import dtypes
+
+if TYPE_CHECKING:
+    from mpi_ckpt.gate import Gate
 
 __all__ = ["Buffer", "Leaf", "LeafSpec", "MemoryBuffer", "copy_bytes"]
 
@@ -51,13 +54,24 @@ class Buffer(Protocol):
     def write(self, data: memoryview) -> None:
         """Replace the bytes by ``data``, of the same length."""
 
+    def stamp(self) -> int:
+        """Return a number that moves when the owner notices a change, if it ever does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One named tensor, array or blob, and where its bytes live."""
+    """One named tensor, array or blob, and where its bytes live.
+
+    Attributes:
+        spec: What it looks like.
+        buffer: Where its bytes live.
+        gate: What everybody passes who is about to change it; None if nobody promises
+            that, so that an asynchronous save must copy it at once.
+    """
 
     spec: LeafSpec
     buffer: Buffer
+    gate: Gate | None = None
 
 
 def copy_bytes(source: memoryview, target: memoryview) -> None:
@@ -92,3 +106,7 @@ class MemoryBuffer:
     def write(self, data: memoryview) -> None:
         """Replace the bytes. Not collective."""
         copy_bytes(data, self._memory)
+
+    def stamp(self) -> int:
+        """Return nothing of interest: memory notices no change. Not collective."""
+        return 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.draft import Published, SaveRequest
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.shard import Shard
-    from mpi_ckpt.engine.stage import Arena
+    from mpi_ckpt.engine.stage import Arena, LateCopies
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.partial import Partial
@@ -70,11 +70,12 @@ class JointSave:
         self._shard: Shard | None = None
         self.writes_here = comm.is_root or bool(self._mine)
 
-    def stage(self, arena: Arena) -> None:
+    def stage(self, arena: Arena) -> LateCopies:
         """Copy what this rank writes. Not collective."""
         staged = stage(arena, [*self._mine, *self._plain])
-        self._mine = [one for one in staged if isinstance(one, Contents)]
-        self._plain = [one for one in staged if not isinstance(one, Contents)]
+        self._mine = [one for one in staged.states if isinstance(one, Contents)]
+        self._plain = [one for one in staged.states if not isinstance(one, Contents)]
+        return staged.late
 
     def write(self) -> None:
         """Write this rank's share. Not collective. On any thread.

@@ -11,7 +11,7 @@ from mpi_ckpt.engine.joint import JointSave
 from mpi_ckpt.engine.pending import PendingSave
 from mpi_ckpt.engine.report import report_save
 from mpi_ckpt.engine.solo import SoloSave
-from mpi_ckpt.engine.stage import Arena
+from mpi_ckpt.engine.stage import Arena, LateCopies
 from mpi_ckpt.engine.writers import choose_ranks
 from mpi_ckpt.errors import SaveError
 
@@ -35,8 +35,12 @@ class SaveWork(Protocol):
 
     writes_here: bool
 
-    def stage(self, arena: Arena) -> None:
-        """Copy what this rank writes. Not collective. On ranks that write."""
+    def stage(self, arena: Arena) -> LateCopies:
+        """Copy what this rank writes. Not collective. On ranks that write.
+
+        Returns:
+            What remains to be copied before `write`.
+        """
 
     def write(self) -> None:
         """Write it. Not collective. On ranks that write, on any thread; no MPI."""
@@ -153,8 +157,18 @@ class Saver:
         if not work.writes_here:
             return None
         with clock.phase("stage"):
-            work.stage(self._arena)
-        return self._background.submit(work.write)
+            late = work.stage(self._arena)
+        if not late:
+            return self._background.submit(work.write)
+        copied = self._background.submit(late.copy)
+        for gate in late.gates:
+            gate.hold(copied)
+
+        def write() -> None:
+            copied.result()
+            work.write()
+
+        return self._background.submit(write)
 
     def _acknowledge(
         self,

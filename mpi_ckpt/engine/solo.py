@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.draft import Published, SaveRequest
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.stage import Arena
+    from mpi_ckpt.engine.stage import Arena, LateCopies
     from mpi_ckpt.reports import PhaseClock
 
 __all__ = ["SoloSave"]
@@ -37,10 +37,11 @@ class SoloSave:
         self._published: Published | None = None
         self.writes_here = session.comm.is_root
 
-    def stage(self, arena: Arena) -> None:
+    def stage(self, arena: Arena) -> LateCopies:
         """Copy what is saved. Not collective. On root."""
         staged = stage(arena, self._request.states)
-        self._request = replace(self._request, states=staged)
+        self._request = replace(self._request, states=staged.states)
+        return staged.late
 
     def write(self) -> None:
         """Write and publish. Not collective. On root, on any thread.

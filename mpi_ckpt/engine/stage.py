@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import io
 import mmap
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.contents import Contents
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import BinaryIO
 
-__all__ = ["Arena", "stage"]
+    from mpi_ckpt.gate import Gate
+
+__all__ = ["Arena", "LateCopies", "Staged", "stage"]
 
 # Each leaf starts at a multiple of this: copies of cache lines, aligned elements.
 _ALIGNMENT = 64
@@ -67,18 +70,86 @@ class StagedStream(State):
         fileobj.write(self._data)
 
 
-def stage(arena: Arena, states: Sequence[Contents | State]) -> list[Contents | State]:
+@dataclass(frozen=True, slots=True)
+class _LateCopy:
+    leaf: Leaf
+    place: memoryview
+    stamp: int
+    digest: Digest | None
+
+    def is_spoilt(self) -> bool:
+        """Tell whether something else was copied than what was there at the save."""
+        if self.leaf.buffer.stamp() != self.stamp:
+            return True
+        # INVARIANT: no digest of other bytes than those written gets into a manifest.
+        return self.digest is not None and Digest.of(self.place) != self.digest
+
+
+class LateCopies:
+    """Copies that are made behind the training's back, of leaves that stand behind a gate.
+
+    Not collective. Filled on the main thread, carried out on another.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[_LateCopy] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    @property
+    def gates(self) -> set[Gate]:
+        """What holds up the changes until `copy` has ended."""
+        return {one.leaf.gate for one in self._copies if one.leaf.gate is not None}
+
+    def add(self, leaf: Leaf, place: memoryview, digest: Digest | None) -> None:
+        """Note a leaf, where it goes, and its digest if that was taken already."""
+        self._copies.append(_LateCopy(leaf, place, leaf.buffer.stamp(), digest))
+
+    def copy(self) -> None:
+        """Copy what was noted.
+
+        Raises:
+            StageError: On the calling rank, naming the leaves that were changed meanwhile
+                by somebody who did not pass the gate.
+        """
+        for one in self._copies:
+            one.leaf.buffer.copy_to(one.place)
+        changed = [one.leaf.spec.name for one in self._copies if one.is_spoilt()]
+        if changed:
+            raise StageError(
+                "changed while they were being copied, not by an optimizer's step(): "
+                f"{', '.join(changed)}. Nothing of this save is kept; change them after "
+                "step(), or save without overlap",
+                problems=changed,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Copies of states.
+
+    Attributes:
+        states: The same states, over private memory.
+        late: Leaves whose copies are still to be made.
+    """
+
+    states: list[Contents | State]
+    late: LateCopies
+
+
+def stage(arena: Arena, states: Sequence[Contents | State]) -> Staged:
     """Copy states so that they may change while the copies are written.
 
-    Not collective. Called on root. One copy of every leaf; plain states write themselves
-    into memory.
+    Not collective. Called on ranks that write. One copy of every leaf; plain states write
+    themselves into memory. Leaves behind a gate are left for later.
 
     Args:
         arena: Holds the leaves; an earlier copy in it is lost.
         states: Contents of leaf states, and plain states, in saving order.
 
     Returns:
-        The same, over private memory.
+        The copies. Before the late ones are made nobody may pass their gates.
 
     Raises:
         StageError: On the calling rank, if memory is short or a state's save fails.
@@ -88,18 +159,22 @@ def stage(arena: Arena, states: Sequence[Contents | State]) -> list[Contents | S
     memory = arena.take(sum(sizes))
     offset = 0
     staged: list[Contents | State] = []
+    late = LateCopies()
     for one in states:
         if not isinstance(one, Contents):
             staged.append(_stage_stream(one))
             continue
         leaves = []
-        for leaf in one.leaves:
+        for number, leaf in enumerate(one.leaves):
             place = memory[offset : offset + leaf.spec.nbytes]
-            leaf.buffer.copy_to(place)
+            if leaf.gate is None:
+                leaf.buffer.copy_to(place)
+            else:
+                late.add(leaf, place, one.digests[number] if one.digests else None)
             leaves.append(Leaf(leaf.spec, MemoryBuffer(place)))
             offset += _padded(leaf.spec.nbytes)
         staged.append(replace(one, leaves=tuple(leaves)))
-    return staged
+    return Staged(staged, late)
 
 
 def _stage_stream(state: State) -> StagedStream:

@@ -104,6 +104,10 @@ class ArrayBuffer:
         new = np.frombuffer(data, self._little()).reshape(self._array.shape)
         np.copyto(self._array, new)
 
+    def stamp(self) -> int:
+        """Return nothing of interest: an array notices no change."""
+        return 0
+
     def _little(self) -> np.dtype[Any]:
         little: np.dtype[Any] = self._array.dtype.newbyteorder("<")
         return little

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpi_ckpt.gate import Gate
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
 __all__ = ["ModuleState"]
@@ -45,14 +47,18 @@ class ModuleState(LeafState):
         self._module = module
         self._arriving: dict[str, Any] = {}
         self._targets: _Contents | None = None
+        self.gate: Gate | None = None
+        """Passed by whoever changes the parameters; see `Leaf`."""
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         contents = _Contents(self._module)
         structure = {"ties": contents.ties, "extra": contents.extra.structure}
-        return Capture(
-            structure, [*contents.leaves.values(), *contents.extra.leaves.values()]
-        )
+        leaves = [
+            replace(leaf, gate=self.gate) if name in contents.parameters else leaf
+            for name, leaf in contents.leaves.items()
+        ]
+        return Capture(structure, [*leaves, *contents.extra.leaves.values()])
 
     def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
         """See `LeafState`. Not collective."""
@@ -112,7 +118,9 @@ class _Contents:
     def __init__(self, module: torch.nn.Module) -> None:
         from mpi_ckpt.states.tensors import tensor_leaf
 
-        live = {id(t) for t in (*module.parameters(), *module.buffers())}
+        parameters = {id(parameter) for parameter in module.parameters()}
+        live = parameters | {id(buffer) for buffer in module.buffers()}
+        self.parameters: set[str] = set()
         self.leaves: dict[str, Leaf] = {}
         self.ties: dict[str, str] = {}
         self.values: dict[str, torch.Tensor] = {}
@@ -133,6 +141,8 @@ class _Contents:
                 self.ties[name] = source
                 continue
             self.leaves[name] = tensor_leaf(name, value)
+            if id(value) in parameters:
+                self.parameters.add(name)
             if id(value) not in live:
                 self.computed.append(name)
         self.extra = flatten(extra, "#extra")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.state import Capture
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.nested import NestedState
 
@@ -14,10 +16,13 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpi_ckpt.gate import Gate
     from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
 
 __all__ = ["OptimizerState"]
+
+_STATE = "content/state/"
 
 
 class OptimizerState(NestedState):
@@ -42,6 +47,18 @@ class OptimizerState(NestedState):
     ) -> None:
         super().__init__(name, sync=sync)
         self._optimizer = optimizer
+        self.gate: Gate | None = None
+        """Passed by ``step()`` before it changes anything; see `Leaf`."""
+
+    def capture(self) -> Capture:
+        """See `LeafState`. Not collective."""
+        captured = super().capture()
+        # Not the groups: a rate kept as a tensor is the scheduler's to change.
+        leaves = [
+            replace(leaf, gate=self.gate) if leaf.spec.name.startswith(_STATE) else leaf
+            for leaf in captured.leaves
+        ]
+        return Capture(captured.structure, leaves)
 
     def nested(self) -> Any:  # noqa: ANN401
         """See `NestedState`. Not collective."""

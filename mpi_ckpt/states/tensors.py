@@ -121,6 +121,11 @@ class TensorBuffer:
         with torch.no_grad():
             tensor.copy_(new)
 
+    def stamp(self) -> int:
+        """Return torch's count of changes in place; those through ``.data`` escape it."""
+        # Inference tensors count nothing.
+        return 0 if self._tensor.is_inference() else self._tensor._version  # noqa: SLF001
+
 
 def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     # Viewed as bytes first: NumPy knows neither bfloat16 nor float8.

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.errors import RegistrationError, StateMismatchError
+from mpi_ckpt.gate import Gate
 from mpi_ckpt.leaf import Leaf
 from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
@@ -35,9 +37,16 @@ class TrainState(LeafState):
         scaler: Likewise, a ``torch.amp.GradScaler`` as a rule.
         name: As for `mpi_ckpt.State`.
         sync: As for `LeafState`.
+        overlap: Whether an asynchronous save returns before parameters and optimizer
+            state are copied. The copy then goes on behind forward and backward, and
+            ``step()`` of any torch optimizer waits for it. Whoever changes them
+            otherwise in that time spoils the save: torch notices that, and the save
+            fails, unless it is done through ``.data`` or NumPy. All else is copied at
+            once, buffers of the module too.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+        RegistrationError: On every rank that makes it, if the name or mode is illegal,
+            or if there is nothing to wait in.
     """
 
     def __init__(
@@ -49,8 +58,15 @@ class TrainState(LeafState):
         scaler: Stateful | None = None,
         name: str = "train",
         sync: SyncMode = "root",
+        overlap: bool = False,
     ) -> None:
         super().__init__(name, sync=sync)
+        self._gate = Gate()
+        if overlap and optimizer is None:
+            raise RegistrationError(
+                f"state {name!r}: overlap=True needs the optimizer, whose step() waits for "
+                "the copy"
+            )
         # The optimizer comes after the module it optimizes, the scheduler after the
         # optimizer whose rates it sets.
         self._parts: dict[str, LeafState] = {"module": ModuleState("module", module)}
@@ -60,12 +76,14 @@ class TrainState(LeafState):
             self._parts["scheduler"] = SchedulerState("scheduler", scheduler)
         if scaler is not None:
             self._parts["scaler"] = SchedulerState("scaler", scaler)
+        if overlap:
+            self._let_steps_wait()
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         captured = {key: part.capture() for key, part in self._parts.items()}
         leaves = [
-            Leaf(replace(leaf.spec, name=f"{key}/{leaf.spec.name}"), leaf.buffer)
+            replace(leaf, spec=replace(leaf.spec, name=f"{key}/{leaf.spec.name}"))
             for key, one in captured.items()
             for leaf in one.leaves
         ]
@@ -73,6 +91,7 @@ class TrainState(LeafState):
 
     def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
         """See `LeafState`. Not collective."""
+        self._gate.wait()
         self._check_parts(structure)
         targets: dict[str, Leaf] = {}
         problems: list[str] = []
@@ -96,6 +115,17 @@ class TrainState(LeafState):
         """See `LeafState`. Not collective."""
         for key, part in self._parts.items():
             part.adopt(structure[key], leaves)
+
+    def _let_steps_wait(self) -> None:
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+        gate = self._gate
+        for part in self._parts.values():
+            if isinstance(part, ModuleState | OptimizerState):
+                part.gate = gate
+        # Of every optimizer: another may hold some of the parameters too.
+        hook = register_optimizer_step_pre_hook(lambda *_: gate.wait())
+        weakref.finalize(self, hook.remove)
 
     def _check_parts(self, structure: Structure) -> None:
         saved = set(structure) if isinstance(structure, dict) else set()

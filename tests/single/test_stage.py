@@ -31,7 +31,7 @@ def test_what_changes_afterwards_is_not_seen():
     plain = Words("words")
     contents = capture_only([ArrayState("arrays", arrays), ModuleState("module", module)])
     before = [bytes_of(one) for one in contents]
-    staged = stage(Arena(), [*contents, plain])
+    staged = stage(Arena(), [*contents, plain]).states
     arrays["a"][:] = -1
     arrays["t"][:] = 7
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_what_changes_afterwards_is_not_seen():
 
 def test_the_order_is_kept():
     contents = capture_only([ArrayState("one", {"a": np.ones(2)})])
-    staged = stage(Arena(), [Words("first"), *contents, Words("last")])
+    staged = stage(Arena(), [Words("first"), *contents, Words("last")]).states
     names = [one.state.name if isinstance(one, Contents) else one.name for one in staged]
     assert names == ["first", "one", "last"]
 
