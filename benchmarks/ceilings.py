@@ -3,19 +3,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Iterable, Sequence
 
-    import numpy as np
+    from mpi4py import MPI
 
-__all__ = ["drop_cache", "read_direct", "write_buffered", "write_direct"]
+__all__ = [
+    "WarmCopy",
+    "bcast",
+    "drop_cache",
+    "fsync_tree",
+    "ibcast",
+    "read_direct",
+    "write_buffered",
+    "write_direct",
+]
 
 _BLOCK = 8 << 20
+
+
+class WarmCopy:
+    """A copy of arrays into memory whose pages are there: what staging costs at least."""
+
+    def __init__(self, arrays: Iterable[np.ndarray]) -> None:
+        self._pairs = [(array, np.empty_like(array)) for array in arrays]
+        self()
+
+    def __call__(self) -> None:
+        """Copy them all."""
+        for array, target in self._pairs:
+            np.copyto(target, array)
+
+
+def bcast(comm: MPI.Intracomm, arrays: Iterable[np.ndarray]) -> None:
+    """Broadcast arrays, one call each. Collective."""
+    for array in arrays:
+        # MPI: counts are 32 bit, so elements are counted, not bytes.
+        comm.Bcast(array)
+
+
+def ibcast(comm: MPI.Intracomm, arrays: Sequence[np.ndarray]) -> None:
+    """Broadcast arrays, all posted before one wait. Collective."""
+    from mpi4py import MPI
+
+    MPI.Request.Waitall([comm.Ibcast(array) for array in arrays])
 
 
 def write_buffered(path: Path, arrays: Iterable[np.ndarray]) -> None:
@@ -23,7 +62,7 @@ def write_buffered(path: Path, arrays: Iterable[np.ndarray]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         for array in arrays:
-            view = memoryview(array).cast("B")
+            view = array.reshape(-1).view(np.uint8).data
             while view:
                 view = view[os.write(descriptor, view[: 1 << 30]) :]
         os.fsync(descriptor)
@@ -32,10 +71,13 @@ def write_buffered(path: Path, arrays: Iterable[np.ndarray]) -> None:
 
 
 def write_direct(path: Path, nbytes: int) -> None:
-    """Write as many bytes by O_DIRECT from one aligned block, then fsync."""
+    """Write as many bytes by O_DIRECT from one aligned block, then fsync.
+
+    Through the page cache where the file system takes nothing else.
+    """
     block = mmap.mmap(-1, _BLOCK)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT
-    descriptor = os.open(path, flags, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    descriptor = _open_direct(path, flags)
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
         for offset in range(0, nbytes, _BLOCK):
@@ -49,7 +91,7 @@ def write_direct(path: Path, nbytes: int) -> None:
 def read_direct(path: Path) -> None:
     """Read a file by O_DIRECT into one aligned block, over and over."""
     block = mmap.mmap(-1, _BLOCK)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    descriptor = _open_direct(path, os.O_RDONLY)
     try:
         offset = 0
         while count := os.preadv(descriptor, [block], offset):
@@ -58,8 +100,13 @@ def read_direct(path: Path) -> None:
         os.close(descriptor)
 
 
-def drop_cache(root: Path) -> None:
-    """Drop the pages of all files below a directory from the page cache."""
+def drop_cache(root: Path, *, everything: bool = False) -> None:
+    """Drop the pages of all files below a directory from the page cache.
+
+    Args:
+        root: The directory.
+        everything: Drop the whole cache, names and inodes too, where that is allowed.
+    """
     for path in root.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -67,3 +114,30 @@ def drop_cache(root: Path) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
+    if everything:
+        with contextlib.suppress(OSError):
+            Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def fsync_tree(root: Path) -> None:
+    """Make all files below a path durable, and the names that lead to them."""
+    paths = [root, *root.rglob("*")] if root.is_dir() else [root]
+    # Files first: a name is not to be durable before what it stands for.
+    for path in [*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir())]:
+        _fsync(path)
+    _fsync(root.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_direct(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666)
+    except OSError:
+        return os.open(path, flags, 0o666)

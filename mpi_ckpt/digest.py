@@ -61,6 +61,8 @@ class Digest:
     @classmethod
     def of(cls, data: memoryview | bytes, block_bytes: int = BLOCK_BYTES) -> Digest:
         """Digest a run of bytes. Not collective. Thread-safe."""
+        if memoryview(data).nbytes <= block_bytes:  # as most leaves are
+            return cls((digest_bytes(data),))
         return cls(tuple(digest_bytes(piece) for piece in split_blocks(data, block_bytes)))
 
 

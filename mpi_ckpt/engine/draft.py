@@ -207,12 +207,12 @@ class Draft:
         written = {key: at for shard in shards for key, at in shard.extents.items()}
         states = {state.name: state for state in self._streams}
         for index, one in enumerate(self.contents):
-            leaves = []
+            name, leaves = one.name, []
             for number, leaf in enumerate(one.leaves):
                 extent = self._reuse.leaves.get((index, number))
-                extent = extent or written[one.name, leaf.spec.name]
+                extent = extent or written[name, leaf.spec.name]
                 leaves.append(StoredLeaf(leaf.spec, extent))
-            states[one.name] = StoredState(one.name, one.structure, tuple(leaves))
+            states[name] = StoredState(name, one.structure, tuple(leaves))
         return Manifest(
             generation=self.partial.generation,
             step=operator.index(request.step),

@@ -64,8 +64,9 @@ def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
     )
     specs = [states[index][1][number] for index, number in order]
     # A state's name is encoded, so that "a/b" + "c" and "a" + "b/c" stay apart.
+    prefixes = [quote(name, safe="") for name, _ in states]
     names = [
-        f"{quote(states[index][0], safe='')}/{spec.name}"
+        f"{prefixes[index]}/{spec.name}"
         for (index, _), spec in zip(order, specs, strict=True)
     ]
     header = encode_header(zip(names, specs, strict=True), {"format": "mpi_ckpt"})

@@ -56,6 +56,7 @@ def write_shard(partial: Partial, contents: Sequence[Contents], rank: int) -> Sh
     if not any(one.leaves for one in contents):
         return None
     plan = _plan(contents)
+    names = [one.name for one in contents]
     digests: dict[LeafKey, Digest] = {}
 
     def runs() -> Iterator[memoryview]:
@@ -65,7 +66,7 @@ def write_shard(partial: Partial, contents: Sequence[Contents], rank: int) -> Sh
             leaf = one.leaves[place.leaf]
             data = leaf.buffer.read()
             digest = one.digests[place.leaf] if one.digests else Digest.of(data)
-            digests[one.name, leaf.spec.name] = digest
+            digests[names[place.state], leaf.spec.name] = digest
             yield data
 
     partial.write_shard(shard_file_name(rank), runs(), plan.nbytes)
@@ -104,11 +105,11 @@ def _describe(
     generation: int,
 ) -> Shard:
     name = shard_file_name(rank)
+    names = [one.name for one in contents]
     extents: dict[LeafKey, Extent] = {}
     for place in plan.placements:
-        one = contents[place.state]
-        spec = one.leaves[place.leaf].spec
-        key = (one.name, spec.name)
+        spec = contents[place.state].leaves[place.leaf].spec
+        key = (names[place.state], spec.name)
         extents[key] = Extent(name, place.offset, spec.nbytes, digests[key])
     header = digest_bytes(plan.header)
     file = StoredFile(name, plan.nbytes, len(plan.header), header, generation)

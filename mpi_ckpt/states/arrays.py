@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,8 @@ _NAMES = {
     "complex128": "C128",
 }
 _DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
+# By dtype, not by its name: NumPy makes that anew each time it is asked, in 3 us.
+_NATIVE = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def array_dtype_name(dtype: np.dtype[Any]) -> str:
@@ -47,6 +50,8 @@ def array_dtype_name(dtype: np.dtype[Any]) -> str:
     Raises:
         StageError: On the calling rank, for objects and records, which are no bytes.
     """
+    if dtype in _NATIVE:
+        return _NATIVE[dtype]
     if dtype.name in _NAMES:
         return _NAMES[dtype.name]
     # Not newbyteorder(): NumPy's newer dtypes have none, and raise.
@@ -109,7 +114,10 @@ class ArrayBuffer:
         return 0
 
     def _little(self) -> np.dtype[Any]:
-        little: np.dtype[Any] = self._array.dtype.newbyteorder("<")
+        dtype: np.dtype[Any] = self._array.dtype
+        if dtype in _NATIVE and sys.byteorder == "little":
+            return dtype
+        little: np.dtype[Any] = dtype.newbyteorder("<")
         return little
 
 

@@ -219,17 +219,16 @@ def _decode_leaf(
     entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
 ) -> StoredLeaf:
     name, dtype = _text(entry["name"]), _text(entry["dtype"])
-    _expect(dtypes.is_known(dtype), f"leaf {name!r} has the unknown dtype {dtype!r}")
-    shape = tuple(_integer(length, _SIZE_MAX) for length in _list(entry["shape"]))
-    _expect(len(shape) <= 64, f"leaf {name!r} has {len(shape)} dimensions")
-    leaf = StoredLeaf(
-        LeafSpec(name, dtype, shape), _decode_extent(entry, files, block_bytes)
-    )
-    _expect(
-        leaf.spec.nbytes == leaf.extent.nbytes,
-        f"leaf {leaf.spec} takes {leaf.spec.nbytes} bytes, {leaf.extent.nbytes} listed",
-    )
-    return leaf
+    # Here and below messages are made only when needed: there may be many leaves.
+    if not dtypes.is_known(dtype):
+        raise ValueError(f"leaf {name!r} has the unknown dtype {dtype!r}")
+    shape = tuple([_integer(length, _SIZE_MAX) for length in _list(entry["shape"])])
+    if len(shape) > 64:
+        raise ValueError(f"leaf {name!r} has {len(shape)} dimensions")
+    spec, extent = LeafSpec(name, dtype, shape), _decode_extent(entry, files, block_bytes)
+    if spec.nbytes != extent.nbytes:
+        raise ValueError(f"leaf {spec} takes {spec.nbytes} bytes, {extent.nbytes} listed")
+    return StoredLeaf(spec, extent)
 
 
 def _decode_extent(
@@ -238,17 +237,17 @@ def _decode_extent(
     file = files[entry["file"]]
     offset = _integer(entry["offset"], _SIZE_MAX)
     nbytes = _integer(entry["bytes"], _SIZE_MAX)
-    _expect(
-        file.header_bytes <= offset and offset + nbytes <= file.nbytes,
-        f"{file.name}: bytes {offset} to {offset + nbytes} lie outside its data",
-    )
+    if offset < file.header_bytes or offset + nbytes > file.nbytes:
+        end = offset + nbytes
+        raise ValueError(f"{file.name}: bytes {offset} to {end} lie outside its data")
     whole = _digest(entry["digest"])
-    blocks = bytes.fromhex(_text(entry.get("blocks", entry["digest"])))
-    count = max(1, -(-nbytes // block_bytes))
-    _expect(len(blocks) == count * DIGEST_BYTES, f"{file.name}: wrong number of blocks")
+    blocks = bytes.fromhex(_text(entry["blocks"])) if "blocks" in entry else whole
+    if len(blocks) != max(1, -(-nbytes // block_bytes)) * DIGEST_BYTES:
+        raise ValueError(f"{file.name}: wrong number of blocks")
     cuts = range(0, len(blocks), DIGEST_BYTES)
-    digest = Digest(tuple(blocks[cut : cut + DIGEST_BYTES] for cut in cuts))
-    _expect(digest.whole == whole, f"{file.name}: block digests do not match")
+    digest = Digest(tuple([blocks[cut : cut + DIGEST_BYTES] for cut in cuts]))
+    if digest.whole != whole:
+        raise ValueError(f"{file.name}: block digests do not match")
     return Extent(file.name, offset, nbytes, digest)
 
 
@@ -260,15 +259,18 @@ def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]
     for name, extents in by_file.items():
         end = 0
         for extent in sorted(extents, key=lambda one: (one.offset, one.nbytes)):
-            _expect(extent.offset >= end, f"{name}: leaves overlap at {extent.offset}")
+            if extent.offset < end:
+                raise ValueError(f"{name}: leaves overlap at {extent.offset}")
             end = extent.offset + extent.nbytes
 
 
 def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        _expect(key not in result, f"the manifest has the key {key!r} twice")
-        result[key] = value
+    pairs = list(pairs)
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the manifest has the key {twice!r} twice")
     return result
 
 
@@ -285,7 +287,8 @@ def _short_int(digits: str) -> int:
 def _integer(value: object, most: int, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"the manifest has {shown(value)} where an integer belongs")  # noqa: TRY004 (bad bytes)
-    _expect(least <= value <= most, f"the manifest has {value}, out of range")
+    if not least <= value <= most:
+        raise ValueError(f"the manifest has {value}, out of range")
     return value
 
 
@@ -318,7 +321,8 @@ def _text(value: object) -> str:
 
 def _digest(value: object) -> bytes:
     digest = bytes.fromhex(_text(value))
-    _expect(len(digest) == DIGEST_BYTES, f"{value!r} is no digest")
+    if len(digest) != DIGEST_BYTES:
+        raise ValueError(f"{value!r} is no digest")
     return digest
 
 

@@ -35,6 +35,8 @@ _IN_FLIGHT = 2
 # Below this a direct write waits for the disk where the page cache would not.
 _DIRECT_BYTES_MIN = 8 << 20
 _WRITE_BACK_BYTES = 32 << 20
+# Copies of so little are done before NumPy has made an array of them.
+_SMALL_BYTES = 32 << 10
 
 
 class OutFile(Protocol):
@@ -136,6 +138,7 @@ class _DirectFile:
     ) -> None:
         self._descriptor = descriptor
         self._blocks = [np.frombuffer(block, np.uint8) for block in blocks]
+        self._views = [memoryview(block) for block in blocks]
         self._pool = pool
         self._pending: list[Future[None] | None] = [None] * len(blocks)
         self._current = 0
@@ -143,6 +146,12 @@ class _DirectFile:
         self._offset = 0
 
     def write(self, data: memoryview) -> None:
+        if 0 < self._filled <= _BLOCK_BYTES - len(data) and len(data) < _SMALL_BYTES:
+            self._views[self._current][self._filled : self._filled + len(data)] = data
+            self._filled += len(data)
+            if self._filled == _BLOCK_BYTES:
+                self._submit(_BLOCK_BYTES)
+            return
         source = np.frombuffer(data, np.uint8)
         while len(source):
             if self._filled == 0:

@@ -1,25 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks run, so that none rots."""
 
-import json
-
 import pytest
 
+from benchmarks import targets
 from benchmarks.cases import CASES
+from benchmarks.harness import read_figures
 from tests.launch import run_job
 
+# Without these, which bring torch's modules in, three ranks are quick.
+LIGHT = ["sync", "reuse", "writers", "small"]
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_every_case_runs(ranks, tmp_path):
-    lines = tmp_path / "figures.jsonl"
-    job = run_job(
-        ranks,
-        ["-m", "benchmarks", "--smoke", "--json", str(lines), "--directory", str(tmp_path)],
-        timeout=60,
-    )
+
+def run_smoke(ranks, cases, directory):
+    lines = directory / "figures.jsonl"
+    command = ["-m", "benchmarks", *cases, "--smoke", "--directory", str(directory)]
+    job = run_job(ranks, [*command, "--json", str(lines)], timeout=90)
     assert job.code == 0, job.text
-    figures = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert {figure["case"] for figure in figures} == set(CASES)
-    for case in CASES:
-        assert any(figure["ceiling"] for figure in figures if figure["case"] == case)
-    assert all(figure["ranks"] == ranks and figure["median"] > 0 for figure in figures)
+    return job, read_figures(lines.read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    return run_smoke(2, [], tmp_path_factory.mktemp("figures"))
+
+
+def test_every_case_runs(everything):
+    _, figures = everything
+    assert {figure.case for figure in figures} == set(CASES)
+    groups = {(figure.case, figure.group) for figure in figures}
+    for key in groups:
+        assert any(one.ceiling for one in figures if (one.case, one.group) == key), key
+    assert all(figure.ranks == 2 and figure.hosts == 1 for figure in figures)
+    assert all(figure.median > 0 for figure in figures)
+    assert len({figure.run for figure in figures}) == 1
+    assert all(figure.machine["file_system"] for figure in figures)
+
+
+def test_every_target_finds_its_figures(everything):
+    _, figures = everything
+    peers = ("torchsnapshot", "adaptdl", "Horovod")
+    for result in targets.evaluate(figures):
+        target = result.target
+        elsewhere = target.several_hosts or target.ranks not in (None, 2)
+        may_lack = elsewhere or any(peer in target.name for peer in peers)
+        if not may_lack and "overlapped" not in target.name:
+            assert result.measured is not None, target.name
+
+
+def test_absent_peers_are_named_once(everything):
+    job, figures = everything
+    for peer in ("torchsnapshot", "adaptdl", "Horovod"):
+        measured = any(figure.contender.startswith(peer) for figure in figures)
+        assert job.out.count(f"{peer} is skipped") == (0 if measured else 1)
+
+
+def test_nothing_is_left_behind(everything, tmp_path):
+    run_smoke(3, LIGHT, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.jsonl"]
+
+
+def test_targets_are_printed(tmp_path, capsys, everything):
+    _, figures = everything
+    lines = tmp_path / "figures.jsonl"
+    lines.write_text("".join(f"{figure.to_json()}\n" for figure in figures))
+    targets.main(["--markdown", str(lines)])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(targets.TARGETS)
