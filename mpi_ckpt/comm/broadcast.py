@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -151,16 +152,16 @@ class _Flow:
         """Wait until nothing is under way."""
         while self._coming:
             self._pass_on()
-        while self._going:
-            self._retire()
+        self._retire(len(self._going))
 
     def _pass_on(self) -> None:
-        if len(self._going) == self._route.in_flight:
-            self._retire()
-        message = self._coming[0]
-        self._wait(message)
-        self._going.append(self._coming.popleft())
         route = self._route
+        if len(self._going) == route.in_flight:
+            # Not one by one: a wait costs, and half of them are still in flight.
+            self._retire(route.in_flight // 2)
+        message = self._coming[0]
+        self._wait(message.requests)
+        self._going.append(self._coming.popleft())
         message.requests = []
         # The network first: it is what the others wait for.
         if route.after is not None:
@@ -168,23 +169,19 @@ class _Flow:
         if route.among is not None:
             message.requests.append(route.among.Ibcast(message.packed, root=route.root))
 
-    def _retire(self) -> None:
-        self._wait(self._going[0])
-        message = self._going.popleft()
-        if len(message.pieces) > 1 and not self._fill:
-            offset = 0
-            for piece in message.pieces:
-                part = message.packed[offset : offset + piece.nbytes]
-                self._arrays[piece.buffer][:] = part
-                offset += piece.nbytes
+    def _retire(self, count: int) -> None:
+        oldest = list(islice(self._going, count))
+        self._wait([request for message in oldest for request in message.requests])
+        for message in oldest:
+            self._going.popleft()
+            if len(message.pieces) > 1 and not self._fill:
+                self._unpack(message)
 
-    def _wait(self, message: _Message) -> None:
+    def _wait(self, requests: list[MPI.Request]) -> None:
         # If it is given up, all that is under way is: none of it may be anybody's memory.
-        if message.requests:
+        if requests:
             under_way = (self._coming, self._going)
-            self._comm.wait(
-                message.requests, self._doing, streaming=True, buffers=under_way
-            )
+            self._comm.wait(requests, self._doing, streaming=True, buffers=under_way)
 
     def _pack(self, pieces: tuple[Piece, ...]) -> NDArray[np.uint8]:
         if len(pieces) == 1:
@@ -197,3 +194,10 @@ class _Flow:
                 bucket[offset : offset + piece.nbytes] = self._arrays[piece.buffer]
                 offset += piece.nbytes
         return bucket
+
+    def _unpack(self, message: _Message) -> None:
+        offset = 0
+        for piece in message.pieces:
+            part = message.packed[offset : offset + piece.nbytes]
+            self._arrays[piece.buffer][:] = part
+            offset += piece.nbytes
