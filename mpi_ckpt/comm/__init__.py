@@ -11,9 +11,9 @@ from mpi_ckpt.comm.agreement import (
     compare_texts,
     differing_digests,
 )
+from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.communicator import ROOT, Communicator
 from mpi_ckpt.comm.transfer import (
-    bcast_buffers,
     bcast_bytes,
     bcast_json,
     gather_bytes,

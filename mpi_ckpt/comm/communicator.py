@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm.launch import check_horovod, check_launch, load_mpi
+from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Communicator:
         rank: This rank.
         size: Number of ranks.
         hosts: Host name of every rank.
+        topology: The ranks by host.
+        node: Communicator of the ranks on this host, in order; None where all are on
+            one, or each on its own.
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
@@ -69,7 +73,7 @@ class Communicator:
         comm: MPI.Intracomm | None = None,
         *,
         deadline_seconds: float = 600.0,
-        message_bytes: int = 16 << 20,
+        message_bytes: int = 4 << 20,
     ) -> None:
         self._mpi: Any = load_mpi()
         self._check(comm)
@@ -82,6 +86,8 @@ class Communicator:
         self.rank: int = self.handle.rank
         self.size: int = self.handle.size
         self.hosts = self._exchange_hosts()
+        self.topology = Topology.of(self.hosts)
+        self.node = self._split()
 
     @property
     def is_root(self) -> bool:
@@ -95,6 +101,8 @@ class Communicator:
         """
         gone = self._mpi.Is_finalized() or self.handle == self._mpi.COMM_NULL
         if not gone and self._broken is None and not self._others_gave_up():
+            if self.node is not None:
+                self.node.Free()
             self.handle.Free()
 
     def all_reduce(self, values: NDArray[Any], operation: str, doing: str) -> NDArray[Any]:
@@ -201,6 +209,12 @@ class Communicator:
         return tuple(
             row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_names
         )
+
+    def _split(self) -> MPI.Comm | None:
+        if len(self.topology.nodes) in (1, self.size):
+            return None
+        # MPI: this has no deadline. Here it needs none, as all ranks have just met.
+        return self.handle.Split(self.topology.node_of[self.rank], self.rank)
 
     # A rank whose deadline passes calls the roll: it tells every rank that it gives up
     # and notes who answers. A waiting rank answers by giving up as well, so all live

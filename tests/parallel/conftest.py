@@ -259,6 +259,16 @@ def make_communicator(comm):
 
 
 @pytest.fixture
+def on_hosts(comm, monkeypatch):
+    """Lets communicators that are made from then on see the ranks on hosts of any name."""
+
+    def lay(hosts):
+        monkeypatch.setattr("socket.gethostname", lambda: hosts[comm.rank])
+
+    return lay
+
+
+@pytest.fixture
 def no_leaks():
     """Nothing that a test opened or started is left when it ends."""
     before = _open_files(), set(threading.enumerate())

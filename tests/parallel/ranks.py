@@ -60,6 +60,14 @@ def randoms(seed):
     return random.Random(f"mpi_ckpt {seed}")
 
 
+def groupings(size):
+    """Return every way to lay ranks on hosts, as the host names in rank order."""
+    found = [""]
+    for _ in range(size):
+        found = [hosts + host for hosts in found for host in "abcd"[: len(set(hosts)) + 1]]
+    return found
+
+
 class RecordingHandle:
     """Stands in for an mpi4py communicator and notes the bytes of each message.
 

@@ -89,14 +89,15 @@ def test_exactly_the_absent_are_named(peers, make, short_roll_call, absent):
     assert seconds < 2
 
 
-def test_every_kind_of_wait_ends(peers, make, short_roll_call):
-    def send(one):
-        bcast_buffers(one, [memoryview(bytearray(5 << 20))], "sending")
-        # Who only sends may be done with that.
-        agree(one, "sending", int, error=SaveError)
+def send(one, contents):
+    bcast_buffers(one, [memoryview(contents)], "sending")
+    # Who only sends may be done with that.
+    agree(one, "sending", int, error=SaveError)
 
+
+def test_every_kind_of_wait_ends(peers, make, short_roll_call):
     calls = {
-        "sending": send,
+        "sending": lambda one: send(one, bytearray(5 << 20)),
         "gathering": lambda one: gather_bytes(one, bytes(3 << 20), "gathering"),
     }
     ones = {doing: make() for doing in calls}
@@ -114,6 +115,30 @@ def test_every_kind_of_wait_ends(peers, make, short_roll_call):
     assert [text.partition(";")[0] for text in on_root] == [
         f"{doing}: {expected}" for doing in calls
     ]
+
+
+@pytest.mark.parametrize("hosts", ["abcd", "abab", "aabb"])
+def test_a_chain_that_misses_a_rank(peers, make, on_hosts, short_roll_call, hosts):
+    hosts = hosts[: peers.size]
+    on_hosts(hosts)
+    for late in range(peers.size):
+        one = make()
+        contents = np.full(5 << 20, peers.rank, np.uint8)
+        peers.barrier()
+        if peers.rank == late:
+            time.sleep(DEADLINE + 0.7)
+        start = time.monotonic()
+        with pytest.raises(CollectiveError) as caught:
+            send(one, contents)
+        seconds = time.monotonic() - start
+        texts = peers.allgather(str(caught.value).partition(";")[0])
+        refusal = texts.pop(late)
+        assert "the others gave up waiting for this rank" in refusal
+        gone = f"rank {late} on {hosts[late]} of {peers.size}"
+        assert set(texts) == {f"sending: {gone} did not arrive within 0.2 s"}
+        assert seconds < 2
+        one.close()
+        assert one.handle  # not freed: that would have waited
 
 
 def test_results_that_come_late_go_nowhere(peers, make, short_roll_call):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.comm.pieces import Piece, plan_messages
+from mpi_ckpt.comm.pieces import Piece, chain_piece_bytes, plan_messages
 
 LENGTHS = st.lists(
     st.integers(0, 300) | st.sampled_from([0, 1, 16, 64, 128, 129]), max_size=20
@@ -66,3 +66,41 @@ def test_many_small_buffers_fill_several_buckets():
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
 def test_nothing_needs_no_message(lengths):
     assert list(plan_messages(lengths, 64)) == []
+
+
+KIB = 1 << 10
+
+
+def test_one_host_is_no_chain():
+    assert chain_piece_bytes(1 << 40, 1) is None
+
+
+@given(st.integers(0, 1 << 36), st.integers(2, 5000))
+def test_pieces_of_a_chain(total_bytes, hosts):
+    piece_bytes = chain_piece_bytes(total_bytes, hosts)
+    if piece_bytes is None:
+        assert total_bytes < hosts * 64 * KIB
+    else:
+        assert 64 * KIB <= piece_bytes <= 1024 * KIB
+        assert piece_bytes % (64 * KIB) == 0
+        # As many pieces as hosts at least: a tree would have no fewer turns.
+        assert total_bytes >= 64 * KIB * hosts
+        filling = (hosts - 1) * piece_bytes
+        assert filling <= total_bytes / 16 or piece_bytes == 64 * KIB
+
+
+@pytest.mark.parametrize(
+    ("total_bytes", "hosts", "expected"),
+    [
+        (128 * KIB - 1, 2, None),
+        (128 * KIB, 2, 64 * KIB),
+        (16 * 1024 * KIB, 2, 1024 * KIB),
+        (16 * 1024 * KIB - 1, 2, 960 * KIB),
+        (64 * 1024 * KIB, 4, 1024 * KIB),
+        (32 * 1024 * KIB, 4, 640 * KIB),
+        (64 * 1024 * KIB, 65, 64 * KIB),
+        (1 << 40, 1000, 1024 * KIB),
+    ],
+)
+def test_pieces_are_short_where_the_chain_is_long(total_bytes, hosts, expected):
+    assert chain_piece_bytes(total_bytes, hosts) == expected
