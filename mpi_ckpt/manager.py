@@ -157,7 +157,7 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         only: Collection[str] | None = None,
         carry: Callable[[str], bool] | None = None,
-        sync: bool = True,
+        sync: bool | None = None,
     ) -> SaveReport | PendingSave:
         """Sync the states, write them as one new generation, publish it durably.
 
@@ -172,27 +172,21 @@ class CheckpointManager:
             carry: With ``only``: tells by name which of the others to take; None for all.
                 Asked on root.
             sync: Whether to make the replicas equal first; if not, root's are saved.
+                None: as the options say.
 
         Raises:
             SaveError: On every rank, if any failed; nothing was published.
             CheckpointError: On every rank, for anything else that went wrong.
         """
-        pending = self._saver.pending
-        if pending is not None and not pending.finished:
-            if self._session.options.when_pending == "skip":
-                return pending
-            if self._session.options.when_pending == "raise":
-                raise SaveError(
-                    "a save is still under way, and Options.when_pending is 'raise'; it "
-                    "goes on, nothing else was saved"
-                )
-        self._saver.finish()
+        instead = self._saver.make_way()
+        if instead is not None:
+            return instead
         clock = PhaseClock()
         session, states = self._session, self._registry.choose(only)
         # First of all: a job that may not save here must not find out after hours.
         session.on_root("opening the directory", session.directory.own, SaveError)
         with clock.phase("sync"):
-            if sync:
+            if session.options.sync if sync is None else sync:
                 contents, synced = sync_states(session.comm, states, session.options)
             else:
                 contents, synced = capture_on_root(session.comm, states), SyncReport()

@@ -37,6 +37,8 @@ class Options:
             stays complete by itself, but one bad sector can then spoil several.
         full_every: Files older than so many generations are not shared any further, so
             that everything is written anew at least that often. Default: 10.
+        sync: Whether a save makes the replicas equal first, unless it is told otherwise.
+            If not, root's are saved. Default: yes.
         asynchronous: Whether ``save()`` returns once the states are copied, leaving the
             rest to a thread on root. Costs host memory for one copy, on root. Default: no.
         when_pending: What ``save()`` does while an asynchronous save is under way: wait
@@ -60,6 +62,9 @@ class Options:
             need see. ``"node"``: one rank of every host; ``"all"``: every rank. Leaves
             that a sync has proven equal are then split over the writers by bytes, each
             writing a file of its own into the directory, which all must see.
+        readers: Who reads in a restore, each a share that is sent to the others:
+            ``"root"`` (default), ``"node"`` or ``"all"``, as for ``writers``. More are
+            faster where the file system gives one host less than the network does.
         digest_threads: Threads that hash on each rank. Default: 2; more than the cores a
             rank owns is of no use.
 
@@ -73,6 +78,7 @@ class Options:
     strict: bool = True
     reuse: bool = True
     full_every: int = 10
+    sync: bool = True
     asynchronous: bool = False
     when_pending: Literal["wait", "skip", "raise"] = "wait"
     preemption_signals: tuple[signal.Signals, ...] = (
@@ -88,6 +94,7 @@ class Options:
     window_bytes: int = 64 << 20
     io: Literal["auto", "direct", "buffered"] = "auto"
     writers: Literal["root", "node", "all"] = "root"
+    readers: Literal["root", "node", "all"] = "root"
     digest_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -137,6 +144,10 @@ class Options:
             (
                 self.writers in ("root", "node", "all"),
                 f"writers is {self.writers!r}: root, node or all",
+            ),
+            (
+                self.readers in ("root", "node", "all"),
+                f"readers is {self.readers!r}: root, node or all",
             ),
             (
                 self.digest_threads >= 1,
@@ -201,6 +212,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MPI_CKPT_WINDOW_BYTES": ("window_bytes", int, "memory a restore streams through"),
     "MPI_CKPT_IO": ("io", str, "auto, direct or buffered"),
     "MPI_CKPT_WRITERS": ("writers", str, "root, node or all"),
+    "MPI_CKPT_READERS": ("readers", str, "root, node or all"),
     "MPI_CKPT_DIGEST_THREADS": ("digest_threads", int, "hashing threads per rank"),
 }
 """Variable -> (field, parser, meaning): drives `Options.from_env` and the docs."""

@@ -73,7 +73,7 @@ class RestoreReport:
         step: The training step it was saved at.
         saved_size: Number of ranks that saved it.
         size: Number of ranks now.
-        bytes_read: Bytes root read from files.
+        bytes_read: Bytes read from files, by all ranks that read.
         seconds: Phase -> seconds: ``match``, ``transfer``, ``adopt``, ``total``.
         metrics: The metrics given at the save.
         quarantined: Path -> reason, for every newer generation that failed to verify.

@@ -13,6 +13,7 @@ from mpi_ckpt.comm.agreement import (
 )
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.communicator import ROOT, Communicator
+from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.comm.transfer import (
     bcast_bytes,
     bcast_json,
@@ -23,6 +24,7 @@ from mpi_ckpt.comm.transfer import (
 __all__ = [
     "ROOT",
     "Communicator",
+    "Topology",
     "agree",
     "agree_on_root",
     "any_of",

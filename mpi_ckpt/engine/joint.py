@@ -122,7 +122,7 @@ class JointSave:
         if self._draft is None:
             return None
         session = self._session
-        writers = choose_ranks(session.options.writers, session.comm.hosts)
+        writers = choose_ranks(session.options.writers, session.comm.topology)
         shares = share_out(self._draft.contents, self._draft.fresh, equal, writers)
         return {
             "generation": self._draft.partial.generation,

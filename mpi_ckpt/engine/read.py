@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.comm import agree, agree_on_root, bcast_buffers
+from mpi_ckpt.comm import agree, bcast_buffers
 from mpi_ckpt.engine.read_plan import Batch, Place, plan_reads
 from mpi_ckpt.engine.targets import Target
 from mpi_ckpt.errors import RestoreError, StateMismatchError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.readers import Readers
     from mpi_ckpt.storage.manifest import Extent, Manifest
     from mpi_ckpt.storage.reader import GenerationReader
 
@@ -125,13 +126,13 @@ def _match_one(saved: dict[str, Any], state: State) -> Incoming:
 
 def transfer(
     comm: Communicator,
-    reader: GenerationReader | None,
+    readers: Readers,
     incoming: Sequence[Incoming],
     *,
     block_bytes: int,
     window_bytes: int,
 ) -> None:
-    """Read on root, prove, broadcast, put in place: a window at a time.
+    """Read, prove, broadcast, put in place: a window at a time, the readers in turn.
 
     Collective. Main thread only. No byte is sent or put in place before its block was
     proven. Files are read once, whatever the number of ranks, each window while the one
@@ -139,43 +140,46 @@ def transfer(
 
     Args:
         comm: The communicator.
-        reader: The open generation on root; None elsewhere.
+        readers: The ranks that read.
         incoming: What `match` found, in the same order on every rank.
         block_bytes: Block length of the generation.
-        window_bytes: Memory root reads into, in two halves; at least two blocks.
+        window_bytes: Memory a rank reads into, in two halves; at least two blocks.
 
     Raises:
         CorruptGenerationError: On every rank, if bytes are not those that were saved.
-        ReadError: On every rank, if root cannot read.
+        ReadError: On every rank, if one that reads cannot.
     """
     leaves = [leaf for one in incoming for leaf in one.leaves]
     targets = [Target(leaf.buffer, leaf.spec.nbytes) for leaf in leaves]
     places = [place for one in incoming for place in one.places]
     batches = plan_reads(places, block_bytes=block_bytes, window_bytes=window_bytes // 2)
 
-    def open_source() -> _Source:
-        assert reader is not None  # this is root
-        return _Source(reader, incoming, batches)
+    turns = [readers.ranks[turn % len(readers.ranks)] for turn in range(len(batches))]
 
-    source = agree_on_root(comm, "preparing to read", open_source, error=RestoreError)
+    def open_source() -> _Source | None:
+        if readers.mine is None:
+            return None
+        mine = [one for one, rank in zip(batches, turns, strict=True) if rank == comm.rank]
+        return _Source(readers.mine, incoming, mine)
+
+    source = agree(comm, "preparing to read", open_source, error=RestoreError)
     try:
-        for batch in batches:
+        for batch, turn in zip(batches, turns, strict=True):
 
-            def read(batch: Batch = batch) -> list[memoryview]:
-                assert source is not None  # this is root
-                return source.take(batch)
+            def read(batch: Batch = batch, turn: int = turn) -> list[memoryview] | None:
+                return source.take(batch) if source and turn == comm.rank else None
 
-            parts = agree_on_root(
+            parts = agree(
                 comm, "reading a generation", read, error=RestoreError, safe=_OVERWRITTEN
             )
-            _distribute(comm, batch, parts, targets)
+            _distribute(comm, batch, parts, targets, turn)
     finally:
         if source is not None:
             source.close()
 
 
 class _Source:
-    """The proven bytes of a generation, on root."""
+    """The proven bytes of a generation, on a rank that reads."""
 
     def __init__(
         self,
@@ -211,11 +215,12 @@ def _distribute(
     batch: Batch,
     parts: Sequence[memoryview] | None,
     targets: Sequence[Target],
+    source: int,
 ) -> None:
-    """Send the pieces of a batch from root to where they belong on every rank."""
+    """Send the pieces of a batch from who read it to where they belong on every rank."""
     doing = "sending a generation"
     places = [targets[p.leaf].memory()[p.start : p.end] for p in batch.pieces]
-    bcast_buffers(comm, places if parts is None else parts, doing)
+    bcast_buffers(comm, places if parts is None else parts, doing, source)
     if parts is not None:
         for place, part in zip(places, parts, strict=True):
             copy_bytes(part, place)

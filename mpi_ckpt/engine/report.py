@@ -58,7 +58,7 @@ def report_save(
 
 
 def report_restore(
-    session: Session, found: Found, fit: Fit, clock: PhaseClock
+    session: Session, found: Found, fit: Fit, bytes_read: int, clock: PhaseClock
 ) -> RestoreReport:
     """Make the report of a restore. Collective. Main thread only.
 
@@ -66,11 +66,11 @@ def report_restore(
         session: The session.
         found: The generation that was restored.
         fit: The states that were.
+        bytes_read: By all ranks that read.
         clock: This rank's.
     """
     mine = found.reader and {
         "path": str(session.directory.root / generation_name(found.generation)),
-        "bytes_read": found.reader.bytes_read,
         "quarantined": session.directory.set_aside,
     }
     told = bcast_json(session.comm, mine, "reporting a restore")
@@ -80,7 +80,7 @@ def report_restore(
         step=found.description["step"],
         saved_size=found.description["size"],
         size=session.comm.size,
-        bytes_read=told["bytes_read"],
+        bytes_read=bytes_read,
         seconds=clock.seconds(),
         metrics={name: float(v) for name, v in found.description["metrics"].items()},
         quarantined=told["quarantined"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import agree
 from mpi_ckpt.engine.find import find_newest, fit_states, reject
 from mpi_ckpt.engine.read import adopt, match, transfer
+from mpi_ckpt.engine.readers import open_readers
 from mpi_ckpt.engine.report import report_restore
 from mpi_ckpt.errors import CorruptGenerationError, RestoreError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.engine.find import Fit, Found
+    from mpi_ckpt.engine.readers import Readers
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, RestoreReport
     from mpi_ckpt.state import State
@@ -54,17 +56,21 @@ def restore_states(
             strict = session.options.strict
             fit = fit_states(found, states, partial=partial, strict=strict)
             try:
-                _bring_back(session, found, fit, clock)
+                with open_readers(session, found) as readers:
+                    _bring_back(session, found, readers, fit, clock)
+                    nbytes = readers.bytes_read(session)
             # Agreed on: every rank is here, with the same error.
             except CorruptGenerationError as problem:
                 if pinned is not None:
                     raise
                 reject(session, found, problem)
             else:
-                return report_restore(session, found, fit, clock)
+                return report_restore(session, found, fit, nbytes, clock)
 
 
-def _bring_back(session: Session, found: Found, fit: Fit, clock: PhaseClock) -> None:
+def _bring_back(
+    session: Session, found: Found, readers: Readers, fit: Fit, clock: PhaseClock
+) -> None:
     with clock.phase("match"):
         incoming = agree(
             session.comm,
@@ -75,7 +81,7 @@ def _bring_back(session: Session, found: Found, fit: Fit, clock: PhaseClock) -> 
     with clock.phase("transfer"):
         transfer(
             session.comm,
-            found.reader,
+            readers,
             incoming,
             block_bytes=found.description["block_bytes"],
             window_bytes=session.options.window_bytes,

@@ -82,6 +82,29 @@ class Saver:
         """Whether this rank still works on the pending save. Not collective."""
         return self.pending is not None and self.pending.is_writing
 
+    def make_way(self) -> PendingSave | None:
+        """End a save that is under way, or do as the options say about it.
+
+        Collective.
+
+        Returns:
+            The pending save, if another shall not be made.
+
+        Raises:
+            SaveError: On every rank, if the pending save failed, or is in the way.
+        """
+        when_pending = self._session.options.when_pending
+        if self.pending is not None and not self.pending.finished:
+            if when_pending == "skip":
+                return self.pending
+            if when_pending == "raise":
+                raise SaveError(
+                    "a save is still under way, and Options.when_pending is 'raise'; it "
+                    "goes on, nothing else was saved"
+                )
+        self.finish()
+        return None
+
     def save(
         self, request: SaveRequest, synced: SyncReport, clock: PhaseClock
     ) -> SaveReport | PendingSave:
@@ -145,7 +168,7 @@ class Saver:
         self, request: SaveRequest, synced: SyncReport, clock: PhaseClock
     ) -> SaveWork:
         session = self._session
-        writers = choose_ranks(session.options.writers, session.comm.hosts)
+        writers = choose_ranks(session.options.writers, session.comm.topology)
         compared = {one.name for one in request.contents if one.digests is not None}
         equal = compared - set(synced.differing)
         # What was compared is known to all: every rank goes the same way.

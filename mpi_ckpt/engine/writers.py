@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ranks write, and which leaves each of them writes. Pure."""
+"""Which ranks write or read, and which leaves each writes. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import heapq
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Hashable, Iterable
+
+    from mpi_ckpt.comm import Topology
 
 __all__ = ["Ranks", "choose_ranks", "split_by_bytes"]
 
@@ -17,19 +19,19 @@ Ranks = Literal["root", "node", "all"]
 Key = TypeVar("Key", bound="Hashable")
 
 
-def choose_ranks(ranks: Ranks, hosts: Sequence[str]) -> tuple[int, ...]:
+def choose_ranks(ranks: Ranks, topology: Topology) -> tuple[int, ...]:
     """Return the ranks that do a work, root first.
 
     Not collective. Thread-safe.
 
     Args:
         ranks: How they are chosen; of a host the lowest.
-        hosts: Host name of every rank.
+        topology: The ranks by host.
     """
     if ranks == "all":
-        return tuple(range(len(hosts)))
+        return tuple(range(len(topology.node_of)))
     if ranks == "node":
-        return tuple(hosts.index(host) for host in dict.fromkeys(hosts))
+        return topology.leaders
     return (0,)
 
 
