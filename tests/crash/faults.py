@@ -187,6 +187,7 @@ class Workload:
         keep: Generations to keep.
         root: The checkpoint directory.
         options: For the manager.
+        joint: Whether all ranks touch files, so that a fault may hit any of them.
     """
 
     name: str
@@ -198,6 +199,38 @@ class Workload:
     keep: int = 3
     root: str = ROOT
     options: dict[str, Any] = field(default_factory=dict)
+    joint: bool = False
+
+
+def joint_workloads() -> list[Workload]:
+    """Return what only makes sense with several ranks."""
+    two, _ = saved_image([1, 2])
+    options = {"writers": "all", "readers": "all", "window_bytes": 1 << 13}
+    return [
+        Workload(
+            f"joint {name}",
+            two,
+            Saved.of(2),
+            after,
+            act,
+            prepare,
+            keep=2,
+            options={**options, "asynchronous": asynchronous},
+            joint=True,
+        )
+        for name, after, act, prepare, asynchronous in [
+            ("save", Saved.of(5), lambda t: t.save(5), lambda _: None, False),
+            ("asynchronous save", Saved.of(5), lambda t: t.save(5), lambda _: None, True),
+            (
+                "sharing save",
+                Saved(5, 2, 5),
+                lambda t: (t.move(5, ["plain"]), t.manager.save(5), t.manager.wait()),
+                Training.restore,
+                False,
+            ),
+            ("restore", Saved.of(2), Training.restore, lambda _: None, False),
+        ]
+    ]
 
 
 def workloads() -> list[Workload]:
@@ -284,12 +317,17 @@ class Outcome:
 
 
 def attempt(
-    workload: Workload, fault: Fault, sandbox: Path, comm: Any = None, **options: Any
+    workload: Workload,
+    fault: Fault,
+    sandbox: Path,
+    comm: Any = None,
+    victim: int = 0,
+    **options: Any,
 ) -> Outcome:
-    """Run a workload with a fault on root; check all that must hold after.
+    """Run a workload with a fault on one rank; check all that must hold after.
 
-    Collective if ``comm`` is given: files are root's, everything else is checked on
-    every rank.
+    Collective if ``comm`` is given: files are root's unless the workload is joint,
+    everything else is checked on every rank.
     """
     is_root = comm is None or comm.rank == 0
     if is_root:
@@ -297,13 +335,15 @@ def attempt(
         write_image(workload.base, sandbox)
     if comm is not None:
         comm.Barrier()
-    faulty = Faulty(fault) if is_root else Untouched()
+    is_victim = comm is None or comm.rank == victim
+    bystander = os if workload.joint else Untouched()
+    faulty: Any = Faulty(fault) if is_victim else bystander
     root = sandbox / workload.root
     options = {**workload.options, **options}
     with Training(root, keep=workload.keep, comm=comm, **options) as training:
         workload.prepare(training)
         outcome = _act(workload, training, faulty, fault, str(sandbox))
-        if is_root:
+        if is_victim:
             outcome.fired = faulty.fired > 0
             outcome.wrong += [f"fsync again after it failed: {f}" for f in faulty.retried]
             faulty.close_kept()

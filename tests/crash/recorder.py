@@ -16,7 +16,8 @@ import itertools
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.storage import filesystem
@@ -80,11 +81,29 @@ def from_json(text: str) -> list[Op]:
     return [Op(**{**one, "data": bytes.fromhex(one["data"])}) for one in json.loads(text)]
 
 
+def merge(records: list[tuple[list[int], str]]) -> list[Op]:
+    """Put what several ranks of one host recorded in the order in which it was done.
+
+    Operations of two ranks that depend on one another are apart in time, as a message
+    lies between them.
+    """
+    timed = []
+    for rank, (times, text) in enumerate(records):
+        latest = 0
+        for at, op in zip(times, from_json(text), strict=True):
+            latest = max(latest, at)  # threads of a rank may note out of step
+            # Files of two ranks have the same numbers.
+            serial = op.file and op.file * len(records) + rank
+            timed.append((latest, rank, len(timed), replace(op, file=serial)))
+    return [op for _, _, _, op in sorted(timed, key=lambda one: one[:3])]
+
+
 class Recorder:
     """An ``os`` that records; everything below ``sandbox`` is in the record."""
 
     def __init__(self, sandbox: Path) -> None:
         self.ops: list[Op] = []
+        self.times: list[int] = []
         self._sandbox = os.path.realpath(sandbox)
         # Descriptor -> path and number of the file, 0 for a directory.
         self._open: dict[int, tuple[str, int]] = {}
@@ -96,7 +115,11 @@ class Recorder:
 
     def mark(self, note: Any) -> None:
         """Note what the program knows after all that was recorded so far."""
-        self.ops.append(Op("mark", note=note))
+        self._note(Op("mark", note=note))
+
+    def _note(self, op: Op) -> None:
+        self.ops.append(op)
+        self.times.append(time.monotonic_ns())
 
     def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
         writing = flags & (os.O_WRONLY | os.O_RDWR)
@@ -107,11 +130,11 @@ class Recorder:
         except OSError:
             # Linux makes a file before it refuses to open it for direct writes.
             if flags & os.O_CREAT and flags & os.O_DIRECT and os.path.exists(path):
-                self.ops.append(Op("create", self._relative(path), file=next(_serials)))
+                self._note(Op("create", self._relative(path), file=next(_serials)))
             raise
         if flags & os.O_CREAT:
             serial = next(_serials)
-            self.ops.append(Op("create", self._relative(path), file=serial))
+            self._note(Op("create", self._relative(path), file=serial))
             self._open[descriptor] = (self._relative(path), serial)
         elif stat.S_ISDIR(os.fstat(descriptor).st_mode):
             self._open[descriptor] = (self._relative(path), 0)
@@ -123,43 +146,43 @@ class Recorder:
         count = os.pwrite(descriptor, data, offset)
         path, serial = self._open[descriptor]
         written = bytes(memoryview(data).cast("B")[:count])
-        self.ops.append(Op("pwrite", path, file=serial, offset=offset, data=written))
+        self._note(Op("pwrite", path, file=serial, offset=offset, data=written))
         return count
 
     def posix_fallocate(self, descriptor: int, offset: int, length: int) -> None:
         os.posix_fallocate(descriptor, offset, length)
         path, serial = self._open[descriptor]
-        self.ops.append(Op("extend", path, file=serial, offset=offset + length))
+        self._note(Op("extend", path, file=serial, offset=offset + length))
 
     def ftruncate(self, descriptor: int, length: int) -> None:
         os.ftruncate(descriptor, length)
         path, serial = self._open[descriptor]
-        self.ops.append(Op("cut", path, file=serial, offset=length))
+        self._note(Op("cut", path, file=serial, offset=length))
 
     def fsync(self, descriptor: int) -> None:
         os.fsync(descriptor)
         path, serial = self._open[descriptor]
-        self.ops.append(Op("sync_file" if serial else "sync_dir", path, file=serial))
+        self._note(Op("sync_file" if serial else "sync_dir", path, file=serial))
 
     def mkdir(self, path: Any, mode: int = 0o777) -> None:
         os.mkdir(path, mode)
-        self.ops.append(Op("mkdir", self._relative(path)))
+        self._note(Op("mkdir", self._relative(path)))
 
     def rename(self, source: Any, target: Any) -> None:
         os.rename(source, target)
-        self.ops.append(Op("rename", self._relative(source), self._relative(target)))
+        self._note(Op("rename", self._relative(source), self._relative(target)))
 
     def link(self, source: Any, target: Any, *, follow_symlinks: bool = True) -> None:
         os.link(source, target, follow_symlinks=follow_symlinks)
-        self.ops.append(Op("link", self._relative(source), self._relative(target)))
+        self._note(Op("link", self._relative(source), self._relative(target)))
 
     def unlink(self, path: Any) -> None:
         os.unlink(path)
-        self.ops.append(Op("unlink", self._relative(path)))
+        self._note(Op("unlink", self._relative(path)))
 
     def rmdir(self, path: Any) -> None:
         os.rmdir(path)
-        self.ops.append(Op("rmdir", self._relative(path)))
+        self._note(Op("rmdir", self._relative(path)))
 
     def _relative(self, path: Any) -> str:
         return os.path.relpath(os.path.abspath(path), self._sandbox)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.crash.recorder import Recorder, in_place_of_os
+from tests.crash.recorder import Recorder, in_place_of_os, merge
 from tests.crash.replay import (
     Choice,
     Model,
@@ -20,15 +22,16 @@ from tests.crash.replay import (
     write_image,
 )
 from tests.crash.world import COUNTS, STATES, Saved, Training, empty, judge, scratch
+from tests.launch import run_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-    from pathlib import Path
 
     from tests.crash.recorder import Op
     from tests.crash.replay import Image
 
 ROOT = "ckpt"
+RECORD_WRITERS = str(Path(__file__).parent / "programs" / "record_writers.py")
 
 
 @dataclass
@@ -125,14 +128,18 @@ def record(
         with in_place_of_os(wrap(recorder)):
             program(Run(scenario, sandbox, recorder))
         scenario.ops = recorder.ops
-        # Whatever else wrote to the directory would be missing from the replay.
-        model = Model(scenario.base)
-        for op in scenario.ops:
-            model.apply(op)
-        assert model.seen() == read_image(sandbox), "the record does not explain the disk"
+        assert_explained(scenario, sandbox)
     finally:
         shutil.rmtree(sandbox)
     return scenario
+
+
+def assert_explained(scenario: Scenario, sandbox: Path) -> None:
+    """Require that nothing wrote to the sandbox that is missing from the record."""
+    model = Model(scenario.base)
+    for op in scenario.ops:
+        model.apply(op)
+    assert model.seen() == read_image(sandbox), "the record does not explain the disk"
 
 
 def saved_image(steps: list[int], *, keep: int = 9) -> tuple[Image, list[Saved]]:
@@ -308,6 +315,27 @@ def saves_behind_the_training() -> Scenario:
             run.recorder.mark(later)
 
     return record(Scenario("asynchronous", base, saves=saves, acked=0), program)
+
+
+def saves_of_several_writers(ranks: int, way: str) -> Scenario:
+    """Every rank writes a file of its own; recorded on all of them, in one order."""
+    base, saves = saved_image([1])
+    scenario = Scenario(f"{ranks} writers, {way}", base, saves=saves, acked=0)
+    sandbox = scratch()
+    try:
+        write_image(base, sandbox)
+        out = sandbox / "records"
+        outcome = run_job(ranks, [RECORD_WRITERS, str(sandbox), str(out), way])
+        assert outcome.code == 0, outcome.text
+        scenario.ops = merge(json.loads(out.read_text()))
+        out.unlink()
+        assert_explained(scenario, sandbox)
+    finally:
+        shutil.rmtree(sandbox)
+    scenario.saves += [Saved.of(2), Saved(3, 2, 3), Saved.of(4)]
+    files = {op.path.rpartition("/")[2] for op in scenario.ops if op.kind == "create"}
+    assert files >= {f"rank-{rank:05d}.safetensors" for rank in range(ranks)}
+    return scenario
 
 
 def quarantine(damage: str) -> Scenario:

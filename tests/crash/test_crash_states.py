@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Power cuts at every moment: all that the model allows is loaded with the library.
 
-Root alone touches files, so the operations of a job do not depend on its number of ranks;
-they are recorded with one rank here. `test_operations_do_not_depend_on_ranks` shows it.
+By default root alone touches files, so the operations of a job do not depend on its number
+of ranks; they are recorded with one rank here. `test_operations_do_not_depend_on_ranks`
+shows it. Where all ranks write, all are recorded.
 """
 
 from __future__ import annotations
@@ -54,6 +55,15 @@ def test_every_crash_state_is_good(name):
     result = judge_crashes(make(), SEED, samples=SAMPLES, limit=LIMIT)
     assert not result.bad, str(result)
     assert result.states >= least
+
+
+@pytest.mark.parametrize("way", ["blocking", "asynchronous"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_crash_state_of_several_writers_is_good(ranks, way):
+    scenario = scenarios.saves_of_several_writers(ranks, way)
+    result = judge_crashes(scenario, SEED, samples=SAMPLES, limit=LIMIT)
+    assert not result.bad, str(result)
+    assert result.states >= 100
 
 
 def test_crash_while_recovering_from_a_crash():

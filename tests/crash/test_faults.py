@@ -137,15 +137,38 @@ def test_all_ranks_hear_of_a_fault(ranks, tmp_path):
     """One job goes through many faults of root; every rank must tell the same of each."""
     rng = random.Random(f"{SEED} {ranks}")
     drawn = [
-        [name, call, number, code, forever]
+        [name, 0, call, number, code, forever]
         for name in WORKLOADS
         for call in CALLS
         for number in (1, 2, 3)
         for code, forever in [(rng.choice(ERRNOS), rng.random() < 0.5)]
     ]
-    asked, told = tmp_path / "asked", tmp_path / "told"
     rng.shuffle(drawn)
-    asked.write_text(json.dumps(drawn if STRESS else drawn[:240]))
+    fired = fired_faults(ranks, drawn, 240, tmp_path)
+    assert fired > 60
+    COUNTS[f"faults with {ranks} ranks"] += fired
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_ranks_hear_of_a_fault_of_any_writer_or_reader(ranks, tmp_path):
+    rng = random.Random(f"{SEED} joint {ranks}")
+    drawn = [
+        [workload.name, victim, call, number, rng.choice(ERRNOS), rng.random() < 0.5]
+        for workload in faults.joint_workloads()
+        for victim in range(ranks)
+        for call in CALLS
+        for number in (1, 2, 3)
+    ]
+    rng.shuffle(drawn)
+    fired = fired_faults(ranks, drawn, 200, tmp_path)
+    assert fired > 40
+    COUNTS[f"faults of any of {ranks} ranks"] += fired
+
+
+def fired_faults(ranks, drawn, most, tmp_path):
+    """Run one job through faults; return how many did happen."""
+    asked, told = tmp_path / "asked", tmp_path / "told"
+    asked.write_text(json.dumps(drawn if STRESS else drawn[:most]))
     outcome = run_job(ranks, [PROGRAM, str(asked), str(told)], timeout=100)
     assert outcome.code == 0, outcome.text
     fired = 0
@@ -156,8 +179,7 @@ def test_all_ranks_hear_of_a_fault(ranks, tmp_path):
         assert all(error == errors[0] for error in errors), report
         assert max(report["seconds"]) < 5, report
         fired += report["fired"]
-    assert fired > 60
-    COUNTS[f"faults with {ranks} ranks"] += fired
+    return fired
 
 
 def test_a_state_that_fails_on_one_rank_fails_on_all(tmp_path):

@@ -65,6 +65,8 @@ class Saved:
 def arrays_at(step: int) -> dict[str, np.ndarray]:
     return {
         "weights": np.random.default_rng(step).random(_WIDTH),
+        "moments": np.random.default_rng(step + 2).random(_WIDTH // 2),
+        "biases": np.random.default_rng(step + 1).random(_WIDTH // 4),
         "count": np.array([step], np.int32),
     }
 
@@ -120,8 +122,9 @@ class Training:
     def holds(self, step: int) -> Saved:
         arrays = self.arrays.arrays
         number = int(arrays["count"][0])
-        if not np.array_equal(arrays["weights"], arrays_at(number)["weights"]):
-            raise ValueError("the arrays are no saved ones")
+        for name, expected in arrays_at(number).items():
+            if not np.array_equal(arrays[name], expected):
+                raise ValueError(f"the array {name} is no saved one")
         plain = int.from_bytes(self.plain.value[:4], "big")
         if self.plain.value != plain_at(plain):
             raise ValueError("the plain state is no saved one")

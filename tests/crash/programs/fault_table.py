@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Goes through faults of root, one after the other, in one job.
+"""Goes through faults of any rank, one after the other, in one job.
 
 Arguments: file with the faults as JSON, file for what came of them, a line for each.
 """
@@ -11,22 +11,25 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from tests.crash.faults import Fault, attempt, quiet, workloads
+from tests.crash.faults import Fault, attempt, joint_workloads, quiet, workloads
 from tests.crash.world import scratch
 
 asked, told = Path(sys.argv[1]), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
-known = {workload.name: workload for workload in workloads()}
+known = {one.name: one for one in [*workloads(), *joint_workloads()]}
 sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
 lines = []
 with quiet():
-    for name, *fault in json.loads(asked.read_text()):
-        outcome = attempt(known[name], Fault(*fault), sandbox, comm, deadline_seconds=20)
+    for name, victim, *fault in json.loads(asked.read_text()):
+        workload = known[name]
+        outcome = attempt(
+            workload, Fault(*fault), sandbox, comm, victim % comm.size, deadline_seconds=20
+        )
         gathered = comm.gather(outcome)
         if comm.rank == 0:
             report = {
-                "fault": f"{name}, {Fault(*fault)}",
-                "fired": outcome.fired,
+                "fault": f"{name}, rank {victim}: {Fault(*fault)}",
+                "fired": any(one.fired for one in gathered),
                 "errors": [one.error for one in gathered],
                 "wrong": [line for one in gathered for line in one.wrong],
                 "seconds": [one.seconds for one in gathered],

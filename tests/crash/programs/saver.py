@@ -88,7 +88,6 @@ def run(directory: Path, saves: int, comm) -> None:
     number, moment, victim = os.environ.get("MPI_CKPT_TEST_KILL", "0 never 0").split()
     pids = comm.allgather(os.getpid())
     is_root = comm.rank == 0
-    stand_in = Killer(int(number), moment, pids[int(victim)]) if is_root else Untouched()
     for path in shared_memory(os.getpid()):  # MPI's, which a killed rank cannot remove
         note(directory / "shared", path)
     acked = comm.bcast(last_line(directory / "acked") if is_root else None)
@@ -98,7 +97,10 @@ def run(directory: Path, saves: int, comm) -> None:
         "deadline_seconds": 30,
         "asynchronous": acked % 2 == 1,  # now and then, the same on every rank
         "reuse": acked % 3 > 0,
+        "writers": "all" if acked % 5 > 2 else "root",
     }
+    others = os if options["writers"] == "all" else Untouched()
+    stand_in = Killer(int(number), moment, pids[int(victim)]) if is_root else others
     with in_place_of_os(stand_in), Training(directory / "ckpt", **options) as training:
         found = training.restore()
         step = 0 if found is None else found.step
