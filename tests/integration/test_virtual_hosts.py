@@ -50,7 +50,7 @@ if world.is_root:
 def virtual_hosts(state: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [SCRIPT, *map(str, arguments)],
-        env=environment({"STATE": state, "MPI": installed_mpi()}),
+        env=environment({"VIRTUAL_HOSTS": state, "MPI": installed_mpi()}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -138,7 +138,7 @@ def test_whoever_is_not_root_is_told_so():
         asked = subprocess.run(
             [SCRIPT, "up", "2"],
             user="nobody",
-            env=environment({"STATE": "/nonexistent/state"}),
+            env=environment({"VIRTUAL_HOSTS": "/nonexistent/state"}),
             capture_output=True,
             text=True,
         )

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How counts grow with the ranks, and where that ends: pure functions and assumptions."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from mpi_ckpt.comm.pieces import chain_piece_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = [
+    "KNOWN",
+    "MEASURED",
+    "Cluster",
+    "Growth",
+    "Key",
+    "Wall",
+    "explain",
+    "fit",
+    "fit_all",
+    "grown",
+    "human_bytes",
+    "human_seconds",
+    "seconds",
+    "walls",
+    "words",
+]
+
+Who = Literal["root", "others"]
+_WHO: tuple[Who, Who] = ("root", "others")
+
+QUANTITIES = (
+    *("collectives", "messages", "mpi_bytes"),
+    *("file_operations", "transfers", "file_bytes"),
+)
+# Texts in which numbers and times stand differ by some bytes from run to run.
+SLACK = {"mpi_bytes": 32.0, "file_bytes": 32.0}
+
+
+OUTSIDE = "before the library"
+
+
+class Key(NamedTuple):
+    """What was counted, and on whom."""
+
+    phase: str
+    quantity: str
+    who: Who
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """A count as a function of the ranks: ``base + per_rank * ranks``."""
+
+    base: float
+    per_rank: float
+
+    def at(self, ranks: int) -> float:
+        """Return the count with so many ranks."""
+        return self.base + self.per_rank * ranks
+
+
+# --- what grows ----------------------------------------------------------------------
+
+
+def grown(lines: Iterable[Mapping[str, Any]]) -> dict[Key, dict[int, float]]:
+    """Arrange counts: for each key the most that any such rank had, by number of ranks.
+
+    Args:
+        lines: What ``measure`` wrote.
+    """
+    most: dict[Key, dict[int, float]] = defaultdict(dict)
+    for line in lines:
+        who: Who = "root" if line["rank"] == 0 else "others"
+        for quantity in QUANTITIES:
+            by_ranks = most[Key(line["phase"], quantity, who)]
+            ranks = line["ranks"]
+            by_ranks[ranks] = max(by_ranks.get(ranks, 0), line.get(quantity, 0))
+    return dict(most)
+
+
+def fit(counts: Mapping[int, float], slack: float = 0) -> Growth:
+    """Return how a count grows with the ranks.
+
+    Args:
+        counts: The count by number of ranks. One rank alone has nobody to meet, so it
+            tells nothing of growth.
+        slack: What is less than this apart is the same.
+    """
+    known = {ranks: count for ranks, count in counts.items() if ranks > 1} or dict(counts)
+    many = max(known)
+    # What is the same for the two largest sizes has come to its end.
+    before = max((ranks for ranks in known if ranks < many), default=many)
+    if abs(known[many] - known[before]) <= slack:
+        return Growth(known[many], 0)
+    mean_x = sum(known) / len(known)
+    mean_y = sum(known.values()) / len(known)
+    spread = sum((x - mean_x) ** 2 for x in known)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in known.items()) / spread
+    return Growth(mean_y - slope * mean_x, slope)
+
+
+def fit_all(lines: Iterable[Mapping[str, Any]]) -> dict[Key, Growth]:
+    """Return the growth of all that was counted."""
+    return {
+        key: fit(counts, SLACK.get(key.quantity, 0)) for key, counts in grown(lines).items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Growth that is known: where, why, and what would remove it.
+
+    Attributes:
+        phase: Where it begins to be seen.
+        quantities: What grows there.
+        whose: On which ranks.
+        why: What it comes from.
+        remedy: What removes it.
+    """
+
+    phase: str
+    quantities: tuple[str, ...]
+    whose: tuple[Who, ...]
+    why: str
+    remedy: str
+
+
+KNOWN = (
+    Known(
+        "start",
+        ("mpi_bytes",),
+        ("root", "others"),
+        "64 bytes of host name of every rank, kept by every rank",
+        "names on node leaders only, asked for when an error is told",
+    ),
+    Known(
+        "one rank fails",
+        ("messages", "mpi_bytes"),
+        ("root",),
+        "root takes one record from every rank, also from those that have not failed",
+        "records of failed ranks only, merged up a tree",
+    ),
+    Known(
+        "save, random streams",
+        ("messages", "mpi_bytes", "transfers", "file_bytes"),
+        ("root",),
+        "root takes and writes the streams of all ranks",
+        "each node writes its ranks' parts; or counter-based streams: one seed for all",
+    ),
+    Known(
+        "save, all write",
+        ("mpi_bytes",),
+        ("root", "others"),
+        "every rank is told what each of the others writes",
+        "scatter to each its own share",
+    ),
+    Known(
+        "restore, random streams",
+        ("collectives", "mpi_bytes", "transfers", "file_bytes"),
+        ("root", "others"),
+        "the streams of all ranks are sent to every rank, which keeps its own",
+        "scatter them, or let each node read its own",
+    ),
+)
+
+
+def explain(key: Key) -> Known | None:
+    """Return what is known of a growth, None if it is news. Pure."""
+    for known in KNOWN:
+        if (
+            known.phase == key.phase
+            and key.quantity in known.quantities
+            and key.who in known.whose
+        ):
+            return known
+    return None
+
+
+# --- where it ends -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What a large machine can do, and how much of it a checkpoint may take.
+
+    The defaults are assumptions of a usual cluster, round and on the slow side, not
+    measurements: give those of yours.
+
+    Attributes:
+        latency: Seconds of one hop. Small messages on InfiniBand or Slingshot take 1 to 2
+            us; with Python between two of them, 5.
+        message: Seconds that root spends on each message of many that it receives:
+            posting it from Python and matching it.
+        bandwidth: Bytes per second of the link of a host: 100 Gbit/s.
+        ranks_of_host: Ranks on each host.
+        file_operation: Seconds of one operation on a parallel file system: a round trip
+            to its servers.
+        transfer: Seconds of one call that writes or reads, beside its bytes.
+        disk: Bytes per second that one client writes or reads there.
+        disk_of_all: Bytes per second that it takes from all of them.
+        metadata: Operations per second that the file system takes from all clients.
+        imports: Operations with which one rank starts Python and imports MPI, NumPy and
+            torch from a shared file system.
+        state: Bytes of the state: 100M parameters with Adam.
+        tolerable: Seconds that growth may add to any phase.
+        start: Seconds that starting may take.
+        root_memory: Bytes beside the state on root, of the suite's targets.
+        rank_memory: The same on any other rank.
+    """
+
+    latency: float = 5e-6
+    message: float = 5e-6
+    bandwidth: float = 12.5e9
+    ranks_of_host: float = 4
+    file_operation: float = 2e-3
+    transfer: float = 20e-6
+    disk: float = 1.5e9
+    disk_of_all: float = 100e9
+    metadata: float = 50e3
+    imports: float = 3000
+    state: float = 1.2e9
+    tolerable: float = 1.0
+    start: float = 60.0
+    root_memory: float = 128 * 2**20
+    rank_memory: float = 64 * 2**20
+
+
+# Phases that move the state itself once: counted with a small one, reckoned with the real.
+# Where all write it is shared out: their counts fall with the ranks, the disk remains.
+_MOVES = {
+    "sync, all differ": "sent",
+    "restore": "sent",
+    "save": "written",
+    "save, all write": "shared",
+}
+
+
+def rounds(ranks: int) -> int:
+    """Return the depth of a tree of so many ranks."""
+    return math.ceil(math.log2(ranks)) if ranks > 1 else 0
+
+
+def seconds(
+    phase: str, growths: Mapping[Key, Growth], ranks: int, cluster: Cluster
+) -> float:
+    """Return how long a phase takes on the slower of root and others, by the model.
+
+    What is sent or written is reckoned at its bandwidth; trees take their depth in hops.
+    """
+    state = {
+        "sent": _broadcast_seconds(ranks, cluster),
+        "written": cluster.state / cluster.disk,
+        "shared": cluster.state / min(cluster.disk * ranks, cluster.disk_of_all),
+    }.get(_MOVES.get(phase, ""), 0.0)
+
+    def on(who: Who) -> float:
+        counts = {q: _at(growths, Key(phase, q, who), ranks) for q in QUANTITIES}
+        return (
+            counts["collectives"] * rounds(ranks) * cluster.latency
+            + counts["messages"] * cluster.message
+            + counts["mpi_bytes"] / cluster.bandwidth
+            + counts["file_operations"] * cluster.file_operation
+            + counts["transfers"] * cluster.transfer
+            + counts["file_bytes"] / cluster.disk
+        )
+
+    each = _at(growths, Key(phase, "file_operations", "others"), ranks)
+    return max(
+        state + on("root"),
+        state + on("others"),
+        state + each * (ranks - 1) / cluster.metadata,
+        # Root reads while it sends: the slower of the two, not both.
+        cluster.state / cluster.disk if phase == "restore" else 0,
+    )
+
+
+def _broadcast_seconds(ranks: int, cluster: Cluster) -> float:
+    """Return how long the state takes from one host to all others."""
+    hosts = math.ceil(ranks / cluster.ranks_of_host)
+    once = cluster.state / cluster.bandwidth
+    if hosts == 1:
+        return once
+    piece = chain_piece_bytes(int(cluster.state), hosts)
+    if piece is None:
+        # As the libraries do it: scattered, then gathered by all.
+        return 2 * once + 2 * rounds(hosts) * cluster.latency
+    pieces = math.ceil(cluster.state / piece)
+    turn = once / pieces + cluster.message
+    return (pieces + hosts - 2) * turn
+
+
+def _at(growths: Mapping[Key, Growth], key: Key, ranks: int) -> float:
+    return max(0.0, growths[key].at(ranks)) if key in growths else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wall:
+    """Where growth becomes too much.
+
+    Attributes:
+        ranks: The number of ranks from which on.
+        where: What cannot go on there.
+        limit: What is exceeded.
+        at_most: What it would be with the most ranks looked at.
+        remedy: What removes it.
+    """
+
+    ranks: int
+    where: str
+    limit: str
+    at_most: str
+    remedy: str
+
+
+def walls(growths: Mapping[Key, Growth], cluster: Cluster, most: int) -> list[Wall]:
+    """Return what stops at fewer than ``most`` ranks, first things first."""
+    found = _outside_walls(cluster, most)
+    for key, growth in growths.items():
+        if (key.quantity, key.who) == ("file_operations", "others") and growth.base > 0:
+            each = growth.base / cluster.metadata
+            found.append(
+                Wall(
+                    math.ceil(cluster.tolerable / each),
+                    f"{key.phase}: file operations of all ranks at once",
+                    f"{cluster.tolerable:g} s more than with few ranks",
+                    human_seconds(each * most),
+                    "let fewer write: one of each node, or root",
+                )
+            )
+        if growth.per_rank <= 0:
+            continue
+        known = explain(key)
+        remedy = known.remedy if known else "not looked into yet"
+        where = f"{key.phase}: {words(key.quantity)} of {key.who}"
+        each = _seconds_of_one(key.quantity, cluster) * growth.per_rank
+        found.append(
+            Wall(
+                math.ceil(cluster.tolerable / each),
+                where,
+                f"{cluster.tolerable:g} s more than with few ranks",
+                human_seconds(each * most),
+                remedy,
+            )
+        )
+        if key.quantity == "mpi_bytes":
+            # What comes from all ranks is held at once.
+            memory = cluster.root_memory if key.who == "root" else cluster.rank_memory
+            found.append(
+                Wall(
+                    math.ceil(memory / growth.per_rank),
+                    where,
+                    f"{human_bytes(memory)} of memory",
+                    human_bytes(growth.per_rank * most),
+                    remedy,
+                )
+            )
+    return sorted((wall for wall in found if wall.ranks <= most), key=lambda w: w.ranks)
+
+
+def _outside_walls(cluster: Cluster, most: int) -> list[Wall]:
+    """Return those that counting does not show; a star says so."""
+    each = cluster.imports / cluster.metadata
+    # Every rank sends to every other and receives from it.
+    told = 2 * cluster.message
+    return [
+        Wall(
+            math.ceil(cluster.start / each),
+            f"{OUTSIDE}: every rank imports from one file system*",
+            f"{cluster.start:g} s of starting",
+            human_seconds(each * most),
+            "the environment on each node's disk, or in one image that is broadcast",
+        ),
+        Wall(
+            math.ceil(cluster.tolerable / told),
+            "a rank never comes: every rank calls the roll of all others*",
+            f"{cluster.tolerable:g} s more than with few ranks",
+            human_seconds(told * most),
+            "call the roll up and down a tree, or of node leaders",
+        ),
+    ]
+
+
+def human_seconds(value: float) -> str:
+    """Return seconds for a person, with their unit."""
+    if value >= 1:
+        return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
+def human_bytes(value: float) -> str:
+    """Return bytes for a person, with their unit."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def words(quantity: str) -> str:
+    """Return a quantity for a person."""
+    return quantity.replace("_", " ").replace("mpi", "MPI")
+
+
+def _seconds_of_one(quantity: str, cluster: Cluster) -> float:
+    return {
+        "collectives": rounds(100_000) * cluster.latency,
+        "messages": cluster.message,
+        "mpi_bytes": 1 / cluster.bandwidth,
+        "file_operations": cluster.file_operation,
+        "transfers": cluster.transfer,
+        "file_bytes": 1 / cluster.disk,
+    }[quantity]
+
+
+# Counted with 2 to 16 ranks, and the same on Open MPI and MPICH: of each phase and quantity
+# what root has and what each rank adds to it, then what any other rank has and is added.
+_COUNTED = (
+    ("start", "collectives", 6, 0, 6, 0),
+    ("start", "mpi_bytes", 176, 64, 176, 64),
+    ("sync, equal", "collectives", 4, 0, 4, 0),
+    ("sync, equal", "mpi_bytes", 240, 0, 240, 0),
+    ("sync, all differ", "collectives", 10, 0, 10, 0),
+    ("sync, all differ", "mpi_bytes", 655122, 0, 655122, 0),
+    ("save", "collectives", 8, 0, 8, 0),
+    ("save", "mpi_bytes", 628, 0, 628, 0),
+    ("save", "file_operations", 22, 0, 0, 0),
+    ("save", "transfers", 34, 0, 0, 0),
+    ("save", "file_bytes", 662271, 0, 0, 0),
+    ("step, nothing due", "collectives", 1, 0, 1, 0),
+    ("step, nothing due", "mpi_bytes", 56, 0, 56, 0),
+    ("restore", "collectives", 12, 0, 12, 0),
+    ("restore", "mpi_bytes", 654985, 0, 654985, 0),
+    ("restore", "file_operations", 4, 0, 0, 0),
+    ("restore", "transfers", 4, 0, 0, 0),
+    ("restore", "file_bytes", 662271, 0, 0, 0),
+    ("one rank fails", "collectives", 4, 0, 4, 0),
+    ("one rank fails", "messages", -1, 1, 1, 0),
+    ("one rank fails", "mpi_bytes", 1221, 12, 1242, 0),
+    ("save, random streams", "collectives", 10, 0, 10, 0),
+    ("save, random streams", "messages", -1, 1, 1, 0),
+    ("save, random streams", "mpi_bytes", -14104, 14763, 15434, 0),
+    ("save, random streams", "file_operations", 19, 0, 0, 0),
+    ("save, random streams", "transfers", 2, 1, 0, 0),
+    ("save, random streams", "file_bytes", 4520, 14912, 0, 0),
+    ("restore, random streams", "collectives", 12, 0, 12, 0),
+    ("restore, random streams", "mpi_bytes", 626, 14806, 626, 14806),
+    ("restore, random streams", "file_operations", 4, 0, 0, 0),
+    ("restore, random streams", "transfers", 4, 0, 0, 0),
+    ("restore, random streams", "file_bytes", 4520, 14912, 0, 0),
+    ("save, all write", "collectives", 12, 0, 12, 0),
+    ("save, all write", "mpi_bytes", 918, 20, 918, 20),
+    ("save, all write", "file_operations", 19, 0, 5, 0),
+)
+
+MEASURED = {
+    Key(phase, quantity, who): Growth(*numbers)
+    for phase, quantity, *counts in _COUNTED
+    for who, numbers in zip(_WHO, (counts[:2], counts[2:]), strict=True)
+}
+"""Growth as counted when this was written; `fit_all` makes it from a new count."""

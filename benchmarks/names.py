@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of contenders that the targets speak of: written in one place, found by both."""
+
+from __future__ import annotations
+
+RAW_WRITE = "raw direct write"
+RAW_BUFFERED_WRITE = "raw buffered write + fsync"
+RAW_READ = "raw direct read"
+MEMCPY = "memcpy into warm memory"
+BCAST = "Bcast of all leaves"
+IBCAST = "Ibcast of all leaves + Waitall"
+DIGEST = "digest of all leaves, every rank"
+ONE_HOP = "Send to the next host"
+NO_SAVES = "no saves"
+ONE_LEAF = "one leaf of the same bytes"
+ONE_COPY = "one copy in fresh memory"
+
+SAVE = "mpi_ckpt save"
+SAVE_ASYNC = "mpi_ckpt save, asynchronous"
+STALL = "mpi_ckpt save, asynchronous, sync=False"
+STALL_SYNC = "mpi_ckpt save, asynchronous, sync=True"
+STALL_OVERLAP = "mpi_ckpt save, overlapped, sync=False"
+SYNC = "mpi_ckpt sync"
+RESTORE = "mpi_ckpt restore"
+REUSE_FULL = "mpi_ckpt save, all bytes changed"
+REUSE_PART = "mpi_ckpt save, 1% of the bytes changed"
+MANY_LEAVES = "many leaves of 4 KB"
+
+TORCH = "torch.save"
+TORCH_LOAD = "torch.load on every rank"
+SAFETENSORS = "safetensors"
+DCP = "torch DCP"
+TORCHSNAPSHOT = "torchsnapshot"
+ADAPTDL = "adaptdl"
+HOROVOD = "Horovod"
+HOROVOD_SYNC = "Horovod broadcast_parameters"
+
+
+def durable(name: str) -> str:
+    """Return the name of a peer that is brought to the durability of a save of ours."""
+    return f"{name} + fsync"
