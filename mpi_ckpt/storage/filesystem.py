@@ -11,6 +11,7 @@ Files are opened by the path of their directory, never following a link in the l
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "create_file",
+    "leave_direct",
     "link_file",
     "list_names",
     "make_directories",
@@ -90,6 +92,15 @@ def create_file(path: Path, *, direct: bool = False) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def leave_direct(descriptor: int) -> None:
+    """Let a descriptor that was opened direct use the page cache from now on.
+
+    Not collective.
+    """
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:

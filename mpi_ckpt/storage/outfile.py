@@ -94,7 +94,8 @@ def create_out_file(
                 # Ends before the file is closed: no write is then on its way.
                 pool = ThreadPoolExecutor(_IN_FLIGHT, "mpi_ckpt-write")
                 stack.enter_context(pool)
-                yield _DirectFile(descriptor, staging.take(), pool)
+                blocks = staging.take()
+                yield _DirectFile(descriptor, blocks, pool, insist=mode == "direct")
                 return
         yield _BufferedFile(stack.enter_context(filesystem.create_file(path)))
 
@@ -134,9 +135,15 @@ class _DirectFile:
     """Fills one aligned block while others are on their way to disk."""
 
     def __init__(
-        self, descriptor: int, blocks: list[mmap.mmap], pool: ThreadPoolExecutor
+        self,
+        descriptor: int,
+        blocks: list[mmap.mmap],
+        pool: ThreadPoolExecutor,
+        *,
+        insist: bool,
     ) -> None:
         self._descriptor = descriptor
+        self._insist = insist
         self._blocks = [np.frombuffer(block, np.uint8) for block in blocks]
         self._views = [memoryview(block) for block in blocks]
         self._pool = pool
@@ -178,11 +185,21 @@ class _DirectFile:
     def _submit(self, nbytes: int) -> None:
         block = self._blocks[self._current][:nbytes].data
         self._pending[self._current] = self._pool.submit(
-            filesystem.write_all, self._descriptor, block, self._offset
+            self._write_block, block, self._offset
         )
         self._offset += nbytes
         self._filled = 0
         self._current = (self._current + 1) % len(self._blocks)
+
+    def _write_block(self, block: memoryview, offset: int) -> None:
+        try:
+            filesystem.write_all(self._descriptor, block, offset)
+        except OSError as error:
+            # Opened direct, and yet not written so: a file system of larger sectors.
+            if self._insist or error.errno != errno.EINVAL:
+                raise
+            filesystem.leave_direct(self._descriptor)
+            filesystem.write_all(self._descriptor, block, offset)
 
     def _await(self, index: int) -> None:
         future, self._pending[index] = self._pending[index], None

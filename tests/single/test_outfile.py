@@ -2,6 +2,7 @@
 """Files written from front to back, direct and buffered."""
 
 import errno
+import fcntl
 import os
 
 import pytest
@@ -119,3 +120,17 @@ def test_a_failed_write_in_a_thread_is_raised(tmp_path, monkeypatch, code, call)
     data = b"x" * (3 * outfile._BLOCK_BYTES)
     with pytest.raises(OSError, match=os.strerror(code)):
         write(tmp_path / "file", [data], "direct")
+
+
+def test_direct_writes_that_are_refused_go_through_the_page_cache(tmp_path, monkeypatch):
+    def pwrite(descriptor, data, offset):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "larger sectors are asked for")
+        return os.pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(filesystem, "os", _Os(pwrite=pwrite))
+    data = os.urandom(2 * outfile._DIRECT_BYTES_MIN + 5)
+    write(tmp_path / "file", [data], "auto")
+    assert (tmp_path / "file").read_bytes() == data
+    with pytest.raises(OSError, match="larger sectors"):
+        write(tmp_path / "other", [data], "direct")
