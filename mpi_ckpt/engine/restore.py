@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree
 from mpi_ckpt.engine.find import find_newest, fit_states, reject
 from mpi_ckpt.engine.read import adopt, match, transfer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["restore_states"]
 
 
+@without_collections
 def restore_states(
     session: Session,
     states: Sequence[State],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt import dtypes
+from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import (
     agree,
     agree_on_root,
@@ -61,6 +62,7 @@ class _Difference:
     targets: tuple[Leaf, ...] = ()
 
 
+@without_collections
 def sync_states(
     comm: Communicator, states: Sequence[State], options: Options
 ) -> tuple[list[Contents], SyncReport]:
@@ -109,6 +111,7 @@ def sync_states(
     return [averaged.get(one.state.name, one) for one in contents], report
 
 
+@without_collections
 def capture_on_root(comm: Communicator, states: Sequence[State]) -> list[Contents]:
     """Take the leaf states as root has them, without comparing anything.
 

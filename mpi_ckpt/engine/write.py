@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.collector import without_collections
 from mpi_ckpt.engine.contents import pick_leaves
 from mpi_ckpt.engine.draft import ROOT, Draft
 from mpi_ckpt.engine.shard import write_shard
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["write_generation"]
 
 
+@without_collections
 def write_generation(
     directory: CheckpointDirectory,
     request: SaveRequest,

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases: what is compared with what, on which bytes. One module each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks.cases import (
+    memory,
+    restore,
+    reuse,
+    save,
+    serialization,
+    small,
+    stall,
+    sync,
+    train,
+    writers,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benchmarks.harness import Group
+    from benchmarks.setting import Setting
+
+__all__ = ["CASES"]
+
+CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
+    "save": save.groups,
+    "stall": stall.groups,
+    "sync": sync.groups,
+    "restore": restore.groups,
+    "reuse": reuse.groups,
+    "writers": writers.groups,
+    "serialization": serialization.groups,
+    "small": small.groups,
+    "train": train.groups,
+    "memory": memory.groups,
+}
+"""Name -> function that gives the groups of a case, one after the other is measured."""
