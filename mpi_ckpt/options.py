@@ -52,7 +52,7 @@ class Options:
             raises an error that names the absent. Must exceed the longest save.
             Default: 600.
         message_bytes: Largest MPI message and fused bucket in bytes, at most 1 GiB.
-            Default: 4 MiB; broadcasts use no larger ones, and shorter between hosts.
+            Default: 8 MiB; broadcasts use no larger ones, and shorter between hosts.
         window_bytes: Host memory through which a restore streams, in bytes.
             Default: 64 MiB.
         io: How files are written. ``"auto"`` (default): around the page cache where the
@@ -90,7 +90,7 @@ class Options:
     exit_code: int = 143
     # These change how fast it happens.
     deadline_seconds: float = 600.0
-    message_bytes: int = 4 << 20
+    message_bytes: int = 8 << 20
     window_bytes: int = 64 << 20
     io: Literal["auto", "direct", "buffered"] = "auto"
     writers: Literal["root", "node", "all"] = "root"

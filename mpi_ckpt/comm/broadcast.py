@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["bcast_buffers"]
 
 # Larger messages overlap less and leave the caches.
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 8 << 20
 
 # Messages posted and not yet finished: 2 to 4 times a loop of blocking broadcasts, and
 # immune to a busy Horovod thread.

@@ -13,23 +13,20 @@ from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import (
     agree,
     agree_on_root,
-    bcast_buffers,
     bcast_json,
     differing_digests,
-    mean_buffers,
 )
 from mpi_ckpt.digest import Digest
-from mpi_ckpt.engine.averaging import from_summable, to_summable
 from mpi_ckpt.engine.contents import Contents, capture_all, capture_only
 from mpi_ckpt.engine.parts import combine_parts
-from mpi_ckpt.engine.targets import Target
+from mpi_ckpt.engine.send import average_leaves, send_leaves
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.leaf import Leaf, LeafSpec
 from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.state import LeafState, State, Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.options import Options
@@ -285,44 +282,11 @@ def _transfer(
         leaves = difference.leaves or ()
         to_bcast += [difference.targets[i] for i in leaves if i not in difference.averaged]
         if difference.averaged:
-            _average(comm, [difference.targets[i] for i in difference.averaged])
+            average_leaves(comm, [difference.targets[i] for i in difference.averaged])
             averaged[own.state.name] = _with_new_digests(own, difference)
         sent += sum(difference.targets[i].spec.nbytes for i in leaves)
-    for batch in _batches(to_bcast, options.window_bytes):
-        _bcast_leaves(comm, batch)
+    send_leaves(comm, to_bcast, options.window_bytes)
     return sent, averaged
-
-
-def _batches(leaves: Sequence[Leaf], window_bytes: int) -> Iterator[list[Leaf]]:
-    """Group leaves so that private copies of a group stay within the window."""
-    batch: list[Leaf] = []
-    filled = 0
-    for leaf in leaves:
-        if batch and filled + leaf.spec.nbytes > window_bytes:
-            yield batch
-            batch, filled = [], 0
-        batch.append(leaf)
-        filled += leaf.spec.nbytes
-    if batch:
-        yield batch
-
-
-def _bcast_leaves(comm: Communicator, leaves: Sequence[Leaf]) -> None:
-    doing = "sending what differs"
-    if comm.is_root:
-        bcast_buffers(comm, [leaf.buffer.read() for leaf in leaves], doing)
-        return
-    targets = [Target(leaf.buffer, leaf.spec.nbytes) for leaf in leaves]
-    bcast_buffers(comm, [target.memory() for target in targets], doing)
-    for target in targets:
-        target.finish()
-
-
-def _average(comm: Communicator, leaves: Sequence[Leaf]) -> None:
-    for leaf in leaves:
-        array = to_summable(leaf.spec.dtype, leaf.buffer.read())
-        mean_buffers(comm, [array], "averaging what differs")
-        leaf.buffer.write(from_summable(leaf.spec.dtype, array))
 
 
 def _with_new_digests(own: Contents, difference: _Difference) -> Contents:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
@@ -55,7 +54,7 @@ class ModuleState(LeafState):
         contents = _Contents(self._module)
         structure = {"ties": contents.ties, "extra": contents.extra.structure}
         leaves = [
-            replace(leaf, gate=self.gate) if name in contents.parameters else leaf
+            leaf.behind(self.gate) if name in contents.parameters else leaf
             for name, leaf in contents.leaves.items()
         ]
         return Capture(structure, [*leaves, *contents.extra.leaves.values()])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
@@ -55,7 +54,7 @@ class OptimizerState(NestedState):
         captured = super().capture()
         # Not the groups: a rate kept as a tensor is the scheduler's to change.
         leaves = [
-            replace(leaf, gate=self.gate) if leaf.spec.name.startswith(_STATE) else leaf
+            leaf.behind(self.gate) if leaf.spec.name.startswith(_STATE) else leaf
             for leaf in captured.leaves
         ]
         return Capture(captured.structure, leaves)

@@ -83,9 +83,7 @@ class TrainState(LeafState):
         """See `LeafState`. Not collective."""
         captured = {key: part.capture() for key, part in self._parts.items()}
         leaves = [
-            replace(leaf, spec=replace(leaf.spec, name=f"{key}/{leaf.spec.name}"))
-            for key, one in captured.items()
-            for leaf in one.leaves
+            leaf.under(f"{key}/") for key, one in captured.items() for leaf in one.leaves
         ]
         return Capture({key: one.structure for key, one in captured.items()}, leaves)
 

@@ -218,7 +218,7 @@ def test_collectives_are_not_called_by_root_alone():
         return any(called(n) in collectives for body in bodies for n in ast.walk(body))
 
     # Here every rank calls it, with a source or a target of its own.
-    assert {one.partition(":")[0] for one in where(guarded)} <= {"engine/sync.py"}
+    assert {one.partition(":")[0] for one in where(guarded)} <= {"engine/send.py"}
 
 
 def test_signal_handler_sets_a_flag_and_steps_aside():
