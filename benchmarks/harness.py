@@ -161,9 +161,10 @@ def measure(
     machine: Mapping[str, Any] | None = None,
     idle_seconds: float = 0.5,
 ) -> list[Figure]:
-    """Time contenders in turn, A B C A B C, so that a drifting machine hits all alike.
+    """Time contenders in turn, A B C, B C A, C A B: a drifting machine hits all alike.
 
-    Collective.
+    Collective. Each turn begins with the next contender, as what one leaves behind (dirty
+    pages, the credit of a shared disk) is felt by the one after it.
 
     Args:
         comm: Its ranks run each contender together; a barrier stands before each run.
@@ -184,7 +185,8 @@ def measure(
     seconds: dict[str, list[float]] = {one.name: [] for one in group.contenders}
     values: dict[str, dict[str, list[float]]] = {one.name: {} for one in group.contenders}
     for turn in range(warmups + repeats):
-        for one in group.contenders:
+        first = turn % len(group.contenders)
+        for one in [*group.contenders[first:], *group.contenders[:first]]:
             one.before()
             comm.Barrier()
             start = time.perf_counter()

@@ -69,8 +69,8 @@ class TestMeasure:
             for name in "ab"
         ]
         figures = self.measure(contenders, repeats=2)
-        turn = ["before a", "a", "after a", "before b", "b", "after b"]
-        assert done == turn * 3
+        a, b = ["before a", "a", "after a"], ["before b", "b", "after b"]
+        assert done == [*a, *b, *b, *a, *a, *b]
         assert [len(one.seconds) for one in figures] == [2, 2]
 
     def test_notes_the_median_of_what_the_runs_say(self):
