@@ -33,6 +33,7 @@ BLOCK_BYTES = 16 << 20
 
 # Below this many bytes starting threads costs more than it saves (13 GB/s a core).
 _PARALLEL_BYTES = 32 << 20
+_GROUP_BYTES = 4 << 20
 
 
 def digest_bytes(data: memoryview | bytes | bytearray) -> bytes:
@@ -111,7 +112,7 @@ class BlockHasher:
 
 
 def digest_many(
-    reads: Sequence[Callable[[], memoryview]], nbytes: int, threads: int
+    reads: Sequence[Callable[[], memoryview]], sizes: Sequence[int], threads: int
 ) -> list[Digest]:
     """Digest several runs of bytes, side by side where that pays.
 
@@ -120,17 +121,26 @@ def digest_many(
     Args:
         reads: One function per run that gives its bytes; at most ``threads`` of the
             runs are held at a time, so private copies stay bounded.
-        nbytes: Sum of all lengths in bytes.
+        sizes: Length of each in bytes.
         threads: Threads to use at most.
 
     Returns:
         One digest for each run, in order.
     """
 
-    def digest(read: Callable[[], memoryview]) -> Digest:
-        return Digest.of(read())
+    def digest(group: Sequence[Callable[[], memoryview]]) -> list[Digest]:
+        return [Digest.of(read()) for read in group]
 
-    if threads == 1 or nbytes < _PARALLEL_BYTES:
-        return [digest(read) for read in reads]
+    if threads == 1 or sum(sizes) < _PARALLEL_BYTES:
+        return digest(reads)
+    # Handing one leaf to a thread costs what hashing half a megabyte does.
+    groups: list[list[Callable[[], memoryview]]] = []
+    filled = _GROUP_BYTES
+    for read, size in zip(reads, sizes, strict=True):
+        if filled >= _GROUP_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(read)
+        filled += size
     with ThreadPoolExecutor(threads, thread_name_prefix="mpi_ckpt-digest") as pool:
-        return list(pool.map(digest, reads))
+        return [one for group in pool.map(digest, groups) for one in group]

@@ -57,7 +57,8 @@ def groups(setting: Setting) -> Iterator[Group]:
 def _as_a_save_does(setting: Setting) -> None:
     leaves = ArrayState("adam", setting.state).capture().leaves
     reads = [leaf.buffer.read for leaf in leaves]
-    digest_many(reads, setting.nbytes, Options().digest_threads)
+    sizes = [leaf.spec.nbytes for leaf in leaves]
+    digest_many(reads, sizes, Options().digest_threads)
     block = memoryview(bytearray(_BLOCK_BYTES))
     for read in reads:
         data = read()

@@ -92,7 +92,7 @@ def digest_contents(contents: Sequence[Contents], threads: int) -> list[Contents
     digests = iter(
         digest_many(
             [leaf.buffer.read for leaf in leaves],
-            sum(leaf.spec.nbytes for leaf in leaves),
+            [leaf.spec.nbytes for leaf in leaves],
             threads,
         )
     )

@@ -56,6 +56,7 @@ def test_views_of_any_format_are_digested_as_bytes():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_many_digests_come_in_order_on_any_number_of_threads(monkeypatch, threads):
     monkeypatch.setattr(digest, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(digest, "_GROUP_BYTES", 200)
     runs = [bytes([i]) * (i * 7) for i in range(20)]
     workers = set()
 
@@ -66,7 +67,7 @@ def test_many_digests_come_in_order_on_any_number_of_threads(monkeypatch, thread
 
         return read
 
-    found = digest_many([reading(run) for run in runs], 1 << 20, threads)
+    found = digest_many([reading(run) for run in runs], [len(run) for run in runs], threads)
     assert found == [Digest.of(run) for run in runs]
     assert (threading.main_thread() in workers) == (threads == 1)
 
@@ -78,7 +79,7 @@ def test_few_bytes_start_no_thread():
         seen.append(threading.current_thread())
         return memoryview(b"few")
 
-    digest_many([read], 3, threads=4)
+    digest_many([read], [3], threads=4)
     assert seen == [threading.main_thread()]
 
 
@@ -89,4 +90,4 @@ def test_failure_of_a_read_is_raised(monkeypatch):
         raise RuntimeError("gone")
 
     with pytest.raises(RuntimeError, match="gone"):
-        digest_many([read], 1, threads=2)
+        digest_many([read], [1], threads=2)
