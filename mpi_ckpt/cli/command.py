@@ -107,9 +107,12 @@ def _complete(
     param: click.Parameter,  # noqa: ARG001
     incomplete: str,
 ) -> list[str | CompletionItem]:
+    directory = ctx.params.get("directory")
+    if not isinstance(directory, Path):
+        return []
     try:
-        names = filesystem.list_names(ctx.params["directory"])
-    except (OSError, KeyError, TypeError):
+        names = filesystem.list_names(directory)
+    except OSError:
         return []
     numbers = sorted(n for name in names if (n := generation_number(name)) is not None)
     words = [*map(str, reversed(numbers)), "newest"]

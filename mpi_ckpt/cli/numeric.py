@@ -102,7 +102,9 @@ class Difference:
         count = int(np.count_nonzero(unequal))
         if count:
             self.differing += count
-            yield _values(self.dtype, a[unequal]), _values(self.dtype, b[unequal])
+            with np.errstate(invalid="ignore"):  # a NaN that signals is just one more
+                pair = _values(self.dtype, a[unequal]), _values(self.dtype, b[unequal])
+            yield pair
 
 
 def _values(dtype: str, rows: Array) -> Array:

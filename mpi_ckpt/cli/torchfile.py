@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.cli.command import CommandError
 from mpi_ckpt.cli.proving import proven_blocks
 from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.tree import leaf_kinds, unflatten
 from mpi_ckpt.storage import filesystem
 
@@ -170,25 +171,24 @@ def _value(
 ) -> Any:  # noqa: ANN401
     from mpi_ckpt.states.tensors import empty_tensor, tensor_leaf
 
+    # A stream is given as bytes in a tensor: weights-only loads know no empty `bytes`.
+    stream = [LeafSpec("", "U8", (state.stream.nbytes,))] if state.stream else []
+    specs = stream or [leaf.spec for leaf in state.leaves]
     targets: list[memoryview] = []
     values: dict[str, Any] = {}
-    stream = bytearray(state.stream.nbytes) if state.stream else bytearray()
-    if state.stream is not None:
-        targets.append(memoryview(stream))
-    for leaf in state.leaves:
+    for spec in specs:
         try:
-            tensor = empty_tensor(leaf.spec)
+            values[spec.name] = empty_tensor(spec)
         except StateMismatchError as error:
             raise CommandError(f"{error}: export it as safetensors instead") from error
-        view = tensor_leaf(leaf.spec.name, tensor).buffer.view()
+        view = tensor_leaf(spec.name, values[spec.name]).buffer.view()
         assert view is not None
-        values[leaf.spec.name] = tensor
         targets.append(view)
     for index, block, data in proven_blocks(reader, state.extents):
         start = block * reader.manifest.block_bytes
         targets[index][start : start + len(data)] = data
         done(len(data))
-    return bytes(stream) if state.stream else rebuild(state.structure, values)
+    return values[""] if stream else rebuild(state.structure, values)
 
 
 class _Sink(io.RawIOBase):
