@@ -124,8 +124,8 @@ def _show(
     for state in dict.fromkeys([*(one.state for one in shown), *values]):
         inside = [one for one in changes if one.state == state]
         differing = sum(one.change != "equal" for one in inside)
-        count = plural(len(inside), "leaf")
-        screen.say(f"{state}: {differing} of {count} differ", style="bold")
+        count = f": {differing} of {plural(len(inside), 'leaf')} changed"
+        screen.say(state + (count if inside else ""), style="bold")
         screen.table(
             ["leaf", "", "dtype", "shape", ">differing", ">max abs", ">max rel"],
             [_cells(one) for one in shown if one.state == state],

@@ -18,6 +18,7 @@ from mpi_ckpt.cli.command import (
     command,
     directory_argument,
 )
+from mpi_ckpt.cli.proving import find_problems
 from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.survey import look
 from mpi_ckpt.retention import (
@@ -30,6 +31,7 @@ from mpi_ckpt.retention import (
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +73,9 @@ class _Plan:
     show_default=True,
     help="Which value of the metric is best.",
 )
+@click.option(
+    "--verify", is_flag=True, help="Prove what stays first; what is bad does not count."
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 def prune(
     screen: Screen,
@@ -79,12 +84,14 @@ def prune(
     keep_every: int | None,
     keep_best: str | None,
     mode: str,
+    verify: bool,
     dry_run: bool,
 ) -> int:
     """Remove generations that no --keep option keeps.
 
     The newest good one always stays, and damaged ones are left alone: quarantine those.
-    Refused while a job uses DIR. Leftovers of writes that were cut off go as well.
+    Damage inside of files is seen with --verify only. Refused while a job uses DIR.
+    Leftovers of writes that were cut off go as well.
     """
     policy = _policy(keep_last, keep_every, keep_best, mode)
     found = recovery.survey(directory)
@@ -92,13 +99,13 @@ def prune(
         # Not even a lock file is left in a directory that is somebody else's.
         raise CommandError(f"{directory} holds no generation", code=MISUSED, kind="absent")
     if dry_run:
-        plan = _plan(directory, policy)
+        plan = _plan(screen, directory, policy, verify=verify)
         leftovers = recovery.survey(directory).partials
     else:
         job = secrets.token_hex(6)
         lock = DirectoryLock(directory, job, patience_seconds=LOCK_PATIENCE_SECONDS)
         with closing(lock):
-            plan = _plan(directory, policy)
+            plan = _plan(screen, directory, policy, verify=verify)
             leftovers = recovery.survey(directory).partials
             recovery.sweep(directory, leftovers)
             Catalog(directory).remove(plan.removed, job)
@@ -145,27 +152,46 @@ def _policy(
     return policy
 
 
-def _plan(directory: Path, policy: RetentionPolicy) -> _Plan:
+def _plan(
+    screen: Screen, directory: Path, policy: RetentionPolicy, *, verify: bool
+) -> _Plan:
     rows = [row for row in look(directory) if row.name.startswith("checkpoint-")]
     # A damaged generation must not count as one that stays: the good ones would go.
-    good = [(row, row.manifest) for row in rows if row.state in ("newest", "ok")]
-    numbers = {m.generation: row for row, m in good if m is not None}
-    kept = select_kept(
-        policy,
-        [
-            GenerationSummary(m.generation, m.step, m.metrics)
-            for _, m in good
-            if m is not None
-        ],
-    )
-    removed = tuple(number for number in numbers if number not in kept)
-    sound = {row.name for row in numbers.values()}
+    good = {
+        row.manifest.generation: row
+        for row in rows
+        if row.manifest is not None and row.state in ("newest", "ok")
+    }
+    kept = _kept(policy, good)
+    proven: set[int] = set()
+    while verify and kept - proven:
+        number = max(kept - proven)
+        proven.add(number)
+        if not _proves(screen, directory / good[number].name):
+            del good[number]
+            kept = _kept(policy, good)
+    removed = tuple(number for number in good if number not in kept)
+    sound = {row.name for row in good.values()}
     return _Plan(
         removed=removed,
-        kept=tuple(number for number in numbers if number in kept),
+        kept=tuple(number for number in good if number in kept),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
-        freed=_freed([numbers[number] for number in removed], rows),
+        freed=_freed([good[number] for number in removed], rows),
     )
+
+
+def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
+    manifests = [row.manifest for row in good.values() if row.manifest is not None]
+    return select_kept(
+        policy, [GenerationSummary(m.generation, m.step, m.metrics) for m in manifests]
+    )
+
+
+def _proves(screen: Screen, path: Path) -> bool:
+    with GenerationReader(path) as reader:
+        total = sum(e.nbytes for s in reader.manifest.states for e in s.extents)
+        with screen.progress(path.name, total) as done:
+            return not find_problems(reader, done)
 
 
 def _freed(removed: list[Row], rows: list[Row]) -> int:

@@ -86,6 +86,18 @@ def test_damaged_generations_do_not_count_as_kept(tmp_path):
     assert numbers(root) == (3, 4)
 
 
+def test_with_verify_what_stays_is_proven_first(tmp_path):
+    root = fill(tmp_path / "c", 4)
+    path = root / "checkpoint-00000004" / "rank-00000.safetensors"
+    flip(path, path.stat().st_size - 1)
+    blind = ask("prune", root, "--keep-last", 1, "--dry-run")
+    assert blind["kept"] == [4]
+    answer = ask("prune", root, "--keep-last", 1, "--verify")
+    assert (answer["kept"], answer["removed"]) == ([3], [1, 2])
+    assert answer["left_alone"] == ["checkpoint-00000004"]
+    assert numbers(root) == (3, 4)
+
+
 def test_prune_needs_to_be_told_what_stays(tmp_path):
     root = fill(tmp_path / "c", 1)
     assert "--keep-last N" in run("prune", root).stderr

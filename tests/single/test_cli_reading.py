@@ -172,9 +172,9 @@ def test_a_directory_that_is_not_there_is_wrong_usage(tmp_path, command):
 
 
 def test_commands_that_are_not_there_are_guessed():
-    result = run("verfy", ".")
+    result = run("lss", ".")
     assert result.exit_code == 2
-    assert "did you mean 'verify'?" in result.stderr
+    assert "did you mean 'ls'?" in result.stderr
 
 
 def test_verify_proves_every_byte_and_names_the_leaf(tmp_path):
