@@ -78,6 +78,9 @@ def command(
                     raise
                 screen.fail("OSError", _text_of(error))
                 code = trouble
+            except RecursionError:
+                screen.fail("damaged", "the structure of a state is nested too deeply")
+                code = trouble
             click.get_current_context().exit(code)
 
         option = click.option("--json", "as_json", is_flag=True, help="Answer with JSON.")

@@ -32,6 +32,7 @@ __all__ = ["Content", "FileStream", "FixedState", "open_safetensors"]
 _COPY_BYTES = 4 << 20
 _SIZE_MAX = 1 << 60
 _DIMENSIONS_MAX = 64
+_RANKS_MAX = (1 << 31) - 1
 
 
 class FixedState(LeafState):
@@ -195,7 +196,10 @@ def _content(metadata: dict[str, Any], leaves: dict[str, Leaf], path: Path) -> C
         return Content(None, leaves)
     states = [_state(entry, leaves, path) for entry in document["states"]]
     metrics = {str(k): float(v) for k, v in document["metrics"].items()}
-    return Content(states, leaves, document["step"], max(1, document["size"]), metrics)
+    step, size = document["step"], _length(document["size"])
+    if type(step) is not int or not 1 <= size <= _RANKS_MAX:
+        raise ValueError(f"step {step!r} of {size} ranks")
+    return Content(states, leaves, step, size, metrics)
 
 
 def _state(entry: dict[str, Any], leaves: dict[str, Leaf], path: Path) -> State:

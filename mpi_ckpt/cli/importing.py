@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,14 +16,15 @@ from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.engine.contents import capture_only
 from mpi_ckpt.engine.draft import SaveRequest
 from mpi_ckpt.engine.write import write_generation
-from mpi_ckpt.errors import ReadError
+from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, ReadError
 from mpi_ckpt.options import Options
 from mpi_ckpt.reports import PhaseClock
 from mpi_ckpt.state import LeafState
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import is_adaptdl_name
+from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,14 +128,28 @@ def _publish(
     captured = iter(capture_only([s for s in states if isinstance(s, LeafState)]))
     request = SaveRequest(
         states=[next(captured) if isinstance(s, LeafState) else s for s in states],
-        step=operator.index(content.step if step is None else step),
+        step=content.step if step is None else step,
         size=content.size,
         metrics=content.metrics,
     )
     directory = CheckpointDirectory(into)
     with closing(directory):
         directory.own()
-        return write_generation(directory, request, Options(reuse=False), PhaseClock())
+        try:
+            published = write_generation(
+                directory, request, Options(reuse=False), PhaseClock()
+            )
+        except (ValueError, TypeError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CommandError(f"it cannot be saved: {error}", kind="damaged") from error
+        try:
+            GenerationReader(published.path).close()
+        except CorruptGenerationError as error:
+            # A file may say what no manifest may: it must not be the newest.
+            recovery.quarantine(into, published.generation, error)
+            raise
+    return published
 
 
 def _one_state(name: str, form: str | None, leaves: list[Leaf]) -> FixedState:

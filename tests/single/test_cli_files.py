@@ -222,6 +222,43 @@ def test_hostile_safetensors_are_refused(tmp_path, data):
     assert not list(tmp_path.glob("c/checkpoint-*"))
 
 
+WHOLE = {"step": 1, "size": 1, "metrics": {}, "states": []}
+STATE = {"name": "s", "structure": None, "leaves": [["a", "a", "U8", [4]]]}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"step": "1"},
+        {"step": 1.5},
+        {"step": 2**70},
+        {"size": 2**40},
+        {"size": 0},
+        {"metrics": {"m": "x"}},
+        {"states": [STATE, STATE]},
+        {"states": [{**STATE, "name": 7}]},
+        {"states": [{**STATE, "structure": 10**4100}]},
+        {"states": [{**STATE, "leaves": [["a", "\ud800", "U8", [4]]]}]},
+        {"states": [{**STATE, "leaves": [["a", "x", "U8", [5]]]}]},
+        {"states": [{**STATE, "leaves": [["b", "x", "U8", [4]]]}]},
+    ],
+)
+def test_hostile_metadata_makes_no_generation(tmp_path, said):
+    file = tmp_path / "x.safetensors"
+    text = json.dumps({**WHOLE, **said})
+    file.write_bytes(header({"a": ONE, "__metadata__": {"mpi_ckpt": text}}, b"abcd"))
+    answer = ask("import", file, "--into", tmp_path / "c", code=1)
+    assert answer["error"]
+    assert not list(tmp_path.glob("c/checkpoint-*"))
+
+
+def test_a_step_that_no_manifest_holds_is_refused(tmp_path):
+    safetensors.numpy.save_file({"w": np.ones(2)}, tmp_path / "m.safetensors")
+    words = ("import", tmp_path / "m.safetensors", "--into", tmp_path / "c")
+    assert run(*words, "--step", 2**70).exit_code == 1
+    assert not list(tmp_path.glob("c/checkpoint-*"))
+
+
 def test_exports_prove_every_byte_and_leave_nothing_behind(tmp_path):
     root = fill(tmp_path / "c")
     path = root / "checkpoint-00000003" / "rank-00000.safetensors"

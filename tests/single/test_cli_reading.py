@@ -15,7 +15,7 @@ from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.single.commands import ask, fill, flip, run
-from tests.single.making import publish
+from tests.single.making import document_of, publish, sealed_document
 
 
 def snapshot(root):
@@ -84,8 +84,6 @@ def test_ls_of_nothing_is_not_an_error(tmp_path):
 
 
 def test_a_newer_format_is_told_apart_from_damage(tmp_path):
-    from tests.single.making import document_of, sealed_document
-
     path = publish(tmp_path)
     document = document_of(path) | {"version": 2}
     (path / "manifest.json").write_bytes(sealed_document(document))
@@ -146,6 +144,30 @@ def test_newest_is_what_a_restore_takes(tmp_path):
     assert ask("show", root)["generation"] == 2
     # To verify it would be no finding to go back in silence.
     assert ask("verify", root, code=1)["generations"][0]["generation"] == 3
+
+
+def test_when_none_is_good_all_are_named(tmp_path):
+    root = fill(tmp_path / "c", 2)
+    for number in (1, 2):
+        flip(root / f"checkpoint-0000000{number}" / "manifest.json", 30)
+    answer = ask("show", root, code=1)
+    assert answer["error"].count("own digest") == 2
+    assert ask("show", tmp_path, code=2)["error"].endswith("holds no generation")
+
+
+def test_structures_nested_to_the_limit_are_no_crash(tmp_path):
+    deep: list = []
+    for _ in range(400):
+        deep = [deep]
+    for root, inner in ((tmp_path / "a", deep), (tmp_path / "b", [])):
+        (root / "x").mkdir(parents=True)
+        path = publish(root, [])
+        document = document_of(path)
+        document["states"] = [{"name": "s", "structure": inner, "leaves": []}]
+        (path / "manifest.json").write_bytes(sealed_document(document))
+    one, two = (tmp_path / n / "checkpoint-00000001" for n in "ab")
+    assert run("diff", one, two).exit_code == 1
+    assert run("show", one, "--structure").exit_code in (0, 1)
 
 
 @pytest.mark.parametrize(
