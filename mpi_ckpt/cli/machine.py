@@ -75,7 +75,7 @@ def check_mpi(environ: Mapping[str, str]) -> list[Check]:
         )
         return checks
     if "library" in found:
-        name = str(found["library"]).partition(",")[0]
+        name = " ".join(str(found["library"]).partition(",")[0].split())
         text = f"{name}, MPI {found['standard']}"
         checks.append(Check("MPI", "library", text))
     checks.append(_thread_level(found, ended))
