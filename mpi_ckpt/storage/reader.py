@@ -125,6 +125,25 @@ class GenerationReader:
                     self._read_block(extent, block, into)
                     self.prove(extent, block, into)
 
+    def read_block(self, extent: Extent, block: int) -> memoryview:
+        """Return one block of a run of bytes, proven.
+
+        Not collective. Thread-safe.
+
+        Args:
+            extent: A run of bytes of this generation's manifest.
+            block: Index of the block in the run.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if it is not what was saved.
+            ReadError: On the calling rank, if the operating system cannot read it.
+        """
+        rest = extent.nbytes - block * self.manifest.block_bytes
+        into = memoryview(bytearray(max(0, min(rest, self.manifest.block_bytes))))
+        self._read_block(extent, block, into)
+        self.prove(extent, block, into)
+        return into
+
     def read_direct(self, file: str, into: memoryview, offset: int) -> int:
         """Read around the page cache where that is possible, else through it.
 

@@ -133,6 +133,18 @@ def test_world_is_only_duplicated_and_asked_for_its_size():
     assert set(lines) == {"self._mpi.COMM_WORLD.size"}
 
 
+def test_the_command_line_is_imported_by_nobody_else_and_needs_no_mpi():
+    others = [name for name in MODULES if not name.startswith(("cli/", "__main__"))]
+    users = [n for n in others for _, m in imports(MODULES[n]) if "mpi_ckpt.cli" in m]
+    assert users == []
+    assert importers("click", "rich", besides=("cli/",)) == []
+    needed = {m for n in MODULES if n.startswith("cli/") for _, m in imports(MODULES[n])}
+    banned = ("comm", "elastic", "manager", "checkpoint")
+    assert {
+        m for m in needed if m.startswith("mpi_ckpt.") and m.split(".")[1] in banned
+    } == (set())
+
+
 def test_importing_mpi_is_left_to_a_function():
     for name, tree in MODULES.items():
         top = ast.Module([n for n in tree.body if not isinstance(n, ast.FunctionDef)], [])
@@ -150,7 +162,7 @@ def test_importing_mpi_is_left_to_a_function():
 
 
 def test_torch_is_imported_by_states_only_and_late_but_for_one():
-    assert importers("torch", besides=("states/",)) == []
+    assert importers("torch", besides=("states/", "cli/torchfile.py")) == []
     for name, tree in MODULES.items():
         top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
         if name != "states/tensors.py":
@@ -175,7 +187,9 @@ def test_pickle_is_used_by_one_state_only():
 
 
 def test_nothing_forks_or_starts_processes():
-    assert importers("multiprocessing", "subprocess", "pty", "popen2") == []
+    starters = ("multiprocessing", "subprocess", "pty", "popen2")
+    # The doctor asks MPI in a process of its own; no training imports that module.
+    assert importers(*starters, besides=("cli/machine.py",)) == []
     assert (
         where(
             lambda node: re.fullmatch(
@@ -240,9 +254,14 @@ def test_logging_is_never_configured():
         lambda node: re.search(
             r"basicConfig|addHandler|setLevel|dictConfig|captureWarnings|print$",
             called(node),
-        )
+        ),
+        besides=("cli/screen.py",),  # the one module that prints
     )
     assert touched == []
+    printed = {called(n) for n in ast.walk(MODULES["cli/screen.py"])}
+    assert {one for one in printed if one.endswith("print")} == {
+        "self._out.print", "self._err.print",
+    }  # fmt: skip
     for name, tree in MODULES.items():
         for node in ast.walk(tree):
             if called(node) == "logging.getLogger":

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt diff``: what differs between two generations."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
+from mpi_ckpt.cli.comparing import compare_generations, structure_changes
+from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.showing import shape_text
+from mpi_ckpt.cli.survey import find_generation, open_generation
+from mpi_ckpt.storage.layout import MANIFEST
+
+if TYPE_CHECKING:
+    from mpi_ckpt.cli.comparing import LeafChange
+    from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.storage.manifest import Manifest
+
+__all__ = ["diff"]
+
+_VALUES_SHOWN = 20
+_VALUE_CHARACTERS = 30
+
+_Values = dict[str, list[tuple[str, Any, Any]]]
+
+
+@command("diff", trouble=MISUSED)
+@click.argument("where", metavar="[DIR] A B", nargs=-1, required=True)
+@click.option("--all", "everything", is_flag=True, help="Also the leaves that are equal.")
+def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
+    """Compare two generations leaf by leaf.
+
+    A and B are generations of DIR, or, without it, directories of generations. Leaves are
+    equal if their digests are; of others the largest absolute difference is shown, and the
+    largest one relative to the larger of the two numbers.
+
+    Exit codes as of diff(1): 0 nothing differs, 1 something does, 2 trouble.
+    """
+    first, second = _places(where)
+    with ExitStack() as stack:
+        left = stack.enter_context(open_generation(first))
+        right = stack.enter_context(open_generation(second))
+        total = sum(e.nbytes for s in left.manifest.states for e in s.extents)
+        with screen.progress("comparing", total) as done:
+            changes = compare_generations(left, right, done)
+        values = _values(left.manifest, right.manifest)
+    counts = Counter(one.change for one in changes)
+    same = counts["equal"] == len(changes) and not values
+    kinds = ("equal", "changed", "added", "removed")
+    screen.data(
+        {
+            "left": str(first),
+            "right": str(second),
+            "same": same,
+            **{kind: counts[kind] for kind in kinds},
+            "leaves": [
+                one.to_json() for one in changes if everything or one.change != "equal"
+            ],
+            "values": [
+                {"state": state, "path": path, "left": a, "right": b}
+                for state, found in values.items()
+                for path, a, b in found
+            ],
+        }
+    )
+    _show(screen, changes, values, everything=everything)
+    equal = sum(one.left_bytes for one in changes if one.change == "equal")
+    screen.say(
+        f"{plural(counts['equal'], 'leaf')} equal ({bytes_text(equal)}), "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in kinds[1:])
+        + f"; {plural(sum(map(len, values.values())), 'plain value')} changed",
+        style="bold green" if same else "bold",
+    )
+    return GOOD if same else BAD
+
+
+def _places(where: tuple[str, ...]) -> tuple[Path, Path]:
+    if len(where) == 3:
+        root = Path(where[0])
+        if not root.is_dir():
+            raise CommandError(f"{root} is no directory", code=MISUSED, kind="usage")
+        return find_generation(root, where[1]), find_generation(root, where[2])
+    if len(where) == 2:
+        for name in where:
+            if not (Path(name) / MANIFEST).is_file():
+                raise CommandError(
+                    f"{name} is not the directory of a generation; to compare two of one "
+                    "directory: mpi-ckpt diff DIR A B",
+                    code=MISUSED,
+                    kind="usage",
+                )
+        return Path(where[0]), Path(where[1])
+    raise CommandError(
+        f"diff takes DIR A B, or two directories of generations; {len(where)} given",
+        code=MISUSED,
+        kind="usage",
+    )
+
+
+def _values(left: Manifest, right: Manifest) -> _Values:
+    found: _Values = {}
+    sides = [{state.name: state for state in one.states} for one in (left, right)]
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        mine, other = sides[0].get(name), sides[1].get(name)
+        changes = structure_changes(
+            mine.structure if mine else None, other.structure if other else None
+        )
+        if changes:
+            found[name] = changes
+    return found
+
+
+def _show(
+    screen: Screen, changes: list[LeafChange], values: _Values, *, everything: bool
+) -> None:
+    shown = [one for one in changes if everything or one.change != "equal"]
+    for state in dict.fromkeys([*(one.state for one in shown), *values]):
+        inside = [one for one in changes if one.state == state]
+        differing = sum(one.change != "equal" for one in inside)
+        count = f": {differing} of {plural(len(inside), 'leaf')} changed"
+        screen.say(state + (count if inside else ""), style="bold")
+        screen.table(
+            ["leaf", "", "dtype", "shape", ">differing", ">max abs", ">max rel"],
+            [_cells(one) for one in shown if one.state == state],
+            indent=2,
+        )
+        found = values.get(state, [])
+        for path, a, b in found[:_VALUES_SHOWN]:
+            screen.say(f"  {path or 'value'}: {_short(a)} -> {_short(b)}")
+        if len(found) > _VALUES_SHOWN:
+            hidden = len(found) - _VALUES_SHOWN
+            screen.say(f"  ... and {plural(hidden, 'value')} more", style="dim")
+        screen.say()
+
+
+def _cells(one: LeafChange) -> list[str]:
+    spec, other = one.left or one.right, one.right or one.left
+    if spec is None or other is None:
+        sizes = f"{bytes_text(one.left_bytes)} -> {bytes_text(one.right_bytes)}"
+        return [one.leaf, one.change, "", sizes, "", "", ""]
+    dtype, shape = spec.dtype, shape_text(spec.shape)
+    if other.dtype != dtype:
+        dtype = f"{dtype} -> {other.dtype}"
+    if other.shape != spec.shape:
+        shape = f"{shape} -> {shape_text(other.shape)}"
+    cells = [one.leaf, one.change, dtype, shape]
+    far = one.difference
+    if far is None:
+        return [*cells, "", "", ""]
+    share = 100 * far.differing / max(1, math.prod(spec.shape))
+    differing = f"{share:.3g} %"
+    if far.not_finite:
+        differing += f", {far.not_finite} not finite"
+    return [*cells, differing, f"{far.max_abs:.3g}", f"{far.max_rel:.3g}"]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    if len(text) <= _VALUE_CHARACTERS:
+        return text
+    return text[: _VALUE_CHARACTERS - 3] + "..."

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt doctor``: what of this machine a job will use, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mpi_ckpt.cli.command import BAD, GOOD, command
+from mpi_ckpt.cli.machine import check_launcher, check_mpi, check_software
+from mpi_ckpt.cli.place import check_directory
+from mpi_ckpt.cli.screen import plural
+
+if TYPE_CHECKING:
+    from mpi_ckpt.cli.screen import Screen
+
+__all__ = ["doctor"]
+
+
+@command("doctor")
+@click.argument(
+    "directory",
+    metavar="[DIR]",
+    required=False,
+    type=click.Path(file_okay=False, path_type=Path),
+)
+@click.option("--no-mpi", is_flag=True, help="Leave MPI alone.")
+def doctor(screen: Screen, directory: Path | None, no_mpi: bool) -> int:
+    """Examine this machine, and DIR if it is given.
+
+    MPI is started in a process of its own, as a job of one rank. Into DIR a few small
+    files are written, and removed again. Exit code 1 if something is wrong.
+    """
+    checks = check_software()
+    if not no_mpi:
+        checks += check_mpi(os.environ)
+    checks += check_launcher(os.environ)
+    if directory is not None:
+        checks += check_directory(directory)
+    wrong = [check for check in checks if check.verdict == "wrong"]
+    notes = [check for check in checks if check.verdict == "note"]
+    screen.data({"good": not wrong, "checks": [check.to_json() for check in checks]})
+    for area in dict.fromkeys(check.area for check in checks):
+        screen.say(area, style="bold")
+        screen.table(
+            ["", "", "", ""],
+            [[c.verdict, c.name, c.found, c.advice] for c in checks if c.area == area],
+            indent=2,
+        )
+        screen.say()
+    count = plural(len(wrong), "thing") if wrong else "nothing"
+    style = "bold red" if wrong else "bold green"
+    screen.say(f"{count} wrong, {plural(len(notes), 'note')}", style=style)
+    return BAD if wrong else GOOD

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt export``: a generation as one file for other tools."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.cli.command import (
+    GOOD,
+    MISUSED,
+    CommandError,
+    command,
+    directory_argument,
+    generation_argument,
+)
+from mpi_ckpt.cli.proving import proven_blocks
+from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.showing import pick_states
+from mpi_ckpt.cli.survey import find_generation, open_generation
+from mpi_ckpt.errors import WriteError
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.tensorfile import encode_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.storage.manifest import Extent, Manifest, StoredState
+    from mpi_ckpt.storage.reader import GenerationReader
+
+__all__ = ["METADATA_KEY", "STREAM_NAME", "export"]
+
+METADATA_KEY = "mpi_ckpt"
+"""Where in a safetensors file the import finds states, structures and step."""
+
+STREAM_NAME = "(stream)"
+_FORMATS = {
+    ".safetensors": "safetensors",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".ckpt": "torch",
+    ".bin": "torch",
+}
+
+
+@command("export")
+@directory_argument()
+@generation_argument()
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The file to make; it must not exist.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["safetensors", "torch"]),
+    help="Default: by the end of FILE's name.",
+)
+@click.option("--state", "names", multiple=True, metavar="NAME", help="Only this state.")
+def export(
+    screen: Screen,
+    directory: Path,
+    generation: str | None,
+    target: Path,
+    form: str | None,
+    names: tuple[str, ...],
+) -> int:
+    """Write a generation to one file, every byte proven on the way.
+
+    With one --state the file holds that state by itself: the names of a module's
+    parameters, as other tools expect them. A safetensors file also carries what is no
+    tensor, so that import gives the same generation back, bit for bit.
+    """
+    form = form or _FORMATS.get(target.suffix.lower())
+    if form is None:
+        raise CommandError(
+            f"{target}: say --format safetensors or --format torch",
+            code=MISUSED,
+            kind="usage",
+        )
+    path = find_generation(directory, generation)
+    with open_generation(path) as reader:
+        states = pick_states(reader.manifest, names)
+        if not states:
+            raise CommandError(f"{path} holds no state", kind="absent")
+        total = sum(e.nbytes for state in states for e in state.extents)
+        alone = len(names) == 1
+        with _new_file(target) as descriptor, screen.progress("exporting", total) as done:
+            if form == "torch":
+                from mpi_ckpt.cli.torchfile import write_file
+
+                write_file(descriptor, reader, states, alone=alone, done=done)
+            else:
+                _write_safetensors(descriptor, reader, states, alone=alone, done=done)
+    size = target.stat().st_size
+    screen.data(
+        {
+            "generation": reader.manifest.generation,
+            "file": str(target),
+            "format": form,
+            "states": [state.name for state in states],
+            "bytes": size,
+        }
+    )
+    screen.say(
+        f"generation {reader.manifest.generation}, {plural(len(states), 'state')} -> "
+        f"{target}, {bytes_text(size)}, {form}"
+    )
+    return GOOD
+
+
+@contextmanager
+def _new_file(target: Path) -> Iterator[int]:
+    """Give the descriptor of a file that gets its name once it is whole and durable."""
+    parent = target.absolute().parent
+    if target.is_symlink() or target.exists():
+        raise CommandError(
+            f"{target} exists, and is not overwritten", code=MISUSED, kind="exists"
+        )
+    if not parent.is_dir():
+        raise CommandError(f"{parent} is no directory", code=MISUSED, kind="usage")
+    partial = parent / f".mpi-ckpt-export-{secrets.token_hex(6)}"
+    try:
+        with os_errors_as(WriteError, "writing", target):
+            with filesystem.create_file(partial) as descriptor:
+                yield descriptor
+                filesystem.sync_file(descriptor)
+            filesystem.rename_new(partial, parent / target.name)
+            filesystem.sync_directory(parent)
+    finally:
+        filesystem.remove_file(partial)
+
+
+def _write_safetensors(
+    descriptor: int,
+    reader: GenerationReader,
+    states: Sequence[StoredState],
+    *,
+    alone: bool,
+    done: Callable[[int], None],
+) -> None:
+    entries = _entries(states, alone=alone)
+    # Larger elements first, so that all of them are aligned.
+    order = sorted(entries, key=lambda one: -dtypes.element_bytes(one[1].dtype))
+    metadata = {"format": "pt", METADATA_KEY: _metadata(reader.manifest, states, entries)}
+    header = encode_header([(name, spec) for name, spec, _ in order], metadata)
+    filesystem.write_all(descriptor, header, 0)
+    starts, end = [], len(header)
+    for _, spec, _ in order:
+        starts.append(end)
+        end += spec.nbytes
+    extents = [extent for _, _, extent in order]
+    for index, block, data in proven_blocks(reader, extents):
+        offset = starts[index] + block * reader.manifest.block_bytes
+        filesystem.write_all(descriptor, data, offset)
+        done(len(data))
+
+
+def _entries(
+    states: Sequence[StoredState], *, alone: bool
+) -> list[tuple[str, LeafSpec, Extent]]:
+    entries = []
+    for state in states:
+        # Encoded, so that "a/b" + "c" and "a" + "b/c" stay apart.
+        prefix = "" if alone else quote(state.name, safe="") + "/"
+        if state.stream is not None:
+            spec = LeafSpec(STREAM_NAME, "U8", (state.stream.nbytes,))
+            entries.append((prefix + STREAM_NAME, spec, state.stream))
+        for leaf in state.leaves:
+            name = prefix + leaf.spec.name
+            # One name in the header is not that of a tensor.
+            name = f"{name}_" if name.startswith("__metadata__") else name
+            entries.append((name, leaf.spec, leaf.extent))
+    return entries
+
+
+def _metadata(
+    manifest: Manifest,
+    states: Sequence[StoredState],
+    entries: Sequence[tuple[str, LeafSpec, Extent]],
+) -> str:
+    names = iter(entries)
+    described: list[dict[str, Any]] = []
+    for state in states:
+        if state.stream is not None:
+            described.append({"name": state.name, "stream": next(names)[0]})
+            continue
+        leaves = []
+        for leaf in state.leaves:
+            spec = leaf.spec
+            leaves.append([next(names)[0], spec.name, spec.dtype, list(spec.shape)])
+        described.append(
+            {"name": state.name, "structure": state.structure, "leaves": leaves}
+        )
+    document = {
+        "step": manifest.step,
+        "size": manifest.size,
+        "metrics": {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in manifest.metrics.items()
+        },
+        "states": described,
+    }
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads files that others made, trusting nothing in them.
+
+A safetensors file gives leaves that read themselves when they are written, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.cli.exporting import METADATA_KEY
+from mpi_ckpt.errors import CorruptGenerationError, ReadError
+from mpi_ckpt.leaf import Leaf, LeafSpec, copy_bytes
+from mpi_ckpt.state import Capture, LeafState, State
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX, parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+    from typing import BinaryIO
+
+    from mpi_ckpt.state import Structure
+
+__all__ = ["Content", "FileStream", "FixedState", "open_safetensors"]
+
+_COPY_BYTES = 4 << 20
+_SIZE_MAX = 1 << 60
+_DIMENSIONS_MAX = 64
+_RANKS_MAX = (1 << 31) - 1
+
+
+class FixedState(LeafState):
+    """A leaf state of contents at hand, to be saved and never restored."""
+
+    def __init__(self, name: str, structure: Structure, leaves: Sequence[Leaf]) -> None:
+        super().__init__(name)
+        self._captured = Capture(structure, leaves)
+
+    def capture(self) -> Capture:
+        """See `LeafState`."""
+        return self._captured
+
+
+class FileStream(State):
+    """A plain state whose stream is a range of a file."""
+
+    def __init__(
+        self, name: str, path: Path, offset: int = 0, most: int = _SIZE_MAX
+    ) -> None:
+        super().__init__(name)
+        self._path, self._offset, self._most = path, offset, most
+
+    def save(self, fileobj: BinaryIO) -> None:
+        """Copy the range."""
+        with filesystem.open_for_reading(self._path) as (descriptor, size):
+            end = min(size, self._offset + self._most)
+            window = memoryview(bytearray(_COPY_BYTES))
+            for start in range(self._offset, end, _COPY_BYTES):
+                into = window[: min(_COPY_BYTES, end - start)]
+                count = filesystem.read_at(descriptor, into, start)
+                fileobj.write(into[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds.
+
+    Attributes:
+        states: Ready to be saved; None where the file does not say what they are.
+        leaves: All tensors by the file's own names.
+        step: Training step, if the file says it.
+        size: Number of ranks, likewise.
+        metrics: Likewise.
+    """
+
+    states: Sequence[State] | None
+    leaves: Mapping[str, Leaf]
+    step: int = 0
+    size: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Content]:
+    """Open a safetensors file; its leaves can be read within the block.
+
+    Raises:
+        CorruptGenerationError: If it is damaged.
+        ReadError: If the operating system cannot read it.
+    """
+    with (
+        os_errors_as(ReadError, "reading", path),
+        filesystem.open_for_reading(path) as (descriptor, size),
+    ):
+        try:
+            header, start = _read_header(descriptor, size)
+            metadata = header.pop("__metadata__", {})
+            leaves = _leaves(header, descriptor, start, size)
+            content = _content(metadata, leaves, path)
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CorruptGenerationError(
+                f"{path} is no whole safetensors file: {text}", path=path
+            ) from error
+        yield content
+
+
+class _FileBuffer:
+    """The bytes of a leaf in a file; see `mpi_ckpt.leaf.Buffer`."""
+
+    def __init__(self, descriptor: int, offset: int, nbytes: int) -> None:
+        self.descriptor, self.offset, self.nbytes = descriptor, offset, nbytes
+
+    def view(self) -> memoryview | None:
+        return None
+
+    def read(self) -> memoryview:
+        data = memoryview(bytearray(self.nbytes))
+        if filesystem.read_at(self.descriptor, data, self.offset) < self.nbytes:
+            raise OSError("the file has become shorter")
+        return data
+
+    def copy_to(self, target: memoryview) -> None:
+        copy_bytes(self.read(), target)
+
+    def write(self, data: memoryview) -> None:
+        raise NotImplementedError
+
+    def stamp(self) -> int:
+        return 0
+
+
+def _read_header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
+    length = bytearray(8)
+    filesystem.read_at(descriptor, memoryview(length), 0)
+    count = int.from_bytes(length, "little")
+    if count > min(HEADER_BYTES_MAX, size - 8):
+        raise ValueError(f"a header of {count} bytes in a file of {size}")
+    text = bytearray(count)
+    filesystem.read_at(descriptor, memoryview(text), 8)
+    return parse_header(bytes(text)), 8 + count
+
+
+def _leaves(
+    header: dict[str, Any], descriptor: int, start: int, size: int
+) -> dict[str, Leaf]:
+    leaves: dict[str, Leaf] = {}
+    ends: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        spec = _spec(name, entry["dtype"], entry["shape"])
+        first, end = map(_length, entry["data_offsets"])
+        if end - first != spec.nbytes or start + end > size:
+            raise ValueError(f"{spec} does not fit bytes {first} to {end}")
+        ends.append((first, end))
+        leaves[name] = Leaf(spec, _FileBuffer(descriptor, start + first, spec.nbytes))
+    reached = 0
+    # Else a small file could claim to hold its bytes a million times.
+    for first, end in sorted(ends):
+        if first < reached:
+            raise ValueError(f"tensors overlap at {first}")
+        reached = end
+    return leaves
+
+
+def _spec(name: Any, dtype: Any, shape: Any) -> LeafSpec:  # noqa: ANN401 (JSON)
+    if (
+        not isinstance(name, str)
+        or not isinstance(dtype, str)
+        or not dtypes.is_known(dtype)
+    ):
+        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    lengths = tuple(map(_length, shape))
+    if len(lengths) > _DIMENSIONS_MAX:
+        raise ValueError(f"tensor {name!r} has {len(lengths)} dimensions")
+    return LeafSpec(name, dtype, lengths)
+
+
+def _length(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= _SIZE_MAX:
+        raise ValueError(f"{value!r} where a length belongs")
+    return value
+
+
+def _content(metadata: dict[str, Any], leaves: dict[str, Leaf], path: Path) -> Content:
+    if METADATA_KEY not in metadata:
+        return Content(None, leaves)
+    document = json.loads(metadata[METADATA_KEY])
+    # What `LeafState.save` writes carries other things under the same key.
+    if not isinstance(document, dict) or "states" not in document:
+        return Content(None, leaves)
+    states = [_state(entry, leaves, path) for entry in document["states"]]
+    metrics = {str(k): float(v) for k, v in document["metrics"].items()}
+    step, size = document["step"], _length(document["size"])
+    if type(step) is not int or not 1 <= size <= _RANKS_MAX:
+        raise ValueError(f"step {step!r} of {size} ranks")
+    return Content(states, leaves, step, size, metrics)
+
+
+def _state(entry: dict[str, Any], leaves: dict[str, Leaf], path: Path) -> State:
+    if "stream" in entry:
+        buffer = leaves[entry["stream"]].buffer
+        assert isinstance(buffer, _FileBuffer)
+        return FileStream(entry["name"], path, buffer.offset, buffer.nbytes)
+    found = []
+    for stored, name, dtype, shape in entry["leaves"]:
+        spec, leaf = _spec(name, dtype, shape), leaves[stored]
+        if spec.nbytes != leaf.spec.nbytes:
+            raise ValueError(f"{spec} does not fit {leaf.spec}")
+        found.append(Leaf(spec, leaf.buffer))
+    return FixedState(entry["name"], entry["structure"], found)

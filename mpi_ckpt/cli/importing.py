@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt import``: a file of another tool becomes the newest generation."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, command
+from mpi_ckpt.cli.foreign import Content, FileStream, FixedState, open_safetensors
+from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.engine.contents import capture_only
+from mpi_ckpt.engine.draft import SaveRequest
+from mpi_ckpt.engine.write import write_generation
+from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, ReadError
+from mpi_ckpt.options import Options
+from mpi_ckpt.reports import PhaseClock
+from mpi_ckpt.state import LeafState
+from mpi_ckpt.storage import filesystem, recovery
+from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.layout import is_adaptdl_name
+from mpi_ckpt.storage.reader import GenerationReader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.engine.draft import Published
+    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.state import State
+
+__all__ = ["import_file"]
+
+_OWN_OF_ADAPTDL = "adaptdl-"
+
+
+@command("import")
+@click.argument("source", metavar="FILE", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--into",
+    required=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Checkpoint directory; made if it is missing.",
+)
+@click.option("--state", "name", metavar="NAME", help="Name of the state; default: FILE's.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["module", "values"]),
+    help="For ModuleState or for ObjectState; default: by what is in FILE.",
+)
+@click.option("--split", is_flag=True, help="Make each entry of FILE's dict a state.")
+@click.option("--step", type=int, help="Training step; default: FILE's, else 0.")
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Take a directory of adaptdl, whose pickles the next job will run.",
+)
+def import_file(
+    screen: Screen,
+    source: Path,
+    into: Path,
+    name: str | None,
+    form: str | None,
+    split: bool,
+    step: int | None,
+    trust_pickle: bool,
+) -> int:
+    """Make a new generation of a safetensors file or one of torch.save.
+
+    A file that export made gives the same states again. Any other becomes one state: of
+    named tensors as ModuleState wants them, of anything else as ObjectState does. Files
+    of torch.save are loaded without running code; what needs that is refused.
+    """
+    source = source.resolve()
+    left_out: list[str] = []
+    with ExitStack() as stack:
+        if source.is_dir():
+            content, left_out = _adaptdl(source, trusted=trust_pickle)
+        elif _starts_like_safetensors(source):
+            content = stack.enter_context(open_safetensors(source))
+        else:
+            content = _from_torch(source, name or source.stem, form, split=split)
+        states = content.states
+        if states is None:
+            states = [_one_state(name or source.stem, form, list(content.leaves.values()))]
+        elif name is not None and source.suffix == ".safetensors":
+            raise CommandError(
+                f"{source} says itself what its states are called; --state is for others",
+                code=MISUSED,
+                kind="usage",
+            )
+        published = _publish(into, states, content, step)
+    screen.data(
+        {
+            "generation": published.generation,
+            "path": str(published.path),
+            "states": [state.name for state in states],
+            "left_out": left_out,
+            "bytes": published.bytes_written,
+        }
+    )
+    names = ", ".join(state.name for state in states)
+    screen.say(
+        f"{source} -> {published.path}, {bytes_text(published.bytes_written)}, "
+        f"{plural(len(states), 'state')}: {names}"
+    )
+    if left_out:
+        screen.warn(
+            f"left out, as adaptdl's own forms are not ours: {', '.join(left_out)}; the "
+            "job starts these anew"
+        )
+    return GOOD
+
+
+def _publish(
+    into: Path,
+    states: Sequence[State],
+    content: Content,
+    step: int | None,
+) -> Published:
+    captured = iter(capture_only([s for s in states if isinstance(s, LeafState)]))
+    request = SaveRequest(
+        states=[next(captured) if isinstance(s, LeafState) else s for s in states],
+        step=content.step if step is None else step,
+        size=content.size,
+        metrics=content.metrics,
+    )
+    directory = CheckpointDirectory(into)
+    with closing(directory):
+        directory.own()
+        try:
+            published = write_generation(
+                directory, request, Options(reuse=False), PhaseClock()
+            )
+        except (ValueError, TypeError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CommandError(f"it cannot be saved: {error}", kind="damaged") from error
+        try:
+            GenerationReader(published.path).close()
+        except CorruptGenerationError as error:
+            # A file may say what no manifest may: it must not be the newest.
+            recovery.quarantine(into, published.generation, error)
+            raise
+    return published
+
+
+def _one_state(name: str, form: str | None, leaves: list[Leaf]) -> FixedState:
+    if form == "values":
+        nodes = {one.spec.name: {"~": "tensor", "leaf": one.spec.name} for one in leaves}
+        return FixedState(name, nodes, leaves)
+    return FixedState(name, {"ties": {}, "extra": {}}, leaves)
+
+
+def _from_torch(source: Path, name: str, form: str | None, *, split: bool) -> Content:
+    from mpi_ckpt.cli.torchfile import load_file
+
+    value = load_file(source)
+    if not split:
+        return Content([_state_of(name, form, value)], {})
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise CommandError(
+            f"{source} holds no dict with names as keys: there is nothing to --split",
+            code=MISUSED,
+            kind="usage",
+        )
+    return Content([_state_of(key, form, inner) for key, inner in value.items()], {})
+
+
+def _state_of(name: str, form: str | None, value: Any) -> FixedState:  # noqa: ANN401
+    from mpi_ckpt.cli.torchfile import is_module, module_form
+    from mpi_ckpt.states.tensors import tensor_leaf
+    from mpi_ckpt.states.tree import flatten
+
+    if form == "module" and not is_module(value):
+        raise CommandError(
+            f"{name!r} is no dict of tensors alone, as a module's is; leave out --as",
+            code=MISUSED,
+            kind="usage",
+        )
+    if form != "values" and is_module(value):
+        structure, tensors = module_form(value)
+        return FixedState(name, structure, [tensor_leaf(k, t) for k, t in tensors.items()])
+    flat = flatten(value)
+    return FixedState(name, flat.structure, list(flat.leaves.values()))
+
+
+def _adaptdl(source: Path, *, trusted: bool) -> tuple[Content, list[str]]:
+    path = _newest_of_adaptdl(source)
+    if not trusted:
+        raise CommandError(
+            f"{path} is a checkpoint of adaptdl: its files are pickles. Nothing is run "
+            "now, but the job that loads them will run whatever they hold; if you trust "
+            "whoever made them: --trust-pickle",
+            code=MISUSED,
+            kind="untrusted",
+        )
+    with os_errors_as(ReadError, "listing", path):
+        names = filesystem.list_names(path)
+    own = [name for name in names if name.startswith(_OWN_OF_ADAPTDL)]
+    kept = [name for name in names if name not in own]
+    if not kept:
+        raise CommandError(f"{path} holds no state", kind="absent")
+    return Content([FileStream(name, path / name) for name in kept], {}), own
+
+
+def _newest_of_adaptdl(source: Path) -> Path:
+    if is_adaptdl_name(source.name):
+        return source
+    with os_errors_as(ReadError, "listing", source):
+        names = [n for n in filesystem.list_names(source) if is_adaptdl_name(n)]
+    if not names:
+        raise CommandError(
+            f"{source} is a directory, and none of adaptdl's: nothing in it is called "
+            "checkpoint-0 or the like",
+            code=MISUSED,
+            kind="usage",
+        )
+    return source / max(names, key=lambda n: int(re.sub(r"\D", "", n)))
+
+
+def _starts_like_safetensors(source: Path) -> bool:
+    with (
+        os_errors_as(ReadError, "reading", source),
+        filesystem.open_for_reading(source) as (descriptor, _),
+    ):
+        start = bytearray(9)
+        count = filesystem.read_at(descriptor, memoryview(start), 0)
+    return source.suffix == ".safetensors" or (count == 9 and start[8:] == b"{")

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt prune``: removes generations, as a job's retention would."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from mpi_ckpt.cli.command import (
+    BAD,
+    GOOD,
+    MISUSED,
+    CommandError,
+    command,
+    directory_argument,
+)
+from mpi_ckpt.cli.proving import find_problems
+from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.survey import look
+from mpi_ckpt.retention import (
+    GenerationSummary,
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    select_kept,
+)
+from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.catalog import Catalog
+from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.reader import GenerationReader
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.cli.survey import Row
+    from mpi_ckpt.retention import RetentionPolicy
+
+__all__ = ["LOCK_PATIENCE_SECONDS", "prune"]
+
+LOCK_PATIENCE_SECONDS = 0.5
+"""Somebody waits at the keyboard, and a running job will not end in five seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What goes, what stays, what is left alone; how many bytes that frees."""
+
+    removed: tuple[int, ...]
+    kept: tuple[int, ...]
+    left_alone: tuple[str, ...]
+    freed: int
+
+
+@command("prune")
+@directory_argument()
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="The N newest.")
+@click.option(
+    "--keep-every",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="The first of every STEPS steps.",
+)
+@click.option("--keep-best", metavar="METRIC", help="The one with the best metric.")
+@click.option(
+    "--mode",
+    type=click.Choice(["min", "max"]),
+    default="min",
+    show_default=True,
+    help="Which value of the metric is best.",
+)
+@click.option(
+    "--verify", is_flag=True, help="Prove what stays first; what is bad does not count."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def prune(
+    screen: Screen,
+    directory: Path,
+    keep_last: int | None,
+    keep_every: int | None,
+    keep_best: str | None,
+    mode: str,
+    verify: bool,
+    dry_run: bool,
+) -> int:
+    """Remove generations that no --keep option keeps.
+
+    The newest good one always stays, and damaged ones are left alone: quarantine those.
+    Damage inside of files is seen with --verify only. Refused while a job uses DIR.
+    Leftovers of writes that were cut off go as well.
+    """
+    policy = _policy(keep_last, keep_every, keep_best, mode)
+    found = recovery.survey(directory)
+    if not found.generations and not found.partials:
+        # Not even a lock file is left in a directory that is somebody else's.
+        raise CommandError(f"{directory} holds no generation", code=MISUSED, kind="absent")
+    if dry_run:
+        plan = _plan(screen, directory, policy, verify=verify)
+        leftovers = recovery.survey(directory).partials
+    else:
+        job = secrets.token_hex(6)
+        lock = DirectoryLock(directory, job, patience_seconds=LOCK_PATIENCE_SECONDS)
+        with closing(lock):
+            plan = _plan(screen, directory, policy, verify=verify)
+            leftovers = recovery.survey(directory).partials
+            recovery.sweep(directory, leftovers)
+            Catalog(directory).remove(plan.removed, job)
+    # What could not be removed was logged, and is still there under some name.
+    stayed = set(plan.removed) & set(recovery.survey(directory).generations)
+    failed = sorted(stayed) if not dry_run else []
+    screen.data(
+        {
+            "dry_run": dry_run,
+            "removed": [number for number in plan.removed if number not in failed],
+            "kept": list(plan.kept),
+            "left_alone": list(plan.left_alone),
+            "leftovers": list(leftovers),
+            "failed": failed,
+            "bytes_freed": plan.freed,
+        }
+    )
+    _show(screen, plan, leftovers, dry_run=dry_run)
+    if failed:
+        screen.say(f"could not be removed: {_listed(failed)}", style="bold red")
+    return BAD if failed else GOOD
+
+
+def _policy(
+    last: int | None, every: int | None, best: str | None, mode: str
+) -> RetentionPolicy:
+    policies: list[RetentionPolicy] = []
+    if last is not None:
+        policies.append(KeepLast(last))
+    if every is not None:
+        policies.append(KeepEvery(every))
+    if best is not None:
+        policies.append(KeepBest(best, mode="max" if mode == "max" else "min"))
+    if not policies:
+        raise CommandError(
+            "say what stays: --keep-last N, --keep-every STEPS or --keep-best METRIC; a "
+            "generation stays if any of them keeps it",
+            code=MISUSED,
+            kind="usage",
+        )
+    policy = policies[0]
+    for one in policies[1:]:
+        policy = policy | one
+    return policy
+
+
+def _plan(
+    screen: Screen, directory: Path, policy: RetentionPolicy, *, verify: bool
+) -> _Plan:
+    rows = [row for row in look(directory) if row.name.startswith("checkpoint-")]
+    # A damaged generation must not count as one that stays: the good ones would go.
+    good = {
+        row.manifest.generation: row
+        for row in rows
+        if row.manifest is not None and row.state in ("newest", "ok")
+    }
+    kept = _kept(policy, good)
+    proven: set[int] = set()
+    while verify and kept - proven:
+        number = max(kept - proven)
+        proven.add(number)
+        if not _proves(screen, directory / good[number].name):
+            del good[number]
+            kept = _kept(policy, good)
+    removed = tuple(number for number in good if number not in kept)
+    sound = {row.name for row in good.values()}
+    return _Plan(
+        removed=removed,
+        kept=tuple(number for number in good if number in kept),
+        left_alone=tuple(row.name for row in rows if row.name not in sound),
+        freed=_freed([good[number] for number in removed], rows),
+    )
+
+
+def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
+    manifests = [row.manifest for row in good.values() if row.manifest is not None]
+    return select_kept(
+        policy, [GenerationSummary(m.generation, m.step, m.metrics) for m in manifests]
+    )
+
+
+def _proves(screen: Screen, path: Path) -> bool:
+    with GenerationReader(path) as reader:
+        total = sum(e.nbytes for s in reader.manifest.states for e in s.extents)
+        with screen.progress(path.name, total) as done:
+            return not find_problems(reader, done)
+
+
+def _freed(removed: list[Row], rows: list[Row]) -> int:
+    """Count the bytes of files that no generation will name any more."""
+    gone = {row.name for row in removed}
+    stay = {inode for row in rows if row.name not in gone for inode in row.inodes}
+    doomed = {inode for row in removed for inode in row.inodes}
+    return sum(size for _, _, size in doomed - stay)
+
+
+def _show(
+    screen: Screen, plan: _Plan, leftovers: tuple[str, ...], *, dry_run: bool
+) -> None:
+    verb, freeing = ("would go", "would free") if dry_run else ("removed", "freed")
+    screen.say(f"{verb}: {_listed(plan.removed)}")
+    screen.say(f"kept: {_listed(plan.kept)}")
+    if plan.left_alone:
+        screen.say(f"left alone, not good: {', '.join(plan.left_alone)}", style="yellow")
+    if leftovers:
+        screen.say(f"{verb}, cut off: {', '.join(leftovers)}")
+    count = plural(len(plan.removed), "generation")
+    screen.say(f"{count}, {freeing} {bytes_text(plan.freed)}", style="dim")
+
+
+def _listed(numbers: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

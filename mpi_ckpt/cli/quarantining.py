@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt quarantine``: sets a generation aside, so that no restore takes it."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import click
+
+from mpi_ckpt.cli.command import (
+    GOOD,
+    CommandError,
+    command,
+    directory_argument,
+    generation_argument,
+)
+from mpi_ckpt.cli.pruning import LOCK_PATIENCE_SECONDS
+from mpi_ckpt.cli.survey import find_generation, look
+from mpi_ckpt.errors import CorruptGenerationError
+from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.layout import QUARANTINE, generation_number
+from mpi_ckpt.storage.lock import DirectoryLock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpi_ckpt.cli.screen import Screen
+
+__all__ = ["quarantine"]
+
+
+@command("quarantine")
+@directory_argument()
+@generation_argument(required=True)
+@click.option(
+    "--reason", default="set aside by hand", show_default=True, help="Kept beside it."
+)
+def quarantine(screen: Screen, directory: Path, generation: str, reason: str) -> int:
+    """Set a generation aside in DIR/.quarantine; nothing is deleted.
+
+    Restores then take the newest good one that is left. Refused while a job uses DIR.
+    """
+    find_generation(directory, generation)  # before a lock file is made
+    lock = DirectoryLock(
+        directory, secrets.token_hex(6), patience_seconds=LOCK_PATIENCE_SECONDS
+    )
+    with closing(lock):
+        path = find_generation(directory, generation)
+        number = generation_number(path.name)
+        if number is None:
+            raise CommandError(f"{path} is no published generation")
+        problem = CorruptGenerationError(reason, path=path, generation=number)
+        target = recovery.quarantine(directory, number, problem)
+    if target == path:
+        raise CommandError(f"{path} could not be moved; it is where it was")
+    left = [row for row in look(directory) if row.state == "newest"]
+    newest = left[0].manifest if left else None
+    screen.data(
+        {
+            "generation": number,
+            "path": str(target),
+            "reason": reason,
+            "newest": newest and newest.generation,
+        }
+    )
+    screen.say(f"generation {number} is now in {target}")
+    if newest is not None:
+        screen.say(f"a restore takes generation {newest.generation}, step {newest.step}")
+    else:
+        screen.warn(
+            "no good generation is left, and a restore will refuse to start from nothing: "
+            f"to start anew, move {directory / QUARANTINE} elsewhere"
+        )
+    return GOOD

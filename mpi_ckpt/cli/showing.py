@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt show``: what is in one generation."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpi_ckpt.cli.command import (
+    GOOD,
+    MISUSED,
+    CommandError,
+    command,
+    directory_argument,
+    generation_argument,
+)
+from mpi_ckpt.cli.screen import age, bytes_text, plural
+from mpi_ckpt.cli.survey import find_generation, open_generation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.storage.manifest import Manifest, StoredState
+
+__all__ = ["pick_states", "shape_text", "show"]
+
+_LEAVES_SHOWN = 40
+_DIGITS = 12
+
+
+@command("show")
+@directory_argument()
+@generation_argument()
+@click.option("--state", "names", multiple=True, metavar="NAME", help="Only this state.")
+@click.option("--all", "everything", is_flag=True, help="All leaves, however many.")
+@click.option("--structure", is_flag=True, help="Also what of a state is no tensor.")
+def show(
+    screen: Screen,
+    directory: Path,
+    generation: str | None,
+    names: tuple[str, ...],
+    everything: bool,
+    structure: bool,
+) -> int:
+    """Show a generation's states and leaves: dtype, shape, bytes, digest.
+
+    Without GENERATION it is the newest good one. DIR may be a generation's own directory.
+    """
+    path = find_generation(directory, generation)
+    with open_generation(path) as reader:
+        manifest = reader.manifest
+    states = pick_states(manifest, names)
+    screen.data(_document(path, manifest, states, structure=structure))
+    _show_head(screen, path, manifest)
+    for state in states:
+        _show_state(screen, state, limit=None if everything else _LEAVES_SHOWN)
+        if structure and state.stream is None:
+            screen.say()
+            for line in json.dumps(state.structure, indent=2).splitlines():
+                screen.say(f"  {line}")
+    return GOOD
+
+
+def pick_states(manifest: Manifest, names: tuple[str, ...]) -> list[StoredState]:
+    """Return the states of these names, or all where none is given.
+
+    Raises:
+        CommandError: If a name is not there; it says which are.
+    """
+    there = [state.name for state in manifest.states]
+    for name in names:
+        if name not in there:
+            raise CommandError(
+                f"generation {manifest.generation} has no state {name!r}; there: "
+                + (", ".join(map(repr, there)) or "none"),
+                code=MISUSED,
+                kind="absent",
+            )
+    return [state for state in manifest.states if not names or state.name in names]
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape for people, such as ``512 x 64``."""
+    return " x ".join(map(str, shape)) if shape else "scalar"
+
+
+def _show_head(screen: Screen, path: Path, manifest: Manifest) -> None:
+    saved = datetime.fromtimestamp(_sane(manifest.time), timezone.utc)
+    shared = [f for f in manifest.files if f.generation != manifest.generation]
+    total = sum(file.nbytes for file in manifest.files)
+    files = f"{plural(len(manifest.files), 'file')}, {bytes_text(total)}"
+    if shared:
+        older = bytes_text(sum(file.nbytes for file in shared))
+        files += f", of which {older} from older generations"
+    facts = [
+        ("generation", manifest.generation),
+        ("path", path),
+        ("step", manifest.step),
+        ("saved", f"{saved:%Y-%m-%d %H:%M:%S} UTC, {age(manifest.time)} ago"),
+        ("by", f"job {manifest.job}, {plural(manifest.size, 'rank')}"),
+        ("files", files),
+    ]
+    facts += [(f"metric {name}", f"{v:.6g}") for name, v in manifest.metrics.items()]
+    screen.facts(facts)
+
+
+def _show_state(screen: Screen, state: StoredState, limit: int | None) -> None:
+    screen.say()
+    total = bytes_text(sum(extent.nbytes for extent in state.extents))
+    if state.stream is not None:
+        digest = state.stream.digest.whole.hex()[:_DIGITS]
+        screen.say(f"{state.name}: a stream of {total}, digest {digest}", style="bold")
+        return
+    if not state.leaves:
+        screen.say(f"{state.name}: plain values, no leaves", style="bold")
+        return
+    screen.say(f"{state.name}: {plural(len(state.leaves), 'leaf')}, {total}", style="bold")
+    screen.table(
+        ["leaf", "dtype", "shape", ">bytes", "digest"],
+        [
+            [
+                leaf.spec.name,
+                leaf.spec.dtype,
+                shape_text(leaf.spec.shape),
+                bytes_text(leaf.extent.nbytes),
+                leaf.extent.digest.whole.hex()[:_DIGITS],
+            ]
+            for leaf in state.leaves[:limit]
+        ],
+        indent=2,
+    )
+    hidden = len(state.leaves) - len(state.leaves[:limit])
+    if hidden:
+        screen.say(f"  ... and {hidden} more: --all shows them", style="dim")
+
+
+def _document(
+    path: Path, manifest: Manifest, states: list[StoredState], *, structure: bool
+) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "generation": manifest.generation,
+        "step": manifest.step,
+        "time": manifest.time,
+        "job": manifest.job,
+        "ranks": manifest.size,
+        "metrics": {k: str(v) if v - v != 0 else v for k, v in manifest.metrics.items()},
+        "files": [
+            {"name": file.name, "bytes": file.nbytes, "generation": file.generation}
+            for file in manifest.files
+        ],
+        "states": [_state_document(state, structure=structure) for state in states],
+    }
+
+
+def _state_document(state: StoredState, *, structure: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "name": state.name,
+        "bytes": sum(extent.nbytes for extent in state.extents),
+    }
+    if state.stream is not None:
+        return {**document, "stream": state.stream.digest.whole.hex()}
+    if structure:
+        document["structure"] = state.structure
+    document["leaves"] = [
+        {
+            "name": leaf.spec.name,
+            "dtype": leaf.spec.dtype,
+            "shape": list(leaf.spec.shape),
+            "bytes": leaf.extent.nbytes,
+            "digest": leaf.extent.digest.whole.hex(),
+            "file": leaf.extent.file,
+        }
+        for leaf in state.leaves
+    ]
+    return document
+
+
+def _sane(seconds: float) -> float:
+    # A manifest may hold any number; a date has four digits for its year.
+    return min(max(seconds, 0.0), 253_402_300_799.0)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint directory holds, for people to see. Nothing is locked or changed.
+
+A job may save and prune at the same time: what vanishes between being listed and being
+read is told as ``gone``, and is no error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.cli.command import BAD, MISUSED, CommandError
+from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, UnsupportedFormatError
+from mpi_ckpt.storage import filesystem, recovery
+from mpi_ckpt.storage.layout import (
+    LOCK,
+    MANIFEST,
+    QUARANTINE,
+    generation_name,
+    generation_number,
+)
+from mpi_ckpt.storage.reader import GenerationReader, read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mpi_ckpt.storage.manifest import Manifest
+
+__all__ = [
+    "Row",
+    "find_generation",
+    "lock_holder",
+    "look",
+    "open_generation",
+    "parse_generation",
+    "reason_of",
+    "state_after",
+]
+
+_NOTE_BYTES_MAX = 64 << 10
+_LOCKS_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One directory that looks like a generation, or like what is left of one.
+
+    Attributes:
+        name: Its name in the checkpoint directory.
+        state: ``newest``, ``ok``, ``damaged``, ``unreadable``, ``unsupported``,
+            ``quarantined``, ``partial`` or ``gone``.
+        reason: Why, where the state is a bad one.
+        manifest: What it says of itself, if that can be read.
+        nbytes: Bytes of its files.
+        shared: Bytes of its files that have a second name somewhere.
+        inodes: Device, number and size of each file.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    manifest: Manifest | None = None
+    nbytes: int = 0
+    shared: int = 0
+    inodes: frozenset[tuple[int, int, int]] = field(default_factory=frozenset)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        manifest = self.manifest
+        return {
+            "name": self.name,
+            "state": self.state,
+            "reason": self.reason or None,
+            "generation": manifest and manifest.generation,
+            "step": manifest and manifest.step,
+            "time": manifest and manifest.time,
+            "ranks": manifest and manifest.size,
+            "job": manifest and manifest.job,
+            "metrics": {
+                k: v if abs(v) < float("inf") else str(v)
+                for k, v in (manifest.metrics if manifest else {}).items()
+            },
+            "bytes": self.nbytes,
+            "bytes_shared": self.shared,
+        }
+
+
+def look(root: Path) -> list[Row]:
+    """Return everything in a checkpoint directory, oldest first, partials last.
+
+    Raises:
+        ReadError: If the directory cannot be listed.
+    """
+    found = recovery.survey(root)
+    rows: list[Row] = []
+    newest_seen = False
+    for number in found.generations:
+        row = _look_at(root / generation_name(number), newest=not newest_seen)
+        newest_seen = newest_seen or row.state == "newest"
+        rows.append(row)
+    rows.reverse()
+    rows += [_look_aside(root / QUARANTINE / name) for name in found.quarantined]
+    rows += [_measured(root / name, name, "partial") for name in found.partials]
+    return rows
+
+
+def state_after(path: Path, error: CheckpointError) -> str:
+    """Name the state of a generation that could not be opened or read."""
+    if not _is_there(path):
+        return "gone"
+    if isinstance(error, UnsupportedFormatError):
+        return "unsupported"
+    return "damaged" if isinstance(error, CorruptGenerationError) else "unreadable"
+
+
+def find_generation(root: Path, wanted: str | None) -> Path:
+    """Return the directory of a generation that somebody asked for.
+
+    Args:
+        root: The checkpoint directory, or a generation's own if none is ``wanted``.
+        wanted: Number, name or ``newest``; None is the newest that a restore would use.
+
+    Raises:
+        CommandError: If there is none such; it says which there are.
+    """
+    if wanted is None and (root / MANIFEST).is_file():
+        return root
+    found = recovery.survey(root)
+    there = found.generations
+    if wanted is None or wanted == "newest":
+        return _newest(root, there)
+    number = parse_generation(wanted)
+    if number in there:
+        return root / generation_name(number)
+    listed = ", ".join(map(str, reversed(there[:10]))) or "none"
+    more = f" and {len(there) - 10} older" if len(there) > 10 else ""
+    aside = generation_name(number) in found.quarantined
+    hint = f"; it was set aside: {root / QUARANTINE / generation_name(number)}"
+    raise CommandError(
+        f"{root} has no generation {number}{hint if aside else ''}; there: {listed}{more}",
+        code=MISUSED,
+        kind="absent",
+    )
+
+
+def parse_generation(wanted: str) -> int:
+    """Return the number that a word names.
+
+    Raises:
+        CommandError: If it names none.
+    """
+    number = int(wanted) if wanted.isdecimal() else generation_number(wanted)
+    if number is None:
+        raise CommandError(
+            f"{wanted!r} is no generation: give a number such as 42, a name such as "
+            "checkpoint-00000042, or newest",
+            code=MISUSED,
+            kind="usage",
+        )
+    return number
+
+
+def open_generation(path: Path) -> GenerationReader:
+    """Open a generation; see `GenerationReader`.
+
+    Raises:
+        CommandError: If it has vanished since it was found.
+        CheckpointError: If it is damaged or cannot be read.
+    """
+    try:
+        return GenerationReader(path)
+    except CheckpointError as error:
+        if _is_there(path):
+            raise
+        raise CommandError(
+            f"{path} is gone: a job has pruned it, or set it aside, since it was listed",
+            kind="gone",
+        ) from error
+
+
+def lock_holder(root: Path) -> str | None:
+    """Return who holds a directory's lock on this host, without taking it.
+
+    Jobs on other hosts of a network file system are not seen.
+    """
+    try:
+        status = (root / LOCK).lstat()
+        table = _read_note(Path("/proc/locks"), _LOCKS_BYTES)
+    except (OSError, ValueError):
+        return None
+    # "1: FLOCK  ADVISORY  WRITE 4711 08:02:5230 0 EOF": device in hexadecimal.
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    if not any("FLOCK" in one and f" {device} " in one for one in table.splitlines()):
+        return None
+    try:
+        return _read_note(root / LOCK, 500).strip() or "a job that left no name"
+    except (OSError, ValueError):
+        return "a job whose name cannot be read"
+
+
+def reason_of(path: Path) -> str:
+    """Return why a generation was set aside, as noted then."""
+    try:
+        note = json.loads(_read_note(path / "reason.json", _NOTE_BYTES_MAX))
+        return str(note["reason"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "no reason is noted"
+
+
+def _newest(root: Path, there: Iterable[int]) -> Path:
+    bad = []
+    for number in there:
+        path = root / generation_name(number)
+        try:
+            GenerationReader(path).close()
+        except CheckpointError as error:
+            if _is_there(path):
+                bad.append(str(error))
+        else:
+            return path
+    if bad:
+        raise CommandError(
+            f"no generation in {root} is good:\n  " + "\n  ".join(bad),
+            code=BAD,
+            kind="damaged",
+        )
+    raise CommandError(f"{root} holds no generation", code=MISUSED, kind="absent")
+
+
+def _look_at(path: Path, *, newest: bool) -> Row:
+    try:
+        with GenerationReader(path) as reader:
+            state = "newest" if newest else "ok"
+            return _measured(path, path.name, state, manifest=reader.manifest)
+    except CheckpointError as error:
+        state = state_after(path, error)
+        reason = "" if state == "gone" else str(error)
+        return _measured(path, path.name, state, reason, _manifest_of(path))
+
+
+def _look_aside(path: Path) -> Row:
+    name = f"{QUARANTINE}/{path.name}"
+    return _measured(path, name, "quarantined", reason_of(path), _manifest_of(path))
+
+
+def _manifest_of(path: Path) -> Manifest | None:
+    try:
+        return read_manifest(path)
+    except CheckpointError:
+        return None
+
+
+def _measured(
+    path: Path, name: str, state: str, reason: str = "", manifest: Manifest | None = None
+) -> Row:
+    inodes = set()
+    shared = 0
+    try:
+        names = filesystem.list_names(path)
+    except OSError:
+        names = []
+    for one in names:
+        try:
+            status = (path / one).lstat()
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            inodes.add((status.st_dev, status.st_ino, status.st_size))
+            shared += status.st_size if status.st_nlink > 1 else 0
+    if not names and not _is_there(path):
+        state, reason = "gone", ""
+    nbytes = sum(size for _, _, size in inodes)
+    return Row(name, state, reason, manifest, nbytes, shared, frozenset(inodes))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _read_note(path: Path, most: int) -> str:
+    with filesystem.open_for_reading(path) as (descriptor, _):
+        data = bytearray(most)
+        count = filesystem.read_at(descriptor, memoryview(data), 0)
+    return data[:count].decode(errors="replace")

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of torch.save: the one module of the command line that imports torch, late."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.cli.command import CommandError
+from mpi_ckpt.cli.proving import proven_blocks
+from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.states.tree import leaf_kinds, unflatten
+from mpi_ckpt.storage import filesystem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from _typeshed import ReadableBuffer
+
+    from mpi_ckpt.storage.manifest import StoredState
+    from mpi_ckpt.storage.reader import GenerationReader
+
+__all__ = ["is_module", "load_file", "module_form", "rebuild", "write_file"]
+
+_TRAIN_PARTS = frozenset({"module", "optimizer", "scheduler", "scaler"})
+_ZIP = b"PK\x03\x04"
+
+
+def write_file(
+    descriptor: int,
+    reader: GenerationReader,
+    states: Sequence[StoredState],
+    *,
+    alone: bool,
+    done: Callable[[int], None],
+) -> None:
+    """Write states as torch.save does; all of them are in memory at once.
+
+    Args:
+        descriptor: Of the empty file.
+        reader: The generation.
+        states: Which of its states.
+        alone: Whether the file holds the one state itself, not a dict of states.
+        done: Told the bytes that were read.
+
+    Raises:
+        CommandError: If torch is missing, or has no such dtype.
+        RestoreError: If the generation is damaged or cannot be read.
+    """
+    torch = _torch()
+    values = {state.name: _value(reader, state, done) for state in states}
+    with io.BufferedWriter(_Sink(descriptor), 1 << 20) as sink:
+        torch.save(next(iter(values.values())) if alone else values, sink)
+
+
+def load_file(path: Path) -> Any:  # noqa: ANN401 (any nested value)
+    """Load a file of torch.save, tensors and plain values only: no code is run.
+
+    Raises:
+        CommandError: If torch is missing, the file holds more than that, or is damaged.
+    """
+    torch = _torch()
+    with filesystem.open_for_reading(path) as (descriptor, _):
+        start = bytearray(4)
+        filesystem.read_at(descriptor, memoryview(start), 0)
+    mapped = bytes(start) == _ZIP  # so that memory holds what is needed only
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged pickle can raise anything
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = (
+            f"it holds a {unsafe[1]}, which only unpickling can make; save tensors and "
+            "plain values (state_dict()) instead"
+            if unsafe
+            else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        )
+        raise CommandError(f"{path} cannot be loaded: {why}", kind="damaged") from error
+
+
+def is_module(value: Any) -> bool:  # noqa: ANN401 (any nested value)
+    """Tell whether a loaded value is like a module's state dict."""
+    torch = _torch()
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in value.items()
+        )
+    )
+
+
+def module_form(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell tied tensors of a state dict apart from the first of their kind.
+
+    Returns:
+        The structure that ``ModuleState`` knows, and the tensors to save.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    ties: dict[str, str] = {}
+    for name, one in tensors.items():
+        form = (one.data_ptr(), one.dtype, tuple(one.shape), one.stride())
+        source = first.setdefault(form, name) if one.numel() else name
+        if source != name:
+            ties[name] = source
+    kept = {name: one for name, one in tensors.items() if name not in ties}
+    return {"ties": ties, "extra": {}}, kept
+
+
+def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any nested value)
+    """Put a state together as its owner would hand it to ``load_state_dict``.
+
+    Args:
+        structure: As saved.
+        values: Tensor for the name of each leaf.
+
+    Returns:
+        What the state was made of where its form is known, else its structure and
+        leaves side by side.
+    """
+    if structure is None:
+        return dict(values)
+    if _is_dict_with(structure, {"ties", "extra"}):
+        return _module(structure, values)
+    if (
+        isinstance(structure, dict)
+        and "module" in structure
+        and set(structure) <= _TRAIN_PARTS
+    ):
+        parts = {}
+        for key, inner in structure.items():
+            prefix = f"{key}/"
+            inside = {
+                name[len(prefix) :]: value
+                for name, value in values.items()
+                if name.startswith(prefix)
+            }
+            parts[key] = rebuild(inner, inside)
+        return parts
+    try:
+        if set(leaf_kinds(structure)) == set(values):
+            value = unflatten(structure, values)
+            optimizer = _is_dict_with(structure, {"content", "params"})
+            return value["content"] if optimizer else value
+    except StateMismatchError:
+        pass
+    return {"structure": structure, "leaves": dict(values)}
+
+
+def _module(structure: dict[str, Any], values: dict[str, Any]) -> Any:  # noqa: ANN401
+    extra_names = set(leaf_kinds(structure["extra"]))
+    module = OrderedDict((k, v) for k, v in values.items() if k not in extra_names)
+    try:
+        for name, source in dict(structure["ties"]).items():
+            module[name] = module[source]
+        module.update(unflatten(structure["extra"], values))
+    except (KeyError, TypeError, ValueError, StateMismatchError):
+        return {"structure": structure, "leaves": dict(values)}
+    return module
+
+
+def _is_dict_with(value: object, keys: set[str]) -> bool:
+    return isinstance(value, dict) and set(value) == keys
+
+
+def _value(
+    reader: GenerationReader, state: StoredState, done: Callable[[int], None]
+) -> Any:  # noqa: ANN401
+    from mpi_ckpt.states.tensors import empty_tensor, tensor_leaf
+
+    # A stream is given as bytes in a tensor: weights-only loads know no empty `bytes`.
+    stream = [LeafSpec("", "U8", (state.stream.nbytes,))] if state.stream else []
+    specs = stream or [leaf.spec for leaf in state.leaves]
+    targets: list[memoryview] = []
+    values: dict[str, Any] = {}
+    for spec in specs:
+        try:
+            values[spec.name] = empty_tensor(spec)
+        except StateMismatchError as error:
+            raise CommandError(f"{error}: export it as safetensors instead") from error
+        view = tensor_leaf(spec.name, values[spec.name]).buffer.view()
+        assert view is not None
+        targets.append(view)
+    for index, block, data in proven_blocks(reader, state.extents):
+        start = block * reader.manifest.block_bytes
+        targets[index][start : start + len(data)] = data
+        done(len(data))
+    return values[""] if stream else rebuild(state.structure, values)
+
+
+class _Sink(io.RawIOBase):
+    """Appends to a descriptor through the seam."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._offset = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: ReadableBuffer) -> int:
+        view = memoryview(data).cast("B")
+        filesystem.write_all(self._descriptor, view, self._offset)
+        self._offset += len(view)
+        return len(view)
+
+
+def _torch() -> Any:  # noqa: ANN401 (a module)
+    try:
+        import torch
+    except ImportError as error:
+        raise CommandError(
+            "files of torch.save need torch: pip install 'mpi_ckpt[torch]', or use "
+            "--format safetensors",
+            kind="missing",
+        ) from error
+    return torch

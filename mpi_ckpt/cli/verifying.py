@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt verify``: every byte of one generation, or of all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpi_ckpt.cli.command import (
+    BAD,
+    GOOD,
+    MISUSED,
+    CommandError,
+    command,
+    directory_argument,
+    generation_argument,
+)
+from mpi_ckpt.cli.proving import find_problems
+from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.survey import find_generation, state_after
+from mpi_ckpt.errors import CheckpointError, CorruptGenerationError
+from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.layout import generation_name, generation_number
+from mpi_ckpt.storage.reader import GenerationReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mpi_ckpt.cli.screen import Screen
+
+__all__ = ["verify"]
+
+_PROBLEMS_SHOWN = 20
+
+
+@dataclass(slots=True)
+class _Verdict:
+    """What became of one generation: ``good``, a bad state, or ``gone``."""
+
+    path: Path
+    state: str = "good"
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    step: int | None = None
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "generation": generation_number(self.path.name),
+            "step": self.step,
+            "state": self.state,
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+            "problems": [{"leaf": leaf or None, "message": m} for leaf, m in self.problems],
+        }
+
+
+@command("verify")
+@directory_argument()
+@generation_argument()
+@click.option("--all", "everything", is_flag=True, help="All generations, newest first.")
+def verify(
+    screen: Screen, directory: Path, generation: str | None, everything: bool
+) -> int:
+    """Prove every byte of a generation against its digests.
+
+    Without GENERATION it is the newest. Reads around the page cache where that is
+    possible, so that it is the disk that is proven. Exit code 0: all good; 1: some bad.
+    """
+    if everything and generation is not None:
+        raise CommandError(
+            "give a generation or --all, not both", code=MISUSED, kind="usage"
+        )
+    paths = _chosen(directory, generation, everything=everything)
+    verdicts = []
+    for path in paths:
+        verdict = _verify(screen, path)
+        verdicts.append(verdict)
+    bad = [one for one in verdicts if one.state not in ("good", "gone")]
+    if not everything and verdicts[0].state == "gone":
+        raise CommandError(f"{paths[0]} is gone: a job has pruned it", kind="gone")
+    screen.data({"good": not bad, "generations": [one.to_json() for one in verdicts]})
+    _show(screen, verdicts)
+    if bad:
+        screen.say(
+            f"{len(bad)} of {plural(len(verdicts), 'generation')} bad; a restore goes back "
+            "to the newest good one",
+            style="bold red",
+        )
+    return BAD if bad else GOOD
+
+
+def _chosen(directory: Path, generation: str | None, *, everything: bool) -> list[Path]:
+    there = recovery.survey(directory).generations
+    if everything and there:
+        return [directory / generation_name(number) for number in there]
+    if generation in (None, "newest") and there:
+        # Not the newest that opens: that it does not would be a finding.
+        return [directory / generation_name(there[0])]
+    return [find_generation(directory, generation)]
+
+
+def _verify(screen: Screen, path: Path) -> _Verdict:
+    verdict = _Verdict(path)
+    start = time.perf_counter()
+    try:
+        with GenerationReader(path) as reader:
+            verdict.step = reader.manifest.step
+            total = sum(e.nbytes for s in reader.manifest.states for e in s.extents)
+
+            def count(nbytes: int) -> None:
+                verdict.nbytes += nbytes
+                done(nbytes)
+
+            done: Callable[[int], None]
+            with screen.progress(path.name, total) as done:
+                found = find_problems(reader, count)
+        for leaf, error in found:
+            verdict.state = _worse(verdict.state, error)
+            verdict.problems.append((leaf, str(error)))
+    except CheckpointError as error:
+        verdict.state = state_after(path, error)
+        if verdict.state != "gone":
+            verdict.problems.append(("", str(error)))
+    verdict.seconds = time.perf_counter() - start
+    return verdict
+
+
+def _worse(state: str, error: CheckpointError) -> str:
+    if isinstance(error, CorruptGenerationError):
+        return "damaged"
+    return "unreadable" if state == "good" else state
+
+
+def _show(screen: Screen, verdicts: list[_Verdict]) -> None:
+    screen.table(
+        ["generation", ">step", ">proven", ">time", ">rate", "state"],
+        [
+            [
+                generation_number(one.path.name) or one.path.name,
+                "" if one.step is None else one.step,
+                bytes_text(one.nbytes),
+                f"{one.seconds:.2f} s",
+                f"{bytes_text(int(one.nbytes / max(one.seconds, 1e-9)))}/s",
+                one.state,
+            ]
+            for one in verdicts
+        ],
+    )
+    for one in verdicts:
+        for leaf, message in one.problems[:_PROBLEMS_SHOWN]:
+            screen.say(f"{leaf}: {message}" if leaf else message, style="red")
+        hidden = len(one.problems) - _PROBLEMS_SHOWN
+        if hidden > 0:
+            screen.say(f"... and {plural(hidden, 'problem')} more (--json has them)")

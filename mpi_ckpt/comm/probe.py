@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MPI is here: ``python -m mpi_ckpt.comm.probe``, run by `mpi-ckpt doctor`.
+
+A process of its own, because an MPI that is broken may hang or end whoever loads it. One
+JSON object a line, each printed at once, so that what was found before a hang is known:
+first mpi4py, then the library without starting it, then what starting it gives.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.errors import LaunchError
+
+__all__ = ["main"]
+
+_LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+
+
+def main() -> None:
+    """Print what is found. Collective: run as a job of one rank."""
+    try:
+        _tell(mpi4py=version("mpi4py"))
+    except PackageNotFoundError:
+        _tell(error="mpi4py is not installed")
+        return
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    try:
+        mpi = load_mpi()
+    except LaunchError as error:
+        _tell(error=str(error))
+        return
+    vendor, numbers = mpi.get_vendor()
+    _tell(
+        vendor=vendor,
+        version=".".join(map(str, numbers)),
+        library=mpi.Get_library_version().splitlines()[0].strip("\0 "),
+        standard=".".join(map(str, mpi.Get_version())),
+    )
+    level = mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    levels = dict(
+        zip((getattr(mpi, f"THREAD_{name}") for name in _LEVELS), _LEVELS, strict=True)
+    )
+    _tell(thread_level=levels.get(level, str(level)), funneled=level >= mpi.THREAD_FUNNELED)
+    mpi.Finalize()
+
+
+def _tell(**found: Any) -> None:  # noqa: ANN401 (JSON)
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
