@@ -76,7 +76,15 @@ if MPI is not None:
 
 
 @pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    # A directory for each rank: at their end, sessions that share one clear it away under
+    # one another, and fail.
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="mpi_ckpt-tests-")
+        config.add_cleanup(
+            lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True)
+        )
     if MPI is not None:
         # Pytest captures what descriptor 2 gets during a test; this one it does not.
         VERDICTS.stderr = os.fdopen(os.dup(2), "w")
