@@ -9,7 +9,7 @@ import functools
 
 import pytest
 
-from mpi_ckpt.engine import write
+from mpi_ckpt.engine import draft
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import catalog, filesystem, partial, recovery
 from mpi_ckpt.storage.layout import generation_name
@@ -205,7 +205,7 @@ def test_fault_table_sees_a_prune_that_fails_a_save(monkeypatch):
     def strict(directory, retention):
         return directory.catalog.choose(retention)
 
-    monkeypatch.setattr(write, "_retired", strict)
+    monkeypatch.setattr(draft, "_retired", strict)
     assert any("expected Saved(step=3" in line for line in table("save with prune"))
 
 
