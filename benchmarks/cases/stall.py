@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import ceilings, names
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.setting import Setting
     from mpi_ckpt import CheckpointManager, PendingSave, SaveReport
 
-__all__ = ["can_overlap", "groups"]
+__all__ = ["groups"]
 
 
 def groups(setting: Setting) -> Iterator[Group]:
@@ -30,17 +29,11 @@ def groups(setting: Setting) -> Iterator[Group]:
     for name, sync in ((names.STALL, False), (names.STALL_SYNC, True)):
         manager = setting.manager(f"ours-{sync}", asynchronous=True)
         contenders.append(_stall(name, setting, manager, sync=sync))
-    if can_overlap():
-        states = [_train_state(setting)]
-        manager = setting.manager("overlapped", states, asynchronous=True)
-        contenders.append(_stall(names.STALL_OVERLAP, setting, manager, sync=False))
+    states = [_train_state(setting)]
+    manager = setting.manager("overlapped", states, asynchronous=True)
+    contenders.append(_stall(names.STALL_OVERLAP, setting, manager, sync=False))
     contenders += start_contenders(setting)
     yield Group("until save() returns", setting.nbytes, contenders)
-
-
-def can_overlap() -> bool:
-    """Tell whether the copy can be made behind the training."""
-    return "overlap" in inspect.signature(TrainState).parameters
 
 
 def _stall(

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks import names
-from benchmarks.cases.stall import can_overlap
 from benchmarks.harness import Contender, Group
 from mpi_ckpt import TrainState
 
@@ -140,11 +139,9 @@ def groups(setting: Setting) -> Iterator[Group]:
     training = Training(setting)
     ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         (names.SAVE_ASYNC, {"asynchronous": True}, {}),
+        (f"{names.SAVE_ASYNC}, overlapped", {"asynchronous": True}, {"overlap": True}),
         (names.SAVE, {}, {}),
     ]
-    if can_overlap():
-        overlapped = f"{names.SAVE_ASYNC}, overlapped"
-        ways.insert(1, (overlapped, {"asynchronous": True}, {"overlap": True}))
     savers: dict[str, Saver] = {names.NO_SAVES: NoSaves()}
     for name, options, given in ways:
         parts: dict[str, Any] = {
