@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ENVIRONMENT", "Options"]
 
+Ranks = Literal["root", "node", "all"]
+"""Who does a work: root alone, one rank of every host, or every rank."""
+
 MESSAGE_BYTES_LIMIT = 1 << 30
 """No MPI message is larger: counts are 32 bit up to MPI 3.1."""
 
@@ -93,8 +96,8 @@ class Options:
     message_bytes: int = 8 << 20
     window_bytes: int = 64 << 20
     io: Literal["auto", "direct", "buffered"] = "auto"
-    writers: Literal["root", "node", "all"] = "root"
-    readers: Literal["root", "node", "all"] = "root"
+    writers: Ranks = "root"
+    readers: Ranks = "root"
     digest_threads: int = 2
 
     def __post_init__(self) -> None:

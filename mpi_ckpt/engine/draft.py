@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from io import UnsupportedOperation
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.comm import ROOT
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.contents import Contents, digest_contents
 from mpi_ckpt.engine.reuse import Reuse, plan_reuse, renamed, without_files
@@ -43,12 +44,9 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.directory import CheckpointDirectory
     from mpi_ckpt.storage.partial import Partial
 
-__all__ = ["ROOT", "Draft", "Published", "SaveRequest"]
+__all__ = ["Draft", "Published", "SaveRequest"]
 
 logger = logging.getLogger(__name__)
-
-ROOT = 0
-"""The rank that owns the directory."""
 
 _NO_HEADER = digest_bytes(b"")
 

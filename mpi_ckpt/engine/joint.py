@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.comm import agree, bcast_json
+from mpi_ckpt.collector import without_collections
+from mpi_ckpt.comm import ROOT, agree, bcast_json
 from mpi_ckpt.engine.contents import Contents, pick_leaves
-from mpi_ckpt.engine.draft import ROOT, Draft
+from mpi_ckpt.engine.draft import Draft
 from mpi_ckpt.engine.shard import foresee_shard, write_shard
 from mpi_ckpt.engine.stage import stage
 from mpi_ckpt.engine.writers import choose_ranks, split_by_bytes
@@ -77,6 +78,7 @@ class JointSave:
         self._plain = [one for one in staged.states if not isinstance(one, Contents)]
         return staged.late
 
+    @without_collections
     def write(self) -> None:
         """Write this rank's share. Not collective. On any thread.
 
@@ -135,6 +137,7 @@ class JointSave:
             return self._draft.partial
         return self._session.directory.join(self._generation, self._job)
 
+    @without_collections
     def _publish(self) -> Published:
         assert self._draft is not None  # this is root
         contents = self._draft.contents

@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
+from mpi_ckpt.comm import ROOT
 from mpi_ckpt.engine.contents import pick_leaves
-from mpi_ckpt.engine.draft import ROOT, Draft
+from mpi_ckpt.engine.draft import Draft
 from mpi_ckpt.engine.shard import write_shard
 
 if TYPE_CHECKING:

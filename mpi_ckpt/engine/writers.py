@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from mpi_ckpt.comm import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from mpi_ckpt.comm import Topology
+    from mpi_ckpt.options import Ranks
 
-__all__ = ["Ranks", "choose_ranks", "split_by_bytes"]
-
-Ranks = Literal["root", "node", "all"]
-"""Root alone, one rank of every host, or every rank."""
+__all__ = ["choose_ranks", "split_by_bytes"]
 
 Key = TypeVar("Key", bound="Hashable")
 
@@ -32,7 +32,7 @@ def choose_ranks(ranks: Ranks, topology: Topology) -> tuple[int, ...]:
         return tuple(range(len(topology.node_of)))
     if ranks == "node":
         return topology.leaders
-    return (0,)
+    return (ROOT,)
 
 
 def split_by_bytes(sizes: Iterable[tuple[Key, int]], parts: int) -> list[list[Key]]:

@@ -153,11 +153,10 @@ class _DirectFile:
         self._offset = 0
 
     def write(self, data: memoryview) -> None:
-        if 0 < self._filled <= _BLOCK_BYTES - len(data) and len(data) < _SMALL_BYTES:
-            self._views[self._current][self._filled : self._filled + len(data)] = data
-            self._filled += len(data)
-            if self._filled == _BLOCK_BYTES:
-                self._submit(_BLOCK_BYTES)
+        end = self._filled + len(data)
+        if self._filled > 0 and end < _BLOCK_BYTES and len(data) < _SMALL_BYTES:
+            self._views[self._current][self._filled : end] = data
+            self._filled = end
             return
         source = np.frombuffer(data, np.uint8)
         while len(source):
