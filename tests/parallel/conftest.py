@@ -75,11 +75,10 @@ if MPI is not None:
     VERDICTS = Verdicts()
 
 
-@pytest.hookimpl(trylast=True)
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     # A directory for each rank: at their end, sessions that share one clear it away under
-    # one another, and fail.
+    # one another, and fail. First of all, as pytest's own plugin reads the option once.
     if config.option.basetemp is None:
         config.option.basetemp = tempfile.mkdtemp(prefix="mpi_ckpt-tests-")
         config.add_cleanup(
@@ -89,11 +88,16 @@ def pytest_configure(config):
         # Pytest captures what descriptor 2 gets during a test; this one it does not.
         VERDICTS.stderr = os.fdopen(os.dup(2), "w")
         config.add_cleanup(VERDICTS.stderr.close)
-    if MPI is not None and VERDICTS.rank > 0:
-        silence = open(os.devnull, "w")  # noqa: SIM115 (closed with the configuration)
-        config.add_cleanup(silence.close)
-        # Unregistering the reporter would cost pytest-timeout its way to end a hang.
-        config.pluginmanager.getplugin("terminalreporter")._tw._file = silence
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session):
+    if MPI is None or VERDICTS.rank == 0:
+        return
+    silence = open(os.devnull, "w")  # noqa: SIM115 (closed with the configuration)
+    session.config.add_cleanup(silence.close)
+    # Unregistering the reporter would cost pytest-timeout its way to end a hang.
+    session.config.pluginmanager.getplugin("terminalreporter")._tw._file = silence
 
 
 def pytest_report_header():
