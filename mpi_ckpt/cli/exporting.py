@@ -25,7 +25,7 @@ from mpi_ckpt.cli.command import (
 from mpi_ckpt.cli.proving import proven_blocks
 from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.showing import pick_states
-from mpi_ckpt.cli.survey import find_generation, open_generation
+from mpi_ckpt.cli.survey import open_wanted
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage import filesystem
@@ -93,8 +93,8 @@ def export(
             code=MISUSED,
             kind="usage",
         )
-    path = find_generation(directory, generation)
-    with open_generation(path) as reader:
+    with open_wanted(directory, generation) as reader:
+        path = reader.path
         states = pick_states(reader.manifest, names)
         if not states:
             raise CommandError(f"{path} holds no state", kind="absent")

@@ -18,7 +18,7 @@ from mpi_ckpt.cli.command import (
     generation_argument,
 )
 from mpi_ckpt.cli.screen import age, bytes_text, plural
-from mpi_ckpt.cli.survey import find_generation, open_generation
+from mpi_ckpt.cli.survey import open_wanted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,8 +50,8 @@ def show(
 
     Without GENERATION it is the newest good one. DIR may be a generation's own directory.
     """
-    path = find_generation(directory, generation)
-    with open_generation(path) as reader:
+    with open_wanted(directory, generation) as reader:
+        path = reader.path
         manifest = reader.manifest
     states = pick_states(manifest, names)
     screen.data(_document(path, manifest, states, structure=structure))

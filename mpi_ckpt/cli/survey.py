@@ -27,8 +27,6 @@ from mpi_ckpt.storage.layout import (
 from mpi_ckpt.storage.reader import GenerationReader, read_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from mpi_ckpt.storage.manifest import Manifest
 
 __all__ = [
@@ -37,6 +35,7 @@ __all__ = [
     "lock_holder",
     "look",
     "open_generation",
+    "open_wanted",
     "parse_generation",
     "reason_of",
     "state_after",
@@ -111,7 +110,7 @@ def look(root: Path) -> list[Row]:
 
 def state_after(path: Path, error: CheckpointError) -> str:
     """Name the state of a generation that could not be opened or read."""
-    if not _is_there(path):
+    if recovery.is_gone(path):
         return "gone"
     if isinstance(error, UnsupportedFormatError):
         return "unsupported"
@@ -133,7 +132,7 @@ def find_generation(root: Path, wanted: str | None) -> Path:
     found = recovery.survey(root)
     there = found.generations
     if wanted is None or wanted == "newest":
-        return _newest(root, there)
+        return _newest(root)
     number = parse_generation(wanted)
     if number in there:
         return root / generation_name(number)
@@ -175,12 +174,32 @@ def open_generation(path: Path) -> GenerationReader:
     try:
         return GenerationReader(path)
     except CheckpointError as error:
-        if _is_there(path):
+        if not recovery.is_gone(path):
             raise
         raise CommandError(
             f"{path} is gone: a job has pruned it, or set it aside, since it was listed",
             kind="gone",
         ) from error
+
+
+def open_wanted(root: Path, wanted: str | None) -> GenerationReader:
+    """Open a generation that somebody asked for; see `find_generation`.
+
+    If the newest was asked for and is pruned before it is open, a newer one is there.
+
+    Raises:
+        CommandError: If there is none such, or it has vanished since it was found.
+        CheckpointError: If it is damaged or cannot be read.
+    """
+    before = None
+    while True:
+        path = find_generation(root, wanted)
+        try:
+            return open_generation(path)
+        except CommandError:
+            if wanted not in (None, "newest") or path == before:
+                raise
+        before = path
 
 
 def lock_holder(root: Path) -> str | None:
@@ -212,17 +231,17 @@ def reason_of(path: Path) -> str:
         return "no reason is noted"
 
 
-def _newest(root: Path, there: Iterable[int]) -> Path:
-    bad = []
-    for number in there:
-        path = root / generation_name(number)
+def _newest(root: Path) -> Path:
+    problems: dict[int, str] = {}  # none with a generation that is gone
+    while there := [n for n in recovery.survey(root).generations if n not in problems]:
+        path = root / generation_name(there[0])
         try:
             GenerationReader(path).close()
         except CheckpointError as error:
-            if _is_there(path):
-                bad.append(str(error))
+            problems[there[0]] = "" if recovery.is_gone(path) else str(error)
         else:
             return path
+    bad = [problem for problem in problems.values() if problem]
     if bad:
         raise CommandError(
             f"no generation in {root} is good:\n  " + "\n  ".join(bad),
@@ -272,20 +291,10 @@ def _measured(
         if stat.S_ISREG(status.st_mode):
             inodes.add((status.st_dev, status.st_ino, status.st_size))
             shared += status.st_size if status.st_nlink > 1 else 0
-    if not names and not _is_there(path):
+    if not names and recovery.is_gone(path):
         state, reason = "gone", ""
     nbytes = sum(size for _, _, size in inodes)
     return Row(name, state, reason, manifest, nbytes, shared, frozenset(inodes))
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _read_note(path: Path, most: int) -> str:

@@ -76,14 +76,8 @@ def verify(
         raise CommandError(
             "give a generation or --all, not both", code=MISUSED, kind="usage"
         )
-    paths = _chosen(directory, generation, everything=everything)
-    verdicts = []
-    for path in paths:
-        verdict = _verify(screen, path)
-        verdicts.append(verdict)
+    verdicts = _verify_chosen(screen, directory, generation, everything=everything)
     bad = [one for one in verdicts if one.state not in ("good", "gone")]
-    if not everything and verdicts[0].state == "gone":
-        raise CommandError(f"{paths[0]} is gone: a job has pruned it", kind="gone")
     screen.data({"good": not bad, "generations": [one.to_json() for one in verdicts]})
     _show(screen, verdicts)
     if bad:
@@ -93,6 +87,21 @@ def verify(
             style="bold red",
         )
     return BAD if bad else GOOD
+
+
+def _verify_chosen(
+    screen: Screen, directory: Path, generation: str | None, *, everything: bool
+) -> list[_Verdict]:
+    before: list[Path] = []
+    while True:
+        paths = _chosen(directory, generation, everything=everything)
+        verdicts = [_verify(screen, path) for path in paths]
+        if any(one.state != "gone" for one in verdicts):
+            return verdicts
+        # What is pruned meanwhile is no finding: something newer is there then.
+        if generation not in (None, "newest") or paths == before:
+            raise CommandError(f"{paths[0]} is gone: a job has pruned it", kind="gone")
+        before = paths
 
 
 def _chosen(directory: Path, generation: str | None, *, everything: bool) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import ROOT
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.contents import Contents, digest_contents
+from mpi_ckpt.engine.needs import foresee_needs
 from mpi_ckpt.engine.reuse import Reuse, plan_reuse, renamed, without_files
 from mpi_ckpt.errors import RestoreError, SaveError, StageError
 from mpi_ckpt.storage.layout import (
@@ -118,7 +119,8 @@ class Draft:
         fresh: Of each of them, the indices of the leaves that must be written.
 
     Raises:
-        SaveError: On the calling rank; nothing is left behind.
+        SaveError: On the calling rank; nothing is left behind. A WriteError with ENOSPC
+            if the file system has no room for it.
     """
 
     def __init__(
@@ -141,6 +143,8 @@ class Draft:
                 [n for n in range(len(one.leaves)) if (i, n) not in self._reuse.leaves]
                 for i, one in enumerate(self.contents)
             ]
+            needs = foresee_needs(self.contents, self.fresh, request.plain)
+            self.partial.require_space(needs.nbytes, needs.files)
 
     def __enter__(self) -> Draft:
         return self

@@ -7,9 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.comm import bcast_json
+from mpi_ckpt.comm import any_of, bcast_json
 from mpi_ckpt.engine.read import describe
-from mpi_ckpt.errors import CorruptGenerationError, RestoreError, StateMismatchError
+from mpi_ckpt.errors import (
+    CorruptGenerationError,
+    ReadError,
+    RestoreError,
+    StateMismatchError,
+)
 from mpi_ckpt.storage.layout import generation_name
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
 
-__all__ = ["Fit", "Found", "find_newest", "fit_states", "reject"]
+__all__ = ["Fit", "Found", "find_newest", "fit_states", "is_lost", "reject"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,15 @@ def reject(session: Session, found: Found, problem: CorruptGenerationError) -> N
     )
 
 
+def is_lost(session: Session, found: Found) -> bool:
+    """Tell whether a generation was pruned while it was read, by the job that owns it.
+
+    Collective. Main thread only. A job that has not got the lock reads beside the owner.
+    """
+    gone = session.comm.is_root and session.directory.has_lost(found.generation)
+    return any_of(session.comm, "looking whether a generation is still there", gone)[0]
+
+
 def _open(
     directory: CheckpointDirectory, pinned: int | None, *, proven: bool
 ) -> GenerationReader | None:
@@ -144,10 +158,15 @@ def _open(
         reader = directory.open_newest()
         if reader is None or not proven:
             return reader
+        number = reader.manifest.generation
         try:
             reader.verify()
         except CorruptGenerationError as problem:
             reader.close()
-            directory.reject(reader.manifest.generation, problem)
+            directory.reject(number, problem)
+        except ReadError:
+            reader.close()
+            if not directory.has_lost(number):
+                raise
         else:
             return reader

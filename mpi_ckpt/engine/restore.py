@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree
-from mpi_ckpt.engine.find import find_newest, fit_states, reject
+from mpi_ckpt.engine.find import find_newest, fit_states, is_lost, reject
 from mpi_ckpt.engine.read import adopt, match, transfer
 from mpi_ckpt.engine.readers import open_readers
 from mpi_ckpt.engine.report import report_restore
-from mpi_ckpt.errors import CorruptGenerationError, RestoreError
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +66,9 @@ def restore_states(
                 if pinned is not None:
                     raise
                 reject(session, found, problem)
+            except ReadError:
+                if pinned is not None or not is_lost(session, found):
+                    raise
             else:
                 return report_restore(session, found, fit, nbytes, clock)
 

@@ -65,6 +65,11 @@ class StagedStream(State):
         super().__init__(name)
         self._data = data
 
+    @property
+    def nbytes(self) -> int:
+        """How much that is, in bytes."""
+        return self._data.nbytes
+
     def save(self, fileobj: BinaryIO) -> None:
         """Write it again. Not collective. Thread-safe."""
         fileobj.write(self._data)

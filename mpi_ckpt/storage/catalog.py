@@ -12,7 +12,7 @@ from mpi_ckpt.retention import GenerationSummary, RetentionPolicy, select_kept
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.reader import read_manifest
-from mpi_ckpt.storage.recovery import survey
+from mpi_ckpt.storage.recovery import is_gone, survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -99,4 +99,5 @@ class Catalog:
             size = (path / MANIFEST).stat().st_size
             self.add(read_manifest(path), path, size)
         except (CheckpointError, OSError) as error:
-            logger.warning("%s is left alone: %s", path, error)
+            if not is_gone(path):
+                logger.warning("%s is left alone: %s", path, error)

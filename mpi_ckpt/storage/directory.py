@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import (
     CorruptGenerationError,
+    ReadError,
     SaveError,
     UnsupportedFormatError,
 )
@@ -144,14 +145,27 @@ class CheckpointDirectory:
         # Also where nothing was saved yet: of two jobs that start there the second must
         # hear of it now, not when it has trained for hours.
         self._own_if_writable()
-        found = recovery.survey(self.root)
-        for number in found.generations:
-            if number in self._aside:
-                continue
-            try:
-                return GenerationReader(self.root / generation_name(number))
-            except CorruptGenerationError as problem:
-                self.reject(number, problem)
+        gone: set[int] = set()
+        before = None
+        while True:
+            found = recovery.survey(self.root)
+            number = next(
+                (n for n in found.generations if n not in gone and n not in self._aside),
+                None,
+            )
+            if number is not None:
+                try:
+                    return GenerationReader(self.root / generation_name(number))
+                except CorruptGenerationError as problem:
+                    self.reject(number, problem)
+                except ReadError:
+                    if not self.has_lost(number):
+                        raise
+                gone.add(number)
+            # While its owner renames, a directory may be listed with neither name.
+            elif self._lock is not None or found == before:
+                break
+            before = found
         self._explain_absence(found)
         return None
 
@@ -179,9 +193,19 @@ class CheckpointDirectory:
                     self._newest = reader.manifest
         return self._newest
 
+    def has_lost(self, number: int) -> bool:
+        """Tell whether a generation is there no more: its owner has pruned it."""
+        return recovery.is_gone(self.root / generation_name(number))
+
     def reject(self, number: int, problem: CorruptGenerationError) -> None:
-        """Set a generation aside that failed to verify, and say so."""
+        """Set a generation aside that failed to verify, and say so.
+
+        One that was pruned while it was looked at is only not used.
+        """
         self._newest = None
+        if self.has_lost(number):
+            logger.info("generation %d was pruned meanwhile: %s", number, problem)
+            return
         self._aside[number] = str(problem)
         where = self.root / generation_name(number)
         if self._lock is not None:
@@ -202,6 +226,13 @@ class CheckpointDirectory:
             logger.log(level, "restoring without a lock, as for a reader: %s", error)
 
     def _explain_absence(self, found: recovery.Survey) -> None:
+        vanished = [n for n in found.generations if n not in self._aside]
+        if vanished:
+            raise ReadError(
+                f"{self.root} lists generations {vanished}, and none is there: somebody "
+                "deletes them, or this host sees an old listing",
+                path=self.root,
+            )
         if self._aside or found.quarantined:
             named = [*self._aside.values()] or [
                 str(self.root / QUARANTINE / name) for name in found.quarantined

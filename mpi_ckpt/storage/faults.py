@@ -18,7 +18,7 @@ __all__ = ["os_errors_as"]
 
 _ADVICE = {
     errno.ENOSPC: "the file system is full",
-    errno.EDQUOT: "the quota is used up",
+    errno.EDQUOT: "the quota is used up, which free space says nothing of",
     errno.EROFS: "the file system is read-only",
     errno.EFBIG: "the file-size limit of the process or the file system is reached",
     errno.EXDEV: "the directory spans several file systems",

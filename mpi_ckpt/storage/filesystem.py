@@ -15,6 +15,7 @@ import fcntl
 import os
 import stat
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "FreeSpace",
     "create_file",
+    "free_space",
     "leave_direct",
     "link_file",
     "list_names",
@@ -114,11 +117,17 @@ def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
         offset += written
 
 
-def reserve(descriptor: int, nbytes: int) -> None:
+def reserve(descriptor: int, nbytes: int) -> bool:
     """Claim space on disk ahead of direct writes, where the file system can.
 
-    Not collective. Worth 10 % of the speed of direct writes on ext4, and a full disk is
-    found before anything is written.
+    Not collective. Worth 10 % of the speed of direct writes on ext4, and a full disk or
+    quota is found before anything is written.
+
+    Returns:
+        False if the file system cannot reserve.
+
+    Raises:
+        OSError: On the calling rank, if there is not so much.
     """
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
@@ -127,6 +136,34 @@ def reserve(descriptor: int, nbytes: int) -> None:
         # direct descriptor refuses: nothing was done, and nothing needs to be.
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class FreeSpace:
+    """What a file system still takes; infinite where it does not say."""
+
+    nbytes: float
+    files: float
+
+
+def free_space(path: Path) -> FreeSpace:
+    """Ask a file system how much it still takes from this user.
+
+    Not collective. Thread-safe.
+    """
+    try:
+        status = os.statvfs(path)
+    except OSError:  # whatever is wrong, the first write will say it
+        return FreeSpace(float("inf"), float("inf"))
+    # Blocks held back for root are root's to use. Some file systems in user space, and on
+    # the network, answer 0 to what they do not know.
+    blocks = status.f_bavail if os.geteuid() else status.f_bfree
+    return FreeSpace(
+        nbytes=blocks * status.f_frsize if status.f_blocks else float("inf"),
+        files=status.f_favail or float("inf"),
+    )
 
 
 def set_length(descriptor: int, nbytes: int) -> None:

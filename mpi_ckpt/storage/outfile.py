@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from mpi_ckpt.errors import WriteError
 from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +92,7 @@ def create_out_file(
             descriptor = _create_direct(path, stack, insist=mode == "direct")
             if descriptor is not None:
                 if nbytes:
-                    filesystem.reserve(descriptor, nbytes)
+                    _reserve(descriptor, path, nbytes)
                 # Ends before the file is closed: no write is then on its way.
                 pool = ThreadPoolExecutor(_IN_FLIGHT, "mpi_ckpt-write")
                 stack.enter_context(pool)
@@ -109,6 +111,12 @@ def _create_direct(path: Path, stack: ExitStack, *, insist: bool) -> int | None:
         # Linux makes the file before it refuses to open it so.
         filesystem.remove_file(path)
         return None
+
+
+def _reserve(descriptor: int, path: Path, nbytes: int) -> None:
+    # The one place where a quota shows before anything is written: say how much it was.
+    with os_errors_as(WriteError, f"reserving {nbytes:,} bytes for", path):
+        filesystem.reserve(descriptor, nbytes)
 
 
 class _BufferedFile:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import io
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import BlockHasher, Digest
@@ -19,6 +19,7 @@ from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.outfile import StagingBlocks, create_out_file
+from mpi_ckpt.storage.space import require_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +76,18 @@ class Partial:
             with os_errors_as(WriteError, "making", self.path):
                 filesystem.make_directory(self.path)
 
+    def require_space(self, nbytes: int, files: int) -> None:
+        """Refuse to begin a generation that does not fit. Not collective.
+
+        Args:
+            nbytes: At least so many bytes will be written, by all ranks.
+            files: At least so many files will be made.
+
+        Raises:
+            WriteError: On the calling rank; the partial must then be dropped.
+        """
+        require_space(self.path, self._root, nbytes=nbytes, files=files)
+
     def write_shard(self, name: str, runs: Iterable[memoryview], nbytes: int) -> None:
         """Write runs of bytes, one behind the other, as one durable file.
 
@@ -88,6 +101,8 @@ class Partial:
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
         """
+        # Again, now that its size is known to the byte, and on the host that writes it.
+        require_space(self.path, self.path / name, nbytes=nbytes, files=1)
         with self._file(name, nbytes) as out:
             for run in runs:
                 out.write(run)
@@ -213,10 +228,9 @@ class Partial:
             out.finish()
 
     def _copy(self, source: Path, name: str) -> None:
-        with (
-            filesystem.open_for_reading(source) as (reader, nbytes),
-            self._file(name, nbytes) as out,
-        ):
+        with filesystem.open_for_reading(source) as (reader, nbytes), ExitStack() as stack:
+            require_space(self.path, self.path / name, nbytes=nbytes, files=1)
+            out = stack.enter_context(self._file(name, nbytes))
             window = memoryview(bytearray(min(_COPY_BYTES, nbytes)))
             for offset in range(0, nbytes, _COPY_BYTES):
                 count = filesystem.read_at(reader, window, offset)

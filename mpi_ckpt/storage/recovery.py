@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.errors import CorruptGenerationError
 
-__all__ = ["Survey", "quarantine", "survey", "sweep"]
+__all__ = ["Survey", "is_gone", "quarantine", "survey", "sweep"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,19 @@ def survey(root: Path) -> Survey:
         quarantined=tuple(aside),
         adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
     )
+
+
+def is_gone(path: Path) -> bool:
+    """Tell whether a generation has lost its name: pruned, or set aside, by its owner.
+
+    Not collective. Its files go after its name, so whoever cannot read it any more finds
+    this true.
+    """
+    try:
+        path.lstat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def sweep(root: Path, partials: tuple[str, ...]) -> None:

@@ -47,6 +47,7 @@ CALLS = (
     "ftruncate",
     "close",
     "fstat",
+    "statvfs",
 )
 ERRNOS = (
     errno.EIO,
@@ -56,6 +57,7 @@ ERRNOS = (
     errno.EACCES,
     errno.ESTALE,
     errno.EFBIG,
+    errno.EINTR,
 )
 
 

@@ -29,11 +29,13 @@ _READS = frozenset(
     {
         "close",
         "fstat",
+        "geteuid",
         "listdir",
         "lstat",
         "path",
         "posix_fadvise",
         "preadv",
+        "statvfs",
         "strerror",
     }
 )

@@ -10,8 +10,10 @@ import pytest
 
 from mpi_ckpt import ArrayState, ObjectState, State
 from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine import restore
 from mpi_ckpt.errors import (
     CorruptGenerationError,
+    ReadError,
     RestoreError,
     StateMismatchError,
     UnsupportedFormatError,
@@ -115,6 +117,48 @@ DAMAGES = {
         path / "manifest.json", lambda text: text.replace("[1000]", "[1000000000]", 1)
     ),
 }
+
+
+def prune_once_open_on_root(comm, saved, monkeypatch):
+    """Let the newest generation go when root has opened it, before the others do."""
+    real, left = restore.open_readers, [saved / "checkpoint-00000003"]
+
+    def open_readers(session, found):
+        for path in left:
+            comm.barrier()
+            if comm.rank == 0:
+                shutil.rmtree(path)
+            comm.barrier()
+        left.clear()
+        return real(session, found)
+
+    monkeypatch.setattr(restore, "open_readers", open_readers)
+
+
+def test_what_is_pruned_while_it_is_opened_is_not_bad(
+    comm, saved, job, monkeypatch, caplog
+):
+    prune_once_open_on_root(comm, saved, monkeypatch)
+    with manager(saved, *job.states, readers="all") as one:
+        report = one.restore()
+        # Root alone goes on with what it has open; the others have nothing to open.
+        assert report.generation == (3 if comm.size == 1 else 2)
+        assert job.holds(report.generation)
+        assert_same(comm, plain(report))
+        assert report.quarantined == {}
+    assert "failed to verify" not in caplog.text
+    comm.barrier()
+
+
+def test_a_pinned_generation_that_is_pruned_is_not_replaced(comm, saved, job, monkeypatch):
+    with manager(saved, *job.states, readers="all") as one:
+        one.restore(only=["object"])
+        prune_once_open_on_root(comm, saved, monkeypatch)
+        if comm.size == 1:
+            assert one.restore(only=["arrays"]).generation == 3
+        else:
+            with same_error(comm, ReadError, "checkpoint-00000003"):
+                one.restore(only=["arrays"])
 
 
 def damage_on_root(comm, path, how):

@@ -14,8 +14,11 @@ from mpi_ckpt.errors import (
     SaveError,
     UnsupportedFormatError,
 )
-from mpi_ckpt.storage import catalog, filesystem, lock
+from mpi_ckpt.storage import catalog, filesystem, lock, recovery
+from mpi_ckpt.storage import directory as directory_module
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.recovery import Survey
 from tests.single.making import document_of, publish, save, sealed_document, some_states
 from tests.single.recording import RecordingOS
 
@@ -312,3 +315,68 @@ def test_generation_that_cannot_be_moved_is_skipped_in_this_run(
     assert newest(directory) == 1
     assert newest(directory) == 1
     assert bad.exists()
+
+
+def reader_of(root, monkeypatch, on_open):
+    """Return a directory that has not got the lock, and is told of before each opening."""
+
+    def opening(path):
+        on_open(int(path.name[-8:]))
+        return GenerationReader(path)
+
+    monkeypatch.setattr(directory_module, "GenerationReader", opening)
+    directory = CheckpointDirectory(root)
+    monkeypatch.setattr(directory, "own", refuse)
+    return directory
+
+
+def refuse():
+    raise SaveError("read-only here", errno=errno.EROFS)
+
+
+@pytest.mark.parametrize("fault", ["missing", "stale"])
+def test_reader_takes_the_newest_again_when_one_is_pruned_under_it(
+    fault, tmp_path, monkeypatch
+):
+    publish(tmp_path)
+
+    def prune_the_first(number):
+        if number == 1:
+            publish(tmp_path)
+            shutil.rmtree(tmp_path / "checkpoint-00000001")
+            if fault == "stale":  # what a network file system says then
+                raise ReadError("stale", errno=errno.ESTALE)
+
+    directory = reader_of(tmp_path, monkeypatch, prune_the_first)
+    with directory.open_newest() as reader:
+        assert reader.manifest.generation == 2
+    assert directory.set_aside == {}
+
+
+def test_reader_is_told_of_a_generation_that_cannot_be_read_and_is_there(
+    tmp_path, monkeypatch
+):
+    publish(tmp_path)
+
+    def fail(number):
+        raise ReadError("reading", errno=errno.EIO)
+
+    with pytest.raises(ReadError, match="reading"):
+        reader_of(tmp_path, monkeypatch, fail).open_newest()
+
+
+def test_reader_looks_again_before_it_says_that_nothing_is_there(tmp_path, monkeypatch):
+    """A listing is not taken at one moment: a rename may be missed at both its ends."""
+    publish(tmp_path)
+    real, lists = recovery.survey, [Survey(partials=(".partial-00000001-a",))]
+    monkeypatch.setattr(recovery, "survey", lambda r: lists.pop() if lists else real(r))
+    with reader_of(tmp_path, monkeypatch, lambda number: None).open_newest() as reader:
+        assert reader.manifest.generation == 1
+    assert lists == []
+
+
+def test_a_listing_of_what_is_not_there_is_no_fresh_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "survey", lambda root: Survey(generations=(2, 1)))
+    directory = reader_of(tmp_path, monkeypatch, lambda number: None)
+    with pytest.raises(ReadError, match=r"lists generations \[2, 1\], and none is there"):
+        directory.open_newest()
