@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
+import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import (
@@ -85,6 +87,7 @@ class CheckpointDirectory:
         with os_errors_as(SaveError, "making", self.root):
             filesystem.make_directories(self.root)
         self._lock = DirectoryLock(self.root, self.job)
+        self._warn_if_open_to_all()
         recovery.sweep(self.root, recovery.survey(self.root).partials)
 
     def close(self) -> None:
@@ -225,6 +228,18 @@ class CheckpointDirectory:
             level = logging.INFO if error.errno in _NOT_WRITABLE else logging.WARNING
             logger.log(level, "restoring without a lock, as for a reader: %s", error)
 
+    def _warn_if_open_to_all(self) -> None:
+        # Group directories are how people work together; the whole world is no group.
+        with suppress(OSError):
+            mode = self.root.stat().st_mode
+            if mode & stat.S_IWOTH:
+                harm = "add" if mode & stat.S_ISVTX else "add, change and remove"
+                logger.warning(
+                    "everybody on this system may %s generations in %s: chmod o-w",
+                    harm,
+                    self.root,
+                )
+
     def _explain_absence(self, found: recovery.Survey) -> None:
         vanished = [n for n in found.generations if n not in self._aside]
         if vanished:
@@ -242,6 +257,12 @@ class CheckpointDirectory:
                 f"anew, move {self.root / QUARANTINE} and what is left elsewhere",
                 path=self.root,
                 problems=named,
+            )
+        if found.unlisted:
+            raise CorruptGenerationError(
+                f"there is no generation in {self.root}, and whether there ever was is not "
+                f"known: {found.unlisted}. To start anew, move that elsewhere",
+                path=self.root / QUARANTINE,
             )
         if found.adaptdl:
             raise UnsupportedFormatError(

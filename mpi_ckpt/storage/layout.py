@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mpi_ckpt.errors import RegistrationError
+from mpi_ckpt.storage.strict_json import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "GENERATION_MAX",
     "LOCK",
     "MANIFEST",
     "QUARANTINE",
@@ -35,9 +37,13 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 QUARANTINE = ".quarantine"
 
+GENERATION_MAX = 10**18 - 1
+"""A generation with a larger number would have a name that nobody recognizes."""
+
 STATE_NAME_BYTES_MAX = 200
 """Leaves room for the suffix within the 255 bytes of a file name."""
 
+_FAULTS_SHOWN = 50
 _GENERATION = re.compile(r"checkpoint-(\d{8,18})")
 _ADAPTDL = re.compile(r"checkpoint-\d{1,7}")
 _PARTIAL = re.compile(r"\.partial-(\d{8,18})-[0-9a-z]+")
@@ -103,7 +109,7 @@ def check_file_name(name: object) -> str:
         ValueError: On the calling rank, if it could.
     """
     if not isinstance(name, str) or _FILE.fullmatch(name) is None:
-        raise ValueError(f"{name!r} is not a file name of this format")
+        raise ValueError(f"{shown(name)} is not a file name of this format")
     return name
 
 
@@ -116,15 +122,17 @@ def check_state_name(name: object) -> None:
         RegistrationError: On the calling rank, saying what is wrong.
     """
     if not isinstance(name, str):
-        raise RegistrationError(f"state name {name!r} is not a string")
+        raise RegistrationError(f"state name {shown(name)} is not a string")
     reason = _fault_of(name)
     if reason:
-        raise RegistrationError(f"state name {name!r}: {reason}")
+        raise RegistrationError(f"state name {shown(name)}: {reason}")
 
 
 def _fault_of(name: str) -> str | None:
     if not name or name.isspace():
         return "must not be empty"
+    if len(name) > STATE_NAME_BYTES_MAX:  # before anybody looks at each character
+        return f"has {len(name)} characters, {STATE_NAME_BYTES_MAX} at most"
     if name.startswith("/") or {".", ".."} & set(name.split("/")):
         return "must not be a path"
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
@@ -141,7 +149,7 @@ def check_names_apart(names: Iterable[str]) -> None:
     Not collective. Thread-safe.
 
     Raises:
-        RegistrationError: On the calling rank, naming all pairs.
+        RegistrationError: On the calling rank, naming the pairs.
     """
     seen: dict[str, str] = {}
     faults: list[str] = []
@@ -153,6 +161,9 @@ def check_names_apart(names: Iterable[str]) -> None:
             faults.append(f"{name!r} is given twice")
         else:
             faults.append(f"{seen[folded]!r} and {name!r} differ only in case or form")
+    if len(faults) > _FAULTS_SHOWN:
+        more = f"and {len(faults) - _FAULTS_SHOWN} more"
+        faults = [*faults[:_FAULTS_SHOWN], more]
     if faults:
         raise RegistrationError(
             "state names collide:\n  " + "\n  ".join(faults), problems=faults

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 import weakref
 from contextlib import suppress
@@ -45,16 +46,24 @@ class DirectoryLock:
         self, root: Path, job: str, patience_seconds: float = PATIENCE_SECONDS
     ) -> None:
         self._path = root / LOCK
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with os_errors_as(SaveError, "opening the lock", self._path):
             self._descriptor = os.open(self._path, flags, 0o666)
         try:
+            self._require_file()
             self._acquire(patience_seconds)
         except BaseException:
             os.close(self._descriptor)
             raise
         self._sign(job)
         _HELD.add(self)
+
+    def _require_file(self) -> None:
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise SaveError(
+                f"{self._path} is no regular file: somebody has put it there; remove it",
+                path=self._path,
+            )
 
     def _acquire(self, patience_seconds: float) -> None:
         deadline = time.monotonic() + patience_seconds
@@ -85,6 +94,9 @@ class DirectoryLock:
     def _sign(self, job: str) -> None:
         text = f"job {job}, process {os.getpid()} on {socket.gethostname()}\n"
         with suppress(OSError):  # a full disk must not keep us from owning it
+            # A second name may be that of a file of somebody's, with contents.
+            if os.fstat(self._descriptor).st_nlink > 1:
+                return
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, text.encode(), 0)
 

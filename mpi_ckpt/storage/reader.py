@@ -7,11 +7,12 @@ import errno
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.digest import BlockHasher, digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, UnsupportedFormatError
 from mpi_ckpt.storage import filesystem, manifest_codec
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_number
+from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +25,7 @@ __all__ = ["GenerationReader", "read_manifest"]
 
 # What open says when a generation is not what it should be, rather than out of reach.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
+_HEADER_PIECE_BYTES = 1 << 20
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -32,8 +34,8 @@ def read_manifest(path: Path) -> Manifest:
     Not collective. Thread-safe.
 
     Args:
-        path: Directory of the generation; the manifest must carry the number in its
-            name, where the name has one.
+        path: Directory of the generation, not a link to one if its name is that of a
+            generation; the manifest must carry the number in its name, where it has one.
 
     Raises:
         CorruptGenerationError: On the calling rank, if it is missing or damaged.
@@ -43,13 +45,17 @@ def read_manifest(path: Path) -> Manifest:
     where = path / MANIFEST
     number = generation_number(path.name)
     with _corrupt_unless_readable(where, number):
+        if number is not None and path.is_symlink():
+            raise ValueError("its directory is a link; put the directory itself there")
         with filesystem.open_for_reading(where) as (descriptor, nbytes):
             if nbytes > manifest_codec.MANIFEST_BYTES_MAX:
                 raise ValueError(f"{nbytes} bytes are no manifest")
             data = bytearray(nbytes)
-            data = data[: filesystem.read_at(descriptor, memoryview(data), 0)]
+            with memoryview(data) as into:
+                count = filesystem.read_at(descriptor, into, 0)
+            del data[count:]
         try:
-            manifest = manifest_codec.decode(bytes(data))
+            manifest = manifest_codec.decode(data)
         except UnsupportedFormatError as error:
             raise UnsupportedFormatError(
                 f"{where}: {error}", path=where, generation=number
@@ -116,14 +122,15 @@ class GenerationReader:
             CorruptGenerationError: On the calling rank, for the first that is wrong.
             ReadError: On the calling rank, if the operating system cannot read it.
         """
-        window = memoryview(bytearray(self.manifest.block_bytes))
-        for state in self.manifest.states:
-            for extent in state.extents:
-                for block in range(len(extent.digest.blocks)):
-                    rest = extent.nbytes - block * self.manifest.block_bytes
-                    into = window[: max(0, rest)]
-                    self._read_block(extent, block, into)
-                    self.prove(extent, block, into)
+        extents = [extent for state in self.manifest.states for extent in state.extents]
+        longest = max((extent.nbytes for extent in extents), default=0)
+        window = memoryview(bytearray(min(longest, self.manifest.block_bytes)))
+        for extent in extents:
+            for block in range(len(extent.digest.blocks)):
+                rest = extent.nbytes - block * self.manifest.block_bytes
+                into = window[: max(0, rest)]
+                self._read_block(extent, block, into)
+                self.prove(extent, block, into)
 
     def read_block(self, extent: Extent, block: int) -> memoryview:
         """Return one block of a run of bytes, proven.
@@ -217,19 +224,29 @@ class GenerationReader:
         self._counts.append(count)
         self.expect(extent.file, offset + count, offset + len(into))
 
+    def _prove_header(self, descriptor: int, file: StoredFile) -> None:
+        # In pieces: a manifest may claim a header of 100 MB, and none of it is needed.
+        hasher = BlockHasher(HEADER_BYTES_MAX)
+        piece = memoryview(bytearray(min(_HEADER_PIECE_BYTES, file.header_bytes)))
+        for start in range(0, file.header_bytes, _HEADER_PIECE_BYTES):
+            into = piece[: file.header_bytes - start]
+            count = filesystem.read_at(descriptor, into, start)
+            self._counts.append(count)
+            hasher.update(into[:count])
+        if hasher.finish().whole != file.header_digest:
+            raise ValueError("its header does not match its digest")
+
     def _open(self, file: StoredFile, stack: ExitStack) -> None:
         where = self.path / file.name
         with _corrupt_unless_readable(where, self.manifest.generation):
             descriptor, nbytes = stack.enter_context(filesystem.open_for_reading(where))
             if nbytes != file.nbytes:
                 raise ValueError(f"has {nbytes} bytes, expected {file.nbytes}")
-            header = bytearray(file.header_bytes)
-            self._counts.append(filesystem.read_at(descriptor, memoryview(header), 0))
-            if digest_bytes(header) != file.header_digest:
-                raise ValueError("its header does not match its digest")
+            self._prove_header(descriptor, file)
         self._descriptors[file.name] = descriptor
-        # Some file systems take no direct reads; the page cache then serves.
-        with suppress(OSError):
+        # Some file systems take no direct reads; the page cache then serves. So it does if
+        # the name has meanwhile been given to something else.
+        with suppress(OSError, ValueError):
             direct = filesystem.open_for_reading(where, direct=True)
             self._direct[file.name], _ = stack.enter_context(direct)
 

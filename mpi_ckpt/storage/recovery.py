@@ -7,15 +7,17 @@ runs but the generations themselves.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import ReadError
+from mpi_ckpt.errors import ReadError, SaveError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import (
+    GENERATION_MAX,
     QUARANTINE,
     generation_name,
     generation_number,
@@ -45,29 +47,42 @@ class Survey:
         partials: Names of leftovers of writes and removals that were cut off.
         quarantined: Names of the generations that were set aside.
         adaptdl: Names of checkpoints in adaptdl's format.
+        unlisted: Why it cannot be said what was set aside; empty if it can.
     """
 
     generations: tuple[int, ...] = ()
     partials: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
     adaptdl: tuple[str, ...] = ()
+    unlisted: str = ""
 
     @property
     def next_generation(self) -> int:
-        """A number that no generation or leftover has or had, as far as one can tell."""
+        """A number that no generation or leftover has or had, as far as one can tell.
+
+        Raises:
+            SaveError: On the calling rank, if no name is left for one.
+        """
         aside = [
             number
             for name in self.quarantined
             if (number := generation_number(name.partition("~")[0])) is not None
         ]
         left = [partial_number(name) for name in self.partials]
-        return max([0, *self.generations, *aside, *left]) + 1
+        highest = max([0, *self.generations, *aside, *left])
+        if highest >= GENERATION_MAX:
+            raise SaveError(
+                f"there is a {generation_name(highest)}, and no higher number has a name: "
+                "nobody saved that often, so move it elsewhere; nothing was published"
+            )
+        return highest + 1
 
 
 def survey(root: Path) -> Survey:
     """Look at a checkpoint directory; a missing one is empty.
 
-    Not collective. Names of no known form are ignored.
+    Not collective. Names of no known form are ignored. What is good is found also where
+    the quarantine is of somebody else's making.
 
     Raises:
         ReadError: On the calling rank, if it cannot be listed.
@@ -77,13 +92,14 @@ def survey(root: Path) -> Survey:
             names = filesystem.list_names(root)
         except FileNotFoundError:
             return Survey()
-        aside = filesystem.list_names(root / QUARANTINE) if QUARANTINE in names else []
+    aside, unlisted = _set_aside(root / QUARANTINE) if QUARANTINE in names else ([], "")
     numbers = [n for name in names if (n := generation_number(name)) is not None]
     return Survey(
         generations=tuple(sorted(numbers, reverse=True)),
         partials=tuple(name for name in names if is_partial_name(name)),
         quarantined=tuple(aside),
         adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
+        unlisted=unlisted,
     )
 
 
@@ -98,6 +114,20 @@ def is_gone(path: Path) -> bool:
     except OSError as error:
         return isinstance(error, FileNotFoundError)
     return False
+
+
+def _set_aside(shelf: Path) -> tuple[list[str], str]:
+    try:
+        _refuse_foreign(shelf)
+        return filesystem.list_names(shelf), ""
+    except OSError as error:
+        return [], f"{shelf} cannot be listed: {error.strerror or error}"
+
+
+def _refuse_foreign(shelf: Path) -> None:
+    # Through a link generations would go wherever whoever made it likes.
+    if shelf.is_symlink() or (shelf.exists() and not shelf.is_dir()):
+        raise NotADirectoryError(errno.ENOTDIR, "is no directory of ours", str(shelf))
 
 
 def sweep(root: Path, partials: tuple[str, ...]) -> None:
@@ -135,6 +165,7 @@ def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> 
     shelf = root / QUARANTINE
     target = shelf / source.name
     try:
+        _refuse_foreign(shelf)
         filesystem.make_directories(shelf)
         attempt = 1
         while target.is_symlink() or target.exists():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.storage.strict_json import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,9 +74,10 @@ def parse_header(text: bytes) -> dict[str, Any]:
     Not collective. Thread-safe.
 
     Raises:
-        ValueError: On the calling rank, if it is no JSON object.
+        ValueError: On the calling rank, if it is no JSON object, or one that the format
+            does not allow: spaces before it, a tensor twice.
     """
-    header = json.loads(text)
-    if not isinstance(header, dict):
-        raise ValueError("the header is not a JSON object")  # noqa: TRY004 (bad bytes)
+    if not text.startswith(b"{"):
+        raise ValueError("the header is not a JSON object")
+    header: dict[str, Any] = read_json(text)
     return header

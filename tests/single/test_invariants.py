@@ -92,8 +92,8 @@ def test_lock_changes_nothing_but_its_own_file():
     tree = MODULES["storage/lock.py"]
     used = {called(n) for n in ast.walk(tree) if re.fullmatch(r"os\.\w+", called(n))}
     assert used == {
-        "os.open", "os.close", "os.ftruncate", "os.pread", "os.pwrite", "os.getpid",
-        "os.register_at_fork",
+        "os.open", "os.close", "os.fstat", "os.ftruncate", "os.pread", "os.pwrite",
+        "os.getpid", "os.register_at_fork",
     }  # fmt: skip
 
 

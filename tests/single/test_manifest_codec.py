@@ -354,7 +354,7 @@ def test_file_names_that_lead_out_are_refused(name):
 
 @pytest.mark.parametrize("name", ["", "../x", "/x", "a/../b", "x" * 300, "nul\0", "\ud800"])
 def test_state_names_that_no_state_can_have_are_refused(name):
-    refuse(sealed_document(replaced(("states", 1, "name"), name)), "state name")
+    refuse(sealed_document(replaced(("states", 1, "name"), name)), "state name|surrogate")
 
 
 def test_states_and_files_and_leaves_that_come_twice_are_refused():
