@@ -34,6 +34,7 @@ class Catalog:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._known: dict[int, GenerationInfo] = {}
+        self._left: list[int] = []
 
     def add(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
         """Note a generation whose manifest is at hand. Not collective."""
@@ -72,17 +73,20 @@ class Catalog:
         return tuple(i.generation for i in there if i.generation not in kept)
 
     def remove(self, numbers: Iterable[int], job: str) -> None:
-        """Remove generations; what fails is logged, and swept by the next owner.
+        """Remove generations; what fails is logged, and tried again by `remove_left`.
 
         Not collective. The caller holds the lock.
         """
         doomed: list[Path] = []
+        self._left = list(numbers)
         try:
-            for number in numbers:
+            while self._left:
+                number = self._left[0]
                 source = self._root / generation_name(number)
                 target = self._root / partial_name(number, job)
                 filesystem.rename_new(source, target)
                 self._known.pop(number, None)
+                del self._left[0]
                 doomed.append(target)
             if doomed:
                 # CRASH: files may go before the rename is durable; a generation would
@@ -92,6 +96,25 @@ class Catalog:
                 filesystem.remove_tree(path)
         except OSError as error:
             logger.warning("old generations were not all removed: %s", error)
+
+    def remove_left(self, job: str) -> None:
+        """Remove what an earlier `remove` could not, before a save needs the space.
+
+        Not collective. The caller holds the lock.
+
+        Raises:
+            ReadError: On the calling rank, if the directory cannot be listed.
+        """
+        if not self._left:
+            return
+        present = survey(self._root).generations
+        left = [number for number in self._left if number in present]
+        if left and present[0] not in left:
+            self.remove(left, job)
+
+    def spare_left(self) -> None:
+        """Leave that where it is: a newer one has turned out bad. Not collective."""
+        self._left = []
 
     def _read(self, number: int) -> None:
         path = self._root / generation_name(number)

@@ -103,6 +103,7 @@ class CheckpointDirectory:
             WriteError: On the calling rank, if its partial cannot be made.
             ReadError: On the calling rank, if the directory cannot be listed.
         """
+        self.catalog.remove_left(self.job)
         found = recovery.survey(self.root)
         if found.partials:  # what an earlier save or removal of this job could not delete
             recovery.sweep(self.root, found.partials)
@@ -206,6 +207,7 @@ class CheckpointDirectory:
         One that was pruned while it was looked at is only not used.
         """
         self._newest = None
+        self.catalog.spare_left()
         if self.has_lost(number):
             logger.info("generation %d was pruned meanwhile: %s", number, problem)
             return

@@ -103,6 +103,10 @@ class Faulty:
             return function
         return lambda *args, **kwargs: self._call(function, *args, **kwargs)
 
+    def in_place(self) -> contextlib.AbstractContextManager[Any]:
+        """Take the place of the ``os`` of the library's one writer."""
+        return in_place_of_os(self)
+
     def close_kept(self) -> None:
         """Forget files whose fsync failed."""
         for descriptor in self._failed:
@@ -324,12 +328,13 @@ def attempt(
     sandbox: Path,
     comm: Any = None,
     victim: int = 0,
+    make: Callable[[Fault], Any] = Faulty,
     **options: Any,
 ) -> Outcome:
     """Run a workload with a fault on one rank; check all that must hold after.
 
     Collective if ``comm`` is given: files are root's unless the workload is joint,
-    everything else is checked on every rank.
+    everything else is checked on every rank. The fault is made by what ``make`` returns.
     """
     is_root = comm is None or comm.rank == 0
     if is_root:
@@ -338,13 +343,14 @@ def attempt(
     if comm is not None:
         comm.Barrier()
     is_victim = comm is None or comm.rank == victim
-    bystander = os if workload.joint else Untouched()
-    faulty: Any = Faulty(fault) if is_victim else bystander
+    faulty: Any = make(fault) if is_victim else None
+    bystander = in_place_of_os(os if workload.joint else Untouched())
     root = sandbox / workload.root
     options = {**workload.options, **options}
     with Training(root, keep=workload.keep, comm=comm, **options) as training:
         workload.prepare(training)
-        outcome = _act(workload, training, faulty, fault, str(sandbox))
+        place = faulty.in_place() if is_victim else bystander
+        outcome = _act(workload, training, place, fault, str(sandbox))
         if is_victim:
             outcome.fired = faulty.fired > 0
             outcome.wrong += [f"fsync again after it failed: {f}" for f in faulty.retried]
@@ -366,12 +372,12 @@ class Untouched:
 
 
 def _act(
-    workload: Workload, training: Training, faulty: Any, fault: Fault, sandbox: str
+    workload: Workload, training: Training, place: Any, fault: Fault, sandbox: str
 ) -> Outcome:
     outcome = Outcome()
     start = time.perf_counter()
     try:
-        with in_place_of_os(faulty):
+        with place:
             workload.act(training)
     except CheckpointError as error:
         outcome.error = (type(error).__name__, str(error))

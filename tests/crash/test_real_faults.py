@@ -18,7 +18,7 @@ import pytest
 
 from mpi_ckpt.errors import CheckpointError, SaveError
 from tests.crash.world import Saved, Training, judge, leftovers
-from tests.launch import environment, run_job
+from tests.launch import environment
 
 PROGRAMS = Path(__file__).parent / "programs"
 NOBODY = 65534
@@ -196,30 +196,3 @@ def test_directory_of_another_user():
         assert str(root) in message
         assert told["later"] == told["error"]
         assert judge(root, [Saved.of(1)], 0) is None
-
-
-@pytest.mark.parametrize(
-    "inject",
-    [
-        "fsync:error=EIO:when=3",
-        "fsync:error=EIO:when=6",
-        "pwrite64:error=ENOSPC:when=8",
-        "rename:error=ESTALE:when=2",
-        "mkdir:error=EDQUOT:when=4",
-    ],
-)
-def test_strace_fails_a_system_call_of_root(inject, tmp_path):
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
-    outcome = run_job(2, [str(PROGRAMS / "traced.py"), str(tmp_path), inject])
-    if "ptrace" in outcome.err and outcome.code != 0:
-        pytest.skip(f"strace is not allowed here: {outcome.err[-200:]}")
-    assert outcome.code == 0, outcome.text
-    trace = (tmp_path / "trace").read_text()
-    assert trace.count("(INJECTED)") == 1, trace
-    by_save = json.loads((tmp_path / "told").read_text())
-    failed = [errors for errors in by_save if errors[0] is not None]
-    assert len(failed) == 1, by_save
-    assert failed[0][0] == failed[0][1]
-    assert inject.split("=")[1].split(":")[0] in failed[0][0][1]
-    assert str(tmp_path / "ckpt") in failed[0][0][1]

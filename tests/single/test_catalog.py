@@ -119,3 +119,40 @@ def test_trouble_removing_is_told_and_no_half_generation_is_left(
 
 def test_missing_directory_has_no_generations(tmp_path):
     assert Catalog(tmp_path / "missing").generations() == []
+
+
+@pytest.fixture
+def stuck(root, monkeypatch):
+    """A catalog that could not remove 1 and 2, as the first rename failed."""
+    catalog = Catalog(root)
+    assert numbers(catalog) == [1, 2, 3, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "os", RecordingOS(fail="rename"))
+        catalog.remove([1, 2], "job")
+    assert numbers(catalog) == [1, 2, 3, 4]
+    return catalog
+
+
+def test_what_could_not_be_removed_goes_before_the_next_save(stuck, root):
+    stuck.remove_left("job")
+    assert numbers(stuck) == [3, 4]
+    assert sorted(os.listdir(root)) == [
+        ".lock",
+        "checkpoint-00000003",
+        "checkpoint-00000004",
+    ]
+    stuck.remove_left("job")
+    assert numbers(stuck) == [3, 4]
+
+
+def test_what_was_retired_is_spared_once_a_newer_one_is_bad(stuck, root):
+    stuck.spare_left()
+    stuck.remove_left("job")
+    assert numbers(stuck) == [1, 2, 3, 4]
+
+
+def test_what_was_retired_is_spared_where_nothing_newer_is_left(stuck, root):
+    for number in (3, 4):
+        shutil.rmtree(root / f"checkpoint-0000000{number}")
+    stuck.remove_left("job")
+    assert numbers(stuck) == [1, 2]

@@ -380,3 +380,17 @@ def test_a_listing_of_what_is_not_there_is_no_fresh_start(tmp_path, monkeypatch)
     directory = reader_of(tmp_path, monkeypatch, lambda number: None)
     with pytest.raises(ReadError, match=r"lists generations \[2, 1\], and none is there"):
         directory.open_newest()
+
+
+def test_a_retired_generation_is_kept_once_the_newer_one_is_bad(tmp_path, opened):
+    """Its removal failed; it is now the only good one, until the next save is durable."""
+    directory = opened(tmp_path)
+    directory.own()
+    save(directory, some_states())
+    newer = save(directory, some_states())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filesystem, "os", RecordingOS(fail="rename"))
+        directory.catalog.remove([1], directory.job)
+    directory.reject(2, CorruptGenerationError("bad", path=newer.path))
+    directory.begin().drop()
+    assert (tmp_path / "checkpoint-00000001").is_dir()

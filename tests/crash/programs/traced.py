@@ -1,42 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs root under strace, which fails one of its system calls; the others as they are.
+"""Goes through faults of system calls of any rank, one after the other, in one job.
 
-Arguments: directory, what strace shall inject. Then, as the program: save, note the error.
+Arguments: file with the faults as JSON, file for what came of them, a line for each. A
+fault is: workload, rank, system call, errno, number of the call or 0 for each in turn,
+and whether all later calls fail as well.
 """
 
+import itertools
 import json
-import os
+import shutil
 import sys
 from pathlib import Path
 
-directory, inject = Path(sys.argv[1]), sys.argv[2]
+from mpi4py import MPI
 
-if inject:
-    # Each launcher says the rank before MPI starts.
-    rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"]
-    command = [sys.executable, __file__, str(directory), ""]
-    if rank == "0":
-        call = inject.partition(":")[0]
-        trace = ["-e", f"trace={call}", "-e", f"inject={inject}"]
-        command = ["strace", "-f", "-qq", "-o", str(directory / "trace"), *trace, *command]
-    os.execvp(command[0], command)
+from tests.crash.faults import Fault, attempt, joint_workloads, quiet, workloads
+from tests.crash.tracing import Traced
+from tests.crash.world import scratch
 
-from mpi4py import MPI  # noqa: E402
-
-from mpi_ckpt.errors import CheckpointError  # noqa: E402
-from tests.crash.world import Saved, Training, leftovers  # noqa: E402
-
+asked, told = Path(sys.argv[1]), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
-errors = []
-with Training(directory / "ckpt", comm=comm, deadline_seconds=20) as training:
-    for step in range(1, 5):
-        error = None
-        try:
-            training.save(step)
-        except CheckpointError as caught:
-            error = [type(caught).__name__, str(caught)]
-        errors.append(comm.gather(error))
-    assert training.restore() == Saved.of(4)
+known = {one.name: one for one in [*workloads(), *joint_workloads()]}
+sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
+
+
+def report_of(workload, victim, fault):
+    """Return what came of a fault, on every rank; whether it hit anything comes first."""
+    made = []
+
+    def make(wanted):
+        made.append(Traced(wanted, sandbox))
+        return made[-1]
+
+    outcome = attempt(workload, fault, sandbox, comm, victim, make, deadline_seconds=30)
+    missed = any(one.missed for one in made)
+    gathered = comm.allgather((outcome, missed))
+    return {
+        "fault": f"{workload.name}, rank {victim}: {fault}",
+        "call": fault.call,
+        "fired": any(one.fired for one, _ in gathered),
+        "missed": any(missed for _, missed in gathered),
+        "errors": [one.error for one, _ in gathered],
+        "wrong": [line for one, _ in gathered for line in one.wrong],
+        "seconds": [one.seconds for one, _ in gathered],
+    }
+
+
+with quiet(), told.open("w") if comm.rank == 0 else open("/dev/null", "w") as lines:
+    for name, victim, call, code, number, forever in json.loads(asked.read_text()):
+        for nth in [number] if number else itertools.count(1):
+            report = report_of(known[name], victim, Fault(call, nth, code, forever))
+            print(json.dumps(report), file=lines, flush=True)
+            if not report["fired"] and not report["missed"]:
+                break
 if comm.rank == 0:
-    assert not leftovers(directory / "ckpt")
-    (directory / "told").write_text(json.dumps(errors))
+    shutil.rmtree(sandbox)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short form of scripts/soak: many saves, a slow disk, faults; nothing lost or leaked."""
+
+from __future__ import annotations
+
+import json
+
+from tests.crash.world import COUNTS, SEED
+from tests.launch import run_job
+
+SAVES, TURN = 60, 5
+
+
+def soak(ranks, directory, *more):
+    """Run the program; memory is judged by scripts/soak, over a thousand saves."""
+    command = ["-m", "tests.crash.programs.soak", str(directory), "--saves", str(SAVES)]
+    command += ["--turn", str(TURN), "--mib", "4", "--delay", "0.01", "--seed", str(SEED)]
+    return run_job(ranks, [*command, "--growth", "0.2", *more], timeout=110)
+
+
+def test_nothing_is_lost_or_left_by_many_saves_under_faults(tmp_path):
+    outcome = soak(2, tmp_path)
+    assert outcome.code == 0, outcome.text
+    report = json.loads(outcome.out)
+    assert report["wrong"] == []
+    assert report["faults"] == SAVES // 20
+    assert report["acknowledged"] == SAVES - sum(report["failed"].values())
+    assert report["acknowledged"] >= SAVES - report["faults"]
+    assert 3 <= report["most_generations_at_once"] <= 4
+    COUNTS["saves under load"] += SAVES
+
+
+def test_growth_is_found(tmp_path):
+    quick = ["--saves", "45", "--mib", "1", "--delay", "0"]
+    outcome = soak(1, tmp_path, *quick, "--growth", "-1")
+    assert outcome.code == 1
+    assert "memory of rank 0 grew by" in outcome.out
