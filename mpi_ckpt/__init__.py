@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.manager import CheckpointManager
     from mpi_ckpt.options import Options
+    from mpi_ckpt.pacing import AutoInterval
     from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport, SyncReport
     from mpi_ckpt.retention import KeepBest, KeepEvery, KeepLast
     from mpi_ckpt.state import State
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from mpi_ckpt.states.rng import RNGState
     from mpi_ckpt.states.scheduler import SchedulerState
     from mpi_ckpt.states.train import TrainState
+    from mpi_ckpt.stopping import StopWhen
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Accumulator": "mpi_ckpt.elastic.accumulator",
     "ArrayState": "mpi_ckpt.states.arrays",
+    "AutoInterval": "mpi_ckpt.pacing",
     "CheckpointError": "mpi_ckpt.errors",
     "CheckpointManager": "mpi_ckpt.manager",
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
@@ -52,6 +55,7 @@ _MODULES = {
     "SaveReport": "mpi_ckpt.reports",
     "SchedulerState": "mpi_ckpt.states.scheduler",
     "State": "mpi_ckpt.state",
+    "StopWhen": "mpi_ckpt.stopping",
     "SyncReport": "mpi_ckpt.reports",
     "TrainState": "mpi_ckpt.states.train",
     "remaining_epochs_until": "mpi_ckpt.elastic.epochs",
@@ -60,6 +64,7 @@ _MODULES = {
 __all__ = [
     "Accumulator",
     "ArrayState",
+    "AutoInterval",
     "CheckpointError",
     "CheckpointManager",
     "ElasticSampler",
@@ -79,6 +84,7 @@ __all__ = [
     "SaveReport",
     "SchedulerState",
     "State",
+    "StopWhen",
     "SyncReport",
     "TrainState",
     "remaining_epochs_until",

@@ -11,24 +11,19 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import Communicator, agree, any_of, bcast_json
+from mpi_ckpt.comm import Communicator, agree
 from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.engine.draft import SaveRequest
-from mpi_ckpt.engine.interval import Interval
 from mpi_ckpt.engine.registry import Registry
+from mpi_ckpt.engine.report import list_generations
 from mpi_ckpt.engine.restore import restore_states
 from mpi_ckpt.engine.saver import Saver
 from mpi_ckpt.engine.session import Session
+from mpi_ckpt.engine.steps import Steps
 from mpi_ckpt.engine.sync import capture_on_root, sync_states
-from mpi_ckpt.errors import CheckpointError, RegistrationError, RestoreError, SaveError
+from mpi_ckpt.errors import CheckpointError, RegistrationError, SaveError
 from mpi_ckpt.options import Options
-from mpi_ckpt.reports import (
-    GenerationInfo,
-    PhaseClock,
-    RestoreReport,
-    SaveReport,
-    SyncReport,
-)
+from mpi_ckpt.reports import PhaseClock, SyncReport
 from mpi_ckpt.storage.directory import CheckpointDirectory
 
 if TYPE_CHECKING:
@@ -39,6 +34,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from mpi_ckpt.engine.pending import PendingSave
+    from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport
     from mpi_ckpt.state import State
 
 __all__ = ["CheckpointManager"]
@@ -80,10 +76,10 @@ class CheckpointManager:
         self._session = Session(communicator, directory, options)
         self._registry = Registry(communicator)
         self._step = 0
-        self._interval = Interval(options.interval)
         self._pinned: int | None = None
         self._saver = Saver(self._session)
         self._guard = PreemptionGuard(options.preemption_signals)
+        self._steps = Steps(self._session, self._saver, self._guard)
         try:
             self._register(list(states))
         except CheckpointError:
@@ -113,7 +109,7 @@ class CheckpointManager:
 
         Not collective.
         """
-        return self._session.options.exit_code if self._guard.requested else 0
+        return self._session.options.exit_code if self._steps.must_stop else 0
 
     def add(self, state: State) -> None:
         """Take in one more state.
@@ -199,7 +195,7 @@ class CheckpointManager:
             carry=None if only is None else carry or bool,  # every name is true
         )
         self._pinned = None
-        self._interval.restart()
+        self._steps.restart()
         return self._saver.save(request, synced, clock)
 
     def restore(self, only: Collection[str] | None = None) -> RestoreReport | None:
@@ -232,45 +228,49 @@ class CheckpointManager:
         if report is not None:
             self._step = report.step
             self._pinned = report.generation if partial else None
-            self._interval.restart()
+            self._steps.restart()
         return report
 
     def step(self, *, metrics: Mapping[str, float] | None = None) -> bool:
         """Count a training step; save if one is due or somebody asked to stop.
 
-        Collective. Call at every step boundary. Costs one allreduce of 48 bytes.
+        Collective. Call at every step boundary. Costs one allreduce of 40 bytes, which
+        short steps do not wait for: what asks to stop is then heard a step later.
 
         Args:
             metrics: Given to the save, if there is one.
 
         Returns:
-            Whether to stop: a signal came to some rank, and everything is saved. Leave
-            with ``sys.exit(manager.exit_code)``, on every rank.
+            Whether to stop: a signal came to some rank, the job is about to end, or
+            ``Options.stop`` has another reason; everything is saved. Leave with
+            ``sys.exit(manager.exit_code)``, on every rank.
 
         Raises:
             CheckpointError: On every rank, as `save` does.
         """
         self._step += 1
-        comm = self._session.comm
-        is_due = self._interval.is_due(self._step, is_root=comm.is_root)
-        writing = self._saver.is_writing
-        stop, due, writing = any_of(comm, "step()", self._guard.requested, is_due, writing)
-        if stop or not writing:
+        verdict = self._steps.decide(self._step)
+        if verdict.stop or verdict.finish:
             self._saver.finish()
-        if stop:
+        if verdict.stop:
             # The last save is of this very step, and durable.
-            report = self.save(metrics=metrics).wait()
-        elif due:
+            self._steps.note_stop(self.save(metrics=metrics).wait())
+            return True
+        if verdict.save:
             self.save(metrics=metrics)
-        if stop:
-            self._guard.requested = True
-            if comm.is_root:
-                logger.warning(
-                    "asked to stop (%s); generation %d is saved",
-                    self._guard.reason or "on another rank",
-                    report.generation,
-                )
-        return stop
+        self._steps.go_on()
+        return False
+
+    def should_stop(self) -> bool:
+        """Tell whether somebody asked to stop; count no step and save nothing.
+
+        Collective. For evaluation and warm-up, which may be left early then: the next
+        `step` saves and returns True, and `exit_code` is already set on every rank.
+
+        Raises:
+            CollectiveError: On every live rank, if one never arrives.
+        """
+        return self._steps.should_stop()
 
     def wait(self) -> None:
         """Return when no save is pending.
@@ -291,11 +291,7 @@ class CheckpointManager:
             CheckpointError: On every rank, if root cannot list the directory.
         """
         self._saver.finish()
-        session, doing = self._session, "listing generations"
-        found = session.on_root(doing, session.directory.catalog.generations, RestoreError)
-        mine = [one.to_json() for one in found or []]
-        told = bcast_json(session.comm, mine, doing)
-        return [GenerationInfo(**{**one, "path": Path(one["path"])}) for one in told]
+        return list_generations(self._session)
 
     def close(self) -> None:
         """Finish a pending save; let go of directory, signals and communicator.
@@ -310,6 +306,7 @@ class CheckpointManager:
         finally:
             # The error, if any, was agreed on: every rank is here.
             self._let_go()
+            self._steps.settle()
             self._session.comm.close()
 
     def __enter__(self) -> CheckpointManager:
@@ -342,3 +339,4 @@ class CheckpointManager:
 
         agree(self._session.comm, "registering states", add_all, error=RegistrationError)
         self._registry.choose(None, skipped=True)
+        self._steps.read_environment()

@@ -10,7 +10,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.pacing import AutoInterval
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
+from mpi_ckpt.stopping import StopWhen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,7 +34,8 @@ class Options:
         retention: Which generations stay after a save; policies are joined by ``|``.
             Default: the 3 newest.
         interval: When `CheckpointManager.step` saves: every so many steps (an int), every
-            so much time (a timedelta, root's clock), or never by itself (None, default).
+            so much time (a timedelta, root's clock), as often as is best (``"auto"`` or
+            an `AutoInterval`), or never by itself (None, default).
         strict: Whether a state missing from the generation, or one that only the
             generation has, is an error (default) or just reported.
         reuse: Whether leaves that did not change since the newest generation are shared
@@ -49,6 +52,7 @@ class Options:
             (``"skip"``), or raise (``"raise"``).
         preemption_signals: Signals that ask for a last save and a stop; noticed by
             ``step()``. Empty: no handler is installed.
+        stop: What else asks for that: the end of the job, a file, a function.
         exit_code: What ``manager.exit_code`` becomes when the job was told to stop.
             Default: 143, as a shell reports SIGTERM.
         deadline_seconds: How long the ranks wait for one another before every live one
@@ -77,7 +81,7 @@ class Options:
 
     # These change what happens.
     retention: RetentionPolicy = KeepLast(3)
-    interval: int | timedelta | None = None
+    interval: int | timedelta | AutoInterval | Literal["auto"] | None = None
     strict: bool = True
     reuse: bool = True
     full_every: int = 10
@@ -90,6 +94,7 @@ class Options:
         signal.SIGUSR2,
         signal.SIGINT,
     )
+    stop: StopWhen = StopWhen()
     exit_code: int = 143
     # These change how fast it happens.
     deadline_seconds: float = 600.0
@@ -108,17 +113,16 @@ class Options:
             )
 
     def _requirements(self) -> list[tuple[bool, str]]:
-        interval = self.interval
-        if isinstance(interval, timedelta):
-            interval_holds = interval > timedelta(0)
-        else:
-            interval_holds = interval is None or interval >= 1
         return [
             (
                 isinstance(self.retention, RetentionPolicy),
                 f"retention is {self.retention!r}, not a policy such as KeepLast(3)",
             ),
-            (interval_holds, f"interval is {interval}: at least 1 step, or a time"),
+            (
+                _is_interval(self.interval),
+                f"interval is {self.interval!r}: at least 1 step, a time, or 'auto'",
+            ),
+            (isinstance(self.stop, StopWhen), f"stop is {self.stop!r}, not a StopWhen"),
             (self.full_every >= 1, f"full_every is {self.full_every}: at least 1"),
             (
                 self.when_pending in ("wait", "skip", "raise"),
@@ -184,7 +188,17 @@ class Options:
         return {field.name: repr(getattr(self, field.name)) for field in fields(self)}
 
 
-def _parse_interval(text: str) -> int | timedelta:
+def _is_interval(interval: object) -> bool:
+    if isinstance(interval, timedelta):
+        return interval > timedelta(0)
+    if isinstance(interval, int):
+        return interval >= 1
+    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
+
+
+def _parse_interval(text: str) -> int | timedelta | Literal["auto"]:
+    if text == "auto":
+        return "auto"
     if text.endswith("s"):
         return timedelta(seconds=float(text[:-1]))
     return int(text)
@@ -199,7 +213,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MPI_CKPT_INTERVAL": (
         "interval",
         _parse_interval,
-        "steps (100) or seconds (600s) between saves",
+        "steps (100) or seconds (600s) between saves, or auto",
     ),
     "MPI_CKPT_REUSE": (
         "reuse",

@@ -106,6 +106,7 @@ class GenerationInfo:
         size: Number of ranks that saved it.
         nbytes: Bytes of all its files.
         metrics: The metrics given at the save.
+        job: A name for the run of the job that saved it.
     """
 
     generation: int
@@ -115,6 +116,7 @@ class GenerationInfo:
     size: int
     nbytes: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    job: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values. Not collective. Thread-safe."""

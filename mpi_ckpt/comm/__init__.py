@@ -20,11 +20,13 @@ from mpi_ckpt.comm.transfer import (
     gather_bytes,
     mean_buffers,
 )
+from mpi_ckpt.comm.vote import Vote
 
 __all__ = [
     "ROOT",
     "Communicator",
     "Topology",
+    "Vote",
     "agree",
     "agree_on_root",
     "any_of",

@@ -2,9 +2,8 @@
 """One verdict for all ranks: local work, then every rank goes on or every rank raises.
 
 INVARIANT: no collective stands where one rank alone may not reach it. What can fail is
-wrapped here; the outcomes meet in one small allreduce; only if one failed is more said.
-With them meets a digest of what each rank is doing: ranks that call different things
-are told so, where MPI would hang or crash.
+wrapped here; the outcomes meet in one small allreduce (`mpi_ckpt.comm.vote`); only if one
+failed is more said.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import numpy as np
 
 from mpi_ckpt.comm.communicator import ROOT
 from mpi_ckpt.comm.transfer import bcast_json, gather_bytes
+from mpi_ckpt.comm.vote import UNTOUCHED, Vote
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import (
     CheckpointError,
-    CollectiveError,
     RankFailure,
     merge_failures,
 )
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["agree", "agree_on_root", "any_of", "compare_texts", "differing_digests"]
 
 Result = TypeVar("Result")
-
-_FLAGS = 3
-
-UNTOUCHED = "published generations are untouched"
 
 
 def agree(
@@ -118,25 +113,20 @@ def agree_on_root(
 def any_of(comm: Communicator, doing: str, *flags: bool) -> tuple[bool, ...]:
     """Tell whether each of some flags is set on any rank.
 
-    Collective. Main thread only. One allreduce of 56 bytes, however many flags: ranks
-    that do different things must still meet in messages of one length.
+    Collective. Main thread only. One allreduce of 40 bytes, however many flags.
 
     Args:
         comm: The communicator.
         doing: What the ranks meet for; the same on every rank.
-        flags: At most three.
+        flags: At most 64.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives or meets for something
             else.
     """
-    purpose = np.frombuffer(digest_bytes(doing.encode()), np.uint64)
-    padded = (*flags, *[False] * (_FLAGS - len(flags)))
-    mine = np.concatenate([purpose, ~purpose, np.array(padded, np.uint64)])
-    most = comm.all_reduce(mine, "max", doing)
-    if (most[:2] != ~most[2:4]).any():
-        _refuse_confusion(comm, doing)
-    return tuple(bool(flag) for flag in most[4 : 4 + len(flags)])
+    mine = sum(1 << place for place, flag in enumerate(flags) if flag)
+    joined = Vote(comm, doing).exchange(mine)
+    return tuple(bool(joined >> place & 1) for place in range(len(flags)))
 
 
 def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[str]:
@@ -194,17 +184,6 @@ def differing_digests(
     differs = least[: len(mine)] != ~least[len(mine) :]
     found: np.ndarray[tuple[int], np.dtype[np.bool_]] = differs.reshape(-1, 2).any(axis=1)
     return found
-
-
-def _refuse_confusion(comm: Communicator, doing: str) -> None:
-    texts = [one.decode() for one in gather_bytes(comm, doing.encode(), doing)]
-    lines = [f"rank {r} on {comm.hosts[r]}: {text}" for r, text in enumerate(texts)]
-    told = bcast_json(comm, lines, doing)
-    raise CollectiveError(
-        f"the ranks do different things; {UNTOUCHED}. Each call that is collective must be "
-        "made by all ranks, in the same order:\n  " + "\n  ".join(told),
-        problems=told,
-    )
 
 
 def _exchange(

@@ -63,6 +63,7 @@ class Communicator:
         topology: The ranks by host.
         node: Communicator of the ranks on this host, in order; None where all are on
             one, or each on its own.
+        confusions: How often all ranks have heard that they do different things.
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
@@ -81,6 +82,7 @@ class Communicator:
         check_horovod(parent.size)
         self.deadline_seconds = deadline_seconds
         self.message_bytes = message_bytes
+        self.confusions = 0
         self._broken: str | None = None
         self.handle: MPI.Intracomm = parent.Dup()
         self.rank: int = self.handle.rank
@@ -100,10 +102,14 @@ class Communicator:
         After a missed deadline nothing is freed: that would wait for the absent.
         """
         gone = self._mpi.Is_finalized() or self.handle == self._mpi.COMM_NULL
-        if not gone and self._broken is None and not self._others_gave_up():
+        if not gone and self.can_meet():
             if self.node is not None:
                 self.node.Free()
             self.handle.Free()
+
+    def can_meet(self) -> bool:
+        """Tell whether no deadline was missed yet. Not collective."""
+        return self._broken is None and not self._others_gave_up()
 
     def all_reduce(self, values: NDArray[Any], operation: str, doing: str) -> NDArray[Any]:
         """Reduce small vectors over all ranks.
@@ -112,23 +118,38 @@ class Communicator:
 
         Args:
             values: 1-d, the same length and dtype on every rank.
-            operation: ``"min"``, ``"max"`` or ``"sum"``.
+            operation: ``"min"``, ``"max"``, ``"sum"`` or ``"bor"`` (bitwise or).
             doing: What the ranks meet for, told when one does not come.
 
         Raises:
             CollectiveError: On every live rank, if one never arrives.
         """
         result = np.empty_like(values)
-        mpi_operation = getattr(self._mpi, operation.upper())
         most = max(1, self.message_bytes // values.itemsize)
         requests = [
-            self.handle.Iallreduce(
-                values[start : start + most], result[start : start + most], op=mpi_operation
+            self.start_all_reduce(
+                values[start : start + most], result[start : start + most], operation
             )
             for start in range(0, len(values), most)
         ]
         self.wait(requests, doing, buffers=(values, result))
         return result
+
+    def start_all_reduce(
+        self, values: NDArray[Any], result: NDArray[Any], operation: str
+    ) -> MPI.Request:
+        """Start reducing a vector that fits into one message.
+
+        Collective. Main thread only. The request holds neither array.
+
+        Args:
+            values: 1-d, the same length and dtype on every rank.
+            result: Of the same form; set once the request is done.
+            operation: ``"min"``, ``"max"``, ``"sum"`` or ``"bor"`` (bitwise or).
+        """
+        return self.handle.Iallreduce(
+            values, result, op=getattr(self._mpi, operation.upper())
+        )
 
     def wait(
         self,

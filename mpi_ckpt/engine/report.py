@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import bcast_json
-from mpi_ckpt.reports import PhaseClock, RestoreReport, SaveReport, SyncReport
+from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.reports import (
+    GenerationInfo,
+    PhaseClock,
+    RestoreReport,
+    SaveReport,
+    SyncReport,
+)
 from mpi_ckpt.storage.layout import generation_name
 
 if TYPE_CHECKING:
@@ -15,7 +22,20 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.find import Fit, Found
     from mpi_ckpt.engine.session import Session
 
-__all__ = ["report_restore", "report_save"]
+__all__ = ["list_generations", "report_restore", "report_save"]
+
+
+def list_generations(session: Session) -> list[GenerationInfo]:
+    """Tell all ranks what root finds, oldest first. Collective. Nothing is pending.
+
+    Raises:
+        CheckpointError: On every rank, if root cannot list the directory.
+    """
+    doing, catalog = "listing generations", session.directory.catalog
+    found = session.on_root(doing, catalog.generations, RestoreError)
+    mine = [one.to_json() for one in found or []]
+    told = bcast_json(session.comm, mine, doing)
+    return [GenerationInfo(**{**one, "path": Path(one["path"])}) for one in told]
 
 
 def report_save(

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from mpi_ckpt.comm import agree
 from mpi_ckpt.engine.background import Background
+from mpi_ckpt.engine.costs import Costs
 from mpi_ckpt.engine.joint import JointSave
 from mpi_ckpt.engine.pending import PendingSave
 from mpi_ckpt.engine.report import report_save
@@ -69,12 +71,16 @@ class Saver:
 
     Args:
         session: The manager's.
+
+    Attributes:
+        costs: What saves have taken in this run.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._arena = Arena()
         self._background = Background()
+        self.costs = Costs()
         self.pending: PendingSave | None = None
 
     @property
@@ -120,6 +126,13 @@ class Saver:
         Raises:
             SaveError: On every rank; nothing was published.
         """
+        saved = self._save(request, synced, clock)
+        self.costs.note_save(clock.seconds()["total"])
+        return saved
+
+    def _save(
+        self, request: SaveRequest, synced: SyncReport, clock: PhaseClock
+    ) -> SaveReport | PendingSave:
         session = self._session
         work = self._plan(request, synced, clock)
 
@@ -155,7 +168,9 @@ class Saver:
         pending, self.pending = self.pending, None
         try:
             if pending is not None and not pending.finished:
+                start = time.perf_counter()
                 pending.wait()
+                self.costs.note_end_of_save(time.perf_counter() - start)
         finally:
             self._background.join()  # not collective
 
@@ -203,6 +218,7 @@ class Saver:
         report = report_save(
             self._session, published, step=request.step, synced=synced, clock=clock
         )
+        self.costs.note_durable(report.seconds["total"])
         # Every rank has heard by now that the new generation is durable: what it
         # replaces may go, and nobody needs to wait for that.
         if published is not None and published.retired:

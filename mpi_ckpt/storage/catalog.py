@@ -46,6 +46,7 @@ class Catalog:
             size=manifest.size,
             nbytes=manifest_bytes + sum(file.nbytes for file in manifest.files),
             metrics=manifest.metrics,
+            job=manifest.job,
         )
 
     def generations(self) -> list[GenerationInfo]:

@@ -10,7 +10,9 @@ import pytest
 
 from mpi_ckpt.errors import OptionsError
 from mpi_ckpt.options import ENVIRONMENT, Options
+from mpi_ckpt.pacing import AutoInterval
 from mpi_ckpt.retention import KeepEvery, KeepLast
+from mpi_ckpt.stopping import StopWhen
 
 
 def test_defaults_are_usable_and_few():
@@ -18,7 +20,7 @@ def test_defaults_are_usable_and_few():
     assert options.retention == KeepLast(3)
     assert options.exit_code == 143
     assert signal.SIGTERM in options.preemption_signals
-    assert len(dataclasses.fields(options)) <= 17
+    assert len(dataclasses.fields(options)) <= 18
 
 
 def test_options_are_frozen_and_named():
@@ -48,6 +50,8 @@ def test_options_are_frozen_and_named():
         {"full_every": 0},
         {"when_pending": "queue"},
         {"io": "mmap"},
+        {"interval": "automatic"},
+        {"stop": None},
     ],
     ids=repr,
 )
@@ -62,6 +66,9 @@ def test_values_out_of_range_are_refused(given):
     [
         {"interval": 1},
         {"interval": timedelta(milliseconds=1)},
+        {"interval": "auto"},
+        {"interval": AutoInterval(mtbf=timedelta(hours=6), overhead=0.5)},
+        {"stop": StopWhen(halt_file=None, margin_seconds=0)},
         {"exit_code": 0},
         {"exit_code": 255},
         {"message_bytes": 64},
@@ -110,6 +117,26 @@ def test_every_variable_sets_its_field():
     )
     fields = {field.name for field in dataclasses.fields(Options)}
     assert {field for field, _, _ in ENVIRONMENT.values()} <= fields
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"margin_seconds": -1}, {"margin_seconds": math.nan}, {"halt_file": ""}],
+    ids=repr,
+)
+def test_reasons_to_stop_out_of_range_are_refused(given):
+    (name,) = given
+    with pytest.raises(OptionsError, match=name):
+        StopWhen(**given)
+
+
+def test_a_function_may_be_another_on_each_rank():
+    one, other = (Options(stop=StopWhen(asked=lambda: None)) for _ in range(2))
+    assert one.describe() == other.describe()
+
+
+def test_interval_may_be_worked_out():
+    assert Options.from_env({"MPI_CKPT_INTERVAL": "auto"}).interval == "auto"
 
 
 def test_interval_in_seconds_is_a_time():

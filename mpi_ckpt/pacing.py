@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often to save: pure functions of what a save costs and how often a job fails."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import OptionsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["ASSUMED", "AutoInterval", "Failures", "best_interval", "count_failures"]
+
+# Fewer ends of runs say next to nothing about the mean time between them.
+_ENOUGH_FAILURES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoInterval:
+    """An interval between saves that is worked out from what they cost.
+
+    Attributes:
+        mtbf: Mean time between failures of the whole job. None (default): what the
+            generations that are there tell, else a day.
+        overhead: Share of the time that saves may take from the training at most,
+            whatever the failures. Default: 2%.
+
+    Raises:
+        OptionsError: On every rank that makes it, if a value cannot be used.
+    """
+
+    mtbf: timedelta | None = None
+    overhead: float = 0.02
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.mtbf is not None and self.mtbf <= timedelta(0):
+            faults.append(f"mtbf is {self.mtbf}: a time above 0")
+        if not 0 < self.overhead < 1:
+            faults.append(f"overhead is {self.overhead}: above 0 and below 1")
+        if faults:
+            raise OptionsError(
+                "an interval cannot be worked out:\n  " + "\n  ".join(faults),
+                problems=faults,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """How often a job fails.
+
+    Attributes:
+        mtbf_seconds: Mean time between two failures.
+        source: Where that comes from, in a word or two.
+    """
+
+    mtbf_seconds: float
+    source: str
+
+
+ASSUMED = Failures(86400.0, "assumed")
+"""What is taken for true until something is known."""
+
+
+def count_failures(saves: Sequence[tuple[str, float]], job: str, now: float) -> Failures:
+    """Tell what the generations that are there know of failures.
+
+    Pure. Each generation names the job that wrote it. A job other than the present one
+    has ended, and it is not written down why: its end is taken for a failure, which can
+    only make saves more frequent. Of generations given up by retention nothing is known,
+    so few are seen.
+
+    Args:
+        saves: Job and time (seconds since the epoch) of every generation, oldest first.
+        job: The present job.
+        now: Seconds since the epoch.
+
+    Returns:
+        The time since the oldest generation by the jobs that have ended since; a day, if
+        these are fewer than three.
+    """
+    ended = len({name for name, _ in saves} - {job})
+    span = now - saves[0][1] if saves else 0.0
+    if ended < _ENOUGH_FAILURES or span <= 0:
+        return ASSUMED
+    return Failures(span / ended, f"{ended} jobs have ended since the oldest generation")
+
+
+def best_interval(
+    stall_seconds: float,
+    durable_seconds: float,
+    mtbf_seconds: float,
+    overhead: float,
+) -> float:
+    """Return the seconds of training between two saves that lose the least time.
+
+    Pure. J. T. Daly, "A higher order estimate of the optimum checkpoint interval for
+    restart dumps", Future Generation Computer Systems 22 (2006), which
+    refines J. W. Young's sqrt(2 C M) (Communications of the ACM 17, 1974). ``C``, the
+    cost of a save, is the time the training stands still for it. Two bounds lie below:
+    that of the overhead, and the time in which a save becomes durable, as the next one
+    would have to wait for it.
+
+    Args:
+        stall_seconds: How long a save stops the training.
+        durable_seconds: How long it takes until it is durable.
+        mtbf_seconds: Mean time between failures.
+        overhead: Share of the time that saves may take at most, above 0 and below 1.
+    """
+    cost, mean = stall_seconds, mtbf_seconds
+    if cost < 2 * mean:
+        ratio = cost / (2 * mean)
+        best = math.sqrt(2 * cost * mean) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
+    else:
+        best = mean
+    affordable = cost * (1 - overhead) / overhead
+    return max(best, affordable, durable_seconds)
