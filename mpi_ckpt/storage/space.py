@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import WriteError
@@ -63,7 +64,8 @@ def _can_reserve(probe: Path, nbytes: int) -> bool:
     except OSError:
         return False
     finally:
-        filesystem.remove_file(probe)
+        with suppress(OSError):  # it goes with the directory then
+            filesystem.remove_file(probe)
 
 
 def _amount(nbytes: float, files: float) -> str:

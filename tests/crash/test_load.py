@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.crash.world import COUNTS, SEED
 from tests.launch import run_job
+
+pytestmark = pytest.mark.timeout(300)
 
 SAVES, TURN = 60, 5
 
@@ -15,7 +19,7 @@ def soak(ranks, directory, *more):
     """Run the program; memory is judged by scripts/soak, over a thousand saves."""
     command = ["-m", "tests.crash.programs.soak", str(directory), "--saves", str(SAVES)]
     command += ["--turn", str(TURN), "--mib", "4", "--delay", "0.01", "--seed", str(SEED)]
-    return run_job(ranks, [*command, "--growth", "0.2", *more], timeout=110)
+    return run_job(ranks, [*command, "--growth", "0.2", *more], timeout=250)
 
 
 def test_nothing_is_lost_or_left_by_many_saves_under_faults(tmp_path):

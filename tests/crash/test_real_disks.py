@@ -29,6 +29,8 @@ def file_system(kind, folder, mib, options=""):
     """Make a file system of its own in a file, and mount it."""
     image, where = folder / "image", folder / "disk"
     where.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount")
     if shutil.which(f"mkfs.{kind}") is None:
         pytest.skip(f"mkfs.{kind} is not installed")
     with image.open("wb") as file:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from tests.crash import faults
-from tests.crash.tracing import ERRNOS, NOTHING, SYSTEM_CALLS, traced, why_not
+from tests.crash.faults import Fault
+from tests.crash.tracing import ERRNOS, NOTHING, SYSTEM_CALLS, Traced, traced, why_not
 from tests.crash.world import COUNTS, SEED, STRESS, Training
 from tests.launch import run_job
 
@@ -32,11 +34,24 @@ ELSEWHERE = {
 }
 
 
+pytestmark = pytest.mark.timeout(300)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def strace():
     reason = why_not()
     if reason:
         pytest.skip(reason)
+
+
+def test_an_fsync_after_a_failed_one_is_seen(tmp_path):
+    one = Traced(Fault("fsync", 1, errno.EIO), tmp_path)
+    path = tmp_path / "one.bin"
+    with one.in_place(), path.open("wb") as file:
+        with pytest.raises(OSError, match="Input/output error"):
+            os.fsync(file.fileno())
+        os.fsync(file.fileno())
+    assert (one.fired, one.missed, one.retried) == (1, 0, [str(path)])
 
 
 def kinds():
@@ -46,7 +61,7 @@ def kinds():
             yield call, code
 
 
-def go_through(ranks, asked, tmp_path, *, timeout=100):
+def go_through(ranks, asked, tmp_path, *, timeout=250):
     """Run one job through faults; return the calls that did fail, one for each fault."""
     (tmp_path / "asked").write_text(json.dumps(asked))
     told = tmp_path / "told"
@@ -78,7 +93,7 @@ def drawn(names, ranks, number):
     return chosen
 
 
-@pytest.mark.parametrize(("ranks", "number", "least"), [(2, 80, 20), (4, 30, 5)])
+@pytest.mark.parametrize(("ranks", "number", "least"), [(2, 70, 20), (4, 25, 4)])
 def test_some_system_calls_fail(ranks, number, least, tmp_path):
     fired = go_through(ranks, drawn([*SOLO, *JOINT], ranks, number), tmp_path)
     assert len(fired) >= least
