@@ -45,7 +45,7 @@ RUNS = {
     "quarantine of a cut file": (lambda: scenarios.quarantine("cut"), 45),
     "quarantine of a flipped bit": (lambda: scenarios.quarantine("flipped"), 45),
     "quarantine without manifest": (lambda: scenarios.quarantine("gone"), 45),
-    "sweep": (scenarios.sweep, 130),
+    "sweep": (scenarios.sweep, 110),
 }
 
 PROGRAM = str(Path(__file__).parent / "programs" / "record.py")
