@@ -111,7 +111,8 @@ class Disk:
 class Cut:
     """Power fails in a job that saves in one of `WAYS`, in one of `SHUTDOWNS`.
 
-    It does so inside or after a change, or ``acked``: after an acknowledgement.
+    It does so inside a change (while the call runs, or when half of a write is done), after
+    one, or ``acked``: after an acknowledgement.
     """
 
     way: str
@@ -159,13 +160,16 @@ class Job:
         training.move(step)
         self.saves.append(Saved.of(step))
         training.manager.save(step).wait()
-        self.acked = len(self.saves) - 1
-        if self._cut.moment == Moment(self.acked, "acked"):
+        # A machine without power tells nobody anything. Here the job lives on for a while,
+        # and on XFS an fsync that runs beside the shutdown may still succeed.
+        if not self._is_cut:
+            self.acked = len(self.saves) - 1
+        if not self._is_cut and self._cut.moment == Moment(self.acked, "acked"):
             self._lose_power()
         training.manager.wait()  # for what is pruned
 
     def _lose_power(self) -> None:
-        self._is_cut = True
+        self._is_cut = True  # from here on: the cut takes its time
         self._disk.cut(self._cut.how)
 
 
