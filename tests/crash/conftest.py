@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 
 from tests.crash.faults import quiet
-from tests.crash.world import COUNTS, SEED
+from tests.crash.world import COUNTS, JUDGED, SEED
 
 
 def pytest_terminal_summary(terminalreporter):
-    tried = ", ".join(f"{number} {what}" for what, number in COUNTS.items())
+    counts = {"distinct crash states": len(JUDGED), **COUNTS}
+    tried = ", ".join(f"{number} {what}" for what, number in counts.items())
     terminalreporter.write_line(f"crash tests: MPI_CKPT_TEST_SEED={SEED}; {tried}")
 
 

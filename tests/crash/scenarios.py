@@ -1,224 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job does to a checkpoint directory, recorded; and its crash states, judged."""
+"""What jobs do to a checkpoint directory, each recorded in a way of its own."""
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
-import random
 import shutil
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.crash.recorder import Recorder, in_place_of_os, merge
-from tests.crash.replay import (
-    Choice,
-    Model,
-    crash_images,
-    image_key,
-    read_image,
-    write_image,
+from mpi4py import MPI
+
+from mpi_ckpt import ArrayState, KeepLast, Options, checkpoint
+from tests.crash.crashes import (
+    ROOT,
+    Run,
+    Scenario,
+    assert_explained,
+    record,
+    saved_image,
 )
-from tests.crash.world import COUNTS, STATES, Saved, Training, empty, judge, scratch
+from tests.crash.recorder import merge
+from tests.crash.replay import Model, write_image
+from tests.crash.world import Plain, Saved, arrays_at, plain_at, scratch
 from tests.launch import run_job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from tests.crash.recorder import Op
     from tests.crash.replay import Image
 
-ROOT = "ckpt"
 RECORD_WRITERS = str(Path(__file__).parent / "programs" / "record_writers.py")
-
-
-@dataclass
-class Scenario:
-    """A recorded run.
-
-    Attributes:
-        name: For messages.
-        base: What was on disk before, durable.
-        ops: What the run did; marks say which save was acknowledged.
-        saves: Every save, in order, those of earlier runs first.
-        acked: Index in ``saves`` of the last acknowledged before the run; -1 for none.
-        root: The checkpoint directory in the sandbox.
-        bad: Generations that were damaged on purpose.
-    """
-
-    name: str
-    base: Image = field(default_factory=dict)
-    ops: list[Op] = field(default_factory=list)
-    saves: list[Saved] = field(default_factory=list)
-    acked: int = -1
-    root: str = ROOT
-    bad: frozenset[str] = frozenset()
-
-    def acked_after(self, done: int) -> int:
-        """Return the index of the last save acknowledged within so many operations."""
-        notes = [op.note for op in self.ops[:done] if op.kind == "mark"]
-        return max([self.acked, *notes])
-
-
-class Run:
-    """A job in a sandbox whose operations are recorded, and its saves noted."""
-
-    def __init__(self, scenario: Scenario, sandbox: Path, recorder: Recorder) -> None:
-        self.scenario = scenario
-        self.recorder = recorder
-        self.root = sandbox / scenario.root
-
-    def start(self, **options: object) -> Training:
-        return Training(self.root, **options)
-
-    def save(
-        self,
-        training: Training,
-        step: int,
-        *,
-        only: Collection[str] | None = None,
-        moved: Collection[str] = STATES,
-    ) -> None:
-        """Bring some states to a step, save all or some, and note the acknowledgement."""
-        number, report = self.start_save(training, step, only=only, moved=moved)
-        report.wait()
-        self.recorder.mark(number)
-        training.manager.wait()  # also for what is pruned behind the training
-
-    def start_save(
-        self,
-        training: Training,
-        step: int,
-        *,
-        only: Collection[str] | None = None,
-        moved: Collection[str] = STATES,
-    ) -> tuple[int, Any]:
-        """As `save`, but only begun; return what to note once it is acknowledged."""
-        training.move(step, moved)
-        saved = training.holds(step)
-        if only is not None:  # the rest is that of the newest generation
-            last = self.scenario.saves[-1]
-            saved = Saved(
-                step,
-                saved.arrays if "arrays" in only else last.arrays,
-                saved.plain if "plain" in only else last.plain,
-            )
-        self.scenario.saves.append(saved)
-        return len(self.scenario.saves) - 1, training.manager.save(step, only=only)
-
-
-def record(
-    scenario: Scenario,
-    program: Callable[[Run], None],
-    wrap: Callable[[Recorder], Any] = lambda recorder: recorder,
-) -> Scenario:
-    """Run a program on the scenario's base image; fill in what it did.
-
-    Args:
-        scenario: Its operations and saves are filled in.
-        program: The job.
-        wrap: Puts something between the library and the recorder, such as a fault.
-    """
-    sandbox = scratch()
-    try:
-        write_image(scenario.base, sandbox)
-        recorder = Recorder(sandbox)
-        with in_place_of_os(wrap(recorder)):
-            program(Run(scenario, sandbox, recorder))
-        scenario.ops = recorder.ops
-        assert_explained(scenario, sandbox)
-    finally:
-        shutil.rmtree(sandbox)
-    return scenario
-
-
-def assert_explained(scenario: Scenario, sandbox: Path) -> None:
-    """Require that nothing wrote to the sandbox that is missing from the record."""
-    model = Model(scenario.base)
-    for op in scenario.ops:
-        model.apply(op)
-    assert model.seen() == read_image(sandbox), "the record does not explain the disk"
-
-
-def saved_image(steps: list[int], *, keep: int = 9) -> tuple[Image, list[Saved]]:
-    """Return an image with one generation of each step, and what they hold."""
-    sandbox = scratch()
-    try:
-        with Training(sandbox / ROOT, keep=keep) as training:
-            for step in steps:
-                training.save(step)
-        return read_image(sandbox), [Saved.of(step) for step in steps]
-    finally:
-        shutil.rmtree(sandbox)
-
-
-@dataclass
-class Result:
-    """What the crash states of a scenario showed."""
-
-    states: int = 0
-    bad: list[str] = field(default_factory=list)
-
-    @property
-    def kinds(self) -> Counter[str]:
-        return Counter(line.split()[0] for line in self.bad)
-
-    def __str__(self) -> str:
-        shown = "\n  ".join(self.bad[:10])
-        return f"{len(self.bad)} bad of {self.states} crash states:\n  {shown}"
-
-
-def judge_crashes(
-    scenario: Scenario, seed: int, *, samples: int = 6, limit: int | None = None
-) -> Result:
-    """Load every distinct crash state of a scenario with the library itself.
-
-    Args:
-        scenario: A recorded one.
-        seed: Draws the states that are out of order or torn.
-        samples: How many of them after each operation.
-        limit: Judge no more than so many, drawn at random; None for all.
-    """
-    rng = random.Random(f"{seed} {scenario.name}")
-    distinct: dict[tuple[bytes, int], tuple[int, Choice, Image]] = {}
-    for done, choice, image in crash_images(
-        scenario.base, scenario.ops, rng, samples=samples
-    ):
-        key = (image_key(image), scenario.acked_after(done))
-        distinct.setdefault(key, (done, choice, image))
-    states = list(distinct.values())
-    if limit is not None and len(states) > limit:
-        states = rng.sample(states, limit)
-    result = Result(len({image_key(image) for _, _, image in states}))
-    COUNTS["distinct crash states"] += result.states
-    sandbox = scratch()
-    level = logging.getLogger("mpi_ckpt").level
-    logging.getLogger("mpi_ckpt").setLevel(logging.CRITICAL)
-    try:
-        for done, choice, image in states:
-            empty(sandbox)
-            write_image(image, sandbox)
-            fault = judge(
-                sandbox / scenario.root,
-                scenario.saves,
-                scenario.acked_after(done),
-                bad=scenario.bad,
-            )
-            if fault is not None:
-                last = scenario.ops[done - 1] if done else "nothing"
-                result.bad.append(
-                    f"{fault}\n    {scenario.name}, seed {seed}: crash after operation "
-                    f"{done} ({last}), names {choice.names}, data {choice.data}"
-                )
-    finally:
-        logging.getLogger("mpi_ckpt").setLevel(level)
-        shutil.rmtree(sandbox)
-    return result
-
-
-# What jobs do.
+WRITERS_WAYS = [
+    f"{writers} {way}"
+    for writers in ("root", "node", "all")
+    for way in ("blocking", "asynchronous")
+]
+"""Directories in which the program saves in these ways."""
 
 
 def first_save() -> Scenario:
@@ -317,25 +137,81 @@ def saves_behind_the_training() -> Scenario:
     return record(Scenario("asynchronous", base, saves=saves, acked=0), program)
 
 
-def saves_of_several_writers(ranks: int, way: str) -> Scenario:
-    """Every rank writes a file of its own; recorded on all of them, in one order."""
+def saves_of_plain_states() -> Scenario:
+    """Nothing but streams of bytes: no state shows its tensors."""
     base, saves = saved_image([1])
-    scenario = Scenario(f"{ranks} writers, {way}", base, saves=saves, acked=0)
+
+    def program(run: Run) -> None:
+        with run.start(keep=2) as training:
+            training.restore()
+            for step in (2, 3, 4):
+                run.save(training, step, only=["plain"])
+
+    scenario = record(Scenario("plain states", base, saves=saves, acked=0), program)
+    assert {op.path.rpartition("/")[2] for op in scenario.ops if op.kind == "create"} == {
+        "plain.bin",
+        "manifest.json",
+    }
+    return scenario
+
+
+def saves_through_adaptdl() -> Scenario:
+    """The drop-in for adaptdl.checkpoint: one state loaded and saved, or all of them."""
+    base, saves = saved_image([1])
+
+    def program(run: Run) -> None:
+        arrays, plain = ArrayState("arrays", arrays_at(0)), Plain()
+
+        def save(step: int, saved: Saved, save: Callable[[], Any]) -> None:
+            run.scenario.saves.append(saved)
+            for name, array in arrays_at(step).items():
+                arrays.arrays[name][:] = array
+            plain.value = plain_at(step)
+            save()
+            run.recorder.mark(len(run.scenario.saves) - 1)
+
+        options = Options(retention=KeepLast(1), strict=False, preemption_signals=())
+        checkpoint.configure(run.root, comm=MPI.COMM_SELF, options=options)
+        try:
+            for state in (arrays, plain):
+                checkpoint.register(state)
+                assert checkpoint.load_state(state)
+            # The surface counts no steps: it stays at the step that was loaded.
+            save(2, Saved(1, 2, 2), checkpoint.save_all_states)
+            save(3, Saved(1, 2, 3), lambda: checkpoint.save_state(plain, run.root))
+            save(4, Saved(1, 4, 4), checkpoint.save_all_states)
+        finally:
+            checkpoint.close()
+
+    return record(Scenario("adaptdl", base, saves=saves, acked=0), program)
+
+
+@functools.cache
+def recorded_on_all_ranks(ranks: int) -> dict[str, list[Op]]:
+    """Return what jobs of so many ranks do, in every way that a save can be written."""
     sandbox = scratch()
     try:
-        write_image(base, sandbox)
         out = sandbox / "records"
-        outcome = run_job(ranks, [RECORD_WRITERS, str(sandbox), str(out), way])
+        for way in WRITERS_WAYS:
+            (sandbox / way).mkdir()
+            write_image(saved_image([1])[0], sandbox / way)
+        outcome = run_job(ranks, [RECORD_WRITERS, str(sandbox), str(out)], timeout=100)
         assert outcome.code == 0, outcome.text
-        scenario.ops = merge(json.loads(out.read_text()))
-        out.unlink()
-        assert_explained(scenario, sandbox)
+        recorded = {way: merge(one) for way, one in json.loads(out.read_text()).items()}
+        for way, ops in recorded.items():
+            scenario = Scenario(way, saved_image([1])[0], ops)
+            assert_explained(scenario, sandbox / way)
+        return recorded
     finally:
         shutil.rmtree(sandbox)
-    scenario.saves += [Saved.of(2), Saved(3, 2, 3), Saved.of(4)]
-    files = {op.path.rpartition("/")[2] for op in scenario.ops if op.kind == "create"}
-    assert files >= {f"rank-{rank:05d}.safetensors" for rank in range(ranks)}
-    return scenario
+
+
+def saves_of_writers(ranks: int, way: str) -> Scenario:
+    """Recorded on every rank, in one order, with one writer or with several."""
+    base, saves = saved_image([1])
+    saves += [Saved.of(2), Saved(3, 2, 3), Saved.of(4)]
+    ops = recorded_on_all_ranks(ranks)[way]
+    return Scenario(f"{ranks} ranks, {way}", base, ops, saves=saves, acked=0)
 
 
 def quarantine(damage: str) -> Scenario:

@@ -3,84 +3,91 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import itertools
 import random
-import signal
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.crash.kill_cycles import Cycles
+from tests.crash.killing import (
+    alive,
+    end_job,
+    everybody_of,
+    fail_on_problem,
+    forget_lonely_ranks,
+    kill,
+    kill_some,
+    own_sessions,
+    remove_shared_memory,
+    wait_for,
+)
+from tests.crash.moments import MOMENTS
 from tests.crash.programs.saver import last_line
 from tests.crash.world import COUNTS, SEED, STRESS
-from tests.launch import descendants, end_tree, finish_job, ranks_of, run_job, start_job
+from tests.launch import run_job, start_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "saver.py")
 
-KILLS = 26  # of all moments, in a default run
+# Of all moments, in a default run.
+KILLS_AT_CHANGES = 22
+KILLS_AT_COLLECTIVES = 14
+KILLS_OF_A_TRAINING = 10
 
-pytestmark = pytest.mark.timeout(1800 if STRESS else 300)
+pytestmark = pytest.mark.timeout(3600 if STRESS else 300)
 
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """A directory for a program; what killed ranks and launchers leave is removed after.
-
-    A killed mpirun leaves its session under its process id. The next with that id would
-    find it and give up, so sessions are kept apart from those of other jobs.
-    """
-    with tempfile.TemporaryDirectory(prefix="ck", ignore_cleanup_errors=True) as sessions:
-        monkeypatch.setenv("TMPDIR", sessions)  # a short path: sockets are made there
+    """A directory for a program; what killed ranks and launchers leave is removed after."""
+    with own_sessions() as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
         yield tmp_path
-    shared = tmp_path / "shared"
-    for path in set(shared.read_text().split()) if shared.exists() else ():
-        Path(path).unlink(missing_ok=True)
+    remove_shared_memory(tmp_path)
 
 
-def fail_on_problem(directory):
-    problem = directory / "problem"
-    assert not problem.exists(), problem.read_text()
-
-
-def test_kill_at_every_file_operation(directory):
+@pytest.mark.parametrize(
+    ("kind", "victims", "few"),
+    [
+        ("change", ("0", "1", "all", "mpirun"), KILLS_AT_CHANGES),
+        ("collective", ("0", "1"), KILLS_AT_COLLECTIVES),
+    ],
+)
+def test_kill_at_every(kind, victims, few, directory):
     """Every job is the restart of the one killed before, with another number of ranks."""
     rng = random.Random(SEED)
-    outcome = run_job(2, [PROGRAM, str(directory), "3"])
-    assert outcome.code == 0, outcome.text
-    outcome = run_job(2, [PROGRAM, str(directory), "2"])
-    assert outcome.code == 0, outcome.text
-    changes = last_line(directory / "changes")
-    assert changes > 40  # restore, a save that prunes, another one
-    moments = [
-        (number, moment, victim)
-        for number in range(1, changes + 1)
-        for moment in ("before", "after")
-        for victim in (0, 1)
-    ]
-    for count, kill in enumerate(moments if STRESS else rng.sample(moments, KILLS)):
-        acked = last_line(directory / "acked")
-        env = {"MPI_CKPT_TEST_KILL": " ".join(map(str, kill))}
-        outcome = run_job(3 if count % 2 else 2, [PROGRAM, str(directory), "2"], env=env)
-        fail_on_problem(directory)
-        assert outcome.code != 124, outcome.text
-        # Rank 1 may die when root is done with its last change: too late to be noticed.
-        assert outcome.code != 0 or kill[2] == 1 or kill[0] > changes - 15, kill
-        assert last_line(directory / "acked") >= acked
-        COUNTS["kills at a file operation"] += 1
+    for saves in ("3", "2"):
+        outcome = run_job(2, [PROGRAM, str(directory), saves])
+        assert outcome.code == 0, outcome.text
+    number = last_line(directory / f"{kind}s")
+    assert number > 40  # restore, a save that prunes, another one
+    kills = list(itertools.product(range(1, number + 1), MOMENTS, victims))
+    hits = 0
+    for count, one in enumerate(kills if STRESS else rng.sample(kills, few)):
+        hits += kill_at(directory, kind, one, ranks=3 if count % 2 else 2)
+        COUNTS[f"kills at a {kind}"] += 1
+    # How a job saves depends on what was acked, and so does how much it does; and the last
+    # thing that it does may be too late to be noticed.
+    assert hits > few // 2
     outcome = run_job(4, [PROGRAM, str(directory), "1"])
     assert outcome.code == 0, outcome.text
     assert last_line(directory / "acked") >= 6
 
 
-def wait_for(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
+def kill_at(directory, kind, one, ranks):
+    """Run a job that is killed at a moment; tell whether it was."""
+    acked = last_line(directory / "acked")
+    env = {"MPI_CKPT_TEST_KILL": " ".join(map(str, (kind, *one)))}
+    outcome = run_job(ranks, [PROGRAM, str(directory), "2"], env=env)
+    # A killed mpirun is gone before its ranks are.
+    running = [int(pid) for pid in (directory / "pids").read_text().split()]
+    assert wait_for(lambda: not alive(running), 60), f"{one}: {alive(running)} live on"
+    fail_on_problem(directory)
+    assert outcome.code != 124, outcome.text
+    assert last_line(directory / "acked") >= acked
+    return outcome.code != 0
 
 
 def wait_for_saves(directory, least):
@@ -90,49 +97,6 @@ def wait_for_saves(directory, least):
         return last_line(directory / "acked") >= least
 
     return wait_for(there, 30)
-
-
-def alive(pids):
-    """Return which of some processes have not ended."""
-    living = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z":
-                living.append(pid)
-    return living
-
-
-def kill(pids):
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def everybody_of(job):
-    """Return all processes of a job that is stopped, so that none can be added."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(job.pid, signal.SIGSTOP)
-    return descendants(job.pid), ranks_of(job)
-
-
-def end_job(job, everybody):
-    """End what is left of a job: ranks of a dead mpirun are nobody's descendants."""
-    end_tree(job.pid)
-    kill(alive(everybody))
-    return finish_job(job)
-
-
-def kill_some(job, rng, everybody, running):
-    """Kill all ranks, one of them, or mpirun; say whom."""
-    victims = [("mpirun", [job.pid])]
-    if running:
-        victims += [("all ranks", running), ("a rank", [rng.choice(running)])]
-    whom, pids = rng.choice(victims)
-    kill(pids)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(job.pid, signal.SIGCONT)
-    return whom
 
 
 def test_twenty_kills_never_lose_an_acknowledged_save(directory):
@@ -149,7 +113,7 @@ def test_twenty_kills_never_lose_an_acknowledged_save(directory):
             if saved:
                 time.sleep(rng.random() * 0.05)
                 everybody, running = everybody_of(job)
-                whom = kill_some(job, rng, everybody, running)
+                whom = kill_some(job, rng, running)
                 # A job of one rank outlives Open MPI's mpirun: see the test below.
                 patience = 1 if ranks == 1 and whom == "mpirun" else 20
                 ended = wait_for(lambda pids=everybody: not alive(pids), patience)
@@ -166,13 +130,6 @@ def test_twenty_kills_never_lose_an_acknowledged_save(directory):
     restored = [line.split() for line in (directory / "restored").read_text().splitlines()]
     assert len({size for _, size in restored}) > 1
     assert int(restored[-1][0]) >= 19
-
-
-def forget_lonely_ranks(directory):
-    """Ranks that start while mpirun dies find themselves alone, and refuse to save."""
-    problem = directory / "problem"
-    if problem.exists() and "LaunchError" in problem.read_text():
-        problem.unlink()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -196,3 +153,15 @@ def test_kill_of_mpirun(ranks, directory):
     outcome = run_job(3, [PROGRAM, str(directory), "1"])
     fail_on_problem(directory)
     assert outcome.code == 0, outcome.text
+
+
+def test_training_killed_at_any_time_ends_with_the_same_weights(tmp_path):
+    kills = 500 if STRESS else KILLS_OF_A_TRAINING
+    with own_sessions() as env:
+        cycles = Cycles(tmp_path, env, ranks=2, epochs=20, seed=SEED)
+        for _ in range(kills):
+            cycles.kill_once()
+        cycles.end()
+    assert cycles.figures.trainings >= 1
+    assert cycles.figures.cycles == kills
+    COUNTS["kills of a training"] += kills

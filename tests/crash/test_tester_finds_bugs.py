@@ -14,9 +14,9 @@ from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import catalog, filesystem, partial, recovery
 from mpi_ckpt.storage.layout import generation_name
 from tests.crash import faults, scenarios
+from tests.crash.crashes import judge_crashes
 from tests.crash.recorder import in_place_of_os
-from tests.crash.scenarios import judge_crashes
-from tests.crash.world import COUNTS, SEED, Training
+from tests.crash.world import COUNTS, JUDGED, SEED, Training
 
 real_sync_directory = filesystem.sync_directory
 
@@ -24,10 +24,11 @@ real_sync_directory = filesystem.sync_directory
 @pytest.fixture(autouse=True)
 def uncounted():
     """What is tried on a weakened library is no merit of the library."""
-    before = COUNTS.copy()
+    counts, judged = COUNTS.copy(), JUDGED.copy()
     yield
     COUNTS.clear()
-    COUNTS.update(before)
+    COUNTS.update(counts)
+    JUDGED.intersection_update(judged)
 
 
 def verdicts(scenario):

@@ -29,6 +29,9 @@ SEED = int(os.environ.get("MPI_CKPT_TEST_SEED") or random.SystemRandom().randran
 COUNTS: Counter[str] = Counter()
 """How much was tried: shown at the end of a run."""
 
+JUDGED: set[bytes] = set()
+"""Digests of the crash states that were judged: a state that comes twice counts once."""
+
 STATES = ("arrays", "plain")
 
 _PLAIN_BYTES = 5000

@@ -1,30 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records on every rank what saves of several writers do.
+"""Records on every rank what saves do, in every way that they can be written.
 
-Arguments: sandbox (holds the base), file for the records, "asynchronous" or "blocking".
+Two ranks at most share a host, or so they say. Arguments: sandbox (a directory with the
+base for each way), file for the records.
 """
 
 import json
+import socket
 import sys
 from pathlib import Path
 
 from mpi4py import MPI
 
+from tests.crash.crashes import ROOT, Run, Scenario
 from tests.crash.recorder import Recorder, in_place_of_os, to_json
-from tests.crash.scenarios import ROOT, Run, Scenario
+from tests.crash.scenarios import WRITERS_WAYS
 from tests.crash.world import Saved, Training
 
-sandbox, out, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-comm = MPI.COMM_WORLD
-recorder = Recorder(sandbox)
-scenario = Scenario("several writers", saves=[Saved.of(1)])
-run = Run(scenario, sandbox, recorder)
-options = {"writers": "all", "asynchronous": way == "asynchronous", "comm": comm}
-with in_place_of_os(recorder), Training(sandbox / ROOT, keep=1, **options) as training:
-    assert training.restore() == Saved.of(1)
-    run.save(training, 2)
-    run.save(training, 3, moved=["plain"])
-    run.save(training, 4)
-records = comm.gather((recorder.times, to_json(recorder.ops)))
-if comm.rank == 0:
-    out.write_text(json.dumps(records))
+
+def record(sandbox: Path, writers: str, way: str, comm) -> tuple[list[int], str]:
+    """Save in one way; return times and operations of this rank."""
+    recorder = Recorder(sandbox)
+    run = Run(Scenario(writers, saves=[Saved.of(1)]), sandbox, recorder)
+    options = {"writers": writers, "asynchronous": way == "asynchronous", "comm": comm}
+    with in_place_of_os(recorder), Training(sandbox / ROOT, keep=1, **options) as training:
+        assert training.restore() == Saved.of(1)
+        run.save(training, 2)
+        run.save(training, 3, moved=["plain"])
+        run.save(training, 4)
+    return recorder.times, to_json(recorder.ops)
+
+
+def main() -> None:
+    sandbox, out = Path(sys.argv[1]), Path(sys.argv[2])
+    comm = MPI.COMM_WORLD
+    per_host = 2 if comm.size > 2 else 1
+    socket.gethostname = lambda: f"host{comm.rank // per_host}"
+    records = {}
+    for name in WRITERS_WAYS:
+        writers, way = name.split()
+        records[name] = comm.gather(record(sandbox / name, writers, way, comm))
+        if comm.rank == 0:
+            ranks = {one for one, (_, text) in enumerate(records[name]) if "pwrite" in text}
+            several = {"root": {0}, "node": set(range(0, comm.size, per_host))}
+            assert ranks == several.get(writers, set(range(comm.size))), (name, ranks)
+    if comm.rank == 0:
+        out.write_text(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

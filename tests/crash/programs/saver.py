@@ -2,15 +2,17 @@
 """Restores, then saves step after step, to be killed while it does.
 
 Arguments: a directory for everything, number of saves (0: for ever).
-MPI_CKPT_TEST_KILL: ``N before RANK`` or ``N after RANK``: before or after root's Nth change
-of the file system, that rank is killed; unset: nobody.
+MPI_CKPT_TEST_KILL: ``change N MOMENT WHOM``: before, inside or after root's Nth change of
+the file system a rank, ``all`` or ``mpirun`` is killed; ``collective N MOMENT RANK``: that
+rank, before, inside or after its own Nth part in a collective; unset: nobody.
 
-In the directory: ``ckpt`` the checkpoints; ``restored`` what each job found; ``acked`` the
-steps whose save returned; ``changes`` how many changes root has counted; ``shared`` files
-of shared memory to be removed; ``problem`` what should not be.
+In the directory: ``ckpt`` the checkpoints; ``pids`` of the ranks; ``restored`` what each
+job found; ``acked`` the steps whose save returned; ``changes`` and ``collectives`` how many
+root has counted; ``shared`` files of shared memory to be removed; ``problem`` what should
+not be.
 """
 
-import itertools
+import contextlib
 import os
 import signal
 import sys
@@ -20,55 +22,10 @@ from pathlib import Path
 from mpi4py import MPI
 
 from tests.crash.faults import Untouched, quiet
+from tests.crash.moments import Changes, Collectives, Moment
 from tests.crash.recorder import in_place_of_os
 from tests.crash.world import Saved, Training
 from tests.launch import shared_memory
-
-CHANGES = (
-    "mkdir",
-    "pwrite",
-    "posix_fallocate",
-    "ftruncate",
-    "fsync",
-    "rename",
-    "link",
-    "unlink",
-    "rmdir",
-)
-
-
-class Killer:
-    """An ``os`` that counts changes and kills a process at one of them."""
-
-    def __init__(self, number: int, moment: str, pid: int) -> None:
-        self.changes = 0
-        self._numbers = itertools.count(1)  # right from several threads
-        self._at = (number, moment)
-        self._pid = pid
-
-    def __getattr__(self, name):
-        function = getattr(os, name)
-        return self._counted(function) if name in CHANGES else function
-
-    def open(self, path, flags, mode=0o777):
-        if flags & os.O_CREAT:
-            return self._counted(os.open)(path, flags, mode)
-        return os.open(path, flags, mode)
-
-    def _counted(self, function):
-        def call(*args, **kwargs):
-            number = next(self._numbers)
-            self.changes = max(number, self.changes)
-            self._kill_if(number, "before")
-            result = function(*args, **kwargs)
-            self._kill_if(number, "after")
-            return result
-
-        return call
-
-    def _kill_if(self, *moment):
-        if moment == self._at:
-            os.kill(self._pid, signal.SIGKILL)
 
 
 def note(path: Path, line: object) -> None:
@@ -84,40 +41,78 @@ def last_line(path: Path) -> int:
     return int(lines[-1]) if lines else 0
 
 
-def run(directory: Path, saves: int, comm) -> None:
-    number, moment, victim = os.environ.get("MPI_CKPT_TEST_KILL", "0 never 0").split()
+def stand_ins(directory: Path, comm) -> tuple[Changes, Collectives]:
+    """Return what kills the rank that is to be killed, at the moment when it is."""
+    asked = os.environ.get("MPI_CKPT_TEST_KILL", "nothing 0 never 0")
+    kind, number, when, whom = asked.split()
     pids = comm.allgather(os.getpid())
+    if comm.rank == 0:
+        (directory / "pids").write_text(" ".join(map(str, pids)))
+
+    def kill() -> None:
+        for pid in victims(whom, pids):
+            os.kill(pid, signal.SIGKILL)
+
+    def moment(of: str, rank: str) -> Moment:
+        return Moment(int(number) if kind == of and rank == str(comm.rank) else 0, when)
+
+    # Root changes most files: its changes say when, whoever is killed.
+    return Changes(moment("change", "0"), kill), Collectives(
+        moment("collective", whom), kill
+    )
+
+
+def victims(whom: str, pids: list[int]) -> list[int]:
+    """Return the processes to kill: a rank, all, or mpirun; who kills comes last."""
+    if whom == "mpirun":
+        return [os.getsid(0)]  # `start_job` has given it a session of its own
+    chosen = pids if whom == "all" else [pids[int(whom)]]
+    return sorted(chosen, key=lambda pid: pid == os.getpid())
+
+
+def run(directory: Path, saves: int, comm) -> None:
+    changes, collectives = stand_ins(directory, comm)
     is_root = comm.rank == 0
     for path in shared_memory(os.getpid()):  # MPI's, which a killed rank cannot remove
         note(directory / "shared", path)
     acked = comm.bcast(last_line(directory / "acked") if is_root else None)
     options = {
         "keep": 2,
-        "comm": comm,
+        "comm": collectives.watch(comm),
         "deadline_seconds": 30,
         "asynchronous": acked % 2 == 1,  # now and then, the same on every rank
         "reuse": acked % 3 > 0,
         "writers": "all" if acked % 5 > 2 else "root",
+        "readers": "all" if acked % 7 > 3 else "root",
     }
-    others = os if options["writers"] == "all" else Untouched()
-    stand_in = Killer(int(number), moment, pids[int(victim)]) if is_root else others
-    with in_place_of_os(stand_in), Training(directory / "ckpt", **options) as training:
-        found = training.restore()
-        step = 0 if found is None else found.step
-        if step < acked or found not in (None, Saved.of(step)):
-            raise AssertionError(f"{found} came back, step {acked} was acknowledged")
-        if is_root:
-            note(directory / "restored", f"{step} {comm.size}")
-        done = 0
-        while saves == 0 or done < saves:
-            step += 1
-            done += 1
-            training.move(step)
-            training.manager.save(step).wait()
-            if is_root:
-                note(directory / "acked", step)
+    may_touch = is_root or "all" in (options["writers"], options["readers"])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(in_place_of_os(changes if may_touch else Untouched()))
+        stack.enter_context(collectives)
+        training = stack.enter_context(Training(directory / "ckpt", **options))
+        save_on(directory, training, saves, acked)
     if is_root:
-        note(directory / "changes", stand_in.changes)
+        note(directory / "changes", changes.count)
+        note(directory / "collectives", collectives.count)
+
+
+def save_on(directory: Path, training: Training, saves: int, acked: int) -> None:
+    """Restore, then save step after step; note what was acknowledged."""
+    is_root = training.manager.is_root
+    found = training.restore()
+    step = 0 if found is None else found.step
+    if step < acked or found not in (None, Saved.of(step)):
+        raise AssertionError(f"{found} came back, step {acked} was acknowledged")
+    if is_root:
+        note(directory / "restored", f"{step} {MPI.COMM_WORLD.size}")
+    done = 0
+    while saves == 0 or done < saves:
+        step += 1
+        done += 1
+        training.move(step)
+        training.manager.save(step).wait()
+        if is_root:
+            note(directory / "acked", step)
 
 
 def main() -> None:

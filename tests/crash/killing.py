@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kills ranks, launchers or whole jobs, and removes what they cannot remove any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.launch import descendants, end_tree, finish_job, ranks_of
+
+if TYPE_CHECKING:
+    import random
+    import subprocess
+    from collections.abc import Callable, Iterable, Iterator
+
+    from tests.launch import Outcome
+
+
+@contextlib.contextmanager
+def own_sessions() -> Iterator[dict[str, str]]:
+    """Give the environment of jobs that are killed; remove what they leave after.
+
+    A killed mpirun leaves its session under its process id. The next with that id would
+    find it and give up, so sessions are kept apart from those of other jobs.
+    """
+    # A short path: sockets are made there.
+    with tempfile.TemporaryDirectory(prefix="ck", ignore_cleanup_errors=True) as sessions:
+        yield {"TMPDIR": sessions}
+
+
+def remove_shared_memory(directory: Path) -> None:
+    """Remove the shared memory that killed ranks had noted in a directory."""
+    noted = directory / "shared"
+    for path in set(noted.read_text().split()) if noted.exists() else ():
+        Path(path).unlink(missing_ok=True)
+
+
+def fail_on_problem(directory: Path) -> None:
+    """Require that no rank found anything wrong."""
+    problem = directory / "problem"
+    assert not problem.exists(), problem.read_text()
+
+
+def forget_lonely_ranks(directory: Path) -> None:
+    """Ranks that start while mpirun dies find themselves alone, and refuse to save."""
+    problem = directory / "problem"
+    if problem.exists() and "LaunchError" in problem.read_text():
+        problem.unlink()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until a condition holds; tell whether it does."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Return which of some processes have not ended."""
+    living = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z":
+                living.append(pid)
+    return living
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill processes that may be gone."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def everybody_of(job: subprocess.Popen[str]) -> tuple[list[int], list[int]]:
+    """Stop a job's mpirun, so that nobody can be added; return all processes, and ranks."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(job.pid, signal.SIGSTOP)
+    return descendants(job.pid), ranks_of(job)
+
+
+def kill_some(job: subprocess.Popen[str], rng: random.Random, running: list[int]) -> str:
+    """Kill all ranks of a stopped job, one of them, or mpirun; say whom."""
+    victims = [("mpirun", [job.pid])]
+    if running:
+        victims += [("all ranks", running), ("a rank", [rng.choice(running)])]
+    whom, pids = rng.choice(victims)
+    kill(pids)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(job.pid, signal.SIGCONT)
+    return whom
+
+
+def end_job(job: subprocess.Popen[str], everybody: list[int]) -> Outcome:
+    """End what is left of a job: ranks of a dead mpirun are nobody's descendants."""
+    end_tree(job.pid)
+    kill(alive(everybody))
+    return finish_job(job)

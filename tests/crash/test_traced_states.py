@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What strace saw of whole jobs is what the seam has recorded, and its crash states."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.crash.crashes import (
+    Scenario,
+    assert_explained,
+    judge_crashes,
+    quiet_scratch,
+    saved_image,
+)
+from tests.crash.recorder import from_json, merge, to_json
+from tests.crash.replay import write_image
+from tests.crash.strace_log import read_log
+from tests.crash.world import COUNTS, SEED, STRESS, Saved
+from tests.launch import run_job
+
+PROGRAM = str(Path(__file__).parent / "programs" / "traced_writers.py")
+
+JOBS = [(2, "root", "blocking"), (2, "all", "asynchronous"), (4, "all", "blocking")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _strace():
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing: apt-get install strace")
+    done = subprocess.run(
+        ["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"strace is not allowed here: {done.stderr.strip()}")
+
+
+def in_one_order(ops):
+    """Return operations numbered alike; what may come in any order is sorted.
+
+    That are writes to one file, from several threads; marks, which fall between what is
+    pruned behind the training, are left out.
+    """
+    numbers = {0: 0}
+    result = [
+        replace(op, file=numbers.setdefault(op.file, len(numbers)))
+        for op in ops
+        if op.kind != "mark"
+    ]
+    for end in range(1, len(result)):
+        at = end
+        while at and later(result[at - 1], result[at]):
+            result[at - 1], result[at] = result[at], result[at - 1]
+            at -= 1
+    return result
+
+
+def later(one, other):
+    """Tell whether two neighbours are writes to one file, the first of the later bytes."""
+    writes = one.kind == other.kind == "pwrite" and one.file == other.file
+    return writes and one.offset > other.offset
+
+
+@pytest.mark.parametrize(("ranks", "writers", "way"), JOBS)
+def test_strace_sees_what_the_seam_records_and_no_state_is_bad(ranks, writers, way):
+    base, saves = saved_image([1])
+    name = f"traced: {ranks} ranks, {writers}, {way}"
+    with quiet_scratch() as sandbox, quiet_scratch() as records:
+        write_image(base, sandbox)
+        job = [PROGRAM, str(sandbox), str(records), writers, way]
+        outcome = run_job(ranks, job, timeout=120)
+        assert outcome.code == 0, outcome.text
+        traced = [
+            read_log((records / f"log.{rank}").read_text(), str(sandbox))
+            for rank in range(ranks)
+        ]
+        for rank, (_, ops) in enumerate(traced):
+            seam = from_json((records / f"seam.{rank}").read_text())
+            assert in_one_order(ops) == in_one_order(seam), rank
+            COUNTS["operations seen by strace as by the seam"] += len(ops)
+        ops = merge([(times, to_json(ops)) for times, ops in traced])
+        saves += [Saved.of(2), Saved(3, 2, 3), Saved.of(4)]
+        scenario = Scenario(name, base, ops, saves=saves, acked=0)
+        assert_explained(scenario, sandbox)
+    assert {"create", "pwrite", "link", "rename", "unlink"} <= {op.kind for op in ops}
+    assert sum(op.kind == "mark" for op in ops) == 3 * ranks
+    result = judge_crashes(scenario, SEED, samples=10, limit=None if STRESS else 100)
+    assert not result.bad, str(result)
+    assert result.states >= 80
