@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 
 __all__ = ["FLOATING", "element_bytes", "is_known", "nbytes", "stored_form"]
 
@@ -96,6 +97,7 @@ def stored_form(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...
     return "U8", (*shape, width) if width > 1 else shape
 
 
+@lru_cache(maxsize=4096)
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the size of a leaf in bytes. Not collective. Thread-safe."""
     return math.prod(shape) * element_bytes(dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import RegistrationError, StageError
+from mpi_ckpt.leaf import Form
 from mpi_ckpt.storage.layout import check_state_name
 from mpi_ckpt.storage.stream import read_leaves, write_leaves
 
@@ -75,16 +76,20 @@ class Capture:
     Args:
         structure: JSON values, everything that is not a tensor.
         leaves: The tensors, unique names; the order is the same on every rank.
+        form: That of the leaves, from a state that keeps it; see `Form`.
 
     Raises:
         StageError: On the calling rank, if two leaves have one name.
     """
 
-    __slots__ = ("leaves", "structure")
+    __slots__ = ("form", "leaves", "structure")
 
-    def __init__(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
+    def __init__(
+        self, structure: Structure, leaves: Sequence[Leaf], form: Form | None = None
+    ) -> None:
         self.structure = structure
         self.leaves = tuple(leaves)
+        self.form = form or Form(leaf.spec for leaf in self.leaves)
         if len({leaf.spec.name for leaf in self.leaves}) != len(self.leaves):
             raise StageError("two leaves of a state have one name")
 

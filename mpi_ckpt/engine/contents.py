@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import Digest, digest_bytes, digest_many
+from mpi_ckpt.leaf import Form
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,12 +28,14 @@ class Contents:
         state: The state.
         structure: Its JSON values.
         leaves: Its leaves.
+        form: Their specs.
         digests: One for each leaf; None if nobody has needed them yet.
     """
 
     state: LeafState
     structure: Structure
     leaves: tuple[Leaf, ...]
+    form: Form
     digests: tuple[Digest, ...] | None = None
 
     @property
@@ -40,18 +44,17 @@ class Contents:
         return self.state.name
 
     @property
-    def specs(self) -> list[LeafSpec]:
+    def specs(self) -> tuple[LeafSpec, ...]:
         """The leaves' specs, in order."""
-        return [leaf.spec for leaf in self.leaves]
+        return self.form.specs
 
     def summary(self) -> tuple[bytes, bytes, bytes]:
         """Return three digests: of the leaves' specs, of the structure, of the bytes.
 
         Not collective.
         """
-        forms = [[spec.name, spec.dtype, spec.shape] for spec in self.specs]
         return (
-            digest_bytes(json.dumps(forms).encode()),
+            digest_bytes(self.form.text),
             digest_bytes(json.dumps(self.structure).encode()),
             digest_bytes(b"".join(digest.whole for digest in self.digests or ())),
         )
@@ -64,7 +67,7 @@ def capture_only(states: Sequence[LeafState]) -> list[Contents]:
         StageError: On the calling rank, if a state cannot be captured.
     """
     captured = [(state, state.capture()) for state in states]
-    return [Contents(state, one.structure, one.leaves) for state, one in captured]
+    return [Contents(state, one.structure, one.leaves, one.form) for state, one in captured]
 
 
 def capture_all(states: Sequence[LeafState], threads: int) -> list[Contents]:
@@ -99,16 +102,19 @@ def digest_contents(contents: Sequence[Contents], threads: int) -> list[Contents
     return [
         one
         if one.digests is not None
-        else replace(one, digests=tuple(next(digests) for _ in one.leaves))
+        else replace(one, digests=tuple(islice(digests, len(one.leaves))))
         for one in contents
     ]
 
 
 def pick_leaves(contents: Contents, numbers: Sequence[int]) -> Contents:
     """Return contents with some of the leaves only. Not collective. Thread-safe."""
-    digests = contents.digests
+    leaves, digests = contents.leaves, contents.digests
+    if len(numbers) == len(leaves):
+        return contents
     return replace(
         contents,
-        leaves=tuple(contents.leaves[n] for n in numbers),
-        digests=digests and tuple(digests[n] for n in numbers),
+        leaves=tuple([leaves[n] for n in numbers]),
+        form=Form([leaves[n].spec for n in numbers]),
+        digests=digests and tuple([digests[n] for n in numbers]),
     )

@@ -210,10 +210,9 @@ class Draft:
         states = {state.name: state for state in self._streams}
         for index, one in enumerate(self.contents):
             name, leaves = one.name, []
-            for number, leaf in enumerate(one.leaves):
+            for number, spec in enumerate(one.specs):
                 extent = self._reuse.leaves.get((index, number))
-                extent = extent or written[name, leaf.spec.name]
-                leaves.append(StoredLeaf(leaf.spec, extent))
+                leaves.append(StoredLeaf(spec, extent or written[name, spec.name]))
             states[name] = StoredState(name, one.structure, tuple(leaves))
         return Manifest(
             generation=self.partial.generation,

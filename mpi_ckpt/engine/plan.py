@@ -15,16 +15,29 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.leaf import LeafSpec
 
-__all__ = ["Placement", "ShardPlan", "plan_shard"]
+__all__ = ["LeafKey", "Placement", "ShardPlan", "plan_shard"]
+
+LeafKey = tuple[str, str]
+"""Names of the state and of the leaf."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one leaf lies: index of its state and of the leaf, offset in bytes."""
+    """Where one leaf lies.
+
+    Attributes:
+        state: Index of its state.
+        leaf: Index of the leaf in its state.
+        key: Names of its state and of itself.
+        offset: Where it starts in the file, in bytes.
+        nbytes: Its length.
+    """
 
     state: int
     leaf: int
+    key: LeafKey
     offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,7 @@ def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
     placements = []
     offset = len(header)
     for (index, number), spec in zip(order, specs, strict=True):
-        placements.append(Placement(index, number, offset))
+        key = (states[index][0], spec.name)
+        placements.append(Placement(index, number, key, offset, spec.nbytes))
         offset += spec.nbytes
     return ShardPlan(header, tuple(placements), offset)

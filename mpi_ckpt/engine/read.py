@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.read_plan import Span
     from mpi_ckpt.engine.readers import Readers
     from mpi_ckpt.storage.manifest import Extent, Manifest
     from mpi_ckpt.storage.reader import GenerationReader
@@ -166,13 +167,13 @@ def transfer(
     try:
         for batch, turn in zip(batches, turns, strict=True):
 
-            def read(batch: Batch = batch, turn: int = turn) -> list[memoryview] | None:
+            def read(batch: Batch = batch, turn: int = turn) -> memoryview | None:
                 return source.take(batch) if source and turn == comm.rank else None
 
-            parts = agree(
+            window = agree(
                 comm, "reading a generation", read, error=RestoreError, safe=_OVERWRITTEN
             )
-            _distribute(comm, batch, parts, targets, turn)
+            _distribute(comm, batch, window, targets, turn)
     finally:
         if source is not None:
             source.close()
@@ -198,35 +199,50 @@ class _Source:
         """Stop reading ahead. Callable twice."""
         self._prefetcher.close()
 
-    def take(self, batch: Batch) -> list[memoryview]:
-        """Return the proven bytes of each piece of the next batch."""
+    def take(self, batch: Batch) -> memoryview:
+        """Return the bytes of the next batch, those of its pieces proven."""
         window = self._prefetcher.take()
-        parts = []
-        for piece in batch.pieces:
-            start = piece.offset - batch.start
-            part = window[start : start + piece.nbytes]
-            self._reader.prove(self._extents[piece.leaf], piece.block, part)
-            parts.append(part)
-        return parts
+        for leaf, block, start, end, offset, _ in batch.pieces:
+            at = offset - batch.start
+            part = window[at : at + end - start]
+            self._reader.prove(self._extents[leaf], block, part)
+        return window
 
 
 def _distribute(
     comm: Communicator,
     batch: Batch,
-    parts: Sequence[memoryview] | None,
+    window: memoryview | None,
     targets: Sequence[Target],
     source: int,
 ) -> None:
     """Send the pieces of a batch from who read it to where they belong on every rank."""
-    doing = "sending a generation"
-    places = [targets[p.leaf].memory()[p.start : p.end] for p in batch.pieces]
-    bcast_buffers(comm, places if parts is None else parts, doing, source)
-    if parts is not None:
-        for place, part in zip(places, parts, strict=True):
-            copy_bytes(part, place)
+    spans = batch.spans()
+    if window is None:
+        buffers = [_room(span, targets) for span in spans]
+    else:
+        buffers = [window[s.start - batch.start : s.end - batch.start] for s in spans]
+    bcast_buffers(comm, buffers, "sending a generation", source)
+    for span, buffer in zip(spans, buffers, strict=True):
+        if window is not None or len(span.pieces) > 1:
+            _place(span, buffer, targets)
     for piece in batch.pieces:
         if piece.last:
             targets[piece.leaf].finish()
+
+
+def _room(span: Span, targets: Sequence[Target]) -> memoryview:
+    """Return memory for a span to arrive in: where it belongs, if it is one piece."""
+    if len(span.pieces) > 1:
+        return memoryview(bytearray(span.end - span.start))
+    (piece,) = span.pieces
+    return targets[piece.leaf].memory()[piece.start : piece.end]
+
+
+def _place(span: Span, data: memoryview, targets: Sequence[Target]) -> None:
+    for leaf, _, start, end, offset, _ in span.pieces:
+        at = offset - span.start
+        copy_bytes(data[at : at + end - start], targets[leaf].memory()[start:end])
 
 
 def adopt(comm: Communicator, incoming: Sequence[Incoming]) -> None:

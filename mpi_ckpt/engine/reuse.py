@@ -117,9 +117,14 @@ def _unchanged(
         stored = older.state(one.state.name)
         if stored is None or one.digests is None:
             continue
-        known = {leaf.spec: leaf.extent for leaf in stored.leaves}
-        for number, (leaf, digest) in enumerate(zip(one.leaves, one.digests, strict=True)):
-            extent = known.get(leaf.spec)
-            if extent is not None and extent.digest == digest:
-                found[index, number] = extent
+        known = {leaf.spec.name: leaf for leaf in stored.leaves}
+        for number, (spec, digest) in enumerate(zip(one.specs, one.digests, strict=True)):
+            leaf = known.get(spec.name)
+            # The digests first: they are what differs, as a rule.
+            if (
+                leaf is not None
+                and leaf.extent.digest.blocks == digest.blocks
+                and leaf.spec == spec
+            ):
+                found[index, number] = leaf.extent
     return found

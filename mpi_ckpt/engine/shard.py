@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import Digest, digest_bytes
-from mpi_ckpt.engine.plan import ShardPlan, plan_shard
+from mpi_ckpt.engine.plan import LeafKey, ShardPlan, plan_shard
 from mpi_ckpt.storage.layout import shard_file_name
 from mpi_ckpt.storage.manifest import Extent, StoredFile
 
@@ -15,12 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from mpi_ckpt.engine.contents import Contents
+    from mpi_ckpt.leaf import Form
     from mpi_ckpt.storage.partial import Partial
 
-__all__ = ["LeafKey", "Shard", "foresee_shard", "write_shard"]
-
-LeafKey = tuple[str, str]
-"""Names of the state and of the leaf."""
+__all__ = ["Shard", "foresee_shard", "write_shard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +55,18 @@ def write_shard(partial: Partial, contents: Sequence[Contents], rank: int) -> Sh
     if not any(one.leaves for one in contents):
         return None
     plan = _plan(contents)
-    names = [one.name for one in contents]
-    digests: dict[LeafKey, Digest] = {}
+    digests: list[Digest] = []
 
     def runs() -> Iterator[memoryview]:
         yield memoryview(plan.header)
         for place in plan.placements:
             one = contents[place.state]
-            leaf = one.leaves[place.leaf]
-            data = leaf.buffer.read()
-            digest = one.digests[place.leaf] if one.digests else Digest.of(data)
-            digests[names[place.state], leaf.spec.name] = digest
+            data = one.leaves[place.leaf].buffer.read()
+            digests.append(one.digests[place.leaf] if one.digests else Digest.of(data))
             yield data
 
     partial.write_shard(shard_file_name(rank), runs(), plan.nbytes)
-    return _describe(plan, contents, digests, rank, partial.generation)
+    return _describe(plan, digests, rank, partial.generation)
 
 
 def foresee_shard(contents: Sequence[Contents], rank: int, generation: int) -> Shard | None:
@@ -85,32 +81,29 @@ def foresee_shard(contents: Sequence[Contents], rank: int, generation: int) -> S
     """
     if not any(one.leaves for one in contents):
         return None
-    digests = {
-        (one.name, leaf.spec.name): digest
-        for one in contents
-        for leaf, digest in zip(one.leaves, one.digests or (), strict=True)
-    }
-    return _describe(_plan(contents), contents, digests, rank, generation)
+    plan = _plan(contents)
+    digests = [(contents[at.state].digests or ())[at.leaf] for at in plan.placements]
+    return _describe(plan, digests, rank, generation)
 
 
 def _plan(contents: Sequence[Contents]) -> ShardPlan:
-    return plan_shard([(one.name, one.specs) for one in contents])
+    return _plan_forms(tuple((one.name, one.form) for one in contents))
+
+
+@lru_cache(maxsize=4)
+def _plan_forms(forms: tuple[tuple[str, Form], ...]) -> ShardPlan:
+    # From save to save the forms are the same as a rule, and the plan with them.
+    return plan_shard([(name, form.specs) for name, form in forms])
 
 
 def _describe(
-    plan: ShardPlan,
-    contents: Sequence[Contents],
-    digests: Mapping[LeafKey, Digest],
-    rank: int,
-    generation: int,
+    plan: ShardPlan, digests: Sequence[Digest], rank: int, generation: int
 ) -> Shard:
     name = shard_file_name(rank)
-    names = [one.name for one in contents]
-    extents: dict[LeafKey, Extent] = {}
-    for place in plan.placements:
-        spec = contents[place.state].leaves[place.leaf].spec
-        key = (names[place.state], spec.name)
-        extents[key] = Extent(name, place.offset, spec.nbytes, digests[key])
+    extents = {
+        at.key: Extent(name, at.offset, at.nbytes, digest)
+        for at, digest in zip(plan.placements, digests, strict=True)
+    }
     header = digest_bytes(plan.header)
     file = StoredFile(name, plan.nbytes, len(plan.header), header, generation)
     return Shard(file, extents)

@@ -102,7 +102,7 @@ def sync_states(
         differing={
             compared[one.index].state.name: _names(one.targets, one) for one in differences
         },
-        bytes_hashed=sum(spec.nbytes for one in compared for spec in one.specs),
+        bytes_hashed=sum(one.form.nbytes for one in compared),
         bytes_sent=sent,
     )
     return [averaged.get(one.state.name, one) for one in contents], report

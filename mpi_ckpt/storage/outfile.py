@@ -37,7 +37,7 @@ _IN_FLIGHT = 2
 # Below this a direct write waits for the disk where the page cache would not.
 _DIRECT_BYTES_MIN = 8 << 20
 _WRITE_BACK_BYTES = 32 << 20
-# Copies of so little are done before NumPy has made an array of them.
+# So little is copied before NumPy has made an array of it.
 _SMALL_BYTES = 32 << 10
 
 

@@ -28,7 +28,7 @@ def test_memory_that_cannot_be_written_has_no_view():
     buffer = MemoryBuffer(b"abc")
     assert buffer.view() is None
     assert bytes(buffer.read()) == b"abc"
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(TypeError, match="read-only"):
         buffer.write(memoryview(b"xyz"))
 
 

@@ -52,3 +52,25 @@ def test_dead_bytes_between_leaves_are_skipped():
     places = [Place(0, 0, 100), Place(0, far, 100)]
     batches = plan_reads(places, block_bytes=1 << 20, window_bytes=64 << 20)
     assert [(b.start, b.end) for b in batches] == [(0, 100), (far, far + 100)]
+
+
+@given(layouts(), st.integers(1, 5000))
+def test_spans_hold_the_pieces_of_a_batch_side_by_side(places, window_bytes):
+    for batch in plan_reads(places, block_bytes=1000, window_bytes=window_bytes):
+        spans = batch.spans()
+        assert [p for span in spans for p in span.pieces] == batch.pieces
+        for span in spans:
+            position = span.start
+            for piece in span.pieces:
+                assert piece.offset == position
+                position += piece.nbytes
+            assert position == span.end
+
+
+def test_large_pieces_are_sent_alone_and_small_neighbours_together():
+    large = 1 << 20
+    places = [Place(0, 0, 10), Place(0, 10, 20), Place(0, 30, large)]
+    places += [Place(0, 30 + large, 5), Place(0, 35 + large, 5), Place(0, 50 + large, 5)]
+    (batch,) = plan_reads(places, block_bytes=large, window_bytes=4 * large)
+    sent = [[piece.leaf for piece in span.pieces] for span in batch.spans()]
+    assert sent == [[0, 1], [2], [3, 4], [5]]
