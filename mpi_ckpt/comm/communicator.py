@@ -153,9 +153,12 @@ class Communicator:
             for start in range(0, len(values), most)
         ]
         self.wait(requests, doing, buffers=(values, result))
-        # No rank has the result before all have given their part.
-        self._last_met = (doing, time.monotonic())
+        self.note_meeting(doing)
         return result
+
+    def note_meeting(self, doing: str) -> None:
+        """Remember that all ranks have given their part for something. Not collective."""
+        self._last_met = (doing, time.monotonic())
 
     def start_all_reduce(
         self, values: NDArray[Any], result: NDArray[Any], operation: str
