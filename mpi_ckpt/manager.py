@@ -329,8 +329,8 @@ class CheckpointManager:
         else:
             # INVARIANT: one rank alone may be here, so nothing collective: the
             # communicator is left to MPI_Finalize.
+            self._abort.note(error, expected=self.exit_code)
             self._let_go()
-            self._abort.note(error, agreed=self._guard.requested)
 
     def _let_go(self) -> None:
         self._guard.uninstall()

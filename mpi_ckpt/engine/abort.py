@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import Farewell, abort_job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import FrameType, TracebackType
 
     from mpi_ckpt.comm import Communicator
@@ -57,6 +57,7 @@ class AbortOnError:
     ) -> None:
         self.comm = comm
         self.exit_code = 0
+        self._farewell: Farewell | None = None
         self._settle = weakref.WeakMethod(settle)
         self._enabled = enabled and comm.size > 1 and "mpi4py.run" not in sys.modules
 
@@ -76,24 +77,45 @@ class AbortOnError:
         if not _HOOK.armed:
             _HOOK.uninstall()
 
-    def note(self, error: BaseException | None, *, agreed: bool) -> None:
+    def note(self, error: BaseException, *, expected: int) -> None:
         """Hear that the manager is left by an exception. Not collective.
 
         It may be caught further up, so nothing is done yet. But ``sys.exit`` passes no
-        hook: that it was called is known here only.
+        hook: that it was called is known here only. And who has a save to end before it
+        can leave must not be thought to stay.
 
         Args:
             error: The exception.
-            agreed: Whether all ranks leave, as they were asked to.
+            expected: The exit code that all ranks have agreed to leave with; 0 for none.
         """
-        if isinstance(error, SystemExit) and not agreed:
-            self.exit_code = _code_of(error)
+        if self not in _HOOK.armed:
+            return
+        self._say_farewell()
+        code = _code_of(error) if isinstance(error, SystemExit) else 0
+        self.exit_code = 0 if code == expected else code
 
-    def settle(self) -> None:
-        """Let a pending save of this rank end. Not collective."""
+    def leave(self) -> None:
+        """Say farewell, and let a pending save of this rank end. Not collective."""
+        # In this order: a save takes longer than the others wait.
+        self._say_farewell()
         settle = self._settle()
         if settle is not None:
             settle()
+
+    def is_alone(self, seconds: float) -> bool:
+        """Wait for the others to leave as well; tell whether any stays. Not collective."""
+        try:
+            return self._farewell is None or bool(self._farewell.missing(seconds))
+        except Exception:
+            logger.exception("how the other ranks fare cannot be found out")
+            return True
+
+    def _say_farewell(self) -> None:
+        if self._farewell is None:
+            try:
+                self._farewell = Farewell(self.comm)
+            except Exception:  # MPI may be what has failed
+                logger.exception("the other ranks cannot be told that this one leaves")
 
 
 class _Hook:
@@ -127,18 +149,20 @@ class _Hook:
             self._previous(kind, error, trace)
             return
         self._tell(armed[0].comm.name, kind, error, trace)
-        if _leave_together(armed):
-            self.armed.clear()
-        else:
+        for one in armed:
+            one.leave()
+        if any(one.is_alone(_ERROR_SECONDS) for one in armed):
             _abort(armed[0].comm, _INTERRUPTED if kind is KeyboardInterrupt else 1)
+        self.armed.clear()
 
     def at_exit(self) -> None:
         armed = self._in_reach()
-        farewells = [Farewell(one.comm) for one in armed]
-        for one, farewell in zip(armed, farewells, strict=True):
+        for one in armed:
+            one.leave()
+        for one in armed:
             # Nobody can leave while a rank that missed a deadline stays where it is.
             code = one.exit_code or int(one.comm.is_broken)
-            if code and farewell.missing(_EXIT_SECONDS):
+            if code and one.is_alone(_EXIT_SECONDS):
                 _abort(one.comm, code)
 
     def _in_reach(self) -> list[AbortOnError]:
@@ -176,19 +200,6 @@ def _is_printed_only() -> bool:
     while frame is not None and frame.f_code.co_name != "<module>":
         frame = frame.f_back
     return frame is not None
-
-
-def _leave_together(armed: Sequence[AbortOnError]) -> bool:
-    """Tell whether all ranks leave, once pending saves of this one have ended."""
-    try:
-        # First of all, as a save takes longer than the others wait for this.
-        farewells = [Farewell(one.comm) for one in armed]
-        for one in armed:
-            one.settle()
-        return not any(farewell.missing(_ERROR_SECONDS) for farewell in farewells)
-    except Exception:  # MPI may be what has failed
-        logger.exception("how the other ranks fare cannot be found out")
-        return False
 
 
 def _abort(comm: Communicator, code: int) -> None:

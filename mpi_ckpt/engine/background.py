@@ -93,7 +93,8 @@ def _finish_at_exit() -> None:
     global _waits_at_exit
     if not _waits_at_exit:
         # Not by `atexit`, which comes too late: from the moment that the interpreter joins
-        # its threads no pool takes work any more, and a save writes by such pools.
+        # its threads no pool takes work any more, and a save writes by such pools. (Python
+        # 3.12.0 and 3.12.1 start no thread even now: there such a save fails, and says so.)
         register = getattr(threading, "_register_atexit", atexit.register)
         register(_wait_at_exit)
         _waits_at_exit = True

@@ -128,6 +128,19 @@ def test_a_save_pending_at_the_end_that_fails_says_so(jobs: Jobs, root: Path) ->
     assert not list(root.glob(".partial-*"))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_save_that_hangs_does_not_keep_the_job_from_its_end(
+    jobs: Jobs, root: Path, ranks: int
+) -> None:
+    limit = "deadline_seconds=2"
+    outcome = jobs.run(ranks, LEAVING, root, "pending_exit_stuck", "all", BEHIND, limit)
+    assert outcome.code == 1, outcome.text
+    assert "rank 0 of" in outcome.err
+    assert "saving: no progress for" in outcome.err
+    assert "CRITICAL the program is at its end, but a save is not" in outcome.err
+    assert generations(root) == ["checkpoint-00000001"]
+
+
 @pytest.mark.parametrize(("how", "code"), [("pending_exit", 0), ("pending_raise", 1)])
 def test_a_save_of_several_writers_is_given_up(
     jobs: Jobs, root: Path, how: str, code: int
@@ -140,13 +153,14 @@ def test_a_save_of_several_writers_is_given_up(
     assert "generation 1 of 1 1" in again.out, again.text
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_with_a_save_pending(jobs: Jobs, root: Path, failing: int) -> None:
+@pytest.mark.parametrize("failing", ["0", "1", "all"])
+def test_an_error_with_a_save_pending(jobs: Jobs, root: Path, failing: str) -> None:
     outcome = jobs.run(3, LEAVING, root, "pending_raise", failing, BEHIND)
     assert outcome.code == 1, outcome.text
-    assert f"ValueError: bad luck of rank {failing}" in outcome.err
+    assert ("aborted" in outcome.err) == (failing != "all"), outcome.text
+    assert f"ValueError: bad luck of rank {failing.replace('all', '1')}" in outcome.err
     assert saved_value(root, 1) == 1
-    if failing == 0:  # root gives its save the time it needs
+    if failing != "1":  # root gives its save the time it needs
         assert "generation 2 is durable" in outcome.err
         assert saved_value(root, 2) == 2
 

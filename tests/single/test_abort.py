@@ -23,9 +23,11 @@ class Farewell:
     """Says farewell to ranks of whom some stay."""
 
     staying = ()
+    said = 0
 
     def __init__(self, comm):
         assert comm.is_open
+        Farewell.said += 1
 
     def missing(self, seconds):
         return list(self.staying)
@@ -45,6 +47,7 @@ def fresh_hook(monkeypatch):
     monkeypatch.setattr(abort, "_HOOK", abort._Hook())
     monkeypatch.setattr(abort, "Farewell", Farewell)
     monkeypatch.setattr(Farewell, "staying", ())
+    monkeypatch.setattr(Farewell, "said", 0)
     yield
     # Not to be asked again when the tests' own process ends.
     abort._HOOK.armed.clear()
@@ -148,16 +151,6 @@ def test_a_hook_that_was_there_prints(monkeypatch, capsys, aborted, uncaught):
     assert capsys.readouterr() == ("theirs\n", "rank 1 of 3 on h:\n")
 
 
-def test_mpi_that_fails_ends_the_job_too(monkeypatch, aborted, uncaught):
-    def fail(self, seconds):
-        raise RuntimeError("MPI_ERR_OTHER")
-
-    monkeypatch.setattr(Farewell, "missing", fail)
-    guard().arm()
-    uncaught(ValueError("no luck"))
-    assert aborted == [1]
-
-
 @pytest.mark.parametrize("where", ["by hand", "forked", "closed"])
 def test_the_hook_only_prints(monkeypatch, capsys, aborted, uncaught, where):
     monkeypatch.setattr(Farewell, "staying", (0,))
@@ -186,28 +179,30 @@ def printed_only():
 
 
 @pytest.mark.parametrize(
-    ("code", "agreed", "expected"),
+    ("code", "expected", "found"),
     [
-        (7, False, [7]),
-        ("bad", False, [1]),
-        (None, False, []),
-        (0, False, []),
-        (143, True, []),
+        (7, 0, [7]),
+        (7, 143, [7]),
+        ("bad", 0, [1]),
+        (None, 0, []),
+        (0, 0, []),
+        (143, 143, []),
     ],
 )
-def test_sys_exit_through_the_block(monkeypatch, aborted, code, agreed, expected):
+def test_sys_exit_through_the_block(monkeypatch, aborted, code, expected, found):
     monkeypatch.setattr(Farewell, "staying", (0,))
     one = guard()
     one.arm()
-    one.note(SystemExit(code), agreed=agreed)
+    one.note(SystemExit(code), expected=expected)
+    assert aborted == []
     abort._HOOK.at_exit()
-    assert aborted == expected
+    assert aborted == found
 
 
 def test_sys_exit_of_all_ranks_aborts_nothing(aborted):
     one = guard()
     one.arm()
-    one.note(SystemExit(7), agreed=False)
+    one.note(SystemExit(7), expected=0)
     abort._HOOK.at_exit()
     assert aborted == []
 
@@ -216,9 +211,34 @@ def test_an_exception_through_the_block_may_still_be_caught(monkeypatch, aborted
     monkeypatch.setattr(Farewell, "staying", (0,))
     one = guard()
     one.arm()
-    one.note(ValueError("no luck"), agreed=False)
+    one.note(ValueError("no luck"), expected=0)
     abort._HOOK.at_exit()
     assert aborted == []
+
+
+def test_farewell_is_said_before_a_save_is_waited_for(uncaught, aborted):
+    one = guard()
+    one.arm()
+    one.note(ValueError("no luck"), expected=0)
+    assert Farewell.said == 1
+    uncaught(ValueError("no luck"))
+    assert Farewell.said == 1, "once is enough"
+
+
+def test_who_is_not_armed_says_nothing():
+    guard(enabled=False).note(SystemExit(7), expected=0)
+    assert Farewell.said == 0
+
+
+@pytest.mark.parametrize("what", ["__init__", "missing"])
+def test_mpi_that_fails_ends_the_job_too(monkeypatch, aborted, uncaught, what):
+    def fail(self, argument):
+        raise RuntimeError("MPI_ERR_OTHER")
+
+    monkeypatch.setattr(Farewell, what, fail)
+    guard().arm()
+    uncaught(ValueError("no luck"))
+    assert aborted == [1]
 
 
 def test_nobody_leaves_while_a_rank_is_missing(monkeypatch, aborted):

@@ -137,10 +137,19 @@ def pending_exit_failing() -> None:
     sys.exit(0)
 
 
+def pending_exit_stuck() -> None:
+    manager = make()
+    manager.save().wait()
+    slow_fsync(1000)
+    array[:] = 2
+    manager.save()
+    sys.exit(0)
+
+
 def pending_raise() -> None:
     with make() as manager:
         manager.save().wait()
-        slow_fsync(0.5)
+        slow_fsync(2 * abort._ERROR_SECONDS)
         array[:] = 2
         manager.save()
         if mine:
