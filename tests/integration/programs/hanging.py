@@ -24,7 +24,7 @@ logging.basicConfig(format="%(levelname)s %(message)s")
 folder, how, rank, deadline = sys.argv[1:]
 absent = MPI.COMM_WORLD.rank == int(rank)
 communicator._ROLL_CALL_SECONDS = 1.0
-abort._ERROR_SECONDS = 1.0
+abort._ERROR_SECONDS = 0.5
 
 
 class Pipe(State):
