@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import Communicator, agree
 from mpi_ckpt.elastic.preemption import PreemptionGuard
+from mpi_ckpt.engine.abort import AbortOnError
 from mpi_ckpt.engine.draft import SaveRequest
 from mpi_ckpt.engine.registry import Registry
 from mpi_ckpt.engine.report import list_generations
@@ -23,7 +24,7 @@ from mpi_ckpt.engine.steps import Steps
 from mpi_ckpt.engine.sync import capture_on_root, sync_states
 from mpi_ckpt.errors import CheckpointError, RegistrationError, SaveError
 from mpi_ckpt.options import Options
-from mpi_ckpt.reports import PhaseClock, SyncReport
+from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.storage.directory import CheckpointDirectory
 
 if TYPE_CHECKING:
@@ -80,11 +81,15 @@ class CheckpointManager:
         self._saver = Saver(self._session)
         self._guard = PreemptionGuard(options.preemption_signals)
         self._steps = Steps(self._session, self._saver, self._guard)
+        self._abort = AbortOnError(
+            communicator, self._saver.close, enabled=options.abort_on_error
+        )
         try:
             self._register(list(states))
         except CheckpointError:
             communicator.close()
             raise
+        self._abort.arm()
         if options.preemption_signals and not self._guard.install():
             logger.warning("signals are not watched: this is not the main thread")
 
@@ -177,26 +182,26 @@ class CheckpointManager:
         instead = self._saver.make_way()
         if instead is not None:
             return instead
-        clock = PhaseClock()
         session, states = self._session, self._registry.choose(only)
-        # First of all: a job that may not save here must not find out after hours.
-        session.on_root("opening the directory", session.directory.own, SaveError)
-        with clock.phase("sync"):
-            if session.options.sync if sync is None else sync:
-                contents, synced = sync_states(session.comm, states, session.options)
-            else:
-                contents, synced = capture_on_root(session.comm, states), SyncReport()
-        by_name = {one.state.name: one for one in contents}
-        request = SaveRequest(
-            states=[by_name.get(state.name, state) for state in states],
-            step=self._step if step is None else step,
-            size=session.comm.size,
-            metrics=dict(metrics or {}),
-            carry=None if only is None else carry or bool,  # every name is true
-        )
-        self._pinned = None
-        self._steps.restart()
-        return self._saver.save(request, synced, clock)
+        with session.watch("saving") as clock:
+            # First of all: a job that may not save here must not find out after hours.
+            session.on_root("opening the directory", session.directory.own, SaveError)
+            with clock.phase("sync"):
+                if session.options.sync if sync is None else sync:
+                    contents, synced = sync_states(session.comm, states, session.options)
+                else:
+                    contents, synced = capture_on_root(session.comm, states), SyncReport()
+            by_name = {one.state.name: one for one in contents}
+            request = SaveRequest(
+                states=[by_name.get(state.name, state) for state in states],
+                step=self._step if step is None else step,
+                size=session.comm.size,
+                metrics=dict(metrics or {}),
+                carry=None if only is None else carry or bool,  # every name is true
+            )
+            self._pinned = None
+            self._steps.restart()
+            return self._saver.save(request, synced, clock)
 
     def restore(self, only: Collection[str] | None = None) -> RestoreReport | None:
         """Bring the states back to the newest generation that verifies.
@@ -220,11 +225,11 @@ class CheckpointManager:
             CheckpointError: On every rank, for anything else that went wrong.
         """
         self._saver.finish()
-        clock = PhaseClock()
         session, states = self._session, self._registry.choose(only, skipped=True)
         partial = only is not None
         pinned = self._pinned if partial else None
-        report = restore_states(session, states, clock, partial=partial, pinned=pinned)
+        with session.watch("restoring") as clock:
+            report = restore_states(session, states, clock, partial=partial, pinned=pinned)
         if report is not None:
             self._step = report.step
             self._pinned = report.generation if partial else None
@@ -308,6 +313,7 @@ class CheckpointManager:
             self._let_go()
             self._steps.settle()
             self._session.comm.close()
+            self._abort.disarm()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -323,12 +329,13 @@ class CheckpointManager:
         else:
             # INVARIANT: one rank alone may be here, so nothing collective: the
             # communicator is left to MPI_Finalize.
+            self._abort.note(error, expected=self.exit_code)
             self._let_go()
 
     def _let_go(self) -> None:
         self._guard.uninstall()
-        self._saver.close()
-        self._session.directory.close()
+        if self._saver.close():
+            self._session.directory.close()
 
     def _register(self, states: Sequence[State]) -> None:
         self._session.compare_options()

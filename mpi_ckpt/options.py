@@ -55,6 +55,10 @@ class Options:
         stop: What else asks for that: the end of the job, a file, a function.
         exit_code: What ``manager.exit_code`` becomes when the job was told to stop.
             Default: 143, as a shell reports SIGTERM.
+        abort_on_error: Whether an exception that nobody catches on one rank alone ends the
+            job, as ``python -m mpi4py`` does; else the ranks wait for one another for ever.
+            So does ``sys.exit`` with an error code out of the manager's ``with`` block.
+            Default: yes. Without effect in a job of one rank.
         deadline_seconds: How long the ranks wait for one another before every live one
             raises an error that names the absent. Must exceed the longest save.
             Default: 600.
@@ -96,6 +100,7 @@ class Options:
     )
     stop: StopWhen = StopWhen()
     exit_code: int = 143
+    abort_on_error: bool = True
     # These change how fast it happens.
     deadline_seconds: float = 600.0
     message_bytes: int = 8 << 20
@@ -219,6 +224,11 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
         "reuse",
         lambda text: bool(int(text)),
         "share unchanged leaves",
+    ),
+    "MPI_CKPT_ABORT_ON_ERROR": (
+        "abort_on_error",
+        lambda text: bool(int(text)),
+        "end the job when one rank fails",
     ),
     "MPI_CKPT_DEADLINE_SECONDS": (
         "deadline_seconds",

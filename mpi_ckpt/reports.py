@@ -124,15 +124,21 @@ class GenerationInfo:
 
 
 class PhaseClock:
-    """Adds up seconds by phase. Not thread-safe."""
+    """Adds up seconds by phase. Not thread-safe.
+
+    Attributes:
+        current: The phase that was begun last; empty before the first.
+    """
 
     def __init__(self) -> None:
+        self.current = ""
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of a block under a name. Not collective."""
+        self.current = name
         start = time.perf_counter()
         try:
             yield

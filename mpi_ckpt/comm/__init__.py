@@ -13,6 +13,7 @@ from mpi_ckpt.comm.agreement import (
 )
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.communicator import ROOT, Communicator
+from mpi_ckpt.comm.farewell import Farewell, abort_job
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.comm.transfer import (
     bcast_bytes,
@@ -25,8 +26,10 @@ from mpi_ckpt.comm.vote import Vote
 __all__ = [
     "ROOT",
     "Communicator",
+    "Farewell",
     "Topology",
     "Vote",
+    "abort_job",
     "agree",
     "agree_on_root",
     "any_of",

@@ -8,13 +8,13 @@ MPI_THREAD_FUNNELED is enough.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpi_ckpt.comm.launch import check_horovod, check_launch, load_mpi
+from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError
 
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-__all__ = ["ROOT", "Communicator"]
+__all__ = ["ROOT", "Communicator", "keep"]
 
 ROOT = 0
 """The rank that decides, reads and commits."""
 
-_HOST_BYTES = 64
 _ROLL_CALL_TAG = 7001
 _DATA_TAG = 7002
 # A rank that waits for a collective yields this often before it starts to sleep, so a
@@ -60,6 +59,8 @@ class Communicator:
         rank: This rank.
         size: Number of ranks.
         hosts: Host name of every rank.
+        completed: How many requests have been waited for; grows as long as ranks meet.
+        is_waiting: Whether this rank waits for others.
         topology: The ranks by host.
         node: Communicator of the ranks on this host, in order; None where all are on
             one, or each on its own.
@@ -83,11 +84,16 @@ class Communicator:
         self.deadline_seconds = deadline_seconds
         self.message_bytes = message_bytes
         self.confusions = 0
+        self.completed = 0
+        self.is_waiting = False
         self._broken: str | None = None
+        self._last_met: tuple[str, float] | None = None
         self.handle: MPI.Intracomm = parent.Dup()
         self.rank: int = self.handle.rank
         self.size: int = self.handle.size
-        self.hosts = self._exchange_hosts()
+        presences = self._exchange_presences()
+        self._visible = {rank: one for rank, one in enumerate(presences) if one.is_visible}
+        self.hosts = tuple(one.host for one in presences)
         self.topology = Topology.of(self.hosts)
         self.node = self._split()
 
@@ -96,13 +102,27 @@ class Communicator:
         """Whether this rank is root."""
         return self.rank == ROOT
 
+    @property
+    def name(self) -> str:
+        """This rank, as messages name it."""
+        return f"rank {self.rank} of {self.size} on {self.hosts[self.rank]}"
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether ranks cannot meet any more: one was absent, or MPI failed."""
+        return self._broken is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still carry messages: not freed, MPI not finalized."""
+        return not self._mpi.Is_finalized() and self.handle != self._mpi.COMM_NULL
+
     def close(self) -> None:
         """Free the duplicate. Collective. May be called twice.
 
         After a missed deadline nothing is freed: that would wait for the absent.
         """
-        gone = self._mpi.Is_finalized() or self.handle == self._mpi.COMM_NULL
-        if not gone and self.can_meet():
+        if self.is_open and self.can_meet():
             if self.node is not None:
                 self.node.Free()
             self.handle.Free()
@@ -133,7 +153,12 @@ class Communicator:
             for start in range(0, len(values), most)
         ]
         self.wait(requests, doing, buffers=(values, result))
+        self.note_meeting(doing)
         return result
+
+    def note_meeting(self, doing: str) -> None:
+        """Remember that all ranks have given their part for something. Not collective."""
+        self._last_met = (doing, time.monotonic())
 
     def start_all_reduce(
         self, values: NDArray[Any], result: NDArray[Any], operation: str
@@ -176,6 +201,7 @@ class Communicator:
                 wait on this communicator failed.
         """
         pending = list(requests)
+        self.is_waiting = True
         try:
             self._refuse_if_broken(doing)
             self._wait(pending, doing, streaming)
@@ -187,6 +213,8 @@ class Communicator:
                 raise
             self._broken = f"MPI failed: {error}"
             raise CollectiveError(f"{doing}: {self._broken}; {_ADVICE}") from error
+        finally:
+            self.is_waiting = False
 
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
         deadline = time.monotonic() + self.deadline_seconds
@@ -197,6 +225,7 @@ class Communicator:
         while current is not None:
             # One request at a time: a test moves all of them on, and one costs least.
             if current.Test():
+                self.completed += 1
                 current = next(waiting, None)
                 continue
             rounds += 1
@@ -227,15 +256,11 @@ class Communicator:
             library = f"{name} {'.'.join(map(str, version))}"
             check_launch(self._mpi.COMM_WORLD.size, library)
 
-    def _exchange_hosts(self) -> tuple[str, ...]:
-        mine = np.zeros(_HOST_BYTES, np.uint8)
-        name = socket.gethostname().encode()[:_HOST_BYTES]
-        mine[: len(name)] = np.frombuffer(name, np.uint8)
-        all_names = np.zeros((self.size, _HOST_BYTES), np.uint8)
-        self.wait([self.handle.Iallgather(mine, all_names)], "meeting for the first time")
-        return tuple(
-            row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_names
-        )
+    def _exchange_presences(self) -> tuple[Presence, ...]:
+        mine = Presence.own().encode()
+        everyone = np.zeros((self.size, Presence.nbytes), np.uint8)
+        self.wait([self.handle.Iallgather(mine, everyone)], "meeting for the first time")
+        return tuple(Presence.decode(row.tobytes()) for row in everyone)
 
     def _split(self) -> MPI.Comm | None:
         if len(self.topology.nodes) in (1, self.size):
@@ -256,7 +281,9 @@ class Communicator:
 
     def _refuse_if_late(self, doing: str) -> None:
         if self.size > 1 and self._others_gave_up():
-            self._broken = "the others gave up waiting for this rank"
+            self._broken = (
+                f"the others gave up waiting for this rank{self._since_last_met()}"
+            )
             self._refuse_if_broken(doing)
 
     def _refuse_if_broken(self, doing: str) -> None:
@@ -279,7 +306,22 @@ class Communicator:
                 f"no progress within {self.deadline_seconds:g} s, though all "
                 f"{self.size} ranks are waiting: they disagree about what comes next"
             )
-        raise CollectiveError(f"{doing}: {self._broken}; {_ADVICE}")
+        problems = [self._whereabouts(rank) for rank in absent]
+        raise CollectiveError(
+            "\n  ".join([f"{doing}: {self._broken}; {_ADVICE}", *problems]),
+            problems=problems,
+        )
+
+    def _whereabouts(self, rank: int) -> str:
+        # Each rank's own view: a process on another host cannot be seen.
+        seen = f": {self._visible[rank].describe()}" if rank in self._visible else ""
+        return f"rank {rank} on {self.hosts[rank]}{seen}{self._since_last_met()}"
+
+    def _since_last_met(self) -> str:
+        if self._last_met is None:
+            return ""
+        doing, at = self._last_met
+        return f"; all ranks last met {time.monotonic() - at:.0f} s ago (for: {doing})"
 
     def _call_roll(self) -> set[int]:
         token = np.zeros(1, np.uint8)
@@ -298,5 +340,10 @@ class Communicator:
             else:
                 time.sleep(_PAUSE_SECONDS_MAX)
         # To a rank that never looked: nobody may ever receive it.
-        _ABANDONED.extend(send for send in sends if not send.Test())
+        keep([send for send in sends if not send.Test()])
         return present
+
+
+def keep(posted: Sequence[object]) -> None:
+    """Hold what was posted and may never be carried out. Not collective."""
+    _ABANDONED.extend(posted)

@@ -94,6 +94,7 @@ class Vote:
         # A bit of the purpose in which two ranks differ is set in its complement as well.
         if joined[0] & joined[2] or joined[1] & joined[3]:
             self._refuse_confusion()
+        self._comm.note_meeting(self._doing)
         flags: int = joined[-1]
         return flags
 

@@ -69,6 +69,7 @@ class JointSave:
         self._mine = _pick(contents, self._shares.get(comm.rank, {}))
         self._plain: list[State] = request.plain if comm.is_root else []
         self._shard: Shard | None = None
+        self.published: Published | None = None
         self.writes_here = comm.is_root or bool(self._mine)
 
     def stage(self, arena: Arena) -> LateCopies:
@@ -101,10 +102,11 @@ class JointSave:
         """
         try:
             agree(self._session.comm, "writing a share of a save", written, error=SaveError)
-            return self._session.on_root("publishing", self._publish, SaveError)
+            self.published = self._session.on_root("publishing", self._publish, SaveError)
         except BaseException:
             self.abandon()
             raise
+        return self.published
 
     def abandon(self) -> None:
         """Leave nothing behind. Not collective. No rank writes any more."""

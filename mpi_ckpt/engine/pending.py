@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import any_of
@@ -21,6 +22,9 @@ __all__ = ["PendingSave"]
 class PendingSave:
     """What an asynchronous `CheckpointManager.save` returns.
 
+    Attributes:
+        leave: Not collective: to be called when the ranks will not meet for it any more.
+
     Main thread only. The manager finishes it by itself at a later ``step()``, ``save()``,
     ``restore()``, ``wait()`` or ``close()``, and raises there what went wrong.
 
@@ -29,6 +33,8 @@ class PendingSave:
         future: The work of this rank; None if it has none.
         conclude: Collective: agrees on how the work ended, given a way to wait for this
             rank's, and makes the report.
+        orphaned: Not collective: called with the work once that is done, on any thread, if
+            the ranks do not conclude: nobody will ask any more.
     """
 
     def __init__(
@@ -36,12 +42,15 @@ class PendingSave:
         session: Session,
         future: Future[None] | None,
         conclude: Callable[[Callable[[], None]], SaveReport],
+        orphaned: Callable[[Future[None]], None],
     ) -> None:
         self._session = session
         self._future = future
         self._conclude = conclude
         self._error: CheckpointError | None = None
         self.report: SaveReport | None = None
+        # Also when nobody holds this any more, and when the interpreter ends.
+        self.leave = weakref.finalize(self, _leave, future, orphaned)
 
     @property
     def finished(self) -> bool:
@@ -86,7 +95,16 @@ class PendingSave:
                 self._future.result()
 
         try:
-            return self._conclude(written)
+            report = self._conclude(written)
         except CheckpointError as error:
             self._error = error
+            if not self._session.comm.is_broken:
+                self.leave.detach()
             raise
+        self.leave.detach()
+        return report
+
+
+def _leave(future: Future[None] | None, orphaned: Callable[[Future[None]], None]) -> None:
+    if future is not None:
+        future.add_done_callback(orphaned)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from mpi_ckpt.comm import agree
+from mpi_ckpt.comm import abort_job, agree
 from mpi_ckpt.engine.background import Background
 from mpi_ckpt.engine.costs import Costs
 from mpi_ckpt.engine.joint import JointSave
@@ -27,15 +29,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Saver"]
 
+logger = logging.getLogger(__name__)
+
 
 class SaveWork(Protocol):
     """One save, in the steps in which it can be done behind the training's back.
 
     Attributes:
         writes_here: Whether this rank writes any file.
+        published: What root has published, on root.
     """
 
     writes_here: bool
+    published: Published | None
 
     def stage(self, arena: Arena) -> LateCopies:
         """Copy what this rank writes. Not collective. On ranks that write.
@@ -79,7 +85,10 @@ class Saver:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._arena = Arena()
-        self._background = Background()
+        options = session.options
+        self._background = Background(
+            options.deadline_seconds, _end_job if options.abort_on_error else None
+        )
         self.costs = Costs()
         self.pending: PendingSave | None = None
 
@@ -154,7 +163,8 @@ class Saver:
             self._background.join()
             work.abandon()
             raise
-        self.pending = PendingSave(session, future, conclude)
+        orphaned = partial(_tell_root_of, work, request.step, session.comm.is_root)
+        self.pending = PendingSave(session, future, conclude, orphaned)
         return self.pending
 
     def finish(self) -> None:
@@ -174,10 +184,23 @@ class Saver:
         finally:
             self._background.join()  # not collective
 
-    def close(self) -> None:
-        """Let root's thread finish, and give back its memory. Not collective."""
-        self._background.close()
+    def close(self) -> bool:
+        """Let root's thread finish, and give back its memory. Not collective.
+
+        A save that the ranks have not met for is left to its end, and that is told.
+
+        Returns:
+            False if the thread is still at work after ``Options.deadline_seconds``; the
+            directory is then still its own.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None and not pending.finished:
+            pending.leave()
+        if not self._background.close(self._session.options.deadline_seconds):
+            logger.error("a save is still under way, and is not waited for any longer")
+            return False
         self._arena.close()
+        return True
 
     def _plan(
         self, request: SaveRequest, synced: SyncReport, clock: PhaseClock
@@ -196,17 +219,23 @@ class Saver:
             return None
         with clock.phase("stage"):
             late = work.stage(self._arena)
+        watch = self._session.watch_behind
+
+        def write() -> None:
+            with watch(clock):
+                work.write()
+
         if not late:
-            return self._background.submit(work.write)
+            return self._background.submit(write)
         copied = self._background.submit(late.copy)
         for gate in late.gates:
             gate.hold(copied)
 
-        def write() -> None:
+        def write_copied() -> None:
             copied.result()
-            work.write()
+            write()
 
-        return self._background.submit(write)
+        return self._background.submit(write_copied)
 
     def _acknowledge(
         self,
@@ -231,3 +260,28 @@ class Saver:
 
 def _nothing() -> None:
     """Stand for the work of a rank that has none."""
+
+
+def _end_job() -> None:
+    logger.critical(
+        "the program is at its end, but a save is not and makes it wait: the job is aborted"
+    )
+    abort_job(1)
+
+
+def _tell_root_of(work: SaveWork, step: int, is_root: bool, done: Future[None]) -> None:
+    """Say what became of a save for which the ranks did not meet any more."""
+    if not is_root:
+        return
+    left = f"the save of step {step} was left without wait() or close()"
+    failure = done.exception()
+    if failure is not None:
+        logger.error("%s and has failed; nothing was published: %s", left, failure)
+    elif work.published is not None:
+        logger.warning("%s; generation %d is durable", left, work.published.generation)
+    else:
+        logger.warning(
+            "%s and is given up: what several ranks write only all together can publish; "
+            "what is there of it is swept at the next start",
+            left,
+        )

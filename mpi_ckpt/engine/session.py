@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from mpi_ckpt.comm import agree_on_root, compare_texts
+from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.reports import PhaseClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.errors import CheckpointError
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 Result = TypeVar("Result")
+
+_QUIET_SECONDS_MAX = 60.0
+_QUIET_SHARE = 0.1
+"""Of the deadline: the rank that stands still says so well before the others give up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +72,31 @@ class Session:
             CheckpointError: On every rank, if the work failed.
         """
         return agree_on_root(self.comm, doing, work, error=error)
+
+    @contextmanager
+    def watch(self, doing: str) -> Iterator[PhaseClock]:
+        """Time an operation of all ranks, and have it told if this one stands still in it.
+
+        Not collective. Main thread only. Waiting for the others is theirs to explain.
+        """
+        clock, comm = PhaseClock(), self.comm
+
+        def steps() -> object:
+            return object() if comm.is_waiting else comm.completed
+
+        with self._watchdog(doing, steps, clock):
+            yield clock
+
+    def watch_behind(self, clock: PhaseClock) -> Watchdog:
+        """Have it told if a save behind the training stands still. Not collective.
+
+        Args:
+            clock: The save's.
+        """
+        return self._watchdog("saving", lambda: None, clock)
+
+    def _watchdog(
+        self, doing: str, steps: Callable[[], object], clock: PhaseClock
+    ) -> Watchdog:
+        quiet = min(_QUIET_SECONDS_MAX, _QUIET_SHARE * self.options.deadline_seconds)
+        return Watchdog(f"{self.comm.name}, {doing}", quiet, steps, lambda: clock.current)

@@ -34,7 +34,7 @@ class SoloSave:
         self._session = session
         self._request = request
         self._clock = clock
-        self._published: Published | None = None
+        self.published: Published | None = None
         self.writes_here = session.comm.is_root
 
     def stage(self, arena: Arena) -> LateCopies:
@@ -50,7 +50,7 @@ class SoloSave:
             SaveError: On the calling rank; nothing was published.
         """
         session = self._session
-        self._published = write_generation(
+        self.published = write_generation(
             session.directory, self._request, session.options, self._clock
         )
 
@@ -63,7 +63,7 @@ class SoloSave:
             SaveError: On every rank; nothing was published.
         """
         self._session.on_root("saving", written, SaveError)
-        return self._published
+        return self.published
 
     def abandon(self) -> None:
         """Nothing was begun yet. Not collective."""

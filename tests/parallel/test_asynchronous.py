@@ -2,6 +2,7 @@
 """Saves behind the training."""
 
 import errno
+import gc
 import os
 import threading
 import time
@@ -185,10 +186,63 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_no_thread_is_left(comm, shared_path):
-    before = threading.active_count()
-    with CheckpointManager(
+def leave_by_close(manager, pending):
+    manager.close()
+
+
+def leave_by_an_error(manager, pending):
+    with pytest.raises(KeyError), manager:
+        raise KeyError("mine")
+
+
+def leave_after_a_failure(manager, pending):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filesystem, "sync_file", refuse)
+        with pytest.raises(WriteError), manager:
+            manager.save().wait()
+
+
+def drop(manager, pending):
+    pending.wait()  # or it would be told that nobody did
+
+
+def refuse(descriptor):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_by_close, leave_by_an_error, leave_after_a_failure, drop]
+)
+@pytest.mark.parametrize("writers", ["root", "all"])
+def test_no_thread_is_left(comm, shared_path, leave, writers):
+    before = set(threading.enumerate())
+    manager = CheckpointManager(
+        shared_path,
+        [ArrayState("a", {"x": np.ones(9)})],
+        comm=comm,
+        options=options(writers=writers),
+    )
+    leave(manager, manager.save())
+    del manager
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        assert leave is drop, "joined"
+        time.sleep(0.01)
+    assert set(threading.enumerate()) - before == set()
+
+
+def test_what_becomes_of_a_save_that_is_left_is_told_once(comm, shared_path, gate, caplog):
+    manager = CheckpointManager(
         shared_path, [ArrayState("a", {"x": np.ones(9)})], comm=comm, options=options()
-    ) as manager:
-        manager.save()
-    assert threading.active_count() == before
+    )
+    manager.save(step=7)
+    gate.set()
+    with pytest.raises(KeyError), manager:
+        raise KeyError("mine")
+    del manager
+    gc.collect()
+    left = "the save of step 7 was left without wait() or close(); generation 1 is durable"
+    assert [one for one in caplog.messages if "left" in one] == [left] * (comm.rank == 0)
+    comm.barrier()
+    assert restored(shared_path, comm, ArrayState("a", {"x": np.ones(9)})).step == 7

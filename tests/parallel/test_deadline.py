@@ -2,6 +2,8 @@
 """Ranks that do not come: every other one says who, and goes no further."""
 
 import gc
+import os
+import re
 import socket
 import time
 
@@ -69,9 +71,40 @@ def test_a_late_rank_is_named_by_all_others(peers):
     assert again.startswith("meeting: ranks cannot meet any more on this communicator: ")
     reason = "the others gave up" if peers.rank == late else named([late], peers.size)
     assert reason in again
-    others = peers.allgather(text)[:late]
+    # What each sees of the late one is its own; what is known to all comes first.
+    others = peers.allgather(text.partition("\n")[0])[:late]
     assert len(set(others)) == 1
     one.close()
+
+
+def test_what_is_known_of_a_late_rank_is_told(peers, make, short_roll_call):
+    one = make()
+    processes = peers.allgather(os.getpid())
+    # The first meeting takes place, the second does not.
+    assert one.all_reduce(np.ones(1), "sum", "training")[0] == peers.size
+    late = peers.size - 1
+    if peers.rank == late:
+        time.sleep(0.9)
+    text, _ = meet(one)
+    last_met = r"; all ranks last met \d s ago \(for: training\)"
+    if peers.rank == late:
+        assert re.search(f"the others gave up waiting for this rank{last_met}; ", text)
+    else:
+        seen = rf"rank {late} on {HOST}: process {processes[late]} (is|waits)[^;]*"
+        assert re.fullmatch(seen + last_met, text.splitlines()[1].strip())
+
+
+def test_a_process_on_another_host_is_not_looked_for(
+    peers, make, on_hosts, short_roll_call
+):
+    on_hosts([f"h{rank}" for rank in range(peers.size)])
+    one = make()
+    late = peers.size - 1
+    if peers.rank == late:
+        time.sleep(0.9)
+    text, _ = meet(one)
+    if peers.rank != late:
+        assert text.splitlines()[1:] == [f"  rank {late} on h{late}"]
 
 
 @pytest.mark.parametrize("absent", ["root", "all but root"])

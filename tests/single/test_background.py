@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -53,3 +56,72 @@ def test_thread_is_started_only_when_needed(background):
     background.join()
     background.close()
     assert threading.active_count() == before
+
+
+def test_close_waits_no_longer_than_it_is_told(background):
+    gate = threading.Event()
+    future = background.submit(lambda: gate.wait(10))
+    assert not background.join(0.01)
+    assert not background.close(0.01)
+    gate.set()
+    assert future.result()
+    assert background.close()
+
+
+def test_thread_ends_when_nobody_holds_it():
+    before = set(threading.enumerate())
+    background = Background()
+    done = []
+    background.submit(lambda: done.append(1))
+    (thread,) = set(threading.enumerate()) - before
+    del background
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert done == [1], "what was submitted is carried out all the same"
+
+
+PROGRAM = """
+import atexit, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from mpi_ckpt.engine.background import Background
+
+def work():
+    time.sleep(0.3)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(print, "done by a pool").result()
+
+def give_up():
+    print("gave up", flush=True)
+    {give_up}
+
+def late():
+    print("late:", background.submit(lambda: "here").result())
+
+background = Background({seconds}, give_up)
+atexit.register(late)
+background.submit(work)
+sys.exit(3)
+"""
+
+
+def run(**given):
+    program = PROGRAM.format(**given)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+
+
+@pytest.mark.skipif(
+    sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)),
+    reason="this Python starts no thread once the program is at its end",
+)
+def test_at_exit_work_is_finished_and_later_work_is_done_at_once():
+    done = run(seconds=30, give_up="")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.splitlines() == ["done by a pool", "late: here"]
+
+
+def test_at_exit_work_is_given_up_after_a_while():
+    done = run(seconds=0.01, give_up="import os; os._exit(4)")
+    assert (done.returncode, done.stdout) == (4, "gave up\n"), done.stderr

@@ -123,14 +123,14 @@ def test_only_comm_knows_mpi():
             )
 
 
-def test_world_is_only_duplicated_and_asked_for_its_size():
+def test_world_is_only_duplicated_asked_for_its_size_and_aborted():
     lines = [
         ast.unparse(node)
         for name, tree in MODULES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and "COMM_WORLD." in ast.unparse(node)
     ]
-    assert set(lines) == {"self._mpi.COMM_WORLD.size"}
+    assert set(lines) == {"self._mpi.COMM_WORLD.size", "load_mpi().COMM_WORLD.Abort"}
 
 
 def test_the_command_line_is_imported_by_nobody_else_and_needs_no_mpi():
@@ -207,7 +207,8 @@ def test_threads_are_started_where_no_mpi_is():
     )
     modules = {one.partition(":")[0] for one in starters}
     assert modules == {
-        "digest.py", "engine/background.py", "storage/outfile.py", "storage/prefetch.py",
+        "digest.py", "engine/background.py", "engine/watchdog.py", "storage/outfile.py",
+        "storage/prefetch.py",
     }  # fmt: skip
     for name in modules:
         imported = {module for _, module in imports(MODULES[name])}
@@ -247,6 +248,17 @@ def test_signal_handler_sets_a_flag_and_steps_aside():
     }  # fmt: skip
     installed = where(lambda node: called(node) == "signal.signal")
     assert {one.partition(":")[0] for one in installed} == {"elastic/preemption.py"}
+
+
+def test_hook_for_what_nobody_catches_is_set_in_one_module():
+    touched = where(
+        lambda node: (
+            isinstance(node, ast.Attribute)
+            and ast.unparse(node) in ("sys.excepthook", "threading.excepthook")
+            and isinstance(node.ctx, ast.Store)
+        )
+    )
+    assert {one.partition(":")[0] for one in touched} == {"engine/abort.py"}
 
 
 def test_logging_is_never_configured():

@@ -20,7 +20,7 @@ def test_defaults_are_usable_and_few():
     assert options.retention == KeepLast(3)
     assert options.exit_code == 143
     assert signal.SIGTERM in options.preemption_signals
-    assert len(dataclasses.fields(options)) <= 18
+    assert len(dataclasses.fields(options)) <= 19
 
 
 def test_options_are_frozen_and_named():

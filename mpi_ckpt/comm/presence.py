@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operating system knows of a rank's process. No MPI."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Presence"]
+
+_HOST_BYTES = 64
+_NUMBER_BYTES = 16
+
+_STATES = {
+    "T": "is stopped by a signal",
+    "t": "is stopped by a debugger",
+    "D": "is held up by a device or a file system",
+    "R": "is running other code",
+    "Z": "has died",
+    "X": "has died",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """Where a rank runs.
+
+    Attributes:
+        host: Name of its host.
+        process: Its process id there.
+        started: When it was started, in ticks of that host: with the id, this tells the
+            process from any other, in another container of that name too.
+    """
+
+    host: str
+    process: int
+    started: int
+
+    nbytes = _HOST_BYTES + _NUMBER_BYTES
+
+    @classmethod
+    def own(cls) -> Presence:
+        """Describe this process. Not collective."""
+        process = os.getpid()
+        _, started = _look_up(process) or ("", 0)
+        return cls(socket.gethostname(), process, started)
+
+    def encode(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """Return it as bytes of a fixed length. Not collective."""
+        host = self.host.encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
+        numbers = np.array([self.process, self.started], np.int64).tobytes()
+        return np.frombuffer(host + numbers, np.uint8)
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Presence:
+        """Return what `encode` was called on. Not collective."""
+        host = encoded[:_HOST_BYTES].rstrip(b"\0").decode(errors="replace")
+        process, started = np.frombuffer(encoded[_HOST_BYTES:], np.int64).tolist()
+        return cls(host, process, started)
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether the process can be seen from here: no other host, no other container."""
+        if self.host != socket.gethostname():
+            return False
+        found = _look_up(self.process)
+        return found is not None and found[1] == self.started
+
+    def describe(self) -> str:
+        """Tell what a process is at that was visible once, in words. Not collective."""
+        found = _look_up(self.process)
+        if found is None or found[1] != self.started:
+            return f"process {self.process} is not there any more"
+        waits = f"waits{_kernel_function(self.process)}"
+        return f"process {self.process} {_STATES.get(found[0], waits)}"
+
+
+def _look_up(process: int) -> tuple[str, int] | None:
+    """Return a process's state and start, by the kernel's file; None if there is none."""
+    with suppress(OSError, ValueError, IndexError):
+        status = Path(f"/proc/{process}/stat").read_text()
+        # The name in brackets may hold anything, brackets too.
+        fields = status.rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    return None
+
+
+def _kernel_function(process: int) -> str:
+    with suppress(OSError):  # not for everybody to see
+        name = Path(f"/proc/{process}/wchan").read_text().strip()
+        if name not in ("", "0"):
+            return f" in the kernel ({name})"
+    return ""

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank does not come: hanging.py FOLDER HOW RANK DEADLINE
+
+The rank stops itself, reads a FIFO that nobody writes, computes without end, or hangs in
+an fsync; the others wait for it in a save.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+from mpi_ckpt import ArrayState, CheckpointManager, Options, State
+from mpi_ckpt.comm import communicator
+from mpi_ckpt.engine import abort
+from mpi_ckpt.storage import filesystem
+
+logging.basicConfig(format="%(levelname)s %(message)s")
+folder, how, rank, deadline = sys.argv[1:]
+absent = MPI.COMM_WORLD.rank == int(rank)
+communicator._ROLL_CALL_SECONDS = 1.0
+abort._ERROR_SECONDS = 0.5
+
+
+class Pipe(State):
+    """A state whose sync reads what nobody writes."""
+
+    def sync(self) -> None:
+        if absent and how == "fifo":
+            Path(folder, "fifo").read_bytes()
+
+
+def hang(descriptor: int) -> None:
+    threading.Event().wait()
+
+
+def stay_away() -> None:
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while how == "compute":
+        pass
+
+
+options = Options(deadline_seconds=float(deadline), asynchronous=how == "behind")
+states = [ArrayState("a", {"x": np.zeros(5)}), Pipe("pipe")]
+with CheckpointManager(Path(folder, "root"), states, options=options) as manager:
+    manager.save().wait() if how == "behind" else manager.save()
+    if absent:
+        if how in ("fsync", "behind"):
+            filesystem.sync_file = hang
+        stay_away()
+    manager.save()
+    manager.wait()
