@@ -214,6 +214,12 @@ def _peaks() -> list[Target]:
     ]
 
 
+def _step_microseconds(figures: Figures) -> float | None:
+    seconds = figures.seconds(names.STEP)
+    per_step = ratio(seconds, figures.value(names.STEP, "steps"))
+    return None if per_step is None else 1e6 * per_step
+
+
 TARGETS: tuple[Target, ...] = (
     Target(
         "save: raw direct write / ours",
@@ -247,6 +253,15 @@ TARGETS: tuple[Target, ...] = (
         0.97,
         True,
         times(names.NO_SAVES, names.SAVE_ASYNC),
+    ),
+    Target(
+        "a step at which nothing is to be done",
+        "step",
+        50.0,
+        False,
+        _step_microseconds,
+        ranks=4,
+        unit="us",
     ),
     Target(
         "sync, equal: Horovod / ours",
