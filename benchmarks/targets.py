@@ -215,9 +215,12 @@ def _peaks() -> list[Target]:
 
 
 def _step_microseconds(figures: Figures) -> float | None:
-    seconds = figures.seconds(names.STEP)
-    per_step = ratio(seconds, figures.value(names.STEP, "steps"))
-    return None if per_step is None else 1e6 * per_step
+    group = "beside work"
+    ours, bare = (figures.seconds(n, group) for n in (names.STEP, names.NO_MANAGER))
+    steps = figures.value(names.STEP, "steps", group)
+    if ours is None or bare is None or not steps:
+        return None
+    return 1e6 * (ours - bare) / steps
 
 
 TARGETS: tuple[Target, ...] = (
