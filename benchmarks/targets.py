@@ -214,6 +214,15 @@ def _peaks() -> list[Target]:
     ]
 
 
+def _step_microseconds(figures: Figures) -> float | None:
+    group = "beside work"
+    ours, bare = (figures.seconds(n, group) for n in (names.STEP, names.NO_MANAGER))
+    steps = figures.value(names.STEP, "steps", group)
+    if ours is None or bare is None or not steps:
+        return None
+    return 1e6 * (ours - bare) / steps
+
+
 TARGETS: tuple[Target, ...] = (
     Target(
         "save: raw direct write / ours",
@@ -247,6 +256,15 @@ TARGETS: tuple[Target, ...] = (
         0.97,
         True,
         times(names.NO_SAVES, names.SAVE_ASYNC),
+    ),
+    Target(
+        "a step at which nothing is to be done",
+        "step",
+        50.0,
+        False,
+        _step_microseconds,
+        ranks=4,
+        unit="us",
     ),
     Target(
         "sync, equal: Horovod / ours",

@@ -22,6 +22,7 @@ from mpi_ckpt.elastic import accumulator, epochs
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.manager import CheckpointManager
 from mpi_ckpt.options import Options
+from mpi_ckpt.stopping import StopWhen
 from mpi_ckpt.storage.layout import check_names_apart
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ class _Surface:
 
 def _default_options() -> Options:
     # adaptdl's checkpoint module leaves signals alone and takes states as they come.
-    return replace(Options.from_env(), strict=False, preemption_signals=())
+    # Nobody takes steps here, so nobody would hear of a wish to stop.
+    nothing = StopWhen(wall_time=False, halt_file=None)
+    return replace(Options.from_env(), strict=False, preemption_signals=(), stop=nothing)
 
 
 class State(contract.State):

@@ -13,6 +13,7 @@ from benchmarks.cases import (
     serialization,
     small,
     stall,
+    step,
     sync,
     train,
     writers,
@@ -36,6 +37,7 @@ CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "serialization": serialization.groups,
     "small": small.groups,
     "train": train.groups,
+    "step": step.groups,
     "memory": memory.groups,
 }
 """Name -> function that gives the groups of a case, one after the other is measured."""

@@ -3,15 +3,15 @@
 
 What schedulers set (facts from their manuals and sources):
 
-- Slurm, sbatch(1), "OUTPUT ENVIRONMENT VARIABLES": SLURM_JOB_START_TIME and
-  SLURM_JOB_END_TIME, Unix time stamps. With cgroups a process of job 42 stands in a control
-  group ``job_42``.
+- Slurm, sbatch(1), "OUTPUT ENVIRONMENT VARIABLES": SLURM_JOB_END_TIME, a Unix time stamp;
+  not in older releases (22.05). With cgroups a process of job 42 stands in a control group
+  ``job_42``.
 - TORQUE: PBS_WALLTIME, the limit in seconds, without a start. Every PBS writes the file
   that PBS_NODEFILE names when it starts the job, on the job's first host.
 - PBS Professional, LSF and Flux (flux-environment(7)) tell a job no time.
 
-So for the latter, and to overrule any, the job's script sets MPI_CKPT_DEADLINE: a point in
-time, not a duration, as a program that is started again in the same job would count that
+For the latter, and to overrule any, the script of the job sets MPI_CKPT_DEADLINE: a point
+in time, not a duration, as a program that is started again in the same job would count it
 from its own start.
 """
 

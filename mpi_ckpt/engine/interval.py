@@ -40,6 +40,7 @@ class Interval:
         self._seconds = every.total_seconds() if isinstance(every, timedelta) else None
         self._auto = every if isinstance(every, AutoInterval) else None
         self._costs = costs
+        self._planned_after = -1
         self.failures = ASSUMED
         self._saved_at = time.monotonic()
 
@@ -64,6 +65,9 @@ class Interval:
         if stall is None or not self._costs.step_seconds:
             self._seconds = _FIRST_SECONDS
             return
+        if self._planned_after == self._costs.notes:
+            return
+        self._planned_after = self._costs.notes
         seconds = best_interval(
             stall,
             self._costs.durable_seconds or 0.0,
