@@ -85,6 +85,7 @@ class CheckpointManager:
         except CheckpointError:
             communicator.close()
             raise
+        self._session.note("started", self._step)
         if options.preemption_signals and not self._guard.install():
             logger.warning("signals are not watched: this is not the main thread")
 
@@ -296,13 +297,15 @@ class CheckpointManager:
     def close(self) -> None:
         """Finish a pending save; let go of directory, signals and communicator.
 
-        Collective. Callable twice.
+        Collective. Callable twice. Unless somebody asked to stop, `mpi-ckpt run` hears by
+        this that the training is done.
 
         Raises:
             SaveError: On every rank, if the pending save failed; all else is let go of.
         """
         try:
             self._saver.finish()
+            self._session.note_end(self._step)
         finally:
             # The error, if any, was agreed on: every rank is here.
             self._let_go()
@@ -323,6 +326,8 @@ class CheckpointManager:
         else:
             # INVARIANT: one rank alone may be here, so nothing collective: the
             # communicator is left to MPI_Finalize.
+            unsaved = self._saver.pending is not None
+            self._session.note_end(self._step, error, unsaved=unsaved)
             self._let_go()
 
     def _let_go(self) -> None:

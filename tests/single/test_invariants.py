@@ -189,8 +189,9 @@ def test_pickle_is_used_by_one_state_only():
 
 def test_nothing_forks_or_starts_processes():
     starters = ("multiprocessing", "subprocess", "pty", "popen2")
-    # The doctor asks MPI in a process of its own; no training imports that module.
-    assert importers(*starters, besides=("cli/machine.py",)) == []
+    # The doctor asks MPI in a process of its own, and the restart loop starts launchers; no
+    # training imports those modules.
+    assert importers(*starters, besides=("cli/machine.py", "cli/child.py")) == []
     assert (
         where(
             lambda node: re.fullmatch(
@@ -247,7 +248,10 @@ def test_signal_handler_sets_a_flag_and_steps_aside():
         "signal.Signals", "callable", "previous",
     }  # fmt: skip
     installed = where(lambda node: called(node) == "signal.signal")
-    assert {one.partition(":")[0] for one in installed} == {"elastic/preemption.py"}
+    # The restart loop is no part of a training: its handlers only count.
+    assert {one.partition(":")[0] for one in installed} == {
+        "elastic/preemption.py", "cli/looping.py",
+    }  # fmt: skip
 
 
 def test_logging_is_never_configured():
