@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi_ckpt.storage.notes import Note
 
@@ -93,6 +94,10 @@ def judge(
     return ending("lost", _LOST, reached)
 
 
+_STOPPED_AT_ONCE = (
+    "asked to stop three times in a row within a step: is the time of the job over, or is "
+    "there a halt file?"
+)
 _UNRECORDED = (
     "exit code 0, but the job has recorded nothing: it was lost before its "
     "CheckpointManager was made, or has none (then give --trust-exit-code)"
@@ -111,6 +116,15 @@ def _is_complete(notes: Sequence[Note]) -> bool:
     return all(event == "finished" for event in last.values())
 
 
+def _run_length(endings: Sequence[Ending], holds: Callable[[Ending], bool]) -> int:
+    """Count the last attempts of which something holds."""
+    return sum(1 for _ in takewhile(holds, reversed(endings)))
+
+
+def _is_stopped_at_once(ending: Ending) -> bool:
+    return ending.outcome == "preempted" and ending.reached <= ending.began + 1
+
+
 def next_move(endings: Sequence[Ending], max_restarts: int, backoff: float) -> Move:
     """Tell what comes after the attempts so far. Pure.
 
@@ -122,20 +136,16 @@ def next_move(endings: Sequence[Ending], max_restarts: int, backoff: float) -> M
     last = endings[-1]
     if last.outcome == "finished":
         return Move(stop="finished")
-    same = 0
-    for one in reversed(endings):
-        if one.sign is None or one.sign != last.sign:
-            break
-        same += 1
+    same = _run_length(endings, lambda one: one.sign == last.sign is not None)
     if same >= SAME_FAILURES:
         return Move(stop=f"the same failure {same} times at step {last.reached}")
+    if _run_length(endings, _is_stopped_at_once) >= SAME_FAILURES:
+        return Move(stop=_STOPPED_AT_ONCE)
     if len(endings) > max_restarts:
         return Move(stop=f"the limit of {max_restarts} restarts is reached")
     if last.outcome == "preempted":
         return Move()
-    barren = 0
-    for one in reversed(endings):
-        if one.outcome == "preempted" or one.reached > one.began:
-            break
-        barren += 1
+    barren = _run_length(
+        endings, lambda one: one.outcome != "preempted" and one.reached <= one.began
+    )
     return Move(seconds=min(backoff * 2.0 ** max(0, barren - 1), BACKOFF_MAX_SECONDS))

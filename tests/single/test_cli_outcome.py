@@ -93,8 +93,12 @@ def test_same_failure_at_the_same_step_ends_the_loop_the_third_time():
     assert next_move([failure(5), failure(5, sign="y"), failure(5)], 20, 1.0).stop == ""
 
 
-def test_preemptions_may_repeat_at_the_same_step():
+def test_preemptions_may_repeat_unless_nothing_is_done_in_between():
     assert next_move([PREEMPTED] * 15, 20, 1.0).stop == ""
+    # As with a halt file: each attempt does one step, is asked to stop and saves.
+    steps = [Ending(outcome="preempted", began=n, reached=n + 1) for n in range(3)]
+    assert next_move([PREEMPTED, *steps[:2]], 20, 1.0).stop == ""
+    assert "halt file" in next_move([PREEMPTED, *steps], 20, 1.0).stop
     # A code of 143 without a note may be anybody's SIGTERM.
     assert "3 times" in next_move([judge(143, [])] * 3, 20, 1.0).stop
 
