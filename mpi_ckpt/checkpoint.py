@@ -10,8 +10,10 @@ adaptdl's users expect. Everything else in this package has no global state.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from mpi_ckpt.manager import CheckpointManager
 from mpi_ckpt.options import Options
 from mpi_ckpt.stopping import StopWhen
 from mpi_ckpt.storage.layout import check_names_apart
+from mpi_ckpt.storage.notes import Notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +76,8 @@ class _Surface:
         """Return the manager of a directory, with the states of the moment."""
         if directory not in self.managers:
             # Without a directory states are only synced: nothing is read or written.
+            if not self.managers:
+                atexit.register(self.note_end)
             self.managers[directory] = CheckpointManager(
                 directory or Path(os.devnull),
                 comm=self.comm,
@@ -84,6 +89,17 @@ class _Surface:
         for state in self.states.values():
             manager.add(state)
         return manager
+
+    def note_end(self) -> None:
+        """Tell `mpi-ckpt run` that the program has come to its end. Not collective."""
+        # adaptdl's programs close nothing. Here they left by their last line or by
+        # sys.exit, whose code the loop sees; after anything else this is set.
+        if getattr(sys, "last_value", None) is None:
+            notes = Notes.from_environment()
+            for directory, manager in self.managers.items():
+                if manager.is_root:
+                    where = str(directory or os.devnull)
+                    notes.add("finished", step=manager.steps, directory=where)
 
 
 def _default_options() -> Options:

@@ -11,6 +11,7 @@
     ├─ SaveError                          nothing published, earlier generations untouched
     │  ├─ StageError                      a state could not give its contents
     │  ├─ DivergedError                   sync="check": replicas differ
+    │  ├─ FencedError                     another job has taken the directory over
     │  ├─ WriteError(OSError)             a file of the partial could not be written
     │  └─ PublishError(OSError)           the last steps of the commit failed
     ├─ RestoreError
@@ -41,6 +42,7 @@ __all__ = [
     "CollectiveError",
     "CorruptGenerationError",
     "DivergedError",
+    "FencedError",
     "LaunchError",
     "LockedError",
     "NoCheckpointError",
@@ -199,6 +201,10 @@ class DivergedError(SaveError):
     """Replicas differ where the state was asked to check that they do not."""
 
 
+class FencedError(SaveError):
+    """Another job has taken the directory over: this one may not publish any more."""
+
+
 class WriteError(SaveError, OSError):
     """A file of the partial could not be written."""
 
@@ -245,6 +251,7 @@ _FAMILY: dict[str, type[CheckpointError]] = {
         SaveError,
         StageError,
         DivergedError,
+        FencedError,
         WriteError,
         PublishError,
         RestoreError,

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import Communicator, agree
+from mpi_ckpt.comm import Communicator
 from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.engine.abort import AbortOnError
 from mpi_ckpt.engine.draft import SaveRequest
@@ -22,13 +22,13 @@ from mpi_ckpt.engine.saver import Saver
 from mpi_ckpt.engine.session import Session
 from mpi_ckpt.engine.steps import Steps
 from mpi_ckpt.engine.sync import capture_on_root, sync_states
-from mpi_ckpt.errors import CheckpointError, RegistrationError, SaveError
+from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.options import Options
 from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.storage.directory import CheckpointDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from os import PathLike
     from types import TracebackType
 
@@ -85,11 +85,14 @@ class CheckpointManager:
             communicator, self._saver.close, enabled=options.abort_on_error
         )
         try:
-            self._register(list(states))
+            self._session.compare_options()
+            self._registry.add_all(list(states))
+            self._steps.read_environment()
         except CheckpointError:
             communicator.close()
             raise
         self._abort.arm()
+        self._session.note("started", self._step)
         if options.preemption_signals and not self._guard.install():
             logger.warning("signals are not watched: this is not the main thread")
 
@@ -301,13 +304,15 @@ class CheckpointManager:
     def close(self) -> None:
         """Finish a pending save; let go of directory, signals and communicator.
 
-        Collective. Callable twice.
+        Collective. Callable twice. Unless somebody asked to stop, `mpi-ckpt run` hears by
+        this that the training is done.
 
         Raises:
             SaveError: On every rank, if the pending save failed; all else is let go of.
         """
         try:
             self._saver.finish()
+            self._session.note_end(self._step)
         finally:
             # The error, if any, was agreed on: every rank is here.
             self._let_go()
@@ -330,20 +335,11 @@ class CheckpointManager:
             # INVARIANT: one rank alone may be here, so nothing collective: the
             # communicator is left to MPI_Finalize.
             self._abort.note(error, expected=self.exit_code)
+            unsaved = self._saver.pending is not None
+            self._session.note_end(self._step, error, unsaved=unsaved)
             self._let_go()
 
     def _let_go(self) -> None:
         self._guard.uninstall()
         if self._saver.close():
             self._session.directory.close()
-
-    def _register(self, states: Sequence[State]) -> None:
-        self._session.compare_options()
-
-        def add_all() -> None:
-            for state in states:
-                self._registry.add(state)
-
-        agree(self._session.comm, "registering states", add_all, error=RegistrationError)
-        self._registry.choose(None, skipped=True)
-        self._steps.read_environment()

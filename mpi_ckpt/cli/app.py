@@ -13,6 +13,7 @@ from mpi_ckpt import __version__
 __all__ = ["cli"]
 
 _COMMANDS = {
+    "run": "running:run",
     "ls": "listing:list_generations",
     "show": "showing:show",
     "verify": "verifying:verify",
@@ -56,7 +57,7 @@ class _Group(click.Group):
 )
 @click.version_option(__version__, message="mpi_ckpt %(version)s")
 def cli() -> None:
-    """Look at the checkpoints of mpi_ckpt, and look after them.
+    """Start jobs again, look at the checkpoints of mpi_ckpt, and look after them.
 
     DIR is the directory given to CheckpointManager. GENERATION is a number, a name such
     as checkpoint-00000042, or "newest".

@@ -23,7 +23,15 @@ from mpi_ckpt.cli.checks import Check
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["check_launcher", "check_mpi", "check_software", "family_of"]
+__all__ = [
+    "ask",
+    "ask_apart",
+    "check_launcher",
+    "check_mpi",
+    "check_software",
+    "family_of",
+    "which",
+]
 
 _MPI_SECONDS = 30.0
 _MPIRUN_SECONDS = 10.0
@@ -55,7 +63,7 @@ def check_software() -> list[Check]:
 def check_mpi(environ: Mapping[str, str]) -> list[Check]:
     """Look at mpi4py, the MPI library it loads, thread level, and the mpirun in PATH."""
     kept = {k: v for k, v in environ.items() if not _PLACE_IN_JOB.match(k)}
-    lines, ended = _run([sys.executable, "-m", "mpi_ckpt.comm.probe"], kept, _MPI_SECONDS)
+    lines, ended = ask([sys.executable, "-m", "mpi_ckpt.comm.probe"], kept, _MPI_SECONDS)
     found: dict[str, Any] = {}
     for line in lines.splitlines():
         with suppress(ValueError):
@@ -171,7 +179,7 @@ def _thread_level(found: Mapping[str, Any], ended: str) -> Check:
 
 
 def _mpirun(found: Mapping[str, Any], environ: Mapping[str, str]) -> Check:
-    path = _which("mpirun", environ)
+    path = which("mpirun", environ)
     if path is None:
         return Check(
             "MPI",
@@ -180,7 +188,7 @@ def _mpirun(found: Mapping[str, Any], environ: Mapping[str, str]) -> Check:
             "note",
             "jobs need the mpirun of the library above, or srun",
         )
-    said, _ = _run([str(path), "--version"], environ, _MPIRUN_SECONDS)
+    said, _ = ask([str(path), "--version"], environ, _MPIRUN_SECONDS)
     theirs, ours = family_of(said), family_of(str(found.get("library", "")))
     first = (re.search(r"\d+\.\d+[.\w]*", said) or [""])[0]
     text = f"{path}, {theirs or 'of an unknown MPI'} {first}".rstrip()
@@ -198,7 +206,8 @@ def _mpirun(found: Mapping[str, Any], environ: Mapping[str, str]) -> Check:
     return Check("MPI", "mpirun", text, advice="fits the library that mpi4py loads")
 
 
-def _which(name: str, environ: Mapping[str, str]) -> Path | None:
+def which(name: str, environ: Mapping[str, str]) -> Path | None:
+    """Return where a program is: in PATH, or beside this Python."""
     for directory in environ.get("PATH", os.defpath).split(os.pathsep):
         path = Path(directory or ".") / name
         if path.is_file() and os.access(path, os.X_OK):
@@ -208,17 +217,33 @@ def _which(name: str, environ: Mapping[str, str]) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _run(
+def ask(
     arguments: Sequence[str], environ: Mapping[str, str], seconds: float
 ) -> tuple[str, str]:
     """Return what a program printed and how it ended; it has ended, with its children."""
+    return _ask(arguments, environ, seconds, subprocess.STDOUT)
+
+
+def ask_apart(
+    arguments: Sequence[str], environ: Mapping[str, str], seconds: float
+) -> tuple[str, str]:
+    """Do as `ask` does, with the program's standard error left to go where ours goes."""
+    return _ask(arguments, environ, seconds, None)
+
+
+def _ask(
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    seconds: float,
+    stderr: int | None,
+) -> tuple[str, str]:
     try:
         process = subprocess.Popen(
             arguments,
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             start_new_session=True,
         )
     except OSError as error:

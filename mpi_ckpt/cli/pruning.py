@@ -107,7 +107,7 @@ def prune(
         with closing(lock):
             plan = _plan(screen, directory, policy, verify=verify)
             leftovers = recovery.survey(directory).partials
-            recovery.sweep(directory, leftovers)
+            recovery.sweep(directory, leftovers, job)
             Catalog(directory).remove(plan.removed, job)
     # What could not be removed was logged, and is still there under some name.
     stayed = set(plan.removed) & set(recovery.survey(directory).generations)

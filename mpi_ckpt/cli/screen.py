@@ -36,6 +36,12 @@ __all__ = ["Screen", "age", "bytes_text", "clean", "plural"]
 
 _STYLES = {
     "newest": "bold green",
+    "finished": "bold green",
+    "preempted": "cyan",
+    "failed": "red",
+    "lost": "red",
+    "unrecorded": "red",
+    "hung": "bold red",
     "ok": "green",
     "good": "bold green",
     "equal": "dim",

@@ -11,7 +11,7 @@ from mpi_ckpt.state import LeafState, State
 from mpi_ckpt.storage.layout import check_names_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from mpi_ckpt.comm import Communicator
 
@@ -33,6 +33,23 @@ class Registry:
     def names(self) -> list[str]:
         """The names, in saving order."""
         return list(self._states)
+
+    def add_all(self, states: Sequence[State]) -> None:
+        """Take in the states of a manager that begins.
+
+        Collective. Main thread only.
+
+        Raises:
+            RegistrationError: On every rank, if one cannot be taken in on any, or names
+                or their order differ between ranks.
+        """
+
+        def add_all() -> None:
+            for state in states:
+                self.add(state)
+
+        agree(self._comm, "registering states", add_all, error=RegistrationError)
+        self.choose(None, skipped=True)
 
     def add(self, state: State) -> None:
         """Take in a state. Not collective.

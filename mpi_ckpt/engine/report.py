@@ -94,6 +94,7 @@ def report_restore(
         "quarantined": session.directory.set_aside,
     }
     told = bcast_json(session.comm, mine, "reporting a restore")
+    session.note("restored", found.description["step"])
     return RestoreReport(
         generation=found.generation,
         path=Path(told["path"]),

@@ -250,11 +250,11 @@ class Saver:
         self.costs.note_durable(report.seconds["total"])
         # Every rank has heard by now that the new generation is durable: what it
         # replaces may go, and nobody needs to wait for that.
+        if published is not None:
+            self._session.note("saved", int(request.step))
         if published is not None and published.retired:
             directory, retired = self._session.directory, published.retired
-            self._background.submit(
-                lambda: directory.catalog.remove(retired, directory.job)
-            )
+            self._background.submit(lambda: directory.remove(retired))
         return report
 
 

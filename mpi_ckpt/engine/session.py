@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from mpi_ckpt.comm import agree_on_root, compare_texts
 from mpi_ckpt.engine.watchdog import Watchdog
-from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
+from mpi_ckpt.storage.notes import Notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.options import Options
     from mpi_ckpt.storage.directory import CheckpointDirectory
 
@@ -37,11 +37,35 @@ class Session:
         comm: The manager's communicator.
         directory: Touched on root only.
         options: The same on every rank.
+        notes: For the loop that started this job, if one did.
     """
 
     comm: Communicator
     directory: CheckpointDirectory
     options: Options
+    notes: Notes = field(default_factory=Notes.from_environment)
+
+    def note(self, event: str, step: int) -> None:
+        """Note an event for `mpi-ckpt run`. Not collective. Has an effect on root only."""
+        if self.comm.is_root:
+            self.notes.add(event, step=step, directory=str(self.directory.root))
+
+    def note_end(
+        self, step: int, error: BaseException | None = None, *, unsaved: bool = False
+    ) -> None:
+        """Note how this rank leaves the manager. Not collective.
+
+        Args:
+            step: The training step.
+            error: The exception that it leaves by; None at its end.
+            unsaved: Whether a save is under way that this exception cuts off.
+        """
+        left_well = isinstance(error, SystemExit) and not error.code and not unsaved
+        if error is None or left_well:
+            self.note("finished", step)
+        # One of this package comes to all ranks: root's note will do.
+        elif self.comm.is_root or not isinstance(error, CheckpointError):
+            self.notes.add_error(error, step=step, directory=str(self.directory.root))
 
     def compare_options(self) -> None:
         """Require the same options on every rank.

@@ -153,6 +153,7 @@ class Steps:
         Args:
             report: Of the last save.
         """
+        self._session.note("preempted", report.step)
         if self._session.comm.is_root:
             text = "asked to stop (%s); generation %d is saved"
             why = self._reason or self._guard.reason or "on another rank"

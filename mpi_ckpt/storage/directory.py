@@ -22,13 +22,14 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.faults import os_errors_as
-from mpi_ckpt.storage.layout import QUARANTINE, generation_name
+from mpi_ckpt.storage.layout import QUARANTINE, generation_name, is_partial_of
 from mpi_ckpt.storage.lock import DirectoryLock
 from mpi_ckpt.storage.outfile import StagingBlocks
 from mpi_ckpt.storage.partial import Partial
 from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from mpi_ckpt.storage.manifest import Manifest
@@ -64,6 +65,7 @@ class CheckpointDirectory:
         self.job = secrets.token_hex(6)
         self.catalog = Catalog(root)
         self._lock: DirectoryLock | None = None
+        self._swept = False
         self._aside: dict[int, str] = {}
         self._newest: Manifest | None = None
 
@@ -88,7 +90,10 @@ class CheckpointDirectory:
             filesystem.make_directories(self.root)
         self._lock = DirectoryLock(self.root, self.job)
         self._warn_if_open_to_all()
-        recovery.sweep(self.root, recovery.survey(self.root).partials)
+        self._sweep()
+        with suppress(SaveError):  # a disk that was full may have room now
+            if self._lock.sign():
+                self._sweep()
 
     def close(self) -> None:
         """Let go of the lock. Callable twice."""
@@ -100,13 +105,26 @@ class CheckpointDirectory:
         """Start the next generation, without leftovers; the directory must be owned.
 
         Raises:
+            FencedError: On the calling rank, if another job has taken the directory over.
             WriteError: On the calling rank, if its partial cannot be made.
+            SaveError: On the calling rank, if the lock can be neither signed nor read.
             ReadError: On the calling rank, if the directory cannot be listed.
         """
+        lock = self._lock
+        if lock is None:
+            raise SaveError(f"{self.root} is not owned: call own() first", path=self.root)
+        if lock.sign():
+            self._swept = False  # what others have left until the signature stood
+        lock.check()
+        if not self._swept:
+            self._sweep()
         self.catalog.remove_left(self.job)
         found = recovery.survey(self.root)
-        if found.partials:  # what an earlier save or removal of this job could not delete
-            recovery.sweep(self.root, found.partials)
+        # What an earlier save or removal of this job could not delete. A successor's are
+        # not ours to touch.
+        mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
+        if mine:
+            recovery.sweep(self.root, mine, self.job)
             found = recovery.survey(self.root)
         return Partial(
             self.root,
@@ -114,7 +132,13 @@ class CheckpointDirectory:
             self.job,
             mode=self._mode,
             staging=self._staging,
+            check=lock.check,
         )
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Remove generations; what fails is logged, and swept by the next owner."""
+        if self._owns():
+            self.catalog.remove(numbers, self.job)
 
     def join(self, generation: int, job: str) -> Partial:
         """Write into the generation that root of this job has begun.
@@ -213,7 +237,7 @@ class CheckpointDirectory:
             return
         self._aside[number] = str(problem)
         where = self.root / generation_name(number)
-        if self._lock is not None:
+        if self._owns():
             where = recovery.quarantine(self.root, number, problem)
         logger.warning(
             "generation %d failed to verify and is not used: %s; kept for you in %s",
@@ -221,6 +245,19 @@ class CheckpointDirectory:
             problem,
             where,
         )
+
+    def _owns(self) -> bool:
+        try:
+            if self._lock is not None:
+                self._lock.check()
+        except SaveError as error:
+            logger.warning("nothing is removed from %s: %s", self.root, error)
+            return False
+        return self._lock is not None
+
+    def _sweep(self) -> None:
+        partials = recovery.survey(self.root).partials
+        self._swept = recovery.sweep(self.root, partials, self.job)
 
     def _own_if_writable(self) -> None:
         try:

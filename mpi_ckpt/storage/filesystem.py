@@ -2,8 +2,8 @@
 """The one module that creates, writes, links, renames, fsyncs and deletes.
 
 INVARIANT: nothing else in the package changes a file system, but for the lock file, which
-holds no data. Every change goes through ``os`` as seen from here, so crash tests put a
-recorder in its place and replay every prefix of what a save did.
+holds no data, only the name of the owner. Every change goes through ``os`` as seen from
+here, so crash tests put a recorder in its place and replay every prefix of what a save did.
 
 Files are opened by the path of their directory, never following a link in the last part.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FreeSpace",
+    "append",
     "create_file",
     "free_space",
     "leave_direct",
@@ -213,6 +214,16 @@ def rename_new(source: Path, target: Path) -> None:
 def link_file(source: Path, target: Path) -> None:
     """Give a file a second name; the target must be free. Not collective."""
     os.link(source, target, follow_symlinks=False)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file, made if it is missing; not made durable. Not collective."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 def remove_tree(path: Path) -> None:

@@ -23,10 +23,13 @@ __all__ = [
     "check_file_name",
     "check_names_apart",
     "check_state_name",
+    "condemned_name",
     "generation_name",
     "generation_number",
     "is_adaptdl_name",
+    "is_condemned_name",
     "is_partial_name",
+    "is_partial_of",
     "partial_name",
     "partial_number",
     "shard_file_name",
@@ -47,6 +50,7 @@ _FAULTS_SHOWN = 50
 _GENERATION = re.compile(r"checkpoint-(\d{8,18})")
 _ADAPTDL = re.compile(r"checkpoint-\d{1,7}")
 _PARTIAL = re.compile(r"\.partial-(\d{8,18})-[0-9a-z]+")
+_CONDEMNED = "x"  # no name of a job has it: those are hexadecimal
 _FILE = re.compile(r"(?!\.)[A-Za-z0-9._%~+-]{1,255}|\.(?!\.)[A-Za-z0-9._%~+-]{1,254}")
 
 
@@ -77,6 +81,21 @@ def partial_name(number: int, job: str) -> str:
 def is_partial_name(name: str) -> bool:
     """Tell whether a name is one that `partial_name` makes."""
     return _PARTIAL.fullmatch(name) is not None
+
+
+def condemned_name(name: str, job: str) -> str:
+    """Return the name to which a job that sweeps moves a leftover before deleting it."""
+    return f"{name}{_CONDEMNED}{job}"
+
+
+def is_condemned_name(name: str) -> bool:
+    """Tell whether a leftover is being deleted: nobody writes under such a name."""
+    return _CONDEMNED in name.rpartition("-")[2]
+
+
+def is_partial_of(name: str, job: str) -> bool:
+    """Tell whether a leftover is of a job's own making, or is being deleted by it."""
+    return name.rpartition("-")[2].rpartition(_CONDEMNED)[2] == job
 
 
 def partial_number(name: str) -> int:

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job owns a checkpoint directory: an flock, held by root while the job lives."""
+"""One job owns a checkpoint directory: an flock, held by root while the job lives.
+
+A lock can be lost without its holder's knowing: a node is cut off, the file server gives
+the lock to a successor, and the old job lives on. So the file also names its owner. The
+last to sign it is the owner; whoever finds another name there is fenced off.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import LockedError, SaveError
+from mpi_ckpt.errors import FencedError, LockedError, SaveError
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import LOCK
 
@@ -46,6 +51,9 @@ class DirectoryLock:
         self, root: Path, job: str, patience_seconds: float = PATIENCE_SECONDS
     ) -> None:
         self._path = root / LOCK
+        where = f"process {os.getpid()} on {socket.gethostname()}"
+        self._signature = f"job {job}, {where}\n".encode()
+        self._signed = False
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with os_errors_as(SaveError, "opening the lock", self._path):
             self._descriptor = os.open(self._path, flags, 0o666)
@@ -55,7 +63,8 @@ class DirectoryLock:
         except BaseException:
             os.close(self._descriptor)
             raise
-        self._sign(job)
+        with suppress(SaveError):  # a full disk must not keep us from owning it
+            self.sign()
         _HELD.add(self)
 
     def _require_file(self) -> None:
@@ -64,6 +73,66 @@ class DirectoryLock:
                 f"{self._path} is no regular file: somebody has put it there; remove it",
                 path=self._path,
             )
+
+    def sign(self) -> bool:
+        """Name this job as the owner, unless that is done.
+
+        From then on nobody who owned the directory before passes `check`.
+
+        Returns:
+            Whether it was done now: leftovers of others must then be swept.
+
+        Raises:
+            SaveError: On the calling rank, if the file cannot be written.
+        """
+        if self._signed:
+            return False
+        with os_errors_as(SaveError, "signing the lock", self._path):
+            if os.fstat(self._descriptor).st_nlink > 1:
+                raise SaveError(
+                    f"{self._path} has a second name, which may be that of a file of "
+                    "somebody's: it is not written to; remove it",
+                    path=self._path,
+                )
+            # In place: that takes no room on a full disk.
+            os.pwrite(self._descriptor, self._signature, 0)
+            os.ftruncate(self._descriptor, len(self._signature))
+            # Also what shows it to other hosts: a network file system may hold it back.
+            os.fsync(self._descriptor)
+        self._signed = True
+        return True
+
+    def check(self) -> None:
+        """Require that this job is still the one named in the file.
+
+        The file is opened anew, by name: that is when network file systems look whether
+        it has changed, and when a replaced one is found.
+
+        Raises:
+            FencedError: On the calling rank, if another job has signed it, or it is gone.
+            SaveError: On the calling rank, if it cannot be read.
+        """
+        with os_errors_as(SaveError, "reading the lock", self._path):
+            found = self._read()
+        if found != self._signature:
+            now = found.decode(errors="replace").strip() or "nobody: no lock file"
+            raise FencedError(
+                f"{self._path.parent} has been taken over from this job; it now belongs "
+                f"to {now}. This job was cut off from the directory, or its lock file "
+                "was removed; it may not save here any more: end it",
+                path=self._path,
+            )
+
+    def _read(self) -> bytes:
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(self._path, flags)
+        except FileNotFoundError:
+            return b""
+        try:
+            return os.pread(descriptor, 500, 0)
+        finally:
+            os.close(descriptor)
 
     def _acquire(self, patience_seconds: float) -> None:
         deadline = time.monotonic() + patience_seconds
@@ -90,15 +159,6 @@ class DirectoryLock:
                 ) from error
             else:
                 return
-
-    def _sign(self, job: str) -> None:
-        text = f"job {job}, process {os.getpid()} on {socket.gethostname()}\n"
-        with suppress(OSError):  # a full disk must not keep us from owning it
-            # A second name may be that of a file of somebody's, with contents.
-            if os.fstat(self._descriptor).st_nlink > 1:
-                return
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, text.encode(), 0)
 
     def _owner(self) -> str:
         with suppress(OSError):

@@ -14,7 +14,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import BlockHasher, Digest
-from mpi_ckpt.errors import PublishError, WriteError
+from mpi_ckpt.errors import (
+    CheckpointError,
+    FencedError,
+    PublishError,
+    WriteError,
+)
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
@@ -47,9 +52,14 @@ class Partial:
         staging: Memory for direct writes, kept by the caller from save to save.
         joined: Whether root of the job has made it, and this is another rank, which
             writes one file into it.
+        check: Raises `FencedError` if another job has taken the directory over. Asked
+            before the commit point, and when anything fails: a successor deletes what
+            it finds, and that is what a job cut off should hear of.
 
     Raises:
         WriteError: On the calling rank, if its directory cannot be made, or is not there.
+        FencedError: On the calling rank, here and from every method that writes, if
+            ``check`` does.
     """
 
     def __init__(
@@ -61,8 +71,10 @@ class Partial:
         mode: IOMode = "auto",
         staging: StagingBlocks | None = None,
         joined: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._root = root
+        self._check = check or _nobody_else
         self._mode: IOMode = mode
         self._staging = staging or StagingBlocks()
         self.generation = generation
@@ -73,7 +85,7 @@ class Partial:
         if joined:
             self._require_visible()
         else:
-            with os_errors_as(WriteError, "making", self.path):
+            with self._errors_as(WriteError, "making", self.path):
                 filesystem.make_directory(self.path)
 
     def require_space(self, nbytes: int, files: int) -> None:
@@ -109,7 +121,7 @@ class Partial:
         if self._joined:
             # CRASH: root fsyncs the directory too, but on some network file systems only
             # the host that made an entry can make it durable.
-            with os_errors_as(WriteError, "writing", self.path):
+            with self._errors_as(WriteError, "writing", self.path):
                 filesystem.sync_directory(self.path)
         self.bytes_written += nbytes
 
@@ -149,7 +161,7 @@ class Partial:
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
         """
-        with os_errors_as(WriteError, "sharing", source):
+        with self._errors_as(WriteError, "sharing", source):
             try:
                 filesystem.link_file(source, self.path / name)
             except OSError:
@@ -172,8 +184,12 @@ class Partial:
             out.write(memoryview(manifest))
         self.bytes_written += len(manifest)
         target = self._root / generation_name(self.generation)
-        with os_errors_as(PublishError, "publishing", self.path):
+        with self._errors_as(PublishError, "publishing", self.path):
             filesystem.sync_directory(self.path)
+            # INVARIANT: a successor signs the lock first and sweeps then. Had it swept
+            # before this partial was made, we see its name here; if it sweeps later, the
+            # rename below finds nothing to rename, or comes first and is seen by it.
+            self._check()
             # CRASH: before this rename the generation does not exist; everything it
             # needs is durable, so after it the generation is whole.
             filesystem.rename_new(self.path, target)
@@ -213,13 +229,30 @@ class Partial:
         # CRASH: the files must not go before the name is durably gone, and the directory
         # was just not fsynced: they are left to a sweep, which fsyncs it first.
         self._was_named = True
+        self._check()  # a successor may have gone on from it by now
         filesystem.rename_new(target, self.path)
+
+    @contextmanager
+    def _errors_as(
+        self, error: type[CheckpointError], doing: str, path: Path
+    ) -> Iterator[None]:
+        try:
+            with os_errors_as(error, doing, path):
+                yield
+        except error as failure:
+            try:
+                self._check()
+            except FencedError as fenced:
+                raise fenced from failure
+            except CheckpointError:
+                pass  # the lock cannot be read either: the first failure is told
+            raise
 
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
         path = self.path / name
         with (
-            os_errors_as(WriteError, "writing", path),
+            self._errors_as(WriteError, "writing", path),
             create_out_file(
                 path, nbytes=nbytes, mode=self._mode, staging=self._staging
             ) as out,
@@ -236,6 +269,10 @@ class Partial:
                 count = filesystem.read_at(reader, window, offset)
                 out.write(window[:count])
         self.bytes_written += nbytes
+
+
+def _nobody_else() -> None:
+    """Stand for the check of a rank that cannot tell."""
 
 
 class _DigestingFile(io.RawIOBase):

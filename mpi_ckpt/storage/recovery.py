@@ -19,10 +19,13 @@ from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import (
     GENERATION_MAX,
     QUARANTINE,
+    condemned_name,
     generation_name,
     generation_number,
     is_adaptdl_name,
+    is_condemned_name,
     is_partial_name,
+    is_partial_of,
     partial_number,
 )
 
@@ -130,27 +133,60 @@ def _refuse_foreign(shelf: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "is no directory of ours", str(shelf))
 
 
-def sweep(root: Path, partials: tuple[str, ...]) -> None:
+def sweep(root: Path, partials: tuple[str, ...], job: str) -> bool:
     """Delete leftovers; what cannot be deleted is told, and stays for the next sweep.
 
-    Not collective. The caller holds the lock.
+    Not collective. The caller holds the lock, and has signed it.
+
+    Args:
+        root: The checkpoint directory.
+        partials: Names of the leftovers.
+        job: Name of the job that deletes them.
+
+    Returns:
+        Whether none stays.
     """
     if not partials:
-        return
+        return True
+    condemned = _condemn(root, partials, job)
     try:
         # CRASH: a leftover may be a generation on its way out. If its files went before
         # that rename is durable, it would be back under its name with files missing.
         filesystem.sync_directory(root)
     except OSError as error:
         logger.warning("leftovers in %s are not removed: %s", root, error)
-        return
-    for name in partials:
+        return False
+    stay = condemned.count(None)
+    for name in filter(None, condemned):
         try:
             filesystem.remove_tree(root / name)
         except OSError as error:
+            stay += 1
             logger.warning("%s, a leftover, cannot be removed: %s", root / name, error)
         else:
             logger.info("removed %s, left by a run that was cut off", root / name)
+    return stay == 0
+
+
+def _condemn(root: Path, partials: tuple[str, ...], job: str) -> list[str | None]:
+    """Return under which names leftovers can be deleted; None for one that cannot."""
+    # INVARIANT: whoever wrote one of them may live, cut off, and be about to publish it.
+    # One rename is before its rename or after: it has published all, or never will. If
+    # files were deleted first, it could publish what is left.
+    moved: list[str | None] = []
+    for name in partials:
+        safe = is_condemned_name(name) or is_partial_of(name, job)
+        target = name if safe else condemned_name(name, job)
+        try:
+            if not safe:
+                filesystem.rename_new(root / name, root / target)
+            moved.append(target)
+        except FileNotFoundError:
+            logger.info("%s was published, or removed, at the last moment", root / name)
+        except OSError as error:
+            moved.append(None)
+            logger.warning("%s, a leftover, cannot be removed: %s", root / name, error)
+    return moved
 
 
 def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> Path:

@@ -127,9 +127,10 @@ def test_prune_in_place(monkeypatch):
 
 
 def test_sweep_without_fsync_of_the_parent(monkeypatch):
-    def sweep(root, partials):
+    def sweep(root, partials, job):
         for name in partials:
             filesystem.remove_tree(root / name)
+        return True
 
     monkeypatch.setattr(recovery, "sweep", sweep)
     first = scenarios.saves_that_prune(1)

@@ -31,5 +31,5 @@ def module_jobs() -> Iterator[Jobs]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let each job of a test hang by itself, and be named, before pytest gives up."""
     for item in items:
-        if item.path.parent == HERE:
+        if item.path.parent == HERE and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(6 * PATIENCE_SECONDS))

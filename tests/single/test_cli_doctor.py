@@ -185,7 +185,7 @@ def test_the_place_in_a_job_is_kept_from_the_probe():
 
 def test_an_mpi_that_hangs_is_ended_with_its_children(monkeypatch):
     monkeypatch.setattr(machine, "_MPI_SECONDS", 0.5)
-    run_it = machine._run
+    run_it = machine.ask
 
     def hanging(arguments, environ, seconds):
         if "mpi_ckpt.comm.probe" in arguments:
@@ -197,7 +197,7 @@ def test_an_mpi_that_hangs_is_ended_with_its_children(monkeypatch):
             arguments = [sys.executable, "-c", program]
         return run_it(arguments, environ, seconds)
 
-    monkeypatch.setattr(machine, "_run", hanging)
+    monkeypatch.setattr(machine, "ask", hanging)
     start = time.monotonic()
     checks = machine.check_mpi(os.environ)
     assert time.monotonic() - start < 15
@@ -208,7 +208,7 @@ def test_an_mpi_that_hangs_is_ended_with_its_children(monkeypatch):
 
 def test_an_mpi_that_cannot_be_loaded_is_wrong(monkeypatch):
     said = '{"mpi4py": "4.1"}\n{"error": "no MPI library could be loaded"}\n'
-    monkeypatch.setattr(machine, "_run", lambda *_: (said, "ended with code 0"))
+    monkeypatch.setattr(machine, "ask", lambda *_: (said, "ended with code 0"))
     assert verdicts(machine.check_mpi({}))["library"] == "wrong"
     monkeypatch.setattr(
         machine,

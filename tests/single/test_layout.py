@@ -73,6 +73,17 @@ def test_partials_are_known_by_their_name_and_are_hidden():
     assert not layout.is_partial_name("checkpoint-00000042")
 
 
+def test_leftovers_tell_whose_they_are():
+    name = layout.partial_name(42, "9f3c")
+    moved = layout.condemned_name(name, "ab12")
+    assert moved == ".partial-00000042-9f3cxab12"
+    assert layout.is_partial_name(moved)
+    assert layout.partial_number(moved) == 42
+    assert [layout.is_condemned_name(one) for one in (name, moved)] == [False, True]
+    assert [layout.is_partial_of(name, job) for job in ("9f3c", "ab12")] == [True, False]
+    assert [layout.is_partial_of(moved, job) for job in ("9f3c", "ab12")] == [False, True]
+
+
 @given(names)
 def test_file_of_a_legal_name_stays_in_its_directory(name):
     if not is_legal(name):

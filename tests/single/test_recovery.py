@@ -68,7 +68,7 @@ def test_sweep_removes_leftovers_only_and_only_durable_ones(tmp_path, monkeypatc
     (tmp_path / ".partial-00000001-ab" / "f").write_bytes(b"x")
     recorder = RecordingOS()
     monkeypatch.setattr(filesystem, "os", recorder)
-    sweep(tmp_path, survey(tmp_path).partials)
+    sweep(tmp_path, survey(tmp_path).partials, "job")
     assert os.listdir(tmp_path) == ["checkpoint-00000001"]
     calls = recorder.names()
     assert calls.index(("fsync", tmp_path.name)) < calls.index(("unlink", "f"))
@@ -78,7 +78,7 @@ def test_sweep_removes_leftovers_only_and_only_durable_ones(tmp_path, monkeypatc
 def test_sweep_of_nothing_touches_nothing(tmp_path, monkeypatch):
     recorder = RecordingOS()
     monkeypatch.setattr(filesystem, "os", recorder)
-    sweep(tmp_path, ())
+    sweep(tmp_path, (), "job")
     assert recorder.calls == []
 
 
@@ -89,10 +89,34 @@ def test_leftovers_that_cannot_be_removed_are_told_and_stay(
     make(tmp_path, ".partial-00000001-ab", ".partial-00000002-ab")
     (tmp_path / ".partial-00000001-ab" / "f").write_bytes(b"x")
     monkeypatch.setattr(filesystem, "os", RecordingOS(call))
-    sweep(tmp_path, survey(tmp_path).partials)
-    assert (tmp_path / ".partial-00000001-ab" / "f").exists()
-    assert (tmp_path / ".partial-00000002-ab").exists() == (call == "fsync")
+    sweep(tmp_path, survey(tmp_path).partials, "job")
+    # Moved out of the reach of whoever wrote them, all the same.
+    assert (tmp_path / ".partial-00000001-abxjob" / "f").exists()
+    assert (tmp_path / ".partial-00000002-abxjob").exists() == (call == "fsync")
     assert "Input/output" in caplog.text
+    monkeypatch.undo()
+    sweep(tmp_path, survey(tmp_path).partials, "other")
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_that_cannot_be_moved_keep_no_other_from_going(
+    tmp_path, monkeypatch, caplog
+):
+    make(tmp_path, ".partial-00000001-ab", ".partial-00000002-abxjob")
+    monkeypatch.setattr(filesystem, "os", RecordingOS("rename"))
+    sweep(tmp_path, survey(tmp_path).partials, "job")
+    assert os.listdir(tmp_path) == [".partial-00000001-ab"]
+    assert "Input/output" in caplog.text
+
+
+def test_leftover_is_moved_before_any_of_its_files_goes(tmp_path, monkeypatch):
+    make(tmp_path, ".partial-00000001-ab")
+    (tmp_path / ".partial-00000001-ab" / "f").write_bytes(b"x")
+    recorder = RecordingOS()
+    monkeypatch.setattr(filesystem, "os", recorder)
+    sweep(tmp_path, survey(tmp_path).partials, "job")
+    calls = [call for call, _ in recorder.names()]
+    assert calls.index("rename") < calls.index("fsync") < calls.index("unlink")
 
 
 def test_bad_generation_is_moved_with_its_reason_and_nothing_deleted(tmp_path):

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which hosts there are: from a file or from a script of the site's, and which to trust."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.cli.command import CommandError
+from mpi_ckpt.cli.launching import Host
+from mpi_ckpt.cli.machine import ask_apart
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
+
+__all__ = ["HostBook", "ask_hosts_script", "parse_hosts", "suspects"]
+
+FAILURES_FORGIVEN = 1
+"""One loss may be the job's own doing, or an accident; the second shows the host."""
+
+_LINE = re.compile(
+    r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]{0,250}[A-Za-z0-9])?)"
+    r"(?:(?::|\s+slots\s*=\s*)(?P<slots>[1-9]\d{0,5}))?(?:\s+max[-_]slots\s*=\s*\d+)?"
+)
+
+
+def parse_hosts(text: str) -> tuple[Host, ...]:
+    """Read lines such as ``node1``, ``node1:4`` or ``node1 slots=4``. Pure.
+
+    Comments and empty lines are passed over; the slots of a name that is there twice are
+    added up.
+
+    Raises:
+        ValueError: Naming the line that is no host.
+    """
+    slots: Counter[str] = Counter()
+    for number, line in enumerate(text.splitlines(), 1):
+        wanted = line.partition("#")[0].strip()
+        if not wanted:
+            continue
+        match = _LINE.fullmatch(wanted)
+        if match is None:
+            raise ValueError(f"line {number}, {wanted[:80]!r}, is no host:slots")
+        slots[match["name"]] += int(match["slots"] or 1)
+    return tuple(Host(name, count) for name, count in slots.items())
+
+
+def ask_hosts_script(
+    script: Path, environ: Mapping[str, str], seconds: float
+) -> tuple[Host, ...]:
+    """Return the hosts that a script prints, as horovodrun's discovery scripts do.
+
+    Raises:
+        CommandError: If it cannot be run, fails, hangs, or prints anything else.
+    """
+    printed, ended = ask_apart([str(script)], environ, seconds)
+    if ended != "ended with code 0":
+        raise CommandError(f"hosts script {script}: {ended}", kind="hosts")
+    try:
+        return parse_hosts(printed)
+    except ValueError as error:
+        raise CommandError(f"hosts script {script}: {error}", kind="hosts") from None
+
+
+# What launchers say of a host that went, or on which a rank was killed.
+_COMPLAINTS = (
+    re.compile(r"^\s*Remote daemon:.* on node (?P<host>\S+)", re.MULTILINE),  # Open MPI
+    re.compile(r"\brank \d+ with PID \d+ on node (?P<host>\S+)\s+exited\s+on"),
+    re.compile(r"\bRUNNING AT (?P<host>\S+)"),  # MPICH
+    re.compile(r"^srun: error: Node failure on (?P<host>\S+)", re.MULTILINE),
+    re.compile(r"^srun: error: (?P<host>[^\s:]+): tasks? \S+ Killed", re.MULTILINE),
+    re.compile(r"(?:ssh: connect to host|Could not resolve hostname) (?P<host>[^\s:]+)"),
+)
+
+
+def suspects(said: str, hosts: Collection[str]) -> set[str]:
+    """Return the hosts that a launcher complains of. Pure.
+
+    Args:
+        said: What it has printed.
+        hosts: Names of those that were used: nothing else is taken for one.
+    """
+    named = {
+        found["host"].rstrip(".,:") for one in _COMPLAINTS for found in one.finditer(said)
+    }
+    return {host for host in hosts if host in named}
+
+
+class HostBook:
+    """Remembers which hosts have failed.
+
+    A host that was missing from the list and is back starts anew: somebody has seen to
+    it.
+
+    Args:
+        source: Gives the hosts; None where the launcher knows by itself.
+        warn: Is told when the source fails and its last answer is used.
+    """
+
+    def __init__(
+        self, source: Callable[[], Sequence[Host]] | None, warn: Callable[[str], None]
+    ) -> None:
+        self._source = source
+        self._warn = warn
+        self._failures: Counter[str] = Counter()
+        self._last: Sequence[Host] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a list of hosts at all."""
+        return self._source is not None
+
+    def usable(self) -> list[Host]:
+        """Ask for the hosts; return those that have not failed twice.
+
+        Raises:
+            CommandError: If the source fails and has never given an answer.
+        """
+        if self._source is None:
+            return []
+        try:
+            hosts = self._source()
+        except CommandError as error:
+            if self._last is None:
+                raise
+            self._warn(f"{error}; its last answer is used")
+            hosts = self._last
+        self._last = hosts
+        names = {host.name for host in hosts}
+        for gone in [name for name in self._failures if name not in names]:
+            del self._failures[gone]
+        return [host for host in hosts if self._failures[host.name] <= FAILURES_FORGIVEN]
+
+    def blame(self, names: Collection[str]) -> list[str]:
+        """Note that hosts have failed; return those that are now left out."""
+        self._failures.update(names)
+        return sorted(n for n in names if self._failures[n] > FAILURES_FORGIVEN)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each launcher is told how many ranks to start, and where."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.cli.command import MISUSED, CommandError
+from mpi_ckpt.cli.machine import ask, family_of, which
+from mpi_ckpt.storage.notes import VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["Host", "Launcher", "find_launcher", "launch_command", "place"]
+
+_VERSION_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host and how many ranks it takes."""
+
+    name: str
+    slots: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """A launcher of the site's.
+
+    Attributes:
+        words: The program, by its full path, and the user's options.
+        family: ``Open MPI``, ``MPICH`` or ``srun``.
+    """
+
+    words: tuple[str, ...]
+    family: str
+
+
+def find_launcher(given: str | None, environ: Mapping[str, str]) -> Launcher:
+    """Find the launcher that was asked for, or else mpirun, or else srun.
+
+    Raises:
+        CommandError: If there is none, or it is of no known family.
+    """
+    try:
+        words = shlex.split(given) if given is not None else []
+    except ValueError as error:
+        raise CommandError(f"--launcher {given!r}: {error}", code=MISUSED) from None
+    if given is not None and not words:
+        raise CommandError("--launcher is empty", code=MISUSED, kind="usage")
+    for name in words[:1] or ["mpirun", "srun"]:
+        path = Path(name) if "/" in name else which(name, environ)
+        if path is not None and path.is_file():
+            words = [str(path), *words[1:]]
+            return Launcher(tuple(words), _family(path, environ))
+    wanted = words[0] if words else "neither mpirun nor srun"
+    raise CommandError(
+        f"{wanted} is not in PATH; activate the environment of your MPI, or name the "
+        "launcher: --launcher '/path/to/mpirun --its-options'",
+        code=MISUSED,
+        kind="absent",
+    )
+
+
+def _family(path: Path, environ: Mapping[str, str]) -> str:
+    if path.name == "srun":
+        return "srun"
+    said, ended = ask([str(path), "--version"], environ, _VERSION_SECONDS)
+    family = family_of(said)
+    if family not in _FLAGS:
+        raise CommandError(
+            f"{path} is no launcher of Open MPI, MPICH or Slurm "
+            f"(`--version` {ended}: {said.strip()[:100]!r})",
+            code=MISUSED,
+            kind="usage",
+        )
+    return family
+
+
+def place(hosts: Sequence[Host], wanted: int, least: int) -> tuple[int, tuple[Host, ...]]:
+    """Choose how many ranks to start, and the first hosts that take them. Pure.
+
+    Returns:
+        The number, 0 if there is no room for the least; and the hosts.
+    """
+    size, used = 0, []
+    for host in hosts:
+        if size < wanted:
+            used.append(host)
+            size += host.slots
+    if size < least:
+        return 0, ()
+    return min(size, wanted), tuple(used)
+
+
+def launch_command(
+    launcher: Launcher, size: int, hosts: Sequence[Host], program: Sequence[str]
+) -> list[str]:
+    """Return the command that starts a job. Pure.
+
+    Args:
+        launcher: What starts it.
+        size: Number of ranks.
+        hosts: Where; empty to leave that to the launcher.
+        program: What every rank runs.
+    """
+    return [*launcher.words, *_FLAGS[launcher.family](size, hosts), *program]
+
+
+def _open_mpi(size: int, hosts: Sequence[Host]) -> list[str]:
+    where = ",".join(f"{host.name}:{host.slots}" for host in hosts)
+    # To other hosts it takes along only what it is told to.
+    return ["-x", VARIABLE, "-n", str(size), *(["--host", where] if where else [])]
+
+
+def _mpich(size: int, hosts: Sequence[Host]) -> list[str]:
+    where = ",".join(f"{host.name}:{host.slots}" for host in hosts)
+    return ["-n", str(size), *(["-hosts", where] if where else [])]
+
+
+def _srun(size: int, hosts: Sequence[Host]) -> list[str]:
+    # Otherwise the ranks of a step wait for one that has died.
+    flags = ["--kill-on-bad-exit=1", f"--ntasks={size}"]
+    if hosts:
+        names = ",".join(host.name for host in hosts)
+        flags += [f"--nodes={len(hosts)}", f"--nodelist={names}"]
+    return flags
+
+
+_FLAGS = {"Open MPI": _open_mpi, "MPICH": _mpich, "srun": _srun}

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The restart loop: starts a job again until it has finished."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.cli.child import Child
+from mpi_ckpt.cli.hosting import suspects
+from mpi_ckpt.cli.launching import Host, Launcher, launch_command, place
+from mpi_ckpt.cli.outcome import PREEMPTED_CODE, Ending, judge, next_move
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.notes import VARIABLE, read_notes, remove_notes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from mpi_ckpt.cli.hosting import HostBook
+
+__all__ = ["LOG", "Attempt", "Loop", "Plan", "Requests"]
+
+LOG = "attempts.jsonl"
+
+_POLL_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
+_HOSTS_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was asked for.
+
+    Attributes:
+        program: What every rank runs.
+        launcher: What starts the ranks.
+        size: How many ranks to start, if there is room.
+        least: With how many to start at least.
+        max_restarts: How many attempts there may be after the first.
+        backoff: Seconds to wait after a first failure.
+        timeout: Seconds without a note from the job after which it is ended; 0 for never.
+        patience: Seconds to wait for hosts.
+        trust_code: Whether 0 is enough from a job that notes nothing.
+        stop_when_preempted: Whether somebody else starts all of this again then.
+        folder: Where notes and log are; every host sees it.
+    """
+
+    program: tuple[str, ...]
+    launcher: Launcher
+    size: int
+    least: int
+    max_restarts: int
+    backoff: float
+    timeout: float
+    patience: float
+    trust_code: bool
+    stop_when_preempted: bool
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One start of the job, as it is logged."""
+
+    run: str
+    attempt: int
+    began: float
+    seconds: float
+    np: int
+    hosts: tuple[str, ...]
+    code: int
+    outcome: str
+    step_from: int
+    step_to: int
+    error: str
+    left_out: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+class Requests:
+    """Signals that came, to be passed on. A context manager: installed meanwhile.
+
+    Handlers only note; the loop looks between two waits.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Requests:
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+
+
+class Loop:
+    """Starts the job, sees how it ends, and starts it again.
+
+    Args:
+        plan: What was asked for.
+        book: Knows the hosts.
+        requests: Signals that ask to stop.
+        environ: The environment of the job.
+        tell: Is told what happens, for people.
+        quiet: Whether the job's standard output must not be ours.
+
+    Attributes:
+        attempts: All so far.
+        reason: Why there is no other, at the end.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        book: HostBook,
+        requests: Requests,
+        environ: Mapping[str, str],
+        tell: Callable[[str], None],
+        *,
+        quiet: bool,
+    ) -> None:
+        self._plan = plan
+        self._book = book
+        self._requests = requests
+        self._environ = environ
+        self._tell = tell
+        self._quiet = quiet
+        self._run = secrets.token_hex(4)
+        self._endings: list[Ending] = []
+        self.attempts: list[Attempt] = []
+        self.reason = ""
+
+    def run(self) -> bool:
+        """Return whether the job has finished.
+
+        Raises:
+            CommandError: If the launcher or the hosts script cannot be run.
+        """
+        plan = self._plan
+        filesystem.make_directories(plan.folder)
+        while not self.reason:
+            size, hosts = self._choose()
+            if size == 0:
+                break
+            ending = self._attempt(size, hosts)
+            self._endings.append(ending)
+            move = next_move(self._endings, plan.max_restarts, plan.backoff)
+            # A job that has finished has, whoever asked it to stop meanwhile.
+            self.reason = move.stop
+            if not self.reason and self._requests.count:
+                self.reason = "asked to stop"
+            if ending.outcome == "preempted" and plan.stop_when_preempted:
+                self.reason = "preempted"
+            if not self.reason and move.seconds:
+                self._tell(f"next attempt in {move.seconds:.0f} s")
+                self._rest(move.seconds)
+        return self.reason == "finished"
+
+    def _choose(self) -> tuple[int, tuple[Host, ...]]:
+        plan = self._plan
+        if not self._book.is_known:
+            return plan.size, ()
+        deadline = time.monotonic() + plan.patience
+        told = False
+        while not self.reason:
+            usable = self._book.usable()
+            size, hosts = place(usable, plan.size, plan.least)
+            if size:
+                return size, hosts
+            slots = sum(host.slots for host in usable)
+            if time.monotonic() >= deadline:
+                self.reason = (
+                    f"{slots} slots on {len(usable)} hosts, {plan.least} are needed, and "
+                    f"no more came in {plan.patience:.0f} s"
+                )
+            elif not told:
+                self._tell(f"waiting for hosts: {slots} slots, {plan.least} are needed")
+                told = True
+            self._rest(_HOSTS_SECONDS if plan.patience else 0)
+        return 0, ()
+
+    def _attempt(self, size: int, hosts: Sequence[Host]) -> Ending:
+        plan = self._plan
+        number = len(self.attempts) + 1
+        prefix = plan.folder / f"notes-{self._run}-{number}"
+        command = launch_command(plan.launcher, size, hosts, plan.program)
+        environ = {**self._environ, VARIABLE: str(prefix)}
+        names = tuple(host.name for host in hosts)
+        where = f" on {', '.join(names)}" if names else ""
+        self._tell(f"attempt {number}: {size} ranks{where}")
+        began, start = time.time(), time.monotonic()
+        with Child(command, environ, quiet=self._quiet) as child:
+            code, hung = self._watch(child, prefix)
+        notes = read_notes(prefix)
+        remove_notes(prefix)
+        ending = judge(code, notes, hung=hung, trust_code=plan.trust_code)
+        out: list[str] = []
+        # An exception is the program's. What is left may be a host's.
+        if ending.outcome in ("failed", "lost") and not any(
+            note.event == "failed" for note in notes
+        ):
+            out = self._book.blame(suspects(child.said, names))
+        self._log(
+            Attempt(
+                run=self._run,
+                attempt=number,
+                began=began,
+                seconds=round(time.monotonic() - start, 3),
+                np=size,
+                hosts=names,
+                code=code,
+                outcome=ending.outcome,
+                step_from=ending.began,
+                step_to=ending.reached,
+                error=ending.error,
+                left_out=tuple(out),
+            )
+        )
+        return ending
+
+    def _watch(self, child: Child, prefix: Path) -> tuple[int, bool]:
+        """Wait for the end; pass signals on; end what gives no sign of life."""
+        passed_on, sign, alive = 0, -1, time.monotonic()
+        looked = alive
+        while (code := child.wait(_POLL_SECONDS)) is None:
+            if passed_on < self._requests.count:
+                # The one signal that every launcher hands on to its ranks; who asks
+                # again does not want to wait for their save.
+                (child.signal(signal.SIGUSR1) if passed_on == 0 else child.end())
+                passed_on += 1
+            now = time.monotonic()
+            if self._plan.timeout and now - looked >= _LOOK_SECONDS:
+                looked, count = now, len(read_notes(prefix))
+                if count != sign:
+                    sign, alive = count, now
+                elif now - alive > self._plan.timeout:
+                    self._tell(f"no sign of life for {self._plan.timeout:.0f} s: ended")
+                    child.end()
+                    return PREEMPTED_CODE, True
+        return code, False
+
+    def _rest(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._requests.count:
+            time.sleep(_POLL_SECONDS)
+        if self._requests.count:
+            self.reason = self.reason or "asked to stop"
+
+    def _log(self, attempt: Attempt) -> None:
+        self.attempts.append(attempt)
+        line = json.dumps(attempt.to_json()) + "\n"
+        try:
+            filesystem.append(self._plan.folder / LOG, line.encode())
+        except OSError as error:
+            self._tell(f"{self._plan.folder / LOG} cannot be written: {error}")
+        text = f"attempt {attempt.attempt}: {attempt.outcome} at step {attempt.step_to}"
+        self._tell(f"{text}: {attempt.error}" if attempt.error else text)
+        if attempt.left_out:
+            self._tell(f"left out from now on: {', '.join(attempt.left_out)}")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt run``: starts a job again until it has finished."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
+from mpi_ckpt.cli.hosting import HostBook, ask_hosts_script, parse_hosts
+from mpi_ckpt.cli.launching import find_launcher
+from mpi_ckpt.cli.looping import LOG, Loop, Plan, Requests
+from mpi_ckpt.cli.machine import which
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpi_ckpt.cli.launching import Host
+    from mpi_ckpt.cli.screen import Screen
+
+__all__ = ["run"]
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=True)
+_SECONDS = click.FloatRange(min=0)
+
+
+@command("run")
+@click.option(
+    "--np", "size", type=click.IntRange(min=1), required=True, help="Ranks to start."
+)
+@click.option(
+    "--min-np", "least", type=click.IntRange(min=1), help="With fewer hosts, at least."
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Attempts after the first.",
+)
+@click.option("--hostfile", type=_FILE, help="Lines of host, host:slots or host slots=N.")
+@click.option("--hosts-script", type=_FILE, help="Prints such lines; asked each time.")
+@click.option(
+    "--script-timeout",
+    type=_SECONDS,
+    default=60,
+    show_default=True,
+    help="Seconds for the hosts script.",
+)
+@click.option(
+    "--launcher", metavar="COMMAND", help="Default: mpirun of the PATH, else srun."
+)
+@click.option(
+    "--backoff",
+    type=_SECONDS,
+    default=1,
+    show_default=True,
+    help="Seconds after a first failure; doubled with each without progress.",
+)
+@click.option(
+    "--timeout",
+    type=_SECONDS,
+    default=0,
+    help="End an attempt that has saved nothing for so many seconds.",
+)
+@click.option(
+    "--patience",
+    type=_SECONDS,
+    default=600,
+    show_default=True,
+    help="Seconds to wait for hosts.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("mpi-ckpt-run"),
+    show_default=True,
+    help="For notes and log; every host must see it.",
+)
+@click.option(
+    "--trust-exit-code", is_flag=True, help="Take 0 for success if nothing was recorded."
+)
+@click.option(
+    "--stop-when-preempted", is_flag=True, help="A scheduler starts us again after that."
+)
+@click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    screen: Screen,
+    size: int,
+    least: int | None,
+    max_restarts: int,
+    hostfile: Path | None,
+    hosts_script: Path | None,
+    script_timeout: float,
+    launcher: str | None,
+    backoff: float,
+    timeout: float,
+    patience: float,
+    folder: Path,
+    trust_exit_code: bool,
+    stop_when_preempted: bool,
+    program: tuple[str, ...],
+) -> int:
+    """Start PROGRAM on NP ranks; when it ends too early, start it again.
+
+    It has finished when its CheckpointManager was closed without an error: an exit code of
+    0 is not enough, as mpirun gives it for a lost host as well. Each attempt goes on from
+    the last save. A failure that repeats three times at the same step ends the loop.
+    SIGTERM, SIGINT and SIGUSR1 are passed on as a request to save and stop; a second one
+    ends the job. The exit code is then the job's.
+    """
+    if least is not None and least > size:
+        raise CommandError("--min-np exceeds --np", code=MISUSED, kind="usage")
+    if hostfile is not None and hosts_script is not None:
+        text = "give --hostfile or --hosts-script, not both"
+        raise CommandError(text, code=MISUSED, kind="usage")
+    if which(program[0], os.environ) is None and not Path(program[0]).is_file():
+        raise CommandError(f"{program[0]} is not in PATH", code=MISUSED, kind="absent")
+    plan = Plan(
+        program=program,
+        launcher=find_launcher(launcher, os.environ),
+        size=size,
+        least=least or size,
+        max_restarts=max_restarts,
+        backoff=backoff,
+        timeout=timeout,
+        patience=patience,
+        trust_code=trust_exit_code,
+        stop_when_preempted=stop_when_preempted,
+        folder=folder.absolute(),
+    )
+    book = HostBook(_source(hostfile, hosts_script, script_timeout), screen.warn)
+    with Requests() as requests:
+        loop = Loop(plan, book, requests, os.environ, screen.warn, quiet=screen.as_json)
+        finished = loop.run()
+    _report(screen, loop, plan.folder / LOG)
+    if finished:
+        return GOOD
+    return (loop.attempts[-1].code if loop.attempts else BAD) or BAD
+
+
+# What follows the program's name are its own options.
+run.allow_interspersed_args = False
+
+
+def _source(
+    hostfile: Path | None, script: Path | None, seconds: float
+) -> Callable[[], Sequence[Host]] | None:
+    if script is not None:
+        return partial(ask_hosts_script, script, os.environ, seconds)
+    if hostfile is not None:
+        return partial(_read_hosts, hostfile)
+    return None
+
+
+def _read_hosts(path: Path) -> Sequence[Host]:
+    try:
+        hosts = parse_hosts(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path}: {error}", code=MISUSED, kind="hosts") from None
+    if not hosts:
+        raise CommandError(f"{path} names no host", code=MISUSED, kind="hosts")
+    return hosts
+
+
+def _report(screen: Screen, loop: Loop, log: Path) -> None:
+    screen.data(
+        {
+            "finished": loop.reason == "finished",
+            "reason": loop.reason,
+            "log": str(log),
+            "attempts": [one.to_json() for one in loop.attempts],
+        }
+    )
+    screen.table(
+        [
+            ">attempt",
+            ">np",
+            "hosts",
+            ">seconds",
+            ">code",
+            "outcome",
+            ">from",
+            ">to",
+            "error",
+        ],
+        [
+            (
+                one.attempt,
+                one.np,
+                " ".join(one.hosts),
+                f"{one.seconds:.1f}",
+                one.code,
+                one.outcome,
+                one.step_from,
+                one.step_to,
+                one.error.partition("\n")[0][:100],
+            )
+            for one in loop.attempts
+        ],
+    )
+    screen.say(f"{loop.reason}; log: {log}")

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job leaves for ``mpi-ckpt run``: how far it came, and how it ended.
+
+A launcher's exit code does not tell: Open MPI's mpirun answers 0 when a host was lost. So
+the loop names a place in the environment, and the job notes there what it does, a line of
+JSON an event; without that variable nothing is noted. Nothing is made durable: a power cut
+ends the reader too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.storage import filesystem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["VARIABLE", "Note", "Notes", "read_notes", "remove_notes"]
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "MPI_CKPT_NOTES"
+"""Environment variable with the beginning of the paths that notes are written to."""
+
+_TEXT_MAX = 500
+_FILE_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """One event in a job.
+
+    Attributes:
+        event: ``started``, ``restored``, ``saved``, ``preempted``, ``failed`` or
+            ``finished``.
+        directory: The checkpoint directory of the manager that noted it.
+        step: The training step it is of.
+        error: Class and text of the exception, of ``failed``.
+        writer: Which process wrote it.
+    """
+
+    event: str
+    directory: str = ""
+    step: int = 0
+    error: str = ""
+    writer: str = ""
+
+
+class Notes:
+    """Where a process notes what it does. Not collective. Main thread only.
+
+    Args:
+        prefix: Beginning of the path of its file; empty to note nothing.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        name = f"{prefix}.{socket.gethostname()}-{os.getpid()}.jsonl"
+        self._path = Path(name) if prefix else None
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Notes:
+        """Return the notes of the loop that started this job; of nobody otherwise."""
+        return cls(environ.get(VARIABLE, ""))
+
+    def add(self, event: str, **facts: str | int) -> None:
+        """Note an event; a training does not fail because that fails."""
+        if self._path is None:
+            return
+        line = json.dumps({"event": event, **facts}) + "\n"
+        try:
+            filesystem.append(self._path, line.encode())
+        except OSError as error:
+            logger.warning("mpi-ckpt run will not hear of %r: %s", event, error)
+
+    def add_error(self, error: BaseException, **facts: str | int) -> None:
+        """Note an exception that ends the job."""
+        try:
+            text = f"{type(error).__name__}: {error}"
+        except Exception:  # anybody's exception may have any __str__
+            text = type(error).__name__
+        self.add("failed", error=text[:_TEXT_MAX], **facts)
+
+
+def read_notes(prefix: Path) -> list[Note]:
+    """Return what the processes of a job have noted, each in its order.
+
+    Not collective. Lines that are cut off, or no notes, are passed over.
+    """
+    notes = []
+    for name in _names(prefix):
+        with (
+            filesystem.open_for_reading(prefix.parent / name) as (file, nbytes),
+        ):
+            data = bytearray(min(nbytes, _FILE_BYTES_MAX))
+            count = filesystem.read_at(file, memoryview(data), 0)
+        for line in bytes(data[:count]).splitlines():
+            note = _parse(line, name)
+            if note is not None:
+                notes.append(note)
+    return notes
+
+
+def remove_notes(prefix: Path) -> None:
+    """Delete what the processes of a job have noted. Not collective."""
+    for name in _names(prefix):
+        filesystem.remove_file(prefix.parent / name)
+
+
+def _names(prefix: Path) -> list[str]:
+    names = filesystem.list_names(prefix.parent)
+    return [one for one in names if one.startswith(f"{prefix.name}.")]
+
+
+def _parse(line: bytes, writer: str) -> Note | None:
+    try:
+        found: Any = json.loads(line)
+        return Note(
+            event=str(found["event"]),
+            directory=str(found.get("directory", "")),
+            step=int(found.get("step", 0)),
+            error=str(found.get("error", "")),
+            writer=writer,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
