@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.states.module import ModuleState
     from mpi_ckpt.states.objects import ObjectState
     from mpi_ckpt.states.optimizer import OptimizerState
+    from mpi_ckpt.states.per_rank import PerRankState
     from mpi_ckpt.states.rng import RNGState
     from mpi_ckpt.states.scheduler import SchedulerState
     from mpi_ckpt.states.train import TrainState
@@ -49,6 +50,7 @@ _MODULES = {
     "OptimizerState": "mpi_ckpt.states.optimizer",
     "Options": "mpi_ckpt.options",
     "PendingSave": "mpi_ckpt.engine.pending",
+    "PerRankState": "mpi_ckpt.states.per_rank",
     "PreemptionGuard": "mpi_ckpt.elastic.preemption",
     "RNGState": "mpi_ckpt.states.rng",
     "RestoreReport": "mpi_ckpt.reports",
@@ -78,6 +80,7 @@ __all__ = [
     "OptimizerState",
     "Options",
     "PendingSave",
+    "PerRankState",
     "PreemptionGuard",
     "RNGState",
     "RestoreReport",

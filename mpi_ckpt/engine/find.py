@@ -15,6 +15,7 @@ from mpi_ckpt.errors import (
     RestoreError,
     StateMismatchError,
 )
+from mpi_ckpt.states.ranked import RankedState
 from mpi_ckpt.storage.layout import generation_name
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -64,7 +65,7 @@ class Fit:
 
 @contextmanager
 def find_newest(
-    session: Session, *, pinned: int | None, proven: bool
+    session: Session, states: Sequence[State], *, pinned: int | None, proven: bool
 ) -> Iterator[Found | None]:
     """Find the newest good generation; root keeps it open within the block.
 
@@ -72,6 +73,7 @@ def find_newest(
 
     Args:
         session: The session.
+        states: Those of the program that are wanted, the same on every rank.
         pinned: Number of the generation that must be used; None for the newest.
         proven: Whether to verify all its bytes here, because later restores will take
             other states from it.
@@ -85,12 +87,23 @@ def find_newest(
 
     reader = session.on_root("looking for a generation", look, RestoreError)
     try:
-        mine = None if reader is None else describe(reader.manifest)
+        mine = None if reader is None else _needed(describe(reader.manifest), states)
         description = bcast_json(session.comm, mine, "telling of a generation")
         yield None if description is None else Found(description, reader)
     finally:
         if reader is not None:
             reader.close()
+
+
+def _needed(description: dict[str, Any], states: Sequence[State]) -> dict[str, Any]:
+    """Leave out what no rank but root has a use for, and what grows with the ranks."""
+    wanted = {state.name: state for state in states}
+    for name, saved in description["states"].items():
+        if name not in wanted:
+            saved.clear()
+        elif isinstance(wanted[name], RankedState) and "leaves" in saved:
+            saved.update(parts=len(saved.pop("leaves")), places=[])
+    return description
 
 
 def fit_states(

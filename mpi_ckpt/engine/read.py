@@ -13,6 +13,7 @@ from mpi_ckpt.engine.targets import Target
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer, copy_bytes
 from mpi_ckpt.state import LeafState, State
+from mpi_ckpt.states.ranked import RankedState
 from mpi_ckpt.storage.prefetch import Prefetcher, Run
 
 if TYPE_CHECKING:
@@ -112,6 +113,10 @@ def match(description: dict[str, Any], states: Sequence[State]) -> list[Incoming
 
 def _match_one(saved: dict[str, Any], state: State) -> Incoming:
     places = tuple(Place(*place) for place in saved["places"])
+    if isinstance(state, RankedState) and "parts" in saved:
+        # Its parts are dealt out: what this rank gets is not known yet.
+        state.check(saved["structure"], saved["parts"])
+        return Incoming(state, saved["structure"], (), ())
     if "leaves" not in saved:
         if isinstance(state, LeafState):
             raise StateMismatchError(f"state {state.name!r} was saved as a stream")

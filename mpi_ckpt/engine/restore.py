@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree
 from mpi_ckpt.engine.find import find_newest, fit_states, is_lost, reject
+from mpi_ckpt.engine.parts import deal_parts
 from mpi_ckpt.engine.read import adopt, match, transfer
 from mpi_ckpt.engine.readers import open_readers
 from mpi_ckpt.engine.report import report_restore
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
+from mpi_ckpt.states.ranked import RankedState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.engine.find import Fit, Found
+    from mpi_ckpt.engine.read import Incoming
     from mpi_ckpt.engine.readers import Readers
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, RestoreReport
@@ -52,7 +56,7 @@ def restore_states(
         RestoreError: On every rank; see `CheckpointManager.restore`.
     """
     while True:
-        with find_newest(session, pinned=pinned, proven=partial) as found:
+        with find_newest(session, states, pinned=pinned, proven=partial) as found:
             if found is None:
                 return None
             strict = session.options.strict
@@ -84,12 +88,22 @@ def _bring_back(
             error=RestoreError,
         )
     with clock.phase("transfer"):
+        # First, as this overwrites nothing yet.
+        incoming = [_with_part(session, found, one) for one in incoming]
         transfer(
             session.comm,
             readers,
-            incoming,
+            [one for one in incoming if not isinstance(one.state, RankedState)],
             block_bytes=found.description["block_bytes"],
             window_bytes=session.options.window_bytes,
         )
     with clock.phase("adopt"):
         adopt(session.comm, incoming)
+
+
+def _with_part(session: Session, found: Found, one: Incoming) -> Incoming:
+    if not isinstance(one.state, RankedState):
+        return one
+    saved = one.structure[one.state.count_key]
+    structure, leaves = deal_parts(session, found.reader, one.state, saved)
+    return replace(one, structure=structure, leaves=tuple(leaves))
