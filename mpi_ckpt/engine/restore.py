@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree
@@ -17,7 +17,7 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.states.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi_ckpt.engine.find import Fit, Found
     from mpi_ckpt.engine.read import Incoming
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import PhaseClock, RestoreReport
     from mpi_ckpt.state import State
 
-__all__ = ["restore_states"]
+__all__ = ["OnResize", "restore_states", "tell_of_resize"]
+
+OnResize: TypeAlias = "Callable[[int, int], object]"
+"""Given the number of ranks that saved, and that of now."""
+
+_RESTORED = "the states are as they were saved, but for what it has changed itself"
 
 
 @without_collections
@@ -107,3 +112,28 @@ def _with_part(session: Session, found: Found, one: Incoming) -> Incoming:
     saved = one.structure[one.state.count_key]
     structure, leaves = deal_parts(session, found.reader, one.state, saved)
     return replace(one, structure=structure, leaves=tuple(leaves))
+
+
+def tell_of_resize(
+    session: Session, report: RestoreReport, callback: OnResize | None
+) -> None:
+    """Let the program adapt to another number of ranks than the one that saved.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        report: Of the restore that has just ended.
+        callback: The program's; given the number of ranks that saved, and that of now.
+
+    Raises:
+        RestoreError: On every rank, if the callback failed on any.
+    """
+    if report.saved_size == report.size:
+        return
+
+    def tell() -> None:
+        if callback is not None:
+            callback(report.saved_size, report.size)
+
+    agree(session.comm, "on_resize()", tell, error=RestoreError, safe=_RESTORED)

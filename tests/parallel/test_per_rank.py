@@ -277,3 +277,42 @@ def test_contents_go_through_a_file_object(comm, tmp_path):
                 state.load(file)
                 values.append(state.value)
             assert values == [[0, 1, 10, 11][rank::size] for rank in range(size)]
+
+
+def test_callback_is_told_of_another_number_of_ranks(peers, fewer, shared_path):
+    arrays = {"x": np.ones(3)}
+    calls = []
+
+    def note(old, new):
+        calls.append((old, new, arrays["x"][0]))
+
+    with manager(shared_path, ArrayState("a", arrays)) as one:
+        assert one.restore(on_resize=note) is None
+        one.save(step=7)
+        arrays["x"][:] = 0
+        one.restore(on_resize=note)
+        assert calls == []  # as many as saved
+    arrays["x"][:] = 0
+    if peers.rank < peers.size - 1:
+        with manager(shared_path, ArrayState("a", arrays), comm=fewer) as one:
+            one.restore()
+            one.restore(["a"], on_resize=note)
+        assert calls == [(peers.size, fewer.size, 1.0)]  # with the restored state
+
+
+def test_callback_that_fails_on_one_rank_fails_on_all(peers, fewer, shared_path):
+    state = ArrayState("a", {"x": np.zeros(3)})
+    with manager(shared_path, state) as one:
+        one.save(step=7)
+
+    def break_on_root(old, new):
+        if peers.rank == 0:
+            raise ZeroDivisionError(f"{old} to {new}")
+
+    if peers.rank < peers.size - 1:
+        with manager(shared_path, state, comm=fewer) as one:
+            text = f"{peers.size} to {fewer.size}"
+            with same_error(fewer, RestoreError, "on_resize", text, "rank 0"):
+                one.restore(on_resize=break_on_root)
+            assert one.steps == 7
+            one.restore()
