@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpi_ckpt.elastic.accumulator import Accumulator
+    from mpi_ckpt.elastic.collate import ElasticCollate
     from mpi_ckpt.elastic.epochs import EpochState, remaining_epochs_until
     from mpi_ckpt.elastic.preemption import PreemptionGuard
     from mpi_ckpt.elastic.sampler import ElasticSampler
@@ -39,6 +40,7 @@ _MODULES = {
     "AutoInterval": "mpi_ckpt.pacing",
     "CheckpointError": "mpi_ckpt.errors",
     "CheckpointManager": "mpi_ckpt.manager",
+    "ElasticCollate": "mpi_ckpt.elastic.collate",
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
     "EpochState": "mpi_ckpt.elastic.epochs",
     "GenerationInfo": "mpi_ckpt.reports",
@@ -69,6 +71,7 @@ __all__ = [
     "AutoInterval",
     "CheckpointError",
     "CheckpointManager",
+    "ElasticCollate",
     "ElasticSampler",
     "EpochState",
     "GenerationInfo",

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import any_of, bcast_json
+from mpi_ckpt.engine.names import ADVICE, numbered_alike
 from mpi_ckpt.engine.read import describe
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -20,7 +21,7 @@ from mpi_ckpt.storage.layout import generation_name
 from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.state import State
@@ -56,11 +57,15 @@ class Fit:
         states: States of the program that the generation has.
         missing: Names of states that only the program has.
         unexpected: Names of states that only the generation has.
+        missing_leaves: State -> names of leaves that only the program has.
+        unexpected_leaves: State -> names of leaves that only the generation has.
     """
 
     states: tuple[State, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    missing_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unexpected_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -127,10 +132,12 @@ def fit_states(
     problems = [f"state {name!r} is in the program, not saved" for name in missing]
     problems += [f"state {name!r} is saved, not in the program" for name in unexpected]
     if problems and strict:
+        hint = f"\n{ADVICE}" if numbered_alike(missing, unexpected) else ""
         raise StateMismatchError(
             f"generation {found.generation} has other states than the program; nothing "
             "was changed (Options(strict=False) restores what both have):\n  "
-            + "\n  ".join(problems),
+            + "\n  ".join(problems)
+            + hint,
             generation=found.generation,
             problems=problems,
         )

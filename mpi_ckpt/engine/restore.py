@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -17,7 +18,7 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.states.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from mpi_ckpt.engine.find import Fit, Found
     from mpi_ckpt.engine.read import Incoming
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import State
 
 __all__ = ["OnResize", "restore_states", "tell_of_resize"]
+
+logger = logging.getLogger(__name__)
 
 OnResize: TypeAlias = "Callable[[int, int], object]"
 """Given the number of ranks that saved, and that of now."""
@@ -68,7 +71,7 @@ def restore_states(
             fit = fit_states(found, states, partial=partial, strict=strict)
             try:
                 with open_readers(session, found) as readers:
-                    _bring_back(session, found, readers, fit, clock)
+                    fit = _bring_back(session, found, readers, fit, clock)
                     nbytes = readers.bytes_read(session)
             # Agreed on: every rank is here, with the same error.
             except CorruptGenerationError as problem:
@@ -79,17 +82,19 @@ def restore_states(
                 if pinned is not None or not is_lost(session, found):
                     raise
             else:
-                return report_restore(session, found, fit, nbytes, clock)
+                report = report_restore(session, found, fit, nbytes, clock)
+                _warn_of_differences(session, report)
+                return report
 
 
 def _bring_back(
     session: Session, found: Found, readers: Readers, fit: Fit, clock: PhaseClock
-) -> None:
+) -> Fit:
     with clock.phase("match"):
         incoming = agree(
             session.comm,
             "matching a generation with the program",
-            lambda: match(found.description, fit.states),
+            lambda: match(found.description, fit.states, strict=session.options.strict),
             error=RestoreError,
         )
     with clock.phase("transfer"):
@@ -104,6 +109,27 @@ def _bring_back(
         )
     with clock.phase("adopt"):
         adopt(session.comm, incoming)
+    return replace(
+        fit,
+        missing_leaves={one.state.name: one.missing for one in incoming if one.missing},
+        unexpected_leaves={
+            one.state.name: one.unexpected for one in incoming if one.unexpected
+        },
+    )
+
+
+def _warn_of_differences(session: Session, report: RestoreReport) -> None:
+    told = {
+        "only the program has": [*report.missing, *_paths(report.missing_leaves)],
+        "only the generation has": [*report.unexpected, *_paths(report.unexpected_leaves)],
+    }
+    for side, names in told.items():
+        if names and session.comm.is_root:
+            logger.warning("generation %d: %s %s", report.generation, side, names)
+
+
+def _paths(leaves: Mapping[str, tuple[str, ...]]) -> list[str]:
+    return [f"{state}/{leaf}" for state, names in leaves.items() for leaf in names]
 
 
 def _with_part(session: Session, found: Found, one: Incoming) -> Incoming:
