@@ -244,3 +244,37 @@ def test_a_sampler_that_does_not_know_its_rank_gives_no_batch():
     for use in (len, list, ElasticSampler.record_batch):
         with pytest.raises(CheckpointError, match="belongs to no manager"):
             use(sampler)
+
+
+def as_documented(length, batch_size, *, seed, epoch, consumed, size):
+    """Return the batches left, by rank, computed from docs/elastic.md alone."""
+    order = np.random.RandomState([seed, epoch]).permutation(length).tolist()
+    batches = []
+    while (left := length - consumed) > 0:
+        if left >= 2 * batch_size:
+            take = batch_size
+        elif left <= batch_size or left // 2 < size:
+            take = left
+        else:
+            take = (left + 1) // 2
+        batch = order[consumed : consumed + take]
+        batches.append([batch[rank::size] for rank in range(size)])
+        consumed += take
+    return batches
+
+
+@given(
+    length=st.integers(1, 120),
+    batch=st.integers(1, 20),
+    epoch=st.integers(0, 9),
+    consumed=st.integers(0, 120),
+    size=st.integers(1, 8),
+)
+def test_stranger_can_compute_the_order(length, batch, epoch, consumed, size):
+    size = min(size, batch, length)
+    samplers = job(size, length, batch, seed=5)
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        sampler.consumed = consumed
+    told = {"seed": 5, "epoch": epoch, "consumed": consumed, "size": size}
+    assert train(samplers) == as_documented(length, batch, **told)
