@@ -28,6 +28,7 @@ from mpi_ckpt import (
     Accumulator,
     ArrayState,
     CheckpointManager,
+    ElasticCollate,
     ElasticSampler,
     EpochState,
     KeepLast,
@@ -51,8 +52,8 @@ def train_on(
     loss = torch.nn.functional.cross_entropy(model(images), labels, reduction="sum")
     optimizer.zero_grad()
     loss.backward()
-    # Ranks may differ by one sample, so sums are added up, then divided by all samples:
-    # one message with the gradients, the loss and the number of samples.
+    # Ranks may differ by one sample, or have none: so sums are added up, then divided by
+    # all samples; one message with the gradients, the loss and the number of samples.
     gradients = [parameter.grad for parameter in model.parameters()]
     extras = torch.tensor([loss.item(), len(labels)])
     mine = torch.cat([parameters_to_vector(gradients), extras])
@@ -81,7 +82,12 @@ def main() -> None:
     sampler = ElasticSampler(len(training), GLOBAL_BATCH, seed=args.seed)
     # A loader draws a seed each time it is iterated. From the global stream that would
     # be one draw more in a run that resumes in mid-epoch: other dropout, other weights.
-    loader = DataLoader(training, batch_sampler=sampler, generator=torch.Generator())
+    loader = DataLoader(
+        training,
+        batch_sampler=sampler,
+        collate_fn=ElasticCollate(training),  # a rank may have no sample of the last batch
+        generator=torch.Generator(),
+    )
     sums = Accumulator(epochs=epochs)
     ballast = ArrayState("ballast", {"zeros": np.zeros(args.ballast << 20, np.uint8)})
     states = [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpi_ckpt.elastic.accumulator import Accumulator
+    from mpi_ckpt.elastic.collate import ElasticCollate
     from mpi_ckpt.elastic.epochs import EpochState, remaining_epochs_until
     from mpi_ckpt.elastic.preemption import PreemptionGuard
     from mpi_ckpt.elastic.sampler import ElasticSampler
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.states.module import ModuleState
     from mpi_ckpt.states.objects import ObjectState
     from mpi_ckpt.states.optimizer import OptimizerState
+    from mpi_ckpt.states.per_rank import PerRankState
     from mpi_ckpt.states.rng import RNGState
     from mpi_ckpt.states.scheduler import SchedulerState
     from mpi_ckpt.states.train import TrainState
@@ -38,6 +40,7 @@ _MODULES = {
     "AutoInterval": "mpi_ckpt.pacing",
     "CheckpointError": "mpi_ckpt.errors",
     "CheckpointManager": "mpi_ckpt.manager",
+    "ElasticCollate": "mpi_ckpt.elastic.collate",
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
     "EpochState": "mpi_ckpt.elastic.epochs",
     "GenerationInfo": "mpi_ckpt.reports",
@@ -49,6 +52,7 @@ _MODULES = {
     "OptimizerState": "mpi_ckpt.states.optimizer",
     "Options": "mpi_ckpt.options",
     "PendingSave": "mpi_ckpt.engine.pending",
+    "PerRankState": "mpi_ckpt.states.per_rank",
     "PreemptionGuard": "mpi_ckpt.elastic.preemption",
     "RNGState": "mpi_ckpt.states.rng",
     "RestoreReport": "mpi_ckpt.reports",
@@ -67,6 +71,7 @@ __all__ = [
     "AutoInterval",
     "CheckpointError",
     "CheckpointManager",
+    "ElasticCollate",
     "ElasticSampler",
     "EpochState",
     "GenerationInfo",
@@ -78,6 +83,7 @@ __all__ = [
     "OptimizerState",
     "Options",
     "PendingSave",
+    "PerRankState",
     "PreemptionGuard",
     "RNGState",
     "RestoreReport",

@@ -17,7 +17,7 @@ from mpi_ckpt.engine.abort import AbortOnError
 from mpi_ckpt.engine.draft import SaveRequest
 from mpi_ckpt.engine.registry import Registry
 from mpi_ckpt.engine.report import list_generations
-from mpi_ckpt.engine.restore import restore_states
+from mpi_ckpt.engine.restore import restore_states, tell_of_resize
 from mpi_ckpt.engine.saver import Saver
 from mpi_ckpt.engine.session import Session
 from mpi_ckpt.engine.steps import Steps
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from mpi_ckpt.engine.pending import PendingSave
+    from mpi_ckpt.engine.restore import OnResize
     from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport
     from mpi_ckpt.state import State
 
@@ -206,16 +207,19 @@ class CheckpointManager:
             self._steps.restart()
             return self._saver.save(request, synced, clock)
 
-    def restore(self, only: Collection[str] | None = None) -> RestoreReport | None:
+    def restore(
+        self, only: Collection[str] | None = None, *, on_resize: OnResize | None = None
+    ) -> RestoreReport | None:
         """Bring the states back to the newest generation that verifies.
 
         Collective. A generation that does not verify is set aside, with a warning by
-        root, and the one before it is used. The random streams come last in effect, as
-        nothing here draws from them.
+        root, and the one before it is used. Nothing here draws from random streams.
 
         Args:
             only: Names of the states to restore; None for all. Several partial restores
                 in a row use one generation, proven as a whole first.
+            on_resize: Called last, on every rank, if another number of ranks saved: with
+                that number and the one of now. Must not communicate.
 
         Returns:
             The report; None, with nothing changed, if nothing was ever saved here.
@@ -237,6 +241,7 @@ class CheckpointManager:
             self._step = report.step
             self._pinned = report.generation if partial else None
             self._steps.restart()
+            tell_of_resize(session, report, on_resize)
         return report
 
     def step(self, *, metrics: Mapping[str, float] | None = None) -> bool:

@@ -36,8 +36,8 @@ class Options:
         interval: When `CheckpointManager.step` saves: every so many steps (an int), every
             so much time (a timedelta, root's clock), as often as is best (``"auto"`` or
             an `AutoInterval`), or never by itself (None, default).
-        strict: Whether a state missing from the generation, or one that only the
-            generation has, is an error (default) or just reported.
+        strict: Whether a state, or a leaf of one, that only the program or only the
+            generation has is an error (default), or is left out and reported.
         reuse: Whether leaves that did not change since the newest generation are shared
             with it by hard link instead of written again. Default: yes. Every generation
             stays complete by itself, but one bad sector can then spoil several.

@@ -79,6 +79,10 @@ class RestoreReport:
         quarantined: Path -> reason, for every newer generation that failed to verify.
         missing: States of the program that the generation lacks (``strict=False``).
         unexpected: States of the generation that the program lacks (``strict=False``).
+        missing_leaves: State -> leaves of the program that the generation lacks; they keep
+            what they hold (``strict=False``).
+        unexpected_leaves: State -> leaves of the generation that the program lacks
+            (``strict=False``).
     """
 
     generation: int
@@ -92,6 +96,8 @@ class RestoreReport:
     quarantined: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    missing_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unexpected_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ a part of its own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import RegistrationError, StageError
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
-__all__ = ["Capture", "LeafState", "PartsState", "State", "Structure", "SyncMode"]
+__all__ = [
+    *("Capture", "Common", "LeafState", "PartsState", "State", "Structure", "SyncMode"),
+]
 
 Structure = Any
 """JSON values: what of a state is not a tensor."""
@@ -94,6 +97,21 @@ class Capture:
             raise StageError("two leaves of a state have one name")
 
 
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What a state of the program and its saved contents have in common.
+
+    Attributes:
+        leaves: For each saved leaf where it goes; None if the program has no such leaf.
+        missing: Names of leaves of the program that were not saved.
+        unexpected: Names of what was saved, and the program lacks.
+    """
+
+    leaves: Sequence[Leaf | None]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
 class LeafState(State):
     """A state that shows its tensors.
 
@@ -139,6 +157,17 @@ class LeafState(State):
             StateMismatchError: On every rank, listing every leaf that does not fit.
         """
         raise NotImplementedError
+
+    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:
+        """As `prepare`, but leave out leaves that only one side has, if the state can.
+
+        Not collective. Called instead of `prepare` with ``Options(strict=False)``. A leaf
+        of another dtype or shape is a mismatch here as well.
+
+        Raises:
+            StateMismatchError: On every rank, listing every leaf that does not fit.
+        """
+        return Common(self.prepare(structure, specs))
 
     def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
         """Take over contents that have fully arrived.

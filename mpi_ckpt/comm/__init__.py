@@ -14,6 +14,7 @@ from mpi_ckpt.comm.agreement import (
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.communicator import ROOT, Communicator
 from mpi_ckpt.comm.farewell import Farewell, abort_job
+from mpi_ckpt.comm.scatter import scatter_bytes
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.comm.transfer import (
     bcast_bytes,
@@ -40,4 +41,5 @@ __all__ = [
     "differing_digests",
     "gather_bytes",
     "mean_buffers",
+    "scatter_bytes",
 ]

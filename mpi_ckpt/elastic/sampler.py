@@ -23,11 +23,15 @@ class ElasticSampler(LeafState):
     """A batch sampler for data-parallel training that resumes in mid-epoch.
 
     The order of an epoch follows from ``(seed, epoch)`` alone. It is cut into global
-    batches; each rank takes every ``size``-th sample of a batch, from its own rank on.
-    All ranks see the same number of batches, at most one sample apart in length, and
-    none is empty, but for one: a restart that finds fewer samples left of the epoch than
-    it has ranks. What was trained on is one number, so a run that goes on with another
-    number of ranks sees every sample of the epoch exactly once.
+    batches, the same for any number of ranks, if a batch has at least two samples for
+    each; each rank takes every ``size``-th sample of a batch, from its own rank on. What
+    was trained on is one number, so a run that goes on with another number of ranks sees
+    every sample of the epoch exactly once.
+
+    All ranks see the same number of batches, at most one sample apart in length. None is
+    empty but in one case: a restart finds fewer samples left of the epoch than it has
+    ranks. Then there is one batch left, and the last ranks have no sample of it; see
+    `ElasticCollate`.
 
     Give it to a manager, which tells it the rank, before the first batch is asked for.
     Use as ``DataLoader(dataset, batch_sampler=sampler)``, and call `record_batch` when a
@@ -181,8 +185,9 @@ def global_batches(
 ) -> Iterator[tuple[int, int]]:
     """Give start and end of the batches left in an epoch.
 
-    Not collective. Thread-safe. A rest too short to give each rank a sample is joined
-    to the batch before it.
+    Not collective. Thread-safe. What is left at the end, more than a batch and less than
+    two, is halved, so that no batch is much smaller than the others; where that would
+    leave a rank without a sample it is one batch.
 
     Args:
         length: Samples in the epoch.
@@ -192,8 +197,12 @@ def global_batches(
     """
     start = consumed
     while start < length:
-        end = min(start + batch_size, length)
-        if length - end < size:
+        left = length - start
+        if left >= 2 * batch_size:
+            end = start + batch_size
+        elif left <= batch_size or left // 2 < size:
             end = length
+        else:
+            end = start + (left + 1) // 2
         yield start, end
         start = end

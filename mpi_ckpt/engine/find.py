@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import any_of, bcast_json
+from mpi_ckpt.engine.names import ADVICE, numbered_alike
 from mpi_ckpt.engine.read import describe
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -15,11 +16,12 @@ from mpi_ckpt.errors import (
     RestoreError,
     StateMismatchError,
 )
+from mpi_ckpt.states.ranked import RankedState
 from mpi_ckpt.storage.layout import generation_name
 from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.state import State
@@ -55,16 +57,20 @@ class Fit:
         states: States of the program that the generation has.
         missing: Names of states that only the program has.
         unexpected: Names of states that only the generation has.
+        missing_leaves: State -> names of leaves that only the program has.
+        unexpected_leaves: State -> names of leaves that only the generation has.
     """
 
     states: tuple[State, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    missing_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unexpected_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @contextmanager
 def find_newest(
-    session: Session, *, pinned: int | None, proven: bool
+    session: Session, states: Sequence[State], *, pinned: int | None, proven: bool
 ) -> Iterator[Found | None]:
     """Find the newest good generation; root keeps it open within the block.
 
@@ -72,6 +78,7 @@ def find_newest(
 
     Args:
         session: The session.
+        states: Those of the program that are wanted, the same on every rank.
         pinned: Number of the generation that must be used; None for the newest.
         proven: Whether to verify all its bytes here, because later restores will take
             other states from it.
@@ -85,12 +92,23 @@ def find_newest(
 
     reader = session.on_root("looking for a generation", look, RestoreError)
     try:
-        mine = None if reader is None else describe(reader.manifest)
+        mine = None if reader is None else _needed(describe(reader.manifest), states)
         description = bcast_json(session.comm, mine, "telling of a generation")
         yield None if description is None else Found(description, reader)
     finally:
         if reader is not None:
             reader.close()
+
+
+def _needed(description: dict[str, Any], states: Sequence[State]) -> dict[str, Any]:
+    """Leave out what no rank but root has a use for, and what grows with the ranks."""
+    wanted = {state.name: state for state in states}
+    for name, saved in description["states"].items():
+        if name not in wanted:
+            saved.clear()
+        elif isinstance(wanted[name], RankedState) and "leaves" in saved:
+            saved.update(parts=len(saved.pop("leaves")), places=[])
+    return description
 
 
 def fit_states(
@@ -114,10 +132,12 @@ def fit_states(
     problems = [f"state {name!r} is in the program, not saved" for name in missing]
     problems += [f"state {name!r} is saved, not in the program" for name in unexpected]
     if problems and strict:
+        hint = f"\n{ADVICE}" if numbered_alike(missing, unexpected) else ""
         raise StateMismatchError(
             f"generation {found.generation} has other states than the program; nothing "
             "was changed (Options(strict=False) restores what both have):\n  "
-            + "\n  ".join(problems),
+            + "\n  ".join(problems)
+            + hint,
             generation=found.generation,
             problems=problems,
         )

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, bcast_buffers
 from mpi_ckpt.engine.read_plan import Batch, Place, plan_reads
-from mpi_ckpt.engine.targets import Target
+from mpi_ckpt.engine.targets import NoBuffer, Target
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer, copy_bytes
 from mpi_ckpt.state import LeafState, State
+from mpi_ckpt.states.ranked import RankedState
 from mpi_ckpt.storage.prefetch import Prefetcher, Run
 
 if TYPE_CHECKING:
@@ -41,12 +42,16 @@ class Incoming:
         structure: What was saved beside the leaves; None for a stream.
         leaves: Where the leaves go; for a stream, one leaf of bytes.
         places: Where they come from.
+        missing: Names of leaves that only the program has.
+        unexpected: Names of leaves that only the generation has.
     """
 
     state: State
     structure: Any
     leaves: tuple[Leaf, ...]
     places: tuple[Place, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
@@ -81,7 +86,9 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def match(description: dict[str, Any], states: Sequence[State]) -> list[Incoming]:
+def match(
+    description: dict[str, Any], states: Sequence[State], *, strict: bool
+) -> list[Incoming]:
     """Find a place for every byte before the first one moves.
 
     Not collective. Called on every rank.
@@ -89,6 +96,7 @@ def match(description: dict[str, Any], states: Sequence[State]) -> list[Incoming
     Args:
         description: Made by `describe` on root.
         states: The states to restore; all are in the description.
+        strict: Whether a leaf that only one side has is a mismatch.
 
     Raises:
         StateMismatchError: On the calling rank, listing all mismatches of all states.
@@ -97,7 +105,7 @@ def match(description: dict[str, Any], states: Sequence[State]) -> list[Incoming
     problems: list[str] = []
     for state in states:
         try:
-            matched.append(_match_one(description["states"][state.name], state))
+            matched.append(_match_one(description["states"][state.name], state, strict))
         except StateMismatchError as error:
             problems += error.problems or [str(error)]
     if problems:
@@ -110,8 +118,12 @@ def match(description: dict[str, Any], states: Sequence[State]) -> list[Incoming
     return matched
 
 
-def _match_one(saved: dict[str, Any], state: State) -> Incoming:
+def _match_one(saved: dict[str, Any], state: State, strict: bool) -> Incoming:
     places = tuple(Place(*place) for place in saved["places"])
+    if isinstance(state, RankedState) and "parts" in saved:
+        # Its parts are dealt out: what this rank gets is not known yet.
+        state.check(saved["structure"], saved["parts"])
+        return Incoming(state, saved["structure"], (), ())
     if "leaves" not in saved:
         if isinstance(state, LeafState):
             raise StateMismatchError(f"state {state.name!r} was saved as a stream")
@@ -121,8 +133,15 @@ def _match_one(saved: dict[str, Any], state: State) -> Incoming:
     if not isinstance(state, LeafState):
         raise StateMismatchError(f"state {state.name!r} was saved as leaves")
     specs = [LeafSpec(name, dtype, tuple(shape)) for name, dtype, shape in saved["leaves"]]
-    leaves = state.prepare(saved["structure"], specs)
-    return Incoming(state, saved["structure"], tuple(leaves), places)
+    structure = saved["structure"]
+    if strict:
+        return Incoming(state, structure, tuple(state.prepare(structure, specs)), places)
+    common = state.prepare_common(structure, specs)
+    leaves = tuple(
+        leaf or Leaf(spec, NoBuffer())
+        for spec, leaf in zip(specs, common.leaves, strict=True)
+    )
+    return Incoming(state, structure, leaves, places, common.missing, common.unexpected)
 
 
 def transfer(

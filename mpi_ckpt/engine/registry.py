@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, compare_texts
+from mpi_ckpt.engine.names import ADVICE, differ_in_numbers
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import LeafState, State
 from mpi_ckpt.storage.layout import check_names_apart
@@ -103,9 +104,12 @@ class Registry:
         names = [state.name for state in chosen]
         problems = compare_texts(self._comm, "comparing the states' names", names)
         if problems:
+            theirs, _, roots = problems[0].partition(" has ")[2].partition(", root has ")
+            hint = f"\n{ADVICE}" if differ_in_numbers(theirs, roots) else ""
             raise RegistrationError(
                 "the ranks have different states, or another order:\n  "
-                + "\n  ".join(problems),
+                + "\n  ".join(problems)
+                + hint,
                 problems=problems,
             )
         return chosen

@@ -107,4 +107,6 @@ def report_restore(
         quarantined=told["quarantined"],
         missing=fit.missing,
         unexpected=fit.unexpected,
+        missing_leaves=fit.missing_leaves,
+        unexpected_leaves=fit.unexpected_leaves,
     )

@@ -8,7 +8,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi_ckpt.leaf import Buffer
 
-__all__ = ["Target"]
+__all__ = ["NoBuffer", "Target"]
+
+
+class NoBuffer:
+    """Takes bytes that nobody wants. Not collective. Not thread-safe."""
+
+    def view(self) -> memoryview | None:
+        """Return None: there is no memory."""
+        return None
+
+    def read(self) -> memoryview:
+        """Return nothing."""
+        return memoryview(b"")
+
+    def copy_to(self, target: memoryview) -> None:
+        """Copy nothing."""
+
+    def write(self, data: memoryview) -> None:
+        """Forget the bytes."""
+
+    def stamp(self) -> int:
+        """Return nothing of interest."""
+        return 0
 
 
 class Target:

@@ -11,7 +11,7 @@ import numpy as np
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import Form, Leaf, LeafSpec
-from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
 
 if TYPE_CHECKING:
@@ -193,13 +193,28 @@ class ArrayState(LeafState):
 
     def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ARG002
         """See `LeafState`. Not collective."""
+        live = self._fitting(specs, common=False)
+        return [live[spec.name] for spec in specs]
+
+    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:  # noqa: ARG002
+        """See `LeafState`. Not collective."""
+        live = self._fitting(specs, common=True)
+        saved = {spec.name for spec in specs}
+        return Common(
+            [live.get(spec.name) for spec in specs],
+            missing=tuple(name for name in live if name not in saved),
+            unexpected=tuple(spec.name for spec in specs if spec.name not in live),
+        )
+
+    def _fitting(self, specs: Sequence[LeafSpec], *, common: bool) -> dict[str, Leaf]:
         live = {leaf.spec.name: leaf for leaf in self.capture().leaves}
-        compare_specs(self.name, specs, [leaf.spec for leaf in live.values()])
+        ours = [leaf.spec for leaf in live.values()]
+        compare_specs(self.name, specs, ours, common=common)
         raise_mismatch(
             self.name,
             [f"{k} is read-only" for k, a in self.arrays.items() if not a.flags.writeable],
         )
-        return [live[spec.name] for spec in specs]
+        return live
 
     def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
         """See `LeafState`: everything is in place already. Not collective."""

@@ -15,15 +15,31 @@ if TYPE_CHECKING:
 __all__ = ["compare_specs", "raise_mismatch"]
 
 
-def compare_specs(state: str, saved: Sequence[LeafSpec], live: Sequence[LeafSpec]) -> None:
+def compare_specs(
+    state: str,
+    saved: Sequence[LeafSpec],
+    live: Sequence[LeafSpec],
+    *,
+    common: bool = False,
+) -> None:
     """Require the same names, dtypes and shapes, in any order.
 
     Not collective. Thread-safe.
+
+    Args:
+        state: Name of the state.
+        saved: Leaves that were saved.
+        live: Leaves of the program.
+        common: Whether a leaf that only one side has is no difference.
 
     Raises:
         StateMismatchError: On the calling rank, listing every difference.
     """
     by_name = {spec.name: spec for spec in live}
+    names = {spec.name for spec in saved}
+    if common:
+        saved = [spec for spec in saved if spec.name in by_name]
+        live = [spec for spec in live if spec.name in names]
     problems = [
         f"{spec} is saved, the program has no such leaf"
         for spec in saved
@@ -34,7 +50,6 @@ def compare_specs(state: str, saved: Sequence[LeafSpec], live: Sequence[LeafSpec
         for spec in saved
         if spec.name in by_name and by_name[spec.name] != spec
     ]
-    names = {spec.name for spec in saved}
     problems += [
         f"{spec} is in the program, not in the checkpoint"
         for spec in live

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
 
@@ -46,6 +46,7 @@ class ModuleState(LeafState):
         self._module = module
         self._arriving: dict[str, Any] = {}
         self._targets: _Contents | None = None
+        self._takes_extra: set[str] | None = None
         self.gate: Gate | None = None
         """Passed by whoever changes the parameters; see `Leaf`."""
 
@@ -61,6 +62,16 @@ class ModuleState(LeafState):
 
     def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
         """See `LeafState`. Not collective."""
+        common = self._prepare(structure, specs, strict=True)
+        return [leaf for leaf in common.leaves if leaf is not None]
+
+    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:
+        """See `LeafState`. Not collective."""
+        return self._prepare(structure, specs, strict=False)
+
+    def _prepare(
+        self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
+    ) -> Common:
         live = _Contents(self._module)
         try:
             saved_ties = dict(structure["ties"])
@@ -70,17 +81,22 @@ class ModuleState(LeafState):
                 f"state {self.name!r} was not saved from a module"
             ) from error
         saved = [spec for spec in specs if spec.name not in extra_kinds]
-        raise_mismatch(self.name, _problems(saved, saved_ties, live))
+        problems = _problems(saved, saved_ties, live)
+        absent = _absent(saved, saved_ties, live)
+        raise_mismatch(self.name, [*problems, *absent.values()] if strict else problems)
         self._arriving, self._targets = {}, live
-        targets = []
+        self._takes_extra = None if strict else set(live.extra_names)
+        targets: list[Leaf | None] = []
         for spec in specs:
             if spec.name in extra_kinds:
                 value, leaf = make_leaf_value(spec, extra_kinds[spec.name])
                 self._arriving[spec.name] = value
+                targets.append(leaf)
             else:
-                leaf = live.leaves[spec.name]
-            targets.append(leaf)
-        return targets
+                targets.append(live.leaves.get(spec.name))
+        missing = tuple(name for name in absent if name in live.leaves)
+        unexpected = tuple(name for name in absent if name not in live.leaves)
+        return Common(targets, missing, unexpected)
 
     def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
         """See `LeafState`. Not collective."""
@@ -94,6 +110,8 @@ class ModuleState(LeafState):
             self._give_back(targets)
         arrived, self._arriving = self._arriving, {}
         for name, value in unflatten(structure["extra"], arrived).items():
+            if self._takes_extra is not None and name not in self._takes_extra:
+                continue
             path = name.rpartition(_EXTRA)[0].rstrip(".")
             self._module.get_submodule(path).set_extra_state(value)
 
@@ -144,6 +162,7 @@ class _Contents:
                 self.parameters.add(name)
             if id(value) not in live:
                 self.computed.append(name)
+        self.extra_names = tuple(extra)
         self.extra = flatten(extra, "#extra")
 
 
@@ -163,6 +182,7 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _problems(
     saved: Sequence[LeafSpec], saved_ties: dict[str, str], live: _Contents
 ) -> list[str]:
+    """Return how leaves that both sides have do not fit."""
     specs = {spec.name: spec for spec in saved}
     there = {name: leaf.spec for name, leaf in live.leaves.items()}
     problems = []
@@ -172,26 +192,39 @@ def _problems(
                 f"{name} is tied to {live.ties[name]} in the program, apart in the "
                 "checkpoint"
             )
-        elif name not in there:
-            problems.append(f"{spec} is saved, the program has no such parameter")
-        elif there[name] != spec:
+        elif name in there and there[name] != spec:
             problems.append(f"{spec} is saved, the program has {there[name]}")
     for name, source in saved_ties.items():
         if name in there and source in specs and not _alike(there[name], specs[source]):
             problems.append(f"{name}: saved as {specs[source]}, program has {there[name]}")
+        if name in there and source not in there:
+            problems.append(
+                f"{name} is tied to {source} in the checkpoint, which the program lacks"
+            )
         if live.ties.get(name, source) != source:
             problems.append(
                 f"{name} is tied to {live.ties[name]} in the program, to {source} in the "
                 "checkpoint"
             )
-        if name not in there and name not in live.ties:
-            problems.append(f"{name} is saved, the program has no such parameter")
-    problems += [
-        f"{spec} is in the program, not in the checkpoint"
-        for name, spec in there.items()
-        if name not in specs and name not in saved_ties
-    ]
     return problems
+
+
+def _absent(
+    saved: Sequence[LeafSpec], saved_ties: dict[str, str], live: _Contents
+) -> dict[str, str]:
+    """Return what only one side has: names, and what is to be said of each."""
+    specs = {spec.name: spec for spec in saved}
+    known = {*live.leaves, *live.ties}
+    absent = {
+        name: f"{specs.get(name, name)} is saved, the program has no such parameter"
+        for name in (*specs, *saved_ties)
+        if name not in known
+    }
+    return absent | {
+        name: f"{leaf.spec} is in the program, not in the checkpoint"
+        for name, leaf in live.leaves.items()
+        if name not in specs and name not in saved_ties
+    }
 
 
 def _alike(one: LeafSpec, other: LeafSpec) -> bool:

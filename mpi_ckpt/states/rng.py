@@ -11,24 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from mpi_ckpt.errors import (
-    CorruptGenerationError,
-    RegistrationError,
-    StateMismatchError,
-)
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
-from mpi_ckpt.state import Capture, PartsState, Structure
+from mpi_ckpt.errors import CorruptGenerationError, RegistrationError
+from mpi_ckpt.states.ranked import RankedState
 from mpi_ckpt.states.tree import flatten, unflatten
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from mpi_ckpt.comm import Communicator
+    from collections.abc import Mapping
 
 __all__ = ["RNGState"]
 
 
-class RNGState(PartsState):
+class RNGState(RankedState):
     """Random number streams: python's, NumPy's, torch's, and generators of your own.
 
     Every rank has its own streams and gets them back bit for bit when the number of
@@ -48,10 +41,13 @@ class RNGState(PartsState):
             generator is of another kind.
     """
 
+    contents = "random streams"
+    count_key = "size"
+
     def __init__(
         self, name: str = "rng", *, generators: Mapping[str, Any] | None = None
     ) -> None:
-        super().__init__(name, sync="none")
+        super().__init__(name)
         self._generators = dict(generators or {})
         for key, generator in self._generators.items():
             if _stream_of(generator) is None:
@@ -59,46 +55,22 @@ class RNGState(PartsState):
                     f"state {name!r}: generator {key!r} is a {type(generator).__name__}, "
                     "not a numpy.random.Generator, torch.Generator or random.Random"
                 )
-        self._rank = 0
-        self._parts: list[bytes] = []
-
-    def bind(self, comm: Communicator) -> None:
-        """See `LeafState`. Not collective."""
-        self._rank = comm.rank
 
     def part(self) -> bytes:
         """See `PartsState`. Not collective."""
         streams = {key: stream.get() for key, stream in self._streams().items()}
         return json.dumps(flatten_to_json(streams)).encode()
 
-    def combine(self, parts: Sequence[bytes]) -> None:
-        """See `PartsState`. Root only."""
-        self._parts = list(parts)
+    def source(self, rank: int, saved: int) -> int:
+        """See `RankedState`. Not collective."""
+        return rank % saved
 
-    def combined(self) -> None:
-        """See `PartsState`: this rank keeps its streams. Not collective."""
+    def take(self, part: bytes, saved: int) -> None:
+        """See `RankedState`. Not collective.
 
-    def capture(self) -> Capture:
-        """See `LeafState`. Not collective; the parts are on root only."""
-        parts = self._parts or [self.part()]
-        leaves = []
-        for rank, part in enumerate(parts):
-            spec = LeafSpec(f"rank-{rank:05d}", "U8", (len(part),))
-            leaves.append(Leaf(spec, MemoryBuffer(part)))
-        return Capture({"size": len(parts)}, leaves)
-
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        """See `LeafState`. Not collective."""
-        if not specs or structure != {"size": len(specs)}:
-            raise StateMismatchError(
-                f"state {self.name!r}: the checkpoint holds no random streams"
-            )
-        return [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
-
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        saved = len(leaves)
-        part = bytes(leaves[self._rank % saved].buffer.read())
+        Raises:
+            CorruptGenerationError: On the calling rank, if it is not what was saved.
+        """
         try:
             states = json.loads(part)
         except ValueError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
 from mpi_ckpt.gate import Gate
 from mpi_ckpt.leaf import Leaf
-from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.optimizer import OptimizerState
@@ -89,11 +89,25 @@ class TrainState(LeafState):
 
     def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
         """See `LeafState`. Not collective."""
+        common = self._prepare(structure, specs, strict=True)
+        return [leaf for leaf in common.leaves if leaf is not None]
+
+    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:
+        """See `LeafState`; a part that only one side has is left out. Not collective."""
+        return self._prepare(structure, specs, strict=False)
+
+    def _prepare(
+        self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
+    ) -> Common:
         self._gate.wait()
-        self._check_parts(structure)
-        targets: dict[str, Leaf] = {}
+        self._check_parts(structure, strict=strict)
+        targets: dict[str, Leaf | None] = {}
+        missing = [f"{key}/*" for key in self._parts if key not in structure]
+        unexpected = [f"{key}/*" for key in structure if key not in self._parts]
         problems: list[str] = []
         for key, part in self._parts.items():
+            if key not in structure:
+                continue
             prefix = f"{key}/"
             ours = [
                 replace(spec, name=spec.name.removeprefix(prefix))
@@ -101,18 +115,29 @@ class TrainState(LeafState):
                 if spec.name.startswith(prefix)
             ]
             try:
-                leaves = part.prepare(structure[key], ours)
+                if strict:
+                    common = Common(part.prepare(structure[key], ours))
+                else:
+                    common = part.prepare_common(structure[key], ours)
             except StateMismatchError as error:
                 problems += error.problems or [str(error)]
-            else:
-                targets.update((prefix + leaf.spec.name, leaf) for leaf in leaves)
+                continue
+            names = [prefix + spec.name for spec in ours]
+            targets.update(zip(names, common.leaves, strict=True))
+            missing += [prefix + name for name in common.missing]
+            unexpected += [prefix + name for name in common.unexpected]
         raise_mismatch(self.name, problems)
-        return [Leaf(spec, targets[spec.name].buffer) for spec in specs]
+        found = [targets.get(spec.name) for spec in specs]
+        leaves = [
+            one and Leaf(spec, one.buffer) for spec, one in zip(specs, found, strict=True)
+        ]
+        return Common(leaves, tuple(missing), tuple(unexpected))
 
     def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
         """See `LeafState`. Not collective."""
         for key, part in self._parts.items():
-            part.adopt(structure[key], leaves)
+            if key in structure:
+                part.adopt(structure[key], leaves)
 
     def _let_steps_wait(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -125,8 +150,10 @@ class TrainState(LeafState):
         hook = register_optimizer_step_pre_hook(lambda *_: gate.wait())
         weakref.finalize(self, hook.remove)
 
-    def _check_parts(self, structure: Structure) -> None:
+    def _check_parts(self, structure: Structure, *, strict: bool) -> None:
         saved = set(structure) if isinstance(structure, dict) else set()
+        if not strict and saved & set(self._parts):
+            return
         problems = [
             f"{key} is saved, the program has none" for key in saved - set(self._parts)
         ]

@@ -123,6 +123,11 @@ def streams(seed: int) -> Case:
     return Case(mpi_ckpt.RNGState(generators={"own": own}), look)
 
 
+def own(seed: int) -> Case:
+    state = mpi_ckpt.PerRankState("own", {"n": seed, "x": np.arange(seed)})
+    return Case(state, lambda: shown(state.value))
+
+
 def sums(seed: int) -> Case:
     state = mpi_ckpt.Accumulator({"n": seed, 7: np.full(3, seed / 7)})
     return Case(state, lambda: shown(state._results))
@@ -144,7 +149,7 @@ def sampler(seed: int) -> Case:
 
 MAKERS = [
     *(arrays, module, optimizer, scheduler, train),
-    *(value, pickled, streams, sums, epochs, sampler),
+    *(value, pickled, streams, own, sums, epochs, sampler),
 ]
 
 pytestmark = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)

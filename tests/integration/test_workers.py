@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data-loader workers of a rank are not ranks: nothing of ours stirs when one is ended."""
+"""Data-loader workers of a rank: no ranks themselves, and ahead of what is trained on."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def test_terminated_worker_is_not_noticed(jobs: Jobs, tmp_path: Path, method: st
     lines = outcome.err.splitlines()
     others = [line for line in lines if "resource_tracker" not in line]
     assert [line for line in others if "warnings.warn(" not in line] == []
+
+
+def test_resumed_epoch_has_each_sample_once_whatever_workers_fetch_ahead(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    program = ("-m", "mpi4py", PROGRAMS / "loader_resume.py", tmp_path / "root")
+    outcome = jobs.run(3, *program)
+    assert outcome.code == 0, outcome.text
+    assert "each sample once" in outcome.out

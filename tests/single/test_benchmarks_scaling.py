@@ -152,7 +152,9 @@ def test_check_tells_of_growth_that_nobody_knew(tmp_path, capsys):
 def test_model_prints_the_first_wall(capsys):
     scaling.main(["model", "--ranks", "100", "100000", "--width", "140"])
     out = capsys.readouterr().out
-    assert "The library's first wall: restore, random streams" in out
+    assert "The library's first wall: save, random streams" in out
+    # Each rank is sent its own alone, through a window on root.
+    assert "restore, random streams: MPI bytes" not in out
     scaling.main(["model", "--ranks", "100", "--width", "140"])
     assert "No wall of the library up to 100 ranks" in capsys.readouterr().out
 

@@ -4,9 +4,11 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mpi_ckpt import PerRankState
 from mpi_ckpt.options import ENVIRONMENT, Options
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,3 +42,37 @@ def test_the_first_pages_stay_short():
     }
     assert lines["README.md"] <= 130
     assert lines["ARCHITECTURE.md"] <= 150
+
+
+def block_of(document, function):
+    """Return the example in which a page defines a function."""
+    text = (REPOSITORY / "docs" / document).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = (one for one in blocks if f"def {function}(" in one)
+    return block
+
+
+def test_example_of_sharing_out_runs():
+    found = {"PerRankState": PerRankState}
+    exec(block_of("elastic.md", "share_out"), found)
+    assert found["share_out"]([[1, 2], [3]], 3) == [[1], [2], [3]]
+    assert found["hard"].value == []
+
+
+def test_example_of_rescaling_keeps_the_schedule():
+    torch = pytest.importorskip("torch")
+
+    def make(rate):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
+
+    optimizer, scheduler = make(0.25)
+    expected, other = make(0.5)
+    restoring = SimpleNamespace(restore=lambda on_resize: on_resize(2, 4))
+    found = {"optimizer": optimizer, "scheduler": scheduler, "manager": restoring}
+    exec(block_of("elastic.md", "rescale"), found)
+    for _ in range(3):
+        assert optimizer.param_groups[0]["lr"] == expected.param_groups[0]["lr"]
+        for one, schedule in ((optimizer, scheduler), (expected, other)):
+            one.step()
+            schedule.step()

@@ -77,17 +77,50 @@ def test_batches_cover_what_is_left(length, batch, consumed, size):
     assert [i for start, end in batches for i in range(start, end)] == list(
         range(consumed, length)
     )
-    assert all(end - start <= batch + size - 1 for start, end in batches)
-    assert all(end - start >= min(size, batch) for start, end in batches[:-1])
+    lengths = [end - start for start, end in batches]
+    assert all(n <= max(batch, 2 * size - 1) for n in lengths)
+    assert all(n >= min(size, batch) for n in lengths[:-1])
+    assert all(n == batch for n in lengths[:-2])
+
+
+@given(st.integers(1, 200), st.integers(2, 20), st.data())
+def test_batches_are_the_same_for_all_numbers_of_ranks(length, batch, data):
+    size = data.draw(st.integers(1, batch // 2))
+    (alone,), many = job(1, length, batch), job(min(size, length), length, batch)
+    assert [
+        sorted(sample for part in parts for sample in part) for parts in train(many)
+    ] == [sorted(samples) for samples in alone]
+
+
+@given(st.integers(1, 200), st.integers(2, 20))
+def test_no_batch_is_less_than_half_of_another(length, batch):
+    lengths = [end - start for start, end in global_batches(length, batch, 0, 1)]
+    assert max(lengths) <= 2 * min(lengths)
+    assert len(lengths) == -(-length // batch)
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "size", "lengths"),
+    [
+        (103, 12, 4, [12] * 7 + [10, 9]),
+        (24, 12, 4, [12, 12]),
+        (25, 12, 6, [12, 7, 6]),
+        (25, 12, 7, [12, 13]),
+        (5, 12, 4, [5]),
+    ],
+)
+def test_end_of_an_epoch_is_cut_as_documented(length, batch, size, lengths):
+    batches = global_batches(length, batch, 0, size)
+    assert [end - start for start, end in batches] == lengths
 
 
 def test_part_is_empty_only_where_a_restart_finds_fewer_samples_than_ranks():
     (saved,) = job(1, 10, 4)
     train([saved], 2)
-    samplers = job(3, 10, 4)
+    samplers = job(4, 10, 4)
     for sampler in samplers:
         carry(saved, sampler)
-    assert [len(part) for part in train(samplers)[0]] == [1, 1, 0]
+    assert [len(part) for part in train(samplers)[0]] == [1, 1, 1, 0]
 
 
 def test_length_is_the_number_of_batches_left_on_every_rank():
@@ -101,9 +134,9 @@ def test_length_is_the_number_of_batches_left_on_every_rank():
 
 def test_iterating_moves_nothing_until_a_batch_is_recorded():
     (sampler,) = job(1, 10, 4, shuffle=False)
-    assert list(sampler) == list(sampler) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert list(sampler) == list(sampler) == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
     sampler.record_batch()
-    assert next(iter(sampler)) == [4, 5, 6, 7]
+    assert next(iter(sampler)) == [4, 5, 6]
     assert sampler.consumed == 4
 
 
@@ -211,3 +244,37 @@ def test_a_sampler_that_does_not_know_its_rank_gives_no_batch():
     for use in (len, list, ElasticSampler.record_batch):
         with pytest.raises(CheckpointError, match="belongs to no manager"):
             use(sampler)
+
+
+def as_documented(length, batch_size, *, seed, epoch, consumed, size):
+    """Return the batches left, by rank, computed from docs/elastic.md alone."""
+    order = np.random.RandomState([seed, epoch]).permutation(length).tolist()
+    batches = []
+    while (left := length - consumed) > 0:
+        if left >= 2 * batch_size:
+            take = batch_size
+        elif left <= batch_size or left // 2 < size:
+            take = left
+        else:
+            take = (left + 1) // 2
+        batch = order[consumed : consumed + take]
+        batches.append([batch[rank::size] for rank in range(size)])
+        consumed += take
+    return batches
+
+
+@given(
+    length=st.integers(1, 120),
+    batch=st.integers(1, 20),
+    epoch=st.integers(0, 9),
+    consumed=st.integers(0, 120),
+    size=st.integers(1, 8),
+)
+def test_stranger_can_compute_the_order(length, batch, epoch, consumed, size):
+    size = min(size, batch, length)
+    samplers = job(size, length, batch, seed=5)
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        sampler.consumed = consumed
+    told = {"seed": 5, "epoch": epoch, "consumed": consumed, "size": size}
+    assert train(samplers) == as_documented(length, batch, **told)

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves with n ranks, restores with m: any_ranks.py save|restore FOLDER
+"""Saves with n ranks, restores with m, and with n again: any_ranks.py FOLDER
 
-``save`` is run with 4 ranks and saves with the first 1, 2, 3 and 4 of them. ``restore``
-is run with any number and restores each of the four, checking all contents on every rank.
+Run with 8 ranks, whose parts are the jobs: as many ranks as it takes make a communicator
+of their own, the rest another. For all n and m from 1 to 8 what n ranks saved is restored
+by m, which check every state on every rank and save it; n ranks then restore that.
 """
 
+import functools
 import json
+import math
 import random
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,14 +28,16 @@ from mpi_ckpt import (
     ElasticSampler,
     EpochState,
     ObjectState,
+    PerRankState,
     RNGState,
     State,
     TrainState,
-    remaining_epochs_until,
 )
 
 LENGTH, BATCH, EPOCH = 103, 12, 2
-SIZES = (1, 2, 3, 4)
+MOST = 8
+SIZES = range(1, MOST + 1)
+FRESH = "not restored"
 
 
 class Note(State):
@@ -47,6 +55,12 @@ class Note(State):
 
     def load(self, fileobj) -> None:
         self.text = fileobj.read().decode()
+
+
+def share_out(values: list[list[int]], size: int) -> list[list[int]]:
+    """Deal out what all saved ranks had in their bags."""
+    everything = [one for value in values for one in value]
+    return [everything[rank::size] for rank in range(size)]
 
 
 class Program:
@@ -67,11 +81,15 @@ class Program:
         self.sampler = ElasticSampler(LENGTH, BATCH, seed=5)
         self.generator = np.random.default_rng(1000 + comm.rank)
         self.note = Note(comm)
+        self.position = PerRankState("position", FRESH)
+        self.bag = PerRankState("bag", resize=share_out)
+        self.resized: tuple[int, int] | None = None
         self.states = [
             TrainState(
                 module=self.model, optimizer=self.optimizer, scheduler=self.scheduler
             ),
             *(self.arrays, self.object, self.epochs, self.sums, self.sampler, self.note),
+            *(self.position, self.bag),
             RNGState(generators={"mine": self.generator}),
         ]
 
@@ -87,10 +105,22 @@ class Program:
         self.epochs.finished = EPOCH
         self.sampler.set_epoch(EPOCH)
         samples = []
-        for batch, _ in zip(self.sampler, range(saved_size + 1), strict=False):
+        for batch, _ in zip(self.sampler, range(1 + saved_size // 2), strict=False):
             samples += batch
             self.sampler.record_batch()
         return samples
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def rescale(self, old: int, new: int) -> None:
+        """Let the learning rate follow the number of ranks."""
+        self.resized = (old, new)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] / old * new
+        self.scheduler.base_lrs = [rate / old * new for rate in self.scheduler.base_lrs]
 
     def draw(self) -> list[float]:
         """Take the next numbers of all streams of this rank."""
@@ -111,6 +141,8 @@ def save(comm: MPI.Intracomm, root: Path) -> None:
         samples = program.train(size)
         program.note.text = f"rank {rank}"
         program.sums["ranks"] += rank + 1
+        program.position.value = {"rank": rank, "cache": np.arange(rank)}
+        program.bag.value = [10 * rank, 10 * rank + 1]
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(rank)
         assert manager.save(step=10 * size).size == size
@@ -120,37 +152,86 @@ def save(comm: MPI.Intracomm, root: Path) -> None:
         (root / "expected.json").write_text(json.dumps({"seen": seen, "draws": draws}))
 
 
-def restore(comm: MPI.Intracomm, root: Path, saved_size: int) -> None:
-    """Restore what ``save`` saved and check every state on every rank."""
-    expected = json.loads((root / "expected.json").read_text())
+def restore(comm: MPI.Intracomm, folder: Path, saved_size: int) -> None:
+    """Restore what ``save`` saved, check every state on every rank, and save it again."""
+    expected = json.loads((folder / f"by-{saved_size}" / "expected.json").read_text())
     program = Program(comm)
-    manager = CheckpointManager(root, program.states, comm=comm)
-    report = manager.restore()
+    root, again = folder / f"by-{saved_size}", folder / f"by-{saved_size}-{comm.size}"
+    with CheckpointManager(root, program.states, comm=comm) as manager:
+        report = manager.restore(on_resize=program.rescale)
     assert (report.saved_size, report.size) == (saved_size, comm.size)
     assert manager.steps == report.step == 10 * saved_size
-    check_streams(comm, program.draw(), expected["draws"])
+    with CheckpointManager(again, program.states, comm=comm) as manager:
+        manager.save(sync=False)
+        draws = program.draw()
+        check_streams(comm, draws, expected["draws"])
+        check_replicated(program, saved_size)
+        check_own(comm, program, saved_size)
+        check_samples(comm, program.sampler, expected["seen"])
+        # New sums join the old ones.
+        program.sums["ranks"] += 100
+        with program.sums.synchronized(replayed=False):
+            total = saved_size * (saved_size + 1) // 2 + 100 * comm.size
+            assert dict(program.sums) == {"ranks": total}
+    if comm.size == saved_size + 1:
+        # What no rank of the saving job had is made the same each time.
+        with CheckpointManager(root, program.states, comm=comm) as manager:
+            manager.restore()
+        assert program.draw() == draws
 
-    trained = Program(comm)
+
+def return_to(comm: MPI.Intracomm, folder: Path, between: int) -> None:
+    """Restore with n what n saved, and other ranks have restored and saved in between."""
+    size = comm.size
+    expected = json.loads((folder / f"by-{size}" / "expected.json").read_text())
+    program = Program(comm)
+    with CheckpointManager(
+        folder / f"by-{size}-{between}", program.states, comm=comm
+    ) as manager:
+        manager.restore(on_resize=program.rescale)
+        # Streams and values of ranks that there were not in between are gone.
+        check_streams(comm, program.draw(), expected["draws"][:between])
+        check_replicated(program, size, between)
+        check_own(comm, program, min(size, between))
+        check_samples(comm, program.sampler, expected["seen"])
+        with program.sums.synchronized(replayed=False):
+            assert dict(program.sums) == {"ranks": size * (size + 1) // 2}
+
+
+@functools.cache
+def trained_by(saved_size: int) -> Program:
+    """Return what so many ranks have saved, as far as it is alike on all."""
+    trained = Program(MPI.COMM_SELF)
     trained.sampler.bind(SimpleNamespace(rank=0, size=1))  # no manager will
     trained.train(saved_size)
+    return trained
+
+
+def check_replicated(program: Program, saved_size: int, between: int | None = None) -> None:
+    """Require the states that are alike on all ranks to be as they were saved."""
+    trained = trained_by(saved_size)
+    size = program.comm.size
+    last = between or saved_size
+    assert program.resized == (None if last == size else (last, size))
+    # To the last bit but for a division: / 3 * 3 is not always what it was.
+    assert math.isclose(program.rate, trained.rate / saved_size * size)
+    for group in program.optimizer.param_groups:
+        group["lr"] = trained.rate
+    program.scheduler.base_lrs = trained.scheduler.base_lrs
     check_equal(program, trained)
-    notes = "+".join(f"rank {rank}" for rank in range(saved_size))
-    assert program.note.text == notes
+    assert program.note.text == "+".join(f"rank {rank}" for rank in range(saved_size))
 
-    check_samples(comm, program.sampler, expected["seen"])
-    # New sums join the old ones: in the running epoch, as if nothing had happened.
-    program.sums["ranks"] += 100
-    assert next(remaining_epochs_until(9, program.epochs)) == EPOCH
-    with program.sums.synchronized():
-        total = saved_size * (saved_size + 1) // 2 + 100 * comm.size
-        assert dict(program.sums) == {"ranks": total}
 
-    # What no rank of the saving job had is made the same each time.
-    manager.restore()
-    again = program.draw()
-    manager.restore()
-    assert program.draw() == again
-    manager.close()
+def check_own(comm: MPI.Intracomm, program: Program, kept: int) -> None:
+    """Require each rank to have its own value, and all that was in bags to be in bags."""
+    position = program.position.value
+    if comm.rank < kept:
+        assert position["rank"] == comm.rank
+        assert (position["cache"] == np.arange(comm.rank)).all()
+    else:
+        assert position == FRESH
+    bags = sorted(joined(comm, program.bag.value))
+    assert bags == [10 * rank + one for rank in range(len(bags) // 2) for one in (0, 1)]
 
 
 def check_streams(comm: MPI.Intracomm, mine: list, saved: list) -> None:
@@ -197,18 +278,36 @@ def flat(value: object) -> object:
     return value
 
 
+@contextmanager
+def jobs_of(world: MPI.Intracomm, size: int) -> Iterator[MPI.Intracomm]:
+    """Make two jobs of all ranks, the first of so many; wait for both at the end."""
+    part = world.Split(int(world.rank >= size), world.rank)
+    yield part
+    part.Free()
+    request = world.Ibarrier()
+    while not request.Test():
+        time.sleep(0.005)  # not on the cores of those that are not done
+
+
 def main() -> None:
-    folder = Path(sys.argv[2])
-    world = MPI.COMM_WORLD
-    for size in SIZES:
-        root = folder / f"by-{size}"
-        if sys.argv[1] == "restore":
-            restore(world, root, size)
-            continue
-        part = world.Split(int(world.rank >= size), world.rank)
-        if world.rank < size:
-            save(part, root)
-        part.Free()
+    world, folder = MPI.COMM_WORLD, Path(sys.argv[1])
+    # 8 and none, 7 and 1, 6 and 2, 5 and 3, 4 and 4: the latter do the same, once.
+    layouts = range(MOST, MOST // 2 - 1, -1)
+    idle = world.rank >= MOST // 2
+    for size in layouts:
+        with jobs_of(world, size) as part:
+            if size > MOST // 2 or not idle:
+                save(part, folder / f"by-{part.size}")
+    for size in layouts:
+        with jobs_of(world, size) as part:
+            for saved_size in SIZES:
+                if size > MOST // 2 or idle == (saved_size > MOST // 2):
+                    restore(part, folder, saved_size)
+    for size in layouts:
+        with jobs_of(world, size) as part:
+            for between in SIZES:
+                if size > MOST // 2 or idle == (between > MOST // 2):
+                    return_to(part, folder, between)
     if world.rank == 0:
         print("all as it should be")
 

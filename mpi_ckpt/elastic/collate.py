@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of a torch data loader that may have no sample."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["ElasticCollate"]
+
+
+class ElasticCollate:
+    """Puts samples together to a batch, also where a rank has none.
+
+    Use as ``collate_fn=ElasticCollate(dataset)`` of a loader whose batch sampler is an
+    `ElasticSampler`. A batch of no samples has the form of any other, with length 0 in
+    the first dimension. A loss summed over it is 0, as are its gradients, but a mean
+    is NaN: sum over samples, add up over ranks, then divide by the samples of all ranks.
+    What cannot take an empty batch, as batch normalization in training, must be left out.
+
+    Not collective. Pickled for the workers of a loader, if they are spawned.
+
+    Args:
+        dataset: Its first sample shows the form.
+        collate: Makes a batch of a list of samples; None is torch's own.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,  # noqa: ANN401 (anything with samples by number)
+        collate: Callable[[Sequence[Any]], Any] | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._collate = collate
+
+    def __call__(self, samples: Sequence[Any]) -> Any:  # noqa: ANN401 (a batch)
+        """Make a batch. Not collective."""
+        if samples:
+            return self._put_together(samples)
+        return _emptied(self._put_together([self._dataset[0]]))
+
+    def _put_together(self, samples: Sequence[Any]) -> Any:  # noqa: ANN401
+        if self._collate is not None:
+            return self._collate(samples)
+        # Who has a loader has imported it.
+        return sys.modules["torch.utils.data"].default_collate(samples)
+
+
+def _emptied(batch: Any) -> Any:  # noqa: ANN401
+    """Return a batch of one sample without that sample."""
+    if isinstance(batch, dict):
+        return type(batch)((key, _emptied(value)) for key, value in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_emptied, batch))
+    if isinstance(batch, (list, tuple)):
+        # Texts, which no tensor holds, are a list as long as the batch.
+        fields = () if all(isinstance(one, (str, bytes)) for one in batch) else batch
+        return type(batch)(map(_emptied, fields))
+    return batch[:0]

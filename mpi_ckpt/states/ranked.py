@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of which each rank has a part of its own that stays its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.state import Capture, PartsState, Structure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.comm import Communicator
+
+__all__ = ["RankedState"]
+
+
+class RankedState(PartsState):
+    """A state whose parts are saved as they are: one leaf for each rank.
+
+    In a restore root alone sees all of them. Each rank is sent one part: that of the
+    saved rank which `source` names or, where ``resizes`` is true and the number of ranks
+    has changed, one that `resize` has made on root.
+
+    Args:
+        name: As for `mpi_ckpt.State`.
+
+    Attributes:
+        resizes: Whether `resize` is asked when the number of ranks has changed.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name is illegal.
+    """
+
+    contents: ClassVar[str]
+    """What the parts hold, for messages."""
+
+    count_key: ClassVar[str]
+    """Under which the structure has the number of parts; tells kinds of states apart."""
+
+    resizes: bool = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sync="none")
+        self._rank = 0
+        self._size = 1
+        self._parts: list[bytes] = []
+
+    def source(self, rank: int, saved: int) -> int | None:
+        """Return the saved rank whose part a rank gets, None for no part.
+
+        Not collective.
+
+        Args:
+            rank: Any rank of this job.
+            saved: Number of ranks that saved.
+        """
+        raise NotImplementedError
+
+    def resize(self, parts: Sequence[bytes], size: int) -> list[bytes]:
+        """Make parts for another number of ranks. Called on root only.
+
+        Args:
+            parts: Those of all saved ranks, in rank order.
+            size: Number of ranks now.
+        """
+        raise NotImplementedError
+
+    def take(self, part: bytes, saved: int) -> None:
+        """Take over the part that this rank was given. Not collective.
+
+        Args:
+            part: Empty if there is none for this rank.
+            saved: Number of parts there are.
+        """
+        raise NotImplementedError
+
+    def bind(self, comm: Communicator) -> None:
+        """See `LeafState`. Not collective."""
+        self._rank = comm.rank
+        self._size = comm.size
+
+    def combine(self, parts: Sequence[bytes]) -> None:
+        """See `PartsState`. Root only."""
+        self._parts = list(parts)
+
+    def combined(self) -> None:
+        """See `PartsState`: this rank keeps what it has. Not collective."""
+
+    def capture(self) -> Capture:
+        """See `LeafState`. Not collective; the parts are on root only."""
+        parts = self._parts or [self.part()]
+        leaves = [self.leaf(rank, part) for rank, part in enumerate(parts)]
+        return Capture(self.form(len(parts)), leaves)
+
+    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
+        """See `LeafState`. Not collective."""
+        self.check(structure, len(specs))
+        return [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
+
+    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
+        """See `LeafState`; a leaf that this rank has no use for may be absent.
+
+        Not collective.
+        """
+        saved = structure[self.count_key]
+        parts = {leaf.spec.name: bytes(leaf.buffer.read()) for leaf in leaves}
+        if self.resizes and len(parts) == saved != self._size:
+            self.take(self.resize(list(parts.values()), self._size)[self._rank], self._size)
+            return
+        source = self.source(self._rank, saved)
+        self.take(b"" if source is None else parts[_leaf_name(source)], saved)
+
+    def check(self, structure: Structure, count: int) -> None:
+        """Require a structure that `capture` has made of so many parts.
+
+        Not collective.
+
+        Raises:
+            StateMismatchError: On the calling rank, if it is another.
+        """
+        if not count or structure != self.form(count):
+            raise StateMismatchError(
+                f"state {self.name!r}: the checkpoint holds no {self.contents}"
+            )
+
+    def form(self, count: int) -> Structure:
+        """Return the structure of so many parts. Not collective."""
+        return {self.count_key: count}
+
+    def leaf(self, rank: int, part: bytes) -> Leaf:
+        """Return a rank's part as a leaf. Not collective."""
+        return Leaf(LeafSpec(_leaf_name(rank), "U8", (len(part),)), MemoryBuffer(part))
+
+
+def _leaf_name(rank: int) -> str:
+    return f"rank-{rank:05d}"
