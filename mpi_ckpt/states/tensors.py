@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,10 +79,13 @@ def empty_tensor(spec: LeafSpec, device: torch.device | str = "cpu") -> torch.Te
     Not collective. Thread-safe.
 
     Raises:
-        StateMismatchError: On the calling rank, if this torch has no such dtype.
+        StateMismatchError: On the calling rank, if this torch has no such dtype or shape.
     """
     if spec.dtype not in _DTYPES:
         raise StateMismatchError(f"{spec}: torch {torch.__version__} has no such dtype")
+    # Torch counts in 64 bits, also where one dimension is none and the others are huge.
+    if math.prod(length or 1 for length in spec.shape) >= 1 << 63:
+        raise StateMismatchError(f"{spec}: torch makes no such shape")
     return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
 
 
