@@ -71,7 +71,8 @@ def empty_array(spec: LeafSpec) -> NDArray[Any]:
     Not collective. Thread-safe.
 
     Raises:
-        StateMismatchError: On the calling rank, if NumPy has no such dtype or shape.
+        StateMismatchError: On the calling rank, if NumPy has no such dtype or shape, or
+            there is no memory for it.
     """
     try:
         dtype = _DTYPES.get(spec.dtype) or np.dtype(spec.dtype.removeprefix("numpy:"))
@@ -79,7 +80,7 @@ def empty_array(spec: LeafSpec) -> NDArray[Any]:
         raise StateMismatchError(f"{spec}: NumPy has no such dtype here") from None
     try:
         return np.empty(spec.shape, dtype)
-    except ValueError as error:  # no elements, and yet too many in the other dimensions
+    except (ValueError, MemoryError) as error:
         raise StateMismatchError(f"{spec}: {error}") from None
 
 

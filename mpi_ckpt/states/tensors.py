@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,14 +78,16 @@ def empty_tensor(spec: LeafSpec, device: torch.device | str = "cpu") -> torch.Te
     Not collective. Thread-safe.
 
     Raises:
-        StateMismatchError: On the calling rank, if this torch has no such dtype or shape.
+        StateMismatchError: On the calling rank, if this torch has no such dtype or shape,
+            or there is no memory for it.
     """
     if spec.dtype not in _DTYPES:
         raise StateMismatchError(f"{spec}: torch {torch.__version__} has no such dtype")
-    # Torch counts in 64 bits, also where one dimension is none and the others are huge.
-    if math.prod(length or 1 for length in spec.shape) >= 1 << 63:
-        raise StateMismatchError(f"{spec}: torch makes no such shape")
-    return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
+    try:
+        return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StateMismatchError(f"{spec}: {reason}") from None
 
 
 class TensorBuffer:

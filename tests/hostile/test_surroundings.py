@@ -9,7 +9,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -305,9 +307,12 @@ needs_root = pytest.mark.skipif(
 )
 
 RESTORE = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, tempfile
 from mpi_ckpt import CheckpointError
 from tests.hostile.world import Program
+with tempfile.TemporaryDirectory() as other:  # what is imported late is imported here
+    Program(1).save(pathlib.Path(other))
+    Program(2).restore(pathlib.Path(other))
 # SWITCH
 root, program = pathlib.Path(sys.argv[1]), Program()
 answer = {"holds": None, "error": None, "saved": None}
@@ -323,15 +328,16 @@ print(json.dumps(answer))
 
 
 @pytest.fixture
-def reachable(tmp_path_factory, whole):
+def reachable(whole):
     """Give a copy of the directory that another user can reach."""
-    base = tmp_path_factory.mktemp("shared")
-    for directory in (base, *base.parents):
-        if directory.stat().st_uid == os.geteuid() and directory.stat().st_mode & 0o700:
-            mode = stat.S_IMODE(directory.stat().st_mode)
-            if mode & 0o011 != 0o011 and str(directory).count("/") > 1:
-                directory.chmod(mode | 0o011)
-    return copy_of(whole, base / "root")
+    base = Path(tempfile.mkdtemp(prefix="mpi_ckpt-shared-"))
+    try:
+        base.chmod(0o711)
+        if not all(above.stat().st_mode & stat.S_IXOTH for above in base.parents):
+            pytest.skip(f"nobody else can reach {base}")
+        yield copy_of(whole, base / "root")
+    finally:
+        shutil.rmtree(base)
 
 
 def restored_by_nobody(root) -> dict:
