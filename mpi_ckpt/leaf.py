@@ -133,8 +133,11 @@ class MemoryBuffer:
 
     @classmethod
     def empty(cls, nbytes: int) -> MemoryBuffer:
-        """Make a buffer to be filled. Not collective."""
-        return cls(bytearray(nbytes))
+        """Make a buffer to be filled. Not collective.
+
+        Its memory is taken as it is filled: that so much was claimed proves nothing.
+        """
+        return cls(np.empty(nbytes, np.uint8).data)
 
     def view(self) -> memoryview | None:
         """Return the memory itself, if it may be written to. Not collective."""

@@ -78,6 +78,9 @@ def command(
                     raise
                 screen.fail("OSError", _text_of(error))
                 code = trouble
+            except MemoryError as error:
+                screen.fail("memory", f"there is not enough memory: {error}")
+                code = trouble
             except RecursionError:
                 screen.fail("damaged", "the structure of a state is nested too deeply")
                 code = trouble

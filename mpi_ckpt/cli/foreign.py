@@ -6,7 +6,6 @@ A safetensors file gives leaves that read themselves when they are written, one 
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,9 @@ from mpi_ckpt.leaf import Leaf, LeafSpec, copy_bytes
 from mpi_ckpt.state import Capture, LeafState, State
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
-from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX, parse_header
+from mpi_ckpt.storage.manifest_codec import MANIFEST_BYTES_MAX
+from mpi_ckpt.storage.strict_json import read_json, shown
+from mpi_ckpt.storage.tensorfile import parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Content", "FileStream", "FixedState", "open_safetensors"]
 
+# The manifest of what it names must be readable too, and says twice as much of a tensor.
+_HEADER_BYTES_MAX = MANIFEST_BYTES_MAX // 2
 _COPY_BYTES = 4 << 20
 _SIZE_MAX = 1 << 60
 _DIMENSIONS_MAX = 64
@@ -103,8 +106,9 @@ def open_safetensors(path: Path) -> Iterator[Content]:
             metadata = header.pop("__metadata__", {})
             leaves = _leaves(header, descriptor, start, size)
             content = _content(metadata, leaves, path)
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-            text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            lacks = isinstance(error, KeyError)
+            text = f"it lacks {shown(error.args[0])}" if lacks else str(error)
             raise CorruptGenerationError(
                 f"{path} is no whole safetensors file: {text}", path=path
             ) from error
@@ -140,7 +144,7 @@ def _read_header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
     length = bytearray(8)
     filesystem.read_at(descriptor, memoryview(length), 0)
     count = int.from_bytes(length, "little")
-    if count > min(HEADER_BYTES_MAX, size - 8):
+    if count > min(_HEADER_BYTES_MAX, size - 8):
         raise ValueError(f"a header of {count} bytes in a file of {size}")
     text = bytearray(count)
     filesystem.read_at(descriptor, memoryview(text), 8)
@@ -156,15 +160,17 @@ def _leaves(
         spec = _spec(name, entry["dtype"], entry["shape"])
         first, end = map(_length, entry["data_offsets"])
         if end - first != spec.nbytes or start + end > size:
-            raise ValueError(f"{spec} does not fit bytes {first} to {end}")
+            raise ValueError(f"{shown(name)} does not fit bytes {first} to {end}")
         ends.append((first, end))
         leaves[name] = Leaf(spec, _FileBuffer(descriptor, start + first, spec.nbytes))
     reached = 0
-    # Else a small file could claim to hold its bytes a million times.
+    # A small file could claim to hold its bytes a million times, or hide another file.
     for first, end in sorted(ends):
-        if first < reached:
-            raise ValueError(f"tensors overlap at {first}")
+        if first != reached:
+            raise ValueError(f"tensors overlap, or leave a hole, at {first}")
         reached = end
+    if start + reached != size:
+        raise ValueError(f"tensors end at {start + reached} of {size} bytes")
     return leaves
 
 
@@ -174,23 +180,25 @@ def _spec(name: Any, dtype: Any, shape: Any) -> LeafSpec:  # noqa: ANN401 (JSON)
         or not isinstance(dtype, str)
         or not dtypes.is_known(dtype)
     ):
-        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        raise ValueError(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
     lengths = tuple(map(_length, shape))
     if len(lengths) > _DIMENSIONS_MAX:
-        raise ValueError(f"tensor {name!r} has {len(lengths)} dimensions")
+        raise ValueError(f"tensor {shown(name)} has {len(lengths)} dimensions")
     return LeafSpec(name, dtype, lengths)
 
 
 def _length(value: object) -> int:
     if type(value) is not int or not 0 <= value <= _SIZE_MAX:
-        raise ValueError(f"{value!r} where a length belongs")
+        raise ValueError(f"{shown(value)} where a length belongs")
     return value
 
 
-def _content(metadata: dict[str, Any], leaves: dict[str, Leaf], path: Path) -> Content:
+def _content(metadata: Any, leaves: dict[str, Leaf], path: Path) -> Content:  # noqa: ANN401 (JSON)
+    if not isinstance(metadata, dict):
+        raise ValueError("the metadata is no object")  # noqa: TRY004 (bad bytes)
     if METADATA_KEY not in metadata:
         return Content(None, leaves)
-    document = json.loads(metadata[METADATA_KEY])
+    document = read_json(metadata[METADATA_KEY].encode())
     # What `LeafState.save` writes carries other things under the same key.
     if not isinstance(document, dict) or "states" not in document:
         return Content(None, leaves)
@@ -198,7 +206,7 @@ def _content(metadata: dict[str, Any], leaves: dict[str, Leaf], path: Path) -> C
     metrics = {str(k): float(v) for k, v in document["metrics"].items()}
     step, size = document["step"], _length(document["size"])
     if type(step) is not int or not 1 <= size <= _RANKS_MAX:
-        raise ValueError(f"step {step!r} of {size} ranks")
+        raise ValueError(f"step {shown(step)} of {size} ranks")
     return Content(states, leaves, step, size, metrics)
 
 
@@ -211,6 +219,6 @@ def _state(entry: dict[str, Any], leaves: dict[str, Leaf], path: Path) -> State:
     for stored, name, dtype, shape in entry["leaves"]:
         spec, leaf = _spec(name, dtype, shape), leaves[stored]
         if spec.nbytes != leaf.spec.nbytes:
-            raise ValueError(f"{spec} does not fit {leaf.spec}")
+            raise ValueError(f"{shown(name)} does not fit {shown(stored)}")
         found.append(Leaf(spec, leaf.buffer))
     return FixedState(entry["name"], entry["structure"], found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["is_module", "load_file", "module_form", "rebuild", "write_file"]
 
 _TRAIN_PARTS = frozenset({"module", "optimizer", "scheduler", "scaler"})
-_ZIP = b"PK\x03\x04"
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+# The first in which neither of the known ways around weights_only is left.
+_SAFE_TORCH = (2, 10)
 
 
 def write_file(
@@ -61,15 +64,22 @@ def load_file(path: Path) -> Any:  # noqa: ANN401 (any nested value)
     """Load a file of torch.save, tensors and plain values only: no code is run.
 
     Raises:
-        CommandError: If torch is missing, the file holds more than that, or is damaged.
+        CommandError: If torch is missing or too old to be trusted with that, the file
+            holds more, or is damaged.
     """
     torch = _torch()
+    _refuse_unsafe(torch.__version__)
     with filesystem.open_for_reading(path) as (descriptor, _):
         start = bytearray(4)
         filesystem.read_at(descriptor, memoryview(start), 0)
-    mapped = bytes(start) == _ZIP  # so that memory holds what is needed only
+    zipped = bytes(start) == _ZIP
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if zipped:
+            _refuse_compressed(path)
+        elif start[:1] != _PICKLE:  # tar archives too, which torch unpacks
+            raise ValueError("it is no file of torch.save")
+        # Mapped, so that memory holds what is needed only.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle can raise anything
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = (
@@ -79,6 +89,26 @@ def load_file(path: Path) -> Any:  # noqa: ANN401 (any nested value)
             else (str(error).strip().splitlines() or [type(error).__name__])[0]
         )
         raise CommandError(f"{path} cannot be loaded: {why}", kind="damaged") from error
+
+
+def _refuse_unsafe(version: str) -> None:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) < _SAFE_TORCH:
+        least = ".".join(map(str, _SAFE_TORCH))
+        raise CommandError(
+            f"torch {version} can be made to run code by a file, also with weights_only "
+            f"(CVE-2025-32434, CVE-2026-24747): upgrade to {least}, or convert the file to "
+            "safetensors where you trust it",
+            kind="missing",
+        )
+
+
+def _refuse_compressed(path: Path) -> None:
+    # Torch never compresses. Mapped, such bytes would be taken for the tensor's; unpacked,
+    # a small file could fill the memory.
+    with zipfile.ZipFile(path) as archive:
+        if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+            raise ValueError("it is compressed, which torch.save never does")
 
 
 def is_module(value: Any) -> bool:  # noqa: ANN401 (any nested value)

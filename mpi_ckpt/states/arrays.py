@@ -71,13 +71,17 @@ def empty_array(spec: LeafSpec) -> NDArray[Any]:
     Not collective. Thread-safe.
 
     Raises:
-        StateMismatchError: On the calling rank, if NumPy has no such dtype here.
+        StateMismatchError: On the calling rank, if NumPy has no such dtype or shape, or
+            there is no memory for it.
     """
     try:
         dtype = _DTYPES.get(spec.dtype) or np.dtype(spec.dtype.removeprefix("numpy:"))
     except TypeError:
         raise StateMismatchError(f"{spec}: NumPy has no such dtype here") from None
-    return np.empty(spec.shape, dtype)
+    try:
+        return np.empty(spec.shape, dtype)
+    except (ValueError, MemoryError) as error:
+        raise StateMismatchError(f"{spec}: {error}") from None
 
 
 class ArrayBuffer:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NestedState"]
 
+_ANY_LEAF = np.zeros(())
+
 
 class NestedState(LeafState):
     """A leaf state that gives and takes a nested value.
@@ -52,6 +54,8 @@ class NestedState(LeafState):
     def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
         """See `LeafState`. Not collective."""
         self.check(structure, specs)
+        # A structure of no known form must not be found out when leaves have arrived.
+        unflatten(structure, dict.fromkeys([spec.name for spec in specs], _ANY_LEAF))
         live = flatten(self.nested())
         kinds, live_kinds = leaf_kinds(structure), leaf_kinds(live.structure)
         self._arriving = {}

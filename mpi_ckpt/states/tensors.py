@@ -78,11 +78,16 @@ def empty_tensor(spec: LeafSpec, device: torch.device | str = "cpu") -> torch.Te
     Not collective. Thread-safe.
 
     Raises:
-        StateMismatchError: On the calling rank, if this torch has no such dtype.
+        StateMismatchError: On the calling rank, if this torch has no such dtype or shape,
+            or there is no memory for it.
     """
     if spec.dtype not in _DTYPES:
         raise StateMismatchError(f"{spec}: torch {torch.__version__} has no such dtype")
-    return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
+    try:
+        return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StateMismatchError(f"{spec}: {reason}") from None
 
 
 class TensorBuffer:

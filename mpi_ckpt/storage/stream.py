@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.storage.strict_json import read_json, shown
 from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX, encode_header, parse_header
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf
 
 __all__ = ["read_leaves", "write_leaves"]
+
+_LENGTH_MAX = 1 << 60
 
 
 def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> None:  # noqa: ANN401 (JSON)
@@ -51,10 +54,10 @@ def read_leaves(
         if length > HEADER_BYTES_MAX:
             raise ValueError(f"a header of {length} bytes")
         header = parse_header(_read_exactly(fileobj, length))
-        content = json.loads(header["__metadata__"]["mpi_ckpt"])
+        content = read_json(header["__metadata__"]["mpi_ckpt"].encode())
         structure = content["structure"]
         specs = [_read_spec(*form) for form in content["leaves"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptGenerationError(
             f"the stream is not one that a leaf state wrote: {error}"
         ) from error
@@ -63,7 +66,9 @@ def read_leaves(
         try:
             data = _read_exactly(fileobj, leaf.spec.nbytes)
         except ValueError as error:
-            raise CorruptGenerationError(f"leaf {leaf.spec}: {error}") from error
+            raise CorruptGenerationError(
+                f"leaf {shown(leaf.spec.name)}: {error}"
+            ) from error
         leaf.buffer.write(memoryview(data))
     return structure, leaves
 
@@ -74,9 +79,10 @@ def _header_name(leaf: str) -> str:
 
 
 def _read_spec(name: Any, dtype: Any, shape: Any) -> LeafSpec:  # noqa: ANN401 (JSON)
-    plain = isinstance(name, str) and all(type(n) is int and n >= 0 for n in shape)
+    plain = isinstance(name, str) and isinstance(shape, list) and len(shape) <= 64
+    plain = plain and all(type(n) is int and 0 <= n <= _LENGTH_MAX for n in shape)
     if not plain or not dtypes.is_known(dtype):
-        raise ValueError(f"a leaf {name!r} of {dtype!r} {shape!r}")
+        raise ValueError(f"a leaf {shown(name)} of {shown(dtype)} {shown(shape)}")
     return LeafSpec(name, dtype, tuple(shape))
 
 

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions that take any bytes, and what must hold of each of them.
+
+A target returns whether the bytes were good. It raises for a fault of the library: an error
+from outside the family, a manifest that is not read as it would be written, bytes that are
+handed out and are not those the manifest vouches for.
+
+Manifests get a right digest first: a fuzzer would never find one, and whoever forges a
+manifest can take it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.cli.foreign import open_safetensors
+from mpi_ckpt.digest import Digest, digest_bytes
+from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
+from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.storage.manifest_codec import decode, encode
+from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.stream import read_leaves
+from mpi_ckpt.storage.tensorfile import parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GOLDEN = Path(__file__).parents[2] / "contract" / "golden" / "v1" / "checkpoint-00000001"
+_SMALL_BYTES = 1 << 20
+_TAIL_BYTES = 46
+
+
+def _head(manifest: bytes) -> bytes:
+    return manifest[:-_TAIL_BYTES]
+
+
+def _sealed(head: bytes) -> bytes:
+    return head + b',"digest":"' + digest_bytes(head).hex().encode() + b'"}\n'
+
+
+def manifest(data: bytes) -> bool:
+    """Decode a manifest; what is taken must be written and read again as the same."""
+    with suppress(ValueError, UnsupportedFormatError):
+        decode(data)
+    try:
+        found = decode(_sealed(data))
+    except (ValueError, UnsupportedFormatError):
+        return False
+    again = decode(encode(found))
+    assert repr(again) == repr(found)
+    return True
+
+
+def header(data: bytes) -> bool:
+    """Read a safetensors header: by itself, as a stream, and as a file of somebody's."""
+    good = False
+    with suppress(ValueError):
+        good = isinstance(parse_header(data), dict)
+    whole = len(data).to_bytes(8, "little") + data
+    with suppress(CheckpointError):
+        read_leaves(io.BytesIO(whole + bytes(64)), _prepare)
+    place = _place() / "x.safetensors"
+    place.write_bytes(whole + bytes(64))
+    with suppress(CheckpointError), open_safetensors(place) as content:
+        for leaf in content.leaves.values():
+            assert len(leaf.buffer.read()) == leaf.spec.nbytes <= 64
+    return good
+
+
+def _prepare(structure: Any, specs: Any) -> list[Leaf]:
+    small = [spec for spec in specs if spec.nbytes <= _SMALL_BYTES]
+    return [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in small]
+
+
+def directory(data: bytes) -> bool:
+    """Open and prove a generation.
+
+    The bytes are those of the manifest, the shard and the stream, with the lengths of the
+    last two in front. An odd number of bytes asks for right digests of what is there, so
+    that what lies behind them is reached.
+    """
+    generation = _place() / "checkpoint-00000001"
+    generation.mkdir(exist_ok=True)
+    head, shard, stream = split(data)
+    files = {"rank-00000.safetensors": shard, "a.bin": stream}
+    if len(data) % 2:
+        with suppress(ValueError, RecursionError):
+            head = _head_of(_vouched(json.loads(head + b"}"), files))
+    for name, content in files.items():
+        (generation / name).write_bytes(content)
+    (generation / "manifest.json").write_bytes(_sealed(head))
+    try:
+        with GenerationReader(generation) as reader:
+            reader.verify()
+            _check(reader, files)
+    except CheckpointError as error:
+        return _is_short(str(error))
+    return True
+
+
+def split(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Cut an input into the start of a manifest, a shard and a stream."""
+    shard = int.from_bytes(data[:2], "little")
+    stream = int.from_bytes(data[2:4], "little")
+    rest = data[4:]
+    return rest[shard + stream :], rest[:shard], rest[shard : shard + stream]
+
+
+def join(head: bytes, shard: bytes, stream: bytes) -> bytes:
+    """Make an input that `split` cuts so."""
+    lengths = len(shard).to_bytes(2, "little") + len(stream).to_bytes(2, "little")
+    return lengths + shard + stream + head
+
+
+def _head_of(document: Any) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()[:-1]
+
+
+def _vouched(document: Any, files: dict[str, bytes]) -> Any:
+    """Give every file and extent of a manifest the digest of the bytes that are there."""
+    block = document.get("block_bytes") if isinstance(document, dict) else None
+    block = block if type(block) is int and 0 < block <= 1 << 26 else 1 << 24
+    stack: list[Any] = [document]
+    while stack:
+        node = stack.pop()
+        stack.extend(node.values() if isinstance(node, dict) else ())
+        stack.extend(node if isinstance(node, list) else ())
+        if not isinstance(node, dict):
+            continue
+        name = node.get("file", node.get("name"))
+        content = files.get(name) if isinstance(name, str) else None
+        start, count = node.get("offset"), node.get("bytes")
+        if content is None or type(count) is not int:
+            continue
+        if "header_digest" in node and type(node.get("header_bytes")) is int:
+            digest = digest_bytes(content[: max(0, node["header_bytes"])])
+            node["header_digest"] = digest.hex()
+        if "digest" in node and type(start) is int and start >= 0 and 0 <= count < 1 << 16:
+            node.update(_digests(content[start : start + count], block))
+    return document
+
+
+def _digests(data: bytes, block: int) -> dict[str, str]:
+    digest = Digest.of(data, max(block, len(data) // 100, 1))
+    members = {"digest": digest.whole.hex()}
+    if len(digest.blocks) > 1:
+        members["blocks"] = b"".join(digest.blocks).hex()
+    return members
+
+
+def _is_short(message: str) -> bool:
+    assert len(message) < 10_000
+    return False
+
+
+def _check(reader: GenerationReader, files: dict[str, bytes]) -> None:
+    for state in reader.manifest.states:
+        for extent in state.extents:
+            read = [
+                bytes(reader.read_block(extent, block))
+                for block in range(len(extent.digest.blocks))
+            ]
+            expected = files[extent.file][extent.offset : extent.offset + extent.nbytes]
+            assert b"".join(read) == expected
+
+
+_made: list[Path] = []
+
+
+def _place() -> Path:
+    """Return a directory in memory, one for the process."""
+    if not _made:
+        memory = Path("/dev/shm")
+        made = tempfile.mkdtemp(dir=memory if memory.is_dir() else None, prefix="mpi_ckpt-")
+        _made.append(Path(made))
+    return _made[0]
+
+
+def clear() -> None:
+    """Remove that directory."""
+    while _made:
+        shutil.rmtree(_made.pop())
+
+
+def _small_manifest() -> bytes:
+    shard, stream = _small_files()
+    whole = {"file": "rank-00000.safetensors", "offset": 8, "bytes": 24}
+    document = {
+        "format": "mpi_ckpt",
+        "version": 1,
+        "digest_algorithm": "xxh3-128",
+        "block_bytes": 16,
+        "generation": 1,
+        "step": 7,
+        "time": 1.5,
+        "job": "j",
+        "size": 2,
+        "metrics": {"loss": 0.5},
+        "files": [
+            {
+                "name": "rank-00000.safetensors",
+                "bytes": len(shard),
+                "header_bytes": 8,
+                "header_digest": "",
+                "generation": 1,
+            },
+            {
+                "name": "a.bin",
+                "bytes": len(stream),
+                "header_bytes": 0,
+                "header_digest": digest_bytes(b"").hex(),
+                "generation": 0,
+            },
+        ],
+        "states": [
+            {
+                "name": "m",
+                "structure": {"ties": {}},
+                "leaves": [
+                    {"name": "w", "dtype": "F32", "shape": [2, 3], "digest": "", **whole}
+                ],
+            },
+            {
+                "name": "a",
+                "stream": {"file": "a.bin", "offset": 0, "bytes": 9, "digest": ""},
+            },
+        ],
+    }
+    files = {"rank-00000.safetensors": shard, "a.bin": stream}
+    return _head_of(_vouched(document, files))
+
+
+def _small_files() -> tuple[bytes, bytes]:
+    return (0).to_bytes(8, "little") + bytes(range(24)), b"some text"
+
+
+def _headers() -> list[bytes]:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    leaves = {"structure": None, "leaves": [["w", "F32", [2, 3]]]}
+    state = {"name": "s", "structure": None, "leaves": [["w", "w", "F32", [2, 3]]]}
+    whole = {"step": 1, "size": 1, "metrics": {}, "states": [state]}
+    return [
+        json.dumps({"__metadata__": {"mpi_ckpt": json.dumps(said)}, "w": entry}).encode()
+        for said in (leaves, whole)
+    ]
+
+
+def seeds(target: str) -> list[bytes]:
+    """Return good inputs of a target, the golden generation's among them."""
+    golden = _head((GOLDEN / "manifest.json").read_bytes())
+    shard = (GOLDEN / "rank-00000.safetensors").read_bytes()
+    length = int.from_bytes(shard[:8], "little")
+    small, files = _small_manifest(), _small_files()
+    return {
+        "manifest": [small, golden],
+        "header": [*_headers(), shard[8 : 8 + length].rstrip()],
+        "directory": [
+            join(small + b" " * odd, *files)
+            for odd in range(2)
+        ],
+    }[target]  # fmt: skip
+
+
+TARGETS: dict[str, Callable[[bytes], bool]] = {
+    "manifest": manifest,
+    "header": header,
+    "directory": directory,
+}
