@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mpi_ckpt.digest import BLOCK_BYTES, Digest
 from mpi_ckpt.engine import draft
 from mpi_ckpt.engine.contents import digest_contents
 from mpi_ckpt.errors import RegistrationError, SaveError, StageError, WriteError
@@ -192,6 +193,17 @@ def test_digests_are_taken_ahead_only_where_a_sample_is_unchanged(directory, dig
     assert digested == [8, 8, 40]
     with directory.open_newest() as reader:
         reader.verify()
+
+
+def test_leaf_of_several_blocks_is_digested_on_the_way(directory):
+    # Ends on the border of a block, has a short last one, is empty.
+    sizes = {"even": BLOCK_BYTES, "odd": 2 * BLOCK_BYTES + 5, "none": 0}
+    leaves = {name: np.full(size, 7, np.uint8) for name, size in sizes.items()}
+    with GenerationReader(save(directory, [ArrayState("s", leaves)]).path) as reader:
+        reader.verify()
+        stored = reader.manifest.state("s").leaves
+        found = {leaf.spec.name: leaf.extent.digest for leaf in stored}
+    assert found == {name: Digest.of(one.data) for name, one in leaves.items()}
 
 
 def test_what_can_be_shared_is_where_there_is_no_room_for_all(
