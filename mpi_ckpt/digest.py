@@ -25,6 +25,7 @@ __all__ = [
     "Digest",
     "digest_bytes",
     "digest_many",
+    "split_blocks",
 ]
 
 ALGORITHM = "xxh3-128"

@@ -79,20 +79,16 @@ class Capture:
     Args:
         structure: JSON values, everything that is not a tensor.
         leaves: The tensors, unique names; the order is the same on every rank.
-        form: That of the leaves, from a state that keeps it; see `Form`.
 
     Raises:
         StageError: On the calling rank, if two leaves have one name.
     """
 
-    __slots__ = ("form", "leaves", "structure")
+    __slots__ = ("leaves", "structure")
 
-    def __init__(
-        self, structure: Structure, leaves: Sequence[Leaf], form: Form | None = None
-    ) -> None:
+    def __init__(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
         self.structure = structure
         self.leaves = tuple(leaves)
-        self.form = form or Form(leaf.spec for leaf in self.leaves)
         if len({leaf.spec.name for leaf in self.leaves}) != len(self.leaves):
             raise StageError("two leaves of a state have one name")
 
@@ -132,6 +128,17 @@ class LeafState(State):
                 f"state {name!r}: sync is {sync!r}, expected one of {SYNC_MODES}"
             )
         self.sync_mode: SyncMode = sync
+        self._form = Form(())
+
+    def form_of(self, leaves: Sequence[Leaf]) -> Form:
+        """Return the form of captured leaves: the last one again, if it is the same.
+
+        Not collective. Called by the manager.
+        """
+        specs = tuple([leaf.spec for leaf in leaves])
+        if specs != self._form.specs:
+            self._form = Form(specs)
+        return self._form
 
     def bind(self, comm: Communicator) -> None:
         """Take the manager's communicator. Not collective. Called by the manager."""

@@ -67,7 +67,10 @@ def capture_only(states: Sequence[LeafState]) -> list[Contents]:
         StageError: On the calling rank, if a state cannot be captured.
     """
     captured = [(state, state.capture()) for state in states]
-    return [Contents(state, one.structure, one.leaves, one.form) for state, one in captured]
+    return [
+        Contents(state, one.structure, one.leaves, state.form_of(one.leaves))
+        for state, one in captured
+    ]
 
 
 def capture_all(states: Sequence[LeafState], threads: int) -> list[Contents]:

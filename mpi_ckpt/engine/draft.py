@@ -14,8 +14,15 @@ from mpi_ckpt.comm import ROOT
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.contents import Contents, digest_contents
 from mpi_ckpt.engine.needs import foresee_needs
-from mpi_ckpt.engine.reuse import Reuse, plan_reuse, renamed, without_files
-from mpi_ckpt.errors import RestoreError, SaveError, StageError
+from mpi_ckpt.engine.reuse import (
+    Reuse,
+    has_unchanged,
+    plan_reuse,
+    renamed,
+    sample,
+    without_files,
+)
+from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.storage.layout import (
     carried_file_name,
     generation_name,
@@ -50,6 +57,10 @@ __all__ = ["Draft", "Published", "SaveRequest"]
 logger = logging.getLogger(__name__)
 
 _NO_HEADER = digest_bytes(b"")
+
+# Of more than so many bytes a few leaves are digested before all are.
+_SAMPLED_BYTES_MIN = 64 << 20
+_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +146,7 @@ class Draft:
         self.partial = directory.begin()
         with self:
             if options.reuse:
-                self.contents = digest_contents(self.contents, options.digest_threads)
+                self.contents = self._digest_ahead(self.contents)
             self._reuse = _link_unchanged(
                 self.partial, directory, request, self.contents, options
             )
@@ -203,6 +214,31 @@ class Draft:
             bytes_reused=_bytes_reused(manifest),
             retired=_retired(self._directory, self._options.retention),
         )
+
+    def _digest_ahead(self, contents: Sequence[Contents]) -> Sequence[Contents]:
+        """Digest what may be shared; where nothing is, digests are taken as it is written.
+
+        A file is shared if half of it is unchanged, and of that a sample finds some.
+        """
+        threads = self._options.digest_threads
+        undigested = [one for one in contents if one.digests is None]
+        nbytes = sum(one.form.nbytes for one in undigested)
+        if nbytes >= _SAMPLED_BYTES_MIN and self._has_room(nbytes):
+            older = _newest(self._directory, needed=False)
+            if older is None:
+                return contents
+            samples = digest_contents(sample(undigested, _SAMPLES), threads)
+            if not has_unchanged(older, samples):
+                return contents
+        return digest_contents(contents, threads)
+
+    def _has_room(self, nbytes: int) -> bool:
+        # Where there is little, whatever can be shared must be.
+        try:
+            self.partial.require_space(nbytes, 1)
+        except WriteError:
+            return False
+        return True
 
     def _complete(self, shards: Sequence[Shard]) -> Manifest:
         request = self._request

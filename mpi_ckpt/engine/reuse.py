@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_ckpt.engine.contents import Contents, pick_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpi_ckpt.engine.contents import Contents
     from mpi_ckpt.storage.manifest import Extent, Manifest, StoredFile, StoredState
 
-__all__ = ["Reuse", "plan_reuse", "renamed", "without_files"]
+__all__ = ["Reuse", "has_unchanged", "plan_reuse", "renamed", "sample", "without_files"]
 
 # A file of whose data less than this share is still in use is not shared any further: the
 # rest of it would stay on disk for nothing.
@@ -71,6 +75,31 @@ def plan_reuse(
         states=tuple(carried),
         files={name: files[name] for name in sorted(shared)},
     )
+
+
+def sample(contents: Sequence[Contents], count: int) -> list[Contents]:
+    """Pick leaves at so many places spread evenly over the bytes of some contents.
+
+    Not collective. Thread-safe. Of leaves side by side that hold more than one part in
+    ``count`` of all bytes, one is always picked.
+    """
+    sizes = [spec.nbytes for one in contents for spec in one.specs]
+    ends = list(accumulate(sizes, initial=0))
+    places = (np.arange(count) + 0.5) * (ends[-1] / count)
+    picked = set(np.searchsorted(ends[1:], places, side="right").tolist())
+    firsts = accumulate((len(one.leaves) for one in contents), initial=0)
+    return [
+        pick_leaves(one, [n for n in range(len(one.leaves)) if first + n in picked])
+        for one, first in zip(contents, firsts, strict=False)
+    ]
+
+
+def has_unchanged(older: Manifest, contents: Sequence[Contents]) -> bool:
+    """Tell whether an older generation holds any of some digested leaves unchanged.
+
+    Not collective. Thread-safe.
+    """
+    return bool(_unchanged(older, contents))
 
 
 def without_files(reuse: Reuse, refused: set[str]) -> Reuse:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import Digest, digest_bytes
+from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
 from mpi_ckpt.engine.plan import LeafKey, ShardPlan, plan_shard
 from mpi_ckpt.storage.layout import shard_file_name
 from mpi_ckpt.storage.manifest import Extent, StoredFile
@@ -62,8 +62,16 @@ def write_shard(partial: Partial, contents: Sequence[Contents], rank: int) -> Sh
         for place in plan.placements:
             one = contents[place.state]
             data = one.leaves[place.leaf].buffer.read()
-            digests.append(one.digests[place.leaf] if one.digests else Digest.of(data))
-            yield data
+            if one.digests:
+                digests.append(one.digests[place.leaf])
+                yield data
+                continue
+            # Block by block: while a large leaf is digested, the disk would run idle.
+            blocks = []
+            for block in split_blocks(data, BLOCK_BYTES):
+                blocks.append(digest_bytes(block))
+                yield block
+            digests.append(Digest(tuple(blocks)))
 
     partial.write_shard(shard_file_name(rank), runs(), plan.nbytes)
     return _describe(plan, digests, rank, partial.generation)

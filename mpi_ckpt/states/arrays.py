@@ -10,7 +10,7 @@ import numpy as np
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import Form, Leaf, LeafSpec
+from mpi_ckpt.leaf import Leaf, LeafSpec
 from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
 
@@ -179,7 +179,6 @@ class ArrayState(LeafState):
     ) -> None:
         super().__init__(name, sync=sync)
         self.arrays: dict[str, NDArray[Any]] = dict(arrays)
-        self._form = Form(())
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
@@ -189,11 +188,9 @@ class ArrayState(LeafState):
                 # Arithmetic on 0-d arrays gives NumPy scalars: nothing to restore into.
                 given[key] = np.array(value)
         known = {spec.name: spec for spec in self._form.specs}
-        leaves = [array_leaf(k, a, known.get(k)) for k, a in self.arrays.items()]
-        specs = tuple([leaf.spec for leaf in leaves])
-        if specs != self._form.specs:
-            self._form = Form(specs)
-        return Capture(None, leaves, self._form)
+        return Capture(
+            None, [array_leaf(k, a, known.get(k)) for k, a in self.arrays.items()]
+        )
 
     def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ARG002
         """See `LeafState`. Not collective."""

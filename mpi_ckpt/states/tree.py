@@ -83,8 +83,10 @@ class Flattened:
             while name in self.leaves:
                 number += 1
                 name = f"{path}#{number}"
+            if number > 1:
+                leaf = replace(leaf, spec=replace(leaf.spec, name=name))
             self._names[id(value)] = name
-            self.leaves[name] = replace(leaf, spec=replace(leaf.spec, name=name))
+            self.leaves[name] = leaf
             self.values[name] = value
         return {KIND: kind, "leaf": self._names[id(value)]}
 

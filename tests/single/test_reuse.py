@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpi_ckpt.engine.contents import capture_all, capture_only
-from mpi_ckpt.engine.reuse import plan_reuse, renamed, without_files
+from mpi_ckpt.engine.reuse import plan_reuse, renamed, sample, without_files
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.reader import read_manifest
 from tests.single.making import Stream, publish
@@ -111,3 +113,25 @@ def test_files_are_renamed_wherever_they_are_named(older):
     named += [e.file for state in moved.states for e in state.extents]
     assert set(named) == set(moved.files)
     assert len(named) == 3 + 1 + 3
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=4),
+    st.integers(1, 9),
+    st.data(),
+)
+def test_sample_misses_no_run_of_more_than_its_share(sizes, count, data):
+    states = [
+        ArrayState(f"s{i}", {f"a{n}": np.zeros(m, "u1") for n, m in enumerate(one)})
+        for i, one in enumerate(sizes)
+    ]
+    contents = capture_only(states)
+    picked = {
+        (one.name, leaf.spec.name) for one in sample(contents, count) for leaf in one.leaves
+    }
+    assert len(picked) <= count
+    every = [((one.name, spec.name), spec.nbytes) for one in contents for spec in one.specs]
+    first = data.draw(st.integers(0, len(every)))
+    run = every[first : data.draw(st.integers(first, len(every)))]
+    if sum(nbytes for _, nbytes in run) > sum(nbytes for _, nbytes in every) / count:
+        assert picked & {key for key, _ in run}

@@ -188,3 +188,12 @@ def test_tensors_that_are_no_bytes_are_refused_by_name(make):
 def test_dtype_that_torch_lacks_is_a_mismatch():
     with pytest.raises(StateMismatchError, match="no such dtype"):
         empty_tensor(LeafSpec("w", "numpy:<f16", (2,)))
+
+
+def test_changes_that_torch_does_not_count_are_why_digests_are_never_spared():
+    tensor = torch.zeros(4)
+    before = TensorBuffer(tensor).stamp()
+    tensor.data.add_(1)
+    tensor.numpy()[:] += 1  # as MPI does when it reduces into a tensor's memory
+    assert TensorBuffer(tensor).stamp() == before
+    assert tensor.tolist() == [2] * 4

@@ -4,18 +4,21 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mpi_ckpt.digest import BLOCK_BYTES, Digest
 from mpi_ckpt.engine import draft
+from mpi_ckpt.engine.contents import digest_contents
 from mpi_ckpt.errors import RegistrationError, SaveError, StageError, WriteError
 from mpi_ckpt.options import Options
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 from mpi_ckpt.state import Capture, LeafState
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage import filesystem, space
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.reader import GenerationReader, read_manifest
 from tests.single.making import Stream, save, some_states
@@ -160,6 +163,63 @@ def test_nothing_new_is_nothing_written(directory):
         "manifest.json",
         "rank-00000.from-00000001.safetensors",
     ]
+
+
+@pytest.fixture
+def digested(monkeypatch) -> list[int]:
+    """Have every save sample first; the numbers of leaves that are digested ahead."""
+    counts = []
+
+    def note(contents, threads):
+        counts.append(sum(len(one.leaves) for one in contents if one.digests is None))
+        return digest_contents(contents, threads)
+
+    monkeypatch.setattr(draft, "_SAMPLED_BYTES_MIN", 0)
+    monkeypatch.setattr(draft, "digest_contents", note)
+    return counts
+
+
+def test_digests_are_taken_ahead_only_where_a_sample_is_unchanged(directory, digested):
+    leaves = {f"x{n:02d}": np.arange(100.0) for n in range(40)}
+    state = ArrayState("s", leaves)
+    save(directory, [state], options=REUSE)
+    assert digested == []  # there is nothing to share with
+    for one in leaves.values():
+        one += 1
+    assert save(directory, [state], options=REUSE).bytes_reused == 0
+    assert digested == [8]
+    leaves["x07"] += 1
+    assert save(directory, [state], options=REUSE).bytes_reused == 39 * 800
+    assert digested == [8, 8, 40]
+    with directory.open_newest() as reader:
+        reader.verify()
+
+
+def test_leaf_of_several_blocks_is_digested_on_the_way(directory):
+    # Ends on the border of a block, has a short last one, is empty.
+    sizes = {"even": BLOCK_BYTES, "odd": 2 * BLOCK_BYTES + 5, "none": 0}
+    leaves = {name: np.full(size, 7, np.uint8) for name, size in sizes.items()}
+    with GenerationReader(save(directory, [ArrayState("s", leaves)]).path) as reader:
+        reader.verify()
+        stored = reader.manifest.state("s").leaves
+        found = {leaf.spec.name: leaf.extent.digest for leaf in stored}
+    assert found == {name: Digest.of(one.data) for name, one in leaves.items()}
+
+
+def test_what_can_be_shared_is_where_there_is_no_room_for_all(
+    directory, digested, monkeypatch
+):
+    state = ArrayState("s", {f"x{n:02d}": np.arange(1000.0) + n for n in range(40)})
+    save(directory, [state], options=REUSE)
+    for n in range(0, 40, 2):
+        state.arrays[f"x{n:02d}"] += 1
+    free = filesystem.free_space(directory.root)
+    little = replace(free, nbytes=200_000)
+    monkeypatch.setattr(filesystem, "free_space", lambda _: little)
+    monkeypatch.setattr(space, "_can_reserve", lambda *_: False)
+    monkeypatch.setattr(draft, "_SAMPLES", 1)
+    assert save(directory, [state], options=REUSE).bytes_reused == 20 * 8000
+    assert digested == [40]
 
 
 def test_older_generations_can_go_and_bad_blocks_do_not_live_for_ever(directory):
