@@ -16,7 +16,7 @@ from tests.crash.killing import (
     end_job,
     everybody_of,
     fail_on_problem,
-    forget_lonely_ranks,
+    forget_survivors,
     kill,
     kill_some,
     own_sessions,
@@ -84,6 +84,7 @@ def kill_at(directory, kind, one, ranks):
     # A killed mpirun is gone before its ranks are.
     running = [int(pid) for pid in (directory / "pids").read_text().split()]
     assert wait_for(lambda: not alive(running), 60), f"{one}: {alive(running)} live on"
+    forget_survivors(directory)
     fail_on_problem(directory)
     assert outcome.code != 124, outcome.text
     assert last_line(directory / "acked") >= acked
@@ -121,8 +122,7 @@ def test_twenty_kills_never_lose_an_acknowledged_save(directory):
         finally:
             outcome = end_job(job, everybody)
         assert saved, f"no save within 30 s before kill {count}: {outcome.text}"
-        if whom == "mpirun":
-            forget_lonely_ranks(directory)
+        forget_survivors(directory)
         fail_on_problem(directory)
         COUNTS["kills at any time"] += 1
     outcome = run_job(2, [PROGRAM, str(directory), "1"])

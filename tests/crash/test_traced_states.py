@@ -27,6 +27,8 @@ PROGRAM = str(Path(__file__).parent / "programs" / "traced_writers.py")
 
 JOBS = [(2, "root", "blocking"), (2, "all", "asynchronous"), (4, "all", "blocking")]
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _strace():
