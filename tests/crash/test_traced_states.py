@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tests.crash.crashes import (
 from tests.crash.recorder import from_json, merge, to_json
 from tests.crash.replay import write_image
 from tests.crash.strace_log import read_log
+from tests.crash.tracing import why_not
 from tests.crash.world import COUNTS, SEED, STRESS, Saved
 from tests.launch import run_job
 
@@ -30,15 +29,11 @@ JOBS = [(2, "root", "blocking"), (2, "all", "asynchronous"), (4, "all", "blockin
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _strace():
-    if shutil.which("strace") is None:
-        pytest.skip("strace is missing: apt-get install strace")
-    done = subprocess.run(
-        ["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"strace is not allowed here: {done.stderr.strip()}")
+@pytest.fixture(autouse=True, scope="module")
+def strace():
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
 
 
 def in_one_order(ops):
