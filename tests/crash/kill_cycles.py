@@ -110,8 +110,8 @@ class Cycles:
                 assert killing.wait_for(lambda: not killing.alive(everybody), 60), whom
         finally:
             outcome = killing.end_job(job, everybody)
-        if whom == "mpirun":
-            killing.forget_lonely_ranks(self._training)
+        if whom:
+            killing.forget_survivors(self._training)
         killing.fail_on_problem(self._training)
         if outcome.code == 0:
             return False

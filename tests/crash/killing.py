@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import tempfile
 import time
@@ -46,11 +47,18 @@ def fail_on_problem(directory: Path) -> None:
     assert not problem.exists(), problem.read_text()
 
 
-def forget_lonely_ranks(directory: Path) -> None:
-    """Ranks that start while mpirun dies find themselves alone, and refuse to save."""
+def forget_survivors(directory: Path) -> None:
+    """Forget what ranks may rightly say of a job in which somebody was killed.
+
+    Those that start while mpirun dies find themselves alone, and refuse to save. Those that
+    talk to a rank that dies may be told so by MPI, before they are ended as well.
+    """
     problem = directory / "problem"
-    if problem.exists() and "LaunchError" in problem.read_text():
-        problem.unlink()
+    told = problem.read_text() if problem.exists() else ""
+    entries = re.split(r"^rank \d+: (?=Traceback)", told, flags=re.MULTILINE)[1:]
+    rightly = r"errors\.LaunchError: |errors\.CollectiveError: .* MPI failed: "
+    if all(re.search(rightly, entry) for entry in entries):
+        problem.unlink(missing_ok=True)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from tests.crash.crashes import (
     quiet_scratch,
     saved_image,
 )
-from tests.crash.recorder import from_json, merge, to_json
+from tests.crash.recorder import Op, from_json, merge, to_json
 from tests.crash.replay import write_image
 from tests.crash.strace_log import read_log
+from tests.crash.tracing import why_not
 from tests.crash.world import COUNTS, SEED, STRESS, Saved
 from tests.launch import run_job
 
@@ -27,16 +27,14 @@ PROGRAM = str(Path(__file__).parent / "programs" / "traced_writers.py")
 
 JOBS = [(2, "root", "blocking"), (2, "all", "asynchronous"), (4, "all", "blocking")]
 
+pytestmark = pytest.mark.timeout(300)
 
-@pytest.fixture(scope="module", autouse=True)
-def _strace():
-    if shutil.which("strace") is None:
-        pytest.skip("strace is missing: apt-get install strace")
-    done = subprocess.run(
-        ["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"strace is not allowed here: {done.stderr.strip()}")
+
+@pytest.fixture(autouse=True, scope="module")
+def strace():
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
 
 
 def in_one_order(ops):
@@ -65,25 +63,34 @@ def later(one, other):
     return writes and one.offset > other.offset
 
 
+@contextlib.contextmanager
+def traced_job(ranks, writers, way, **env):
+    """Run a job; give its sandbox, and of each rank what strace and the seam have seen."""
+    with quiet_scratch() as sandbox, quiet_scratch() as records:
+        write_image(saved_image([1])[0], sandbox)
+        job = [PROGRAM, str(sandbox), str(records), writers, way]
+        outcome = run_job(ranks, job, timeout=120, env=env)
+        assert outcome.code == 0, outcome.text
+        yield (
+            sandbox,
+            [
+                read_log((records / f"log.{rank}").read_text(), str(sandbox))
+                for rank in range(ranks)
+            ],
+            [from_json((records / f"seam.{rank}").read_text()) for rank in range(ranks)],
+        )
+
+
 @pytest.mark.parametrize(("ranks", "writers", "way"), JOBS)
 def test_strace_sees_what_the_seam_records_and_no_state_is_bad(ranks, writers, way):
     base, saves = saved_image([1])
+    saves += [Saved.of(2), Saved(3, 2, 3), Saved.of(4)]
     name = f"traced: {ranks} ranks, {writers}, {way}"
-    with quiet_scratch() as sandbox, quiet_scratch() as records:
-        write_image(base, sandbox)
-        job = [PROGRAM, str(sandbox), str(records), writers, way]
-        outcome = run_job(ranks, job, timeout=120)
-        assert outcome.code == 0, outcome.text
-        traced = [
-            read_log((records / f"log.{rank}").read_text(), str(sandbox))
-            for rank in range(ranks)
-        ]
-        for rank, (_, ops) in enumerate(traced):
-            seam = from_json((records / f"seam.{rank}").read_text())
-            assert in_one_order(ops) == in_one_order(seam), rank
+    with traced_job(ranks, writers, way) as (sandbox, traced, seams):
+        for (_, ops), seam in zip(traced, seams, strict=True):
+            assert in_one_order(ops) == in_one_order(seam)
             COUNTS["operations seen by strace as by the seam"] += len(ops)
         ops = merge([(times, to_json(ops)) for times, ops in traced])
-        saves += [Saved.of(2), Saved(3, 2, 3), Saved.of(4)]
         scenario = Scenario(name, base, ops, saves=saves, acked=0)
         assert_explained(scenario, sandbox)
     assert {"create", "pwrite", "link", "rename", "unlink"} <= {op.kind for op in ops}
@@ -91,3 +98,11 @@ def test_strace_sees_what_the_seam_records_and_no_state_is_bad(ranks, writers, w
     result = judge_crashes(scenario, SEED, samples=10, limit=None if STRESS else 100)
     assert not result.bad, str(result)
     assert result.states >= 80
+
+
+def test_strace_sees_what_is_done_behind_the_seam():
+    env = {"MPI_CKPT_TEST_BEHIND": "1"}
+    with traced_job(1, "root", "blocking", **env) as (_, [(_, ops)], [seam]):
+        seen, told = in_one_order(ops), in_one_order(seam)
+    assert [op for op in seen if op not in told] == [Op("mkdir", "behind")]
+    assert len(seen) == len(told) + 1

@@ -3,6 +3,7 @@
 
 Arguments: sandbox (holds the base), directory for the records, who writes, "asynchronous"
 or "blocking". In that directory: ``log.RANK`` by strace, ``seam.RANK`` by the recorder.
+MPI_CKPT_TEST_BEHIND: something is done behind the seam.
 """
 
 import contextlib
@@ -43,6 +44,8 @@ run = Run(Scenario("traced", saves=[Saved.of(1)]), sandbox, recorder)
 options = {"writers": writers, "asynchronous": way == "asynchronous", "comm": comm}
 with in_place_of_os(recorder), Training(sandbox / ROOT, keep=1, **options) as training:
     assert training.restore() == Saved.of(1)
+    if "MPI_CKPT_TEST_BEHIND" in os.environ:
+        (sandbox / "behind").mkdir()
     run.save(training, 2)
     run.save(training, 3, moved=["plain"])
     run.save(training, 4)
