@@ -132,6 +132,7 @@ def test_a_generation_deleted_by_hand_is_missed_once(tmp_path):
         assert training.restore() == Saved(4, 1, 4)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_ranks_hear_of_a_fault(ranks, tmp_path):
     """One job goes through many faults of root; every rank must tell the same of each."""
@@ -149,6 +150,7 @@ def test_all_ranks_hear_of_a_fault(ranks, tmp_path):
     COUNTS[f"faults with {ranks} ranks"] += fired
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_ranks_hear_of_a_fault_of_any_writer_or_reader(ranks, tmp_path):
     rng = random.Random(f"{SEED} joint {ranks}")
@@ -169,8 +171,9 @@ def fired_faults(ranks, drawn, most, tmp_path):
     """Run one job through faults; return how many did happen."""
     asked, told = tmp_path / "asked", tmp_path / "told"
     asked.write_text(json.dumps(drawn if STRESS else drawn[:most]))
-    outcome = run_job(ranks, [PROGRAM, str(asked), str(told)], timeout=100)
-    assert outcome.code == 0, outcome.text
+    outcome = run_job(ranks, [PROGRAM, str(asked), str(told)], timeout=250)
+    # Where it hung: after so many, or everything is slow.
+    assert outcome.code == 0, f"{len(told.read_text().splitlines())} done; {outcome.text}"
     fired = 0
     for line in told.read_text().splitlines():
         report = json.loads(line)

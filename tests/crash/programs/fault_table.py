@@ -5,6 +5,7 @@ Arguments: file with the faults as JSON, file for what came of them, a line for 
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ asked, told = Path(sys.argv[1]), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
 known = {one.name: one for one in [*workloads(), *joint_workloads()]}
 sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
-lines = []
-with quiet():
+
+with quiet(), told.open("w") if comm.rank == 0 else open(os.devnull, "w") as lines:
     for name, victim, *fault in json.loads(asked.read_text()):
         workload = known[name]
         outcome = attempt(
@@ -34,7 +35,6 @@ with quiet():
                 "wrong": [line for one in gathered for line in one.wrong],
                 "seconds": [one.seconds for one in gathered],
             }
-            lines.append(json.dumps(report))
+            print(json.dumps(report), file=lines, flush=True)
 if comm.rank == 0:
-    told.write_text("\n".join(lines))
     shutil.rmtree(sandbox)

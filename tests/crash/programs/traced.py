@@ -8,6 +8,7 @@ and whether all later calls fail as well.
 
 import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def report_of(workload, victim, fault):
     }
 
 
-with quiet(), told.open("w") if comm.rank == 0 else open("/dev/null", "w") as lines:
+with quiet(), told.open("w") if comm.rank == 0 else open(os.devnull, "w") as lines:
     for name, victim, call, code, number, forever in json.loads(asked.read_text()):
         for nth in [number] if number else itertools.count(1):
             report = report_of(known[name], victim, Fault(call, nth, code, forever))
