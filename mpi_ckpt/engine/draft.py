@@ -23,6 +23,7 @@ from mpi_ckpt.engine.reuse import (
     without_files,
 )
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
+from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.layout import (
     carried_file_name,
     generation_name,
@@ -297,7 +298,8 @@ def _link_unchanged(
     carry = request.carry
     if carry is None and not options.reuse:
         return Reuse()
-    older = _newest(directory, needed=carry is not None)
+    with read_errors_as_save_errors():
+        older = _newest(directory, needed=carry is not None)
     if older is None:
         return Reuse()
     saved = {one.name for one in request.states}

@@ -21,7 +21,7 @@ from mpi_ckpt.errors import (
 )
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.faults import os_errors_as, read_errors_as_save_errors
 from mpi_ckpt.storage.layout import QUARANTINE, generation_name, is_partial_of
 from mpi_ckpt.storage.lock import DirectoryLock
 from mpi_ckpt.storage.outfile import StagingBlocks
@@ -82,7 +82,7 @@ class CheckpointDirectory:
 
         Raises:
             LockedError: On the calling rank, if another job holds it.
-            SaveError: On the calling rank, if it cannot be written to.
+            SaveError: On the calling rank, if it cannot be written to, or listed.
         """
         if self._lock is not None:
             return
@@ -107,8 +107,8 @@ class CheckpointDirectory:
         Raises:
             FencedError: On the calling rank, if another job has taken the directory over.
             WriteError: On the calling rank, if its partial cannot be made.
-            SaveError: On the calling rank, if the lock can be neither signed nor read.
-            ReadError: On the calling rank, if the directory cannot be listed.
+            SaveError: On the calling rank, if the lock can be neither signed nor read, or
+                the directory cannot be listed.
         """
         lock = self._lock
         if lock is None:
@@ -118,14 +118,8 @@ class CheckpointDirectory:
         lock.check()
         if not self._swept:
             self._sweep()
-        self.catalog.remove_left(self.job)
-        found = recovery.survey(self.root)
-        # What an earlier save or removal of this job could not delete. A successor's are
-        # not ours to touch.
-        mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
-        if mine:
-            recovery.sweep(self.root, mine, self.job)
-            found = recovery.survey(self.root)
+        with read_errors_as_save_errors():
+            found = self._survey_without_mine()
         return Partial(
             self.root,
             found.next_generation,
@@ -256,8 +250,20 @@ class CheckpointDirectory:
         return self._lock is not None
 
     def _sweep(self) -> None:
-        partials = recovery.survey(self.root).partials
+        with read_errors_as_save_errors():
+            partials = recovery.survey(self.root).partials
         self._swept = recovery.sweep(self.root, partials, self.job)
+
+    def _survey_without_mine(self) -> recovery.Survey:
+        """Look at the directory, without what this job could not delete before."""
+        self.catalog.remove_left(self.job)
+        found = recovery.survey(self.root)
+        # A successor's are not ours to touch.
+        mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
+        if mine:
+            recovery.sweep(self.root, mine, self.job)
+            found = recovery.survey(self.root)
+        return found
 
     def _own_if_writable(self) -> None:
         try:

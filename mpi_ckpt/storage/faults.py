@@ -8,13 +8,13 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.errors import CheckpointError, RestoreError, SaveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["os_errors_as"]
+__all__ = ["os_errors_as", "read_errors_as_save_errors"]
 
 _ADVICE = {
     errno.ENOSPC: "the file system is full",
@@ -47,3 +47,21 @@ def os_errors_as(error: type[CheckpointError], doing: str, path: Path) -> Iterat
         raise error(
             f"{doing} {where} failed: {name} ({text}){advice}", path=where, errno=code
         ) from cause
+
+
+@contextmanager
+def read_errors_as_save_errors() -> Iterator[None]:
+    """Raise a SaveError for what a save cannot read. Not collective. Thread-safe.
+
+    Whoever saves is promised one class for all that is wrong with the disk.
+    """
+    try:
+        yield
+    except RestoreError as error:
+        raise SaveError(
+            error.message,
+            path=error.path,
+            generation=error.generation,
+            errno=error.errno,
+            problems=error.problems,
+        ) from error

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.errors import CheckpointError, RestoreError, SaveError
 from tests.crash.recorder import in_place_of_os
 from tests.crash.replay import PIECE, write_image
 from tests.crash.scenarios import ROOT, saved_image
@@ -207,6 +207,11 @@ class Workload:
     options: dict[str, Any] = field(default_factory=dict)
     joint: bool = False
 
+    @property
+    def family(self) -> type[CheckpointError]:
+        """What a fault is told as: to whom saves as SaveError, whatever call it was."""
+        return SaveError if "save" in self.name else RestoreError
+
 
 def joint_workloads() -> list[Workload]:
     """Return what only makes sense with several ranks."""
@@ -381,6 +386,8 @@ def _act(
             workload.act(training)
     except CheckpointError as error:
         outcome.error = (type(error).__name__, str(error))
+        if not isinstance(error, workload.family):
+            outcome.wrong.append(f"no {workload.family.__name__}: {error!r}")
         name = errno.errorcode[fault.errno]
         if name not in str(error) or error.errno != fault.errno:
             outcome.wrong.append(f"{name} is not told: {error}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mpi_ckpt.errors import LockedError, ReadError, WriteError
-from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.errors import LockedError, ReadError, SaveError, WriteError
+from mpi_ckpt.storage.faults import os_errors_as, read_errors_as_save_errors
 
 PATH = Path("/data/run")
 
@@ -55,3 +55,12 @@ def test_other_errors_pass():
         ):
             raise error
         assert caught.value is error
+
+
+def test_what_a_save_cannot_read_fails_it_as_a_save():
+    with pytest.raises(SaveError, match="listing") as caught, read_errors_as_save_errors():
+        raise ReadError("listing failed", path=PATH, errno=errno.EIO, generation=3)
+    error = caught.value
+    assert (error.path, error.errno, error.generation) == (str(PATH), errno.EIO, 3)
+    with pytest.raises(WriteError), read_errors_as_save_errors():
+        raise WriteError("as it is")
