@@ -174,11 +174,9 @@ _made: list[Path] = []
 
 
 def _place() -> Path:
-    """Return a directory in memory, one for the process."""
+    """Return a directory for the files of inputs, one for the process."""
     if not _made:
-        memory = Path("/dev/shm")
-        made = tempfile.mkdtemp(dir=memory if memory.is_dir() else None, prefix="mpi_ckpt-")
-        _made.append(Path(made))
+        _made.append(Path(tempfile.mkdtemp(prefix="mpi_ckpt-fuzz-")))
     return _made[0]
 
 
