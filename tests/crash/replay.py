@@ -62,10 +62,9 @@ def write_image(image: Image, sandbox: Path) -> None:
 
 
 def image_digest(image: Image) -> bytes:
-    """Return a hash by which states that show the same are found.
+    """Return a hash by which equal states are found.
 
-    Two runs of a job differ in its name and in the time that a manifest notes: that makes
-    no new state, so it is left out, and with it the manifest's own digest.
+    The job's name, the time and with them the manifest's own digest make no new state.
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(image):
