@@ -118,14 +118,16 @@ def test_what_stands_in_place_of_the_lock_is_refused_and_old_saves_are_read(
     assert len(list(root.glob("checkpoint-*"))) == 2
 
 
-def test_a_lock_that_is_a_second_name_of_a_file_is_held_and_not_written(
-    root, elsewhere, tmp_path
-):
+def test_a_lock_that_is_a_second_name_of_a_file_is_not_written_to(root, elsewhere):
     os.link(elsewhere / "file", root / ".lock")
     program = Program()
-    program.restore(root)
-    program.save(root)
+    with watched(root):
+        assert program.restore(root).generation == 2
+    with watched(root), pytest.raises(SaveError, match="has a second name"):
+        program.save(root)
     assert (elsewhere / "file").read_bytes() == b"theirs"
+    (root / ".lock").unlink()
+    program.save(root)
     assert (root / "checkpoint-00000003").is_dir()
 
 
