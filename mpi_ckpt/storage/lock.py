@@ -95,7 +95,9 @@ class DirectoryLock:
                     path=self._path,
                 )
             # In place: that takes no room on a full disk.
-            os.pwrite(self._descriptor, self._signature, 0)
+            if os.pwrite(self._descriptor, self._signature, 0) < len(self._signature):
+                # Half a name is nobody's, and would shut this job out as a stranger.
+                raise OSError(errno.EIO, "the file system takes no more bytes")
             os.ftruncate(self._descriptor, len(self._signature))
             # Also what shows it to other hosts: a network file system may hold it back.
             os.fsync(self._descriptor)

@@ -159,3 +159,23 @@ def test_forked_child_that_outlives_the_owner_blocks_nobody(tmp_path, owner):
     child = int((tmp_path / "child").read_text())
     os.kill(child, 0)  # it is alive
     os.kill(child, signal.SIGKILL)
+
+
+def test_half_a_signature_is_no_signature(tmp_path, monkeypatch):
+    """A short write once; the next try names this job, which is not shut out."""
+
+    class Short:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def pwrite(self, descriptor, data, offset):
+            return os.pwrite(descriptor, data[:3], offset)
+
+    with closing(DirectoryLock(tmp_path, "a")) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "os", Short())
+            held._signed = False
+            with pytest.raises(SaveError, match=r"signing the lock .* failed: EIO"):
+                held.sign()
+        assert held.sign()
+        held.check()
