@@ -22,7 +22,7 @@ def description(tmp_path):
 
 def test_place_is_found_for_every_byte(description):
     states = some_states()
-    incoming = match(description, states)
+    incoming = match(description, states, strict=True)
     assert [one.state for one in incoming] == states
     assert [len(one.leaves) for one in incoming] == [4, 1, 1, 1]
     stream = incoming[2].leaves[0].spec
@@ -38,7 +38,7 @@ def test_mismatches_of_all_states_are_told_at_once(description):
         ObjectState("stream", {}),
     ]
     with pytest.raises(StateMismatchError) as caught:
-        match(description, states)
+        match(description, states, strict=True)
     told = str(caught.value)
     assert "arrays: wide" in told
     assert "'a/b' was saved as leaves" in told
