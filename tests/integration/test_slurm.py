@@ -189,6 +189,17 @@ def test_training_is_preempted_requeued_and_resized(slurm, tmp_path):
     assert 0 < starts[1][0] < starts[2][0]
 
 
+@pytest.mark.skipif(STRESS, reason="the long form is run")
+def test_cancelled_training_stays_cancelled_with_its_work_saved(slurm, tmp_path):
+    training = Training(slurm, tmp_path, 10_000, 0.04)
+    training.run_on(1)
+    slurm.ask("scancel", training.job)
+    training.wait("its end", lambda: "JobState=CANCELLED" in training.state())
+    training.wait("its last word", lambda: "preempted; log" in training.told())
+    assert len(training.starts()) == 1
+    assert "JobState=CANCELLED" in training.state()
+
+
 @pytest.mark.skipif(not STRESS, reason="takes a quarter of an hour")
 def test_training_is_stopped_ten_times_in_every_way(slurm, tmp_path):
     # The time limit: a minute, with USR1 half a minute before its end (Slurm takes that
