@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import errno
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import BlockHasher, digest_bytes
@@ -12,10 +12,12 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, UnsupportedFormat
 from mpi_ckpt.storage import filesystem, manifest_codec
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_number
+from mpi_ckpt.storage.open_files import OpenFiles
 from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
 
@@ -66,9 +68,10 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class GenerationReader:
-    """The files of one generation, open for reading; a context manager.
+    """The files of one generation, to be read; a context manager.
 
-    Not collective. Its bytes can be read by several threads.
+    Not collective. Its bytes can be read by several threads. Files are opened when they
+    are read and stay open, but for a generation of very many.
 
     Args:
         path: Directory of the generation.
@@ -85,13 +88,13 @@ class GenerationReader:
         self.manifest: Manifest = read_manifest(path)
         # Threads append; adding to a number would lose some.
         self._counts: list[int] = []
-        self._descriptors: dict[str, int] = {}
-        self._direct: dict[str, int] = {}
-        self._stack = ExitStack()
-        with ExitStack() as stack:
+        self._files = OpenFiles(path)
+        try:
             for file in self.manifest.files:
-                self._open(file, stack)
-            self._stack = stack.pop_all()
+                self._check(file)
+        except BaseException:
+            self._files.close()
+            raise
 
     @property
     def bytes_read(self) -> int:
@@ -100,7 +103,7 @@ class GenerationReader:
 
     def close(self) -> None:
         """Close the files. Callable twice."""
-        self._stack.close()
+        self._files.close()
 
     def __enter__(self) -> GenerationReader:
         return self
@@ -167,16 +170,17 @@ class GenerationReader:
         Raises:
             ReadError: On the calling rank, if the operating system cannot read them.
         """
-        with os_errors_as(ReadError, "reading", self.path / file):
+        with self._reading(file):
             try:
-                descriptor = self._direct.get(file, self._descriptors[file])
-                count = filesystem.read_at(descriptor, into, offset)
+                with self._files.use(file, direct=True) as found:
+                    count = filesystem.read_at(found.descriptor, into, offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 # Opened direct, and yet not read so: other alignments are asked for,
                 # or (Lustre) alignment also of the read that finds the end.
-                count = filesystem.read_at(self._descriptors[file], into, offset)
+                with self._files.use(file) as found:
+                    count = filesystem.read_at(found.descriptor, into, offset)
         self._counts.append(count)
         return count
 
@@ -219,8 +223,8 @@ class GenerationReader:
 
     def _read_block(self, extent: Extent, block: int, into: memoryview) -> None:
         offset = extent.offset + block * self.manifest.block_bytes
-        with os_errors_as(ReadError, "reading", self.path / extent.file):
-            count = filesystem.read_at(self._descriptors[extent.file], into, offset)
+        with self._reading(extent.file), self._files.use(extent.file) as found:
+            count = filesystem.read_at(found.descriptor, into, offset)
         self._counts.append(count)
         self.expect(extent.file, offset + count, offset + len(into))
 
@@ -236,19 +240,14 @@ class GenerationReader:
         if hasher.finish().whole != file.header_digest:
             raise ValueError("its header does not match its digest")
 
-    def _open(self, file: StoredFile, stack: ExitStack) -> None:
-        where = self.path / file.name
-        with _corrupt_unless_readable(where, self.manifest.generation):
-            descriptor, nbytes = stack.enter_context(filesystem.open_for_reading(where))
-            if nbytes != file.nbytes:
-                raise ValueError(f"has {nbytes} bytes, expected {file.nbytes}")
-            self._prove_header(descriptor, file)
-        self._descriptors[file.name] = descriptor
-        # Some file systems take no direct reads; the page cache then serves. So it does if
-        # the name has meanwhile been given to something else.
-        with suppress(OSError, ValueError):
-            direct = filesystem.open_for_reading(where, direct=True)
-            self._direct[file.name], _ = stack.enter_context(direct)
+    def _check(self, file: StoredFile) -> None:
+        with self._reading(file.name), self._files.use(file.name) as found:
+            if found.nbytes != file.nbytes:
+                raise ValueError(f"has {found.nbytes} bytes, expected {file.nbytes}")
+            self._prove_header(found.descriptor, file)
+
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        return _corrupt_unless_readable(self.path / name, self.manifest.generation)
 
 
 @contextmanager

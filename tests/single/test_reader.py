@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -329,11 +330,23 @@ def test_trouble_of_direct_reads_is_told(generation, monkeypatch):
             reader.read_direct("stream.bin", aligned(4096), 0)
 
 
-def test_files_are_closed_with_the_reader(generation):
-    with GenerationReader(generation) as reader:
-        opened = [*reader._descriptors.values(), *reader._direct.values()]
-        assert len(opened) >= 3
-    for descriptor in opened:
-        with pytest.raises(OSError, match="Bad file"):
-            os.fstat(descriptor)
+def test_files_stay_open_and_are_closed_with_the_reader(generation):
+    reader = GenerationReader(generation)
+    for file in reader.manifest.files:
+        (generation / file.name).unlink()
+    reader.verify()
+    reader.close()  # what is left open, every test here is asked for
     reader.close()
+
+
+def test_more_files_than_a_process_may_open(tmp_path):
+    path = publish(tmp_path, [Stream(f"s{n}", b"%d" % n) for n in range(400)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        with GenerationReader(path) as reader:
+            reader.verify()
+            for file in reader.manifest.files:
+                assert reader.read_direct(file.name, aligned(4096), 0) == file.nbytes
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
