@@ -95,9 +95,7 @@ def read_notes(prefix: Path) -> list[Note]:
     """
     notes = []
     for name in _names(prefix):
-        with (
-            filesystem.open_for_reading(prefix.parent / name) as (file, nbytes),
-        ):
+        with filesystem.open_for_reading(prefix.parent / name) as (file, nbytes):
             data = bytearray(min(nbytes, _FILE_BYTES_MAX))
             count = filesystem.read_at(file, memoryview(data), 0)
         for line in bytes(data[:count]).splitlines():
