@@ -137,7 +137,7 @@ class MemoryBuffer:
 
         Its memory is taken as it is filled: that so much was claimed proves nothing.
         """
-        return cls(np.empty(nbytes, np.uint8).data)
+        return cls(np.zeros(nbytes, np.uint8).data)
 
     def view(self) -> memoryview | None:
         """Return the memory itself, if it may be written to. Not collective."""
