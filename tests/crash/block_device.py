@@ -63,7 +63,7 @@ class BlockDevice:
         """
         module = "tests.crash.programs.logged_disk"
         paths = (self._served, self._contents, self._log, self._fail)
-        program = subprocess.Popen(
+        self._program = program = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, paths), str(LIFETIME)],
             cwd=_REPOSITORY,
             stderr=subprocess.PIPE,
@@ -73,8 +73,9 @@ class BlockDevice:
             self._wait_for(program)
             yield
         finally:
-            if os.path.ismount(self._served):
-                subprocess.run(["umount", "--lazy", str(self._served)], check=True)
+            # Without a look whether it is mounted: if the program is dead, none can be had.
+            unmount = ["umount", "--lazy", str(self._served)]
+            subprocess.run(unmount, check=False, capture_output=True)
             # It would end when it is unmounted, but not while another mount namespace, made
             # meanwhile, has a copy of the mount. What it has logged is in the file.
             program.kill()
@@ -113,6 +114,11 @@ class BlockDevice:
 
     def mend(self) -> None:
         self._fail.unlink(missing_ok=True)
+
+    def pull_out(self) -> None:
+        """End the program that serves the device: all that waits for it fails."""
+        self._program.kill()
+        self._program.wait()
 
     def records(self) -> list[Record]:
         """Return all that was done to the disk since it was plugged in."""

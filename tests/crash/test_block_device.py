@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +128,14 @@ def test_a_missing_flush_is_found(missing, folder, device, monkeypatch):
     fault = judge_cut(folder, device, records, nothing_more, saves)
     assert fault is not None
     assert fault.startswith("TORN" if missing == "sync_file" else "NONE")
+
+
+def test_a_device_that_is_gone_leaves_no_mount_behind(folder, device):
+    with device.plugged_in(), device.mounted() as root, Training(root) as training:
+        training.save(1)
+        device.pull_out()
+        assert refusal(training.save, 2).errno in (errno.EIO, errno.EROFS)
+    assert str(folder) not in Path("/proc/self/mounts").read_text()
 
 
 class Syncs:
