@@ -195,8 +195,8 @@ class Partial:
             filesystem.rename_new(self.path, target)
             try:
                 filesystem.sync_directory(self._root)
-            except OSError:
-                self._withdraw(target)
+            except OSError as cause:
+                self._withdraw(target, cause)
                 raise
         return target
 
@@ -223,14 +223,22 @@ class Partial:
                 errno=error.errno,
             ) from error
 
-    def _withdraw(self, target: Path) -> None:
+    def _withdraw(self, target: Path, cause: OSError) -> None:
         # Nobody knows whether the name is durable. Withdraw it, so that what is raised
         # ("nothing was published") is what a restart finds.
         # CRASH: the files must not go before the name is durably gone, and the directory
         # was just not fsynced: they are left to a sweep, which fsyncs it first.
         self._was_named = True
         self._check()  # a successor may have gone on from it by now
-        filesystem.rename_new(target, self.path)
+        try:
+            filesystem.rename_new(target, self.path)
+        except OSError as failure:
+            raise PublishError(
+                f"making {target} durable failed: {_named(cause)}; its name could not be "
+                f"taken back: {_named(failure)}. It is whole, and a restart may find it",
+                path=target,
+                errno=cause.errno,
+            ) from cause
 
     @contextmanager
     def _errors_as(
@@ -269,6 +277,10 @@ class Partial:
                 count = filesystem.read_at(reader, window, offset)
                 out.write(window[:count])
         self.bytes_written += nbytes
+
+
+def _named(error: OSError) -> str:
+    return f"{errno.errorcode.get(error.errno or 0, 'OSError')} ({error.strerror})"
 
 
 def _nobody_else() -> None:

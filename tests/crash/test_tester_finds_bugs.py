@@ -163,7 +163,7 @@ def save_with_failing_fsync(number):
 
 
 def test_withdrawn_generation_is_deleted_at_once(monkeypatch):
-    def withdraw(self, target):
+    def withdraw(self, target, cause):
         filesystem.rename_new(target, self.path)
 
     monkeypatch.setattr(partial.Partial, "_withdraw", withdraw)

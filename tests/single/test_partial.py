@@ -204,14 +204,17 @@ def test_failed_withdrawal_is_told_as_a_failure_too(directory, recorder):
             def worst(target, *given, **named):
                 renamed = any(done == "rename" for done, _ in self.calls)
                 if name in ("fsync", "rename") and renamed:
-                    raise OSError(errno.EIO, "gone")
+                    codes = {"fsync": errno.EIO, "rename": errno.EROFS}
+                    raise OSError(codes[name], f"no {name}")
                 return call(target, *given, **named)
 
             return worst if name in ("fsync", "rename") else call
 
     filesystem.os = Worst()  # put back by the fixture
-    with pytest.raises(PublishError):
+    with pytest.raises(PublishError, match=r"EIO .*no fsync.* taken back: EROFS") as caught:
         save(directory, some_states())
+    # The first is the cause; the second follows from it, as on a disk that has failed.
+    assert caught.value.errno == errno.EIO
 
 
 def test_interrupt_while_writing_leaves_nothing(directory):
