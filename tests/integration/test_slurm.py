@@ -2,7 +2,7 @@
 """scripts/slurm/train.sbatch under a real Slurm: stopped in every way, always comes back.
 
 The short form is stopped three times. With ``MPI_CKPT_TEST_STRESS`` set it is stopped ten
-times, in every way there is, which takes a quarter of an hour of Slurm's own delays.
+times, in every way there is: some five minutes, most of them Slurm's own delays.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def test_cancelled_training_stays_cancelled_with_its_work_saved(slurm, tmp_path)
     assert "JobState=CANCELLED" in training.state()
 
 
-@pytest.mark.skipif(not STRESS, reason="takes a quarter of an hour")
+@pytest.mark.skipif(not STRESS, reason="takes five minutes")
 def test_training_is_stopped_ten_times_in_every_way(slurm, tmp_path):
     # The time limit: a minute, with USR1 half a minute before its end (Slurm takes that
     # for up to a minute, so some ten seconds are left).
@@ -228,3 +228,15 @@ def test_training_is_stopped_ten_times_in_every_way(slurm, tmp_path):
     assert len(starts) >= 11
     assert len({size for _, size in starts}) > 1
     assert [step for step, _ in starts] == sorted(step for step, _ in starts)
+
+
+@pytest.mark.skipif(not STRESS, reason="takes a time limit of Slurm's")
+def test_training_saves_before_its_time_without_a_signal(slurm, tmp_path):
+    # Else Slurm would end it as TIMEOUT, for good. CONT tells nobody anything.
+    limits = ["--time=1", "--signal=B:CONT@1"]
+    training = Training(slurm, tmp_path, 10_000, 0.05, *limits)
+    training.run_on(2)
+    slurm.ask("scancel", training.job)
+    training.wait("its end", lambda: "JobState=CANCELLED" in training.state())
+    assert "preempted; log" in training.told()
+    assert training.starts()[1][0] > 0
