@@ -2,11 +2,12 @@
 """scripts/slurm/train.sbatch under a real Slurm: stopped in every way, always comes back.
 
 The short form is stopped three times. With ``MPI_CKPT_TEST_STRESS`` set it is stopped ten
-times, in every way there is, which takes a quarter of an hour of Slurm's own delays.
+times, in every way there is: some five minutes, most of them Slurm's own delays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCRIPT = REPOSITORY / "scripts" / "virtual_slurm"
+HOSTS = REPOSITORY / "scripts" / "virtual_hosts"
 BATCH = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
 PROGRAM = REPOSITORY / "tests" / "integration" / "programs" / "exact.py"
 STRESS = bool(os.environ.get("MPI_CKPT_TEST_STRESS"))
@@ -37,28 +39,29 @@ pytestmark = pytest.mark.timeout(3000 if STRESS else 900)
 
 
 class Slurm:
-    """A Slurm of our own."""
+    """A Slurm of our own; asked on the login host if its nodes are hosts."""
 
-    def __init__(self, state: str) -> None:
+    def __init__(self, state: str, *, hosts: bool = False) -> None:
         path = os.pathsep.join(
             [sysconfig.get_path("scripts"), os.environ["PATH"], "/usr/sbin"]
         )
         self.env = environment({"VIRTUAL_SLURM": state, "PATH": path})
         self.env["SLURM_CONF"] = f"{state}/slurm.conf"
+        self.env["VIRTUAL_HOSTS"] = f"{state}/hosts"
+        self.where = [str(HOSTS), "on", "login"] if hosts else []
 
     def script(self, *words: object) -> subprocess.CompletedProcess[str]:
         return self._run([str(SCRIPT), *map(str, words)])
 
-    def ask(self, *words: object, cwd: Path | None = None) -> str:
-        done = self._run([str(word) for word in words], cwd=cwd)
+    def ask(self, *words: object) -> str:
+        done = self._run([*self.where, *map(str, words)])
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def _run(self, command, cwd=None) -> subprocess.CompletedProcess[str]:
+    def _run(self, command) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,
             env=self.env,
-            cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -70,10 +73,22 @@ class Slurm:
 def slurm():
     if installed_mpi() != "openmpi" and not STRESS:
         pytest.skip("one MPI will do: Slurm's delays are long")
+    with slurm_of(NODES) as made:
+        yield made
+
+
+@pytest.fixture
+def slurm_of_hosts():
+    with slurm_of(4, "--hosts") as made:
+        yield made
+
+
+@contextlib.contextmanager
+def slurm_of(nodes: int, *options: str):
     # Not a folder of pytest's: the names of sockets in it must stay short.
     with tempfile.TemporaryDirectory(prefix="mpi_ckpt-") as folder:
-        made = Slurm(f"{folder}/slurm")
-        up = made.script("up", NODES)
+        made = Slurm(f"{folder}/slurm", hosts="--hosts" in options)
+        up = made.script("up", nodes, *options)
         if up.returncode == CANNOT:
             pytest.skip(up.stderr.strip())
         assert up.returncode == 0, up.stderr
@@ -95,9 +110,10 @@ class Training:
         self.steps = steps
         launcher = {"openmpi": "srun --mpi=pmix", "mpich": "srun --mpi=pmi2"}
         slurm.env["LAUNCHER"] = launcher[installed_mpi()]
-        words = ["sbatch", "--parsable", f"--nodes={NODES}", *options, BATCH]
+        words = ["sbatch", "--parsable", f"--chdir={folder}", f"--nodes={NODES}"]
+        words += [*options, BATCH]
         words += [sys.executable, PROGRAM, folder, steps, pace]
-        self.job = slurm.ask(*words, cwd=folder).strip()
+        self.job = slurm.ask(*words).strip()
 
     def starts(self) -> list[tuple[int, int]]:
         """Return step and number of ranks of every start."""
@@ -139,6 +155,14 @@ class Training:
     def state(self) -> str:
         return self.slurm.ask("scontrol", "show", "job", self.job)
 
+    def hosts(self, runs_the_script: bool) -> list[str]:
+        """Return the host that runs the batch script, or the others of the job."""
+        told = dict(word.split("=", 1) for word in self.state().split() if "=" in word)
+        batch, nodes = told["BatchHost"], told["NodeList"]
+        names = self.slurm.ask("scontrol", "show", "hostnames", nodes).split()
+        assert batch in names
+        return [name for name in names if (name == batch) == runs_the_script]
+
     def told(self) -> str:
         logs = [path.read_text() for path in self.folder.glob("train-*.log")]
         return "\n".join([self.state(), *logs])
@@ -148,7 +172,7 @@ def preempt(training: Training, nodes: int, seconds: int) -> None:
     """Let somebody more important take nodes for a while."""
     words = ["sbatch", "--partition=high", f"--nodes={nodes}", "--exclusive"]
     words += ["--output=/dev/null", f"--wrap=sleep {seconds}"]
-    training.slurm.ask(*words, cwd=training.folder)
+    training.slurm.ask(*words)
 
 
 def requeue(training: Training) -> None:
@@ -165,8 +189,8 @@ def resize(training: Training, nodes: int) -> None:
 
 def lose_a_node(training: Training) -> None:
     """Lose a node that the job runs on, not that of its batch script."""
-    found = training.slurm.script("lose", f"node{NODES}")
-    assert found.returncode == 0, found.stderr
+    lost = training.slurm.script("lose", f"node{NODES}")
+    assert lost.returncode == 0, lost.stderr
 
 
 def find_the_node(training: Training) -> None:
@@ -200,7 +224,7 @@ def test_cancelled_training_stays_cancelled_with_its_work_saved(slurm, tmp_path)
     assert "JobState=CANCELLED" in training.state()
 
 
-@pytest.mark.skipif(not STRESS, reason="takes a quarter of an hour")
+@pytest.mark.skipif(not STRESS, reason="takes five minutes")
 def test_training_is_stopped_ten_times_in_every_way(slurm, tmp_path):
     # The time limit: a minute, with USR1 half a minute before its end (Slurm takes that
     # for up to a minute, so some ten seconds are left).
@@ -228,3 +252,34 @@ def test_training_is_stopped_ten_times_in_every_way(slurm, tmp_path):
     assert len(starts) >= 11
     assert len({size for _, size in starts}) > 1
     assert [step for step, _ in starts] == sorted(step for step, _ in starts)
+
+
+@pytest.mark.skipif(not STRESS, reason="takes a time limit of Slurm's")
+def test_training_saves_before_its_time_without_a_signal(slurm, tmp_path):
+    # Else Slurm would end it as TIMEOUT, for good. CONT tells nobody anything.
+    limits = ["--time=1", "--signal=B:CONT@1"]
+    training = Training(slurm, tmp_path, 10_000, 0.05, *limits)
+    training.run_on(2)
+    slurm.ask("scancel", training.job)
+    training.wait("its end", lambda: "JobState=CANCELLED" in training.state())
+    assert "preempted; log" in training.told()
+    assert training.starts()[1][0] > 0
+
+
+@pytest.mark.skipif(not STRESS, reason="takes two minutes: Slurm waits for silent nodes")
+def test_training_goes_on_elsewhere_when_its_hosts_lose_their_power(
+    slurm_of_hosts, tmp_path
+):
+    training = Training(slurm_of_hosts, tmp_path, 400, 0.04, "--nodes=2")
+    training.run_on(1)
+    for start, runs_the_script in [(2, False), (3, True)]:
+        (lost, *_) = training.hosts(runs_the_script)
+        off = slurm_of_hosts.script("lose", lost)
+        assert off.returncode == 0, off.stderr
+        training.run_on(start)
+        assert lost not in training.hosts(True) + training.hosts(False)
+    training.check()
+    starts = training.starts()
+    print(starts)
+    assert [size for _, size in starts] == [2, 2, 2]
+    assert 0 < starts[1][0] < starts[2][0]

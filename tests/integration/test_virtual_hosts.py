@@ -18,6 +18,7 @@ from tests.launch import REPOSITORY, environment
 SCRIPT = REPOSITORY / "scripts" / "virtual_hosts"
 CANNOT = 77
 VALUES = 200_000
+NAMES = ("host1", "host2", "host3", "login")
 
 PROGRAM = f"""
 import json, sys
@@ -71,14 +72,14 @@ def hosts():
     # Not a folder of pytest's: the names of sockets in it must stay short.
     with tempfile.TemporaryDirectory(prefix="mpi_ckpt-") as folder:
         state = f"{folder}/hosts"
-        up = virtual_hosts(state, "up", 2, "--rate", "1gbit")
+        up = virtual_hosts(state, "up", 3, "--rate", "1gbit")
         if up.returncode == CANNOT:
             pytest.skip(up.stderr.strip())
         assert up.returncode == 0, up.stderr
         try:
             yield state
         finally:
-            notes = [Path(state, name).read_text() for name in ("host1", "host2", "login")]
+            notes = [Path(state, name).read_text() for name in NAMES]
             down = virtual_hosts(state, "down")
             assert down.returncode == 0, down.stderr
             assert not Path(state).exists()
@@ -129,6 +130,14 @@ def test_a_second_set_and_an_unknown_word_are_refused(hosts):
     assert (again.returncode, "down" in again.stderr) == (2, True)
     assert virtual_hosts(hosts, "sideways").returncode == 2
     assert virtual_hosts(hosts, "on", "host9", "true").returncode == 255
+    assert virtual_hosts(hosts, "off", "login").returncode == 255
+
+
+def test_host_without_power_is_gone_and_the_others_are_not(hosts):
+    assert virtual_hosts(hosts, "off", "host3").returncode == 0
+    assert virtual_hosts(hosts, "on", "host3", "true").returncode == 255
+    assert virtual_hosts(hosts, "on", "host2", "true").returncode == 0
+    assert virtual_hosts(hosts, "off", "host3").returncode == 255
 
 
 def test_whoever_is_not_root_is_told_so():
