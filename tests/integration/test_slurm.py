@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -47,6 +49,7 @@ class Slurm:
         )
         self.env = environment({"VIRTUAL_SLURM": state, "PATH": path})
         self.env["SLURM_CONF"] = f"{state}/slurm.conf"
+        self.env["VIRTUAL_SLURM_PORT"] = str(free_ports(NODES + 1))
         self.env["VIRTUAL_HOSTS"] = f"{state}/hosts"
         self.where = [str(HOSTS), "on", "login"] if hosts else []
 
@@ -67,6 +70,16 @@ class Slurm:
             text=True,
             timeout=120,
         )
+
+
+def free_ports(count: int) -> int:
+    """Return the first of some ports in a row that nobody listens on."""
+    for first in random.Random().sample(range(20_000, 30_000), 100):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no ports are free")
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +212,20 @@ def find_the_node(training: Training) -> None:
 
 
 @pytest.mark.skipif(STRESS, reason="the long form is run")
+def test_a_port_in_use_is_refused_at_once(tmp_path):
+    made = Slurm(str(tmp_path / "slurm"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        made.env["VIRTUAL_SLURM_PORT"] = port = str(taken.getsockname()[1])
+        up = made.script("up", 1)
+    if up.returncode == CANNOT:
+        pytest.skip(up.stderr.strip())
+    assert up.returncode == 2
+    assert f"port {port} is in use" in up.stderr
+    assert not (tmp_path / "slurm").exists()
+
+
 def test_training_is_preempted_requeued_and_resized(slurm, tmp_path):
     training = Training(slurm, tmp_path, 250, 0.04)
     training.run_on(1)
