@@ -41,6 +41,7 @@ WAYS: tuple[dict[str, Any], ...] = (
 EVERY = 20  # one save in so many meets a fault
 KEEP = 3
 WARM_UP = 8  # turns: every way twice, so that memory kept for reuse is there
+SETTLING = 0.4  # of the saves: as long the allocator's own pieces go on finding their places
 
 # Calls that every save makes, so that a fault does happen.
 SURE = [one for one in CALLS if one not in ("preadv", "link", "ftruncate", "statvfs")]
@@ -272,7 +273,8 @@ def report_of(soak: Soak) -> dict[str, Any]:
         wrong.append(f"rank {comm.rank}: {Counted.open} communicators are not freed")
     if comm.rank == 0 and soak.hardship.most > KEEP + 1:
         wrong.append(f"{soak.hardship.most} generations at once, {KEEP + 1} may be")
-    settled = soak.resident[WARM_UP * soak.given.turn :]
+    warm = max(WARM_UP * soak.given.turn, int(SETTLING * soak.given.saves))
+    settled = soak.resident[warm:]
     seconds = sorted(soak.seconds)
     return {
         "ranks": comm.size,
