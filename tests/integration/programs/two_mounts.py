@@ -104,18 +104,17 @@ def each_save_is_seen(here: Path, there: Path, saves: int, counts: Counts) -> No
             counts.saves_seen += 1
 
 
-def jobs_take_turns(here: Path, there: Path, turns: int, counts: Counts) -> None:
+def jobs_take_turns(one: Job, other: Job, turns: int, counts: Counts) -> None:
     """A job goes on where one on the other mount has ended, back and forth."""
-    with Job(here) as one, Job(there) as other:
-        step = one.ask("restore")
-        one.ask("close")
-        for job in itertools.islice(itertools.cycle((other, one)), turns):
-            found = job.ask("restore")
-            assert found == step, f"{step} is acknowledged, {found} came back"
-            step += 1
-            job.ask("save", step)
-            job.ask("close")
-            counts.turns += 1
+    step = one.ask("restore")
+    one.ask("close")
+    for job in itertools.islice(itertools.cycle((other, one)), turns):
+        found = job.ask("restore")
+        assert found == step, f"{step} is acknowledged, {found} came back"
+        step += 1
+        job.ask("save", step)
+        job.ask("close")
+        counts.turns += 1
 
 
 def second_job_is_refused(here: Path, there: Path) -> None:
@@ -145,26 +144,25 @@ def successor_fences_off(here: Path, there: Path) -> None:
         assert successor.ask("leftovers") == []
 
 
-def server_stops(here: Path, there: Path, mode: str, counts: Counts) -> None:
+def server_stops(job: Job, other: Job, mode: str, counts: Counts) -> None:
     """Stop the server in mid-save: an error at last, and nothing lost when it is back."""
-    with Job(here) as job, Job(there) as other:
-        step = job.ask("restore") + 1
-        changes = job.ask("save_counted", step)
-        for number in range(1, changes + 1) if mode == "every" else (changes // 2,):
-            when = MOMENTS[number % len(MOMENTS)]
-            may_come = save_while_server_stops(job, step + 1, number, when, counts)
-            server("start")
-            found = job.ask("restore")
-            assert found in may_come, f"{found} came back, none of {may_come}"
-            job.ask("save", step + 2)
-            assert job.ask("leftovers") == []
-            job.ask("close")
-            assert other.ask("restore") == step + 2
-            step += 3
-            other.ask("save", step)
-            other.ask("close")
-            assert job.ask("restore") == step
-            counts.stops += 1
+    step = job.ask("restore") + 1
+    changes = job.ask("save_counted", step)
+    for number in range(1, changes + 1) if mode == "every" else (changes // 2,):
+        when = MOMENTS[number % len(MOMENTS)]
+        may_come = save_while_server_stops(job, step + 1, number, when, counts)
+        server("start")
+        found = job.ask("restore")
+        assert found in may_come, f"{found} came back, none of {may_come}"
+        job.ask("save", step + 2)
+        assert job.ask("leftovers") == []
+        job.ask("close")
+        assert other.ask("restore") == step + 2
+        step += 3
+        other.ask("save", step)
+        other.ask("close")
+        assert job.ask("restore") == step
+        counts.stops += 1
 
 
 def save_while_server_stops(
@@ -189,10 +187,11 @@ def main() -> None:
     saves = 50 if mode == "every" else 6
     here, there = (Path(mount, "ckpt") for mount in os.environ["NFS_MOUNTS"].split(":"))
     each_save_is_seen(here, there, saves, counts)
-    jobs_take_turns(here, there, saves // 2, counts)
+    with Job(here) as one, Job(there) as other:
+        jobs_take_turns(one, other, saves // 2, counts)
+        server_stops(one, other, mode, counts)
     second_job_is_refused(here, there)
     successor_fences_off(here, there)
-    server_stops(here, there, mode, counts)
     print(json.dumps(asdict(counts)))
 
 
