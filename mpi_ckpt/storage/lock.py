@@ -108,7 +108,7 @@ class DirectoryLock:
         """Require that this job is still the one named in the file.
 
         The file is opened anew, by name: that is when network file systems look whether
-        it has changed, and when a replaced one is found.
+        it has changed, and when a replaced one is found. What is cached of it is dropped.
 
         Raises:
             FencedError: On the calling rank, if another job has signed it, or it is gone.
@@ -132,6 +132,10 @@ class DirectoryLock:
         except FileNotFoundError:
             return b""
         try:
+            # Linux's NFS client keeps the bytes it has of a file that it has open for
+            # writing, as ours is to be locked, whatever others have written since.
+            with suppress(OSError):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             return os.pread(descriptor, 500, 0)
         finally:
             os.close(descriptor)

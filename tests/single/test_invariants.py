@@ -93,7 +93,7 @@ def test_lock_changes_nothing_but_its_own_file():
     used = {called(n) for n in ast.walk(tree) if re.fullmatch(r"os\.\w+", called(n))}
     assert used == {
         "os.open", "os.close", "os.fstat", "os.fsync", "os.ftruncate", "os.pread",
-        "os.pwrite", "os.getpid", "os.register_at_fork",
+        "os.posix_fadvise", "os.pwrite", "os.getpid", "os.register_at_fork",
     }  # fmt: skip
 
 

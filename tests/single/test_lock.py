@@ -12,7 +12,7 @@ from contextlib import closing
 
 import pytest
 
-from mpi_ckpt.errors import LockedError, SaveError
+from mpi_ckpt.errors import FencedError, LockedError, SaveError
 from mpi_ckpt.storage import lock
 from mpi_ckpt.storage.lock import DirectoryLock
 
@@ -179,3 +179,28 @@ def test_half_a_signature_is_no_signature(tmp_path, monkeypatch):
                 held.sign()
         assert held.sign()
         held.check()
+
+
+def test_what_an_nfs_client_has_cached_of_the_lock_is_not_believed(tmp_path, monkeypatch):
+    """It keeps the pages of a file that it has open for writing, until they are dropped."""
+
+    class Caching:
+        def __init__(self, cached):
+            self.cached = cached
+
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def posix_fadvise(self, descriptor, offset, nbytes, advice):
+            assert (offset, nbytes, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+            self.cached = None
+
+        def pread(self, *arguments):
+            return os.pread(*arguments) if self.cached is None else self.cached
+
+    with closing(DirectoryLock(tmp_path, "first")) as held:
+        path = tmp_path / ".lock"
+        monkeypatch.setattr(lock, "os", Caching(path.read_bytes()))
+        path.write_text("job second, process 1 on another\n")
+        with pytest.raises(FencedError, match="job second, process 1 on another"):
+            held.check()
