@@ -41,7 +41,7 @@ WAYS: tuple[dict[str, Any], ...] = (
 EVERY = 20  # one save in so many meets a fault
 KEEP = 3
 WARM_UP = 8  # turns: every way twice, so that memory kept for reuse is there
-SETTLING = 0.4  # of the saves: as long the allocator's own pieces go on finding their places
+SETTLING = 0.4  # of the saves: as long the allocator's pieces go on finding places
 
 # Calls that every save makes, so that a fault does happen.
 SURE = [one for one in CALLS if one not in ("preadv", "link", "ftruncate", "statvfs")]
