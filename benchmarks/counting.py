@@ -233,6 +233,9 @@ def _count_with(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
     manager.close()
     # Streams in one state are texts of one length, on all ranks.
     random.seed(0)
+    # NumPy starts its own from the machine's noise, and numbers have as many digits as
+    # they have.
+    np.random.seed(0)
     parts = start("parts", RNGState())
     count("save, random streams", lambda: save(parts))
     count("restore, random streams", parts.restore)
