@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In one process with Horovod, and in place of what of it does not last.
+
+Importing this imports neither Horovod nor torch, and starts no MPI; each name brings its
+own module when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES: dict[str, str] = {}
+
+__all__: list[str] = []
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
