@@ -8,9 +8,19 @@ own module when it is first used.
 from importlib import import_module
 from typing import Any
 
-_MODULES: dict[str, str] = {}
+_HERE = "mpi_ckpt.integrations.horovod"
 
-__all__: list[str] = []
+_MODULES: dict[str, str] = {
+    "ElasticSampler": f"{_HERE}.sampler",
+    "HostsUpdatedInterrupt": f"{_HERE}.interrupts",
+    "ObjectState": f"{_HERE}.elastic_state",
+    "RollBackError": f"{_HERE}.interrupts",
+    "TorchState": f"{_HERE}.elastic_state",
+    "configure": f"{_HERE}.settings",
+    "run": f"{_HERE}.run",
+}
+
+__all__: list[str] = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
