@@ -52,7 +52,7 @@ class ObjectState:
         if not name.startswith("_"):
             if hasattr(ObjectState, name):
                 raise RegistrationError(
-                    f"{name!r} is a method of states: take another name"
+                    f"{name!r} means something else in a state"
                 )
             self._tracked.check(name, value)
         super().__setattr__(name, value)
