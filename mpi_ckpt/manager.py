@@ -7,25 +7,20 @@ restore   newest valid generation --read once--> root --bcast--> leaves --> stat
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import Communicator
 from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.engine.abort import AbortOnError
-from mpi_ckpt.engine.draft import SaveRequest
+from mpi_ckpt.engine.gather import gather_request, remember_states
 from mpi_ckpt.engine.registry import Registry
 from mpi_ckpt.engine.report import list_generations
 from mpi_ckpt.engine.restore import restore_states, tell_of_resize
 from mpi_ckpt.engine.saver import Saver
 from mpi_ckpt.engine.session import Session
 from mpi_ckpt.engine.steps import Steps
-from mpi_ckpt.engine.sync import capture_on_root, sync_states
+from mpi_ckpt.engine.sync import sync_states
 from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.options import Options
-from mpi_ckpt.reports import SyncReport
-from mpi_ckpt.storage.directory import CheckpointDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -36,12 +31,11 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.pending import PendingSave
     from mpi_ckpt.engine.restore import OnResize
-    from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport
+    from mpi_ckpt.memory import Memory
+    from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport, SyncReport
     from mpi_ckpt.state import State
 
 __all__ = ["CheckpointManager"]
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -57,6 +51,7 @@ class CheckpointManager:
         states: The states, with the same names in the same order on every rank.
         comm: Communicator of mpi4py; it is duplicated. None: all ranks of the job.
         options: How to do it; the same on every rank.
+        memory: Where saves leave a copy, to which `restore` goes back first.
 
     Raises:
         LaunchError: On every rank, if launcher and MPI disagree about the job.
@@ -71,31 +66,29 @@ class CheckpointManager:
         *,
         comm: MPI.Intracomm | None = None,
         options: Options | None = None,
+        memory: Memory | None = None,
     ) -> None:
         options = options or Options()
-        communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
-        directory = CheckpointDirectory(Path(root).absolute(), options.io)
-        self._session = Session(communicator, directory, options)
-        self._registry = Registry(communicator)
+        self._session = Session.begin(root, comm, options, memory)
+        private = self._session.comm
+        self._registry = Registry(private)
         self._step = 0
         self._pinned: int | None = None
         self._saver = Saver(self._session)
         self._guard = PreemptionGuard(options.preemption_signals)
         self._steps = Steps(self._session, self._saver, self._guard)
-        self._abort = AbortOnError(
-            communicator, self._saver.close, enabled=options.abort_on_error
-        )
+        aborts = options.abort_on_error
+        self._abort = AbortOnError(private, self._saver.close, enabled=aborts)
         try:
             self._session.compare_options()
             self._registry.add_all(list(states))
             self._steps.read_environment()
         except CheckpointError:
-            communicator.close()
+            private.close()
             raise
         self._abort.arm()
         self._session.note("started", self._step)
-        if options.preemption_signals and not self._guard.install():
-            logger.warning("signals are not watched: this is not the main thread")
+        self._steps.watch_signals()
 
     @property
     def steps(self) -> int:
@@ -190,30 +183,39 @@ class CheckpointManager:
         with session.watch("saving") as clock:
             # First of all: a job that may not save here must not find out after hours.
             session.on_root("opening the directory", session.directory.own, SaveError)
-            with clock.phase("sync"):
-                if session.options.sync if sync is None else sync:
-                    contents, synced = sync_states(session.comm, states, session.options)
-                else:
-                    contents, synced = capture_on_root(session.comm, states), SyncReport()
-            by_name = {one.state.name: one for one in contents}
-            request = SaveRequest(
-                states=[by_name.get(state.name, state) for state in states],
-                step=self._step if step is None else step,
-                size=session.comm.size,
-                metrics=dict(metrics or {}),
-                carry=None if only is None else carry or bool,  # every name is true
+            step = self._step if step is None else step
+            sync = session.options.sync if sync is None else sync
+            carry = None if only is None else carry or bool  # every name is true
+            request, synced = gather_request(
+                session, states, clock, step=step, sync=sync, metrics=metrics, carry=carry
             )
             self._pinned = None
             self._steps.restart()
             return self._saver.save(request, synced, clock)
+
+    def remember(self, step: int | None = None) -> None:
+        """Copy the states into the `Memory`, as they are, without saving them.
+
+        Collective. First ends a save that is under way: it is written from there.
+
+        Args:
+            step: Training step to note; None for the manager's own count.
+
+        Raises:
+            CheckpointError: On every rank, if any cannot: that one holds no copy then.
+        """
+        self._saver.finish()
+        states = self._registry.choose(None)
+        remember_states(self._session, states, self._step if step is None else step)
 
     def restore(
         self, only: Collection[str] | None = None, *, on_resize: OnResize | None = None
     ) -> RestoreReport | None:
         """Bring the states back to the newest generation that verifies.
 
-        Collective. A generation that does not verify is set aside, with a warning by
-        root, and the one before it is used. Nothing here draws from random streams.
+        Collective. To a copy in the `Memory` first, if root holds one. A bad generation
+        is set aside, with a warning by root, and the one before it is used. Nothing here
+        draws from random streams.
 
         Args:
             only: Names of the states to restore; None for all. Several partial restores
@@ -271,6 +273,8 @@ class CheckpointManager:
             return True
         if verdict.save:
             self.save(metrics=metrics)
+        elif verdict.remember:
+            self.remember()
         self._steps.go_on()
         return False
 
@@ -286,9 +290,7 @@ class CheckpointManager:
         return self._steps.should_stop()
 
     def wait(self) -> None:
-        """Return when no save is pending.
-
-        Collective.
+        """Return when no save is pending. Collective.
 
         Raises:
             SaveError: On every rank, if the pending save failed.
@@ -296,9 +298,7 @@ class CheckpointManager:
         self._saver.finish()
 
     def generations(self) -> list[GenerationInfo]:
-        """Return the generations that are there, oldest first.
-
-        Collective.
+        """Return the generations that are there, oldest first. Collective.
 
         Raises:
             CheckpointError: On every rank, if root cannot list the directory.

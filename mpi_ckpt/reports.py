@@ -68,7 +68,7 @@ class RestoreReport:
     """A finished restore.
 
     Attributes:
-        generation: The generation that was restored.
+        generation: The generation that was restored; 0 if none was.
         path: Its directory, as root sees it.
         step: The training step it was saved at.
         saved_size: Number of ranks that saved it.
@@ -83,6 +83,8 @@ class RestoreReport:
             what they hold (``strict=False``).
         unexpected_leaves: State -> leaves of the generation that the program lacks
             (``strict=False``).
+        from_memory: Whether it was no generation, but a copy in a `Memory`; the path is
+            then that of the directory.
     """
 
     generation: int
@@ -98,6 +100,7 @@ class RestoreReport:
     unexpected: tuple[str, ...] = ()
     missing_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unexpected_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    from_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from mpi_ckpt.engine.shard import Shard
+    from mpi_ckpt.engine.stage import Staged
     from mpi_ckpt.options import Options
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.retention import RetentionPolicy
@@ -75,6 +76,7 @@ class SaveRequest:
         size: Number of ranks.
         carry: Tells by name which of the newest generation's other states go along;
             None for none.
+        staged: The copies that they are on this rank; None if they are live.
     """
 
     states: Sequence[Contents | State]
@@ -82,6 +84,7 @@ class SaveRequest:
     size: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     carry: Callable[[str], bool] | None = None
+    staged: Staged | None = None
 
     @property
     def contents(self) -> list[Contents]:

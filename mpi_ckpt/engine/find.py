@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import any_of, bcast_json
 from mpi_ckpt.engine.names import ADVICE, numbered_alike
-from mpi_ckpt.engine.read import describe
+from mpi_ckpt.engine.read import describe, title_of
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     ReadError,
@@ -134,7 +134,7 @@ def fit_states(
     if problems and strict:
         hint = f"\n{ADVICE}" if numbered_alike(missing, unexpected) else ""
         raise StateMismatchError(
-            f"generation {found.generation} has other states than the program; nothing "
+            f"{title_of(found.description)} has other states than the program; nothing "
             "was changed (Options(strict=False) restores what both have):\n  "
             + "\n  ".join(problems)
             + hint,

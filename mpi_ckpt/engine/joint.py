@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.draft import Published, SaveRequest
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.shard import Shard
-    from mpi_ckpt.engine.stage import Arena, LateCopies
+    from mpi_ckpt.engine.stage import LateCopies
+    from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.partial import Partial
@@ -68,12 +69,15 @@ class JointSave:
         contents = request.contents if self._draft is None else self._draft.contents
         self._mine = _pick(contents, self._shares.get(comm.rank, {}))
         self._plain: list[State] = request.plain if comm.is_root else []
+        self._staged = request.staged
         self._shard: Shard | None = None
         self.published: Published | None = None
         self.writes_here = comm.is_root or bool(self._mine)
 
     def stage(self, arena: Arena) -> LateCopies:
-        """Copy what this rank writes. Not collective."""
+        """Copy what this rank writes, unless it is a copy. Not collective."""
+        if self._staged is not None:
+            return self._staged.late
         staged = stage(arena, [*self._mine, *self._plain])
         self._mine = [one for one in staged.states if isinstance(one, Contents)]
         self._plain = [one for one in staged.states if not isinstance(one, Contents)]

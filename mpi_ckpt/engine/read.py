@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.manifest import Extent, Manifest
     from mpi_ckpt.storage.reader import GenerationReader
 
-__all__ = ["Incoming", "adopt", "describe", "match", "transfer"]
+__all__ = ["Incoming", "adopt", "describe", "match", "title_of", "transfer"]
 
 _OVERWRITTEN = (
     "published generations are untouched, but states in memory may hold a mixture: do "
@@ -86,6 +86,12 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def title_of(description: dict[str, Any]) -> str:
+    """Return what messages call a description's generation. Not collective. Thread-safe."""
+    number: int = description["generation"]
+    return f"generation {number}" if number else "the copy in memory"
+
+
 def match(
     description: dict[str, Any], states: Sequence[State], *, strict: bool
 ) -> list[Incoming]:
@@ -110,7 +116,7 @@ def match(
             problems += error.problems or [str(error)]
     if problems:
         raise StateMismatchError(
-            f"generation {description['generation']} does not fit the program, nothing "
+            f"{title_of(description)} does not fit the program, nothing "
             "was changed:\n  " + "\n  ".join(problems),
             generation=description["generation"],
             problems=problems,

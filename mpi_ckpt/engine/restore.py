@@ -13,6 +13,7 @@ from mpi_ckpt.engine.find import find_newest, fit_states, is_lost, reject
 from mpi_ckpt.engine.parts import deal_parts
 from mpi_ckpt.engine.read import adopt, match, transfer
 from mpi_ckpt.engine.readers import open_readers
+from mpi_ckpt.engine.recall import recall_states
 from mpi_ckpt.engine.report import report_restore
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.states.ranked import RankedState
@@ -46,9 +47,9 @@ def restore_states(
     partial: bool,
     pinned: int | None,
 ) -> RestoreReport | None:
-    """Restore states from the newest good generation, setting bad ones aside.
+    """Restore states from memory, else from the newest good generation.
 
-    Collective. Main thread only.
+    Collective. Main thread only. Bad generations are set aside.
 
     Args:
         session: The manager's.
@@ -63,6 +64,13 @@ def restore_states(
     Raises:
         RestoreError: On every rank; see `CheckpointManager.restore`.
     """
+    memory = session.memory
+    if memory is not None and not partial:
+        report = recall_states(session, memory, states, clock)
+        if report is not None:
+            return report
+        # An older copy of another rank's must not be gone back to from here.
+        memory.clear()
     while True:
         with find_newest(session, states, pinned=pinned, proven=partial) as found:
             if found is None:

@@ -15,9 +15,9 @@ from mpi_ckpt.engine.joint import JointSave
 from mpi_ckpt.engine.pending import PendingSave
 from mpi_ckpt.engine.report import report_save
 from mpi_ckpt.engine.solo import SoloSave
-from mpi_ckpt.engine.stage import Arena, LateCopies
 from mpi_ckpt.engine.writers import choose_ranks
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.memory import Arena
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.draft import Published, SaveRequest
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.engine.stage import LateCopies
     from mpi_ckpt.reports import PhaseClock, SaveReport, SyncReport
 
 __all__ = ["Saver"]

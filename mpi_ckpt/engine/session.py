@@ -5,20 +5,24 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.comm import agree_on_root, compare_texts
+from mpi_ckpt.comm import Communicator, agree_on_root, compare_texts
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
+from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.notes import Notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from os import PathLike
 
-    from mpi_ckpt.comm import Communicator
+    from mpi4py import MPI
+
+    from mpi_ckpt.memory import Memory
     from mpi_ckpt.options import Options
-    from mpi_ckpt.storage.directory import CheckpointDirectory
 
 __all__ = ["Session"]
 
@@ -37,13 +41,32 @@ class Session:
         comm: The manager's communicator.
         directory: Touched on root only.
         options: The same on every rank.
+        memory: Where saves leave a copy; None for nowhere.
         notes: For the loop that started this job, if one did.
     """
 
     comm: Communicator
     directory: CheckpointDirectory
     options: Options
+    memory: Memory | None = None
     notes: Notes = field(default_factory=Notes.from_environment)
+
+    @classmethod
+    def begin(
+        cls,
+        root: str | PathLike[str],
+        comm: MPI.Intracomm | None,
+        options: Options,
+        memory: Memory | None,
+    ) -> Session:
+        """Begin one over a duplicate of a communicator. Collective. Main thread only.
+
+        Raises:
+            LaunchError: On every rank, if launcher and MPI disagree about the job.
+        """
+        communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
+        directory = CheckpointDirectory(Path(root).absolute(), options.io)
+        return cls(communicator, directory, options, memory)
 
     def note(self, event: str, step: int) -> None:
         """Note an event for `mpi-ckpt run`. Not collective. Has an effect on root only."""
@@ -76,6 +99,7 @@ class Session:
             OptionsError: On every rank, if they differ.
         """
         texts = [f"{name}={value}" for name, value in self.options.describe().items()]
+        texts.append(f"memory={self.memory and self.memory.describe()}")
         problems = compare_texts(self.comm, "comparing options", texts)
         if problems:
             raise OptionsError(

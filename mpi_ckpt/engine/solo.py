@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.draft import Published, SaveRequest
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.stage import Arena, LateCopies
+    from mpi_ckpt.engine.stage import LateCopies
+    from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
 
 __all__ = ["SoloSave"]
@@ -38,7 +39,9 @@ class SoloSave:
         self.writes_here = session.comm.is_root
 
     def stage(self, arena: Arena) -> LateCopies:
-        """Copy what is saved. Not collective. On root."""
+        """Copy what is saved, unless it is a copy. Not collective. On root."""
+        if self._request.staged is not None:
+            return self._request.staged.late
         staged = stage(arena, self._request.states)
         self._request = replace(self._request, states=staged.states)
         return staged.late

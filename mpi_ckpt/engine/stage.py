@@ -4,58 +4,26 @@
 from __future__ import annotations
 
 import io
-import mmap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.contents import Contents
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import BinaryIO
 
     from mpi_ckpt.gate import Gate
+    from mpi_ckpt.memory import Arena
 
-__all__ = ["Arena", "LateCopies", "Staged", "stage"]
+__all__ = ["LateCopies", "Staged", "StagedStream", "stage"]
 
 # Each leaf starts at a multiple of this: copies of cache lines, aligned elements.
 _ALIGNMENT = 64
-
-
-class Arena:
-    """Host memory for one staged copy, kept from one save to the next.
-
-    Not collective. Not thread-safe. Fresh memory costs ten times the copy into it (every
-    first touch of a page), so it only grows, and is given back by `close`.
-    """
-
-    def __init__(self) -> None:
-        self._memory: mmap.mmap | None = None
-
-    def take(self, nbytes: int) -> memoryview:
-        """Return memory of at least that many bytes; what was taken before is lost.
-
-        Raises:
-            StageError: On the calling rank, if there is not so much memory.
-        """
-        if self._memory is None or len(self._memory) < nbytes:
-            self.close()
-            try:
-                self._memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
-            except OSError as error:
-                raise StageError(
-                    f"no memory to stage a save: {nbytes} bytes are needed ({error}); "
-                    "Options(asynchronous=False) saves without a copy"
-                ) from error
-        return memoryview(self._memory)
-
-    def close(self) -> None:
-        """Give the memory back, as soon as nothing uses it. Callable twice."""
-        self._memory = None
 
 
 class StagedStream(State):
@@ -69,6 +37,10 @@ class StagedStream(State):
     def nbytes(self) -> int:
         """How much that is, in bytes."""
         return self._data.nbytes
+
+    def leaf(self) -> Leaf:
+        """Return it as a leaf of bytes. Not collective. Thread-safe."""
+        return Leaf(LeafSpec("stream", "U8", (self.nbytes,)), MemoryBuffer(self._data))
 
     def save(self, fileobj: BinaryIO) -> None:
         """Write it again. Not collective. Thread-safe."""
@@ -98,6 +70,7 @@ class LateCopies:
 
     def __init__(self) -> None:
         self._copies: list[_LateCopy] = []
+        self._copied: Callable[[], None] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._copies)
@@ -110,6 +83,13 @@ class LateCopies:
     def add(self, leaf: Leaf, place: memoryview, digest: Digest | None) -> None:
         """Note a leaf, where it goes, and its digest if that was taken already."""
         self._copies.append(_LateCopy(leaf, place, leaf.buffer.stamp(), digest))
+
+    def when_copied(self, act: Callable[[], None]) -> None:
+        """Have something done once `copy` has ended well: at once if nothing is noted."""
+        if self._copies:
+            self._copied = act
+        else:
+            act()
 
     def copy(self) -> None:
         """Copy what was noted.
@@ -128,6 +108,8 @@ class LateCopies:
                 "step(), or save without overlap",
                 problems=changed,
             )
+        if self._copied is not None:
+            self._copied()
 
 
 @dataclass(frozen=True, slots=True)

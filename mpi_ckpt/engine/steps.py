@@ -43,17 +43,19 @@ class Verdict:
         stop: Save, and stop.
         save: A save is due.
         finish: A pending save is written everywhere, and can be acknowledged.
+        remember: A copy in memory is due, and no save is being written from the last.
     """
 
     stop: bool
     save: bool
     finish: bool
+    remember: bool
 
 
 class Steps:
     """Agrees at every step on what happens there. Main thread only.
 
-    Each of its methods but `restart` is collective.
+    Its methods are collective, unless they say otherwise.
 
     Args:
         session: The manager's.
@@ -83,6 +85,11 @@ class Steps:
     def must_stop(self) -> bool:
         """Whether to stop: agreed on, or asked for on this rank. Not collective."""
         return self._is_agreed or self._guard.requested
+
+    def watch_signals(self) -> None:
+        """Hear of signals from now on, if any are to be watched. Not collective."""
+        if self._session.options.preemption_signals and not self._guard.install():
+            logger.warning("signals are not watched: this is not the main thread")
 
     def read_environment(self) -> None:
         """Find out when the job ends.
@@ -131,10 +138,12 @@ class Steps:
         # A vote of before the last save says nothing of the next, nor of whether it is
         # written. The turn is the same on every rank.
         is_fresh = turn == self._turn
+        memory, pending = self._session.memory, self._saver.pending is not None
         return Verdict(
             stop=self._is_agreed,
             save=self._interval.is_due_at(step) or (is_fresh and bool(flags & _DUE)),
-            finish=self._saver.pending is not None and is_fresh and not flags & _WRITING,
+            finish=pending and is_fresh and not flags & _WRITING,
+            remember=memory is not None and memory.is_due(step) and not pending,
         )
 
     def go_on(self) -> None:

@@ -41,7 +41,7 @@ def test_the_first_pages_stay_short():
         for p in ("README.md", "ARCHITECTURE.md")
     }
     assert lines["README.md"] <= 130
-    assert lines["ARCHITECTURE.md"] <= 150
+    assert lines["ARCHITECTURE.md"] <= 175
 
 
 def block_of(document, function):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mpi_ckpt import ArrayState, ModuleState, State
-from mpi_ckpt.engine import stage as stage_module
+from mpi_ckpt import memory as memory_module
 from mpi_ckpt.engine.contents import Contents, capture_only
-from mpi_ckpt.engine.stage import Arena, stage
+from mpi_ckpt.engine.stage import stage
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.memory import Arena
 
 
 class Words(State):
@@ -62,7 +63,7 @@ def test_memory_that_is_not_to_be_had_is_an_error_of_the_family(monkeypatch):
     def none_left(*args):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(stage_module.mmap, "mmap", none_left)
+    monkeypatch.setattr(memory_module.mmap, "mmap", none_left)
     with pytest.raises(StageError, match="no memory to stage a save: 4096 bytes"):
         Arena().take(4096)
 
