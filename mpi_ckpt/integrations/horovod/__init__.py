@@ -6,11 +6,36 @@ own module when it is first used.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_MODULES: dict[str, str] = {}
+if TYPE_CHECKING:
+    from mpi_ckpt.integrations.horovod.attach import communicator
+    from mpi_ckpt.integrations.horovod.objects import (
+        allgather_object,
+        broadcast_object,
+    )
+    from mpi_ckpt.integrations.horovod.parameters import (
+        broadcast_optimizer_state,
+        broadcast_parameters,
+    )
 
-__all__: list[str] = []
+_PACKAGE = "mpi_ckpt.integrations.horovod"
+
+_MODULES = {
+    "allgather_object": f"{_PACKAGE}.objects",
+    "broadcast_object": f"{_PACKAGE}.objects",
+    "broadcast_optimizer_state": f"{_PACKAGE}.parameters",
+    "broadcast_parameters": f"{_PACKAGE}.parameters",
+    "communicator": f"{_PACKAGE}.attach",
+}
+
+__all__ = [
+    "allgather_object",
+    "broadcast_object",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "communicator",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
