@@ -69,9 +69,7 @@ def make_state(comm, **attributes):
     """Make a state that is another one on each rank."""
     model, optimizer = make_training(comm.rank)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    return TorchState(
-        model=model, optimizer=optimizer, scheduler=scheduler, **attributes
-    )
+    return TorchState(model=model, optimizer=optimizer, scheduler=scheduler, **attributes)
 
 
 def test_restore_undoes_everything_that_was_changed_in_place(comm, options, configured):
@@ -210,9 +208,9 @@ def test_states_of_the_package_can_be_tracked_too(comm):
     with ObjectState(rng=RNGState()) as state:
         state.sync()
         state.commit()
-        drawn = np.random.random(3).tolist()  # noqa: NPY002
+        drawn = np.random.random(3).tolist()
         state.restore()
-        assert np.random.random(3).tolist() == drawn  # noqa: NPY002
+        assert np.random.random(3).tolist() == drawn
 
 
 def test_commit_before_sync_and_restore_of_nothing_are_refused(comm):
@@ -275,7 +273,9 @@ def test_ranks_that_track_different_things_get_one_error(peers, differ):
             RegistrationError,
             "the ranks track different attributes",
             f"rank {peers.size - 1} on ",
-            {"names": "extra (value)", "kinds": "ElasticSampler", "optimizers": "SGD"}[differ],
+            {"names": "extra (value)", "kinds": "ElasticSampler", "optimizers": "SGD"}[
+                differ
+            ],
         ):
             doing()
     # Nothing was changed, and once they agree they go on.

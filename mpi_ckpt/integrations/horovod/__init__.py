@@ -6,21 +6,58 @@ own module when it is first used.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HERE = "mpi_ckpt.integrations.horovod"
+if TYPE_CHECKING:
+    from mpi_ckpt.integrations.horovod.attach import communicator
+    from mpi_ckpt.integrations.horovod.elastic_state import ObjectState, TorchState
+    from mpi_ckpt.integrations.horovod.interrupts import (
+        HostsUpdatedInterrupt,
+        RollBackError,
+    )
+    from mpi_ckpt.integrations.horovod.objects import (
+        allgather_object,
+        broadcast_object,
+    )
+    from mpi_ckpt.integrations.horovod.parameters import (
+        broadcast_optimizer_state,
+        broadcast_parameters,
+    )
+    from mpi_ckpt.integrations.horovod.run import run
+    from mpi_ckpt.integrations.horovod.sampler import ElasticSampler
+    from mpi_ckpt.integrations.horovod.settings import configure
 
-_MODULES: dict[str, str] = {
-    "ElasticSampler": f"{_HERE}.sampler",
-    "HostsUpdatedInterrupt": f"{_HERE}.interrupts",
-    "ObjectState": f"{_HERE}.elastic_state",
-    "RollBackError": f"{_HERE}.interrupts",
-    "TorchState": f"{_HERE}.elastic_state",
-    "configure": f"{_HERE}.settings",
-    "run": f"{_HERE}.run",
+_PACKAGE = "mpi_ckpt.integrations.horovod"
+
+_MODULES = {
+    "ElasticSampler": f"{_PACKAGE}.sampler",
+    "HostsUpdatedInterrupt": f"{_PACKAGE}.interrupts",
+    "ObjectState": f"{_PACKAGE}.elastic_state",
+    "RollBackError": f"{_PACKAGE}.interrupts",
+    "TorchState": f"{_PACKAGE}.elastic_state",
+    "allgather_object": f"{_PACKAGE}.objects",
+    "broadcast_object": f"{_PACKAGE}.objects",
+    "broadcast_optimizer_state": f"{_PACKAGE}.parameters",
+    "broadcast_parameters": f"{_PACKAGE}.parameters",
+    "communicator": f"{_PACKAGE}.attach",
+    "configure": f"{_PACKAGE}.settings",
+    "run": f"{_PACKAGE}.run",
 }
 
-__all__: list[str] = sorted(_MODULES)
+__all__ = [
+    "ElasticSampler",
+    "HostsUpdatedInterrupt",
+    "ObjectState",
+    "RollBackError",
+    "TorchState",
+    "allgather_object",
+    "broadcast_object",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "communicator",
+    "configure",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from mpi_ckpt.integrations.horovod.settings import Settings
     from mpi_ckpt.integrations.horovod.tracked import Tracked
     from mpi_ckpt.state import State
 
@@ -71,8 +72,15 @@ class Commits:
         if self._comm is not None:
             return
         chosen = settings()
-        parent = chosen.find_communicator()
-        comm = Communicator(parent)
+        if self._memory is None and chosen.memory is not None:
+            self._memory = Memory(holders=chosen.memory, every=1)
+        with chosen.training_ranks() as ranks:
+            self._comm, self._manager = self._bring_together(ranks, chosen)
+
+    def _bring_together(
+        self, ranks: MPI.Intracomm, chosen: Settings
+    ) -> tuple[Communicator, CheckpointManager]:
+        comm = Communicator(ranks)
         try:
             directory, options = agree(
                 comm,
@@ -83,19 +91,13 @@ class Commits:
             comm.deadline_seconds = options.deadline_seconds
             _compare(comm, self._tracked)
             self._known = self._tracked.states()
-            if self._memory is None and chosen.memory is not None:
-                self._memory = Memory(holders=chosen.memory, every=1)
-            self._manager = CheckpointManager(
-                directory,
-                self._known,
-                comm=parent,
-                options=options,
-                memory=self._memory,
+            manager = CheckpointManager(
+                directory, self._known, comm=ranks, options=options, memory=self._memory
             )
         except CheckpointError:
             comm.close()
             raise
-        self._comm = comm
+        return comm, manager
 
     def commit(self, doing: str, *, durable: bool) -> bool:
         """Commit; tell whether the ranks shall meet anew.

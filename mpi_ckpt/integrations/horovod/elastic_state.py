@@ -51,9 +51,7 @@ class ObjectState:
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (any value)
         if not name.startswith("_"):
             if hasattr(ObjectState, name):
-                raise RegistrationError(
-                    f"{name!r} means something else in a state"
-                )
+                raise RegistrationError(f"{name!r} means something else in a state")
             self._tracked.check(name, value)
         super().__setattr__(name, value)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
+from mpi_ckpt.comm.horovod import find_horovod
 from mpi_ckpt.errors import OptionsError, RegistrationError
 from mpi_ckpt.integrations.horovod.elastic_state import ObjectState, commits_of
 from mpi_ckpt.integrations.horovod.interrupts import RollBackError, roll_backs, updates
@@ -19,18 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-
-_FRAMEWORKS = ("horovod.torch", "horovod.tensorflow", "horovod.mxnet")
-
-
-@overload
-def run(function: Callable[..., Result], *, tries: int = 3) -> Callable[..., Result]: ...
-
-
-@overload
-def run(*, tries: int = 3) -> Callable[[Callable[..., Result]], Callable[..., Result]]: ...
 
 
 def run(
@@ -91,12 +79,12 @@ class _Recovery:
         self._failures = 0
         self._commit = -1
         self._is_reset = True
-        self._horovod = _running_horovod()
+        self._horovod = find_horovod()
 
     def stop_horovod(self) -> None:
         """End Horovod's collectives, in which other ranks may wait. Not collective."""
         self._is_reset = False
-        self._horovod = self._horovod or _running_horovod()
+        self._horovod = self._horovod or find_horovod()
         if self._horovod is not None:
             self._horovod.shutdown()
 
@@ -140,11 +128,3 @@ class _Recovery:
             else:
                 return
         raise last
-
-
-def _running_horovod() -> Any:  # noqa: ANN401 (a module that may not be installed)
-    for name in _FRAMEWORKS:
-        module: Any = sys.modules.get(name)
-        if module is not None and module.is_initialized():
-            return module
-    return None

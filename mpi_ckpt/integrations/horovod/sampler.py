@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.integrations.horovod.settings import training_ranks
+from mpi_ckpt.integrations.horovod.settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sized
@@ -107,8 +107,7 @@ class ElasticSampler:
 
     def _find_place(self) -> tuple[int, int]:
         if self._place is None:
-            comm = training_ranks()
-            self._place = comm.rank, comm.size
+            self._place = settings().find_place()
         return self._place
 
     def _shared(self) -> list[int]:

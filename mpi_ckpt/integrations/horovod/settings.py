@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mpi_ckpt.comm.horovod import find_horovod
+from mpi_ckpt.comm.horovod_ranks import find_communicator
 from mpi_ckpt.errors import OptionsError
-from mpi_ckpt.integrations.horovod.attach import communicator
 from mpi_ckpt.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from os import PathLike
 
     from mpi4py import MPI
 
-__all__ = ["Settings", "configure", "settings", "training_ranks"]
+__all__ = ["Settings", "configure", "settings"]
 
 DIRECTORY = "MPI_CKPT_DIR"
 
@@ -79,15 +81,33 @@ class Settings:
             interval=_EVERY if options.interval is None else options.interval,
         )
 
-    def find_communicator(self) -> MPI.Intracomm:
-        """Return the communicator of the ranks that train.
+    @contextmanager
+    def training_ranks(self) -> Iterator[MPI.Intracomm]:
+        """Give a communicator of the ranks that train, to be duplicated.
 
-        Collective when Horovod's is taken; see `communicator`.
+        Collective over them. Main thread only.
 
         Raises:
-            LaunchError: On every rank, if Horovod and MPI disagree about the job.
+            LaunchError: On every rank of them, see `communicator`.
         """
-        return communicator(self.comm, self.process_set)
+        comm, is_new = find_communicator(self.comm, self.process_set)
+        yield comm
+        # After an error that one rank alone may have, it is left to MPI_Finalize.
+        if is_new:
+            comm.Free()
+
+    def find_place(self) -> tuple[int, int]:
+        """Return rank and size of this rank among those that train. Not collective.
+
+        Raises:
+            LaunchError: On every rank, if launcher and MPI disagree about the job.
+        """
+        horovod = find_horovod()
+        if horovod is None:
+            comm, _ = find_communicator(self.comm)
+            return comm.rank, comm.size
+        ranks = horovod if self.process_set is None else self.process_set
+        return ranks.rank(), ranks.size()
 
 
 _NOTHING = Settings(None, None, "root", None, None, ())
@@ -137,14 +157,3 @@ def configure(
 def settings() -> Settings:
     """Return what counts now. Not collective."""
     return _Process.settings
-
-
-def training_ranks() -> MPI.Intracomm:
-    """Return the communicator of the ranks that train.
-
-    Collective when Horovod's is taken; see `communicator`.
-
-    Raises:
-        LaunchError: On every rank, if Horovod and MPI disagree about the job.
-    """
-    return settings().find_communicator()
