@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.horovod.playing import play
+from tests.launch import run_job
 
 SCENES = "tests.horovod.scenes.elastic"
 
@@ -62,8 +63,8 @@ def test_a_notice_counts_on_whichever_rank_it_comes(both, rank, found):
 
 def test_a_tracked_scheduler_stays_the_optimizers(both):
     theirs, ours = both("scheduler_after_sync")
-    # Horovod has put a pickled copy in its place, over an optimizer of its own.
-    assert theirs.one == 0.1
+    # Horovod has put a pickled copy in its place on rank 1, over an optimizer of its own.
+    assert theirs.all == [0.05, 0.1]
     assert ours.one == 0.05
 
 
@@ -81,7 +82,7 @@ def test_a_bug_is_not_tried_for_ever(both):
     found = ours.one
     assert (found["tries"], found["kind"]) == (3, "CollectiveError")
     assert "3 times in a row" in found["text"]
-    assert "Mismatched allreduce tensor shapes" in found["text"]
+    assert "One rank sent a tensor of shape [2]" in found["text"]
 
 
 def test_horovod_is_started_again_with_what_it_was_given(both):
@@ -90,8 +91,9 @@ def test_horovod_is_started_again_with_what_it_was_given(both):
         turned = 1 - rank
         assert before["seen"][0][0] == turned
         assert before["seen"][1][0] == rank, "Horovod has forgotten its communicator"
-        assert before["sets"] == [0], "and its process set"
-        assert after["seen"] == [[turned, turned == 0, 1]] * 2
+        assert "does not exist" in before["seen"][1][1], "and its process set"
+        assert before["sets"] == [0]
+        assert after["seen"] == [[turned, 1]] * 2
         assert after["sets"] == [0, 1]
         assert after["batch"] == 1
 
@@ -123,26 +125,32 @@ def test_an_error_on_one_rank_alone_lets_all_go_back(root):
     assert ours("internal_error_on_one", root).one == {"batch": 4, "starts": [0, 2]}
 
 
+def leave_alone(whose, root, where, timeout):
+    """Run the scene as a program, which ends as programs do."""
+    command = ["-m", SCENES, "leaves_alone", whose, root, where]
+    return run_job(2, command, timeout=timeout)
+
+
 @pytest.mark.parametrize("where", ["horovod", "mpi4py", "commit"])
-def test_a_bug_on_one_rank_ends_the_job_and_the_next_one_goes_on(root, where):
-    played = play(f"{SCENES}:leaves_alone", 2, "ours", root, where, timeout=40)
-    assert played.job.code not in (0, 124), played.job.text
-    assert "ZeroDivisionError: a bug on one rank" in played.job.err
+def test_a_bug_on_one_rank_ends_the_job_with_its_commit_on_disk(root, where):
+    job = leave_alone("ours", root, where, timeout=40)
+    assert job.code not in (0, 124), job.text
+    assert "ZeroDivisionError: a bug on one rank" in job.err
     assert [one.name for one in Path(root).glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 
 def test_a_bug_on_one_rank_leaves_horovods_peers_hanging_in_mpi4py(root):
-    played = play(f"{SCENES}:leaves_alone", 2, "theirs", root, "mpi4py", timeout=15)
-    assert played.job.code == 124, played.job.text
+    job = leave_alone("theirs", root, "mpi4py", timeout=20)
+    assert job.code == 124, job.text
 
 
-@pytest.mark.parametrize(("where", "begins"), [("horovod", 2), ("commit", 2), ("save", 2)])
-def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(root, where, begins):
+@pytest.mark.parametrize("where", ["horovod", "commit", "save"])
+def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(root, where):
     played = ours("dies_in", root, where, timeout=40)
     assert played.job.code not in (0, 124), played.job.text
     left = [one.name for one in Path(root).iterdir() if one.name.startswith(".partial")]
     assert bool(left) == (where == "save")
-    assert ours("dies_in", root, "nowhere").one == begins
+    assert ours("dies_in", root, "nowhere").one == 2
     assert not list(Path(root).glob(".partial-*"))
 
 
