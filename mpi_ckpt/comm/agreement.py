@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from mpi_ckpt.comm.communicator import ROOT
 from mpi_ckpt.comm.transfer import bcast_json, gather_bytes
 from mpi_ckpt.comm.vote import UNTOUCHED, Vote
 from mpi_ckpt.digest import digest_bytes
@@ -150,9 +149,9 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
         return []
     gathered = [json.loads(one) for one in gather_bytes(comm, encoded, doing)]
     lines = [
-        f"rank {rank} on {comm.hosts[rank]} has {theirs}, root has {gathered[ROOT]}"
+        f"rank {rank} on {comm.hosts[rank]} has {theirs}, root has {gathered[comm.root]}"
         for rank, theirs in enumerate(gathered)
-        if theirs != gathered[ROOT]
+        if theirs != gathered[comm.root]
     ]
     found: list[str] = bcast_json(comm, lines, doing)
     return found

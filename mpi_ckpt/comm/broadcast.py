@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm.communicator import ROOT
 from mpi_ckpt.comm.pieces import chain_piece_bytes, plan_messages
 
 if TYPE_CHECKING:
@@ -43,7 +42,10 @@ _CHAIN_IN_FLIGHT_BYTES = 4 << 20
 
 
 def bcast_buffers(
-    comm: Communicator, buffers: Sequence[memoryview], doing: str, source: int = ROOT
+    comm: Communicator,
+    buffers: Sequence[memoryview],
+    doing: str,
+    source: int | None = None,
 ) -> None:
     """Broadcast buffers from one rank into those of the others, in place.
 
@@ -54,13 +56,15 @@ def bcast_buffers(
         buffers: C-contiguous bytes, writable off the source; the same number and lengths
             on every rank.
         doing: What the ranks meet for, told when one does not come.
-        source: Rank whose bytes are sent; the same on every rank.
+        source: Rank whose bytes are sent, the same on every rank; None for root.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
     if comm.size == 1:
         return
+    if source is None:
+        source = comm.root
     arrays = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
     lengths = [len(array) for array in arrays]
     piece_bytes = chain_piece_bytes(sum(lengths), len(comm.topology.nodes))

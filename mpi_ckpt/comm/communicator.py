@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.comm.launch import check_horovod, check_launch, load_mpi
+from mpi_ckpt.comm.admission import Objection, check_before
+from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.topology import Topology
-from mpi_ckpt.errors import CollectiveError
+from mpi_ckpt.errors import CollectiveError, LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["ROOT", "Communicator", "keep"]
 
 ROOT = 0
-"""The rank that decides, reads and commits."""
+"""The rank that decides, reads and commits, where none else is named."""
 
 _ROLL_CALL_TAG = 7001
 _DATA_TAG = 7002
@@ -54,10 +55,10 @@ class Communicator:
         comm: The user's communicator; None is the world.
         deadline_seconds: How long any wait may take.
         message_bytes: Largest message in bytes, at most 1 GiB.
+        root: The rank that decides; the same on every rank.
 
     Attributes:
-        rank: This rank.
-        size: Number of ranks.
+        rank, size, root: This rank, the number of ranks, the one that decides.
         hosts: Host name of every rank.
         completed: How many requests have been waited for; grows as long as ranks meet.
         is_waiting: Whether this rank waits for others.
@@ -76,13 +77,15 @@ class Communicator:
         *,
         deadline_seconds: float = 600.0,
         message_bytes: int = 8 << 20,
+        root: int = ROOT,
     ) -> None:
         self._mpi: Any = load_mpi()
-        self._check(comm)
+        check_before(self._mpi, comm)
         parent = self._mpi.COMM_WORLD if comm is None else comm
-        check_horovod(parent.size)
+        objection = Objection.of(self._mpi, parent)
         self.deadline_seconds = deadline_seconds
         self.message_bytes = message_bytes
+        self.root = root
         self.confusions = 0
         self.completed = 0
         self.is_waiting = False
@@ -91,7 +94,12 @@ class Communicator:
         self.handle: MPI.Intracomm = parent.Dup()
         self.rank: int = self.handle.rank
         self.size: int = self.handle.size
-        presences = self._exchange_presences()
+        presences = self._exchange_presences(objects=objection.is_raised)
+        try:
+            objection.settle(self.handle, [one.objects for one in presences])
+        except LaunchError:
+            self.handle.Free()  # on every rank, as all have raised
+            raise
         self._visible = {rank: one for rank, one in enumerate(presences) if one.is_visible}
         self.hosts = tuple(one.host for one in presences)
         self.topology = Topology.of(self.hosts)
@@ -100,7 +108,7 @@ class Communicator:
     @property
     def is_root(self) -> bool:
         """Whether this rank is root."""
-        return self.rank == ROOT
+        return self.rank == self.root
 
     @property
     def name(self) -> str:
@@ -249,15 +257,8 @@ class Communicator:
         """Start receiving bytes from a rank. Not collective. Main thread only."""
         return self.handle.Irecv(into, source=source, tag=_DATA_TAG)
 
-    def _check(self, comm: MPI.Intracomm | None) -> None:
-        # Whoever passes COMM_SELF means a job of one rank.
-        if comm is None or comm != self._mpi.COMM_SELF:
-            name, version = self._mpi.get_vendor()
-            library = f"{name} {'.'.join(map(str, version))}"
-            check_launch(self._mpi.COMM_WORLD.size, library)
-
-    def _exchange_presences(self) -> tuple[Presence, ...]:
-        mine = Presence.own().encode()
+    def _exchange_presences(self, *, objects: bool) -> tuple[Presence, ...]:
+        mine = Presence.own(objects=objects).encode()
         everyone = np.zeros((self.size, Presence.nbytes), np.uint8)
         self.wait([self.handle.Iallgather(mine, everyone)], "meeting for the first time")
         return tuple(Presence.decode(row.tobytes()) for row in everyone)

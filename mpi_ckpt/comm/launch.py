@@ -9,9 +9,8 @@ which this is seen.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import LaunchError
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType
 
-__all__ = ["LauncherView", "check_horovod", "check_launch", "launcher_view", "load_mpi"]
+__all__ = ["LauncherView", "check_launch", "launcher_view", "load_mpi"]
 
 # Launcher -> its variables for size and rank; a missing size means no claim.
 _LAUNCHERS = (
@@ -99,26 +98,4 @@ def check_launch(
                 "mpi4py loads (both in one environment; `srun --mpi=pmix` for Open "
                 "MPI, `--mpi=pmi2` for MPICH; `horovodrun` without --gloo), or pass "
                 "comm=MPI.COMM_SELF if every process is meant to be a job of its own"
-            )
-
-
-def check_horovod(size: int, modules: Mapping[str, Any] = sys.modules) -> None:
-    """Refuse a Horovod that runs without MPI or with another number of ranks.
-
-    Not collective. Looks only if the program has imported and initialised Horovod.
-
-    Raises:
-        LaunchError: On every rank, as each sees the same.
-    """
-    for name in ("horovod.torch", "horovod.tensorflow", "horovod.mxnet"):
-        hvd = modules.get(name)
-        if hvd is None or not hvd.is_initialized():
-            continue
-        if not hvd.mpi_enabled() or hvd.size() != size:
-            raise LaunchError(
-                f"Horovod runs {hvd.size()} ranks "
-                f"({'over MPI' if hvd.mpi_enabled() else 'without MPI'}), the "
-                f"communicator has {size}: start with `mpirun`, or `horovodrun` "
-                "without --gloo, and give CheckpointManager the communicator that "
-                "Horovod was given"
             )

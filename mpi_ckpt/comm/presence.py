@@ -14,7 +14,7 @@ import numpy as np
 __all__ = ["Presence"]
 
 _HOST_BYTES = 64
-_NUMBER_BYTES = 16
+_NUMBER_BYTES = 24
 
 _STATES = {
     "T": "is stopped by a signal",
@@ -35,33 +35,35 @@ class Presence:
         process: Its process id there.
         started: When it was started, in ticks of that host: with the id, this tells the
             process from any other, in another container of that name too.
+        objects: Whether it has found a reason not to take part.
     """
 
     host: str
     process: int
     started: int
+    objects: bool = False
 
     nbytes = _HOST_BYTES + _NUMBER_BYTES
 
     @classmethod
-    def own(cls) -> Presence:
+    def own(cls, *, objects: bool = False) -> Presence:
         """Describe this process. Not collective."""
         process = os.getpid()
         _, started = _look_up(process) or ("", 0)
-        return cls(socket.gethostname(), process, started)
+        return cls(socket.gethostname(), process, started, objects)
 
     def encode(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """Return it as bytes of a fixed length. Not collective."""
         host = self.host.encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
-        numbers = np.array([self.process, self.started], np.int64).tobytes()
+        numbers = np.array([self.process, self.started, self.objects], np.int64).tobytes()
         return np.frombuffer(host + numbers, np.uint8)
 
     @classmethod
     def decode(cls, encoded: bytes) -> Presence:
         """Return what `encode` was called on. Not collective."""
         host = encoded[:_HOST_BYTES].rstrip(b"\0").decode(errors="replace")
-        process, started = np.frombuffer(encoded[_HOST_BYTES:], np.int64).tolist()
-        return cls(host, process, started)
+        process, started, objects = np.frombuffer(encoded[_HOST_BYTES:], np.int64).tolist()
+        return cls(host, process, started, bool(objects))
 
     @property
     def is_visible(self) -> bool:

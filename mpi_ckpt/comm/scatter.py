@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm.agreement import agree
-from mpi_ckpt.comm.communicator import ROOT
 from mpi_ckpt.comm.pieces import plan_messages
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def scatter_bytes(
     all_lengths = np.array(lengths if comm.is_root else (), np.int64)
     length = np.zeros(1, np.int64)
     comm.wait(
-        [comm.handle.Iscatter(all_lengths, length, root=ROOT)],
+        [comm.handle.Iscatter(all_lengths, length, root=comm.root)],
         doing,
         buffers=(all_lengths, length),
     )
@@ -67,7 +66,7 @@ def scatter_bytes(
     else:
         mine = np.empty(int(length[0]), np.uint8)
         cuts = plan_messages([len(mine)], comm.message_bytes)
-        comm.wait([comm.irecv(mine[p.start : p.end], ROOT) for (p,) in cuts], doing)
+        comm.wait([comm.irecv(mine[p.start : p.end], comm.root) for (p,) in cuts], doing)
         outcome = mine.tobytes
     return agree(comm, doing, outcome, error=error)
 
@@ -81,7 +80,7 @@ class _Dealer:
         self._comm = comm
         self._doing = doing
         self._window_bytes = window_bytes
-        self._waiting = {rank: n for rank, n in enumerate(lengths) if n and rank != ROOT}
+        self._waiting = {r: n for r, n in enumerate(lengths) if n and r != comm.root}
         self._sends: list[MPI.Request] = []
         self._on_the_way = 0
         self._failure: BaseException | None = None
@@ -118,7 +117,7 @@ class _Dealer:
             return None
 
     def _send(self, rank: int, data: bytes) -> None:
-        if rank == ROOT:
+        if rank == self._comm.root:
             self._mine = data
             return
         if self._sends and self._on_the_way + len(data) > self._window_bytes:

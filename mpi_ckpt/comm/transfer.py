@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm.broadcast import bcast_buffers
-from mpi_ckpt.comm.communicator import ROOT
 from mpi_ckpt.comm.pieces import plan_messages
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def bcast_bytes(comm: Communicator, data: bytes | None, doing: str) -> bytes:
     length = np.zeros(1, np.int64)
     if comm.is_root:
         length[0] = len(data or b"")
-    comm.wait([comm.handle.Ibcast(length, root=ROOT)], doing)
+    comm.wait([comm.handle.Ibcast(length, root=comm.root)], doing)
     buffer = bytearray(data or b"") if comm.is_root else bytearray(int(length[0]))
     bcast_buffers(comm, [memoryview(buffer)], doing)
     return bytes(buffer)
@@ -112,19 +111,20 @@ def gather_bytes(comm: Communicator, data: bytes, doing: str) -> list[bytes]:
     """
     length = np.array([len(data)], np.int64)
     lengths = np.zeros(comm.size if comm.is_root else 0, np.int64)
-    comm.wait([comm.handle.Igather(length, lengths, root=ROOT)], doing)
+    comm.wait([comm.handle.Igather(length, lengths, root=comm.root)], doing)
     if not comm.is_root:
         mine = np.frombuffer(data, np.uint8)
         cuts = plan_messages([len(mine)], comm.message_bytes)
-        sends = [comm.isend(mine[p.start : p.end], ROOT) for (p,) in cuts]
+        sends = [comm.isend(mine[p.start : p.end], comm.root) for (p,) in cuts]
         comm.wait(sends, doing, streaming=True)
         return []
     gathered = [np.empty(int(n), np.uint8) for n in lengths]
     receives = [
         comm.irecv(gathered[rank][p.start : p.end], rank)
         for rank in range(comm.size)
-        if rank != ROOT
+        if rank != comm.root
         for (p,) in plan_messages([len(gathered[rank])], comm.message_bytes)
     ]
     comm.wait(receives, doing, streaming=True)
-    return [data if rank == ROOT else a.tobytes() for rank, a in enumerate(gathered)]
+    gathered[comm.root] = np.frombuffer(data, np.uint8)
+    return [array.tobytes() for array in gathered]

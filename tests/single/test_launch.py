@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from mpi_ckpt.comm.launch import (
     LauncherView,
-    check_horovod,
     check_launch,
     launcher_view,
     load_mpi,
@@ -69,28 +67,6 @@ def test_several_launchers_are_all_looked_at():
     environ = {**STARTED["srun"], "PMI_SIZE": "1"}
     with pytest.raises(LaunchError, match="srun started"):
         check_launch(1, "MPI", environ)
-
-
-def horovod(size: int, *, initialized: bool = True, mpi: bool = True) -> SimpleNamespace:
-    return SimpleNamespace(
-        is_initialized=lambda: initialized, mpi_enabled=lambda: mpi, size=lambda: size
-    )
-
-
-@pytest.mark.parametrize("name", ["horovod.torch", "horovod.tensorflow", "horovod.mxnet"])
-def test_horovod_of_other_ranks_or_without_mpi_is_refused(name):
-    check_horovod(4, {name: horovod(4)})
-    with pytest.raises(
-        LaunchError, match=r"runs 2 ranks .over MPI., the communicator has 4"
-    ):
-        check_horovod(4, {name: horovod(2)})
-    with pytest.raises(LaunchError, match="without MPI"):
-        check_horovod(4, {name: horovod(4, mpi=False)})
-
-
-def test_horovod_that_is_not_in_use_is_left_alone():
-    check_horovod(4, {})
-    check_horovod(4, {"horovod.torch": horovod(1, initialized=False)})
 
 
 def test_missing_mpi_is_told_with_what_to_install(monkeypatch):

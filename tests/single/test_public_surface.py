@@ -123,3 +123,28 @@ print(json.dumps(len(stream.getvalue()) > 0))
 
 def test_states_without_torch_work_without_torch():
     assert ask(WITHOUT) is True
+
+
+HOROVOD = """
+import json, sys
+from mpi_ckpt.integrations import horovod
+for name in horovod.__all__:
+    getattr(horovod, name)
+heavy = {"mpi4py.MPI", "torch", "horovod", "pickle5", "cloudpickle"}
+print(json.dumps([sorted(heavy & set(sys.modules)), horovod.__all__, dir(horovod)]))
+"""
+
+
+def test_names_beside_horovod_are_lazy_sorted_and_documented():
+    heavy, names, listed = ask(HOROVOD)
+    assert heavy == []
+    assert names == listed == sorted(set(names))
+    from mpi_ckpt.integrations import horovod
+
+    assert set(names) == set(horovod._MODULES)
+    for name in names:
+        value = getattr(horovod, name)
+        assert value.__module__ == horovod._MODULES[name]
+        assert inspect.getdoc(value)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = horovod.nonsense

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A communicator whose ranks are Horovod's, in Horovod's order.
+
+Horovod works on a duplicate that it shows to nobody. Its ranks are found by what it says of
+them: where it has all ranks of a communicator at hand, MPI alone tells the order; where it
+has some, its own allgather tells which.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm.admission import Objection, check_before
+from mpi_ckpt.comm.horovod import check_horovod, find_horovod, mark_horovods
+from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.errors import LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi4py import MPI
+
+__all__ = ["find_communicator"]
+
+_NAME = "mpi_ckpt.communicator"
+_GROUP_TAG = 7003
+_OTHERS = "Horovod's ranks are not those of the communicator that was given"
+
+
+def find_communicator(
+    comm: MPI.Intracomm | None = None,
+    process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
+) -> tuple[MPI.Intracomm, bool]:
+    """Return a communicator with Horovod's ranks in its order.
+
+    Collective over the ranks meant. Main thread only.
+
+    Args:
+        comm: One that is known to have these ranks, in any order; None to find them.
+        process_set: The ``hvd.ProcessSet`` whose ranks are meant; None for all.
+
+    Returns:
+        The communicator, and whether it was made here.
+
+    Raises:
+        LaunchError: On every rank of them, if Horovod and MPI cannot live together, or do
+            not have the same ranks.
+    """
+    mpi = load_mpi()
+    check_before(mpi, comm)
+    horovod = find_horovod()
+    is_part = process_set is not None and process_set.process_set_id != 0
+    if is_part and comm is not None:
+        raise LaunchError("give the communicator or the process set, not both")
+    if horovod is None:
+        if is_part:
+            raise LaunchError("a process set was given, and Horovod is not initialised")
+        return mpi.COMM_WORLD if comm is None else comm, False
+    if is_part or (comm is None and horovod.size() != mpi.COMM_WORLD.size):
+        return _ask_horovod(mpi, horovod, process_set if is_part else None), True
+    return _in_order(mpi, horovod, mpi.COMM_WORLD if comm is None else comm)
+
+
+def _in_order(mpi: Any, horovod: Any, comm: MPI.Intracomm) -> tuple[MPI.Intracomm, bool]:  # noqa: ANN401
+    objection = Objection.of(mpi, comm)
+    mine = np.array([horovod.rank(), objection.is_raised], np.int64)
+    everyone = np.empty((comm.size, 2), np.int64)
+    comm.Allgather(mine, everyone)
+    objection.settle(comm, [bool(one) for one in everyone[:, 1]])
+    order = everyone[:, 0].tolist()
+    if sorted(order) != list(range(comm.size)):
+        raise LaunchError(f"{_OTHERS}: it calls them {order}")
+    if order == list(range(comm.size)):
+        return comm, False
+    ordered: MPI.Intracomm = mpi.Intracomm(comm.Split(0, horovod.rank()))
+    return ordered, True
+
+
+def _ask_horovod(mpi: Any, horovod: Any, process_set: Any) -> MPI.Intracomm:  # noqa: ANN401
+    # What is refused here, every rank sees the same way: there is no communicator yet.
+    check_horovod(mpi, horovod.size())
+    members = _members(mpi, horovod, process_set)
+    world = mpi.COMM_WORLD.Get_group()
+    group = world.Incl(members)
+    # Only the members come here, so it cannot be a split of the world.
+    made: MPI.Intracomm = mpi.COMM_WORLD.Create_group(group, _GROUP_TAG)
+    group.Free()
+    world.Free()
+    mark_horovods(mpi, made)
+    return made
+
+
+def _members(mpi: Any, horovod: Any, process_set: Any) -> Sequence[int]:  # noqa: ANN401
+    """Return Horovod's ranks, as the world numbers them."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(horovod, "allgather"):
+        raise LaunchError(
+            "Horovod was not initialised with all ranks of the job; give comm=, the "
+            "communicator that hvd.init(comm=...) was given"
+        )
+    if process_set is not None and not process_set.included():
+        raise LaunchError(f"this rank is not in the process set {process_set.ranks}")
+    mine = torch.tensor([mpi.COMM_WORLD.rank], dtype=torch.int64)
+    options = {} if process_set is None else {"process_set": process_set}
+    members: list[int] = horovod.allgather(mine, name=_NAME, **options).tolist()
+    return members

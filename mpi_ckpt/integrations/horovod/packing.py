@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Python object as a little pickle, and the memory of its arrays beside it. No MPI.
+
+What is unpickled here comes from a rank of the same job, over MPI: it runs the same program
+already, so there is nobody to guard against. No file is ever read this way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickle
+import sys
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Packed", "fresh_memory", "pack", "unpack"]
+
+# Fresh memory is the price of a received object: large blocks come in huge pages, which
+# cost a tenth of small ones. A small array that outlives the rest keeps no more than this.
+_BLOCK_BYTES = 16 << 20
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An object taken apart.
+
+    Attributes:
+        pickled: All but the memory of its arrays.
+        buffers: That memory, live, in the order in which the pickle asks for it.
+    """
+
+    pickled: bytes
+    buffers: tuple[memoryview, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Bytes of each buffer."""
+        return [len(one) for one in self.buffers]
+
+    def fits(self, pickled: bytes, lengths: Sequence[int]) -> bool:
+        """Tell whether another's arrays can be received into these. Not collective."""
+        return (
+            self.pickled == pickled
+            and self.lengths == list(lengths)
+            and not any(one.readonly for one in self.buffers)
+        )
+
+
+def pack(value: Any) -> Packed:  # noqa: ANN401
+    """Take an object apart; nothing large is copied.
+
+    Not collective. Arrays that are not contiguous, and tensors on a device, are copied
+    into the pickle.
+
+    Args:
+        value: Anything that pickles.
+    """
+    stream = io.BytesIO()
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> None:
+        buffers.append(buffer.raw())
+
+    _pickler_class()(stream, protocol=5, buffer_callback=keep).dump(value)
+    return Packed(stream.getvalue(), tuple(buffers))
+
+
+def unpack(pickled: bytes, buffers: Sequence[memoryview]) -> Any:  # noqa: ANN401
+    """Put an object together over the given memory. Not collective."""
+    # From a rank of this job, see above.
+    return pickle.loads(pickled, buffers=buffers)  # noqa: S301
+
+
+def fresh_memory(lengths: Sequence[int]) -> list[memoryview]:
+    """Make memory for the buffers of an object, several in one block. Not collective.
+
+    Args:
+        lengths: Bytes of each buffer.
+    """
+    room: list[memoryview] = []
+    waiting: list[int] = []
+    filled = 0
+    for length in lengths:
+        waiting.append(length)
+        filled += _aligned(length)
+        if filled >= _BLOCK_BYTES:
+            room += _one_block(waiting)
+            waiting, filled = [], 0
+    return room + _one_block(waiting)
+
+
+def _one_block(lengths: Sequence[int]) -> list[memoryview]:
+    starts = list(accumulate(map(_aligned, lengths), initial=0))
+    block = np.empty(starts.pop(), np.uint8).data
+    return [block[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _pickler_class() -> type[Any]:
+    """Return a pickler that leaves tensors' memory aside, as NumPy's arrays do theirs.
+
+    Over cloudpickle's, where it is installed: Horovod's users broadcast functions too.
+    """
+    try:
+        base: Any = importlib.import_module("cloudpickle").Pickler
+    except ImportError:
+        base = pickle.Pickler
+
+    class Pickler(base):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+            super().__init__(*arguments, **options)
+            self._memories: dict[int, _Memory] = {}
+
+        def reducer_override(self, value: Any) -> Any:  # noqa: ANN401
+            if _is_plain_tensor(value):
+                return self._reduce_tensor(value)
+            otherwise = getattr(super(), "reducer_override", None)
+            return NotImplemented if otherwise is None else otherwise(value)
+
+        def _reduce_tensor(self, tensor: Any) -> tuple[Any, ...]:  # noqa: ANN401
+            # Tensors over the same memory arrive over the same memory.
+            storage = tensor.untyped_storage()
+            memory = self._memories.setdefault(storage.data_ptr(), _Memory(storage))
+            form = (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+            return _make_tensor, (memory, type(tensor), tensor.requires_grad, *form)
+
+    return Pickler
+
+
+def _is_plain_tensor(value: object) -> bool:
+    # A tensor can only be here if somebody has imported torch.
+    torch: Any = sys.modules.get("torch")
+    if torch is None or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    tensor: Any = value
+    is_plain: bool = (
+        tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and tensor.is_leaf
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.__dict__ or tensor._backward_hooks)  # noqa: SLF001
+    )
+    return is_plain
+
+
+class _Memory:
+    """The memory of one or more tensors; pickled once."""
+
+    def __init__(self, storage: Any) -> None:  # noqa: ANN401
+        self._storage = storage
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        torch = sys.modules["torch"]
+        flat = torch.empty(0, dtype=torch.uint8).set_(self._storage)
+        return _make_memory, (pickle.PickleBuffer(flat.numpy()),)
+
+
+def _make_memory(buffer: Any) -> Any:  # noqa: ANN401
+    import torch
+
+    if len(buffer) == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def _make_tensor(
+    memory: Any,  # noqa: ANN401
+    kind: Any,  # noqa: ANN401
+    requires_grad: bool,
+    dtype: Any,  # noqa: ANN401
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+) -> Any:  # noqa: ANN401
+    import torch
+
+    tensor = torch.empty(0, dtype=dtype)
+    tensor.set_(memory.untyped_storage(), offset, shape, stride)
+    if kind is torch.nn.Parameter:
+        return torch.nn.Parameter(tensor, requires_grad)
+    return tensor.requires_grad_(requires_grad)

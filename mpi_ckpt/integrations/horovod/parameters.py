@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broadcasts of models and optimizers: any dtype and size, and never by taking a step.
+
+What is equal already is found by digests and not sent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.engine.sync import sync_states
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.integrations.horovod.attach import attached
+from mpi_ckpt.integrations.horovod.differences import raise_differences, spec_differences
+from mpi_ckpt.options import Options
+from mpi_ckpt.states.nested import NestedState
+from mpi_ckpt.states.optimizer import OptimizerState
+from mpi_ckpt.states.tree import flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+    from mpi4py import MPI
+
+    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.state import Structure
+
+__all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
+
+
+def broadcast_parameters(
+    params: Mapping[str, Any] | Iterable[Any],
+    root_rank: int = 0,
+    *,
+    process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
+    comm: MPI.Intracomm | None = None,
+    deadline_seconds: float = 600.0,
+) -> None:
+    """Give every rank root's parameters, in place.
+
+    Collective. Main thread only. Takes what ``hvd.broadcast_parameters`` takes, and also
+    generators, every dtype, any size and any layout; only tensors that differ are sent.
+
+    Args:
+        params: ``model.state_dict()``, ``model.named_parameters()``,
+            ``model.parameters()``, or pairs of name and value. The same names, dtypes and
+            shapes on every rank. Values that are no tensors or arrays are replaced in a
+            dict or a list.
+        root_rank: Horovod's rank, of all of its ranks, that has them.
+        process_set: As for `communicator`.
+        comm: As for `communicator`.
+        deadline_seconds: How long any wait may take.
+
+    Raises:
+        StateMismatchError: On every rank, naming the ranks whose parameters are not
+            root's, and how they differ; nothing was changed.
+        StageError: On every rank, if a value has no plain form; nothing was changed.
+        CheckpointError: On every rank, for anything else that went wrong.
+    """
+    with attached(root_rank, process_set, comm, deadline_seconds) as private:
+        sync_states(private, [_Parameters(params)], Options())
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    root_rank: int = 0,
+    model: torch.nn.Module | None = None,  # noqa: ARG001 (as Horovod's)
+    *,
+    process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
+    comm: MPI.Intracomm | None = None,
+    deadline_seconds: float = 600.0,
+) -> None:
+    """Give every rank root's optimizer state and hyperparameters.
+
+    Collective. Main thread only. For every optimizer with a state dict, LBFGS and those
+    without any state too. No step is taken: no weight changes, no gradient is made.
+
+    Args:
+        optimizer: Of the same kind and over the same parameters on every rank; one that
+            Horovod has wrapped is the same as one that it has not.
+        root_rank: Horovod's rank, of all of its ranks, that has the state.
+        model: Not needed; Horovod's broadcast has it.
+        process_set: As for `communicator`.
+        comm: As for `communicator`.
+        deadline_seconds: How long any wait may take.
+
+    Raises:
+        StateMismatchError: On every rank, naming the ranks whose optimizer is of another
+            kind or over other parameters; nothing was changed.
+        StageError: On every rank, if an entry has no plain form; nothing was changed.
+        CheckpointError: On every rank, for anything else that went wrong.
+    """
+    with attached(root_rank, process_set, comm, deadline_seconds) as private:
+        sync_states(private, [_Optimizer("optimizer", optimizer)], Options())
+
+
+class _Parameters(NestedState):
+    """Named values, received where they are."""
+
+    def __init__(self, params: Mapping[str, Any] | Iterable[Any]) -> None:
+        super().__init__("parameters")
+        self._given = params
+        self._pairs: list[tuple[Any, str, Any]] | None = None
+
+    def nested(self) -> dict[str, Any]:
+        if self._pairs is None:  # a generator gives its values once
+            self._pairs = list(_named(self._given))
+        values = {name: value for _, name, value in self._pairs}
+        if len(values) < len(self._pairs):
+            names = [name for _, name, _ in self._pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise StageError(f"several parameters have one name: {', '.join(twice)}")
+        return values
+
+    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:
+        live = flatten(self.nested())
+        problems = spec_differences(specs, [leaf.spec for leaf in live.leaves.values()])
+        theirs, ours = structure or {}, live.structure or {}
+        problems += [f"root has {name}, this rank has not" for name in theirs.keys() - ours]
+        problems += [f"this rank has {name}, root has not" for name in ours.keys() - theirs]
+        problems += [
+            f"{name} cannot be received into: several elements share one place"
+            for name, value in live.values.items()
+            if _overlaps(value)
+        ]
+        if theirs != ours and not isinstance(self._given, (dict, list)):
+            problems += [
+                f"{name} is no tensor and differs: only a dict or a list can take it"
+                for name in theirs.keys() & ours
+                if theirs[name] != ours[name]
+            ]
+        raise_differences("parameters", problems)
+
+    def accept(self, value: dict[str, Any]) -> None:
+        given: Any = self._given
+        for key, name, own in self._pairs or ():
+            new = value[name]
+            if new is own or not isinstance(given, (dict, list)):
+                continue
+            is_pair = isinstance(given, list) and isinstance(given[key], tuple)
+            given[key] = (name, new) if is_pair else new
+
+
+def _named(params: Any) -> Iterable[tuple[Any, str, Any]]:  # noqa: ANN401
+    """Give key or index, name and value of each parameter."""
+    if hasattr(params, "items"):
+        yield from ((key, str(key), value) for key, value in params.items())
+        return
+    for index, one in enumerate(params):
+        is_pair = isinstance(one, tuple)
+        yield index, str(one[0]) if is_pair else str(index), one[1] if is_pair else one
+
+
+def _overlaps(value: Any) -> bool:  # noqa: ANN401
+    strides = getattr(value, "strides", None) or getattr(value, "stride", tuple)()
+    return any(
+        size > 1 and stride == 0 for size, stride in zip(value.shape, strides, strict=True)
+    )
+
+
+class _Optimizer(OptimizerState):
+    """An optimizer that also tells its kind."""
+
+    def nested(self) -> dict[str, Any]:
+        return {**super().nested(), "kind": self._kind}
+
+    @property
+    def _kind(self) -> str:
+        # Horovod's wrapper has the name of what it wraps.
+        return type(self._optimizer).__name__
+
+    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:  # noqa: ARG002
+        problems = []
+        if structure["kind"] != self._kind:
+            problems.append(f"root has {structure['kind']}, this rank {self._kind}")
+        theirs, ours = structure["params"], self._param_shapes()
+        if len(theirs) != len(ours):
+            problems.append(f"root has {len(theirs)} groups, this rank {len(ours)}")
+        for group, (one, other) in enumerate(zip(theirs, ours, strict=False)):
+            if one != other:
+                problems.append(
+                    f"group {group}: root has parameters of shapes {one}, this rank {other}"
+                )
+        raise_differences("optimizer", problems)
