@@ -60,7 +60,7 @@ def test_the_arena_is_reused_and_grows():
 
 
 def test_memory_that_is_not_to_be_had_is_an_error_of_the_family(monkeypatch):
-    def none_left(*args):
+    def none_left(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(memory_module.mmap, "mmap", none_left)
