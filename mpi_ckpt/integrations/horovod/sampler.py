@@ -45,6 +45,7 @@ class ElasticSampler:
         self.processed_num = 0
         # Taken from the job when first asked for: making a sampler starts no MPI.
         self._place: tuple[int, int] | None = None
+        self._begin = 0
         self._share: list[int] | None = None
 
     @property
@@ -65,7 +66,7 @@ class ElasticSampler:
         if epoch != self.epoch:
             self.epoch = epoch
             self.processed_num = 0
-        self._share = None
+        self._share_out()
 
     def record_batch(self, batch_idx: int, batch_size: int) -> None:  # noqa: ARG002 (Horovod's)
         """Note that every rank has trained on a batch.
@@ -86,16 +87,18 @@ class ElasticSampler:
         """Take over what `state_dict` returned, and share out what is left."""
         self.epoch = state_dict["epoch"]
         self.processed_num = state_dict["processed_num"]
-        self._share = None
+        self._share_out()
 
     def reset(self) -> None:
         """Find out anew how many ranks there are, and share out what is left."""
-        self._place = self._share = None
+        self._place = None
+        self._share_out()
 
     def place(self, rank: int, size: int) -> None:
         """Take a place among the ranks; share out what is left if it is another one."""
         if self._place != (rank, size):
-            self._place, self._share = (rank, size), None
+            self._place = (rank, size)
+            self._share_out()
 
     def __iter__(self) -> Iterator[int]:
         """Give the samples of this rank that were left when they were shared out."""
@@ -110,10 +113,13 @@ class ElasticSampler:
             self._place = settings().find_place()
         return self._place
 
+    def _share_out(self) -> None:
+        self._begin, self._share = self.processed_num, None
+
     def _shared(self) -> list[int]:
         if self._share is None:
             rank, size = self._find_place()
-            left = self._order()[self.processed_num :]
+            left = self._order()[self._begin :]
             per_rank = -(-len(left) // size)
             # Fewer may be left than there are ranks: then they go round more than once.
             self._share = [left[i % len(left)] for i in range(rank, per_rank * size, size)]
