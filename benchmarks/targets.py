@@ -263,6 +263,31 @@ def _beside_horovod() -> list[Target]:
     ]
 
 
+def _commits() -> list[Target]:
+    """A commit in memory beside Horovod's, and one that is durable a little later."""
+    theirs, case = names.HOROVOD_COMMIT, "commits"
+    to_memory, behind = names.COMMIT, names.COMMIT_BEHIND
+    return [
+        Target(
+            f"{what}: Horovod's commit / ours",
+            case,
+            3.0,
+            True,
+            times(theirs, names.beside_horovod(ours)),
+            ranks=2,
+        )
+        for what, ours in (("commit to memory", to_memory), ("commit to disk", behind))
+    ] + [
+        Target(
+            "commit to memory: ours / memcpy",
+            case,
+            1.15,
+            False,
+            times(to_memory, names.MEMCPY),
+        )
+    ]
+
+
 TARGETS: tuple[Target, ...] = (
     Target(
         "save: raw direct write / ours",
@@ -383,6 +408,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     *_peaks(),
     *_beside_horovod(),
+    *_commits(),
     *(
         Target(f"small leaves, {group}: many / one", "small", 2.0, False, _small(group))
         for group in ("save", "sync, equal", "sync, all differ", "restore")

@@ -9,6 +9,8 @@ from benchmarks import names
 from benchmarks.peers.base import Peer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 __all__ = ["Horovod"]
@@ -47,6 +49,17 @@ class Horovod(Peer):
 
         hvd.broadcast_parameters(module.state_dict(), root_rank=0)
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+
+    def make_commit(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> Callable[[], None]:
+        """Return the commit of an elastic state: each rank copies what it has."""
+        from horovod.torch import elastic
+
+        commit: Callable[[], None] = elastic.TorchState(
+            model=module, optimizer=optimizer, batch=0
+        ).commit
+        return commit
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Broadcast one tensor from root, in place."""
