@@ -68,6 +68,18 @@ def test_a_tracked_scheduler_stays_the_optimizers(both):
     assert ours.one == 0.05
 
 
+def test_single_methods(both):
+    theirs, ours = both("small_things", ranks=3)
+    assert theirs.one == {"position": 0, "few": "AssertionError: ", "assigned": 2}
+    assert ours.one == {"position": 6, "few": None, "assigned": 1}
+
+
+def test_ranks_that_track_different_attributes_are_told(both):
+    theirs, ours = both("tracks_more_on_one_rank")
+    assert theirs.one is None
+    assert ours.one.startswith("RegistrationError: the ranks track different attributes")
+
+
 def test_ranks_that_commit_unequally_often_are_told(both):
     theirs, ours = both("save_on_one_rank")
     assert [one["batch"] for one in theirs.all] == [5, 0]

@@ -404,6 +404,7 @@ def test_other_errors_end_a_run_and_the_next_one_goes_on(comm, configured):
     @run
     def train(state, *, fail):
         state.epoch += 1
+        state.seen = [*getattr(state, "seen", []), state.epoch]
         state.commit()
         state.epoch = 100
         if fail:
@@ -413,8 +414,17 @@ def test_other_errors_end_a_run_and_the_next_one_goes_on(comm, configured):
         train(ObjectState(epoch=0), fail=True)
     comm.Barrier()
     state = ObjectState(epoch=0)
+    with same_error(comm, ZeroDivisionError):
+        train(state, fail=True)
+    assert (state.epoch, state.commits) == (100, 2)
+    comm.Barrier()
+    # The same object: it begins with what it has committed.
     train(state, fail=False)
-    assert state.commits == 2
+    assert (state.epoch, state.commits) == (100, 3)
+    again = ObjectState(epoch=0)
+    with again:
+        again.sync()
+        assert (again.epoch, again.seen) == (100, [1, 2, 3])
 
 
 @pytest.mark.parametrize("teller", [0, -1], ids=["root", "the last rank"])

@@ -194,8 +194,10 @@ class Commits:
         """Part by an exception, which may be this rank's alone. Not collective."""
         if self._manager is not None:
             self._manager.__exit__(kind, error, trace)
-            # The communicator is left to MPI_Finalize.
+            # The communicator is left to MPI_Finalize. What is in the states now may be
+            # half a step: whoever goes on with them begins at the last commit.
             self._manager = self._comm = None
+            self._is_synced = False
 
     def give_up(self, times: int, error: BaseException) -> None:
         """Raise what has failed, as it stands on each rank.

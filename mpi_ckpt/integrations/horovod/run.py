@@ -98,7 +98,8 @@ class _Recovery:
         self._commit = commits.count
         if self._failures >= self._tries:
             commits.give_up(self._failures, error)
-        logger.warning(
+        logger.log(
+            logging.WARNING if commits.ranks.rank == 0 else logging.INFO,
             "gone back to commit %d, try %d of %d, after: %s",
             *(commits.count, self._failures, self._tries, error),
         )
