@@ -39,6 +39,15 @@ class Horovod(Peer):
 
         hvd.broadcast_parameters(self.tensors(), root_rank=0)
 
+    def equalize_training(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Make a model and its optimizer equal to root's, as its examples do."""
+        import horovod.torch as hvd
+
+        hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Broadcast one tensor from root, in place."""
         import horovod.torch as hvd

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Horovod's users do at the start of a run: a model, its optimizer and an object."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks import ceilings, names
+from benchmarks.harness import Contender, Group
+from benchmarks.peers import find_horovod, object_contenders
+from benchmarks.training import as_training
+from mpi_ckpt import TrainState
+from mpi_ckpt.integrations import horovod as beside
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benchmarks.peers.horovod import Horovod
+    from benchmarks.setting import Setting
+
+__all__ = ["groups"]
+
+_OBJECT_BYTES = 200_000_000
+_OBJECT_ARRAYS = 50
+
+
+def groups(setting: Setting) -> Iterator[Group]:
+    """See the module."""
+    for name, change in (("equal", setting.touch), ("all differ", setting.differ)):
+        contenders = [_changed(change, one) for one in _training(setting)]
+        yield Group(name, setting.nbytes, contenders)
+        setting.touch()  # equal again
+    yield _object(setting)
+
+
+def _changed(change: Callable[[], None], contender: Contender) -> Contender:
+    def before() -> None:
+        change()
+        contender.before()
+
+    return replace(contender, before=before)
+
+
+def _training(setting: Setting) -> list[Contender]:
+    module, optimizer = as_training(setting)
+    comm, arrays = setting.comm, list(setting.state.values())
+    manager = setting.manager("ours", [TrainState(module=module, optimizer=optimizer)])
+
+    def ours() -> None:
+        beside.broadcast_parameters(module.state_dict(), comm=comm)
+        beside.broadcast_optimizer_state(optimizer, comm=comm)
+
+    contenders = [
+        Contender(names.IBCAST, lambda: ceilings.ibcast(comm, arrays), ceiling=True),
+        Contender(names.SYNC, manager.sync),
+        Contender(names.BROADCAST_TRAINING, ours),
+    ]
+    horovod = find_horovod(setting)
+    if horovod is not None:
+
+        def theirs() -> None:
+            horovod.equalize_training(module, optimizer)
+
+        contenders += _while_it_polls(
+            horovod,
+            Contender(names.beside_horovod(names.BROADCAST_TRAINING), ours),
+            Contender(names.HOROVOD_TRAINING, theirs),
+        )
+    return contenders
+
+
+def _while_it_polls(horovod: Horovod, *contenders: Contender) -> list[Contender]:
+    """Have Horovod's thread run while these do, and not before or after."""
+    return [
+        replace(one, before=horovod.begin, after=lambda _: horovod.end())
+        for one in contenders
+    ]
+
+
+def _object(setting: Setting) -> Group:
+    from mpi4py.util import pkl5
+
+    comm = setting.comm
+    nbytes = 1_000_000 if setting.arguments.smoke else _OBJECT_BYTES
+    each = nbytes // _OBJECT_ARRAYS // 4
+    value = {
+        f"array {number}": np.full(each, number + comm.rank, np.float32)
+        for number in range(_OBJECT_ARRAYS)
+    }
+    arrays = list(value.values())
+
+    def ours(*, in_place: bool = False) -> object:
+        return beside.broadcast_object(value, comm=comm, in_place=in_place)
+
+    plain = Contender(names.BROADCAST_OBJECT, ours)
+    contenders = [
+        Contender(names.IBCAST, lambda: ceilings.ibcast(comm, arrays), ceiling=True),
+        plain,
+        Contender(names.BROADCAST_OBJECT_IN_PLACE, lambda: ours(in_place=True)),
+        Contender(names.PKL5, lambda: pkl5.Intracomm(comm).bcast(value)),
+        *object_contenders(setting, value),
+    ]
+    horovod = find_horovod(setting)
+    if horovod is not None:
+        name = names.beside_horovod(names.BROADCAST_OBJECT)
+        contenders += _while_it_polls(horovod, replace(plain, name=name))
+    return Group("object", sum(array.nbytes for array in arrays), contenders)
