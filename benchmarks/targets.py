@@ -260,6 +260,13 @@ def _beside_horovod() -> list[Target]:
             True,
             times(names.HOROVOD_OBJECT, small, "object"),
         ),
+        Target(
+            "commit to disk behind the training: ours / Horovod's in memory",
+            "horovod",
+            1 / 3,
+            False,
+            times(names.COMMIT_ASYNC, names.HOROVOD_COMMIT, "commit"),
+        ),
     ]
 
 

@@ -35,7 +35,7 @@ def find_communicator(
     comm: MPI.Intracomm | None = None,
     process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
     *,
-    deadline_seconds: float,
+    deadline_seconds: float = 600.0,
 ) -> tuple[MPI.Intracomm, bool]:
     """Return a communicator with Horovod's ranks in its order.
 
