@@ -28,10 +28,10 @@ REUSE_FULL = "mpi_ckpt save, all bytes changed"
 REUSE_PART = "mpi_ckpt save, 1% of the bytes changed"
 MANY_LEAVES = "many leaves of 4 KB"
 STEP = "mpi_ckpt step"
-COMMIT = "mpi_ckpt commit, to memory"
-COMMIT_BEHIND = "mpi_ckpt commit, to disk behind"
-COMMIT_DURABLE = "mpi_ckpt commit, to disk at once"
 BROADCAST_TRAINING = "mpi_ckpt broadcast_parameters + broadcast_optimizer_state"
+COMMIT_DURABLE = "mpi_ckpt TorchState.commit, on disk"
+COMMIT_ASYNC = "mpi_ckpt TorchState.commit, to disk behind the training"
+COMMIT_MEMORY = "mpi_ckpt TorchState.commit, in memory"
 BROADCAST_OBJECT = "mpi_ckpt broadcast_object"
 BROADCAST_OBJECT_IN_PLACE = "mpi_ckpt broadcast_object, in place"
 
@@ -45,8 +45,8 @@ PKL5 = "mpi4py.util.pkl5 bcast"
 HOROVOD = "Horovod"
 HOROVOD_SYNC = "Horovod broadcast_parameters"
 HOROVOD_TRAINING = "Horovod broadcast_parameters + broadcast_optimizer_state"
+HOROVOD_COMMIT = "Horovod TorchState.commit, in memory"
 HOROVOD_OBJECT = "Horovod broadcast_object"
-HOROVOD_COMMIT = "Horovod TorchState.commit"
 
 
 def beside_horovod(name: str) -> str:

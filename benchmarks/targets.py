@@ -260,31 +260,13 @@ def _beside_horovod() -> list[Target]:
             True,
             times(names.HOROVOD_OBJECT, small, "object"),
         ),
-    ]
-
-
-def _commits() -> list[Target]:
-    """A commit in memory beside Horovod's, and one that is durable a little later."""
-    theirs, case = names.HOROVOD_COMMIT, "commits"
-    to_memory, behind = names.COMMIT, names.COMMIT_BEHIND
-    return [
         Target(
-            f"{what}: Horovod's commit / ours",
-            case,
-            3.0,
-            True,
-            times(theirs, names.beside_horovod(ours)),
-            ranks=2,
-        )
-        for what, ours in (("commit to memory", to_memory), ("commit to disk", behind))
-    ] + [
-        Target(
-            "commit to memory: ours / memcpy",
-            case,
-            1.15,
+            "commit to disk behind the training: ours / Horovod's in memory",
+            "horovod",
+            1 / 3,
             False,
-            times(to_memory, names.MEMCPY),
-        )
+            times(names.COMMIT_ASYNC, names.HOROVOD_COMMIT, "commit"),
+        ),
     ]
 
 
@@ -408,7 +390,6 @@ TARGETS: tuple[Target, ...] = (
     ),
     *_peaks(),
     *_beside_horovod(),
-    *_commits(),
     *(
         Target(f"small leaves, {group}: many / one", "small", 2.0, False, _small(group))
         for group in ("save", "sync, equal", "sync, all differ", "restore")

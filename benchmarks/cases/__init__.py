@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import (
-    commits,
     horovod,
     memory,
     restore,
@@ -42,6 +41,5 @@ CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "step": step.groups,
     "memory": memory.groups,
     "horovod": horovod.groups,
-    "commits": commits.groups,
 }
 """Name -> function that gives the groups of a case, one after the other is measured."""

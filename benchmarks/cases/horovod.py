@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Horovod's users do at the start of a run: a model, its optimizer and an object."""
+"""What Horovod's users do: broadcasts at the start of a run, and commits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +13,14 @@ from benchmarks import ceilings, names
 from benchmarks.harness import Contender, Group
 from benchmarks.peers import find_horovod, object_contenders
 from benchmarks.training import as_training
-from mpi_ckpt import TrainState
+from mpi_ckpt import KeepLast, Options, TrainState
 from mpi_ckpt.integrations import horovod as beside
+from mpi_ckpt.integrations.horovod.elastic_state import commits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import torch
 
     from benchmarks.peers.horovod import Horovod
     from benchmarks.setting import Setting
@@ -34,6 +38,7 @@ def groups(setting: Setting) -> Iterator[Group]:
         yield Group(name, setting.nbytes, contenders)
         setting.touch()  # equal again
     yield _object(setting)
+    yield _commits(setting)
 
 
 def _changed(change: Callable[[], None], contender: Contender) -> Contender:
@@ -108,3 +113,69 @@ def _object(setting: Setting) -> Group:
         name = names.beside_horovod(names.BROADCAST_OBJECT)
         contenders += _while_it_polls(horovod, replace(plain, name=name))
     return Group("object", sum(array.nbytes for array in arrays), contenders)
+
+
+def _commits(setting: Setting) -> Group:
+    module, optimizer = as_training(setting)
+    # Root alone stages; the others wait for it.
+    copy = ceilings.WarmCopy(setting.state.values()) if setting.is_root else None
+    memcpy = setting.on_root(lambda: copy and copy())
+    contenders = [Contender(names.MEMCPY, memcpy, ceiling=True, durable=False)]
+    for number, (name, options) in enumerate(
+        (
+            (names.COMMIT_DURABLE, {"interval": 1}),
+            (names.COMMIT_ASYNC, {"interval": 1, "asynchronous": True}),
+            (names.COMMIT_MEMORY, {"asynchronous": True}),
+        )
+    ):
+        chosen: dict[str, Any] = {"retention": KeepLast(1), "preemption_signals": ()}
+        beside.configure(
+            setting.directory / f"commits-{number}",
+            options=Options(sync=False, **chosen, **options),
+            comm=setting.comm,
+        )
+        state = beside.TorchState(module, optimizer)
+        state.sync()
+        setting.stack.callback(state.close)
+        contenders.append(
+            Contender(
+                name,
+                state.commit,
+                setting.touch,
+                partial(_wait, state),
+                durable=name == names.COMMIT_DURABLE,
+            )
+        )
+    beside.configure(None)
+    horovod = find_horovod(setting)
+    if horovod is not None:
+        contenders.append(_horovods_commit(setting, horovod, module, optimizer))
+    return Group("commit", setting.nbytes, contenders)
+
+
+def _wait(state: Any, _: object) -> None:  # noqa: ANN401
+    """Wait for what a commit has left to the background."""
+    manager, _ = commits_of(state).meet("waiting for the last commit")
+    manager.wait()
+
+
+def _horovods_commit(
+    setting: Setting,
+    horovod: Horovod,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> Contender:
+    made: list[Any] = []
+
+    def before() -> None:
+        setting.touch()
+        horovod.begin()
+        made.append(horovod.elastic_state(module, optimizer))
+
+    def after(_: object) -> None:
+        made.clear()
+        horovod.end()
+
+    return Contender(
+        names.HOROVOD_COMMIT, lambda: made[-1].commit(), before, after, durable=False
+    )

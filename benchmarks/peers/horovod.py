@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import names
 from benchmarks.peers.base import Peer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
 __all__ = ["Horovod"]
@@ -50,16 +48,13 @@ class Horovod(Peer):
         hvd.broadcast_parameters(module.state_dict(), root_rank=0)
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 
-    def make_commit(
+    def elastic_state(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer
-    ) -> Callable[[], None]:
-        """Return the commit of an elastic state: each rank copies what it has."""
-        from horovod.torch import elastic
+    ) -> Any:  # noqa: ANN401 (it has no types)
+        """Make the state whose commits are kept in memory, on every rank."""
+        import horovod.torch as hvd
 
-        commit: Callable[[], None] = elastic.TorchState(
-            model=module, optimizer=optimizer, batch=0
-        ).commit
-        return commit
+        return hvd.elastic.TorchState(model=module, optimizer=optimizer)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Broadcast one tensor from root, in place."""

@@ -80,7 +80,7 @@ class Commits:
     def _bring_together(
         self, ranks: MPI.Intracomm, chosen: Settings
     ) -> tuple[Communicator, CheckpointManager]:
-        comm = Communicator(ranks)
+        comm = Communicator(ranks, deadline_seconds=chosen.first_deadline_seconds)
         try:
             directory, options = agree(
                 comm,
