@@ -368,6 +368,19 @@ def leaves_alone(whose, root, where):
     run(train)(state)
 
 
+def goes_back_alone(root):
+    """Rank 1 goes back, while rank 0 waits for it in a collective of mpi4py."""
+    hvd.init()
+    make, _, run = _ours(root, options=Options(deadline_seconds=2, sync=False))
+
+    def train(state):
+        if hvd.rank() == 1:
+            raise ours.RollBackError("seen here only")
+        COMM.Barrier()
+
+    run(train)(make(batch=0))
+
+
 def dies_in(root, where):
     """Rank 1 is killed inside of a collective, or root inside of a save."""
     hvd.init()
