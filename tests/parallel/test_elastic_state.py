@@ -255,6 +255,20 @@ def test_without_memory_a_restore_reads_the_last_durable_commit(comm, configured
         assert (state.epoch, state.commits) == (2, 2)
 
 
+def test_every_rank_may_hold_the_copy(comm, configured):
+    configure(configured, options=IN_MEMORY, comm=comm, memory="all")
+    with make_state(comm, own=[comm.rank]) as state:
+        state.sync()
+        step(state.model, state.optimizer)
+        state.commit()
+        kept = weights(state.model)
+        step(state.model, state.optimizer)
+        state.own.append("more")
+        state.restore()
+        assert (weights(state.model), state.own) == (kept, [0])
+        assert_same(comm, kept)
+
+
 @pytest.mark.parametrize("differ", ["names", "kinds", "optimizers"])
 def test_ranks_that_track_different_things_get_one_error(peers, differ):
     model, optimizer = make_training(0)
