@@ -249,6 +249,9 @@ def test_without_memory_a_restore_reads_the_last_durable_commit(comm, configured
     configure(configured, options=options, comm=comm, memory=None)
     with ObjectState(epoch=0) as state:
         state.sync()
+        state.epoch = 7
+        state.restore()
+        assert state.epoch == 0
         for state.epoch in range(1, 4):
             state.commit()
         state.restore()
@@ -347,7 +350,7 @@ def test_run_goes_back_when_any_rank_says_so(comm):
         def reset(self):
             events.append("reset")
 
-    @run
+    @run(tries=2)
     def train(state):
         events.append(f"from {state.epoch}")
         while state.epoch < 4:

@@ -168,6 +168,8 @@ class Commits:
         manager.sync()
         if self._memory is not None:
             manager.remember()
+        else:
+            manager.save().wait()
         self._is_synced = True
 
     def finish(self) -> None:

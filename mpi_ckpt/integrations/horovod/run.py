@@ -20,6 +20,9 @@ __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
 
+# A rank that goes back while others do something else meets them at the second try.
+_MEETINGS = 3
+
 
 def run(
     function: Callable[..., Any] | None = None, *, tries: int = 3
@@ -120,7 +123,7 @@ class _Recovery:
         self._is_reset = True
 
     def _restore(self) -> None:
-        for _ in range(self._tries):
+        for _ in range(_MEETINGS):
             try:
                 self._state.restore()
             except RollBackError as error:
