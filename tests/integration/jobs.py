@@ -29,9 +29,10 @@ class Jobs:
 
     def __init__(self) -> None:
         self._started: list[Popen[str]] = []
+        self.flags: tuple[str, ...] = ()  # what mpirun is given besides
 
     def start(self, ranks: int, *command: object, **env: str) -> Popen[str]:
-        job = start_job(ranks, [str(part) for part in command], env=env)
+        job = start_job(ranks, [str(part) for part in command], env=env, flags=self.flags)
         self._started.append(job)
         return job
 
