@@ -10,6 +10,7 @@ from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
+from mpi_ckpt.states.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,9 @@ class ModuleState(LeafState):
     """The parameters, persistent buffers and extra state of a module.
 
     Restored in place, so optimizers, data-parallel wrappers and CUDA graphs keep their
-    references. Tied parameters are saved once and stay tied.
+    references. Tied parameters are saved once and stay tied. Names are those of the module
+    inside of DistributedDataParallel, DataParallel and torch.compile: what is saved with
+    such a wrapper fits a program without it, and the other way round.
 
     Args:
         name: As for `mpi_ckpt.State`.
@@ -36,14 +39,15 @@ class ModuleState(LeafState):
         sync: As for `LeafState`.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+        RegistrationError: On every rank that makes it, if the name or mode is illegal, or
+            the module is sharded (FullyShardedDataParallel).
     """
 
     def __init__(
         self, name: str, module: torch.nn.Module, *, sync: SyncMode = "root"
     ) -> None:
         super().__init__(name, sync=sync)
-        self._module = module
+        self._module = unwrapped(name, module)
         self._arriving: dict[str, Any] = {}
         self._targets: _Contents | None = None
         self._takes_extra: set[str] | None = None
