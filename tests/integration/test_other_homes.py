@@ -23,7 +23,7 @@ from tests.integration.jobs import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-EPOCHS = 4
+EPOCHS = 3
 STEPS = 24 * EPOCHS
 INTERVAL = 10
 
