@@ -7,7 +7,8 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Capture, Common, Structure, SyncMode
+from mpi_ckpt.states.matched import MatchedState
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
 from mpi_ckpt.states.wrappers import unwrapped
@@ -25,7 +26,7 @@ __all__ = ["ModuleState"]
 _EXTRA = "_extra_state"
 
 
-class ModuleState(LeafState):
+class ModuleState(MatchedState):
     """The parameters, persistent buffers and extra state of a module.
 
     Restored in place, so optimizers, data-parallel wrappers and CUDA graphs keep their
@@ -64,18 +65,10 @@ class ModuleState(LeafState):
         ]
         return Capture(structure, [*leaves, *contents.extra.leaves.values()])
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        """See `LeafState`. Not collective."""
-        common = self._prepare(structure, specs, strict=True)
-        return [leaf for leaf in common.leaves if leaf is not None]
-
-    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:
-        """See `LeafState`. Not collective."""
-        return self._prepare(structure, specs, strict=False)
-
-    def _prepare(
+    def match(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
     ) -> Common:
+        """See `MatchedState`. Not collective."""
         live = _Contents(self._module)
         try:
             saved_ties = dict(structure["ties"])
