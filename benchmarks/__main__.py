@@ -24,6 +24,10 @@ def main(argv: list[str]) -> None:
         from benchmarks import targets
 
         targets.main(rest)
+    elif command == "recovery":
+        from benchmarks import recovery
+
+        recovery.main(rest)
     else:
         from benchmarks import run
 

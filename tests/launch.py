@@ -64,13 +64,17 @@ def mpirun_path() -> str:
 
 
 def start_job(
-    ranks: int, command: list[str], *, env: dict[str, str] | None = None
+    ranks: int,
+    command: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    flags: tuple[str, ...] = (),
 ) -> subprocess.Popen[str]:
     """Start a job in a session of its own; output goes to files, read by `finish_job`."""
     out = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the job)
     err = tempfile.TemporaryFile("w+")  # noqa: SIM115
     job = subprocess.Popen(
-        [mpirun_path(), "-n", str(ranks), sys.executable, *command],
+        [mpirun_path(), *flags, "-n", str(ranks), sys.executable, *command],
         stdout=out,
         stderr=err,
         stdin=subprocess.DEVNULL,

@@ -106,12 +106,12 @@ def _object(setting: Setting) -> Group:
         plain,
         Contender(names.BROADCAST_OBJECT_IN_PLACE, lambda: ours(in_place=True)),
         Contender(names.PKL5, lambda: pkl5.Intracomm(comm).bcast(value)),
-        *object_contenders(setting, value),
     ]
     horovod = find_horovod(setting)
     if horovod is not None:
         name = names.beside_horovod(names.BROADCAST_OBJECT)
         contenders += _while_it_polls(horovod, replace(plain, name=name))
+    contenders += object_contenders(setting, value)
     return Group("object", sum(array.nbytes for array in arrays), contenders)
 
 

@@ -74,6 +74,8 @@ def judge(
         return ending("hung", "no sign of life for too long", reached)
     if "preempted" in events:
         return ending("preempted")
+    if "survived" in events:  # ranks were lost, and the others came to the end
+        return ending("finished")
     failed = [note for note in notes if note.event == "failed"]
     if failed:
         first = failed[0]

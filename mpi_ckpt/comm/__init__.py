@@ -14,7 +14,15 @@ from mpi_ckpt.comm.agreement import (
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.communicator import ROOT, Communicator
 from mpi_ckpt.comm.farewell import Farewell, abort_job
+from mpi_ckpt.comm.leaving import Departure
+from mpi_ckpt.comm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair
 from mpi_ckpt.comm.scatter import scatter_bytes
+from mpi_ckpt.comm.spawning import greet, is_spawned, join
+from mpi_ckpt.comm.survival import (
+    is_rank_failure,
+    is_sign_of_loss,
+    why_lost_ranks_end_the_job,
+)
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.comm.transfer import (
     bcast_bytes,
@@ -27,7 +35,9 @@ from mpi_ckpt.comm.vote import Vote
 __all__ = [
     "ROOT",
     "Communicator",
+    "Departure",
     "Farewell",
+    "Repaired",
     "Topology",
     "Vote",
     "abort_job",
@@ -39,7 +49,17 @@ __all__ = [
     "bcast_json",
     "compare_texts",
     "differing_digests",
+    "duplicate",
     "gather_bytes",
+    "greet",
+    "is_rank_failure",
+    "is_sign_of_loss",
+    "is_spawned",
+    "join",
+    "let_go",
     "mean_buffers",
+    "meet_at_the_end",
+    "repair",
     "scatter_bytes",
+    "why_lost_ranks_end_the_job",
 ]

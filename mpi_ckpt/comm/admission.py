@@ -38,7 +38,9 @@ def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 
     # Whoever passes COMM_SELF means a job of one rank.
     if comm is None or comm != mpi.COMM_SELF:
         name, version = mpi.get_vendor()
-        check_launch(mpi.COMM_WORLD.size, f"{name} {'.'.join(map(str, version))}")
+        # A rank that was spawned is a world of its own, and has its peers in `comm`.
+        size = max(mpi.COMM_WORLD.size, 1 if comm is None else comm.size)
+        check_launch(size, f"{name} {'.'.join(map(str, version))}")
 
 
 @dataclass(frozen=True, slots=True)

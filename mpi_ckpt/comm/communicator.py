@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpi_ckpt.comm.abandoned import keep
 from mpi_ckpt.comm.admission import Objection, check_before
 from mpi_ckpt.comm.first_meeting import duplicate, meet
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.presence import Presence
+from mpi_ckpt.comm.roll_call import call_roll, is_called
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
 
@@ -26,12 +28,11 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-__all__ = ["ROOT", "Communicator", "keep"]
+__all__ = ["ROOT", "Communicator", "open_communicators"]
 
 ROOT = 0
 """The rank that decides, reads and commits, where none else is named."""
 
-_ROLL_CALL_TAG = 7001
 _DATA_TAG = 7002
 # A rank that waits for a collective yields this often before it starts to sleep, so a
 # short wait costs no latency and a long one (root writes) no core.
@@ -39,12 +40,11 @@ _YIELDS = 2000
 _PAUSE_SECONDS_MAX = 1e-3
 # Whoever came too late has seen by then that the others gave up.
 _ROUNDS_TO_SEE = 64
-_ROLL_CALL_SECONDS = 3.0
 _ADVICE = "published generations are untouched, end this job and start it again"
 
-# MPI: what was given up is still posted, and is carried out when a late rank comes. Its
-# buffers must not become somebody else's memory until then: here is who holds them.
-_ABANDONED: list[object] = []
+# MPI: a survivor of a lost rank may wait in any of them for one who waits elsewhere.
+# Strong references: what nobody else holds is open all the same.
+_OPEN: dict[int, Communicator] = {}
 
 
 class Communicator:
@@ -90,15 +90,19 @@ class Communicator:
         self.completed = 0
         self.is_waiting = False
         self._broken: str | None = None
+        self._cause: BaseException | None = None
+        self._is_given_up = False
         self._last_met: tuple[str, float] | None = None
         self.handle: MPI.Intracomm = duplicate(parent, deadline_seconds)
+        self.node: MPI.Comm | None = None
+        _OPEN[id(self)] = self
         self.rank: int = self.handle.rank
         self.size: int = self.handle.size
         presences = self._exchange_presences(objects=objection.is_raised)
         try:
             objection.settle(self.handle, [one.objects for one in presences])
         except LaunchError:
-            self.handle.Free()  # on every rank, as all have raised
+            self.close()  # on every rank, as all have raised
             raise
         self._visible = {rank: one for rank, one in enumerate(presences) if one.is_visible}
         self.hosts = tuple(one.host for one in presences)
@@ -122,8 +126,9 @@ class Communicator:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can still carry messages: not freed, MPI not finalized."""
-        return not self._mpi.Is_finalized() and self.handle != self._mpi.COMM_NULL
+        """Whether it can still carry messages: not freed or given up, MPI not finalized."""
+        freed = self._is_given_up or self._mpi.Is_finalized()
+        return not freed and self.handle != self._mpi.COMM_NULL
 
     def close(self) -> None:
         """Free the duplicate. Collective. May be called twice.
@@ -131,13 +136,25 @@ class Communicator:
         After a missed deadline nothing is freed: that would wait for the absent.
         """
         if self.is_open and self.can_meet():
+            _OPEN.pop(id(self), None)
             if self.node is not None:
                 self.node.Free()
             self.handle.Free()
 
+    def give_up(self) -> list[MPI.Comm]:
+        """Let go of it for a repair, which revokes what is returned. Not collective."""
+        _OPEN.pop(id(self), None)
+        self._is_given_up = True
+        self._broken = self._broken or "a rank was lost, and the others have gone on"
+        return [self.handle] if self.node is None else [self.node, self.handle]
+
     def can_meet(self) -> bool:
         """Tell whether no deadline was missed yet. Not collective."""
-        return self._broken is None and not self._others_gave_up()
+        try:
+            return self._broken is None and not is_called(self.handle)
+        except self._mpi.Exception as error:
+            self._note_failure(error)
+            return False
 
     def all_reduce(self, values: NDArray[Any], operation: str, doing: str) -> NDArray[Any]:
         """Reduce small vectors over all ranks.
@@ -216,10 +233,10 @@ class Communicator:
             # What a late rank does is carried out, though the others have given it up.
             self._refuse_if_late(doing)
         except BaseException as error:
-            _ABANDONED.append((pending, buffers))
+            keep([pending, buffers])
             if not isinstance(error, self._mpi.Exception):
                 raise
-            self._broken = f"MPI failed: {error}"
+            self._note_failure(error)
             raise CollectiveError(f"{doing}: {self._broken}; {_ADVICE}") from error
         finally:
             self.is_waiting = False
@@ -245,7 +262,7 @@ class Communicator:
             if rounds == _ROUNDS_TO_SEE:
                 self._refuse_if_late(doing)
             elif rounds % _ROUNDS_TO_SEE == 0 and (
-                time.monotonic() > deadline or self._others_gave_up()
+                time.monotonic() > deadline or is_called(self.handle)
             ):
                 self._give_up(doing)
 
@@ -269,19 +286,11 @@ class Communicator:
         # MPI: this has no deadline and needs none, as all ranks have just met.
         return self.handle.Split(self.topology.node_of[self.rank], self.rank)
 
-    # A rank whose deadline passes calls the roll: it tells every rank that it gives up
-    # and notes who answers. A waiting rank answers by giving up as well, so all live
-    # ranks raise within moments of the first; who is silent is named by all.
-
-    def _others_gave_up(self) -> bool:
-        # MPI: a probe takes in what has arrived and may find it only the next time.
-        return any(
-            self.handle.Iprobe(source=self._mpi.ANY_SOURCE, tag=_ROLL_CALL_TAG)
-            for _ in range(2)
-        )
+    def _note_failure(self, error: BaseException) -> None:
+        self._broken, self._cause = f"MPI failed: {error}", error
 
     def _refuse_if_late(self, doing: str) -> None:
-        if self.size > 1 and self._others_gave_up():
+        if self.size > 1 and is_called(self.handle):
             self._broken = (
                 f"the others gave up waiting for this rank{self._since_last_met()}"
             )
@@ -292,10 +301,10 @@ class Communicator:
             raise CollectiveError(
                 f"{doing}: ranks cannot meet any more on this communicator: "
                 f"{self._broken}; {_ADVICE}"
-            )
+            ) from self._cause
 
     def _give_up(self, doing: str) -> None:
-        present = self._call_roll()
+        present = call_roll(self.handle)
         absent = [rank for rank in range(self.size) if rank not in present]
         named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in absent)
         if absent:
@@ -324,27 +333,7 @@ class Communicator:
         doing, at = self._last_met
         return f"; all ranks last met {time.monotonic() - at:.0f} s ago (for: {doing})"
 
-    def _call_roll(self) -> set[int]:
-        token = np.zeros(1, np.uint8)
-        sends = [
-            self.handle.Isend(token, dest=rank, tag=_ROLL_CALL_TAG)
-            for rank in range(self.size)
-            if rank != self.rank
-        ]
-        present = {self.rank}
-        status = self._mpi.Status()
-        deadline = time.monotonic() + _ROLL_CALL_SECONDS
-        while len(present) < self.size and time.monotonic() < deadline:
-            if self.handle.Iprobe(self._mpi.ANY_SOURCE, _ROLL_CALL_TAG, status):
-                self.handle.Recv(token, source=status.source, tag=_ROLL_CALL_TAG)
-                present.add(status.source)
-            else:
-                time.sleep(_PAUSE_SECONDS_MAX)
-        # To a rank that never looked: nobody may ever receive it.
-        keep([send for send in sends if not send.Test()])
-        return present
 
-
-def keep(posted: Sequence[object]) -> None:
-    """Hold what was posted and may never be carried out. Not collective."""
-    _ABANDONED.extend(posted)
+def open_communicators() -> list[Communicator]:
+    """Return those that are neither closed nor given up. Not collective."""
+    return list(_OPEN.values())

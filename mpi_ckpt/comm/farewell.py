@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.comm.communicator import keep
+from mpi_ckpt.comm.abandoned import keep
 from mpi_ckpt.comm.launch import load_mpi
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.comm.abandoned import keep
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.errors import CollectiveError
 
@@ -20,9 +21,6 @@ __all__ = ["duplicate", "meet"]
 
 _YIELDS = 2000
 _PAUSE_SECONDS = 1e-3
-
-# MPI: what was given up is still posted, and may be carried out when a late rank comes.
-_ABANDONED: list[object] = []
 
 
 def duplicate(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intracomm:
@@ -62,19 +60,20 @@ def meet(
     Raises:
         CollectiveError: On every live rank, if one never arrives, or MPI fails.
     """
+    cause: BaseException | None = None
+    problem = (
+        f"not all of the {parent.size} ranks arrived within {deadline_seconds:g} s; "
+        f"this is rank {parent.rank}"
+    )
     try:
         if _is_done(request, deadline_seconds):
             return
-        problem = (
-            f"not all of the {parent.size} ranks arrived within {deadline_seconds:g} s; "
-            f"this is rank {parent.rank}"
-        )
     except load_mpi().Exception as error:
-        problem = f"MPI failed: {error}"
-    _ABANDONED.append((request, buffers))
+        cause, problem = error, f"MPI failed: {error}"
+    keep([request, buffers])
     raise CollectiveError(
         f"meeting for the first time: {problem}; end this job and start it again"
-    )
+    ) from cause
 
 
 def _is_done(request: MPI.Request, deadline_seconds: float) -> bool:

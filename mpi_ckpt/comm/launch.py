@@ -28,6 +28,8 @@ _LAUNCHERS = (
     ("Horovod", "HOROVOD_SIZE", "HOROVOD_RANK"),
     # Only set inside a step of srun: a batch script that calls mpirun has none.
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    # Also set by whoever starts the ranks of torch.distributed by hand.
+    ("torchrun", "WORLD_SIZE", "RANK"),
 )
 
 

@@ -114,6 +114,12 @@ class ElasticSampler(LeafState):
         """Return the number of batches left in this epoch. Not collective."""
         return sum(1 for _ in self._batches(self._ranks()))
 
+    @property
+    def batches_in_epoch(self) -> int:
+        """The number of batches of a whole epoch."""
+        size = self._ranks().size
+        return sum(1 for _ in global_batches(self._length, self._batch_size, 0, size))
+
     def __iter__(self) -> Iterator[list[int]]:
         """Give this rank's part of each batch left in this epoch. Not collective."""
         order = epoch_order(self._length, self.epoch, self._seed, shuffle=self._shuffle)

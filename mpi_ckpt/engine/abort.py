@@ -19,7 +19,7 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import Farewell, abort_job
+from mpi_ckpt.comm import Farewell, abort_job, is_rank_failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +88,8 @@ class AbortOnError:
             error: The exception.
             expected: The exit code that all ranks have agreed to leave with; 0 for none.
         """
-        if self not in _HOOK.armed:
+        # A lost rank may be recovered from further up: then nobody leaves.
+        if self not in _HOOK.armed or is_rank_failure(error):
             return
         self._say_farewell()
         code = _code_of(error) if isinstance(error, SystemExit) else 0
@@ -149,6 +150,8 @@ class _Hook:
             self._previous(kind, error, trace)
             return
         self._tell(armed[0].comm.name, kind, error, trace)
+        if is_rank_failure(error):  # nobody can take leave of the dead
+            _abort(armed[0].comm, 1)
         for one in armed:
             one.leave()
         if any(one.is_alone(_ERROR_SECONDS) for one in armed):

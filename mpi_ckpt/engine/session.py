@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.comm import Communicator, agree_on_root, compare_texts
+from mpi_ckpt.comm import Communicator, agree_on_root, compare_texts, is_rank_failure
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
@@ -86,6 +86,8 @@ class Session:
         left_well = isinstance(error, SystemExit) and not error.code and not unsaved
         if error is None or left_well:
             self.note("finished", step)
+        elif is_rank_failure(error):
+            return  # the job may recover; if it does not, its exit tells
         # One of this package comes to all ranks: root's note will do.
         elif self.comm.is_root or not isinstance(error, CheckpointError):
             self.notes.add_error(error, step=step, directory=str(self.directory.root))

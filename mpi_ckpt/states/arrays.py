@@ -11,7 +11,8 @@ import numpy as np
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec
-from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Capture, Common, Structure, SyncMode
+from mpi_ckpt.states.matched import MatchedState
 from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def array_leaf(name: str, array: NDArray[Any], known: LeafSpec | None = None) ->
     return Leaf(known, ArrayBuffer(array))
 
 
-class ArrayState(LeafState):
+class ArrayState(MatchedState):
     """Named NumPy arrays, restored in place.
 
     Args:
@@ -192,14 +193,15 @@ class ArrayState(LeafState):
             None, [array_leaf(k, a, known.get(k)) for k, a in self.arrays.items()]
         )
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        live = self._fitting(specs, common=False)
-        return [live[spec.name] for spec in specs]
-
-    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        live = self._fitting(specs, common=True)
+    def match(
+        self,
+        structure: Structure,  # noqa: ARG002
+        specs: Sequence[LeafSpec],
+        *,
+        strict: bool,
+    ) -> Common:
+        """See `MatchedState`. Not collective."""
+        live = self._fitting(specs, common=not strict)
         saved = {spec.name for spec in specs}
         return Common(
             [live.get(spec.name) for spec in specs],

@@ -7,9 +7,11 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Capture, Common, Structure, SyncMode
+from mpi_ckpt.states.matched import MatchedState
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
+from mpi_ckpt.states.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,11 +26,13 @@ __all__ = ["ModuleState"]
 _EXTRA = "_extra_state"
 
 
-class ModuleState(LeafState):
+class ModuleState(MatchedState):
     """The parameters, persistent buffers and extra state of a module.
 
     Restored in place, so optimizers, data-parallel wrappers and CUDA graphs keep their
-    references. Tied parameters are saved once and stay tied.
+    references. Tied parameters are saved once and stay tied. Names are those of the module
+    inside of DistributedDataParallel, DataParallel and torch.compile: what is saved with
+    such a wrapper fits a program without it, and the other way round.
 
     Args:
         name: As for `mpi_ckpt.State`.
@@ -36,14 +40,15 @@ class ModuleState(LeafState):
         sync: As for `LeafState`.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+        RegistrationError: On every rank that makes it, if the name or mode is illegal, or
+            the module is sharded (FullyShardedDataParallel).
     """
 
     def __init__(
         self, name: str, module: torch.nn.Module, *, sync: SyncMode = "root"
     ) -> None:
         super().__init__(name, sync=sync)
-        self._module = module
+        self._module = unwrapped(name, module)
         self._arriving: dict[str, Any] = {}
         self._targets: _Contents | None = None
         self._takes_extra: set[str] | None = None
@@ -60,18 +65,10 @@ class ModuleState(LeafState):
         ]
         return Capture(structure, [*leaves, *contents.extra.leaves.values()])
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        """See `LeafState`. Not collective."""
-        common = self._prepare(structure, specs, strict=True)
-        return [leaf for leaf in common.leaves if leaf is not None]
-
-    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:
-        """See `LeafState`. Not collective."""
-        return self._prepare(structure, specs, strict=False)
-
-    def _prepare(
+    def match(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
     ) -> Common:
+        """See `MatchedState`. Not collective."""
         live = _Contents(self._module)
         try:
             saved_ties = dict(structure["ties"])

@@ -10,6 +10,7 @@ import torch
 
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec, copy_bytes
+from mpi_ckpt.states.wrappers import is_sharded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,6 +58,12 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
     Raises:
         StageError: On the calling rank, for tensors that are no plain array of bytes.
     """
+    if is_sharded(tensor):
+        raise StageError(
+            f"tensor {name!r} is a {type(tensor).__name__}, of which each rank has a part; "
+            "mpi_ckpt saves replicas. Use torch.distributed.checkpoint for it, or save "
+            "its full_tensor()"
+        )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise StageError(
             f"tensor {name!r} ({tensor.layout}, {tensor.dtype}, {tensor.device}) cannot be "

@@ -11,6 +11,7 @@ from mpi_ckpt.errors import RegistrationError, StateMismatchError
 from mpi_ckpt.gate import Gate
 from mpi_ckpt.leaf import Leaf
 from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
+from mpi_ckpt.states.matched import MatchedState
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.optimizer import OptimizerState
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainState"]
 
 
-class TrainState(LeafState):
+class TrainState(MatchedState):
     """Module, optimizer, scheduler and gradient scaler as one state.
 
     Args:
@@ -87,18 +88,10 @@ class TrainState(LeafState):
         ]
         return Capture({key: one.structure for key, one in captured.items()}, leaves)
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        """See `LeafState`. Not collective."""
-        common = self._prepare(structure, specs, strict=True)
-        return [leaf for leaf in common.leaves if leaf is not None]
-
-    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:
-        """See `LeafState`; a part that only one side has is left out. Not collective."""
-        return self._prepare(structure, specs, strict=False)
-
-    def _prepare(
+    def match(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
     ) -> Common:
+        """See `MatchedState`; parts may be left out like leaves. Not collective."""
         self._gate.wait()
         self._check_parts(structure, strict=strict)
         targets: dict[str, Leaf | None] = {}

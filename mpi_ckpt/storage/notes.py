@@ -38,8 +38,8 @@ class Note:
     """One event in a job.
 
     Attributes:
-        event: ``started``, ``restored``, ``saved``, ``preempted``, ``failed`` or
-            ``finished``.
+        event: ``started``, ``restored``, ``saved``, ``preempted``, ``failed``,
+            ``finished``, or ``survived``: at its end, though ranks were lost on the way.
         directory: The checkpoint directory of the manager that noted it.
         step: The training step it is of.
         error: Class and text of the exception, of ``failed``.

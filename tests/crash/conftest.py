@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.crash.faults import quiet
+from tests.crash.tracing import why_not
 from tests.crash.world import COUNTS, JUDGED, SEED
 
 
@@ -13,6 +14,14 @@ def pytest_terminal_summary(terminalreporter):
     counts = {"distinct crash states": len(JUDGED), **COUNTS}
     tried = ", ".join(f"{number} {what}" for what, number in counts.items())
     terminalreporter.write_line(f"crash tests: MPI_CKPT_TEST_SEED={SEED}; {tried}")
+
+
+@pytest.fixture(scope="session")
+def strace():
+    """Skip what needs strace where it cannot be used."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import pytest
 
 from tests.crash import faults
 from tests.crash.faults import Fault
-from tests.crash.tracing import ERRNOS, NOTHING, SYSTEM_CALLS, Traced, traced, why_not
+from tests.crash.tracing import ERRNOS, NOTHING, SYSTEM_CALLS, Traced, traced
 from tests.crash.world import COUNTS, SEED, STRESS, Training
 from tests.launch import run_job
 
@@ -37,14 +37,7 @@ ELSEWHERE = {
 }
 
 
-pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def strace():
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("strace")]
 
 
 def test_an_fsync_after_a_failed_one_is_seen(tmp_path):

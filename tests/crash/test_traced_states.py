@@ -19,7 +19,6 @@ from tests.crash.crashes import (
 from tests.crash.recorder import Op, from_json, merge, to_json
 from tests.crash.replay import write_image
 from tests.crash.strace_log import read_log
-from tests.crash.tracing import why_not
 from tests.crash.world import COUNTS, SEED, STRESS, Saved
 from tests.launch import run_job
 
@@ -27,14 +26,7 @@ PROGRAM = str(Path(__file__).parent / "programs" / "traced_writers.py")
 
 JOBS = [(2, "root", "blocking"), (2, "all", "asynchronous"), (4, "all", "blocking")]
 
-pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def strace():
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("strace")]
 
 
 def in_one_order(ops):

@@ -29,15 +29,16 @@ class Jobs:
 
     def __init__(self) -> None:
         self._started: list[Popen[str]] = []
+        self.flags: tuple[str, ...] = ()  # what mpirun is given besides
 
     def start(self, ranks: int, *command: object, **env: str) -> Popen[str]:
-        job = start_job(ranks, [str(part) for part in command], env=env)
+        job = start_job(ranks, [str(part) for part in command], env=env, flags=self.flags)
         self._started.append(job)
         return job
 
-    def finish(self, job: Popen[str]) -> Outcome:
+    def finish(self, job: Popen[str], patience: float = PATIENCE_SECONDS) -> Outcome:
         self._started.remove(job)
-        return finish_job(job, timeout=PATIENCE_SECONDS)
+        return finish_job(job, timeout=patience)
 
     def run(self, ranks: int, *command: object, **env: str) -> Outcome:
         return self.finish(self.start(ranks, *command, **env))
@@ -73,9 +74,18 @@ def jobs_of_a_test() -> Iterator[Jobs]:
 
 
 class Training:
-    """examples/train.py in a folder of its own: started, watched, started again."""
+    """A training example in a folder of its own: started, watched, started again."""
 
-    def __init__(self, jobs: Jobs, folder: Path, *, epochs: int, **options: object) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        folder: Path,
+        *,
+        epochs: int,
+        program: str = "train.py",
+        **options: object,
+    ) -> None:
+        self.program = program
         self.jobs = jobs
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
@@ -86,7 +96,7 @@ class Training:
     def command(self) -> list[str]:
         options = [f"--{name}={value}" for name, value in self.options.items()]
         files = [f"--checkpoints={self.checkpoints}", f"--log={self.log}"]
-        return [str(EXAMPLES / "train.py"), *files, *options]
+        return [str(EXAMPLES / self.program), *files, *options]
 
     def start(self, ranks: int) -> Popen[str]:
         # Each rank leaves the code it exits with in a file of the folder.

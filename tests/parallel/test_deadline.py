@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState
-from mpi_ckpt.comm import agree, bcast_buffers, bcast_bytes, communicator, gather_bytes
+from mpi_ckpt.comm import (
+    agree,
+    bcast_buffers,
+    bcast_bytes,
+    communicator,
+    gather_bytes,
+    roll_call,
+)
 from mpi_ckpt.errors import CollectiveError, SaveError
 from mpi_ckpt.integrations import horovod
 from mpi_ckpt.integrations.horovod import parameters
@@ -29,7 +36,7 @@ def broken_ones():
 
 @pytest.fixture
 def short_roll_call(monkeypatch):
-    monkeypatch.setattr(communicator, "_ROLL_CALL_SECONDS", 0.5)
+    monkeypatch.setattr(roll_call, "_SECONDS", 0.5)
 
 
 @pytest.fixture

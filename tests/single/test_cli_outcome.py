@@ -33,6 +33,10 @@ def test_success_is_what_the_job_has_recorded():
         (0, [*FINISHED, note("started", writer="v")], "lost"),
         (0, [*FINISHED, STARTED], "lost"),
         (0, [*FINISHED, STARTED, note("finished", 30)], "finished"),
+        # Ranks were lost, and what they had open; the others came to its end. One that was
+        # killed in place of another has its code in mpirun's.
+        (137, [STARTED, note("survived"), *FINISHED], "finished"),
+        (0, [STARTED, note("preempted", 5), note("survived")], "preempted"),
         # It finished, and then the program failed after all.
         (1, FINISHED, "failed"),
         (137, FINISHED[:-1], "failed"),

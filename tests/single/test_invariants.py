@@ -218,8 +218,8 @@ def test_threads_are_started_where_no_mpi_is():
     )
     modules = {one.partition(":")[0] for one in starters}
     assert modules == {
-        "digest.py", "engine/background.py", "engine/watchdog.py", "storage/outfile.py",
-        "storage/prefetch.py",
+        "comm/guard.py", "digest.py", "engine/background.py", "engine/watchdog.py",
+        "storage/outfile.py", "storage/prefetch.py",
     }  # fmt: skip
     for name in modules:
         imported = {module for _, module in imports(MODULES[name])}

@@ -19,6 +19,7 @@ STARTED = {
     "MVAPICH": {"MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_RANK": "2"},
     "Horovod": {"HOROVOD_SIZE": "4", "HOROVOD_RANK": "2"},
     "srun": {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"},
+    "torchrun": {"WORLD_SIZE": "4", "RANK": "2"},
 }
 
 

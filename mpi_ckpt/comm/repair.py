@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a communicator whole again after ranks have died: with fewer, or with new ones.
+
+Ranks may die in here as well. So whatever can fail is a step that all survivors agree on
+by MPI's own agreement, which the death of a rank does not harm; if it failed on any, what
+was made is revoked, so that nobody waits in it, and all begin again with who is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from mpi_ckpt.comm import spawning
+from mpi_ckpt.comm.communicator import open_communicators
+from mpi_ckpt.comm.guard import Guard
+from mpi_ckpt.comm.launch import load_mpi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mpi4py import MPI
+
+__all__ = ["Repaired", "duplicate", "let_go", "meet_at_the_end", "repair"]
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_PAUSE_SECONDS_MAX = 2e-3
+_SPAWNS_MAX = 3
+# A thousand times what it takes among ranks that are all there.
+_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What a repair has made.
+
+    Attributes:
+        handle: The communicator; its rank 0 is the survivor with the newest copy.
+        lost: Which ranks of the one before have died.
+        spawned: How many of the last ranks are new.
+    """
+
+    handle: MPI.Intracomm
+    lost: tuple[int, ...]
+    spawned: int
+
+
+class _AgainError(Exception):
+    """A step failed on some rank; the same on every survivor."""
+
+
+def duplicate(comm: MPI.Intracomm | None) -> MPI.Intracomm:
+    """Return a duplicate that can be revoked without harm to the original.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The user's communicator; None is the world.
+    """
+    parent = load_mpi().COMM_WORLD if comm is None else comm
+    return parent.Dup()
+
+
+def let_go(handle: MPI.Intracomm, others: Iterable[MPI.Comm] = ()) -> None:
+    """Wake all who wait in a communicator, in others made from it, and in our own.
+
+    Not collective. Main thread only.
+
+    Args:
+        handle: Where a rank was lost.
+        others: Communicators of the user.
+    """
+    ours = [one for communicator in open_communicators() for one in communicator.give_up()]
+    for one in [*ours, *others, handle]:
+        _revoke(one)
+    spawning.remember(*ours)
+
+
+def meet_at_the_end(
+    handle: MPI.Intracomm, done: bool, seconds: float | None = None
+) -> bool:
+    """Agree on whether all ranks are done, and none was lost.
+
+    Collective; the communicator may have been revoked. Main thread only.
+
+    Args:
+        handle: The communicator.
+        done: Whether this rank is done.
+        seconds: How long to wait for the others; None for as long as they live.
+
+    Returns:
+        The same on every rank. Where a rank did not come in time: True, on this one.
+    """
+    mpi = load_mpi()
+    flag = np.array([done], np.int32)
+    try:
+        request = handle.Iagree(flag)
+        if not _wait(request, seconds):
+            return True
+    except mpi.Exception:
+        return False
+    return bool(flag[0])
+
+
+def repair(
+    handle: MPI.Intracomm, *, newest: int, wanted: int, start_seconds: float
+) -> Repaired:
+    """Return a communicator of all that live, and of new ranks for those that do not.
+
+    Collective, on all survivors, who have let go of it. Main thread only.
+
+    Args:
+        handle: Where ranks were lost.
+        newest: How new this rank's copy of the states is; -1 for none.
+        wanted: How many ranks there shall be; as many as are missing are started.
+        start_seconds: How long a new rank may take to join.
+    """
+    before, spawns = handle, 0
+    while True:
+        # All survivors have met, so each is here within moments.
+        with Guard("going on after a lost rank", _SECONDS):
+            survivors = _shrink(before)
+        missing = wanted - survivors.size if spawns < _SPAWNS_MAX else 0
+        try:
+            ordered = _step(survivors, partial(_order, survivors, newest))
+            lost = _missing_in(ordered, handle)
+            if missing <= 0:
+                return Repaired(ordered, lost, 0)
+            spawns += 1
+            merged = _add(survivors, ordered, missing, start_seconds)
+        except _AgainError:
+            before = survivors
+            if spawns == _SPAWNS_MAX:
+                logger.warning("no rank can be started; going on with fewer")
+        else:
+            return Repaired(merged, lost, missing)
+
+
+def _add(
+    survivors: MPI.Intracomm, ordered: MPI.Intracomm, count: int, seconds: float
+) -> MPI.Intracomm:
+    """Start so many ranks, one after the other; those who have come in help."""
+    starter = _step(survivors, partial(spawning.choose_starter, ordered), ordered)
+    whole = ordered
+    for more in reversed(range(count)):
+        start = spawning.Start(whole, starter, more, seconds)
+        _step(survivors, start.begin, whole)
+        between = _step(survivors, start.accept, whole)
+        whole = _step(survivors, partial(_merge, between), between, whole)
+    return whole
+
+
+def _merge(between: MPI.Intercomm) -> MPI.Intracomm:
+    return spawning.merge(between, high=False)
+
+
+def _step(survivors: MPI.Intracomm, work: Callable[[], Result], *used: MPI.Comm) -> Result:
+    """Do a part of a repair; tell whether it succeeded on all survivors."""
+    mpi = load_mpi()
+    result: Any = None
+    try:
+        result = work()
+        done = True
+    except mpi.Exception as error:
+        logger.info("a step of the repair failed: %s", error)
+        done = False
+        # Whoever waits in it waits for this rank.
+        for one in (*used, survivors):
+            _revoke(one)
+    if meet_at_the_end(survivors, done):
+        return result  # type: ignore[no-any-return]
+    for one in (*used, *([result] if isinstance(result, mpi.Comm) else [])):
+        _revoke(one)
+    raise _AgainError
+
+
+def _shrink(handle: MPI.Intracomm) -> MPI.Intracomm:
+    _revoke(handle)
+    survivors: Any = handle.Shrink()
+    spawning.remember(survivors)
+    return survivors  # type: ignore[no-any-return]
+
+
+def _order(survivors: MPI.Intracomm, newest: int) -> MPI.Intracomm:
+    """Put whoever holds the newest copy first, and leave all others as they were."""
+    if survivors.size == 1:
+        return survivors
+    mine = np.array([newest], np.int64)
+    everyone = np.empty(survivors.size, np.int64)
+    survivors.Allgather(mine, everyone)
+    first = int(everyone.argmax())
+    if first == 0:
+        return survivors
+    ordered: Any = survivors.Split(0, -1 if survivors.rank == first else survivors.rank)
+    spawning.remember(ordered)
+    return ordered  # type: ignore[no-any-return]
+
+
+def _missing_in(after: MPI.Intracomm, before: MPI.Intracomm) -> tuple[int, ...]:
+    mpi = load_mpi()
+    old, new = before.Get_group(), after.Get_group()
+    found = old.Translate_ranks(None, new)
+    old.Free()
+    new.Free()
+    return tuple(rank for rank, place in enumerate(found) if place == mpi.UNDEFINED)
+
+
+def _revoke(handle: MPI.Comm) -> None:
+    mpi = load_mpi()
+    if handle != mpi.COMM_NULL:
+        try:
+            handle.Revoke()
+        except mpi.Exception as error:
+            logger.info("a communicator cannot be revoked: %s", error)
+
+
+def _wait(request: MPI.Request, seconds: float | None) -> bool:
+    """Wait without taking a core from those who still work, and so that signals come."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    pause = 0.0
+    while not request.Test():
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause + 1e-5, _PAUSE_SECONDS_MAX)
+    return True

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts ranks in place of lost ones: the same program, which finds out what it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_ckpt.comm.abandoned import keep
+from mpi_ckpt.comm.guard import STUCK_CODE, Guard
+from mpi_ckpt.comm.launch import load_mpi
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpi4py import MPI
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Start",
+    "choose_starter",
+    "greet",
+    "is_spawned",
+    "join",
+    "made",
+    "merge",
+    "remember",
+]
+
+_CONNECT_SECONDS = 15.0
+_STAGGER_SECONDS = 3.0
+_LETTER_BYTES = 2048
+_CONNECTING = "connecting with a new rank"
+_TOLD = 3
+_TOUCH_TAG = 7004
+
+# MPI: a new rank whose parents die waits in MPI_Init for ever, and mpirun for it. An alarm
+# goes on through exec, and needs no turn of the interpreter.
+_START = (
+    "import os, signal, sys; signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1])); "
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+# MPI: what connects ranks of several launches. MPI_Finalize waits for all of them, dead
+# or not, unless it was freed.
+_MADE: list[MPI.Comm] = []
+
+
+def is_spawned() -> bool:
+    """Tell whether this process was started in place of a lost rank. Not collective."""
+    mpi = load_mpi()
+    return bool(mpi.Comm.Get_parent() != mpi.COMM_NULL)
+
+
+class Start:
+    """Starts this program anew, as one rank, which comes in by `join`.
+
+    Collective. One survivor alone starts it: whoever has a part in that waits for good if
+    one of those dies meanwhile (Open MPI 5.0, in PMIx_Connect). Then all connect, which
+    is over in a hundredth of the time. One at a time, each a launch of its own: with one
+    of a launch that was not the first, Open MPI 5.0 ends the others of that.
+
+    Args:
+        handle: Communicator of those who are there.
+        starter: The rank that starts it.
+        more: How many will be started after this one.
+        seconds: How long the program may take from its start to `join`.
+    """
+
+    def __init__(
+        self, handle: MPI.Intracomm, starter: int, more: int, seconds: float
+    ) -> None:
+        self._handle = handle
+        self._starter = starter
+        self._more = more
+        self._seconds = seconds
+        self._port = ""
+
+    def begin(self) -> MPI.Comm:
+        """Start it, on one rank; the others wait for nothing here.
+
+        Collective. Main thread only.
+
+        Returns:
+            What is to be revoked if it was in vain.
+        """
+        mpi = load_mpi()
+        if self._handle.rank != self._starter:
+            null: MPI.Comm = mpi.COMM_NULL
+            return null
+        info = mpi.Info.Create()
+        info.Set("wdir", os.getcwd())  # noqa: PTH109 (a text is wanted)
+        if _spans_hosts():
+            # MPI: a new rank on a host other than its starter's often cannot be reached by
+            # the others, or comes to its end in MPI_Init (Open MPI 5.0).
+            info.Set("host", mpi.Get_processor_name())
+        # As it was started: with its options, as a module or a file.
+        wait = str(self._seconds)
+        program = ["-IS", "-c", _START, wait, sys.executable, *sys.orig_argv[1:]]
+        with Guard("starting a rank in place of a lost one", self._seconds):
+            between: MPI.Intercomm = mpi.COMM_SELF.Spawn(
+                sys.executable, program, maxprocs=1, info=info
+            )
+            remember(between)
+            self._port = mpi.Open_port()
+            letter = [self._port, str(self._starter), str(self._more), wait]
+            between.Bcast(_pack(letter), root=mpi.ROOT)
+        info.Free()
+        return between
+
+    def accept(self) -> MPI.Intercomm:
+        """Connect all who are there with it. Collective. Main thread only."""
+        # As one of them ends the rest may return: not all at once, and root last.
+        behind = self._handle.size - 1 - self._handle.rank
+        with Guard(_CONNECTING, _CONNECT_SECONDS + _STAGGER_SECONDS * behind):
+            return self._handle.Accept(self._port, root=self._starter)
+
+
+def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
+    """Return the communicator of all ranks, and what they tell, to a replacement.
+
+    Collective. Main thread only. This rank is one of the last there. If a rank dies
+    meanwhile the others do without this one, which does not return.
+    """
+    mpi = load_mpi()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    letter, told = _pack([]), np.zeros(_TOLD, np.int64)
+    try:
+        with Guard("joining the others in place of a lost rank", 2 * _CONNECT_SECONDS):
+            parent = mpi.Comm.Get_parent()
+            parent.Bcast(letter, root=0)
+            port, starter, more, wait = letter.tobytes().rstrip(b"\0").decode().split("\n")
+            merged = merge(mpi.COMM_SELF.Connect(port), high=True)
+        remember(parent)
+        for _ in range(int(more)):
+            # Whoever comes next has yet to start.
+            with Guard(_CONNECTING, float(wait) + 2 * _CONNECT_SECONDS):
+                between = merged.Accept("", root=int(starter))
+            merged = merge(between, high=False)
+        with Guard("being told where the job stands", 2 * _CONNECT_SECONDS):
+            _introduce(merged)
+            merged.Bcast(told)
+    except mpi.Exception as error:
+        # The others have begun anew, and start another in its place.
+        sys.stderr.write(f"mpi_ckpt: this replacement is not needed: {error}\n")
+        sys.stderr.flush()
+        os._exit(STUCK_CODE)
+    return merged, tuple(told.tolist())
+
+
+def _spans_hosts(environ: Mapping[str, str] = os.environ) -> bool:
+    total = environ.get("OMPI_COMM_WORLD_SIZE")
+    return is_spawned() or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") != total
+
+
+def choose_starter(handle: MPI.Intracomm) -> int:
+    """Return the rank that starts others: the last of the first launch, if one is left.
+
+    Collective. Main thread only.
+    """
+    first = np.empty(handle.size, np.int64)
+    handle.Allgather(np.array([not is_spawned()], np.int64), first)
+    return int(max(np.flatnonzero(first), default=handle.size - 1))
+
+
+def merge(between: MPI.Intercomm, *, high: bool) -> MPI.Intracomm:
+    """Make one communicator of two sides. Collective. Main thread only."""
+    remember(between)
+    # MPI: if one dies just here the others stay in there, whatever is revoked (Open MPI
+    # 5.0, in ompi_comm_nextcid). It is over in a few milliseconds.
+    with Guard("joining with a new rank", _CONNECT_SECONDS):
+        merged = between.Merge(high=high)
+    remember(merged)
+    return merged
+
+
+def _pack(lines: Sequence[str]) -> NDArray[np.uint8]:
+    text = "\n".join(lines).encode()
+    return np.frombuffer(bytearray(text.ljust(_LETTER_BYTES, b"\0")), np.uint8)
+
+
+def greet(handle: MPI.Intracomm, telling: Sequence[int]) -> None:
+    """Tell the new ranks where the job stands. Collective, on those that were there.
+
+    Main thread only.
+
+    Args:
+        handle: Communicator of all, the new ones as well.
+        telling: Three numbers, the same on every rank.
+    """
+    with Guard("meeting new ranks", 2 * _CONNECT_SECONDS):
+        _introduce(handle)
+        handle.Bcast(np.array(telling, np.int64))
+
+
+def _introduce(handle: MPI.Intracomm) -> None:
+    """Let each rank have been in touch with each. Collective."""
+    # MPI: what is first to be sent when a rank dies is word of that, and to a rank that was
+    # never spoken to, and is dead as well, Open MPI 5.0 looks for the way without end.
+    mpi = load_mpi()
+    token, into = np.zeros(1, np.uint8), np.zeros(handle.size, np.uint8)
+    others = [rank for rank in range(handle.size) if rank != handle.rank]
+    posted = [
+        *(handle.Irecv(into[rank : rank + 1], rank, _TOUCH_TAG) for rank in others),
+        *(handle.Isend(token, rank, _TOUCH_TAG) for rank in others),
+    ]
+    try:
+        mpi.Request.Waitall(posted)
+    except mpi.Exception:
+        keep([posted, token, into])
+        raise
+
+
+def remember(*handles: MPI.Comm) -> None:
+    """Note communicators to be freed before this process can leave. Not collective."""
+    _MADE.extend(handles)
+
+
+def made() -> list[MPI.Comm]:
+    """Return what was remembered. Not collective."""
+    return _MADE

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a training that goes on when ranks are lost, where MPI survives that."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mpi_ckpt.comm import (
+    ROOT,
+    Departure,
+    duplicate,
+    greet,
+    is_sign_of_loss,
+    is_spawned,
+    join,
+    let_go,
+    meet_at_the_end,
+    repair,
+    why_lost_ranks_end_the_job,
+)
+from mpi_ckpt.elastic.world import World
+from mpi_ckpt.errors import CollectiveError, LaunchError
+from mpi_ckpt.memory import Memory
+from mpi_ckpt.storage.notes import Notes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpi4py import MPI
+
+__all__ = ["run"]
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Who leaves by sys.exit() may be alone in it: an error, which the others do not share.
+_EXIT_SECONDS = 30.0
+
+
+def run(
+    train: Callable[[World], Result],
+    *,
+    comm: MPI.Intracomm | None = None,
+    replace: bool = False,
+    memory: Memory | None = None,
+    max_recoveries: int = 20,
+    start_seconds: float = 120.0,
+) -> Result:
+    """Call a training, and again each time that ranks are lost, on those that live.
+
+    Collective. Main thread only. Call it once in a program. A training makes its states
+    and its manager, with the world's communicator and memory, restores and goes on. Where
+    MPI ends the job with a rank (all but Open MPI 5 and ``mpirun --with-ft ulfm``), that is
+    said once, by root, and the training is just called: `mpi-ckpt run` serves there.
+
+    Args:
+        train: Called with the `World` of the ranks that live. Whatever it has made before
+            is left behind; what was made outside stays, as it was at the loss.
+        comm: Communicator of mpi4py; it is duplicated. None: all ranks of the job.
+        replace: Whether to start new ranks in place of lost ones: each runs this program
+            from its beginning, and joins in here, as one of the last ranks.
+        memory: Where the states are held; None for one that all ranks hold.
+        max_recoveries: After so many the next loss is an error.
+        start_seconds: How long a new rank may take from its start to its call of this; if
+            a rank dies just then, others may have to be ended after that time.
+
+    Returns:
+        What the training returned on this rank, once it has on all.
+
+    Raises:
+        CollectiveError: On every live rank, after too many losses.
+        LaunchError: On the calling rank, if the job has lost ranks in a run before.
+    """
+    memory = Memory() if memory is None else memory
+    reason = why_lost_ranks_end_the_job()
+    if reason:
+        handle = duplicate(comm)
+        if handle.rank == ROOT:
+            logger.warning(
+                "a lost rank ends this job: %s; start it by `mpi-ckpt run` to have it "
+                "started again",
+                reason,
+            )
+        return train(World(handle, memory))
+    if _DEPARTURE.is_prepared:
+        raise LaunchError("ranks were lost in an earlier run(): call it once in a program")
+    one = _Run(
+        train,
+        memory,
+        replace=replace,
+        max_recoveries=max_recoveries,
+        start_seconds=start_seconds,
+    )
+    return one.go(comm)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending(Generic[Result]):
+    """How a call of the training ended on this rank: it returned, left, or lost ranks."""
+
+    value: Result | None = None
+    leaving: SystemExit | None = None
+    loss: Exception | None = None
+
+
+class _Run(Generic[Result]):
+    """One run: the calls of the training, and what lies between them."""
+
+    def __init__(
+        self,
+        train: Callable[[World], Result],
+        memory: Memory,
+        *,
+        replace: bool,
+        max_recoveries: int,
+        start_seconds: float,
+    ) -> None:
+        self._train = train
+        self._memory = memory
+        self._replace = replace
+        self._max_recoveries = max_recoveries
+        self._start_seconds = start_seconds
+        self._wanted = 0
+        self._failures = 0
+        self._lost = 0
+        self._has_new = False
+
+    def go(self, comm: MPI.Intracomm | None) -> Result:
+        """Call the training until it has ended on all ranks."""
+        handle = self._begin(comm)
+        while True:
+            world = World(handle, self._memory, self._failures, self._lost, is_spawned())
+            ending = self._attempt(world)
+            seen = time.monotonic()
+            if ending.loss is None:
+                seconds = None if ending.leaving is None else _EXIT_SECONDS
+                if meet_at_the_end(handle, done=True, seconds=seconds):
+                    return self._end(handle, ending)
+            _DEPARTURE.prepare(handle, world.watched)
+            let_go(handle, world.watched)
+            if ending.loss is not None:
+                meet_at_the_end(handle, done=False)
+            if self._failures >= self._max_recoveries:
+                raise CollectiveError(
+                    f"ranks were lost {self._failures + 1} times, {self._max_recoveries} "
+                    "losses were to be survived; published generations are untouched"
+                ) from ending.loss
+            handle = self._recover(handle, seen)
+            _DEPARTURE.prepare(handle, [])
+            _forget(ending.loss)
+
+    def _begin(self, comm: MPI.Intracomm | None) -> MPI.Intracomm:
+        if is_spawned():
+            handle, told = join()
+            _DEPARTURE.prepare(handle, [])
+            self._wanted, self._failures, self._lost = told
+        else:
+            handle = duplicate(comm)
+            self._wanted = handle.size
+        return handle
+
+    def _attempt(self, world: World) -> _Ending[Result]:
+        try:
+            if self._has_new:
+                self._has_new = False
+                greet(world.comm, (self._wanted, self._failures, self._lost))
+            return _Ending(value=self._train(world))
+        except SystemExit as leaving:
+            return _Ending(leaving=leaving)
+        except Exception as error:
+            if not is_sign_of_loss(error, world.comm):
+                raise
+            return _Ending(loss=error)
+
+    def _recover(self, handle: MPI.Intracomm, seen: float) -> MPI.Intracomm:
+        newest = self._memory.step
+        repaired = repair(
+            handle,
+            newest=-1 if newest is None else newest,
+            wanted=self._wanted if self._replace else 0,
+            start_seconds=self._start_seconds,
+        )
+        self._failures += 1
+        self._lost += len(repaired.lost)
+        self._has_new = repaired.spawned > 0
+        if repaired.handle.rank == ROOT:
+            logger.warning(
+                "lost rank(s) %s of %d; going on with %d, %d of them new, after %.2f s",
+                ", ".join(map(str, repaired.lost)) or "none",
+                handle.size,
+                repaired.handle.size,
+                repaired.spawned,
+                time.monotonic() - seen,
+            )
+        return repaired.handle
+
+    def _end(self, handle: MPI.Intracomm, ending: _Ending[Result]) -> Result:
+        if ending.leaving is not None:
+            _DEPARTURE.leave_by(ending.leaving)
+            raise ending.leaving
+        if self._failures and handle.rank == ROOT:
+            # Managers that dead ranks have left open were never the end of it.
+            Notes.from_environment().add("survived", losses=self._lost)
+        return ending.value  # type: ignore[return-value]
+
+
+_DEPARTURE = Departure()
+
+
+def _forget(loss: BaseException | None) -> None:
+    """Let go of what the training had made: its states may fill the memory."""
+    # Not before the repair: until then MPI may still write to buffers that are there.
+    pending, seen = [loss], set[int]()
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            pending += [one.__cause__, one.__context__]
+            one.__traceback__ = None
+    gc.collect()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beside a plain torch.distributed job: DistributedDataParallel and its like.
+
+torch.distributed moves gradients, MPI moves checkpoints; both see the same processes. Start
+the job with mpirun and let MPI tell torch who is who::
+
+    init_process_group("gloo")
+    with CheckpointManager("checkpoints", states, comm=communicator()) as manager:
+        ...
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.comm import Communicator, agree, bcast_json
+from mpi_ckpt.comm.ordering import Claim, order_ranks
+from mpi_ckpt.errors import LaunchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch.distributed import ProcessGroup
+
+__all__ = ["communicator", "init_process_group"]
+
+_LIBRARY = "torch.distributed"
+_ADVICE = (
+    "start it as `mpirun -n N python train.py`, not with torchrun, and call "
+    "mpi_ckpt.integrations.torch_distributed.init_process_group, which gives torch the "
+    "ranks of MPI"
+)
+# Whoever is to come is there: all have just been started, or have met in torch.
+_MEETING_SECONDS = 120.0
+
+
+def init_process_group(
+    backend: str | None = None,
+    *,
+    comm: MPI.Intracomm | None = None,
+    timeout_seconds: float = 1800.0,
+) -> None:
+    """Start torch.distributed with the ranks of MPI.
+
+    Collective. Main thread only. No variable need be set: rank and size are MPI's, and
+    the ranks meet at a port of root's that is free.
+
+    Args:
+        backend: As for ``torch.distributed.init_process_group``.
+        comm: Communicator of the ranks; None is the world.
+        timeout_seconds: How long an operation of torch may take.
+
+    Raises:
+        LaunchError: On every rank, if it is started already or a rank cannot be reached.
+    """
+    dist = _distributed()
+    ours = Communicator(comm, deadline_seconds=_MEETING_SECONDS)
+    doing = f"starting {_LIBRARY}"
+    timeout = timedelta(seconds=timeout_seconds)
+    on_one_host = len(set(ours.hosts)) == 1
+    host = "127.0.0.1" if on_one_host else ours.hosts[0]
+
+    def meet(port: int) -> Any:  # noqa: ANN401 (a store)
+        # Of its own choosing, so that no other job can take it in between.
+        return dist.TCPStore(
+            host, port, ours.size, ours.is_root, timeout, wait_for_workers=False
+        )
+
+    def listen() -> Any:  # noqa: ANN401 (a store)
+        if dist.is_initialized():
+            raise LaunchError(f"{_LIBRARY} is initialised already")
+        return meet(0) if ours.is_root else None
+
+    store = agree(ours, doing, listen, error=LaunchError)
+    port: int = bcast_json(ours, store and store.port, doing)
+    store = agree(ours, doing, lambda: store or meet(port), error=LaunchError)
+
+    def start() -> None:
+        dist.init_process_group(
+            backend, store=store, rank=ours.rank, world_size=ours.size, timeout=timeout
+        )
+
+    agree(ours, doing, start, error=LaunchError)
+    ours.close()
+
+
+def communicator(
+    group: ProcessGroup | None = None, *, comm: MPI.Intracomm | None = None
+) -> MPI.Intracomm | None:
+    """Make a communicator whose ranks are those of torch.distributed.
+
+    Collective over all processes of MPI, also with a group. Main thread only. It costs
+    nothing but the making. Yours: ``Free()`` it, or leave it to the end of MPI.
+
+    Args:
+        group: This rank's process group; several groups may be given at once, each by
+            its own members. None: all ranks. A rank that is in no group gives the
+            ``group`` that ``torch.distributed.new_group`` has returned to it.
+        comm: Communicator of all processes of the job; None is the world.
+
+    Returns:
+        The communicator, to be given to `mpi_ckpt.CheckpointManager`; None for a rank
+        outside of its group.
+
+    Raises:
+        LaunchError: On every rank, if torch.distributed is not initialised, or the ranks
+            of the two do not fit, as where every process is an MPI job of one.
+        CollectiveError: On every live rank, if one never arrives.
+    """
+
+    def ask() -> Claim:
+        dist = _distributed()
+        if not dist.is_initialized():
+            raise LaunchError(
+                f"{_LIBRARY} is not initialised, so its ranks are not known: call "
+                "mpi_ckpt.integrations.torch_distributed.init_process_group first"
+            )
+        rank = dist.get_rank(group)
+        if rank < 0:
+            return Claim(None, rank, 0)
+        first = 0 if group is None else dist.get_global_rank(group, 0)
+        return Claim(first, rank, dist.get_world_size(group))
+
+    return order_ranks(
+        comm,
+        ask,
+        library=_LIBRARY,
+        advice=_ADVICE,
+        deadline_seconds=_MEETING_SECONDS,
+    )
+
+
+def _distributed() -> Any:  # noqa: ANN401 (a module)
+    try:
+        import torch.distributed as dist
+    except ImportError as error:
+        raise LaunchError(
+            f"{_LIBRARY} needs torch ({error}): pip install 'mpi_ckpt[torch]'"
+        ) from error
+    if not dist.is_available():
+        raise LaunchError(f"this torch was built without {_LIBRARY}")
+    return dist

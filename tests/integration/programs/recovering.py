@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training that loses a rank at one certain place: recovering.py ROOT LOG HOW [replace].
+
+Adds up the same sums with any number of ranks, and tells how it came to them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mpi_ckpt import ArrayState, CheckpointManager, Options, elastic
+from mpi_ckpt.comm import vote
+from mpi_ckpt.elastic import running
+from mpi_ckpt.storage import filesystem
+
+ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+REPLACE = "replace" in sys.argv
+STEPS = 30
+
+# The package has a function of that name.
+repair = sys.modules["mpi_ckpt.comm.repair"]
+
+
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+
+
+def before(module: object, name: str, condition) -> None:  # type: ignore[no-untyped-def]
+    """Let this process die when it is about to call a function, if that is the time."""
+    call = getattr(module, name)
+
+    def replaced(*args: object, **options: object) -> object:
+        if condition(*args):
+            die()
+        return call(*args, **options)
+
+    setattr(module, name, replaced)
+
+
+def arrange(world: elastic.World) -> None:
+    """Prepare the death of one rank of the first world."""
+    if world.failures or world.is_replacement:
+        return
+    if HOW == "publish" and world.rank == 0:
+        # The second generation is whole, but for its name.
+        def is_second(source: Path, *_: object) -> bool:
+            return source.name.startswith(".partial-00000002")
+
+        before(filesystem, "rename_new", is_second)
+    if HOW == "write" and world.rank == 0:
+        before(filesystem, "sync_file", lambda *_: any(ROOT.glob(".partial-00000002*/*")))
+    if HOW == "ours" and world.rank == 1:
+        calls = iter(range(1000))
+        before(vote.Vote, "exchange", lambda *_: next(calls) == 20)
+    if HOW == "order" and world.rank == 1:
+        before(repair, "_order", lambda *_: True)
+    if HOW == "shrink" and world.rank == 1:
+        before(repair, "_shrink", lambda *_: True)
+    if HOW == "merge" and world.rank == 1:
+        before(repair, "_merge", lambda *_: True)
+    if HOW == "met" and world.rank == 1:
+        before(running, "repair", lambda *_: True)
+
+
+def at_step(world: elastic.World, step: int) -> None:
+    """Do to this rank what is to be done at a step."""
+    if step != 15 or world.failures:
+        return
+    if HOW in ("order", "shrink", "merge", "met", "again") and world.rank == 2:
+        die()
+    if HOW == "stopped" and world.rank == 1:
+        die(signal.SIGSTOP)
+    if HOW == "error" and world.rank == 1:
+        raise ValueError("bad luck")
+    if HOW in ("plain", "leave") and world.rank == 1:
+        die()
+
+
+def train(world: elastic.World) -> float:
+    arrange(world)
+    sums = ArrayState("sums", {"x": np.zeros(1000), "n": np.zeros(1)})
+    options = Options(interval=10, deadline_seconds=3 if HOW == "late" else 60)
+    with CheckpointManager(
+        ROOT, [sums], comm=world.comm, memory=world.memory, options=options
+    ) as manager:
+        # In the middle of coming back, another one goes.
+        if HOW == "again" and world.failures == 1 and world.rank == 1:
+            before(vote.Vote, "exchange", lambda *_: True)
+        restored = manager.restore()
+        tell(
+            world,
+            size=world.size,
+            failures=world.failures,
+            step=manager.steps,
+            memory=restored is not None and restored.from_memory,
+            partials=[one.name for one in ROOT.glob(".partial-*")],
+        )
+        while manager.steps < STEPS:
+            mine = np.arange(12)[world.rank :: world.size].sum(dtype=float)
+            total = np.empty(1000)
+            world.comm.Allreduce(np.full(1000, mine), total)
+            sums.arrays["x"] += total
+            sums.arrays["n"] += 1
+            at_step(world, manager.steps + 1)
+            if HOW == "leave" and world.failures and manager.steps == 20:
+                sys.exit(7)
+            manager.step()
+        if HOW == "late" and world.rank == 1:
+            time.sleep(6)
+        manager.save()
+    tell(world, value=sums.arrays["x"][0], n=sums.arrays["n"][0])
+    return float(sums.arrays["x"][0])
+
+
+def tell(world: elastic.World, **values: object) -> None:
+    if world.rank == 0:
+        with LOG.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+logging.basicConfig(format="%(message)s")
+limit = 0 if HOW == "too_many" else 20
+if HOW == "too_many":
+    HOW = "plain"
+value = elastic.run(train, replace=REPLACE, max_recoveries=limit, start_seconds=20)
+print(f"returned {value}", flush=True)
