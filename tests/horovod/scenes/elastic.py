@@ -213,6 +213,8 @@ def restarted_with(whose, root):
     state = make(batch=0)
     run(train)(state)
     ids = hvd.mpi_ops._basics._get_process_set_ids_and_ranks()
+    # A rank that ends shuts Horovod down on the others too.
+    COMM.Barrier()
     return {"seen": seen, "sets": sorted(ids), "batch": state.batch}
 
 
@@ -273,10 +275,11 @@ def _removal_theirs(run_fn, interrupt, state, rest):
 
 
 def _shares(sampler, rest):
+    size = hvd.size()
     everyone = rest.allgather(list(sampler))
     return {
         "replicas": sampler.num_replicas,
-        "size": hvd.size(),
+        "size": size,
         "read": sorted(index for one in everyone for index in one),
     }
 
