@@ -19,6 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, RNGState
+from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
 
@@ -207,9 +208,15 @@ def _count_with(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
         costs.append(cost)
         return result
 
-    def start(name: str, state: State, **given: Any) -> CheckpointManager:  # noqa: ANN401
+    def start(
+        name: str,
+        state: State,
+        memory: Memory | None = None,
+        **given: Any,  # noqa: ANN401
+    ) -> CheckpointManager:
         options = Options(retention=KeepLast(1), preemption_signals=(), **given)
-        return CheckpointManager(directory / name, [state], comm=comm, options=options)
+        where = directory / name
+        return CheckpointManager(where, [state], comm=comm, options=options, memory=memory)
 
     def save(manager: CheckpointManager) -> None:
         manager.save()
@@ -231,6 +238,10 @@ def _count_with(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
     count("restore", manager.restore)
     count("one rank fails", fail)
     manager.close()
+    remembering = start("remembered", ArrayState("weights", _weights(seed=0)), Memory())
+    count("remember", remembering.remember)
+    count("restore from memory", remembering.restore)
+    remembering.close()
     # Streams in one state are texts of one length, on all ranks.
     random.seed(0)
     # NumPy starts its own from the machine's noise, and numbers have as many digits as
@@ -239,6 +250,9 @@ def _count_with(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
     parts = start("parts", RNGState())
     count("save, random streams", lambda: save(parts))
     count("restore, random streams", parts.restore)
+    parts.close()
+    parts = start("remembered parts", RNGState(), Memory())
+    count("remember, random streams", parts.remember)
     parts.close()
     if "writers" in Options.__dataclass_fields__:
         shared = start("shared", ArrayState("weights", _weights(seed=0)), writers="all")

@@ -7,10 +7,11 @@ compared, or that had to be made equal just now, and plain states, are root's to
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.collector import without_collections
-from mpi_ckpt.comm import ROOT, agree, bcast_json
+from mpi_ckpt.comm import ROOT, agree, scatter_bytes
 from mpi_ckpt.engine.contents import Contents, pick_leaves
 from mpi_ckpt.engine.draft import Draft
 from mpi_ckpt.engine.shard import foresee_shard, write_shard
@@ -21,6 +22,7 @@ from mpi_ckpt.errors import SaveError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.draft import Published, SaveRequest
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.shard import Shard
@@ -62,12 +64,12 @@ class JointSave:
         self._session = session
         self._clock = clock
         self._draft = self._begin(request)
-        plan = bcast_json(comm, self._plan(equal), "sharing out a save")
-        self._generation: int = plan["generation"]
-        self._job: str = plan["job"]
-        self._shares: dict[int, Share] = {int(r): s for r, s in plan["shares"].items()}
+        self._shares = self._share_out(equal)
+        mine = _deal(comm, self._tasks(), session.options.window_bytes)
+        self._generation: int = mine["generation"]
+        self._job: str = mine["job"]
         contents = request.contents if self._draft is None else self._draft.contents
-        self._mine = _pick(contents, self._shares.get(comm.rank, {}))
+        self._mine = _pick(contents, mine["share"])
         self._plain: list[State] = request.plain if comm.is_root else []
         self._staged = request.staged
         self._shard: Shard | None = None
@@ -126,17 +128,24 @@ class JointSave:
 
         return session.on_root("beginning a generation", begin, SaveError)
 
-    def _plan(self, equal: Collection[str]) -> dict[str, Any] | None:
+    def _share_out(self, equal: Collection[str]) -> dict[int, Share]:
+        """Tell, on root alone, what each writer writes."""
         if self._draft is None:
-            return None
+            return {}
         session = self._session
         writers = choose_ranks(session.options.writers, session.comm.topology)
-        shares = share_out(self._draft.contents, self._draft.fresh, equal, writers)
-        return {
+        return share_out(self._draft.contents, self._draft.fresh, equal, writers)
+
+    def _tasks(self) -> list[dict[str, Any]]:
+        """Return, on root alone, what each rank must know, in rank order."""
+        if self._draft is None:
+            return []
+        known = {
             "generation": self._draft.partial.generation,
-            "job": session.directory.job,
-            "shares": shares,
+            "job": self._session.directory.job,
         }
+        ranks = range(self._session.comm.size)
+        return [{**known, "share": self._shares.get(rank, {})} for rank in ranks]
 
     def _partial(self) -> Partial:
         if self._draft is not None:
@@ -154,6 +163,23 @@ class JointSave:
         ]
         shards = [one for one in (self._shard, *others) if one is not None]
         return self._draft.publish(shards, self._clock)
+
+
+def _deal(
+    comm: Communicator, tasks: Sequence[dict[str, Any]], window_bytes: int
+) -> dict[str, Any]:
+    """Give each rank its own task, which root knows."""
+    encoded = [json.dumps(one).encode() for one in tasks]
+    mine = scatter_bytes(
+        comm,
+        [len(one) for one in encoded],
+        (([rank], one) for rank, one in enumerate(encoded)),
+        "sharing out a save",
+        error=SaveError,
+        window_bytes=window_bytes,
+    )
+    task: dict[str, Any] = json.loads(mine)
+    return task
 
 
 def share_out(

@@ -152,7 +152,8 @@ def test_check_tells_of_growth_that_nobody_knew(tmp_path, capsys):
 def test_model_prints_the_first_wall(capsys):
     scaling.main(["model", "--ranks", "100", "100000", "--width", "140"])
     out = capsys.readouterr().out
-    assert "The library's first wall: save, random streams" in out
+    assert "The library's first wall: remember, random streams" in out
+    assert "save, random streams: MPI bytes of root" in out
     # Each rank is sent its own alone, through a window on root.
     assert "restore, random streams: MPI bytes" not in out
     scaling.main(["model", "--ranks", "100", "--width", "140"])
