@@ -28,6 +28,12 @@ REUSE_FULL = "mpi_ckpt save, all bytes changed"
 REUSE_PART = "mpi_ckpt save, 1% of the bytes changed"
 MANY_LEAVES = "many leaves of 4 KB"
 STEP = "mpi_ckpt step"
+BROADCAST_TRAINING = "mpi_ckpt broadcast_parameters + broadcast_optimizer_state"
+COMMIT_DURABLE = "mpi_ckpt TorchState.commit, on disk"
+COMMIT_ASYNC = "mpi_ckpt TorchState.commit, to disk behind the training"
+COMMIT_MEMORY = "mpi_ckpt TorchState.commit, in memory"
+BROADCAST_OBJECT = "mpi_ckpt broadcast_object"
+BROADCAST_OBJECT_IN_PLACE = "mpi_ckpt broadcast_object, in place"
 
 TORCH = "torch.save"
 TORCH_LOAD = "torch.load on every rank"
@@ -35,8 +41,17 @@ SAFETENSORS = "safetensors"
 DCP = "torch DCP"
 TORCHSNAPSHOT = "torchsnapshot"
 ADAPTDL = "adaptdl"
+PKL5 = "mpi4py.util.pkl5 bcast"
 HOROVOD = "Horovod"
 HOROVOD_SYNC = "Horovod broadcast_parameters"
+HOROVOD_TRAINING = "Horovod broadcast_parameters + broadcast_optimizer_state"
+HOROVOD_COMMIT = "Horovod TorchState.commit, in memory"
+HOROVOD_OBJECT = "Horovod broadcast_object"
+
+
+def beside_horovod(name: str) -> str:
+    """Return the name of one of ours that runs while Horovod's thread polls."""
+    return f"{name}, beside Horovod"
 
 
 def durable(name: str) -> str:

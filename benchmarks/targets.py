@@ -223,6 +223,53 @@ def _step_microseconds(figures: Figures) -> float | None:
     return 1e6 * (ours - bare) / steps
 
 
+def _beside_horovod() -> list[Target]:
+    """What Horovod's users do at the start of a run, and at each commit."""
+    training, horovods = names.BROADCAST_TRAINING, names.HOROVOD_TRAINING
+    small = names.BROADCAST_OBJECT
+    return [
+        Target(
+            f"model and optimizer, {group}: Horovod / ours",
+            "horovod",
+            bound,
+            True,
+            times(horovods, training, group),
+        )
+        for group, bound in (("equal", 3.0), ("all differ", 1.0))
+    ] + [
+        Target(
+            "object of 200 MB",
+            "horovod",
+            0.1,
+            False,
+            lambda figures: figures.seconds(small, "object"),
+            ranks=2,
+            unit="s",
+        ),
+        Target(
+            "object of 200 MB: pkl5 / ours",
+            "horovod",
+            1.0,
+            True,
+            times(names.PKL5, small, "object"),
+        ),
+        Target(
+            "object of 200 MB: Horovod / ours",
+            "horovod",
+            100.0,
+            True,
+            times(names.HOROVOD_OBJECT, small, "object"),
+        ),
+        Target(
+            "commit to disk behind the training: ours / Horovod's in memory",
+            "horovod",
+            1 / 3,
+            False,
+            times(names.COMMIT_ASYNC, names.HOROVOD_COMMIT, "commit"),
+        ),
+    ]
+
+
 TARGETS: tuple[Target, ...] = (
     Target(
         "save: raw direct write / ours",
@@ -342,6 +389,7 @@ TARGETS: tuple[Target, ...] = (
         times(names.TORCH_LOAD, names.RESTORE),
     ),
     *_peaks(),
+    *_beside_horovod(),
     *(
         Target(f"small leaves, {group}: many / one", "small", 2.0, False, _small(group))
         for group in ("save", "sync, equal", "sync, all differ", "restore")

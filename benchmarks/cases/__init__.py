@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import (
+    horovod,
     memory,
     restore,
     reuse,
@@ -39,5 +40,6 @@ CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "train": train.groups,
     "step": step.groups,
     "memory": memory.groups,
+    "horovod": horovod.groups,
 }
 """Name -> function that gives the groups of a case, one after the other is measured."""

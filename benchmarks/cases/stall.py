@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import ceilings, names
 from benchmarks.harness import Contender, Group
 from benchmarks.peers import start_contenders
-from benchmarks.peers.base import as_tensors
+from benchmarks.training import as_training
 from mpi_ckpt import TrainState
 
 if TYPE_CHECKING:
@@ -51,21 +51,6 @@ def _stall(
 
 def _train_state(setting: Setting) -> TrainState:
     """Return the arrays as those of a module and its optimizer, in the same memory."""
-    import torch
-
-    tensors = as_tensors(setting.state)
-    parameters = {
-        name.partition("/")[2]: torch.nn.Parameter(tensor)
-        for name, tensor in tensors.items()
-        if name.startswith("param/")
-    }
-    module = torch.nn.ParameterDict(parameters)
-    optimizer = torch.optim.Adam(module.parameters())
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(1.0),
-            "exp_avg": tensors[f"exp_avg/{name}"],
-            "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
-        }
+    module, optimizer = as_training(setting)
     given: dict[str, Any] = {"module": module, "optimizer": optimizer, "overlap": True}
     return TrainState(**given)

@@ -160,6 +160,5 @@ def object_contenders(setting: Setting, value: object) -> list[Contender]:
     peer = find_horovod(setting)
     if peer is None:
         return []
-    name = "Horovod broadcast_object"
     act = partial(peer.broadcast_object, value)
-    return [Contender(name, act, peer.begin, lambda _: peer.end())]
+    return [Contender(names.HOROVOD_OBJECT, act, peer.begin, lambda _: peer.end())]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import names
 from benchmarks.peers.base import Peer
@@ -38,6 +38,23 @@ class Horovod(Peer):
         import horovod.torch as hvd
 
         hvd.broadcast_parameters(self.tensors(), root_rank=0)
+
+    def equalize_training(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Make a model and its optimizer equal to root's, as its examples do."""
+        import horovod.torch as hvd
+
+        hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+
+    def elastic_state(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> Any:  # noqa: ANN401 (it has no types)
+        """Make the state whose commits are kept in memory, on every rank."""
+        import horovod.torch as hvd
+
+        return hvd.elastic.TorchState(model=module, optimizer=optimizer)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Broadcast one tensor from root, in place."""

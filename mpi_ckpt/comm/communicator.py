@@ -15,6 +15,7 @@ import numpy as np
 
 from mpi_ckpt.comm.abandoned import keep
 from mpi_ckpt.comm.admission import Objection, check_before
+from mpi_ckpt.comm.first_meeting import duplicate, meet
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.roll_call import call_roll, is_called
@@ -55,10 +56,9 @@ class Communicator:
         comm: The user's communicator; None is the world.
         deadline_seconds: How long any wait may take.
         message_bytes: Largest message in bytes, at most 1 GiB.
-        root: The rank that decides; the same on every rank.
 
     Attributes:
-        rank, size, root: This rank, the number of ranks, the one that decides.
+        rank, size, root: This rank, their number, the one that decides: it may be set.
         hosts: Host name of every rank.
         completed: How many requests have been waited for; grows as long as ranks meet.
         is_waiting: Whether this rank waits for others.
@@ -69,6 +69,7 @@ class Communicator:
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
+        CollectiveError: On every live rank, if one never arrives.
     """
 
     def __init__(
@@ -77,7 +78,6 @@ class Communicator:
         *,
         deadline_seconds: float = 600.0,
         message_bytes: int = 8 << 20,
-        root: int = ROOT,
     ) -> None:
         self._mpi: Any = load_mpi()
         check_before(self._mpi, comm)
@@ -85,7 +85,7 @@ class Communicator:
         objection = Objection.of(self._mpi, parent)
         self.deadline_seconds = deadline_seconds
         self.message_bytes = message_bytes
-        self.root = root
+        self.root = ROOT
         self.confusions = 0
         self.completed = 0
         self.is_waiting = False
@@ -93,7 +93,7 @@ class Communicator:
         self._cause: BaseException | None = None
         self._is_given_up = False
         self._last_met: tuple[str, float] | None = None
-        self.handle: MPI.Intracomm = parent.Dup()
+        self.handle: MPI.Intracomm = duplicate(parent, deadline_seconds)
         self.node: MPI.Comm | None = None
         _OPEN[id(self)] = self
         self.rank: int = self.handle.rank
@@ -277,13 +277,13 @@ class Communicator:
     def _exchange_presences(self, *, objects: bool) -> tuple[Presence, ...]:
         mine = Presence.own(objects=objects).encode()
         everyone = np.zeros((self.size, Presence.nbytes), np.uint8)
-        self.wait([self.handle.Iallgather(mine, everyone)], "meeting for the first time")
+        meet(self.handle, self.handle.Iallgather(mine, everyone), self.deadline_seconds)
         return tuple(Presence.decode(row.tobytes()) for row in everyone)
 
     def _split(self) -> MPI.Comm | None:
         if len(self.topology.nodes) in (1, self.size):
             return None
-        # MPI: this has no deadline. Here it needs none, as all ranks have just met.
+        # MPI: this has no deadline and needs none, as all ranks have just met.
         return self.handle.Split(self.topology.node_of[self.rank], self.rank)
 
     def _note_failure(self, error: BaseException) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm.admission import Objection, check_before
+from mpi_ckpt.comm.first_meeting import meet
 from mpi_ckpt.comm.horovod import check_horovod, find_horovod, mark_horovods
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.errors import LaunchError
@@ -33,6 +34,8 @@ _OTHERS = "Horovod's ranks are not those of the communicator that was given"
 def find_communicator(
     comm: MPI.Intracomm | None = None,
     process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
+    *,
+    deadline_seconds: float = 600.0,
 ) -> tuple[MPI.Intracomm, bool]:
     """Return a communicator with Horovod's ranks in its order.
 
@@ -41,6 +44,7 @@ def find_communicator(
     Args:
         comm: One that is known to have these ranks, in any order; None to find them.
         process_set: The ``hvd.ProcessSet`` whose ranks are meant; None for all.
+        deadline_seconds: How long the others may take; Horovod's allgather has its own.
 
     Returns:
         The communicator, and whether it was made here.
@@ -48,6 +52,7 @@ def find_communicator(
     Raises:
         LaunchError: On every rank of them, if Horovod and MPI cannot live together, or do
             not have the same ranks.
+        CollectiveError: On every live rank, if one never arrives.
     """
     mpi = load_mpi()
     check_before(mpi, comm)
@@ -61,14 +66,21 @@ def find_communicator(
         return mpi.COMM_WORLD if comm is None else comm, False
     if is_part or (comm is None and horovod.size() != mpi.COMM_WORLD.size):
         return _ask_horovod(mpi, horovod, process_set if is_part else None), True
-    return _in_order(mpi, horovod, mpi.COMM_WORLD if comm is None else comm)
+    given = mpi.COMM_WORLD if comm is None else comm
+    return _in_order(mpi, horovod, given, deadline_seconds)
 
 
-def _in_order(mpi: Any, horovod: Any, comm: MPI.Intracomm) -> tuple[MPI.Intracomm, bool]:  # noqa: ANN401
+def _in_order(
+    mpi: Any,  # noqa: ANN401
+    horovod: Any,  # noqa: ANN401
+    comm: MPI.Intracomm,
+    deadline_seconds: float,
+) -> tuple[MPI.Intracomm, bool]:
     objection = Objection.of(mpi, comm)
     mine = np.array([horovod.rank(), objection.is_raised], np.int64)
     everyone = np.empty((comm.size, 2), np.int64)
-    comm.Allgather(mine, everyone)
+    buffers = (mine, everyone)
+    meet(comm, comm.Iallgather(*buffers), deadline_seconds, buffers=buffers)
     objection.settle(comm, [bool(one) for one in everyone[:, 1]])
     order = everyone[:, 0].tolist()
     if sorted(order) != list(range(comm.size)):

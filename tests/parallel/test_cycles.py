@@ -23,10 +23,11 @@ def counted(comm):
         open = 0
         made = 0
 
-        def Dup(self):
+        def Idup(self):
             Counted.open += 1
             Counted.made += 1
-            return Counted(super().Dup())
+            made, request = super().Idup()
+            return Counted(made), request
 
         def Free(self):
             Counted.open -= 1

@@ -20,6 +20,8 @@ from mpi_ckpt.comm import (
     roll_call,
 )
 from mpi_ckpt.errors import CollectiveError, SaveError
+from mpi_ckpt.integrations import horovod
+from mpi_ckpt.integrations.horovod import parameters
 from tests.parallel.ranks import manager, same_error
 
 HOST = socket.gethostname()
@@ -127,6 +129,35 @@ def test_exactly_the_absent_are_named(peers, make, short_roll_call, absent):
         text, seconds = meet(one)
         assert f"{named(gone, peers.size)} did not arrive within 0.2 s" in text
     assert seconds < 2
+
+
+def test_a_rank_that_does_not_even_begin(peers, broken_ones, short_roll_call):
+    late = peers.size - 1
+    if peers.rank == late:
+        time.sleep(0.9)
+    with pytest.raises(CollectiveError) as caught:
+        broken_ones.append(communicator.Communicator(peers, deadline_seconds=DEADLINE))
+    if peers.rank != late:
+        told = f"not all of the {peers.size} ranks arrived within 0.2 s; this is rank "
+        assert f"meeting for the first time: {told}{peers.rank}" in str(caught.value)
+
+
+def test_a_rank_that_does_not_come_to_a_broadcast(peers, monkeypatch, short_roll_call):
+    late = peers.size - 1
+    given = {"w": np.full(4, peers.rank)}
+    real = parameters.sync_states
+
+    def sync(*arguments):
+        if peers.rank == late:
+            time.sleep(0.9)
+        return real(*arguments)
+
+    monkeypatch.setattr(parameters, "sync_states", sync)
+    with pytest.raises(CollectiveError) as caught:
+        horovod.broadcast_parameters(given, deadline_seconds=DEADLINE)
+    told = "the others gave up" if peers.rank == late else f"rank {late} on "
+    assert told in str(caught.value)
+    assert given["w"].tolist() == [peers.rank] * 4
 
 
 def send(one, contents):

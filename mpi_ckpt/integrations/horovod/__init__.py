@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpi_ckpt.integrations.horovod.attach import communicator
+    from mpi_ckpt.integrations.horovod.elastic_state import ObjectState, TorchState
+    from mpi_ckpt.integrations.horovod.interrupts import (
+        HostsUpdatedInterrupt,
+        RollBackError,
+    )
     from mpi_ckpt.integrations.horovod.objects import (
         allgather_object,
         broadcast_object,
@@ -18,23 +23,40 @@ if TYPE_CHECKING:
         broadcast_optimizer_state,
         broadcast_parameters,
     )
+    from mpi_ckpt.integrations.horovod.run import run
+    from mpi_ckpt.integrations.horovod.sampler import ElasticSampler
+    from mpi_ckpt.integrations.horovod.settings import configure
 
 _PACKAGE = "mpi_ckpt.integrations.horovod"
 
 _MODULES = {
+    "ElasticSampler": f"{_PACKAGE}.sampler",
+    "HostsUpdatedInterrupt": f"{_PACKAGE}.interrupts",
+    "ObjectState": f"{_PACKAGE}.elastic_state",
+    "RollBackError": f"{_PACKAGE}.interrupts",
+    "TorchState": f"{_PACKAGE}.elastic_state",
     "allgather_object": f"{_PACKAGE}.objects",
     "broadcast_object": f"{_PACKAGE}.objects",
     "broadcast_optimizer_state": f"{_PACKAGE}.parameters",
     "broadcast_parameters": f"{_PACKAGE}.parameters",
     "communicator": f"{_PACKAGE}.attach",
+    "configure": f"{_PACKAGE}.settings",
+    "run": f"{_PACKAGE}.run",
 }
 
 __all__ = [
+    "ElasticSampler",
+    "HostsUpdatedInterrupt",
+    "ObjectState",
+    "RollBackError",
+    "TorchState",
     "allgather_object",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "communicator",
+    "configure",
+    "run",
 ]
 
 

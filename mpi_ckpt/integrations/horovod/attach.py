@@ -21,6 +21,8 @@ __all__ = ["attached", "communicator"]
 def communicator(
     comm: MPI.Intracomm | None = None,
     process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
+    *,
+    deadline_seconds: float = 600.0,
 ) -> MPI.Intracomm:
     """Return a communicator with Horovod's ranks: its rank is ``hvd.rank()``.
 
@@ -34,6 +36,7 @@ def communicator(
             Horovod has fewer, those that its allgather finds.
         process_set: A ``hvd.ProcessSet`` that was added: its ranks, in its order, and
             only they call this. None: all that Horovod has.
+        deadline_seconds: How long the others may take.
 
     Returns:
         ``comm`` or the world, where it has Horovod's ranks in order already; else a new
@@ -43,8 +46,9 @@ def communicator(
         LaunchError: On every rank of them, if Horovod runs without MPI (Gloo) or has
             other ranks, if its thread and not mpi4py has started MPI, or if MPI was not
             started for several threads.
+        CollectiveError: On every live rank, if one never arrives.
     """
-    return find_communicator(comm, process_set)[0]
+    return find_communicator(comm, process_set, deadline_seconds=deadline_seconds)[0]
 
 
 @contextmanager
@@ -68,7 +72,7 @@ def attached(
         OptionsError: On every rank, if the roots differ or there is no such rank.
         LaunchError: On every rank, see `communicator`.
     """
-    found, is_new = find_communicator(comm, process_set)
+    found, is_new = find_communicator(comm, process_set, deadline_seconds=deadline_seconds)
     private = Communicator(found, deadline_seconds=deadline_seconds)
     if is_new:
         found.Free()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpi_ckpt.comm import agree, bcast_buffers, bcast_bytes, bcast_json
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.integrations.horovod.attach import attached
-from mpi_ckpt.integrations.horovod.packing import Packed, fresh_memory, pack, unpack
+from mpi_ckpt.integrations.horovod.packing import Packed, pack, unpack
+from mpi_ckpt.integrations.horovod.room import make_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,7 +40,8 @@ def broadcast_object(
 
     Collective. Main thread only. Arrays and tensors of any size are received where they
     stay: no copy is made, and what root pickles besides is small. Small arrays of one
-    object may share memory of up to 16 MiB.
+    object may share memory of up to 16 MiB; up to 256 MiB of large ones are kept, when
+    they are gone, for the next.
 
     Args:
         obj: On root, anything that pickles (by cloudpickle where that is installed, as
@@ -112,13 +114,13 @@ def _broadcast(
     pickled = bcast_bytes(comm, packed.pickled, doing)
     lengths = bcast_json(comm, packed.lengths, doing)
 
-    def make_room() -> tuple[Sequence[memoryview], bool]:
+    def find_room() -> tuple[Sequence[memoryview], bool]:
         if comm.is_root:
             return packed.buffers, True
         if in_place and (own := pack(obj)).fits(pickled, lengths):
             return own.buffers, True
-        return fresh_memory(lengths), False
+        return make_room(lengths), False
 
-    room, is_there = agreed("making room", make_room)
+    room, is_there = agreed("making room", find_room)
     bcast_buffers(comm, room, doing)
     return agreed("unpickling", lambda: obj if is_there else unpack(pickled, room))

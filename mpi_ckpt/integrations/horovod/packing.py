@@ -12,20 +12,12 @@ import io
 import pickle
 import sys
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Packed", "fresh_memory", "pack", "unpack"]
-
-# Fresh memory is the price of a received object: large blocks come in huge pages, which
-# cost a tenth of small ones. A small array that outlives the rest keeps no more than this.
-_BLOCK_BYTES = 16 << 20
-_ALIGNMENT = 64
+__all__ = ["Packed", "pack", "unpack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,34 +69,6 @@ def unpack(pickled: bytes, buffers: Sequence[memoryview]) -> Any:  # noqa: ANN40
     """Put an object together over the given memory. Not collective."""
     # From a rank of this job, see above.
     return pickle.loads(pickled, buffers=buffers)  # noqa: S301
-
-
-def fresh_memory(lengths: Sequence[int]) -> list[memoryview]:
-    """Make memory for the buffers of an object, several in one block. Not collective.
-
-    Args:
-        lengths: Bytes of each buffer.
-    """
-    room: list[memoryview] = []
-    waiting: list[int] = []
-    filled = 0
-    for length in lengths:
-        waiting.append(length)
-        filled += _aligned(length)
-        if filled >= _BLOCK_BYTES:
-            room += _one_block(waiting)
-            waiting, filled = [], 0
-    return room + _one_block(waiting)
-
-
-def _one_block(lengths: Sequence[int]) -> list[memoryview]:
-    starts = list(accumulate(map(_aligned, lengths), initial=0))
-    block = np.empty(starts.pop(), np.uint8).data
-    return [block[s : s + n] for s, n in zip(starts, lengths, strict=True)]
-
-
-def _aligned(length: int) -> int:
-    return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
 def _pickler_class() -> type[Any]:

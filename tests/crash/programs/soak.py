@@ -101,9 +101,10 @@ class Counted(MPI.Intracomm):
 
     open = 0
 
-    def Dup(self, info=None):
+    def Idup(self, info=None):
         Counted.open += 1
-        return Counted(super().Dup())
+        made, request = super().Idup()
+        return Counted(made), request
 
     def Free(self):
         Counted.open -= 1

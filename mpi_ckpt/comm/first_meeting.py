@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before the ranks have a communicator of this package: a wait with a deadline too.
+
+Nobody can call the roll yet, so nobody is named; but nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm.abandoned import keep
+from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.errors import CollectiveError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["duplicate", "meet"]
+
+_YIELDS = 2000
+_PAUSE_SECONDS = 1e-3
+
+
+def duplicate(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intracomm:
+    """Duplicate a communicator.
+
+    Collective. Main thread only.
+
+    Args:
+        parent: The communicator.
+        deadline_seconds: How long the others may take.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    made, request = parent.Idup()
+    meet(parent, request, deadline_seconds, buffers=made)
+    return made
+
+
+def meet(
+    parent: MPI.Intracomm,
+    request: MPI.Request,
+    deadline_seconds: float,
+    *,
+    buffers: object = None,
+) -> None:
+    """Wait for something of all ranks of a communicator.
+
+    Collective. Main thread only.
+
+    Args:
+        parent: The communicator.
+        request: Posted on it.
+        deadline_seconds: How long the others may take.
+        buffers: What the request works on and does not hold itself.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives, or MPI fails.
+    """
+    cause: BaseException | None = None
+    problem = (
+        f"not all of the {parent.size} ranks arrived within {deadline_seconds:g} s; "
+        f"this is rank {parent.rank}"
+    )
+    try:
+        if _is_done(request, deadline_seconds):
+            return
+    except load_mpi().Exception as error:
+        cause, problem = error, f"MPI failed: {error}"
+    keep([request, buffers])
+    raise CollectiveError(
+        f"meeting for the first time: {problem}; end this job and start it again"
+    ) from cause
+
+
+def _is_done(request: MPI.Request, deadline_seconds: float) -> bool:
+    deadline = time.monotonic() + deadline_seconds
+    rounds = 0
+    while not request.Test():
+        rounds += 1
+        if rounds < _YIELDS:
+            os.sched_yield()
+            continue
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_PAUSE_SECONDS)
+    return True

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory for objects that are received, kept for the next when an object is gone. No MPI.
+
+Fresh memory is the price of a received object: touched for the first time it takes up to
+ten times as long as the copy into it, at worst in a virtual machine that has given it back
+to its host. Large blocks come in huge pages, which are cheaper, and are used again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["make_room"]
+
+# A small array that outlives the rest of its object keeps no more than this.
+_BLOCK_BYTES = 16 << 20
+_KEPT_BYTES_MAX = 256 << 20
+_ALIGNMENT = 64
+
+# Blocks that nothing uses, the last given back at the end. Objects end on any thread: each
+# step here is one that Python does not interrupt.
+_kept: list[NDArray[np.uint8]] = []
+
+
+def make_room(lengths: Sequence[int]) -> list[memoryview]:
+    """Return memory for the buffers of an object, several in one block.
+
+    Not collective. A block is free again when nothing refers to any part of it.
+
+    Args:
+        lengths: Bytes of each buffer.
+    """
+    room: list[memoryview] = []
+    waiting: list[int] = []
+    filled = 0
+    for length in lengths:
+        waiting.append(length)
+        filled += _aligned(length)
+        if filled >= _BLOCK_BYTES:
+            room += _divide(waiting)
+            waiting, filled = [], 0
+    return room + _divide(waiting)
+
+
+def _divide(lengths: Sequence[int]) -> list[memoryview]:
+    starts = list(accumulate(map(_aligned, lengths), initial=0))
+    block = _take(starts.pop())
+    return [block[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _take(nbytes: int) -> memoryview:
+    memory = _find_kept(nbytes)
+    if memory is None:
+        memory = np.empty(nbytes, np.uint8)
+    # What is received refers to this view, by way of a memoryview, and never to the memory.
+    view: Any = memory[:]
+    if nbytes >= _BLOCK_BYTES:
+        weakref.finalize(view, _give_back, memory).atexit = False
+    return memoryview(view)[:nbytes]
+
+
+def _find_kept(nbytes: int) -> NDArray[np.uint8] | None:
+    for _ in range(len(_kept)):
+        try:
+            memory = _kept.pop()
+        except IndexError:
+            return None
+        if nbytes <= len(memory) <= 2 * nbytes:
+            return memory
+        _kept.insert(0, memory)
+    return None
+
+
+def _give_back(memory: NDArray[np.uint8]) -> None:
+    _kept.append(memory)
+    while sum(map(len, _kept)) > _KEPT_BYTES_MAX:
+        del _kept[:1]

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attributes of an elastic state, as states that a manager saves."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.errors import RegistrationError, StageError
+from mpi_ckpt.integrations.horovod.sampler import ElasticSampler
+from mpi_ckpt.state import State
+from mpi_ckpt.states.mismatch import raise_mismatch
+from mpi_ckpt.states.module import ModuleState
+from mpi_ckpt.states.nested import NestedState
+from mpi_ckpt.states.optimizer import OptimizerState
+from mpi_ckpt.states.scheduler import SchedulerState
+from mpi_ckpt.states.tree import flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi4py import MPI
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.state import Structure
+
+__all__ = ["Tracked"]
+
+_VALUES = ".attributes"
+_ORDER = (ModuleState, OptimizerState)
+"""A module comes before the optimizer over it, that before what sets its rates."""
+
+
+class Tracked:
+    """What of an object is saved: each attribute without a leading underscore.
+
+    Not collective. Main thread only.
+
+    Args:
+        owner: The object.
+
+    Attributes:
+        declared: Names of attributes that the program has from the beginning.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+        self._states: dict[str, tuple[Any, State]] = {}
+        self._values = _ValuesState(owner, self)
+        self.declared: frozenset[str] = frozenset()
+
+    def check(self, name: str, value: Any) -> None:  # noqa: ANN401 (any value)
+        """Refuse a value that cannot be saved.
+
+        Raises:
+            RegistrationError: On the calling rank.
+        """
+        if _make_state(name, value) is not None:
+            return
+        try:
+            flatten(value, name)
+        except StageError as error:
+            raise RegistrationError(
+                f"attribute {name!r} would be tracked, but cannot be saved: {error}. What "
+                "need not be saved belongs in a variable of its own, or in an attribute "
+                "whose name begins with an underscore"
+            ) from error
+
+    def states(self) -> list[State]:
+        """Return the states of the moment; those of attributes that stay are kept."""
+        known, self._states = self._states, {}
+        for name, value in tracked_of(self._owner).items():
+            before = known.get(name)
+            if before is not None and before[0] is value:
+                self._states[name] = before
+                continue
+            made = _make_state(name, value)
+            if made is not None:
+                self._states[name] = (value, made)
+        # By name within a kind: ranks may name their attributes in another order.
+        made_states = [state for _, (_, state) in sorted(self._states.items())]
+        return [*sorted(made_states, key=_place_of), self._values]
+
+    def plain(self) -> dict[str, Any]:
+        """Return the attributes that are plain values."""
+        known = {name for name, (value, _) in self._states.items()}
+        return {n: v for n, v in sorted(tracked_of(self._owner).items()) if n not in known}
+
+    def place(self, ranks: MPI.Intracomm) -> None:
+        """Let the samplers share out what is left among the ranks of now."""
+        for value in tracked_of(self._owner).values():
+            if isinstance(value, ElasticSampler):
+                value.reset()
+                value.place(ranks.rank, ranks.size)
+
+    def describe(self) -> list[str]:
+        """Return what all ranks must have in common, as text."""
+        self.states()
+        kinds = {name: type(value).__name__ for name, (value, _) in self._states.items()}
+        kinds |= dict.fromkeys(self.plain(), "value")
+        return [f"{name} ({kind})" for name, kind in sorted(kinds.items())]
+
+
+def tracked_of(owner: object) -> dict[str, Any]:
+    """Return the attributes of an object that are tracked. Not collective."""
+    return {name: one for name, one in vars(owner).items() if not name.startswith("_")}
+
+
+class _ValuesState(NestedState):
+    """The plain values among the attributes of an object."""
+
+    def __init__(self, owner: object, tracked: Tracked) -> None:
+        super().__init__(_VALUES)
+        self._owner = owner
+        self._tracked = tracked
+
+    def nested(self) -> Any:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        return self._tracked.plain()
+
+    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:  # noqa: ARG002
+        """See `NestedState`. Not collective."""
+        if not isinstance(structure, dict):
+            raise_mismatch(self.name, ["it holds no attributes"])
+
+    def accept(self, value: Any) -> None:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        # What the program has come to have since then is undone as well; but what it has
+        # from the beginning may be new in it, and what was saved knows nothing of that.
+        for name in set(self._tracked.plain()) - set(value) - self._tracked.declared:
+            delattr(self._owner, name)
+        for name, one in value.items():
+            setattr(self._owner, name, one)
+
+
+class _SamplerState(NestedState):
+    """Position of a sampler, and what its order depends on."""
+
+    def __init__(self, name: str, sampler: ElasticSampler) -> None:
+        super().__init__(name)
+        self._sampler = sampler
+
+    def bind(self, comm: Communicator) -> None:
+        """See `LeafState`. Not collective."""
+        self._sampler.place(comm.rank, comm.size)
+
+    def nested(self) -> Any:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        return {**self._identity(), **self._sampler.state_dict()}
+
+    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:  # noqa: ARG002
+        """See `NestedState`. Not collective."""
+        saved = structure if isinstance(structure, dict) else {}
+        problems = [
+            f"{key} is saved as {saved.get(key)}, the program has {value}"
+            for key, value in self._identity().items()
+            if saved.get(key) != value
+        ]
+        raise_mismatch(self.name, problems)
+
+    def accept(self, value: Any) -> None:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        self._sampler.load_state_dict(value)
+
+    def _identity(self) -> dict[str, int | bool]:
+        sampler = self._sampler
+        return {
+            "length": len(sampler.dataset),
+            "shuffle": sampler.shuffle,
+            "seed": sampler.seed,
+        }
+
+
+def _make_state(name: str, value: Any) -> State | None:  # noqa: ANN401 (any value)
+    """Return a state of a value that is more than a plain one."""
+    if isinstance(value, State):
+        return value
+    if isinstance(value, ElasticSampler):
+        return _SamplerState(name, value)
+    # A module or an optimizer can only be here if somebody has imported torch.
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.nn.Module):
+        return ModuleState(name, value)
+    if torch is not None and isinstance(value, torch.optim.Optimizer):
+        return OptimizerState(name, value)
+    methods = (getattr(value, one, None) for one in ("state_dict", "load_state_dict"))
+    if not isinstance(value, type) and all(callable(one) for one in methods):
+        return SchedulerState(name, value)
+    return None
+
+
+def _place_of(state: State) -> int:
+    kinds = [i for i, kind in enumerate(_ORDER) if isinstance(state, kind)]
+    return kinds[0] if kinds else len(_ORDER)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example in the manner of Horovod elastic, killed and gone on with.
+
+Without Horovod here; tests/horovod does the same beside a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.integration.jobs import EXAMPLES, PROGRAMS, Jobs, signal_to
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from subprocess import Popen
+
+    from tests.launch import Outcome
+
+EPOCHS = 3
+BATCHES = 30 * EPOCHS  # with two ranks
+
+
+class Training:
+    """The example in a folder of its own: started, watched, started again."""
+
+    def __init__(self, jobs: Jobs, folder: Path) -> None:
+        self.jobs = jobs
+        self.folder = folder
+        self.log = folder / "log.jsonl"
+
+    def start(self, ranks: int, *, pause: float = 0.0) -> Popen[str]:
+        program = EXAMPLES / "horovod_elastic.py"
+        places = f"--checkpoints={self.folder / 'checkpoints'}", f"--log={self.log}"
+        options = f"--epochs={EPOCHS}", "--interval=5", f"--pause={pause}"
+        note = PROGRAMS / "note_exit.py"
+        return self.jobs.start(ranks, note, self.folder, program, *places, *options)
+
+    def run(self, ranks: int) -> Outcome:
+        return self.jobs.finish(self.start(ranks))
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [one for one in events if one["event"] == kind]
+
+    def wait_for(self, job: Popen[str], batch: int) -> None:
+        """Return once a batch was committed in the run that goes on now."""
+        self.jobs.wait_until(
+            job, lambda: any(one["batch"] >= batch for one in self.events("commit"))
+        )
+
+
+@pytest.fixture(scope="module")
+def digest(module_jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Fingerprint of the weights of a training that nobody has disturbed."""
+    training = Training(module_jobs, tmp_path_factory.mktemp("whole"))
+    outcome = training.run(2)
+    assert outcome.code == 0, outcome.text
+    (end,) = training.events("end")
+    assert end["batch"] == end["losses"] == BATCHES
+    return str(end["digest"])
+
+
+def test_killed_at_random_points_it_ends_with_the_same_weights(
+    jobs: Jobs, tmp_path: Path, digest: str
+) -> None:
+    training = Training(jobs, tmp_path)
+    seed = random.randrange(1 << 30)
+    points = random.Random(seed)
+    reached = 0
+    for whole in (True, False):
+        job = training.start(2, pause=0.01)
+        training.wait_for(job, reached + points.randrange(12, 35))
+        if whole:
+            jobs.kill(job)
+        else:
+            # The launcher ends the job for one lost rank.
+            signal_to(job, signal.SIGKILL, points.randrange(2))
+            outcome = jobs.finish(job)
+            assert outcome.code not in (0, 124), (seed, outcome.text)
+        reached = training.events("commit")[-1]["batch"]
+    outcome = training.run(2)
+    assert outcome.code == 0, (seed, outcome.text)
+    starts = [one["batch"] for one in training.events("start")]
+    assert starts == sorted(starts), seed
+    assert starts[0] == 0 < starts[-1], seed
+    (end,) = training.events("end")
+    assert (end["digest"], end["batch"], end["losses"]) == (digest, BATCHES, BATCHES), seed
+
+
+def test_asked_to_stop_it_loses_nothing_and_goes_on_with_another_number_of_ranks(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    training = Training(jobs, tmp_path)
+    job = training.start(2, pause=0.01)
+    training.wait_for(job, 40)
+    signal_to(job, signal.SIGTERM, 1)
+    outcome = jobs.finish(job)
+    assert outcome.code == 143, outcome.text
+    codes = {one.name: one.read_text() for one in tmp_path.glob("exit-*")}
+    assert codes == {"exit-0": "143", "exit-1": "143"}
+    done = training.events("commit")[-1]["batch"] + 1  # the last commit left by the code
+    outcome = training.run(3)
+    assert outcome.code == 0, outcome.text
+    begin = training.events("start")[-1]
+    assert (begin["batch"], begin["epoch"], begin["ranks"]) == (done, done // 30, 3)
+    # What was left of that epoch, then whole ones of 20 batches.
+    left = -(-(600 - done % 30 * 20) // 30)
+    (end,) = training.events("end")
+    assert end["batch"] == done + left + 20 * (EPOCHS - done // 30 - 1)
