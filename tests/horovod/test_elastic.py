@@ -68,6 +68,18 @@ def test_a_tracked_scheduler_stays_the_optimizers(both):
     assert ours.one == 0.05
 
 
+def test_single_methods(both):
+    theirs, ours = both("small_things", ranks=3)
+    assert theirs.one == {"position": 0, "few": "AssertionError: ", "assigned": 2}
+    assert ours.one == {"position": 6, "few": None, "assigned": 1}
+
+
+def test_ranks_that_track_different_attributes_are_told(both):
+    theirs, ours = both("tracks_more_on_one_rank")
+    assert theirs.one is None
+    assert ours.one.startswith("RegistrationError: the ranks track different attributes")
+
+
 def test_ranks_that_commit_unequally_often_are_told(both):
     theirs, ours = both("save_on_one_rank")
     assert [one["batch"] for one in theirs.all] == [5, 0]
@@ -125,23 +137,29 @@ def test_an_error_on_one_rank_alone_lets_all_go_back(root):
     assert ours("internal_error_on_one", root).one == {"batch": 4, "starts": [0, 2]}
 
 
-def leave_alone(whose, root, where, timeout):
-    """Run the scene as a program, which ends as programs do."""
-    command = ["-m", SCENES, "leaves_alone", whose, root, where]
-    return run_job(2, command, timeout=timeout)
+def run_scene(*arguments, timeout=40):
+    """Run a scene as a program, which ends as programs do."""
+    return run_job(2, ["-m", SCENES, *arguments], timeout=timeout)
 
 
 @pytest.mark.parametrize("where", ["horovod", "mpi4py", "commit"])
 def test_a_bug_on_one_rank_ends_the_job_with_its_commit_on_disk(root, where):
-    job = leave_alone("ours", root, where, timeout=40)
+    job = run_scene("leaves_alone", "ours", root, where)
     assert job.code not in (0, 124), job.text
     assert "ZeroDivisionError: a bug on one rank" in job.err
     assert [one.name for one in Path(root).glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 
 def test_a_bug_on_one_rank_leaves_horovods_peers_hanging_in_mpi4py(root):
-    job = leave_alone("theirs", root, "mpi4py", timeout=20)
+    job = run_scene("leaves_alone", "theirs", root, "mpi4py", timeout=20)
     assert job.code == 124, job.text
+
+
+def test_a_rank_that_goes_back_alone_while_others_are_in_mpi4py_names_them(root):
+    job = run_scene("goes_back_alone", root)
+    assert job.code not in (0, 124), job.text
+    assert "CollectiveError: restore(): rank 0 on " in job.err
+    assert "seen here only" in job.err
 
 
 @pytest.mark.parametrize("where", ["horovod", "commit", "save"])

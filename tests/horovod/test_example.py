@@ -74,3 +74,17 @@ def test_the_example_killed_at_random_points_ends_with_the_same_weights(
     assert starts == sorted(starts), seed
     assert starts[-1] > 0, seed
     assert events(folder, "end") == [whole], seed
+
+
+def test_the_example_stops_when_asked_to_and_loses_nothing(jobs, start, tmp_path):
+    folder = tmp_path / "stopped"
+    job = start("stopped", pause=0.01)
+    wait_for(jobs, job, folder, 20)
+    signal_to(job, signal.SIGTERM, 1)
+    outcome = jobs.finish(job)
+    assert outcome.code == 143, outcome.text
+    done = events(folder, "commit")[-1]["batch"] + 1  # the last commit left by the code
+    outcome = jobs.finish(start("stopped"))
+    assert outcome.code == 0, outcome.text
+    assert events(folder, "start")[-1]["batch"] == done
+    assert events(folder, "end")[0]["losses"] == BATCHES

@@ -249,10 +249,27 @@ def test_without_memory_a_restore_reads_the_last_durable_commit(comm, configured
     configure(configured, options=options, comm=comm, memory=None)
     with ObjectState(epoch=0) as state:
         state.sync()
+        state.epoch = 7
+        state.restore()
+        assert state.epoch == 0
         for state.epoch in range(1, 4):
             state.commit()
         state.restore()
         assert (state.epoch, state.commits) == (2, 2)
+
+
+def test_every_rank_may_hold_the_copy(comm, configured):
+    configure(configured, options=IN_MEMORY, comm=comm, memory="all")
+    with make_state(comm, own=[comm.rank]) as state:
+        state.sync()
+        step(state.model, state.optimizer)
+        state.commit()
+        kept = weights(state.model)
+        step(state.model, state.optimizer)
+        state.own.append("more")
+        state.restore()
+        assert (weights(state.model), state.own) == (kept, [0])
+        assert_same(comm, kept)
 
 
 @pytest.mark.parametrize("differ", ["names", "kinds", "optimizers"])
@@ -333,7 +350,7 @@ def test_run_goes_back_when_any_rank_says_so(comm):
         def reset(self):
             events.append("reset")
 
-    @run
+    @run(tries=2)
     def train(state):
         events.append(f"from {state.epoch}")
         while state.epoch < 4:
@@ -404,6 +421,7 @@ def test_other_errors_end_a_run_and_the_next_one_goes_on(comm, configured):
     @run
     def train(state, *, fail):
         state.epoch += 1
+        state.seen = [*getattr(state, "seen", []), state.epoch]
         state.commit()
         state.epoch = 100
         if fail:
@@ -413,8 +431,17 @@ def test_other_errors_end_a_run_and_the_next_one_goes_on(comm, configured):
         train(ObjectState(epoch=0), fail=True)
     comm.Barrier()
     state = ObjectState(epoch=0)
+    with same_error(comm, ZeroDivisionError):
+        train(state, fail=True)
+    assert (state.epoch, state.commits) == (100, 2)
+    comm.Barrier()
+    # The same object: it begins with what it has committed.
     train(state, fail=False)
-    assert state.commits == 2
+    assert (state.epoch, state.commits) == (100, 3)
+    again = ObjectState(epoch=0)
+    with again:
+        again.sync()
+        assert (again.epoch, again.seen) == (100, [1, 2, 3])
 
 
 @pytest.mark.parametrize("teller", [0, -1], ids=["root", "the last rank"])

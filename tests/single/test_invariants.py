@@ -374,6 +374,7 @@ NEAR_MPI = (
     "state.py",
     "manager.py",
     "checkpoint.py",
+    "integrations/horovod/",
 )
 
 

@@ -80,7 +80,7 @@ class Commits:
     def _bring_together(
         self, ranks: MPI.Intracomm, chosen: Settings
     ) -> tuple[Communicator, CheckpointManager]:
-        comm = Communicator(ranks)
+        comm = Communicator(ranks, deadline_seconds=chosen.first_deadline_seconds)
         try:
             directory, options = agree(
                 comm,
@@ -168,6 +168,8 @@ class Commits:
         manager.sync()
         if self._memory is not None:
             manager.remember()
+        else:
+            manager.save().wait()
         self._is_synced = True
 
     def finish(self) -> None:
@@ -194,8 +196,10 @@ class Commits:
         """Part by an exception, which may be this rank's alone. Not collective."""
         if self._manager is not None:
             self._manager.__exit__(kind, error, trace)
-            # The communicator is left to MPI_Finalize.
+            # The communicator is left to MPI_Finalize. What is in the states now may be
+            # half a step: whoever goes on with them begins at the last commit.
             self._manager = self._comm = None
+            self._is_synced = False
 
     def give_up(self, times: int, error: BaseException) -> None:
         """Raise what has failed, as it stands on each rank.

@@ -20,6 +20,9 @@ __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
 
+# A rank that goes back while others do something else meets them at the second try.
+_MEETINGS = 3
+
 
 def run(
     function: Callable[..., Any] | None = None, *, tries: int = 3
@@ -98,7 +101,8 @@ class _Recovery:
         self._commit = commits.count
         if self._failures >= self._tries:
             commits.give_up(self._failures, error)
-        logger.warning(
+        logger.log(
+            logging.WARNING if commits.ranks.rank == 0 else logging.INFO,
             "gone back to commit %d, try %d of %d, after: %s",
             *(commits.count, self._failures, self._tries, error),
         )
@@ -119,7 +123,7 @@ class _Recovery:
         self._is_reset = True
 
     def _restore(self) -> None:
-        for _ in range(self._tries):
+        for _ in range(_MEETINGS):
             try:
                 self._state.restore()
             except RollBackError as error:

@@ -48,6 +48,11 @@ class Settings:
     process_set: Any
     process_sets: tuple[Any, ...]
 
+    @property
+    def first_deadline_seconds(self) -> float:
+        """How long the ranks wait for one another before they know their options."""
+        return (self.options or Options()).deadline_seconds
+
     def find_directory(self) -> Path:
         """Return the directory. Not collective.
 
@@ -90,7 +95,9 @@ class Settings:
         Raises:
             LaunchError: On every rank of them, see `communicator`.
         """
-        comm, is_new = find_communicator(self.comm, self.process_set)
+        comm, is_new = find_communicator(
+            self.comm, self.process_set, deadline_seconds=self.first_deadline_seconds
+        )
         yield comm
         # After an error that one rank alone may have, it is left to MPI_Finalize.
         if is_new:

@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from mpi_ckpt import KeepLast, Options
 from mpi_ckpt.integrations import horovod as ours
+from tests.horovod.playing import error_of
 
 COMM = MPI.COMM_WORLD
 
@@ -117,6 +118,39 @@ def scheduler_after_sync(whose, root):
     optimizer.step()
     state.scheduler.step()
     return round(optimizer.param_groups[0]["lr"], 6)
+
+
+def small_things(whose, root):
+    """What is seen on a look at single methods."""
+    make, make_sampler, _ = _classes(whose, root)
+    sampler = make_sampler(list(range(30)))
+    sampler.record_batch(0, 2)
+    sampler.set_epoch(0)
+    few = make_sampler(list(range(10)))
+    few.load_state_dict({"epoch": 0, "processed_num": 9})
+    model, optimizer = _training(0)
+    state = make(model=model, optimizer=optimizer)
+    state.sync()
+    _set(model, 1.0)
+    state.commit()
+    other, _ = _training(1)
+    _set(other, 2.0)
+    state.model = other
+    state.restore()
+    return {
+        "position": sampler.processed_num,
+        "few": error_of(lambda: list(few)),
+        "assigned": _weight(other),
+    }
+
+
+def tracks_more_on_one_rank(whose, root):
+    """The last rank has an attribute that the others have not."""
+    make, _, _ = _classes(whose, root)
+    extra = {"extra": 1} if hvd.rank() == hvd.size() - 1 else {}
+    state = make(batch=0, **extra)
+    error = error_of(state.sync)
+    return error and error.splitlines()[0]
 
 
 def save_on_one_rank(whose, root):
@@ -332,6 +366,19 @@ def leaves_alone(whose, root, where):
             state.commit()
 
     run(train)(state)
+
+
+def goes_back_alone(root):
+    """Rank 1 goes back, while rank 0 waits for it in a collective of mpi4py."""
+    hvd.init()
+    make, _, run = _ours(root, options=Options(deadline_seconds=2, sync=False))
+
+    def train(state):
+        if hvd.rank() == 1:
+            raise ours.RollBackError("seen here only")
+        COMM.Barrier()
+
+    run(train)(make(batch=0))
 
 
 def dies_in(root, where):
