@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm.abandoned import keep
 from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.survival import why_lost_ranks_end_the_job
 from mpi_ckpt.errors import CollectiveError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ _PAUSE_SECONDS = 1e-3
 def duplicate(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intracomm:
     """Duplicate a communicator.
 
-    Collective. Main thread only.
+    Collective. Main thread only. Without a deadline where MPI survives lost ranks, and
+    can be told to look for those that stand still.
 
     Args:
         parent: The communicator.
@@ -35,6 +37,9 @@ def duplicate(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intracomm:
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
+    if not why_lost_ranks_end_the_job():
+        # MPI: where lost ranks are survived, this names them, and Idup something else.
+        return parent.Dup()
     made, request = parent.Idup()
     meet(parent, request, deadline_seconds, buffers=made)
     return made
