@@ -50,9 +50,8 @@ def main(folder: Path, nbytes: int, how: str) -> None:
                     manager.step()
                     if manager.steps == SAVE_AT:
                         manager.save()
-                    if is_after and world.rank == 0:
+                    if is_after and world.rank == 0 and not (folder / "on").exists():
                         note("on")
-                        is_after = False
         except Exception:
             if world.rank == 0:
                 note("seen")
