@@ -41,10 +41,10 @@ def main(folder: Path, nbytes: int, how: str) -> None:
                 manager.restore()
                 while manager.steps < END_AT:
                     world.comm.Allreduce(np.ones(1000), np.empty(1000))
-                    if manager.steps == DIE_AT and not is_after:
-                        if world.rank == world.size - 1:
-                            note("died")
-                            os.kill(os.getpid(), signal.SIGKILL)
+                    is_last = world.rank == world.size - 1
+                    if manager.steps == DIE_AT and is_last and not is_after:
+                        note("died")
+                        os.kill(os.getpid(), signal.SIGKILL)
                     for array in arrays.values():
                         array[:100] += 1
                     manager.step()
