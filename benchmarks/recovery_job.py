@@ -32,6 +32,7 @@ def main(folder: Path, nbytes: int, how: str) -> None:
         (folder / name).write_text(str(time.monotonic_ns()))
 
     def train(world: elastic.World) -> None:
+        is_after = died.exists()
         states = [ArrayState("state", arrays), ArrayState("count", {"n": np.zeros(1)})]
         try:
             with CheckpointManager(
@@ -40,17 +41,16 @@ def main(folder: Path, nbytes: int, how: str) -> None:
                 manager.restore()
                 while manager.steps < END_AT:
                     world.comm.Allreduce(np.ones(1000), np.empty(1000))
-                    if manager.steps == DIE_AT and not died.exists():
-                        world.comm.Barrier()
-                        if world.rank == world.size - 1:
-                            note("died")
-                            os.kill(os.getpid(), signal.SIGKILL)
+                    is_last = world.rank == world.size - 1
+                    if manager.steps == DIE_AT and is_last and not is_after:
+                        note("died")
+                        os.kill(os.getpid(), signal.SIGKILL)
                     for array in arrays.values():
                         array[:100] += 1
                     manager.step()
                     if manager.steps == SAVE_AT:
                         manager.save()
-                    if died.exists() and world.rank == 0 and not (folder / "on").exists():
+                    if is_after and world.rank == 0 and not (folder / "on").exists():
                         note("on")
         except Exception:
             if world.rank == 0:

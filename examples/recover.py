@@ -99,6 +99,9 @@ def train(world: elastic.World, args: argparse.Namespace, network: Network) -> s
         restored = manager.restore()
         if restored is None:
             manager.sync()
+        # From here on every rank holds a copy: before the first step, as the network
+        # outlives a loss just as it is then; and new ranks, who may be the last to live.
+        manager.remember()
         source = "nothing" if restored is None else "files"
         if restored is not None and restored.from_memory:
             source = "memory"

@@ -48,6 +48,8 @@ class Figures:
         in_a_row: The most kills that one job has survived.
         restarts: Jobs that did not recover, by how that showed.
         trainings: Trainings that ended, all with the same bits.
+        shrunk: Trainings that ended with the same losses but for rounding, as no rank could
+            be started for a while.
         codes: How often mpirun ended with which code.
     """
 
@@ -56,12 +58,16 @@ class Figures:
     in_a_row: int = 0
     restarts: list[str] = field(default_factory=list)
     trainings: int = 0
+    shrunk: int = 0
     codes: Counter[int] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         total, survived = self.kills.total(), self.in_a_row
         said = f"{self.recoveries} recoveries, up to {survived} kills survived by one job"
-        ends = f"{self.trainings} trainings ended as an undisturbed one, bit for bit"
+        ends = (
+            f"{self.trainings} trainings ended as an undisturbed one, bit for bit, and "
+            f"{self.shrunk} but for rounding, with fewer ranks for a while"
+        )
         return "\n".join(
             [
                 f"{total} ranks killed, {said}:",
@@ -126,6 +132,12 @@ class Training:
         # A rank that was killed may have left half a line.
         return [json.loads(one) for one in lines if one[:1] == "{" and one[-2:] == "}\n"]
 
+    @property
+    def has_shrunk(self) -> bool:
+        """Whether it went on with fewer ranks for a while, as none could be started."""
+        sizes = {one["size"] for one in self.events() if one["event"] == "start"}
+        return sizes != {self.ranks}
+
     def result(self) -> tuple[dict[int, str], set[str]]:
         """Return loss by step, and the fingerprints of the weights at the end."""
         losses: dict[int, str] = {}
@@ -133,7 +145,9 @@ class Training:
         for one in self.events():
             if one["event"] == "step":
                 known = losses.setdefault(one["step"], one["loss"])
-                assert known == one["loss"], f"step {one['step']} was another before"
+                assert self.has_shrunk or known == one["loss"], (
+                    f"step {one['step']} was another before"
+                )
             elif one["event"] == "end":
                 digests.add(one["digest"])
         return losses, digests
@@ -215,6 +229,11 @@ class Killing:
             self._note(training, f"ended too early with code {code}")
             return
         losses, digests = training.result()
+        if training.has_shrunk:
+            # Sums of other shares are rounded otherwise.
+            _assert_close(losses, self._expected[0])
+            self.figures.shrunk += 1
+            return
         assert (losses, digests) == self._expected, f"another result: {training.folder}"
         self.figures.trainings += 1
 
@@ -292,6 +311,13 @@ def stack(process: int) -> str:
         ]
         return "\n".join([f"== process {process}", *frames])
     return f"== process {process}: not to be seen"
+
+
+def _assert_close(losses: dict[int, str], expected: dict[int, str]) -> None:
+    assert losses.keys() == expected.keys()
+    for step, loss in losses.items():
+        one, other = float.fromhex(loss), float.fromhex(expected[step])
+        assert abs(one - other) <= 1e-6 * abs(other) + 1e-12, f"step {step}"
 
 
 def _kill(process: int) -> int:

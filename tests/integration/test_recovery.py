@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.crash.rank_kills import FLAGS, Killing
 from tests.integration.jobs import EXAMPLES, PROGRAMS
+from tests.launch import REPOSITORY, environment, mpirun_path
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.integration.jobs import Jobs
     from tests.launch import Outcome
 
@@ -37,6 +39,9 @@ def has_open_mpi() -> bool:
     return True
 
 
+stress = pytest.mark.skipif(
+    "MPI_CKPT_TEST_STRESS" not in os.environ, reason="another of its kind was run"
+)
 survives = pytest.mark.skipif(not has_open_mpi(), reason="only Open MPI survives a rank")
 
 
@@ -128,8 +133,15 @@ def test_all_but_one_at_once(ulfm: Jobs, tmp_path: Path) -> None:
 
 
 @survives
-@pytest.mark.parametrize("replace", [(), ("replace",)], ids=["fewer", "replaced"])
-@pytest.mark.parametrize("how", ["publish", "write"])
+@pytest.mark.parametrize(
+    ("how", "replace"),
+    [
+        ("publish", ()),
+        ("write", ("replace",)),
+        pytest.param("publish", ("replace",), marks=stress),
+        pytest.param("write", (), marks=stress),
+    ],
+)
 def test_a_rank_killed_inside_a_save(
     ulfm: Jobs, tmp_path: Path, how: str, replace: tuple[str, ...]
 ) -> None:
@@ -149,8 +161,8 @@ def test_a_rank_killed_inside_a_save(
     [
         ("ours", [4, 3]),
         ("plain", [4, 3]),
-        ("met", [4, 2]),
-        ("shrink", [4, 2]),
+        pytest.param("met", [4, 2], marks=stress),
+        pytest.param("shrink", [4, 2], marks=stress),
         ("order", [4, 2]),
         ("again", [4, 2]),
     ],
@@ -165,7 +177,7 @@ def test_a_rank_killed_in_a_collective_or_in_the_recovery(
 
 
 @survives
-@pytest.mark.parametrize("how", ["order", "again"])
+@pytest.mark.parametrize("how", ["order", pytest.param("again", marks=stress)])
 def test_a_rank_killed_in_a_recovery_with_new_ranks(
     ulfm: Jobs, tmp_path: Path, how: str
 ) -> None:
@@ -234,7 +246,27 @@ def test_where_a_lost_rank_ends_the_job_that_is_said_once(
 
 
 @survives
-@pytest.mark.skipif("MPI_CKPT_TEST_STRESS" not in os.environ, reason="takes minutes")
+def test_recovery_can_be_measured(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    options = ["--ranks", "2", "--bytes", "4000000", "--repeats", "1", "--json", lines]
+    path = os.pathsep.join([str(Path(mpirun_path()).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "recovery", *map(str, options)],
+        env=environment({"PATH": path}),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [one["how"] for one in found] == ["fewer", "replaced", "restarted"]
+    assert all(one["from_kill"][0] >= one["from_seen"][0] > 0 for one in found)
+
+
+@survives
+@stress
 @pytest.mark.timeout(1500)
 def test_fifty_kills_in_a_row(tmp_path: Path) -> None:
     killing = Killing(tmp_path, ranks=4, steps=3000, seed=1)
