@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills ranks of a job that recovers in place, again and again; it must end the same.
 
-``examples/recover.py --replace`` runs with the victims and the moments drawn at random: one
-rank, two at once, another one while the job recovers; while it computes, meets, copies or
-saves. What comes to an end must have the losses and weights of a run that nobody disturbed.
+``examples/recover.py`` runs, with new ranks in place of lost ones or without. Victims and
+moments are drawn at random: one rank, two at once, another one while the job recovers;
+while it computes, meets, copies or saves. What comes to an end must have the losses and
+weights of a run that nobody disturbed.
 A job that does not recover is ended, counted, shown, and started again from what it saved,
 as `mpi-ckpt run` would. ``scripts/rank_kills`` runs this as a program.
 """
@@ -46,16 +47,18 @@ class Figures:
         kills: Processes killed, by kind.
         recoveries: Recoveries in place.
         in_a_row: The most kills that one job has survived.
+        unbroken: Kills, over all jobs, since the last one that did not recover.
         restarts: Jobs that did not recover, by how that showed.
         trainings: Trainings that ended, all with the same bits.
-        shrunk: Trainings that ended with the same losses but for rounding, as no rank could
-            be started for a while.
+        shrunk: Trainings that ended with the same losses but for rounding, as they went on
+            with fewer ranks.
         codes: How often mpirun ended with which code.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
     recoveries: int = 0
     in_a_row: int = 0
+    unbroken: int = 0
     restarts: list[str] = field(default_factory=list)
     trainings: int = 0
     shrunk: int = 0
@@ -63,10 +66,13 @@ class Figures:
 
     def __str__(self) -> str:
         total, survived = self.kills.total(), self.in_a_row
-        said = f"{self.recoveries} recoveries, up to {survived} kills survived by one job"
+        said = (
+            f"{self.recoveries} recoveries, up to {survived} kills survived by one job and "
+            f"the last {self.unbroken} by all"
+        )
         ends = (
             f"{self.trainings} trainings ended as an undisturbed one, bit for bit, and "
-            f"{self.shrunk} but for rounding, with fewer ranks for a while"
+            f"{self.shrunk} but for rounding, with fewer ranks"
         )
         return "\n".join(
             [
@@ -83,21 +89,30 @@ class Training:
     """One training in a folder; started, killed at, and started again if need be."""
 
     def __init__(
-        self, folder: Path, *, ranks: int, steps: int, pace: float, hosts: str | None
+        self,
+        folder: Path,
+        *,
+        ranks: int,
+        steps: int,
+        pace: float,
+        hosts: str | None,
+        replace: bool,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
         self.ranks, self.steps, self.pace, self.hosts = ranks, steps, pace, hosts
+        self.replace = replace
         self.log = folder / "log.jsonl"
         self.output = folder / "output.txt"
         self.job: subprocess.Popen[str] | None = None
 
     def start(self, *options: str) -> None:
         command = [
-            *(sys.executable, str(EXAMPLE), "--replace", "--max-recoveries", "10000"),
+            *(sys.executable, str(EXAMPLE), "--max-recoveries", "10000"),
             *("--checkpoints", str(self.folder / "checkpoints"), "--log", str(self.log)),
             *("--steps", str(self.steps), "--pace", str(self.pace), "--ballast", "4"),
             *("--start-seconds", str(START_SECONDS)),
+            *(["--replace"] if self.replace else []),
             *options,
         ]
         if self.hosts is None:
@@ -134,7 +149,7 @@ class Training:
 
     @property
     def has_shrunk(self) -> bool:
-        """Whether it went on with fewer ranks for a while, as none could be started."""
+        """Whether it went on with fewer ranks, at least for a while."""
         sizes = {one["size"] for one in self.events() if one["event"] == "start"}
         return sizes != {self.ranks}
 
@@ -176,10 +191,11 @@ class Killing:
         seed: int,
         pace: float = 0.01,
         hosts: str | None = None,
+        replace: bool = True,
     ) -> None:
         self.figures = Figures()
         self._folder, self._ranks, self._steps = folder, ranks, steps
-        self._pace, self._hosts = pace, hosts
+        self._pace, self._hosts, self._replace = pace, hosts, replace
         self._rng = random.Random(seed)
         calm = self._make("calm", pace=0.0)
         calm.start()
@@ -205,17 +221,20 @@ class Killing:
             steps=self._steps,
             pace=pace,
             hosts=self._hosts,
+            replace=self._replace,
         )
 
     def _kill_all_along(self, training: Training, count: int) -> None:
         self._start(training)
         survived = 0
         while self.figures.kills.total() < count:
-            if not self._is_under_way(training):
+            if not self._is_under_way(training) or self._is_last(training):
                 break
-            survived += self._kill_some(training)
+            hit = self._kill_some(training)
+            survived += hit
             if self._is_under_way(training):
                 self.figures.recoveries += 1
+                self.figures.unbroken += hit
                 self.figures.in_a_row = max(self.figures.in_a_row, survived)
             elif not self._is_over(training):
                 survived = 0
@@ -240,6 +259,11 @@ class Killing:
     def _start(self, training: Training) -> None:
         self._seen = training.logged
         training.start()
+
+    def _is_last(self, training: Training) -> bool:
+        """Tell whether one rank is left of which nobody makes more."""
+        assert training.job is not None
+        return not self._replace and len(ranks_of(training.job)) == 1
 
     def _is_over(self, training: Training) -> bool:
         return any(one["event"] == "end" for one in training.events())
@@ -270,6 +294,7 @@ class Killing:
         if training.job is not None and training.job.poll() is None:
             kept.write_text("\n".join([*lines, *map(stack, ranks_of(training.job))]))
         training.end()
+        self.figures.unbroken = 0
         self.figures.restarts.append(f"{how} after: {self._last} ({kept})")
 
     def _kill_some(self, training: Training) -> int:
@@ -280,14 +305,15 @@ class Killing:
         alive = ranks_of(training.job)
         self._rng.shuffle(alive)
         kind = self._rng.choices(["one", "two at once", "one more meanwhile"], [5, 2, 3])[0]
-        first = alive[: 2 if kind == "two at once" else 1]
+        spared = 0 if self._replace else 1
+        first = alive[spared:][: 2 if kind == "two at once" else 1]
         hit = sum(_kill(one) for one in first)
         self._last = f"{kind}: {first}"
         self.figures.kills[kind] += hit
         if kind == "one more meanwhile":
             time.sleep(self._rng.random() * 0.6)
             rest = [one for one in ranks_of(training.job) if one not in first]
-            if rest:
+            if len(rest) > spared:
                 one = self._rng.choice(rest)
                 self._last += f" then {one}"
                 more = _kill(one)
@@ -335,13 +361,21 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shrink", action="store_true", help="no new ranks: each job goes down to one"
+    )
     parser.add_argument("--hosts", help="where scripts/virtual_hosts keeps what is up")
     parser.add_argument("--keep", type=Path, help="folder for all that is written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rank-kills-") as scratch:
         folder = args.keep or Path(scratch)
         killing = Killing(
-            folder, ranks=args.ranks, steps=args.steps, seed=args.seed, hosts=args.hosts
+            folder,
+            ranks=args.ranks,
+            steps=args.steps,
+            seed=args.seed,
+            hosts=args.hosts,
+            replace=not args.shrink,
         )
         try:
             killing.kill(args.kills)
