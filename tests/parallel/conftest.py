@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from mpi_ckpt.comm import Communicator
+from mpi_ckpt.elastic.preemption import DEFAULT_SIGNALS
 
 try:
     from mpi4py import MPI
@@ -225,6 +227,17 @@ def _raise_for(everyone, failure):
 def comm():
     """All ranks of the job, as a user has them."""
     return MPI.COMM_WORLD
+
+
+@pytest.fixture(autouse=True)
+def same_handlers():
+    """Require that a test gives back every signal: a later one would hear two handlers."""
+    watched = {number: signal.getsignal(number) for number in DEFAULT_SIGNALS}
+    yield
+    kept = [n.name for n, known in watched.items() if signal.getsignal(n) != known]
+    for number, known in watched.items():
+        signal.signal(number, known)
+    assert kept == []
 
 
 @pytest.fixture

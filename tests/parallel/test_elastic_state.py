@@ -306,7 +306,7 @@ def test_ranks_that_track_different_things_get_one_error(peers, differ):
 def test_models_of_different_shapes_get_one_error(peers):
     model = torch.nn.Linear(3, 2 + (peers.rank == peers.size - 1))
     state = TorchState(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with same_error(peers, StateMismatchError, "weight"):
+    with state, same_error(peers, StateMismatchError, "weight"):
         state.sync()
 
 
