@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +56,20 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
         if not name.startswith(("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDI_", "MPI_CKPT_"))
     }
     path = os.pathsep.join(filter(None, [str(REPOSITORY), ours.get("PYTHONPATH", "")]))
-    return {**ours, **_ENVIRONMENT, "PYTHONPATH": path, **(extra or {})}
+    own = {"PYTHONPATH": path, "TMPDIR": _scratch()}
+    return {**ours, **_ENVIRONMENT, **own, **(extra or {})}
+
+
+def _scratch() -> str:
+    """Return a directory for what a job keeps while it runs; removed at the end of all.
+
+    Open MPI's mpirun names its own there by its process id. One that was killed leaves it
+    behind, and a later one of that id does not start.
+    """
+    made = tempfile.mkdtemp(prefix="job-")
+    os.chmod(made, 0o1777)  # some jobs run as another user
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 def mpirun_path() -> str:
