@@ -14,6 +14,7 @@ from mpi_ckpt.reports import SyncReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from mpi_ckpt.engine.contents import Contents
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
@@ -55,9 +56,8 @@ def gather_request(
             contents, synced = sync_states(session.comm, states, session.options)
         else:
             contents = capture_on_root(session.comm, states)
-    by_name = {one.state.name: one for one in contents}
     request = SaveRequest(
-        states=[by_name.get(state.name, state) for state in states],
+        states=_in_order(states, contents),
         step=step,
         size=session.comm.size,
         metrics=dict(metrics or {}),
@@ -84,10 +84,14 @@ def remember_states(session: Session, states: Sequence[State], step: int) -> Non
     """
     if session.memory is None:
         raise OptionsError("remember() needs a manager that was given a Memory")
-    contents = {one.name: one for one in capture_on_root(session.comm, states)}
-    request = SaveRequest(
-        states=[contents.get(state.name, state) for state in states],
-        step=step,
-        size=session.comm.size,
-    )
+    contents = _in_order(states, capture_on_root(session.comm, states))
+    request = SaveRequest(states=contents, step=step, size=session.comm.size)
     remember_request(session.comm, session.memory, request, late=False)
+
+
+def _in_order(
+    states: Sequence[State], contents: Sequence[Contents]
+) -> list[Contents | State]:
+    """Put captured contents, and the states that write themselves, in saving order."""
+    by_name = {one.name: one for one in contents}
+    return [by_name.get(state.name, state) for state in states]

@@ -5,8 +5,9 @@ Importing this imports neither Lightning nor torch, and starts no MPI; each name
 own module when it is first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mpi_ckpt.integrations.lightning.callback import MPICheckpoint
@@ -21,14 +22,4 @@ _MODULES = {
 
 __all__ = ["ElasticLoader", "MPICheckpoint", "MPICheckpointIO"]
 
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

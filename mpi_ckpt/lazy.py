@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of a package that bring their own modules when they are first used.
+
+For all packages but the outermost, whose import brings no other module, not even this.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["lazy_names"]
+
+
+def lazy_names(
+    package: str, modules: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return a package's ``__getattr__`` and ``__dir__``. Not collective. Thread-safe.
+
+    Args:
+        package: Its name.
+        modules: Public name -> the module that has it.
+    """
+
+    def get(name: str) -> Any:  # noqa: ANN401 (any public name)
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(modules[name]), name)
+        # Found without this the next time.
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def show() -> list[str]:
+        return sorted(modules)
+
+    return get, show
