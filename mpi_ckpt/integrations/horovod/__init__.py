@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         broadcast_optimizer_state,
         broadcast_parameters,
     )
-    from mpi_ckpt.integrations.horovod.run import run
+    from mpi_ckpt.integrations.horovod.running import run
     from mpi_ckpt.integrations.horovod.sampler import ElasticSampler
     from mpi_ckpt.integrations.horovod.settings import configure
 
@@ -42,7 +42,7 @@ _MODULES = {
     "broadcast_parameters": f"{_PACKAGE}.parameters",
     "communicator": f"{_PACKAGE}.attach",
     "configure": f"{_PACKAGE}.settings",
-    "run": f"{_PACKAGE}.run",
+    "run": f"{_PACKAGE}.running",
 }
 
 __all__ = [
