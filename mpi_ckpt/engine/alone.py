@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.engine.contents import capture_only
 from mpi_ckpt.engine.draft import SaveRequest
+from mpi_ckpt.engine.targets import Target
 from mpi_ckpt.engine.write import write_generation
 from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError, SaveError
 from mpi_ckpt.options import Options
@@ -122,15 +123,14 @@ def _read(reader: GenerationReader, state: LeafState) -> None:
 def _fill(reader: GenerationReader, stored: StoredState, state: LeafState) -> None:
     targets = state.prepare(stored.structure, [leaf.spec for leaf in stored.leaves])
     for leaf, target in zip(stored.leaves, targets, strict=True):
-        live = target.buffer.view()
-        room = memoryview(bytearray(leaf.extent.nbytes)) if live is None else live
+        arriving = Target(target.buffer, leaf.extent.nbytes)
+        room = arriving.memory()
         start = 0
         for block in range(len(leaf.extent.digest.blocks)):
             piece = reader.read_block(leaf.extent, block)
             room[start : start + len(piece)] = piece
             start += len(piece)
-        if live is None:
-            target.buffer.write(room)
+        arriving.finish()
     state.adopt(stored.structure, targets)
 
 
