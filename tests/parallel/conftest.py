@@ -6,15 +6,12 @@ exchange how it went, so a failure on one fails the test on all and the next tes
 with all of them. Without mpirun it is a job of one rank.
 """
 
-import contextlib
 import faulthandler
-import gc
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +20,7 @@ import pytest
 
 from mpi_ckpt.comm import Communicator
 from mpi_ckpt.elastic.preemption import DEFAULT_SIGNALS
+from tests.leaks import nothing_left
 
 try:
     from mpi4py import MPI
@@ -296,21 +294,5 @@ def on_hosts(comm, monkeypatch):
 @pytest.fixture
 def no_leaks():
     """Nothing that a test opened or started is left when it ends."""
-    before = _open_files(), set(threading.enumerate())
-    yield
-    if _left_over(before) != (set(), set()):
-        gc.collect()
-        assert _left_over(before) == (set(), set())
-
-
-def _left_over(before):
-    return _open_files() - before[0], set(threading.enumerate()) - before[1]
-
-
-def _open_files():
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        # The one that lists is gone by now.
-        with contextlib.suppress(FileNotFoundError):
-            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
-    return found
+    with nothing_left():
+        yield

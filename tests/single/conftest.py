@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import threading
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.leaks import nothing_left
 
 settings.register_profile(
     "suite",
@@ -30,17 +30,5 @@ def seeded():
 @pytest.fixture(autouse=True)
 def no_leaks():
     """Fail a test that leaves a descriptor or a thread behind."""
-    threads, files = set(threading.enumerate()), _descriptors()
-    yield
-    assert not _descriptors() - files
-    assert not set(threading.enumerate()) - threads
-
-
-def _descriptors() -> set[tuple[str, str]]:
-    found = set()
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
-        except FileNotFoundError:  # the one that listed them
-            continue
-    return found
+    with nothing_left():
+        yield

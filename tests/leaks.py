@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a piece of code leaves behind in its process: open descriptors and threads."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PATIENCE_SECONDS = 5.0
+"""A thread that was told to end may not have had its turn yet.
+
+torch's loader does not wait for the thread that feeds its workers: on a busy machine it,
+and the pipe it holds, are still there when the loader is gone.
+"""
+
+_Things = set[object]
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Fail if what is opened or started inside is still there a while after the end."""
+    before = _things()
+    yield
+    end = time.monotonic() + PATIENCE_SECONDS
+    if _things() - before:
+        gc.collect()
+    while (left := _things() - before) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not left, f"left behind: {left}"
+
+
+def _things() -> _Things:
+    return {*_descriptors(), *threading.enumerate()}
+
+
+def _descriptors() -> Iterator[tuple[str, str]]:
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            yield number, os.readlink(f"/proc/self/fd/{number}")
