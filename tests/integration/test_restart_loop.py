@@ -10,9 +10,7 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
-import sysconfig
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -20,52 +18,18 @@ from pathlib import Path
 import pytest
 
 from tests.integration.jobs import PROGRAMS
+from tests.integration.loop import PATIENCE_SECONDS, Loop
 from tests.integration.programs.exact import train_alone
-from tests.launch import descendants, end_tree, environment
+from tests.launch import descendants
 
 STRESS = bool(os.environ.get("MPI_CKPT_TEST_STRESS"))
-PATIENCE_SECONDS = 120
 
 if STRESS:
     pytestmark = pytest.mark.timeout(1800)
 
 
-class Loop:
-    """``mpi-ckpt run`` with a program in a folder."""
-
-    def __init__(self, folder: Path, *words: object) -> None:
-        self.folder = folder
-        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-        command = [sys.executable, "-m", "mpi_ckpt", "run", "--json", "--folder", folder]
-        with (folder / "err").open("a") as err:
-            self.process = subprocess.Popen(
-                [str(word) for word in [*command, *words]],
-                env=environment({"PATH": path}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=err,
-                text=True,
-            )
-
-    def __enter__(self) -> Loop:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            end_tree(self.process.pid)
-        self.process.communicate()
-
-    def finish(self) -> dict:
-        out, _ = self.process.communicate(timeout=PATIENCE_SECONDS)
-        assert out, self.told()
-        return json.loads(out)
-
-    def told(self) -> str:
-        return (self.folder / "err").read_text()
-
-    def lines(self, name: str) -> list[str]:
-        path = self.folder / name
-        return path.read_text().splitlines() if path.exists() else []
+class Watched(Loop):
+    """The loop around programs/exact.py, which tells of each start and step."""
 
     def run_on(self, start: int, steps: int) -> None:
         """Return when the so-manieth start has done some steps."""
@@ -121,7 +85,7 @@ def test_killed_again_and_again_it_ends_with_the_weights_of_a_run_that_was_not(t
     steps = 25 * (len(kills) + 1)
     words = ["--np", 4, "--min-np", 1, "--max-restarts", 40, "--backoff", 0.1]
     words += ["--hosts-script", slots_in_turn(tmp_path)]
-    with Loop(
+    with Watched(
         tmp_path, *words, "--", sys.executable, PROGRAM, tmp_path, steps, 0.03
     ) as loop:
         for start, which in enumerate(kills, 1):
@@ -146,13 +110,13 @@ def test_killed_again_and_again_it_ends_with_the_weights_of_a_run_that_was_not(t
 
 def test_signal_to_the_loop_saves_and_stops_and_it_goes_on_later(tmp_path):
     words = ["--np", 2, "--", sys.executable, PROGRAM, tmp_path, 40, 0.05]
-    with Loop(tmp_path, *words) as loop:
+    with Watched(tmp_path, *words) as loop:
         loop.run_on(1, 5)
         loop.process.send_signal(signal.SIGTERM)
         answer = loop.finish()
     assert loop.process.returncode == 143
     assert [one["outcome"] for one in answer["attempts"]] == ["preempted"]
-    with Loop(tmp_path, *words) as loop:
+    with Watched(tmp_path, *words) as loop:
         answer = loop.finish()
     assert loop.process.returncode == 0
     assert answer["attempts"][0]["step_from"] >= 5

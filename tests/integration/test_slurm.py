@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.integration.hosts import installed_mpi
 from tests.integration.programs.exact import train_alone
-from tests.integration.test_virtual_hosts import installed_mpi
 from tests.launch import REPOSITORY, environment
 
 if TYPE_CHECKING:

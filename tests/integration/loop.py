@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt run`` as a process of a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from typing import TYPE_CHECKING
+
+from tests.launch import end_tree, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PATIENCE_SECONDS = 120
+
+
+class Loop:
+    """``mpi-ckpt run`` with a program in a folder."""
+
+    def __init__(self, folder: Path, *words: object) -> None:
+        self.folder = folder
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+        command = [sys.executable, "-m", "mpi_ckpt", "run", "--json", "--folder", folder]
+        with (folder / "err").open("a") as err:
+            self.process = subprocess.Popen(
+                [str(word) for word in [*command, *words]],
+                env=environment({"PATH": path}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+            )
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            end_tree(self.process.pid)
+        self.process.communicate()
+
+    def finish(self) -> dict:
+        out, _ = self.process.communicate(timeout=PATIENCE_SECONDS)
+        assert out, self.told()
+        return json.loads(out)
+
+    def told(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def lines(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
