@@ -6,22 +6,18 @@ Nobody can call the roll yet, so nobody is named; but nobody waits for ever.
 
 from __future__ import annotations
 
-import os
-import time
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm.abandoned import keep
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.survival import why_lost_ranks_end_the_job
+from mpi_ckpt.comm.waiting import is_done_within
 from mpi_ckpt.errors import CollectiveError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["duplicate", "meet"]
-
-_YIELDS = 2000
-_PAUSE_SECONDS = 1e-3
 
 
 def duplicate(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intracomm:
@@ -71,7 +67,7 @@ def meet(
         f"this is rank {parent.rank}"
     )
     try:
-        if _is_done(request, deadline_seconds):
+        if is_done_within(request, deadline_seconds):
             return
     except load_mpi().Exception as error:
         cause, problem = error, f"MPI failed: {error}"
@@ -79,17 +75,3 @@ def meet(
     raise CollectiveError(
         f"meeting for the first time: {problem}; end this job and start it again"
     ) from cause
-
-
-def _is_done(request: MPI.Request, deadline_seconds: float) -> bool:
-    deadline = time.monotonic() + deadline_seconds
-    rounds = 0
-    while not request.Test():
-        rounds += 1
-        if rounds < _YIELDS:
-            os.sched_yield()
-            continue
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_PAUSE_SECONDS)
-    return True

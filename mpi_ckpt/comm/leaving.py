@@ -12,7 +12,6 @@ import atexit
 import logging
 import os
 import sys
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from mpi_ckpt.comm.communicator import open_communicators
 from mpi_ckpt.comm.guard import Guard
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.spawning import is_spawned, made
+from mpi_ckpt.comm.waiting import is_done_within
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _MEETING_SECONDS = 10.0
 _FINALIZE_SECONDS = 10.0
-_PAUSE_SECONDS = 1e-3
 
 
 class Departure:
@@ -91,11 +90,8 @@ class Departure:
         mpi = load_mpi()
         handle = self._handle
         assert handle is not None
-        deadline = time.monotonic() + _MEETING_SECONDS
         try:
-            request = handle.Ibarrier()
-            while not request.Test() and time.monotonic() < deadline:
-                time.sleep(_PAUSE_SECONDS)
+            is_done_within(handle.Ibarrier(), _MEETING_SECONDS)
         except mpi.Exception as error:
             logger.info("the others are not met at the end: %s", error)
 

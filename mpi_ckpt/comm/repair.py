@@ -9,7 +9,6 @@ was made is revoked, so that nobody waits in it, and all begin again with who is
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +19,7 @@ from mpi_ckpt.comm import spawning
 from mpi_ckpt.comm.communicator import open_communicators
 from mpi_ckpt.comm.guard import Guard
 from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.waiting import is_done_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_PAUSE_SECONDS_MAX = 2e-3
 _SPAWNS_MAX = 3
 # A thousand times what it takes among ranks that are all there.
 _SECONDS = 60.0
@@ -103,7 +102,7 @@ def meet_at_the_end(
     flag = np.array([done], np.int32)
     try:
         request = handle.Iagree(flag)
-        if not _wait(request, seconds):
+        if not is_done_within(request, seconds):
             return True
     except mpi.Exception:
         return False
@@ -220,15 +219,3 @@ def _revoke(handle: MPI.Comm) -> None:
             handle.Revoke()
         except mpi.Exception as error:
             logger.info("a communicator cannot be revoked: %s", error)
-
-
-def _wait(request: MPI.Request, seconds: float | None) -> bool:
-    """Wait without taking a core from those who still work, and so that signals come."""
-    deadline = None if seconds is None else time.monotonic() + seconds
-    pause = 0.0
-    while not request.Test():
-        if deadline is not None and time.monotonic() > deadline:
-            return False
-        time.sleep(pause)
-        pause = min(pause + 1e-5, _PAUSE_SECONDS_MAX)
-    return True
