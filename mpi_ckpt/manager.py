@@ -145,8 +145,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: On every rank, as `save` does before it writes.
         """
-        states = self._registry.choose(only)
-        return sync_states(self._session.comm, states, self._session.options)[1]
+        one, states = self._session, self._registry.choose(only)
+        return sync_states(one.comm, states, one.options, likely_equal=False)[1]
 
     def save(
         self,

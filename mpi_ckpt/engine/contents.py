@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import LeafState, Structure
 
-__all__ = ["Contents", "capture_all", "capture_only", "digest_contents", "pick_leaves"]
+__all__ = ["Contents", "capture_only", "digest_contents", "pick_leaves"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +71,6 @@ def capture_only(states: Sequence[LeafState]) -> list[Contents]:
         Contents(state, one.structure, one.leaves, state.form_of(one.leaves))
         for state, one in captured
     ]
-
-
-def capture_all(states: Sequence[LeafState], threads: int) -> list[Contents]:
-    """Capture states and digest all their leaves, side by side.
-
-    Not collective. See `digest_contents`.
-
-    Raises:
-        StageError: On the calling rank, if a state cannot be captured.
-    """
-    return digest_contents(capture_only(states), threads)
 
 
 def digest_contents(contents: Sequence[Contents], threads: int) -> list[Contents]:

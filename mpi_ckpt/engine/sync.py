@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +14,10 @@ from mpi_ckpt.comm import (
     agree,
     agree_on_root,
     bcast_json,
-    differing_digests,
 )
 from mpi_ckpt.digest import Digest
-from mpi_ckpt.engine.contents import Contents, capture_all, capture_only
+from mpi_ckpt.engine.contents import Contents, capture_only, digest_contents
+from mpi_ckpt.engine.differences import Difference, compare, compare_heads_first
 from mpi_ckpt.engine.parts import combine_parts
 from mpi_ckpt.engine.send import average_leaves, send_leaves
 from mpi_ckpt.errors import DivergedError, StageError
@@ -31,37 +31,16 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.options import Options
 
-__all__ = ["STRUCTURE", "capture_on_root", "sync_states"]
-
-STRUCTURE = "(structure)"
-"""Stands in reports for what of a state is not a tensor."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Difference:
-    """How one state differs between ranks.
-
-    Attributes:
-        index: Of the state.
-        form: Whether its structure or its leaves' specs differ.
-        leaves: Indices of the leaves to be sent; None for all that root has.
-        averaged: Those of them that are averaged instead.
-        structure: Root's structure.
-        targets: Where the leaves go on this rank, all of them; those of root, on root,
-            unless some are averaged.
-    """
-
-    index: int
-    form: bool
-    leaves: tuple[int, ...] | None
-    averaged: tuple[int, ...] = ()
-    structure: Structure = None
-    targets: tuple[Leaf, ...] = ()
+__all__ = ["capture_on_root", "sync_states"]
 
 
 @without_collections
 def sync_states(
-    comm: Communicator, states: Sequence[State], options: Options
+    comm: Communicator,
+    states: Sequence[State],
+    options: Options,
+    *,
+    likely_equal: bool = True,
 ) -> tuple[list[Contents], SyncReport]:
     """Make all states equal on all ranks, in the way each asks for.
 
@@ -71,6 +50,8 @@ def sync_states(
         comm: The communicator.
         states: The same states in the same order on every rank.
         options: Threads and window are used.
+        likely_equal: Whether to digest all bytes at once, or first to look for leaves
+            that need no digest, as they plainly differ. What comes of it is the same.
 
     Returns:
         The contents of the leaf states as root has them after the sync, and the report.
@@ -86,23 +67,29 @@ def sync_states(
             agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
     combine_parts(comm, leaf_states)
+    threads = options.digest_threads
     contents = agree(
         comm,
         "capturing the states",
-        lambda: _capture(comm, leaf_states, options.digest_threads),
+        lambda: _capture(comm, leaf_states, threads if likely_equal else None),
         error=StageError,
     )
-    compared = [one for one in contents if one.digests is not None]
-    differences = _find_differences(comm, compared)
+    compared = [one for one in contents if _is_compared(comm, one.state)]
+    comparison = (
+        compare(comm, compared)
+        if likely_equal
+        else compare_heads_first(comm, compared, threads)
+    )
+    compared, differences = comparison.contents, comparison.differences
     _refuse_divergence(compared, differences)
     differences = _prepare(comm, compared, differences)
     sent, averaged = _transfer(comm, compared, differences, options)
     _adopt(comm, compared, differences)
     report = SyncReport(
         differing={
-            compared[one.index].state.name: _names(one.targets, one) for one in differences
+            compared[one.index].state.name: one.names(one.targets) for one in differences
         },
-        bytes_hashed=sum(one.form.nbytes for one in compared),
+        bytes_hashed=comparison.bytes_hashed,
         bytes_sent=sent,
     )
     return [averaged.get(one.state.name, one) for one in contents], report
@@ -134,45 +121,28 @@ def capture_on_root(comm: Communicator, states: Sequence[State]) -> list[Content
 
 
 def _capture(
-    comm: Communicator, states: Sequence[LeafState], threads: int
+    comm: Communicator, states: Sequence[LeafState], threads: int | None
 ) -> list[Contents]:
-    """Digest what is compared; of the rest root alone takes note, to be digested later."""
-    alone = comm.size == 1
-    compared = [s for s in states if s.sync_mode != "none" and not alone]
-    digested = {one.state.name: one for one in capture_all(compared, threads)}
-    rest = [s for s in states if s.name not in digested and comm.is_root]
-    captured = digested | {one.state.name: one for one in capture_only(rest)}
-    return [captured[state.name] for state in states if state.name in captured]
+    """Capture what is compared, and digest it if there are threads to; root all else."""
+    states = [one for one in states if comm.is_root or _is_compared(comm, one)]
+    contents = capture_only(states)
+    if threads is None:
+        return contents
+    compared = [one for one in contents if _is_compared(comm, one.state)]
+    digested = {one.name: one for one in digest_contents(compared, threads)}
+    return [digested.get(one.name, one) for one in contents]
 
 
-def _find_differences(
-    comm: Communicator, contents: Sequence[Contents]
-) -> list[_Difference]:
-    doing = "comparing the states of all ranks"
-    summaries = [digest for one in contents for digest in one.summary()]
-    differs = differing_digests(comm, summaries, doing).reshape(-1, 3)
-    # Digests of single leaves are compared where the leaves are the same in name and
-    # form, and some byte is not.
-    inspected = {i for i, (specs, _, data) in enumerate(differs) if data and not specs}
-    leaf_digests = [d.whole for i in sorted(inspected) for d in contents[i].digests or ()]
-    leaf_differs = iter(differing_digests(comm, leaf_digests, doing))
-    found = []
-    for index, (specs, structure, _) in enumerate(differs):
-        leaves: tuple[int, ...] | None = () if not specs else None
-        if index in inspected:
-            flags = [next(leaf_differs) for _ in contents[index].leaves]
-            leaves = tuple(int(i) for i in np.flatnonzero(flags))
-        if specs or structure or leaves:
-            found.append(_Difference(index, bool(specs or structure), leaves))
-    return found
+def _is_compared(comm: Communicator, state: LeafState) -> bool:
+    return comm.size > 1 and state.sync_mode != "none"
 
 
 def _refuse_divergence(
-    contents: Sequence[Contents], differences: Sequence[_Difference]
+    contents: Sequence[Contents], differences: Sequence[Difference]
 ) -> None:
     problems = [
         f"state {contents[one.index].state.name!r}: "
-        + ", ".join(_names(contents[one.index].leaves, one))
+        + ", ".join(one.names(contents[one.index].leaves))
         + " differ between ranks"
         for one in differences
         if contents[one.index].state.sync_mode == "check"
@@ -185,19 +155,14 @@ def _refuse_divergence(
         )
 
 
-def _names(leaves: Sequence[Leaf], difference: _Difference) -> tuple[str, ...]:
-    names = [STRUCTURE] if difference.form else []
-    return (*names, *(leaves[i].spec.name for i in difference.leaves or ()))
-
-
 def _prepare(
-    comm: Communicator, contents: Sequence[Contents], differences: list[_Difference]
-) -> list[_Difference]:
+    comm: Communicator, contents: Sequence[Contents], differences: list[Difference]
+) -> list[Difference]:
     if not differences:
         return []
     forms = _bcast_forms(comm, contents, [one.index for one in differences])
 
-    def prepare() -> list[_Difference]:
+    def prepare() -> list[Difference]:
         prepared = []
         for difference, (structure, specs) in zip(differences, forms, strict=True):
             own = contents[difference.index]
@@ -225,7 +190,7 @@ def _prepare(
     return agree(comm, "fitting root's states", prepare, error=StageError)
 
 
-def _averaged(own: Contents, difference: _Difference) -> tuple[int, ...]:
+def _averaged(own: Contents, difference: Difference) -> tuple[int, ...]:
     if own.state.sync_mode != "mean" or difference.form:
         return ()
     specs = own.specs
@@ -271,7 +236,7 @@ def _same_memory(leaf: Leaf, target: Leaf) -> bool:
 def _transfer(
     comm: Communicator,
     contents: Sequence[Contents],
-    differences: Sequence[_Difference],
+    differences: Sequence[Difference],
     options: Options,
 ) -> tuple[int, dict[str, Contents]]:
     sent = 0
@@ -289,7 +254,7 @@ def _transfer(
     return sent, averaged
 
 
-def _with_new_digests(own: Contents, difference: _Difference) -> Contents:
+def _with_new_digests(own: Contents, difference: Difference) -> Contents:
     digests = list(own.digests or ())
     for index in difference.averaged:
         digests[index] = Digest.of(difference.targets[index].buffer.read())
@@ -297,7 +262,7 @@ def _with_new_digests(own: Contents, difference: _Difference) -> Contents:
 
 
 def _adopt(
-    comm: Communicator, contents: Sequence[Contents], differences: Sequence[_Difference]
+    comm: Communicator, contents: Sequence[Contents], differences: Sequence[Difference]
 ) -> None:
     if not differences:
         return

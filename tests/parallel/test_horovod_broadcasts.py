@@ -28,8 +28,8 @@ def reports(monkeypatch):
     found = []
     sync = parameters.sync_states
 
-    def note(*arguments):
-        contents, report = sync(*arguments)
+    def note(*arguments, **options):
+        contents, report = sync(*arguments, **options)
         found.append(report)
         return contents, report
 

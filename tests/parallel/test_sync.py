@@ -16,6 +16,7 @@ from mpi_ckpt import (
     TrainState,
 )
 from mpi_ckpt.errors import DivergedError, SaveError, StageError, StateMismatchError
+from mpi_ckpt.states.arrays import ArrayBuffer
 from mpi_ckpt.states.objects import NestedState
 from tests.parallel.ranks import RecordingHandle, assert_same, manager, plain, same_error
 
@@ -101,6 +102,73 @@ def test_only_the_leaf_that_differs_is_sent(comm, shared_path):
     expected = before[1]["2.weight F32[3, 11]"]
     assert contents(state)[1]["2.weight F32[3, 11]"] != expected
     assert contents(state)[1]["0.weight F32[11, 7]"] == before[1]["0.weight F32[11, 7]"]
+
+
+def make_large(rank, strided_on=()):
+    """Arrays of 640 kB that differ between ranks in several places, or nowhere."""
+    arrays = {name: np.arange(80_000.0) for name in ("all", "equal", "first", "last")}
+    arrays["all"] += rank
+    arrays["first"][0] = -rank
+    arrays["last"][-1] = -rank
+    arrays["laid out"] = np.full(80_000, float(rank))
+    if rank in strided_on:
+        arrays["laid out"] = np.full((80_000, 2), float(rank))[:, 0]
+    return arrays
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_large_leaves_that_plainly_differ_are_found_without_a_digest(
+    comm, shared_path, save
+):
+    states = {
+        "root": make_large(comm.rank, strided_on=[comm.size - 1]),
+        "same": make_large(0),
+        "other": {"x": np.zeros(80_000, "fi"[comm.rank > 0] + "8")},
+        "small": {"x": np.full(10, comm.rank)},
+    }
+    targets = [ArrayState(name, arrays) for name, arrays in states.items()]
+    targets[2] = ObjectState("other", states["other"])
+    with manager(shared_path, *targets) as one:
+        report = one.save().sync if save else one.sync()
+        again = one.sync()
+    assert_same(comm, report)
+    assert (again.differing, again.bytes_sent) == ({}, 0)
+    for name, array in make_large(0).items():
+        assert np.array_equal(states["root"][name], array), name
+    if comm.size == 1:
+        return
+    differing = {**report.differing}
+    assert differing.pop("other") == ("(structure)", "x")
+    assert differing == {"root": ("all", "first", "last", "laid out"), "small": ("x",)}
+    assert again.bytes_hashed > 10 * 640_000
+    # Not "all" and "first"; "laid out" cannot be looked at on every rank.
+    assert again.bytes_hashed - report.bytes_hashed == (0 if save else 2 * 640_000)
+
+
+def test_leaf_that_cannot_be_looked_at_is_an_error_on_all_ranks(
+    comm, shared_path, monkeypatch
+):
+    if comm.size == 1:
+        pytest.skip("one rank compares nothing")
+    arrays = make_large(comm.rank)
+    with manager(shared_path, ArrayState("arrays", arrays)) as one:
+        with monkeypatch.context() as patched:
+            if comm.rank == comm.size - 1:
+                patched.setattr(ArrayBuffer, "view", lambda _: 1 / 0)
+            with same_error(comm, StageError, f"rank {comm.size - 1}", "ZeroDivision"):
+                one.sync()
+        assert arrays["all"][0] == comm.rank
+        one.sync()
+    assert arrays["all"][0] == 0
+
+
+@pytest.mark.parametrize("sync", ["mean", "check"])
+def test_other_modes_need_all_digests(comm, shared_path, sync):
+    arrays = make_large(comm.rank if sync == "mean" else 0)
+    with manager(shared_path, ArrayState("arrays", arrays, sync=sync)) as one:
+        report = one.sync()
+    assert arrays["all"][0] == (comm.size - 1) / 2 * (sync == "mean")
+    assert report.bytes_hashed == (5 * 640_000 if comm.size > 1 else 0)
 
 
 def test_root_wins_in_everything(comm, shared_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.engine.contents import capture_all, capture_only
+from mpi_ckpt.engine.contents import capture_only, digest_contents
 from mpi_ckpt.engine.reuse import plan_reuse, renamed, sample, without_files
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.reader import read_manifest
@@ -26,7 +26,7 @@ def arrays(**changed) -> dict:
 
 
 def plan(older: Manifest, given: dict, *, name: str = "s", **named):
-    contents = capture_all([ArrayState(name, given)], 1)
+    contents = digest_contents(capture_only([ArrayState(name, given)]), 1)
     named = {"generation": 2, "full_every": 10, **named}
     return plan_reuse(older, contents, **named)
 
@@ -101,7 +101,7 @@ def test_refused_files_give_their_leaves_back(older):
 def test_files_are_renamed_wherever_they_are_named(older):
     reuse = plan_reuse(
         older,
-        capture_all([ArrayState("s", arrays())], 1),
+        digest_contents(capture_only([ArrayState("s", arrays())]), 1),
         generation=2,
         full_every=10,
         carried=[older.state("t"), replace(older.state("s"), name="u")],

@@ -59,7 +59,7 @@ def broadcast_parameters(
         CheckpointError: On every rank, for anything else that went wrong.
     """
     with attached(root_rank, process_set, comm, deadline_seconds) as private:
-        sync_states(private, [_Parameters(params)], Options())
+        sync_states(private, [_Parameters(params)], Options(), likely_equal=False)
 
 
 def broadcast_optimizer_state(
@@ -92,7 +92,8 @@ def broadcast_optimizer_state(
         CheckpointError: On every rank, for anything else that went wrong.
     """
     with attached(root_rank, process_set, comm, deadline_seconds) as private:
-        sync_states(private, [_Optimizer("optimizer", optimizer)], Options())
+        state = _Optimizer("optimizer", optimizer)
+        sync_states(private, [state], Options(), likely_equal=False)
 
 
 class _Parameters(NestedState):
