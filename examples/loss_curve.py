@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,8 @@ def draw(runs: list[Run], why: list[str], path: Path) -> None:
     """
     import matplotlib as mpl
 
+    # On its first use on a machine it looks for fonts, and warns if that takes a while.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -145,8 +145,12 @@ def die_if_told(args: argparse.Namespace, world: elastic.World, step: int) -> No
     """Kill this rank, if it is its turn: the n-th kill comes after n-1 recoveries."""
     if world.failures < len(args.kill):
         when, _, ranks = args.kill[world.failures].partition(":")
-        if step == int(when) and world.rank in map(int, ranks.split(",")):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == int(when):
+            try:
+                world.comm.Barrier()  # else the first death keeps others from theirs
+            finally:
+                if world.rank in map(int, ranks.split(",")):
+                    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def log(args: argparse.Namespace, world: elastic.World, **values: object) -> None:

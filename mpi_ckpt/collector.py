@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -28,12 +29,35 @@ def without_collections(function: Callable[Args, Result]) -> Callable[Args, Resu
 
     @functools.wraps(function)
     def paused(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-        was_enabled = gc.isenabled()
-        gc.disable()
+        _PAUSE.begin()
         try:
             return function(*args, **kwargs)
         finally:
-            if was_enabled:
-                gc.enable()
+            _PAUSE.end()
 
     return paused
+
+
+class _Pause:
+    """Counts those who want the collector out of the way. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._was_enabled = False
+
+    def begin(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._count += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0 and self._was_enabled:
+                gc.enable()
+
+
+_PAUSE = _Pause()

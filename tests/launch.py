@@ -101,7 +101,7 @@ def start_job(
     return job
 
 
-def finish_job(job: subprocess.Popen[str], *, timeout: float = 60) -> Outcome:
+def finish_job(job: subprocess.Popen[str], *, timeout: float = 120) -> Outcome:
     """Wait for a job; end all of it if it takes longer than ``timeout`` seconds."""
     start = time.monotonic()
     try:
@@ -122,7 +122,7 @@ def run_job(
     ranks: int,
     command: list[str],
     *,
-    timeout: float = 60,
+    timeout: float = 120,
     env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run ``mpirun -n ranks python command...`` to its end."""

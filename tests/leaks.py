@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PATIENCE_SECONDS = 5.0
-"""A thread that was told to end may not have had its turn yet.
+"""A thread that was told to end may not have had its turn yet, in at least so long.
 
 torch's loader does not wait for the thread that feeds its workers: on a busy machine it,
 and the pipe it holds, are still there when the loader is gone.
 """
+
+_PAUSE_SECONDS = 0.01
 
 _Things = set[object]
 
@@ -28,11 +30,14 @@ def nothing_left() -> Iterator[None]:
     """Fail if what is opened or started inside is still there a while after the end."""
     before = _things()
     yield
-    end = time.monotonic() + PATIENCE_SECONDS
     if _things() - before:
         gc.collect()
-    while (left := _things() - before) and time.monotonic() < end:
-        time.sleep(0.01)
+    # Turns and not the clock: the whole process may have stood still.
+    for _ in range(int(PATIENCE_SECONDS / _PAUSE_SECONDS)):
+        left = _things() - before
+        if not left:
+            return
+        time.sleep(_PAUSE_SECONDS)
     assert not left, f"left behind: {left}"
 
 

@@ -32,7 +32,7 @@ OPTIONS = "loop,noauto_da_alloc,commit=300,errors=remount-ro"
 
 _MEBIBYTES = 16
 _REPOSITORY = Path(__file__).parents[2]
-_PATIENCE = 30  # seconds, for what takes none
+_PATIENCE = 90  # seconds, for what takes none
 
 
 class BlockDevice:

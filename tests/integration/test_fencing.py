@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,11 @@ from mpi_ckpt.storage.recovery import survey
 from tests.integration.jobs import PROGRAMS
 from tests.launch import ranks_of
 from tests.single.making import save, some_states
+
+
+def is_stopped(process: int) -> bool:
+    stats = Path(f"/proc/{process}/task").glob("*/stat")
+    return {one.read_text().rpartition(")")[2].split()[0] for one in stats} == {"T"}
 
 
 @pytest.mark.parametrize("mode", ["blocking", "asynchronous"])
@@ -29,6 +35,8 @@ def test_stopped_job_that_wakes_beside_its_successor_publishes_nothing(
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     try:
+        # A thread that is inside of a rename stops after it.
+        jobs.wait_until(job, lambda: all(map(is_stopped, ranks)))
         # The file server has given its lock away: to a new file, the old one being gone.
         (tmp_path / "checkpoints" / ".lock").unlink()
         successor = CheckpointDirectory(tmp_path / "checkpoints")

@@ -74,8 +74,8 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(
     points = random.Random(seed)
     reached = 0
     for whole in (True, False):
-        job = training.start(2, pause=0.01)
-        training.wait_for(job, reached + points.randrange(12, 35))
+        job = training.start(2, pause=0.03)
+        training.wait_for(job, reached + points.randrange(12, 30))
         if whole:
             jobs.kill(job)
         else:
@@ -97,8 +97,8 @@ def test_asked_to_stop_it_loses_nothing_and_goes_on_with_another_number_of_ranks
     jobs: Jobs, tmp_path: Path
 ) -> None:
     training = Training(jobs, tmp_path)
-    job = training.start(2, pause=0.01)
-    training.wait_for(job, 40)
+    job = training.start(2, pause=0.03)
+    training.wait_for(job, 35)  # an epoch is over at 30 and at 60
     signal_to(job, signal.SIGTERM, 1)
     outcome = jobs.finish(job)
     assert outcome.code == 143, outcome.text

@@ -25,7 +25,7 @@ EXAMPLE = EXAMPLES / "recover.py"
 PROGRAM = PROGRAMS / "recovering.py"
 HEARTBEAT = (
     *("--mca", "mpi_ft_detector", "1", "--mca", "mpi_ft_detector_period", "0.2"),
-    *("--mca", "mpi_ft_detector_timeout", "2"),
+    *("--mca", "mpi_ft_detector_timeout", "6"),
 )
 # Whatever died, 30 steps of the sum of 0 to 11.
 VALUE = 30 * 66.0

@@ -52,7 +52,7 @@ class Watched(Loop):
         for pid in ours:
             try:
                 names[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except FileNotFoundError:
+            except OSError:  # it has ended
                 continue
         ranks = [p for p, words in names.items() if str(PROGRAM).encode() in words[1:2]]
         # The launcher comes last: children are found before their parents.
@@ -109,14 +109,14 @@ def test_killed_again_and_again_it_ends_with_the_weights_of_a_run_that_was_not(t
 
 
 def test_signal_to_the_loop_saves_and_stops_and_it_goes_on_later(tmp_path):
-    words = ["--np", 2, "--", sys.executable, PROGRAM, tmp_path, 40, 0.05]
-    with Watched(tmp_path, *words) as loop:
+    words = ["--np", 2, "--", sys.executable, PROGRAM, tmp_path, 40]
+    with Watched(tmp_path, *words, 0.3) as loop:
         loop.run_on(1, 5)
         loop.process.send_signal(signal.SIGTERM)
         answer = loop.finish()
     assert loop.process.returncode == 143
     assert [one["outcome"] for one in answer["attempts"]] == ["preempted"]
-    with Watched(tmp_path, *words) as loop:
+    with Watched(tmp_path, *words, 0) as loop:
         answer = loop.finish()
     assert loop.process.returncode == 0
     assert answer["attempts"][0]["step_from"] >= 5

@@ -189,7 +189,8 @@ def preempt(training: Training, nodes: int, seconds: int) -> None:
 
 
 def requeue(training: Training) -> None:
-    training.slurm.ask("scontrol", "requeue", training.job)
+    """Put the job back; it waits until it is released, when it has its new size."""
+    training.slurm.ask("scontrol", "requeuehold", training.job)
 
 
 def resize(training: Training, nodes: int) -> None:
@@ -198,6 +199,7 @@ def resize(training: Training, nodes: int) -> None:
     words = [f"JobId={training.job}", f"NumNodes={nodes}-{nodes}"]
     words += [f"NumTasks={nodes}", f"NumCPUs={nodes}"]
     training.slurm.ask("scontrol", "update", *words)
+    training.slurm.ask("scontrol", "release", training.job)
 
 
 def lose_a_node(training: Training) -> None:
@@ -227,7 +229,7 @@ def test_a_port_in_use_is_refused_at_once(tmp_path):
 
 
 def test_training_is_preempted_requeued_and_resized(slurm, tmp_path):
-    training = Training(slurm, tmp_path, 250, 0.04)
+    training = Training(slurm, tmp_path, 400, 0.04)
     training.run_on(1)
     preempt(training, 1, 60)
     resize(training, NODES - 1)  # it need not wait for the one that was taken

@@ -271,7 +271,7 @@ def make_communicator(comm):
     """Makes communicators of the library, freed after the test."""
     made = []
 
-    def make(parent=None, *, deadline_seconds=20.0, **arguments):
+    def make(parent=None, *, deadline_seconds=35.0, **arguments):
         one = Communicator(parent, deadline_seconds=deadline_seconds, **arguments)
         made.append(one)
         return one

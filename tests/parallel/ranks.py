@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from mpi_ckpt import CheckpointManager, Options
 
+_THROUGH = 9
+
 
 def assert_same(comm, value):
     """Require an equal value on every rank."""
@@ -39,7 +41,23 @@ def same_error(comm, expected, *parts):
         assert str(part) in found[0][1], (part, found[0][1])
 
 
-def manager(root, *states, comm=None, deadline_seconds=20.0, **options):
+@contextmanager
+def coming_late(peers, *late):
+    """Let ranks come to what is inside only when all others are through with it."""
+    peers.barrier()
+    punctual = [rank for rank in range(peers.size) if rank not in late]
+    if peers.rank in late:
+        for rank in punctual:
+            peers.recv(source=rank, tag=_THROUGH)
+    try:
+        yield
+    finally:
+        if peers.rank not in late:
+            for rank in late:
+                peers.send(None, dest=rank, tag=_THROUGH)
+
+
+def manager(root, *states, comm=None, deadline_seconds=35.0, **options):
     """Make a manager whose ranks do not wait for long when a test goes wrong."""
     options.setdefault("preemption_signals", ())
     return CheckpointManager(

@@ -133,7 +133,7 @@ def test_a_block_that_fails_on_one_rank_waits_for_nobody(comm, shared_path):
 
 def test_nothing_is_logged_where_nothing_is_wrong(comm, shared_path, caplog, capfd):
     caplog.set_level(logging.INFO)
-    options = Options(deadline_seconds=20, interval=1)
+    options = Options(interval=1)
     with CheckpointManager(shared_path, [ObjectState("value", 1)], options=options) as one:
         assert one.restore() is None
         one.save()
@@ -145,7 +145,7 @@ def test_nothing_is_logged_where_nothing_is_wrong(comm, shared_path, caplog, cap
 
 
 def test_a_communicator_is_closed_once(comm, counted):
-    one = Communicator(counted, deadline_seconds=20)
+    one = Communicator(counted, deadline_seconds=35)
     one.close()
     one.close()
     assert (counted.made, counted.open) == (1, 0)

@@ -30,8 +30,8 @@ from tests.parallel.ranks import assert_same, same_error
 
 torch = pytest.importorskip("torch")
 
-BLOCKING = Options(interval=1, sync=False, deadline_seconds=20, retention=KeepLast(2))
-IN_MEMORY = Options(sync=False, deadline_seconds=20, asynchronous=True)
+BLOCKING = Options(interval=1, sync=False, deadline_seconds=35, retention=KeepLast(2))
+IN_MEMORY = Options(sync=False, deadline_seconds=35, asynchronous=True)
 
 
 @pytest.fixture(params=[BLOCKING, IN_MEMORY], ids=["each on disk", "in memory"])

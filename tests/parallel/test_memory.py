@@ -97,7 +97,7 @@ def make(path, program, comm, memory, **options):
         path,
         program.states,
         comm=comm,
-        options=Options(preemption_signals=(), deadline_seconds=20, **options),
+        options=Options(preemption_signals=(), deadline_seconds=35, **options),
         memory=memory,
     )
 

@@ -209,7 +209,7 @@ def test_compare_texts_names_every_rank_that_is_not_like_root(comm, make_communi
 
 
 def test_messages_of_the_user_are_not_taken_for_ours(comm, make_communicator):
-    communicator = make_communicator(deadline_seconds=5)
+    communicator = make_communicator()
     token = np.zeros(1, np.uint8)
     # The tags that the library uses, on the communicator that it was made from.
     requests = [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -25,6 +26,15 @@ def seeded():
     """Give every test the same random streams."""
     random.seed(1)
     np.random.seed(1)
+
+
+@pytest.fixture(autouse=True)
+def no_disk(monkeypatch):
+    """Wait for no disk: what survives a power cut is the subject of tests/crash.
+
+    Some tests here sync hundreds of times, and a busy disk takes a second for one.
+    """
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(autouse=True)

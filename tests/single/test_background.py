@@ -87,7 +87,7 @@ from concurrent.futures import ThreadPoolExecutor
 from mpi_ckpt.engine.background import Background
 
 def work():
-    time.sleep(0.3)
+    time.sleep({work})
     with ThreadPoolExecutor(1) as pool:
         pool.submit(print, "done by a pool").result()
 
@@ -117,11 +117,11 @@ def run(**given):
     reason="this Python starts no thread once the program is at its end",
 )
 def test_at_exit_work_is_finished_and_later_work_is_done_at_once():
-    done = run(seconds=30, give_up="")
+    done = run(seconds=30, work=3, give_up="")
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.splitlines() == ["done by a pool", "late: here"]
 
 
 def test_at_exit_work_is_given_up_after_a_while():
-    done = run(seconds=0.01, give_up="import os; os._exit(4)")
+    done = run(seconds=0.01, work=60, give_up="import os; os._exit(4)")
     assert (done.returncode, done.stdout) == (4, "gave up\n"), done.stderr

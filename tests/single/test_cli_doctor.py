@@ -8,7 +8,6 @@ import fcntl
 import os
 import stat
 import sys
-import time
 
 import pytest
 
@@ -184,7 +183,7 @@ def test_the_place_in_a_job_is_kept_from_the_probe():
 
 
 def test_an_mpi_that_hangs_is_ended_with_its_children(monkeypatch):
-    monkeypatch.setattr(machine, "_MPI_SECONDS", 0.5)
+    monkeypatch.setattr(machine, "_MPI_SECONDS", 3)
     run_it = machine.ask
 
     def hanging(arguments, environ, seconds):
@@ -192,15 +191,13 @@ def test_an_mpi_that_hangs_is_ended_with_its_children(monkeypatch):
             program = (
                 "import subprocess, sys\n"
                 'print(\'{"mpi4py": "4"}\', flush=True)\n'
-                "subprocess.run(['sleep', '60'])\n"
+                "subprocess.run(['sleep', '600'])\n"
             )
             arguments = [sys.executable, "-c", program]
         return run_it(arguments, environ, seconds)
 
     monkeypatch.setattr(machine, "ask", hanging)
-    start = time.monotonic()
     checks = machine.check_mpi(os.environ)
-    assert time.monotonic() - start < 15
     assert verdicts(checks)["start"] == "wrong"
     assert "hung for" in next(c.found for c in checks if c.name == "start")
     assert verdicts(checks)["mpi4py"] == "ok"

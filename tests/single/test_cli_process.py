@@ -141,7 +141,9 @@ def test_readers_are_never_wrong_beside_a_job_that_saves_and_prunes(tmp_path):
     with job:
         try:
             job.stdout.readline()
-            for _ in range(25):
+            for turn in range(25):
+                if turn < 6:
+                    job.stdout.readline()  # it gets on beside us, however slow the disk
                 listed = run("ls", root, "--json")
                 assert listed.exit_code == 0
                 answer = json.loads(listed.stdout)
@@ -154,7 +156,6 @@ def test_readers_are_never_wrong_beside_a_job_that_saves_and_prunes(tmp_path):
                 assert shown.exit_code == 0, shown.output
         finally:
             stop.touch()
-        saved = job.stdout.read().split()
+        job.stdout.read()
     assert job.returncode == 0
-    assert len(saved) > 5
     assert run("verify", root, "--all").exit_code == 0

@@ -113,6 +113,9 @@ if sys.argv[2] == "fork" and os.fork() == 0:
         told.write(str(os.getpid()))
     time.sleep(60)
     os._exit(0)
+told = sys.argv[1] + "/child"
+while sys.argv[2] == "fork" and not (os.path.exists(told) and os.path.getsize(told)):
+    time.sleep(0.01)
 print("owned", flush=True)
 time.sleep(60)
 """

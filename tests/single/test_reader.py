@@ -143,7 +143,6 @@ REPLACEMENTS = {
 }
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", REPLACEMENTS)
 def test_what_is_no_regular_file_is_refused_and_nothing_blocks(generation, kind):
     for file in sorted(generation.iterdir()):

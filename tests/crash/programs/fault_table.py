@@ -24,7 +24,7 @@ with quiet(), told.open("w") if comm.rank == 0 else open(os.devnull, "w") as lin
     for name, victim, *fault in json.loads(asked.read_text()):
         workload = known[name]
         outcome = attempt(
-            workload, Fault(*fault), sandbox, comm, victim % comm.size, deadline_seconds=20
+            workload, Fault(*fault), sandbox, comm, victim % comm.size, deadline_seconds=60
         )
         gathered = comm.gather(outcome)
         if comm.rank == 0:

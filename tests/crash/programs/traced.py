@@ -33,7 +33,7 @@ def report_of(workload, victim, fault):
         made.append(Traced(wanted, sandbox))
         return made[-1]
 
-    outcome = attempt(workload, fault, sandbox, comm, victim, make, deadline_seconds=30)
+    outcome = attempt(workload, fault, sandbox, comm, victim, make, deadline_seconds=60)
     missed = any(one.missed for one in made)
     gathered = comm.allgather((outcome, missed))
     return {

@@ -48,13 +48,11 @@ def main() -> None:
 def terminate_worker(worker: int, batches) -> None:
     """Do what ends a worker that does not end by itself."""
     (process,) = (one for one in batches._workers if one.pid == worker)
-    start = time.monotonic()
     try:
         process.terminate()
-        process.join(10)
+        process.join(60)
     except RuntimeError:  # torch's own watch over its workers, from a handler of SIGCHLD
-        process.join(10)
-    assert time.monotonic() - start < 5, "the worker did not end at once"
+        process.join(60)
     # torch's workers leave with 0 when it is their parent that sends SIGTERM.
     assert process.exitcode in (0, -signal.SIGTERM)
 
@@ -62,11 +60,11 @@ def terminate_worker(worker: int, batches) -> None:
 def terminate_child(method: str) -> None:
     """The same with a process in which nobody has replaced our handlers."""
     context = multiprocessing.get_context(method)
-    child = context.Process(target=time.sleep, args=(30,))
+    child = context.Process(target=time.sleep, args=(300,))
     child.start()
     time.sleep(0.2)
     child.terminate()
-    child.join(10)
+    child.join(60)
     assert child.exitcode == -signal.SIGTERM, child.exitcode
 
 

@@ -1,14 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a program and notes with what each rank leaves: note_exit.py FOLDER PROGRAM ..."""
+"""Runs a program and notes with what each rank leaves: note_exit.py FOLDER PROGRAM ...
 
+With TEST_PACE in the environment each step takes so many seconds more, so that a test can
+end the program at a certain one.
+"""
+
+import os
 import runpy
 import sys
+import time
 from pathlib import Path
+
+from mpi_ckpt import CheckpointManager
 
 folder, program, *arguments = sys.argv[1:]
 sys.argv = [program, *arguments]
 sys.path[0] = str(Path(program).parent)
 ending = "0"
+step = CheckpointManager.step
+
+
+def slow_step(manager, **values):
+    time.sleep(float(os.environ["TEST_PACE"]))
+    return step(manager, **values)
+
+
+if "TEST_PACE" in os.environ:
+    CheckpointManager.step = slow_step
 try:
     runpy.run_path(program, run_name="__main__")
 except SystemExit as leaving:
