@@ -13,7 +13,7 @@ __all__ = ["Piece", "chain_piece_bytes", "plan_messages"]
 
 _CHAIN_PIECE_BYTES = 1 << 20
 _CHAIN_PIECE_BYTES_LEAST = 64 << 10
-_FILLING_SHARE = 16
+_FILLING_SHARE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def chain_piece_bytes(total_bytes: int, hosts: int) -> int | None:
     """
     # The last host has everything after as many turns as there are pieces, and one more
     # for each host that a piece is passed on by: while the chain fills, the last links
-    # idle. Turns are short where pieces are: filling takes a sixteenth of the time or
+    # idle. Turns are short where pieces are: filling takes a thirty-second of the time or
     # less. But each piece costs a call and a round trip too, which below 64 KiB weigh as
     # much as its bytes, and above 1 MiB nothing.
     #
