@@ -22,10 +22,10 @@ def _signalled_within(number):
     """Have the last rank send itself a signal between two meetings of a broadcast."""
     real = parameters.sync_states
 
-    def sync(*arguments):
+    def sync(*arguments, **options):
         if MPI.COMM_WORLD.rank == LAST:
             os.kill(os.getpid(), number)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     parameters.sync_states = sync
 
