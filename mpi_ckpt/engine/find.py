@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import any_of, bcast_json
+from mpi_ckpt.engine.description import describe_generation, title_of
 from mpi_ckpt.engine.names import ADVICE, numbered_alike
-from mpi_ckpt.engine.read import describe, title_of
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     ReadError,
@@ -35,7 +35,7 @@ class Found:
     """A generation that looks good.
 
     Attributes:
-        description: What `describe` says of it, on every rank.
+        description: What `mpi_ckpt.engine.description` says of it, on every rank.
         reader: The open generation on root; None elsewhere.
     """
 
@@ -92,7 +92,9 @@ def find_newest(
 
     reader = session.on_root("looking for a generation", look, RestoreError)
     try:
-        mine = None if reader is None else _needed(describe(reader.manifest), states)
+        mine = None
+        if reader is not None:
+            mine = _needed(describe_generation(reader.manifest), states)
         description = bcast_json(session.comm, mine, "telling of a generation")
         yield None if description is None else Found(description, reader)
     finally:

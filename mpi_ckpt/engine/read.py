@@ -1,153 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings one generation from root's files into the states of every rank."""
+"""Brings the bytes of one generation from the files to where they belong on every rank."""
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, bcast_buffers
-from mpi_ckpt.engine.read_plan import Batch, Place, plan_reads
-from mpi_ckpt.engine.targets import NoBuffer, Target
-from mpi_ckpt.errors import RestoreError, StateMismatchError
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer, copy_bytes
-from mpi_ckpt.state import LeafState, State
-from mpi_ckpt.states.ranked import RankedState
+from mpi_ckpt.engine.incoming import OVERWRITTEN
+from mpi_ckpt.engine.read_plan import Batch, plan_reads
+from mpi_ckpt.engine.targets import Target
+from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.leaf import copy_bytes
 from mpi_ckpt.storage.prefetch import Prefetcher, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.incoming import Incoming
     from mpi_ckpt.engine.read_plan import Span
     from mpi_ckpt.engine.readers import Readers
-    from mpi_ckpt.storage.manifest import Extent, Manifest
     from mpi_ckpt.storage.reader import GenerationReader
 
-__all__ = ["Incoming", "adopt", "describe", "match", "title_of", "transfer"]
-
-_OVERWRITTEN = (
-    "published generations are untouched, but states in memory may hold a mixture: do "
-    "not train on them"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """A state that is about to be restored.
-
-    Attributes:
-        state: The program's state.
-        structure: What was saved beside the leaves; None for a stream.
-        leaves: Where the leaves go; for a stream, one leaf of bytes.
-        places: Where they come from.
-        missing: Names of leaves that only the program has.
-        unexpected: Names of leaves that only the generation has.
-    """
-
-    state: State
-    structure: Any
-    leaves: tuple[Leaf, ...]
-    places: tuple[Place, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-
-
-def describe(manifest: Manifest) -> dict[str, Any]:
-    """Return what ranks other than root need of a manifest, as JSON values.
-
-    Not collective. Thread-safe.
-    """
-    numbers = {file.name: number for number, file in enumerate(manifest.files)}
-
-    def place(extent: Extent) -> list[int]:
-        return [numbers[extent.file], extent.offset, extent.nbytes]
-
-    return {
-        "generation": manifest.generation,
-        "step": manifest.step,
-        "size": manifest.size,
-        "metrics": dict(manifest.metrics),
-        "block_bytes": manifest.block_bytes,
-        "states": {
-            state.name: {"places": [place(state.stream)]}
-            if state.stream is not None
-            else {
-                "places": [place(leaf.extent) for leaf in state.leaves],
-                "structure": state.structure,
-                "leaves": [
-                    [leaf.spec.name, leaf.spec.dtype, leaf.spec.shape]
-                    for leaf in state.leaves
-                ],
-            }
-            for state in manifest.states
-        },
-    }
-
-
-def title_of(description: dict[str, Any]) -> str:
-    """Return what messages call a description's generation. Not collective. Thread-safe."""
-    number: int = description["generation"]
-    return f"generation {number}" if number else "the copy in memory"
-
-
-def match(
-    description: dict[str, Any], states: Sequence[State], *, strict: bool
-) -> list[Incoming]:
-    """Find a place for every byte before the first one moves.
-
-    Not collective. Called on every rank.
-
-    Args:
-        description: Made by `describe` on root.
-        states: The states to restore; all are in the description.
-        strict: Whether a leaf that only one side has is a mismatch.
-
-    Raises:
-        StateMismatchError: On the calling rank, listing all mismatches of all states.
-    """
-    matched: list[Incoming] = []
-    problems: list[str] = []
-    for state in states:
-        try:
-            matched.append(_match_one(description["states"][state.name], state, strict))
-        except StateMismatchError as error:
-            problems += error.problems or [str(error)]
-    if problems:
-        raise StateMismatchError(
-            f"{title_of(description)} does not fit the program, nothing "
-            "was changed:\n  " + "\n  ".join(problems),
-            generation=description["generation"],
-            problems=problems,
-        )
-    return matched
-
-
-def _match_one(saved: dict[str, Any], state: State, strict: bool) -> Incoming:
-    places = tuple(Place(*place) for place in saved["places"])
-    if isinstance(state, RankedState) and "parts" in saved:
-        # Its parts are dealt out: what this rank gets is not known yet.
-        state.check(saved["structure"], saved["parts"])
-        return Incoming(state, saved["structure"], (), ())
-    if "leaves" not in saved:
-        if isinstance(state, LeafState):
-            raise StateMismatchError(f"state {state.name!r} was saved as a stream")
-        spec = LeafSpec("stream", "U8", (places[0].nbytes,))
-        leaf = Leaf(spec, MemoryBuffer.empty(spec.nbytes))
-        return Incoming(state, None, (leaf,), places)
-    if not isinstance(state, LeafState):
-        raise StateMismatchError(f"state {state.name!r} was saved as leaves")
-    specs = [LeafSpec(name, dtype, tuple(shape)) for name, dtype, shape in saved["leaves"]]
-    structure = saved["structure"]
-    if strict:
-        return Incoming(state, structure, tuple(state.prepare(structure, specs)), places)
-    common = state.prepare_common(structure, specs)
-    leaves = tuple(
-        leaf or Leaf(spec, NoBuffer())
-        for spec, leaf in zip(specs, common.leaves, strict=True)
-    )
-    return Incoming(state, structure, leaves, places, common.missing, common.unexpected)
+__all__ = ["transfer"]
 
 
 def transfer(
@@ -196,7 +71,7 @@ def transfer(
                 return source.take(batch) if source and turn == comm.rank else None
 
             window = agree(
-                comm, "reading a generation", read, error=RestoreError, safe=_OVERWRITTEN
+                comm, "reading a generation", read, error=RestoreError, safe=OVERWRITTEN
             )
             _distribute(comm, batch, window, targets, turn)
     finally:
@@ -268,22 +143,3 @@ def _place(span: Span, data: memoryview, targets: Sequence[Target]) -> None:
     for leaf, _, start, end, offset, _ in span.pieces:
         at = offset - span.start
         copy_bytes(data[at : at + end - start], targets[leaf].memory()[start:end])
-
-
-def adopt(comm: Communicator, incoming: Sequence[Incoming]) -> None:
-    """Let the states take over what has arrived, in order.
-
-    Collective. Main thread only.
-
-    Raises:
-        CheckpointError: On every rank, if a state's load fails on any.
-    """
-
-    def take_over() -> None:
-        for one in incoming:
-            if isinstance(one.state, LeafState):
-                one.state.adopt(one.structure, one.leaves)
-            else:
-                one.state.load(io.BytesIO(one.leaves[0].buffer.read()))
-
-    agree(comm, "loading the states", take_over, error=RestoreError, safe=_OVERWRITTEN)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, any_of, bcast_bytes
 from mpi_ckpt.engine.find import Found, fit_states
-from mpi_ckpt.engine.read import adopt, match
+from mpi_ckpt.engine.incoming import adopt, match
 from mpi_ckpt.engine.send import send_leaves
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.engine.read import Incoming
+    from mpi_ckpt.engine.incoming import Incoming
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import Held, Memory
     from mpi_ckpt.reports import PhaseClock

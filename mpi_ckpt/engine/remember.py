@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, agree_on_root, bcast_bytes
 from mpi_ckpt.engine.contents import Contents, capture_only
+from mpi_ckpt.engine.description import describe_copy
 from mpi_ckpt.engine.stage import LateCopies, StagedStream, stage
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Form, Leaf, MemoryBuffer
@@ -141,29 +142,9 @@ def _decode(state: LeafState, data: bytes) -> Contents:
 
 
 def _hold(memory: Memory, request: SaveRequest, staged: Staged) -> None:
-    text = json.dumps(_describe(request, staged.states)).encode()
+    text = json.dumps(describe_copy(request, staged.states)).encode()
     data = [leaf.buffer.read() for one in staged.states for leaf in _leaves_of(one)]
     memory.held = Held(request.step, text, data)
-
-
-def _describe(request: SaveRequest, staged: Sequence[Contents | State]) -> dict[str, Any]:
-    """Say of a copy what `mpi_ckpt.engine.read.describe` says of a generation."""
-    return {
-        "generation": 0,
-        "step": request.step,
-        "size": request.size,
-        "metrics": dict(request.metrics),
-        "states": {one.name: _describe_one(one) for one in staged},
-    }
-
-
-def _describe_one(one: Contents | State) -> dict[str, Any]:
-    specs = [leaf.spec for leaf in _leaves_of(one)]
-    described: dict[str, Any] = {"places": [[0, 0, spec.nbytes] for spec in specs]}
-    if isinstance(one, Contents):
-        described["structure"] = one.structure
-        described["leaves"] = [[spec.name, spec.dtype, spec.shape] for spec in specs]
-    return described
 
 
 def _leaves_of(one: Contents | State) -> Sequence[Leaf]:

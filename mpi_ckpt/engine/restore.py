@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree
 from mpi_ckpt.engine.find import find_newest, fit_states, is_lost, reject
+from mpi_ckpt.engine.incoming import adopt, match
 from mpi_ckpt.engine.parts import deal_parts
-from mpi_ckpt.engine.read import adopt, match, transfer
+from mpi_ckpt.engine.read import transfer
 from mpi_ckpt.engine.readers import open_readers
 from mpi_ckpt.engine.recall import recall_states
 from mpi_ckpt.engine.report import report_restore
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from mpi_ckpt.engine.find import Fit, Found
-    from mpi_ckpt.engine.read import Incoming
+    from mpi_ckpt.engine.incoming import Incoming
     from mpi_ckpt.engine.readers import Readers
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, RestoreReport

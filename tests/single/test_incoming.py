@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from mpi_ckpt.engine.read import describe, match
+from mpi_ckpt.engine.description import describe_generation
+from mpi_ckpt.engine.incoming import match
 from mpi_ckpt.engine.targets import Target
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.states.arrays import ArrayBuffer, ArrayState
@@ -17,7 +18,7 @@ from tests.single.making import Stream, publish, some_states
 
 @pytest.fixture
 def description(tmp_path):
-    return json.loads(json.dumps(describe(read_manifest(publish(tmp_path)))))
+    return json.loads(json.dumps(describe_generation(read_manifest(publish(tmp_path)))))
 
 
 def test_place_is_found_for_every_byte(description):
