@@ -30,13 +30,12 @@ def nothing_left() -> Iterator[None]:
     """Fail if what is opened or started inside is still there a while after the end."""
     before = _things()
     yield
-    if _things() - before:
-        gc.collect()
     # Turns and not the clock: the whole process may have stood still.
     for _ in range(int(PATIENCE_SECONDS / _PAUSE_SECONDS)):
         left = _things() - before
         if not left:
             return
+        gc.collect()  # what has ended by now may be held by a cycle
         time.sleep(_PAUSE_SECONDS)
     assert not left, f"left behind: {left}"
 
