@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mpi_ckpt import dtypes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from mpi_ckpt.gate import Gate
 
@@ -45,6 +45,16 @@ class LeafSpec:
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"
 
+    def to_json(self) -> list[Any]:
+        """Return it as JSON values. Not collective. Thread-safe."""
+        return [self.name, self.dtype, self.shape]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> LeafSpec:
+        """Return what `to_json` was called of. Not collective. Thread-safe."""
+        name, dtype, shape = values
+        return cls(name, dtype, tuple(shape))
+
 
 class Form:
     """The specs of a state's leaves, and what follows from them alone. Thread-safe.
@@ -67,8 +77,7 @@ class Form:
     @cached_property
     def text(self) -> bytes:
         """The same for equal specs, another for others."""
-        specs = [[spec.name, spec.dtype, spec.shape] for spec in self.specs]
-        return json.dumps(specs).encode()
+        return json.dumps([spec.to_json() for spec in self.specs]).encode()
 
 
 class Buffer(Protocol):

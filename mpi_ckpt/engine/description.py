@@ -9,10 +9,9 @@ from mpi_ckpt.engine.contents import Contents
 from mpi_ckpt.engine.stage import StagedStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from mpi_ckpt.engine.draft import SaveRequest
-    from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.manifest import Extent, Manifest
 
@@ -44,7 +43,7 @@ def describe_generation(manifest: Manifest) -> dict[str, Any]:
             else {
                 "places": [place(leaf.extent) for leaf in state.leaves],
                 "structure": state.structure,
-                "leaves": _describe_specs(leaf.spec for leaf in state.leaves),
+                "leaves": [leaf.spec.to_json() for leaf in state.leaves],
             }
             for state in manifest.states
         },
@@ -84,9 +83,5 @@ def _describe_staged(one: Contents | State) -> dict[str, Any]:
     return {
         "places": [[0, 0, spec.nbytes] for spec in one.specs],
         "structure": one.structure,
-        "leaves": _describe_specs(one.specs),
+        "leaves": [spec.to_json() for spec in one.specs],
     }
-
-
-def _describe_specs(specs: Iterable[LeafSpec]) -> list[list[Any]]:
-    return [[spec.name, spec.dtype, spec.shape] for spec in specs]

@@ -96,7 +96,7 @@ def _match_one(saved: dict[str, Any], state: State, strict: bool) -> Incoming:
         return Incoming(state, None, (leaf,), places)
     if not isinstance(state, LeafState):
         raise StateMismatchError(f"state {state.name!r} was saved as leaves")
-    specs = [LeafSpec(name, dtype, tuple(shape)) for name, dtype, shape in saved["leaves"]]
+    specs = [LeafSpec.from_json(one) for one in saved["leaves"]]
     structure = saved["structure"]
     if strict:
         return Incoming(state, structure, tuple(state.prepare(structure, specs)), places)

@@ -54,8 +54,8 @@ def sync_states(
             that need no digest, as they plainly differ. What comes of it is the same.
 
     Returns:
-        The contents of the leaf states as root has them after the sync, and the report.
-        On other ranks the contents may be older.
+        The contents of the leaf states as root has them after the sync, in any order,
+        and the report. On other ranks the contents may be older.
 
     Raises:
         DivergedError: On every rank, if a state that checks is not equal everywhere.
@@ -68,13 +68,12 @@ def sync_states(
     leaf_states = [state for state in states if isinstance(state, LeafState)]
     combine_parts(comm, leaf_states)
     threads = options.digest_threads
-    contents = agree(
-        comm,
-        "capturing the states",
-        lambda: _capture(comm, leaf_states, threads if likely_equal else None),
-        error=StageError,
-    )
-    compared = [one for one in contents if _is_compared(comm, one.state)]
+
+    def capture() -> tuple[list[Contents], list[Contents]]:
+        compared, rest = _capture(comm, leaf_states)
+        return digest_contents(compared, threads) if likely_equal else compared, rest
+
+    compared, rest = agree(comm, "capturing the states", capture, error=StageError)
     comparison = (
         compare(comm, compared)
         if likely_equal
@@ -92,7 +91,7 @@ def sync_states(
         bytes_hashed=comparison.bytes_hashed,
         bytes_sent=sent,
     )
-    return [averaged.get(one.state.name, one) for one in contents], report
+    return [*(averaged.get(one.name, one) for one in compared), *rest], report
 
 
 @without_collections
@@ -121,20 +120,13 @@ def capture_on_root(comm: Communicator, states: Sequence[State]) -> list[Content
 
 
 def _capture(
-    comm: Communicator, states: Sequence[LeafState], threads: int | None
-) -> list[Contents]:
-    """Capture what is compared, and digest it if there are threads to; root all else."""
-    states = [one for one in states if comm.is_root or _is_compared(comm, one)]
-    contents = capture_only(states)
-    if threads is None:
-        return contents
-    compared = [one for one in contents if _is_compared(comm, one.state)]
-    digested = {one.name: one for one in digest_contents(compared, threads)}
-    return [digested.get(one.name, one) for one in contents]
-
-
-def _is_compared(comm: Communicator, state: LeafState) -> bool:
-    return comm.size > 1 and state.sync_mode != "none"
+    comm: Communicator, states: Sequence[LeafState]
+) -> tuple[list[Contents], list[Contents]]:
+    """Capture what is compared, and on root what is saved as it has it."""
+    apart = [state for state in states if comm.size == 1 or state.sync_mode == "none"]
+    names = {state.name for state in apart}
+    compared = [state for state in states if state.name not in names]
+    return capture_only(compared), capture_only(apart if comm.is_root else ())
 
 
 def _refuse_divergence(
@@ -201,18 +193,12 @@ def _bcast_forms(
     comm: Communicator, contents: Sequence[Contents], indices: Sequence[int]
 ) -> list[tuple[Structure, list[LeafSpec]]]:
     mine = [
-        [
-            contents[i].structure,
-            [[s.name, s.dtype, s.shape] for s in contents[i].specs],
-        ]
+        [contents[i].structure, [spec.to_json() for spec in contents[i].specs]]
         for i in indices
     ]
     forms = bcast_json(comm, mine, "sending the form of the states")
     return [
-        (
-            structure,
-            [LeafSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs],
-        )
+        (structure, [LeafSpec.from_json(spec) for spec in specs])
         for structure, specs in forms
     ]
 

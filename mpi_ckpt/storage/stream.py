@@ -31,7 +31,7 @@ def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> N
         structure: JSON values; they travel in the stream's metadata.
         leaves: Written in this order.
     """
-    forms = [[leaf.spec.name, leaf.spec.dtype, leaf.spec.shape] for leaf in leaves]
+    forms = [leaf.spec.to_json() for leaf in leaves]
     metadata = {"mpi_ckpt": json.dumps({"structure": structure, "leaves": forms})}
     entries = [(_header_name(leaf.spec.name), leaf.spec) for leaf in leaves]
     fileobj.write(encode_header(entries, metadata))

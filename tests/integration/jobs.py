@@ -74,6 +74,12 @@ def jobs_of_a_test() -> Iterator[Jobs]:
         jobs.end_all()
 
 
+def logged(log: Path) -> list[dict[str, Any]]:
+    """Return the lines of JSON in a log, but for one that is still being written."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class Training:
     """A training example in a folder of its own: started, watched, started again."""
 
@@ -123,9 +129,7 @@ class Training:
         return [one for one in self.events()[before:] if one["event"] == "step"]
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [one for one in events if kind in (None, one["event"])]
+        return [one for one in logged(self.log) if kind in (None, one["event"])]
 
     @property
     def step(self) -> int:

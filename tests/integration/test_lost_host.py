@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.integration.hosts import SCRIPT, hosts_up, installed_mpi, virtual_hosts
-from tests.integration.jobs import EXAMPLES
+from tests.integration.jobs import EXAMPLES, logged
 from tests.integration.loop import PATIENCE_SECONDS, Loop
 
 if TYPE_CHECKING:
@@ -34,14 +33,9 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def events(log: Path) -> list[dict]:
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def wait_for_step(loop: Loop, log: Path, step: int) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not any(one.get("step", 0) >= step for one in events(log)):
+    while not any(one.get("step", 0) >= step for one in logged(log)):
         assert loop.process.poll() is None, loop.told()
         assert time.monotonic() < deadline, loop.told()
         time.sleep(0.02)
@@ -75,10 +69,10 @@ def test_lost_rank_is_survived_in_place_and_a_lost_host_by_the_loop(hosts, tmp_p
     first, *_, last = answer["attempts"]
     assert (first["np"], last["np"]) == (4, 3), loop.told()
     assert last["hosts"] == ["host1", "host2", "host3"]
-    starts = [one for one in events(log) if one["event"] == "start"]
+    starts = [one for one in logged(log) if one["event"] == "start"]
     assert [(one["size"], one["source"]) for one in starts] == [
         (4, "nothing"), (3, "memory"), (3, "files"),
     ]  # fmt: skip
     # The save of step 30 was acknowledged before the host went.
     assert 30 <= starts[-1]["step"] == last["step_from"]
-    assert [one for one in events(log) if one["event"] == "end"]
+    assert [one for one in logged(log) if one["event"] == "end"]

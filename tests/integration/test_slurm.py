@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.hosts import installed_mpi
+from tests.integration.jobs import logged
 from tests.integration.programs.exact import train_alone
 from tests.launch import REPOSITORY, environment
 
@@ -135,9 +136,7 @@ class Training:
         return [(int(one.split()[0]), int(one.split()[1])) for one in lines]
 
     def curve(self) -> list[dict]:
-        path = self.folder / "curve.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return logged(self.folder / "curve.jsonl")
 
     def steps_of(self, start: int) -> int:
         """Return how many steps the last of so many starts has done, 0 before it."""
