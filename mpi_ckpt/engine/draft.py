@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.stage import Staged
     from mpi_ckpt.options import Options
     from mpi_ckpt.reports import PhaseClock
-    from mpi_ckpt.retention import RetentionPolicy
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
     from mpi_ckpt.storage.partial import Partial
@@ -216,7 +215,7 @@ class Draft:
             path=path,
             bytes_written=self.partial.bytes_written + others,
             bytes_reused=_bytes_reused(manifest),
-            retired=_retired(self._directory, self._options.retention),
+            retired=self._directory.catalog.choose(self._options.retention),
         )
 
     def _digest_ahead(self, contents: Sequence[Contents]) -> Sequence[Contents]:
@@ -339,12 +338,3 @@ def _newest(directory: CheckpointDirectory, *, needed: bool) -> Manifest | None:
 def _bytes_reused(manifest: Manifest) -> int:
     older = {file.name for file in manifest.files if file.generation != manifest.generation}
     return sum(e.nbytes for s in manifest.states for e in s.extents if e.file in older)
-
-
-def _retired(directory: CheckpointDirectory, retention: RetentionPolicy) -> tuple[int, ...]:
-    # The generation is durable: whatever fails from here on must not fail the save.
-    try:
-        return directory.catalog.choose(retention)
-    except Exception:
-        logger.exception("retention failed; nothing is removed")
-        return ()

@@ -35,6 +35,7 @@ class Catalog:
         self._root = root
         self._known: dict[int, GenerationInfo] = {}
         self._left: list[int] = []
+        self._unasked: RetentionPolicy | None = None
 
     def add(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
         """Note a generation whose manifest is at hand. Not collective."""
@@ -65,12 +66,22 @@ class Catalog:
         return [self._known[number] for number in present if number in self._known]
 
     def choose(self, policy: RetentionPolicy) -> tuple[int, ...]:
-        """Return the numbers that a policy gives up. Not collective."""
-        there = self.generations()
-        kept = select_kept(
-            policy,
-            [GenerationSummary(i.generation, i.step, i.metrics) for i in there],
-        )
+        """Return the numbers that a policy gives up; what fails is logged, and none is.
+
+        Not collective. Where the directory could not be listed, `remove_left` asks again.
+        """
+        # The newest is durable: whatever fails from here on must not fail the save.
+        self._unasked = policy
+        try:
+            there = self.generations()
+            self._unasked = None
+            kept = select_kept(
+                policy,
+                [GenerationSummary(i.generation, i.step, i.metrics) for i in there],
+            )
+        except Exception:
+            logger.exception("retention failed; nothing is removed")
+            return ()
         return tuple(i.generation for i in there if i.generation not in kept)
 
     def remove(self, numbers: Iterable[int], job: str) -> None:
@@ -99,13 +110,15 @@ class Catalog:
             logger.warning("old generations were not all removed: %s", error)
 
     def remove_left(self, job: str) -> None:
-        """Remove what an earlier `remove` could not, before a save needs the space.
+        """Remove what could not be chosen or removed, before a save needs the space.
 
         Not collective. The caller holds the lock.
 
         Raises:
             ReadError: On the calling rank, if the directory cannot be listed.
         """
+        if self._unasked is not None:
+            self._left = list(self.choose(self._unasked))
         if not self._left:
             return
         present = survey(self._root).generations
@@ -115,7 +128,7 @@ class Catalog:
 
     def spare_left(self) -> None:
         """Leave that where it is: a newer one has turned out bad. Not collective."""
-        self._left = []
+        self._left, self._unasked = [], None
 
     def _read(self, number: int) -> None:
         path = self._root / generation_name(number)

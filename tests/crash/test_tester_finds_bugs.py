@@ -10,7 +10,6 @@ import threading
 
 import pytest
 
-from mpi_ckpt.engine import draft
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import catalog, filesystem, partial, recovery
 from mpi_ckpt.storage.layout import generation_name
@@ -228,10 +227,12 @@ def test_fault_table_sees_an_fsync_that_is_tried_again(monkeypatch):
 
 
 def test_fault_table_sees_a_prune_that_fails_a_save(monkeypatch):
-    def strict(directory, retention):
-        return directory.catalog.choose(retention)
+    def strict(self, policy):
+        there = self.generations()
+        kept = policy.keep(there)
+        return tuple(one.generation for one in there if one.generation not in kept)
 
-    monkeypatch.setattr(draft, "_retired", strict)
+    monkeypatch.setattr(catalog.Catalog, "choose", strict)
     assert any("expected Saved(step=3" in line for line in table("save with prune"))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 
@@ -156,3 +157,38 @@ def test_what_was_retired_is_spared_where_nothing_newer_is_left(stuck, root):
         shutil.rmtree(root / f"checkpoint-0000000{number}")
     stuck.remove_left("job")
     assert numbers(stuck) == [1, 2]
+
+
+def refuse(_path):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+@pytest.fixture
+def unlisted(root, monkeypatch, caplog):
+    """A catalog that could not choose, as the directory could not be listed."""
+    catalog = Catalog(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "list_names", refuse)
+        assert catalog.choose(KeepLast(2)) == ()
+    assert "retention failed" in caplog.text
+    return catalog
+
+
+def test_what_could_not_be_chosen_goes_before_the_next_save(unlisted, root):
+    unlisted.remove_left("job")
+    assert numbers(unlisted) == [3, 4]
+
+
+def test_nothing_is_chosen_again_once_a_newer_one_is_bad(unlisted, root):
+    unlisted.spare_left()
+    unlisted.remove_left("job")
+    assert numbers(unlisted) == [1, 2, 3, 4]
+
+
+def test_nothing_is_removed_while_the_directory_cannot_be_listed(unlisted, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "list_names", refuse)
+        unlisted.remove_left("job")
+    assert numbers(unlisted) == [1, 2, 3, 4]
+    unlisted.remove_left("job")
+    assert numbers(unlisted) == [3, 4]
