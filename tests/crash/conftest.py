@@ -7,7 +7,8 @@ import pytest
 
 from tests.crash.faults import quiet
 from tests.crash.tracing import why_not
-from tests.crash.world import COUNTS, JUDGED, SEED
+from tests.crash.world import COUNTS, JUDGED
+from tests.draws import SEED
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.crash import killing
-from tests.crash.world import SEED
+from tests.draws import SEED
 from tests.launch import run_job, start_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "training.py")

@@ -27,7 +27,8 @@ from tests.crash.block_log import (
 from tests.crash.crashes import quiet_scratch
 from tests.crash.power_cuts import WAYS
 from tests.crash.test_real_faults import refusal
-from tests.crash.world import COUNTS, SEED, STRESS, Saved, Training, judge
+from tests.crash.world import COUNTS, Saved, Training, judge
+from tests.draws import SEED, STRESS
 
 IMAGES = 100 if STRESS else 12  # of each way to save
 SAVES = 6

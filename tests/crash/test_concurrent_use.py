@@ -13,7 +13,8 @@ import pytest
 from mpi_ckpt.errors import LockedError
 from mpi_ckpt.storage import lock
 from tests.crash.killing import kill
-from tests.crash.world import COUNTS, STRESS, Saved, Training, leftovers
+from tests.crash.world import COUNTS, Saved, Training, leftovers
+from tests.draws import STRESS
 from tests.launch import end_tree, finish_job, ranks_of, start_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "beside.py")

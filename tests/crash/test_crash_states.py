@@ -23,7 +23,8 @@ from tests.crash.crashes import Scenario, judge_crashes, record, saved_image
 from tests.crash.faults import Fault, Faulty
 from tests.crash.recorder import from_json
 from tests.crash.replay import crash_images
-from tests.crash.world import JUDGED, SEED, STRESS
+from tests.crash.world import JUDGED
+from tests.draws import SEED, STRESS
 from tests.launch import run_job
 
 SAMPLES = 200 if STRESS else 30  # states out of order, after each operation

@@ -18,7 +18,8 @@ from mpi_ckpt.storage import lock
 from tests.crash import faults
 from tests.crash.faults import CALLS, ERRNOS, Fault, Short, assert_soon, run_table
 from tests.crash.recorder import in_place_of_os
-from tests.crash.world import COUNTS, SEED, STRESS, Saved, Training
+from tests.crash.world import COUNTS, Saved, Training
+from tests.draws import SEED, STRESS
 from tests.launch import run_job
 
 WORKLOADS = {workload.name: workload for workload in faults.workloads()}

@@ -25,7 +25,8 @@ from tests.crash.killing import (
 )
 from tests.crash.moments import MOMENTS
 from tests.crash.programs.saver import last_line
-from tests.crash.world import COUNTS, SEED, STRESS
+from tests.crash.world import COUNTS
+from tests.draws import SEED, STRESS
 from tests.launch import run_job, start_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "saver.py")

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from tests.crash.world import COUNTS, SEED
+from tests.crash.world import COUNTS
+from tests.draws import SEED
 from tests.launch import run_job
 
 pytestmark = pytest.mark.timeout(300)

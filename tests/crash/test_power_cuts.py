@@ -21,7 +21,8 @@ from tests.crash.power_cuts import (
     cut_and_judge,
     run_cuts,
 )
-from tests.crash.world import COUNTS, SEED, STRESS
+from tests.crash.world import COUNTS
+from tests.draws import SEED, STRESS
 
 CUTS = 14  # of all, on each file system, in a default run
 

@@ -19,7 +19,8 @@ import pytest
 from tests.crash import faults
 from tests.crash.faults import Fault, assert_soon
 from tests.crash.tracing import ERRNOS, NOTHING, SYSTEM_CALLS, Traced, traced
-from tests.crash.world import COUNTS, SEED, STRESS, Training
+from tests.crash.world import COUNTS, Training
+from tests.draws import SEED, STRESS
 from tests.launch import run_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "traced.py")

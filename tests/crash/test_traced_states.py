@@ -19,7 +19,8 @@ from tests.crash.crashes import (
 from tests.crash.recorder import Op, from_json, merge, to_json
 from tests.crash.replay import write_image
 from tests.crash.strace_log import read_log
-from tests.crash.world import COUNTS, SEED, STRESS, Saved
+from tests.crash.world import COUNTS, Saved
+from tests.draws import SEED, STRESS
 from tests.launch import run_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "traced_writers.py")

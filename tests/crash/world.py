@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import tempfile
 from collections import Counter
@@ -22,9 +21,6 @@ from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
-
-STRESS = bool(os.environ.get("MPI_CKPT_TEST_STRESS"))
-SEED = int(os.environ.get("MPI_CKPT_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
 COUNTS: Counter[str] = Counter()
 """How much was tried: shown at the end of a run."""

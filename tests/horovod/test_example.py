@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from tests.draws import SEED
 from tests.integration.jobs import EXAMPLES, jobs_of_a_test, signal_to
 
 BATCHES = 30 * 3
@@ -56,8 +57,7 @@ def test_the_example_killed_at_random_points_ends_with_the_same_weights(
     (whole,) = events(tmp_path / "whole", "end")
     assert whole["batch"] == whole["losses"] == BATCHES
 
-    seed = random.randrange(1 << 30)
-    points, folder, reached = random.Random(seed), tmp_path / "killed", 0
+    points, folder, reached = random.Random(SEED), tmp_path / "killed", 0
     for turn in range(4):
         job = start("killed", pause=0.01)
         wait_for(jobs, job, folder, reached + points.randrange(6, 18))
@@ -66,14 +66,14 @@ def test_the_example_killed_at_random_points_ends_with_the_same_weights(
         else:
             signal_to(job, signal.SIGKILL, points.randrange(2))
             outcome = jobs.finish(job)
-            assert outcome.code not in (0, 124), (seed, outcome.text)
+            assert outcome.code not in (0, 124), (SEED, outcome.text)
         reached = events(folder, "commit")[-1]["batch"]
     outcome = jobs.finish(start("killed"))
-    assert outcome.code == 0, (seed, outcome.text)
+    assert outcome.code == 0, (SEED, outcome.text)
     starts = [one["batch"] for one in events(folder, "start")]
-    assert starts == sorted(starts), seed
-    assert starts[-1] > 0, seed
-    assert events(folder, "end") == [whole], seed
+    assert starts == sorted(starts), SEED
+    assert starts[-1] > 0, SEED
+    assert events(folder, "end") == [whole], SEED
 
 
 def test_the_example_stops_when_asked_to_and_loses_nothing(jobs, start, tmp_path):

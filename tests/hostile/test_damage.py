@@ -22,7 +22,8 @@ from mpi4py import MPI
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.storage.reader import GenerationReader
-from tests.crash.world import SEED, STRESS, scratch
+from tests.crash.world import scratch
+from tests.draws import SEED, STRESS
 from tests.hostile.world import MANIFEST
 from tests.single.making import Stream
 

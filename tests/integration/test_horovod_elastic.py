@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.draws import SEED
 from tests.integration.jobs import EXAMPLES, PROGRAMS, Jobs, signal_to
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(
     jobs: Jobs, tmp_path: Path, digest: str
 ) -> None:
     training = Training(jobs, tmp_path)
-    seed = random.randrange(1 << 30)
-    points = random.Random(seed)
+    points = random.Random(SEED)
     reached = 0
     for whole in (True, False):
         job = training.start(2, pause=0.03)
@@ -82,15 +82,15 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(
             # The launcher ends the job for one lost rank.
             signal_to(job, signal.SIGKILL, points.randrange(2))
             outcome = jobs.finish(job)
-            assert outcome.code not in (0, 124), (seed, outcome.text)
+            assert outcome.code not in (0, 124), (SEED, outcome.text)
         reached = training.events("commit")[-1]["batch"]
     outcome = training.run(2)
-    assert outcome.code == 0, (seed, outcome.text)
+    assert outcome.code == 0, (SEED, outcome.text)
     starts = [one["batch"] for one in training.events("start")]
-    assert starts == sorted(starts), seed
-    assert starts[0] == 0 < starts[-1], seed
+    assert starts == sorted(starts), SEED
+    assert starts[0] == 0 < starts[-1], SEED
     (end,) = training.events("end")
-    assert (end["digest"], end["batch"], end["losses"]) == (digest, BATCHES, BATCHES), seed
+    assert (end["digest"], end["batch"], end["losses"]) == (digest, BATCHES, BATCHES), SEED
 
 
 def test_asked_to_stop_it_loses_nothing_and_goes_on_with_another_number_of_ranks(

@@ -7,16 +7,15 @@ The short form stops the server once; ``MPI_CKPT_TEST_STRESS`` at every change o
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.draws import STRESS
 from tests.launch import REPOSITORY, environment
 
 SCRIPT = REPOSITORY / "scripts" / "nfs"
-STRESS = bool(os.environ.get("MPI_CKPT_TEST_STRESS"))
 CANNOT = 77
 SECONDS = 1800 if STRESS else 400
 

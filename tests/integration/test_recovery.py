@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.crash.rank_kills import FLAGS, Killing
+from tests.draws import STRESS
 from tests.integration.hosts import installed_mpi
 from tests.integration.jobs import EXAMPLES, PROGRAMS
 from tests.launch import REPOSITORY, environment, mpirun_path
@@ -31,9 +32,7 @@ HEARTBEAT = (
 VALUE = 30 * 66.0
 
 
-stress = pytest.mark.skipif(
-    "MPI_CKPT_TEST_STRESS" not in os.environ, reason="another of its kind was run"
-)
+stress = pytest.mark.skipif(not STRESS, reason="another of its kind was run")
 survives = pytest.mark.skipif(
     installed_mpi() != "openmpi", reason="only Open MPI survives a rank"
 )

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.draws import STRESS
 from tests.integration.jobs import PROGRAMS
 from tests.integration.loop import PATIENCE_SECONDS, Loop
 from tests.integration.programs.exact import train_alone
 from tests.launch import descendants
-
-STRESS = bool(os.environ.get("MPI_CKPT_TEST_STRESS"))
 
 if STRESS:
     pytestmark = pytest.mark.timeout(1800)

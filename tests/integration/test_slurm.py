@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.draws import STRESS
 from tests.integration.hosts import installed_mpi
 from tests.integration.jobs import logged
 from tests.integration.programs.exact import train_alone
@@ -33,7 +34,6 @@ SCRIPT = REPOSITORY / "scripts" / "virtual_slurm"
 HOSTS = REPOSITORY / "scripts" / "virtual_hosts"
 BATCH = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
 PROGRAM = REPOSITORY / "tests" / "integration" / "programs" / "exact.py"
-STRESS = bool(os.environ.get("MPI_CKPT_TEST_STRESS"))
 CANNOT = 77
 NODES = 3
 PATIENCE_SECONDS = 240  # Slurm looks at its queue and its nodes only now and then

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.draws import STRESS
 from tests.leaks import nothing_left
 
 settings.register_profile(
     "suite",
     deadline=None,  # shared machines stall; a hang is pytest-timeout's to end
-    max_examples=50,
+    max_examples=1000 if STRESS else 50,
+    derandomize=not STRESS,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("suite")
