@@ -171,7 +171,7 @@ def _agreed(item, phase):
     if MPI is not None:
         mine = (item.nodeid, phase, _kind(failure), *_describe(item, failure))
         everyone = VERDICTS.exchange(mine, f"{phase} of {item.nodeid}")
-        _raise_for(everyone, failure)
+        _raise_for(everyone, failure, item, phase)
     if failure is not None:
         raise failure
     return result
@@ -198,7 +198,7 @@ def _describe(item, failure):
         return repr(failure), "".join(traceback.format_exception(failure))
 
 
-def _raise_for(everyone, failure):
+def _raise_for(everyone, failure, item, phase):
     """Raise what all ranks together make of a phase, unless it is just ``failure``."""
     rank, size = VERDICTS.rank, VERDICTS.size
     places = {(nodeid, phase) for nodeid, phase, *_ in everyone}
@@ -213,7 +213,7 @@ def _raise_for(everyone, failure):
         if other != rank and (kind != "passed" or "failed" not in kinds)
     ]
     if kinds[rank] in ("failed", "stopped"):
-        failure.add_note("\n".join(lines))
+        item.add_report_section(phase, "from other ranks", "\n".join(lines))
     elif "stopped" in kinds:
         pytest.exit("\n".join(lines), returncode=2)
     elif len(set(kinds)) > 1:
