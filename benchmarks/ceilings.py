@@ -22,6 +22,7 @@ __all__ = [
     "drop_cache",
     "fsync_tree",
     "ibcast",
+    "read_buffered",
     "read_direct",
     "write_buffered",
     "write_direct",
@@ -98,6 +99,15 @@ def read_direct(path: Path) -> None:
             offset += count
     finally:
         os.close(descriptor)
+
+
+def read_buffered(path: Path) -> None:
+    """Read a file through the page cache into one block, over and over."""
+    block = mmap.mmap(-1, _BLOCK)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while file.readinto(block):
+            pass
 
 
 def drop_cache(root: Path, *, everything: bool = False) -> None:

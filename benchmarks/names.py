@@ -6,6 +6,7 @@ from __future__ import annotations
 RAW_WRITE = "raw direct write"
 RAW_BUFFERED_WRITE = "raw buffered write + fsync"
 RAW_READ = "raw direct read"
+RAW_BUFFERED_READ = "raw buffered read"
 MEMCPY = "memcpy into warm memory"
 BCAST = "Bcast of all leaves"
 IBCAST = "Ibcast of all leaves + Waitall"

@@ -2,8 +2,8 @@
 """The digest of a run of bytes: xxh3-128, a block at a time.
 
 Taken once per save and used three times: to agree that replicas are equal, to tell what
-changed, to prove the bytes on load. Blocks let a reader verify while it streams, and let
-several threads hash one large leaf.
+changed, to prove the bytes on load. Blocks let a reader verify while it streams, and tell
+where in a large leaf a byte has flipped.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ _NUMPY_NAME = re.compile(
     r"numpy:(?:<[fcmMU]|\|S)([1-9][0-9]{0,5})(?:\[[0-9a-zA-Z]{1,8}\])?"
 )
 
-FLOATING = frozenset({"F64", "F32", "F16", "BF16", "C64", "C128"})
-"""Types that ``sync="mean"`` averages."""
+FLOATING = frozenset({"F64", "F32", "F16", "BF16", "C32", "C64", "C128"})
+"""Types that ``sync="mean"`` averages: those with a precision that an average keeps."""
 
 
 def is_known(dtype: str) -> bool:

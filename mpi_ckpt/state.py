@@ -114,7 +114,8 @@ class LeafState(State):
     Args:
         name: As for `State`.
         sync: What a save does about replicas that differ. ``"root"``: root's value wins.
-            ``"mean"``: floating leaves are averaged, the rest is root's. ``"check"``:
+            ``"mean"``: leaves of 16 bits and more to a real number are averaged, those
+            of integers, of 8-bit floats and of long doubles are root's. ``"check"``:
             raise and name them. ``"none"``: root's is saved, nothing is compared.
 
     Raises:

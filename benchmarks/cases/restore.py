@@ -11,7 +11,7 @@ from benchmarks.peers import load_contenders
 from benchmarks.setting import rank_choices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from benchmarks.setting import Setting
@@ -32,12 +32,16 @@ def groups(setting: Setting) -> Iterator[Group]:
     manager = setting.manager("ours")
     path: Path = manager.save().wait().path
 
-    def read() -> None:
-        for file in sorted(path.glob("*.safetensors")):
-            ceilings.read_direct(file)
+    def raw(name: str, read: Callable[[Path], None]) -> Contender:
+        def read_all() -> None:
+            for file in sorted(path.glob("*.safetensors")):
+                read(file)
+
+        return Contender(name, setting.on_root(read_all), setting.cold, ceiling=True)
 
     contenders = [
-        Contender(names.RAW_READ, setting.on_root(read), setting.cold, ceiling=True),
+        raw(names.RAW_READ, ceilings.read_direct),
+        raw(names.RAW_BUFFERED_READ, ceilings.read_buffered),
         _restore(names.RESTORE, setting, manager),
     ]
     # With several readers: each from a directory of its own, which others may not share.

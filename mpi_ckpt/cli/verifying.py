@@ -95,7 +95,10 @@ def _verify_chosen(
     before: list[Path] = []
     while True:
         paths = _chosen(directory, generation, everything=everything)
-        verdicts = [_verify(screen, path) for path in paths]
+        verdicts = [
+            _verify(screen, path, f"{place} of {len(paths)}, {path.name}")
+            for place, path in enumerate(paths, 1)
+        ]
         if any(one.state != "gone" for one in verdicts):
             return verdicts
         # What is pruned meanwhile is no finding: something newer is there then.
@@ -114,7 +117,7 @@ def _chosen(directory: Path, generation: str | None, *, everything: bool) -> lis
     return [find_generation(directory, generation)]
 
 
-def _verify(screen: Screen, path: Path) -> _Verdict:
+def _verify(screen: Screen, path: Path, doing: str) -> _Verdict:
     verdict = _Verdict(path)
     start = time.perf_counter()
     try:
@@ -127,7 +130,7 @@ def _verify(screen: Screen, path: Path) -> _Verdict:
                 done(nbytes)
 
             done: Callable[[int], None]
-            with screen.progress(path.name, total) as done:
+            with screen.progress(doing, total) as done:
                 found = find_problems(reader, count)
         for leaf, error in found:
             verdict.state = _worse(verdict.state, error)

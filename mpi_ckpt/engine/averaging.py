@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["from_summable", "to_summable"]
 
 _NATIVE = {"F64": "<f8", "F32": "<f4", "C64": "<c8", "C128": "<c16"}
+# A complex half is two of them side by side, and so is the sum of several.
+_HALVES = ("F16", "C32")
 
 
 def to_summable(dtype: str, data: memoryview) -> NDArray[Any]:
@@ -30,7 +32,7 @@ def to_summable(dtype: str, data: memoryview) -> NDArray[Any]:
     summable: NDArray[Any]
     if dtype in _NATIVE:
         summable = np.frombuffer(data, _NATIVE[dtype]).copy()
-    elif dtype == "F16":
+    elif dtype in _HALVES:
         summable = np.frombuffer(data, "<f2").astype(np.float32)
     else:
         # bfloat16 is the upper half of a float32.
@@ -46,7 +48,7 @@ def from_summable(dtype: str, array: NDArray[Any]) -> memoryview:
     """
     if dtype in _NATIVE:
         plain = array
-    elif dtype == "F16":
+    elif dtype in _HALVES:
         plain = array.astype("<f2")
     else:
         bits = array.view(np.uint32)

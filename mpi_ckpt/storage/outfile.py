@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file written from front to back: around the page cache where that is faster.
+"""A file written from front to back, around the page cache unless it is small.
 
 Direct writes need aligned memory, offsets and lengths, so bytes are copied into aligned
 blocks; while a block is on its way to disk the next is filled. The copy costs a tenth of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Skips these tests where there is no Horovod with MPI and torch."""
+"""Marks these tests, and skips them where there is no Horovod with MPI and torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE not in item.path.parents:
             continue
+        item.add_marker(pytest.mark.horovod)
         # Each job is ended, and its output told, before this.
         item.add_marker(pytest.mark.timeout(300))
         if missing:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/slurm/train.sbatch by itself: commands of the test's stand in for Slurm's."""
+"""The batch scripts by themselves: commands of the test's stand in for Slurm's."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BATCH = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
+BENCHMARKS = REPOSITORY / "benchmarks" / "slurm.sbatch"
 TIME = "2031-05-01T12:00:00"
 OTHER_ZONE = "Asia/Kolkata"
 PATIENCE_SECONDS = 60
@@ -116,3 +118,30 @@ def test_job_that_is_asked_before_the_loop_is_there_does_not_begin(tmp_path, ask
     assert started.wait(PATIENCE_SECONDS) == 128 + signal.SIGKILL
     assert not (tmp_path / "trained").exists()
     assert is_put_back(tmp_path)
+
+
+def test_the_batch_script_of_the_benchmarks_measures_and_draws(tmp_path):
+    """On a cluster srun starts the ranks, of as many as the job has; here mpirun does."""
+    stand_in(
+        tmp_path,
+        "srun",
+        f'printf "%s " "$@" >>{tmp_path}/asked\n'
+        'while [[ $1 == -* ]]; do shift; done\nexec mpirun -n "$SLURM_NTASKS" "$@"',
+    )
+    slurm = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+    given = {"DIRECTORY": str(tmp_path), "FIGURES": str(tmp_path / "f.jsonl"), "VENV": ""}
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", BENCHMARKS, "step", "--smoke"],
+        env={**environment(), **slurm, **given, "REPEATS": "1", "PATH": path},
+        cwd=tmp_path, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--mpi=pmix --kill-on-bad-exit=1" in (tmp_path / "asked").read_text()
+    assert {json.loads(line)["ranks"] for line in figures(tmp_path / "f.jsonl")} == {2}
+    assert figures(tmp_path / "f.jsonl.counts")
+    assert list((tmp_path / "f").glob("*.html"))
+
+
+def figures(path: Path) -> list[str]:
+    return path.read_text().splitlines()

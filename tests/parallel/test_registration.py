@@ -268,3 +268,11 @@ def test_who_is_called_for_what(comm, shared_path):
         one.restore(only=["plain"])
     on_root = ["sync", "save", "load", "load"]
     assert state.calls == (on_root if comm.rank == 0 else ["sync", "load", "load"])
+
+
+@pytest.mark.parametrize("aborts", [True, False])
+def test_ending_the_job_for_one_rank_can_be_left_off(comm, shared_path, aborts):
+    hook = sys.excepthook
+    with manager(shared_path, abort_on_error=aborts):
+        watches = sys.excepthook is not hook
+    assert watches == (aborts and comm.size > 1)

@@ -62,3 +62,10 @@ def test_bfloat16_rounds_as_torch_does():
 def test_no_elements_are_no_trouble():
     for name in dtypes.FLOATING:
         assert len(from_summable(name, to_summable(name, memoryview(b"")))) == 0
+
+
+def test_complex_halves_are_averaged_as_two_halves():
+    parts = np.array([0.5, -2, np.inf, 7], np.float16)
+    summable = to_summable("C32", memoryview(parts).cast("B"))
+    assert summable.tolist() == parts.tolist()
+    assert bytes(from_summable("C32", summable)) == parts.tobytes()

@@ -330,3 +330,17 @@ def test_people_are_told_sizes_ages_and_counts():
     ]  # fmt: skip
     assert (plural(1, "leaf"), plural(2, "leaf")) == ("1 leaf", "2 leaves")
     assert clean("a\nb\x00\ud800") == "a\\nb\\x00\\ud800"
+
+
+def test_verify_shows_how_far_it_is_where_somebody_looks(tmp_path, monkeypatch):
+    root = fill(tmp_path, 2)
+    assert run("verify", root, "--all").stderr == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal has it
+    monkeypatch.setenv("TERM", "xterm")
+    shown = run("verify", root, "--all").stderr
+    for generation in ("1 of 2, checkpoint-00000002", "2 of 2, checkpoint-00000001"):
+        line = next(one for one in reversed(shown.split("\r")) if generation in one)
+        assert "43.1/43.1 KiB" in line
+        assert "B/s" in line
+        assert "0:00:00" in line
+    assert run("verify", root, "--all", "--json").stderr == ""

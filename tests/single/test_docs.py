@@ -2,6 +2,8 @@
 """The documents name what there is."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,3 +78,29 @@ def test_example_of_rescaling_keeps_the_schedule():
         for one, schedule in ((optimizer, scheduler), (expected, other)):
             one.step()
             schedule.step()
+
+
+AROUND_THE_README = """
+import torch
+from torch.utils.data import DataLoader
+
+dataset, trained = range(512), []
+model = torch.nn.Linear(1, 1)
+optimizer = torch.optim.Adam(model.parameters())
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+train = trained.append
+{example}
+assert {{len(batch) for batch in trained}} <= {{256}}
+print(len(trained), manager.steps)
+"""
+
+
+def test_example_of_the_readme_trains_saves_and_goes_on(tmp_path):
+    text = (REPOSITORY / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = AROUND_THE_README.format(example=example)
+    for batches in (20, 0):  # the second time nothing is left to train
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [str(batches), "20"], done.stderr

@@ -97,22 +97,31 @@ def test_no_variables_give_the_defaults():
 
 
 def test_every_variable_sets_its_field():
-    options = Options.from_env(
-        {
-            "MPI_CKPT_KEEP_LAST": "7",
-            "MPI_CKPT_INTERVAL": "100",
-            "MPI_CKPT_DEADLINE_SECONDS": "5.5",
-            "MPI_CKPT_MESSAGE_BYTES": "4096",
-            "MPI_CKPT_WINDOW_BYTES": "8192",
-            "MPI_CKPT_DIGEST_THREADS": "3",
-        }
-    )
-    assert options == Options(
+    given = {
+        "MPI_CKPT_KEEP_LAST": "7",
+        "MPI_CKPT_INTERVAL": "100",
+        "MPI_CKPT_REUSE": "0",
+        "MPI_CKPT_ABORT_ON_ERROR": "0",
+        "MPI_CKPT_DEADLINE_SECONDS": "5.5",
+        "MPI_CKPT_MESSAGE_BYTES": "4096",
+        "MPI_CKPT_WINDOW_BYTES": "8192",
+        "MPI_CKPT_IO": "buffered",
+        "MPI_CKPT_WRITERS": "all",
+        "MPI_CKPT_READERS": "node",
+        "MPI_CKPT_DIGEST_THREADS": "3",
+    }
+    assert set(given) == set(ENVIRONMENT)
+    assert Options.from_env(given) == Options(
         retention=KeepLast(7),
         interval=100,
+        reuse=False,
+        abort_on_error=False,
         deadline_seconds=5.5,
         message_bytes=4096,
         window_bytes=8192,
+        io="buffered",
+        writers="all",
+        readers="node",
         digest_threads=3,
     )
     fields = {field.name for field in dataclasses.fields(Options)}

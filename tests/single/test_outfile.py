@@ -132,3 +132,16 @@ def test_direct_writes_that_are_refused_go_through_the_page_cache(tmp_path, monk
     assert (tmp_path / "file").read_bytes() == data
     with pytest.raises(OSError, match="larger sectors"):
         write(tmp_path / "other", [data], "direct")
+
+
+def test_a_buffered_file_is_written_out_as_it_grows(tmp_path, monkeypatch):
+    """So that the fsync at the end finds little left to do."""
+    told = []
+    monkeypatch.setattr(outfile, "_WRITE_BACK_BYTES", 100)
+    monkeypatch.setattr(
+        filesystem,
+        "start_writeback",
+        lambda _, offset, nbytes: told.append((offset, nbytes)),
+    )
+    write(tmp_path / "file", [b"x" * 60] * 5, "buffered")
+    assert told == [(0, 120), (120, 120)]
