@@ -18,6 +18,7 @@ import stat
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from mpi_ckpt.errors import CheckpointError, RestoreError, SaveError
 from tests.crash.recorder import in_place_of_os
@@ -213,10 +214,34 @@ class Workload:
         return SaveError if "save" in self.name else RestoreError
 
 
+def save_and_go_on(training: Training) -> None:
+    """Save behind the training, which changes everything before it waits for the end."""
+    training.move(5)
+    pending = training.manager.save(5)
+    training.move(6)
+    pending.wait()
+    training.manager.wait()  # also for what is pruned
+
+
+def save_behind(training: Training) -> None:
+    """The same by root alone, which has the lock: only the wait may tell of a fault."""
+    begin = training.manager.save
+
+    def save(step: int) -> Any:
+        try:
+            return begin(step)
+        except SaveError as error:
+            raise AssertionError(f"told before the wait: {error}") from error
+
+    with mock.patch.object(training.manager, "save", save):
+        save_and_go_on(training)
+
+
 def joint_workloads() -> list[Workload]:
     """Return what only makes sense with several ranks."""
     two, _ = saved_image([1, 2])
     options = {"writers": "all", "readers": "all", "window_bytes": 1 << 13}
+    late = {"asynchronous": True, "overlap": True}
     return [
         Workload(
             f"joint {name}",
@@ -226,20 +251,41 @@ def joint_workloads() -> list[Workload]:
             act,
             prepare,
             keep=2,
-            options={**options, "asynchronous": asynchronous},
+            options={**options, **more},
             joint=True,
         )
-        for name, after, act, prepare, asynchronous in [
-            ("save", Saved.of(5), lambda t: t.save(5), lambda _: None, False),
-            ("asynchronous save", Saved.of(5), lambda t: t.save(5), lambda _: None, True),
+        for name, after, act, prepare, more in [
+            ("save", Saved.of(5), lambda t: t.save(5), lambda _: None, {}),
+            (
+                "asynchronous save",
+                Saved.of(5),
+                lambda t: t.save(5),
+                lambda _: None,
+                {"asynchronous": True},
+            ),
+            ("overlapped save", Saved.of(5), save_and_go_on, lambda _: None, late),
+            (
+                "save by hosts",
+                Saved.of(5),
+                lambda t: t.save(5),
+                lambda _: None,
+                {"writers": "node"},
+            ),
+            (
+                "overlapped save by hosts",
+                Saved.of(5),
+                save_and_go_on,
+                lambda _: None,
+                {**late, "writers": "node"},
+            ),
             (
                 "sharing save",
                 Saved(5, 2, 5),
                 lambda t: (t.move(5, ["plain"]), t.manager.save(5), t.manager.wait()),
                 Training.restore,
-                False,
+                {},
             ),
-            ("restore", Saved.of(2), Training.restore, lambda _: None, False),
+            ("restore", Saved.of(2), Training.restore, lambda _: None, {}),
         ]
     ]
 
@@ -302,6 +348,16 @@ def workloads() -> list[Workload]:
             lambda t: t.save(5),
             keep=1,
             options={"asynchronous": True},
+        ),
+        Workload(
+            "overlapped save",
+            two,
+            Saved.of(3),
+            Saved.of(5),
+            save_behind,
+            lambda t: t.save(3),
+            keep=1,
+            options={"asynchronous": True, "overlap": True},
         ),
         Workload(
             "restore after a crash", crashed, Saved.of(2), Saved.of(2), Training.restore

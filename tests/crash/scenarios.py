@@ -37,7 +37,7 @@ WRITERS_WAYS = [
     f"{writers} {way}"
     for writers in ("root", "node", "all")
     for way in ("blocking", "asynchronous")
-]
+] + ["all overlapped"]
 """Directories in which the program saves in these ways."""
 
 
@@ -119,11 +119,12 @@ def direct_saves() -> Scenario:
     return scenario
 
 
-def saves_behind_the_training() -> Scenario:
+def saves_behind_the_training(*, overlap: bool = False) -> Scenario:
     base, saves = saved_image([1])
+    name = "overlapped" if overlap else "asynchronous"
 
     def program(run: Run) -> None:
-        with run.start(keep=1, asynchronous=True) as training:
+        with run.start(keep=1, asynchronous=True, overlap=overlap) as training:
             training.restore()
             run.save(training, 2)
             number, pending = run.start_save(training, 3)
@@ -134,7 +135,7 @@ def saves_behind_the_training() -> Scenario:
             last.wait()
             run.recorder.mark(later)
 
-    return record(Scenario("asynchronous", base, saves=saves, acked=0), program)
+    return record(Scenario(name, base, saves=saves, acked=0), program)
 
 
 def saves_of_plain_states() -> Scenario:

@@ -33,6 +33,7 @@ USES = {
     "sharing save": {"link", "open", "pwrite", "fsync", "rename", "preadv"},
     "direct save": {"open", "pwrite", "fsync", "posix_fallocate", "ftruncate"},
     "asynchronous save": {"open", "pwrite", "fsync", "rename", "unlink"},
+    "overlapped save": {"open", "pwrite", "fsync", "mkdir", "rename", "unlink", "rmdir"},
     "restore after a crash": {"open", "preadv", "listdir", "unlink", "rmdir", "lstat"},
     "fallback": {"open", "preadv", "mkdir", "rename", "pwrite", "fsync"},
 }

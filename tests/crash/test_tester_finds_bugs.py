@@ -7,10 +7,13 @@ import contextlib
 import errno
 import functools
 import threading
+import time
 
 import pytest
 
 from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.gate import Gate
+from mpi_ckpt.states.arrays import ArrayBuffer
 from mpi_ckpt.storage import catalog, filesystem, partial, recovery
 from mpi_ckpt.storage.layout import generation_name
 from tests.crash import faults, scenarios
@@ -211,9 +214,12 @@ def test_failed_fsync_of_a_directory_is_ignored(monkeypatch):
 # The table of faults.
 
 
+def workload(name):
+    return next(one for one in faults.workloads() if one.name == name)
+
+
 def table(name, errnos=(errno.EIO,)):
-    workload = next(one for one in faults.workloads() if one.name == name)
-    return faults.run_table(workload, errnos).wrong
+    return faults.run_table(workload(name), errnos).wrong
 
 
 def test_fault_table_sees_an_fsync_that_is_tried_again(monkeypatch):
@@ -240,6 +246,22 @@ def test_fault_table_sees_a_prune_that_fails_a_save(monkeypatch):
 def test_fault_table_sees_leftovers(monkeypatch):
     monkeypatch.setattr(recovery, "sweep", lambda *_: None)
     assert any("left behind" in line for line in table("save after a crash"))
+
+
+def test_training_that_does_not_wait_for_a_late_copy(monkeypatch, tmp_path):
+    real = ArrayBuffer.copy_to
+
+    def slowly(buffer, target):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.01)
+        real(buffer, target)
+
+    monkeypatch.setattr(ArrayBuffer, "copy_to", slowly)
+    late, never = workload("overlapped save"), faults.Fault("fsync", 1000, errno.EIO)
+    assert faults.attempt(late, never, tmp_path).wrong == []
+    monkeypatch.setattr(Gate, "wait", lambda _: None)
+    wrong = faults.attempt(late, never, tmp_path).wrong
+    assert any("restored Saved(step=5, arrays=6" in line for line in wrong)
 
 
 def test_short_writes_that_are_not_continued(monkeypatch, tmp_path):

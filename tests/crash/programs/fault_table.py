@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Goes through faults of any rank, one after the other, in one job.
 
-Arguments: file with the faults as JSON, file for what came of them, a line for each.
+Two ranks at most share a host, or so they say. Arguments: file with the faults as JSON,
+file for what came of them, a line for each.
 """
 
 import json
@@ -13,10 +14,11 @@ from pathlib import Path
 from mpi4py import MPI
 
 from tests.crash.faults import Fault, attempt, joint_workloads, quiet, workloads
-from tests.crash.world import scratch
+from tests.crash.world import pretend_hosts, scratch
 
 asked, told = Path(sys.argv[1]), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
+pretend_hosts(comm)
 known = {one.name: one for one in [*workloads(), *joint_workloads()]}
 sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
 

@@ -6,7 +6,6 @@ base for each way), file for the records.
 """
 
 import json
-import socket
 import sys
 from pathlib import Path
 
@@ -15,14 +14,20 @@ from mpi4py import MPI
 from tests.crash.crashes import ROOT, Run, Scenario
 from tests.crash.recorder import Recorder, in_place_of_os, to_json
 from tests.crash.scenarios import WRITERS_WAYS
-from tests.crash.world import Saved, Training
+from tests.crash.world import Saved, Training, pretend_hosts
+
+WAYS: dict[str, dict[str, bool]] = {
+    "blocking": {},
+    "asynchronous": {"asynchronous": True},
+    "overlapped": {"asynchronous": True, "overlap": True},
+}
 
 
 def record(sandbox: Path, writers: str, way: str, comm) -> tuple[list[int], str]:
     """Save in one way; return times and operations of this rank."""
     recorder = Recorder(sandbox)
     run = Run(Scenario(writers, saves=[Saved.of(1)]), sandbox, recorder)
-    options = {"writers": writers, "asynchronous": way == "asynchronous", "comm": comm}
+    options = {"writers": writers, "comm": comm, **WAYS[way]}
     with in_place_of_os(recorder), Training(sandbox / ROOT, keep=1, **options) as training:
         assert training.restore() == Saved.of(1)
         run.save(training, 2)
@@ -34,8 +39,7 @@ def record(sandbox: Path, writers: str, way: str, comm) -> tuple[list[int], str]
 def main() -> None:
     sandbox, out = Path(sys.argv[1]), Path(sys.argv[2])
     comm = MPI.COMM_WORLD
-    per_host = 2 if comm.size > 2 else 1
-    socket.gethostname = lambda: f"host{comm.rank // per_host}"
+    per_host = pretend_hosts(comm)
     records = {}
     for name in WRITERS_WAYS:
         writers, way = name.split()

@@ -81,6 +81,7 @@ def run(directory: Path, saves: int, comm) -> None:
         "comm": collectives.watch(comm),
         "deadline_seconds": 30,
         "asynchronous": acked % 2 == 1,  # now and then, the same on every rank
+        "overlap": acked % 4 == 3,
         "reuse": acked % 3 > 0,
         "writers": "all" if acked % 5 > 2 else "root",
         "readers": "all" if acked % 7 > 3 else "root",
@@ -111,7 +112,9 @@ def save_on(directory: Path, training: Training, saves: int, acked: int) -> None
         done += 1
         if is_root or step % 3:
             training.move(step)  # if not, the sync sends what root has
-        training.manager.save(step).wait()
+        pending = training.manager.save(step)
+        training.move(step + 100)  # what is to be saved does not change any more
+        pending.wait()
         if is_root:
             note(directory / "acked", step)
 

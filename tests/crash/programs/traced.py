@@ -3,7 +3,7 @@
 
 Arguments: file with the faults as JSON, file for what came of them, a line for each. A
 fault is: workload, rank, system call, errno, number of the call or 0 for each in turn,
-and whether all later calls fail as well.
+and whether all later calls fail as well. Two ranks at most share a host, or so they say.
 """
 
 import itertools
@@ -17,10 +17,11 @@ from mpi4py import MPI
 
 from tests.crash.faults import Fault, attempt, joint_workloads, quiet, workloads
 from tests.crash.tracing import Traced
-from tests.crash.world import scratch
+from tests.crash.world import pretend_hosts, scratch
 
 asked, told = Path(sys.argv[1]), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
+pretend_hosts(comm)
 known = {one.name: one for one in [*workloads(), *joint_workloads()]}
 sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
 

@@ -23,7 +23,6 @@ from mpi4py import MPI
 
 from mpi_ckpt import (
     Accumulator,
-    ArrayState,
     CheckpointManager,
     ElasticSampler,
     EpochState,
@@ -34,6 +33,7 @@ from mpi_ckpt import (
 )
 from tests.crash.faults import quiet
 from tests.crash.programs.saver import last_line, note
+from tests.crash.world import Arrays
 from tests.launch import shared_memory
 
 SAMPLES, GLOBAL_BATCH = 240, 16
@@ -83,7 +83,8 @@ def train(directory: Path, until: int, comm, run: int) -> str:
     epochs, sampler = EpochState(), ElasticSampler(SAMPLES, GLOBAL_BATCH, seed=5)
     sums = Accumulator(epochs=epochs)
     arrays = {**model.weights, **model.velocities, "losses": losses}
-    states = [ArrayState("model", arrays), RNGState(generators={"dropout": dropout})]
+    learned = Arrays("model", arrays, overlap=run % 5 > 2)
+    states = [learned, RNGState(generators={"dropout": dropout})]
     options = Options(
         retention=KeepLast(2),
         preemption_signals=(),
@@ -103,16 +104,19 @@ def train(directory: Path, until: int, comm, run: int) -> str:
                 loss, gradient = model.gradients(inputs[batch], targets[batch], dropout)
                 sums["loss"] += loss
                 # In the order of the ranks, whatever the MPI library makes of a sum.
-                model.step(sum(comm.allgather(gradient)))
+                total = sum(comm.allgather(gradient))
+                learned.wait()
+                model.step(total)
                 sampler.record_batch()
                 manager.step()
                 saves.save_every(2)
+            learned.wait()
             with sums.synchronized():
                 losses[epoch] = sums["loss"]
                 sums.clear()
         saves.end()
-    learned = [losses, *model.weights.values(), *model.velocities.values()]
-    return hashlib.sha256(b"".join(array.tobytes() for array in learned)).hexdigest()
+    ended = [losses, *model.weights.values(), *model.velocities.values()]
+    return hashlib.sha256(b"".join(array.tobytes() for array in ended)).hexdigest()
 
 
 def begin(directory: Path, manager: CheckpointManager) -> None:
