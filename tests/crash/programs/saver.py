@@ -3,8 +3,9 @@
 
 Arguments: a directory for everything, number of saves (0: for ever).
 MPI_CKPT_TEST_KILL: ``change N MOMENT WHOM``: before, inside or after root's Nth change of
-the file system a rank, ``all`` or ``mpirun`` is killed; ``collective N MOMENT RANK``: that
-rank, before, inside or after its own Nth part in a collective; unset: nobody.
+the file system a rank, ``all`` or ``mpirun`` is killed; ``collective N MOMENT WHOM``: the
+same before, inside or after the Nth part in a collective of that rank, or else of root;
+unset, or a rank that the job does not have: nobody.
 
 In the directory: ``ckpt`` the checkpoints; ``pids`` of the ranks; ``restored`` what each
 job found; ``acked`` the steps whose save returned; ``changes`` and ``collectives`` how many
@@ -57,16 +58,16 @@ def stand_ins(directory: Path, comm) -> tuple[Changes, Collectives]:
         return Moment(int(number) if kind == of and rank == str(comm.rank) else 0, when)
 
     # Root changes most files: its changes say when, whoever is killed.
-    return Changes(moment("change", "0"), kill), Collectives(
-        moment("collective", whom), kill
-    )
+    changes = Changes(moment("change", "0"), kill)
+    own = whom if whom.isdecimal() else "0"
+    return changes, Collectives(moment("collective", own), kill)
 
 
 def victims(whom: str, pids: list[int]) -> list[int]:
     """Return the processes to kill: a rank, all, or mpirun; who kills comes last."""
     if whom == "mpirun":
         return [os.getsid(0)]  # `start_job` has given it a session of its own
-    chosen = pids if whom == "all" else [pids[int(whom)]]
+    chosen = [pid for rank, pid in enumerate(pids) if whom in ("all", str(rank))]
     return sorted(chosen, key=lambda pid: pid == os.getpid())
 
 
