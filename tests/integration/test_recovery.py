@@ -115,13 +115,27 @@ def test_with_those_that_are_left_it_goes_on_to_the_last_one(
 
 
 @survives
-def test_all_but_one_at_once(ulfm: Jobs, tmp_path: Path) -> None:
+def test_all_but_one_at_once_and_the_last_goes_on_alone(ulfm: Jobs, tmp_path: Path) -> None:
     story = recover(ulfm, tmp_path, "--kill", "12:0,1,3")
     starts = [one for one in story.lines if one["event"] == "start"]
     assert [(one["size"], one["source"]) for one in starts] == [
         (4, "nothing"), (1, "memory"),
     ]  # fmt: skip
     assert len(story.all("digest")) == 1
+    assert story.outcome.code == 0, story.outcome.text
+
+
+@survives
+def test_all_but_one_at_once_and_new_ranks_come(
+    ulfm: Jobs, calm: Story, tmp_path: Path
+) -> None:
+    story = recover(ulfm, tmp_path, "--replace", "--kill", "12:0,1,3")
+    starts = [one for one in story.lines if one["event"] == "start"]
+    assert [(one["size"], one["lost"], one["source"]) for one in starts] == [
+        (4, 0, "nothing"), (4, 3, "memory"),
+    ], story.outcome.text  # fmt: skip
+    assert losses(story) == losses(calm)
+    assert story.all("digest") == calm.all("digest")
     assert story.outcome.code == 0, story.outcome.text
 
 
