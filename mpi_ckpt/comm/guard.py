@@ -4,32 +4,41 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["STUCK_CODE", "Guard"]
+__all__ = ["Guard", "end_as_lost"]
 
-STUCK_CODE = 70
-"""Exit code of a process that was ended here; for a shell, an error of the software."""
+
+def end_as_lost() -> NoReturn:
+    """End this process in a way that the other ranks are told of. Not collective.
+
+    Any thread. They survive it, or do not; the restart loop serves.
+    """
+    # MPI: of a rank that leaves with an exit code, whichever, mpirun tells the others
+    # nothing (Open MPI 5.0, ULFM): they wait for it for ever. Of a signal it does.
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
 
 
 class Guard:
     """A context manager: what is in it ends within a time, or the process does.
 
-    Not collective. To the other ranks this one is then dead, which they survive or not;
-    the restart loop serves.
+    Not collective. To the other ranks this one is then lost.
 
     Args:
         doing: What is done, told when it takes too long.
         seconds: How long it may take.
-        code: Exit code then.
+        code: Exit code then, of a process that the others have no part with any more; None
+            ends it as lost.
     """
 
-    def __init__(self, doing: str, seconds: float, code: int = STUCK_CODE) -> None:
+    def __init__(self, doing: str, seconds: float, code: int | None = None) -> None:
         self._doing = doing
         self._seconds = seconds
         self._code = code
@@ -56,7 +65,9 @@ class Guard:
         if not self._over.wait(self._seconds):
             sys.stderr.write(
                 f"mpi_ckpt: {self._doing} takes more than {self._seconds:g} s: MPI does "
-                f"not return; this process ends with code {self._code}\n"
+                "not return; this process is ended\n"
             )
             sys.stderr.flush()
+            if self._code is None:
+                end_as_lost()
             os._exit(self._code)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm.abandoned import keep
-from mpi_ckpt.comm.guard import STUCK_CODE, Guard
+from mpi_ckpt.comm.guard import Guard, end_as_lost
 from mpi_ckpt.comm.launch import load_mpi
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
         # The others have begun anew, and start another in its place.
         sys.stderr.write(f"mpi_ckpt: this replacement is not needed: {error}\n")
         sys.stderr.flush()
-        os._exit(STUCK_CODE)
+        end_as_lost()
     return merged, tuple(told.tolist())
 
 

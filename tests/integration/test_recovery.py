@@ -16,6 +16,7 @@ from tests.crash.rank_kills import FLAGS, Killing
 from tests.draws import STRESS
 from tests.integration.hosts import installed_mpi
 from tests.integration.jobs import EXAMPLES, PROGRAMS
+from tests.integration.loop import Loop
 from tests.launch import REPOSITORY, environment, mpirun_path
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def test_a_rank_killed_inside_a_save(
         pytest.param("shrink", [4, 2], marks=stress),
         ("order", [4, 2]),
         ("again", [4, 2]),
+        ("stuck", [4, 3]),
     ],
 )
 def test_a_rank_killed_in_a_collective_or_in_the_recovery(
@@ -191,6 +193,52 @@ def test_a_rank_killed_in_a_recovery_with_new_ranks(
     story = tell(ulfm, tmp_path, how, "replace")
     assert set(story.all("size")) == {4}, story.outcome.text
     assert story.all("value") == [VALUE]
+
+
+@survives
+def test_if_no_rank_can_be_started_it_goes_on_with_fewer(
+    ulfm: Jobs, tmp_path: Path
+) -> None:
+    story = tell(ulfm, tmp_path, "unstartable", "replace")
+    assert story.all("size") == [4, 3], story.outcome.text
+    assert "no rank can be started; going on with fewer" in story.outcome.err
+    assert "going on with 3, 0 of them new" in story.outcome.err
+    assert story.all("value") == [VALUE]
+    assert story.outcome.code == 0, story.outcome.text
+
+
+@survives
+@stress
+@pytest.mark.parametrize("how", ["newcomer", "starter"])
+def test_a_rank_killed_while_a_new_one_starts(ulfm: Jobs, tmp_path: Path, how: str) -> None:
+    # Takes the 20 s after which the starter, or what it has started, is ended.
+    story = tell(ulfm, tmp_path, how, "replace")
+    assert story.all("size") == [4, 4], story.outcome.text
+    assert "lost rank(s) 2, 3 of 4; going on with 4, 2 of them new" in story.outcome.err
+    assert story.all("value") == [VALUE]
+
+
+@survives
+@stress
+def test_a_rank_killed_while_a_new_one_is_joined(tmp_path: Path) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/bash\nexec mpirun {" ".join(FLAGS)} "$@"\n')
+    launcher.chmod(0o755)
+    log = tmp_path / "log.jsonl"
+    words = [
+        *("--np", 4, "--backoff", 0.1, "--launcher", launcher, "--", "python", PROGRAM),
+        *(tmp_path / "root", log, "merge", "replace"),
+    ]
+    with Loop(tmp_path, *words) as loop:
+        answer = loop.finish()
+    assert answer["finished"], answer
+    assert len(answer["attempts"]) == 2, answer
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    # The first has ended by itself; the second is of the generation of step 10.
+    assert [(one["failures"], one["step"]) for one in lines if "size" in one][:2] == [
+        (0, 0), (0, 10),
+    ]  # fmt: skip
+    assert lines[-1]["value"] == VALUE
 
 
 @survives

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,15 +19,18 @@ import numpy as np
 
 from mpi_ckpt import ArrayState, CheckpointManager, Options, elastic
 from mpi_ckpt.comm import vote
+from mpi_ckpt.comm.guard import Guard
 from mpi_ckpt.elastic import running
 from mpi_ckpt.storage import filesystem
 
 ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 REPLACE = "replace" in sys.argv
 STEPS = 30
+STARTING = ("merge", "newcomer", "starter", "unstartable")
 
 # The package has a function of that name.
 repair = sys.modules["mpi_ckpt.comm.repair"]
+spawning = repair.spawning
 
 
 def die(number: int = signal.SIGKILL) -> None:
@@ -43,6 +47,25 @@ def before(module: object, name: str, condition) -> None:  # type: ignore[no-unt
         return call(*args, **options)
 
     setattr(module, name, replaced)
+
+
+def fail_to_start(start: object) -> object:
+    """Stand in for what starts a new rank: it cannot, as where no slot is free."""
+    from mpi4py import MPI
+
+    if start._handle.rank == start._starter:  # type: ignore[attr-defined]
+        raise MPI.Exception(MPI.ERR_SPAWN)
+    return MPI.COMM_NULL
+
+
+def is_first_time() -> bool:
+    """Tell whether this is asked for the first time, by this job or one of before."""
+    mark = LOG.with_name("asked")
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def arrange(world: elastic.World) -> None:
@@ -65,7 +88,12 @@ def arrange(world: elastic.World) -> None:
     if HOW == "shrink" and world.rank == 1:
         before(repair, "_shrink", lambda *_: True)
     if HOW == "merge" and world.rank == 1:
-        before(repair, "_merge", lambda *_: True)
+        before(repair, "_merge", lambda *_: is_first_time())
+    if HOW == "starter" and world.rank == 3:
+        # It is the one that starts another, and dies while that starts.
+        before(spawning.Start, "begin", lambda *_: threading.Timer(0.05, die).start())
+    if HOW == "unstartable":
+        spawning.Start.begin = fail_to_start
     if HOW == "met" and world.rank == 1:
         before(running, "repair", lambda *_: True)
 
@@ -74,12 +102,15 @@ def at_step(world: elastic.World, step: int) -> None:
     """Do to this rank what is to be done at a step."""
     if step != 15 or world.failures:
         return
-    if HOW in ("order", "shrink", "merge", "met", "again") and world.rank == 2:
+    if world.rank == 2 and HOW in ("order", "shrink", "met", "again", *STARTING):
         die()
     if HOW == "stopped" and world.rank == 1:
         die(signal.SIGSTOP)
     if HOW == "error" and world.rank == 1:
         raise ValueError("bad luck")
+    if HOW == "stuck" and world.rank == 1:
+        with Guard("a call of MPI", 0.2):
+            time.sleep(60)
     if HOW in ("plain", "leave") and world.rank == 1:
         die()
 
@@ -126,6 +157,13 @@ def tell(world: elastic.World, **values: object) -> None:
             file.write(json.dumps(values) + "\n")
 
 
+# The alarm that ends a new rank which does not come in tells it from the first ones. This
+# is before MPI is started: whoever starts it waits in MPI_Comm_spawn.
+if HOW == "newcomer" and signal.getitimer(signal.ITIMER_REAL)[0] > 0 and is_first_time():
+    die()
+if HOW == "merge":
+    # What Open MPI writes until then fills a disk.
+    spawning._CONNECT_SECONDS = 3.0
 logging.basicConfig(format="%(message)s")
 limit = 0 if HOW == "too_many" else 20
 if HOW == "too_many":
