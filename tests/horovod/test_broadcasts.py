@@ -88,6 +88,13 @@ def test_more_elements_than_an_int_counts():
         assert found["horovod"].startswith("HorovodInternalError: ")
 
 
+# Horovod would make a list of the bytes first, of eight times their size.
+@pytest.mark.parametrize("kind", ["array", "pickled"])
+def test_objects_of_more_bytes_than_an_int_counts(kind):
+    found = scene("object_of_more_than_two_gib", 2, 16, kind, timeout=200).one
+    assert found == [0, *[0] * 15, 7]
+
+
 def test_objects_of_other_types_on_other_ranks():
     stall = {
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "1",

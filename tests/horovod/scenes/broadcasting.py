@@ -175,6 +175,16 @@ def more_than_two_gib(extra):
     return {"ours": ours, "arrived": bool(arrived), "horovod": theirs}
 
 
+def object_of_more_than_two_gib(extra, kind):
+    count = (1 << 31) + extra
+    value = None
+    if RANK == 0:
+        value = np.zeros(count, np.uint8) if kind == "array" else bytearray(count)
+        value[-1] = 7
+    value = beside.broadcast_object(value, 0)
+    return [len(value) - count, *map(int, value[-extra:])]
+
+
 def types_that_differ():
     value = {"epoch": 7, "a": np.arange(5)} if RANK == 0 else None
     found = beside.broadcast_object(value, root_rank=0)
