@@ -24,7 +24,7 @@ from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from mpi_ckpt import State
@@ -175,21 +175,22 @@ def sizes_up_to(most: int) -> list[int]:
     return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
 
 
-def count_phases(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
-    """Do everything once with all sizes up to that of ``comm``, and count.
+def count_phases(comm: MPI.Intracomm, directory: Path, sizes: Sequence[int]) -> list[Cost]:
+    """Do everything once with each number of ranks, and count.
 
     Collective.
 
     Args:
         comm: Its first ranks take part, the others sleep.
         directory: A new one, seen by root.
+        sizes: How many ranks take part, one after the other.
 
     Returns:
         The costs of every rank, on root; an empty list elsewhere.
     """
     mine: list[Cost] = []
     with _counting_files():
-        for size in sizes_up_to(comm.size):
+        for size in sizes:
             part = comm.Split(0 if comm.rank < size else 1)
             if comm.rank < size:
                 mine += _count_with(_CountingComm(part), directory / str(size))

@@ -2,6 +2,7 @@
 """From a lost rank to the first step after it: in place, and by starting again.
 
 python -m benchmarks recovery [--ranks 2 4] [--bytes 1200000000] [--repeats 3] [--json FILE]
+python -m benchmarks recovery --smoke
 
 Starts jobs itself, so it is called without mpirun. Open MPI only. A job saves, takes three
 more steps, and loses its last rank by SIGKILL. "seen" is when the first survivor's call
@@ -34,6 +35,7 @@ _FLAGS = (
     *("--oversubscribe", "--bind-to", "none", "--mca", "pml", "ob1"),
     *("--mca", "btl", "self,sm,tcp", "--mca", "mtl", "^ofi"),
 )
+_SMOKE_BYTES = 4_000_000
 _LIMIT_SECONDS = 300
 _JOB = Path(__file__).with_name("recovery_job.py")
 
@@ -71,7 +73,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bytes", type=int, default=1_200_000_000, help="of the state")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="append a line a measurement")
+    parser.add_argument("--smoke", action="store_true", help="tiny: only that it runs")
     args = parser.parse_args(argv)
+    if args.smoke:
+        args.ranks, args.bytes, args.repeats = [2], _SMOKE_BYTES, 1
     print(f"# state of {args.bytes / 1e9:g} GB; seconds, median (least to most)")
     print(
         f"# {'ranks':>5}  {'':27} {'seen to going on':>24} {'killed to going on':>24}  idle"

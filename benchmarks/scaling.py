@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What grows with the number of ranks, counted up to 16 and reckoned up to 100,000.
 
-mpirun -n 16 python -m benchmarks scaling measure --json growth.jsonl
+mpirun -n 16 python -m benchmarks scaling measure --json growth.jsonl [--smoke]
 python -m benchmarks scaling check growth.jsonl
 python -m benchmarks scaling model [growth.jsonl] [--ranks 1000 10000 100000]
 """
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = _parse_arguments(argv)
     if arguments.act == "measure":
-        _measure(arguments.json, arguments.directory)
+        _measure(arguments)
         return
     console = Console(width=arguments.width) if arguments.width else Console()
     lines = _read(arguments.lines) if arguments.lines else []
@@ -185,6 +185,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     measure = acts.add_parser("measure", help="count, inside mpirun")
     measure.add_argument("--json", type=Path, required=True, help="lines are added to it")
     measure.add_argument("--directory", type=Path, help="where to save; seen by root")
+    measure.add_argument(
+        "--smoke", action="store_true", help="only that it runs: not all sizes"
+    )
     checking = acts.add_parser("check", help="print the counts, and where they grow")
     checking.add_argument("lines", type=Path)
     modelling = acts.add_parser("model", help="reckon with many more ranks")
@@ -207,19 +210,20 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [one for one in found if {"phase", "rank", "ranks"} <= set(one)]
 
 
-def _measure(json_file: Path, directory: Path | None) -> None:
+def _measure(arguments: argparse.Namespace) -> None:
     from mpi4py import MPI
 
-    from benchmarks.counting import count_phases
+    from benchmarks.counting import count_phases, sizes_up_to
 
     comm = MPI.COMM_WORLD
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        costs = count_phases(comm, Path(comm.bcast(scratch)))
+    sizes = [comm.size] if arguments.smoke else sizes_up_to(comm.size)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
+        costs = count_phases(comm, Path(comm.bcast(scratch)), sizes)
         comm.Barrier()
     if comm.rank == 0:
-        with json_file.open("a") as file:
+        with arguments.json.open("a") as file:
             file.writelines(f"{json.dumps(asdict(cost))}\n" for cost in costs)
-        print(f"{len(costs)} counts of up to {comm.size} ranks are in {json_file}")
+        print(f"{len(costs)} counts of up to {comm.size} ranks are in {arguments.json}")
 
 
 if __name__ == "__main__":

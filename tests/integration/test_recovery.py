@@ -303,7 +303,7 @@ def test_where_a_lost_rank_ends_the_job_that_is_said_once(
 @survives
 def test_recovery_can_be_measured(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    options = ["--ranks", "2", "--bytes", "4000000", "--repeats", "1", "--json", lines]
+    options = ["--smoke", "--json", lines]
     path = os.pathsep.join([str(Path(mpirun_path()).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "recovery", *map(str, options)],

@@ -160,6 +160,15 @@ def test_model_prints_the_first_wall(capsys):
     assert "No wall of the library up to 100 ranks" in capsys.readouterr().out
 
 
+def test_counting_runs_with_one_size_only(tmp_path):
+    file = tmp_path / "counts.jsonl"
+    words = ["-m", "benchmarks", "scaling", "measure", "--smoke", "--json", str(file)]
+    job = run_job(2, words)
+    assert job.code == 0, job.text
+    lines = [json.loads(one) for one in file.read_text().splitlines()]
+    assert {(one["ranks"], one["rank"]) for one in lines} == {(2, 0), (2, 1)}
+
+
 def test_counting_finds_what_is_built_in(tmp_path, capsys):
     file = tmp_path / "counts.jsonl"
     job = run_job(8, ["-m", "benchmarks.scaling", "measure", "--json", str(file)])
