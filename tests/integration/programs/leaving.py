@@ -88,6 +88,9 @@ def raise_after() -> None:
 
 
 def agreed_error() -> None:
+    # mpirun reads what a rank says in pieces of a page: in a longer text another rank's
+    # may come in between.
+    sys.tracebacklimit = 2
     with make() as manager:
         manager.save()
         refuse_fsync()
