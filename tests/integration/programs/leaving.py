@@ -140,6 +140,7 @@ def pending_exit_failing() -> None:
 def pending_exit_stuck() -> None:
     # A slow disk must not be what exceeds the deadline, in the first save.
     os.fsync = lambda descriptor: None
+    comm.barrier()  # nor what the ranks' starts are apart
     manager = make()
     manager.save().wait()
     slow_fsync(1000)
