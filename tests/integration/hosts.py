@@ -30,7 +30,7 @@ def virtual_hosts(state: str, *arguments: object) -> subprocess.CompletedProcess
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
     )
 
 

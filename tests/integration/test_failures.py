@@ -31,7 +31,7 @@ def test_rank_of_four_that_finds_itself_alone_is_refused(
         env=environment(variables),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
     )
     assert done.returncode not in (0, None), done.stderr
     assert "LaunchError: Open MPI started this process as rank 2 of 4" in done.stderr
@@ -50,7 +50,7 @@ def test_mpirun_of_the_other_mpi_ends_with_an_error(jobs: Jobs, tmp_path: Path) 
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
     )
     assert done.returncode != 0, done.stderr
     # MPICH's library gives up by itself under Open MPI's mpirun, before we are asked.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 LEAVING = PROGRAMS / "leaving.py"
 BEHIND = "asynchronous=True"
-# Many times what it takes, and a small part of the patience with a hang.
-SOON_SECONDS = 30
+# Many times what it takes, and less than the patience with a hang.
+SOON_SECONDS = 100
 
 
 @pytest.fixture
