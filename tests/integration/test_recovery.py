@@ -311,7 +311,7 @@ def test_recovery_can_be_measured(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
