@@ -228,7 +228,8 @@ def test_a_port_in_use_is_refused_at_once(tmp_path):
 
 
 def test_training_is_preempted_requeued_and_resized(slurm, tmp_path):
-    training = Training(slurm, tmp_path, 400, 0.04)
+    # More steps than it can do before Slurm has looked at its queue.
+    training = Training(slurm, tmp_path, 1000, 0.04)
     training.run_on(1)
     preempt(training, 1, 60)
     resize(training, NODES - 1)  # it need not wait for the one that was taken
