@@ -84,7 +84,10 @@ class Training:
             job.resume()
 
     def _unfinished(self) -> Path | None:
-        return next(self.checkpoints.glob(".partial-*/*.safetensors"), None)
+        # A generation on its way out has such a name as well, but is no longer the newest.
+        newest = max(map(_number, self.checkpoints.glob("checkpoint-*")), default=0)
+        found = self.checkpoints.glob(".partial-*/*.safetensors")
+        return next((one for one in found if _number(one.parent) > newest), None)
 
     def _step(self) -> int:
         return max((run.last_step for run in self.runs), default=0)
@@ -102,6 +105,11 @@ class Training:
     def _fail(self, what: str) -> None:
         output = self.folder / "output.txt"
         raise SystemExit(f"{what}; {output} ends with:\n{output.read_text()[-3000:]}")
+
+
+def _number(folder: Path) -> int:
+    """Return which generation a folder has, is to have, or had."""
+    return int(folder.name.split("-")[1])
 
 
 @dataclass
@@ -132,7 +140,7 @@ def survive(story: Story, training: Training) -> None:
         unfinished = training.kill_in_mid_save(job)
     written = unfinished.stat().st_size / 1e6
     step = training.runs[0].last_step
-    number = int(unfinished.parent.name.split("-")[1])
+    number = _number(unfinished.parent)
     published = training.checkpoints / f"checkpoint-{number:08d}"
     story.say(f"[red]SIGKILL[/red] to all processes after step {step}, in mid-save")
     story.check(
