@@ -31,6 +31,7 @@ from mpi_ckpt import (
     RNGState,
     remaining_epochs_until,
 )
+from mpi_ckpt.errors import CollectiveError
 from tests.crash.faults import quiet
 from tests.crash.programs.saver import last_line, note
 from tests.crash.world import Arrays
@@ -104,7 +105,7 @@ def train(directory: Path, until: int, comm, run: int) -> str:
                 loss, gradient = model.gradients(inputs[batch], targets[batch], dropout)
                 sums["loss"] += loss
                 # In the order of the ranks, whatever the MPI library makes of a sum.
-                total = sum(comm.allgather(gradient))
+                total = sum(all_of(comm, gradient))
                 learned.wait()
                 model.step(total)
                 sampler.record_batch()
@@ -117,6 +118,14 @@ def train(directory: Path, until: int, comm, run: int) -> str:
         saves.end()
     ended = [losses, *model.weights.values(), *model.velocities.values()]
     return hashlib.sha256(b"".join(array.tobytes() for array in ended)).hexdigest()
+
+
+def all_of(comm, part):
+    """Gather what all ranks have; fail as the package does if a rank is lost meanwhile."""
+    try:
+        return comm.allgather(part)
+    except MPI.Exception as error:
+        raise CollectiveError(f"allgather: MPI failed: {error}") from error
 
 
 def begin(directory: Path, manager: CheckpointManager) -> None:
