@@ -71,15 +71,23 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+def thread_states(pid: int) -> set[str]:
+    """Return in which states the threads of a process are, as letters of the kernel's."""
+    states = set()
+    with contextlib.suppress(OSError):  # it has ended, or one since they were listed
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
+                states.add(stat.rpartition(")")[2].split()[0])
+    return states
+
+
 def alive(pids: Iterable[int]) -> list[int]:
-    """Return which of some processes have not ended."""
-    living = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z":
-                living.append(pid)
-    return living
+    """Return which of some processes have not ended, with all their threads.
+
+    One inside an fsync ends only after it, and holds until then what it has locked.
+    """
+    return [pid for pid in pids if thread_states(pid) - {"Z", "X"}]
 
 
 def kill(pids: Iterable[int]) -> None:
@@ -112,4 +120,6 @@ def end_job(job: subprocess.Popen[str], everybody: list[int]) -> Outcome:
     """End what is left of a job: ranks of a dead mpirun are nobody's descendants."""
     end_tree(job.pid)
     kill(alive(everybody))
-    return finish_job(job)
+    outcome = finish_job(job)
+    assert wait_for(lambda: not alive(everybody), 60), f"{alive(everybody)} live on"
+    return outcome

@@ -12,7 +12,7 @@ import pytest
 
 from mpi_ckpt.errors import LockedError
 from mpi_ckpt.storage import lock
-from tests.crash.killing import kill
+from tests.crash.killing import alive, kill, wait_for
 from tests.crash.world import COUNTS, Saved, Training, leftovers
 from tests.draws import STRESS
 from tests.launch import end_tree, finish_job, ranks_of, start_job
@@ -87,8 +87,10 @@ def test_a_killed_job_never_blocks_its_restart(start, tmp_path):
     """Its lock file stays, and names a process; whose number is somebody else's by now."""
     saver = start(2, "save", 10**6)
     wait_until_saved(saver, tmp_path / "started")
-    kill(ranks_of(saver))
+    ranks = ranks_of(saver)
+    kill(ranks)
     finish_job(saver)
+    assert wait_for(lambda: not alive(ranks), 60), f"{alive(ranks)} live on"
     left = tmp_path / "ckpt" / ".lock"
     assert left.read_text().startswith("job ")
     left.write_text(f"job somebody, process {os.getpid()} on {os.uname().nodename}\n")

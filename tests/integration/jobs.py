@@ -11,7 +11,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.launch import REPOSITORY, Outcome, end_tree, finish_job, ranks_of, start_job
+from tests.crash.killing import alive, wait_for
+from tests.launch import (
+    REPOSITORY,
+    Outcome,
+    descendants,
+    end_tree,
+    finish_job,
+    ranks_of,
+    start_job,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,8 +55,11 @@ class Jobs:
 
     def kill(self, job: Popen[str]) -> None:
         """Kill all of a job at once, as the loss of its node would."""
+        everybody = descendants(job.pid)
         end_tree(job.pid)
         self.finish(job)
+        # Who is inside an fsync ends only after it, and its successor would wait for it.
+        assert wait_for(lambda: not alive(everybody), 60), f"{alive(everybody)} live on"
 
     def wait_until(self, job: Popen[str], condition: Callable[[], bool]) -> None:
         """Return when a condition holds; fail if the job ends, or hangs, before."""

@@ -6,20 +6,19 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.recovery import survey
+from tests.crash.killing import thread_states
 from tests.integration.jobs import PROGRAMS
 from tests.launch import ranks_of
 from tests.single.making import save, some_states
 
 
 def is_stopped(process: int) -> bool:
-    stats = Path(f"/proc/{process}/task").glob("*/stat")
-    return {one.read_text().rpartition(")")[2].split()[0] for one in stats} == {"T"}
+    return thread_states(process) == {"T"}
 
 
 @pytest.mark.parametrize("mode", ["blocking", "asynchronous"])
