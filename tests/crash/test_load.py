@@ -11,7 +11,7 @@ from tests.crash.world import COUNTS
 from tests.draws import SEED
 from tests.launch import run_job
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 SAVES, TURN = 60, 5
 
@@ -20,7 +20,7 @@ def soak(ranks, directory, *more):
     """Run the program; scripts/soak judges memory and the slowest, of a thousand saves."""
     command = ["-m", "tests.crash.programs.soak", str(directory), "--saves", str(SAVES)]
     command += ["--turn", str(TURN), "--mib", "4", "--delay", "0.01", "--seed", str(SEED)]
-    return run_job(ranks, [*command, "--growth", "0.2", *more], timeout=250)
+    return run_job(ranks, [*command, "--growth", "0.2", *more], timeout=800)
 
 
 def test_nothing_is_lost_or_left_by_many_saves_under_faults(tmp_path):

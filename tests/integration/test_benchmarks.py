@@ -15,7 +15,7 @@ LIGHT = ["sync", "reuse", "writers", "small"]
 def run_smoke(ranks, cases, directory):
     lines = directory / "figures.jsonl"
     command = ["-m", "benchmarks", *cases, "--smoke", "--directory", str(directory)]
-    job = run_job(ranks, [*command, "--json", str(lines)], timeout=90)
+    job = run_job(ranks, [*command, "--json", str(lines)], timeout=280)
     assert job.code == 0, job.text
     return job, read_figures(lines.read_text().splitlines())
 
