@@ -128,7 +128,7 @@ class Training:
     def start_until(self, ranks: int, step: int) -> Popen[str]:
         """Return a job that has come to a step, and is slow enough to be caught there."""
         before = len(self.events())
-        job = self.start(ranks, TEST_PACE="0.03")
+        job = self.start(ranks, TEST_PACE="0.03", TEST_HOLD=str(step))
 
         def has_come() -> bool:
             return any(one.get("step", 0) >= step for one in self.steps_since(before))

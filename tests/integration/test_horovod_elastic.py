@@ -34,12 +34,13 @@ class Training:
         self.folder = folder
         self.log = folder / "log.jsonl"
 
-    def start(self, ranks: int, *, pause: float = 0.0) -> Popen[str]:
+    def start(self, ranks: int, **env: str) -> Popen[str]:
         program = EXAMPLES / "horovod_elastic.py"
         places = f"--checkpoints={self.folder / 'checkpoints'}", f"--log={self.log}"
-        options = f"--epochs={EPOCHS}", "--interval=5", f"--pause={pause}"
+        options = f"--epochs={EPOCHS}", "--interval=5"
         note = PROGRAMS / "note_exit.py"
-        return self.jobs.start(ranks, note, self.folder, program, *places, *options)
+        command = (note, self.folder, program, *places, *options)
+        return self.jobs.start(ranks, *command, **env)
 
     def run(self, ranks: int) -> Outcome:
         return self.jobs.finish(self.start(ranks))
@@ -49,11 +50,13 @@ class Training:
         events = [json.loads(line) for line in lines if line.endswith("\n")]
         return [one for one in events if one["event"] == kind]
 
-    def wait_for(self, job: Popen[str], batch: int) -> None:
-        """Return once a batch was committed in the run that goes on now."""
+    def start_until(self, ranks: int, batch: int) -> Popen[str]:
+        """Return a job that has committed a batch, and is held there to be caught."""
+        job = self.start(ranks, TEST_PACE="0.03", TEST_HOLD=str(batch))
         self.jobs.wait_until(
             job, lambda: any(one["batch"] >= batch for one in self.events("commit"))
         )
+        return job
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +77,7 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(
     points = random.Random(SEED)
     reached = 0
     for whole in (True, False):
-        job = training.start(2, pause=0.03)
-        training.wait_for(job, reached + points.randrange(12, 30))
+        job = training.start_until(2, reached + points.randrange(12, 30))
         if whole:
             jobs.kill(job)
         else:
@@ -97,8 +99,7 @@ def test_asked_to_stop_it_loses_nothing_and_goes_on_with_another_number_of_ranks
     jobs: Jobs, tmp_path: Path
 ) -> None:
     training = Training(jobs, tmp_path)
-    job = training.start(2, pause=0.03)
-    training.wait_for(job, 35)  # an epoch is over at 30 and at 60
+    job = training.start_until(2, 35)  # an epoch is over at 30 and at 60
     signal_to(job, signal.SIGTERM, 1)
     outcome = jobs.finish(job)
     assert outcome.code == 143, outcome.text

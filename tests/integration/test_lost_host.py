@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-STEPS = 60
+STEPS = 200
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_lost_rank_is_survived_in_place_and_a_lost_host_by_the_loop(hosts, tmp_p
     )
     log = tmp_path / "log.jsonl"
     words = [
-        *("--np", 4, "--min-np", 2, "--backoff", 0.1, "--timeout", 10),
+        *("--np", 4, "--min-np", 2, "--backoff", 0.1, "--timeout", 40),
         *("--launcher", mpirun, "--hosts-script", alive),
         *("--", "python", EXAMPLES / "recover.py"),
         *("--checkpoints", tmp_path / "checkpoints", "--log", log),

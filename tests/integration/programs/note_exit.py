@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program and notes with what each rank leaves: note_exit.py FOLDER PROGRAM ...
 
-With TEST_PACE in the environment each step takes so many seconds more, so that a test can
-end the program at a certain one.
+With TEST_PACE in the environment each step takes so many seconds more, and those after step
+TEST_HOLD a second, so that a test can end the program at a certain one.
 """
 
 import os
@@ -21,7 +21,8 @@ step = CheckpointManager.step
 
 
 def slow_step(manager, **values):
-    time.sleep(float(os.environ["TEST_PACE"]))
+    held = manager.steps >= int(os.environ["TEST_HOLD"])
+    time.sleep(1.0 if held else float(os.environ["TEST_PACE"]))
     return step(manager, **values)
 
 
