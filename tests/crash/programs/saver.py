@@ -80,7 +80,7 @@ def run(directory: Path, saves: int, comm) -> None:
     options = {
         "keep": 2,
         "comm": collectives.watch(comm),
-        "deadline_seconds": 100,
+        "deadline_seconds": 50,
         "asynchronous": acked % 2 == 1,  # now and then, the same on every rank
         "overlap": acked % 4 == 3,
         "reuse": acked % 3 > 0,
