@@ -17,7 +17,7 @@ from tests.launch import descendants, end_tree, finish_job, ranks_of
 if TYPE_CHECKING:
     import random
     import subprocess
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from tests.launch import Outcome
 
@@ -90,6 +90,14 @@ def alive(pids: Iterable[int]) -> list[int]:
     return [pid for pid in pids if thread_states(pid) - {"Z", "X"}]
 
 
+def wait_for_death(pids: Collection[int]) -> None:
+    """Return when some processes have ended; fail if they do not.
+
+    Who is inside an fsync ends only after it, and a successor would wait for it.
+    """
+    assert wait_for(lambda: not alive(pids), 60), f"{alive(pids)} live on"
+
+
 def kill(pids: Iterable[int]) -> None:
     """Kill processes that may be gone."""
     for pid in pids:
@@ -121,5 +129,5 @@ def end_job(job: subprocess.Popen[str], everybody: list[int]) -> Outcome:
     end_tree(job.pid)
     kill(alive(everybody))
     outcome = finish_job(job)
-    assert wait_for(lambda: not alive(everybody), 60), f"{alive(everybody)} live on"
+    wait_for_death(everybody)
     return outcome

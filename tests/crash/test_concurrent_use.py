@@ -12,7 +12,7 @@ import pytest
 
 from mpi_ckpt.errors import LockedError
 from mpi_ckpt.storage import lock
-from tests.crash.killing import alive, kill, wait_for
+from tests.crash.killing import kill, wait_for_death
 from tests.crash.world import COUNTS, Saved, Training, leftovers
 from tests.draws import STRESS
 from tests.launch import end_tree, finish_job, ranks_of, start_job
@@ -90,7 +90,7 @@ def test_a_killed_job_never_blocks_its_restart(start, tmp_path):
     ranks = ranks_of(saver)
     kill(ranks)
     finish_job(saver)
-    assert wait_for(lambda: not alive(ranks), 60), f"{alive(ranks)} live on"
+    wait_for_death(ranks)
     left = tmp_path / "ckpt" / ".lock"
     assert left.read_text().startswith("job ")
     left.write_text(f"job somebody, process {os.getpid()} on {os.uname().nodename}\n")

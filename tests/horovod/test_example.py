@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 
 import pytest
 
 from tests.draws import SEED
-from tests.integration.jobs import EXAMPLES, jobs_of_a_test, signal_to
+from tests.integration.jobs import EXAMPLES, jobs_of_a_test, logged, signal_to
 
 BATCHES = 30 * 3
 
@@ -36,10 +35,7 @@ def start(jobs, tmp_path):
 
 
 def events(folder, kind):
-    log = folder / "log"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [one for one in found if one["event"] == kind]
+    return [one for one in logged(folder / "log") if one["event"] == kind]
 
 
 def wait_for(jobs, job, folder, batch):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.crash.killing import alive, wait_for
+from tests.crash.killing import wait_for_death
 from tests.launch import (
     REPOSITORY,
     Outcome,
@@ -58,8 +58,7 @@ class Jobs:
         everybody = descendants(job.pid)
         end_tree(job.pid)
         self.finish(job)
-        # Who is inside an fsync ends only after it, and its successor would wait for it.
-        assert wait_for(lambda: not alive(everybody), 60), f"{alive(everybody)} live on"
+        wait_for_death(everybody)
 
     def wait_until(self, job: Popen[str], condition: Callable[[], bool]) -> None:
         """Return when a condition holds; fail if the job ends, or hangs, before."""

@@ -6,7 +6,6 @@ Without Horovod here; tests/horovod does the same beside a real one.
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.draws import SEED
-from tests.integration.jobs import EXAMPLES, PROGRAMS, Jobs, signal_to
+from tests.integration.jobs import EXAMPLES, PROGRAMS, Jobs, logged, signal_to
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,9 +45,7 @@ class Training:
         return self.jobs.finish(self.start(ranks))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [one for one in events if one["event"] == kind]
+        return [one for one in logged(self.log) if one["event"] == kind]
 
     def start_until(self, ranks: int, batch: int) -> Popen[str]:
         """Return a job that has committed a batch, and is held there to be caught."""

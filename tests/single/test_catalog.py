@@ -134,24 +134,6 @@ def stuck(root, monkeypatch):
     return catalog
 
 
-def test_what_could_not_be_removed_goes_before_the_next_save(stuck, root):
-    stuck.remove_left("job")
-    assert numbers(stuck) == [3, 4]
-    assert sorted(os.listdir(root)) == [
-        ".lock",
-        "checkpoint-00000003",
-        "checkpoint-00000004",
-    ]
-    stuck.remove_left("job")
-    assert numbers(stuck) == [3, 4]
-
-
-def test_what_was_retired_is_spared_once_a_newer_one_is_bad(stuck, root):
-    stuck.spare_left()
-    stuck.remove_left("job")
-    assert numbers(stuck) == [1, 2, 3, 4]
-
-
 def test_what_was_retired_is_spared_where_nothing_newer_is_left(stuck, root):
     for number in (3, 4):
         shutil.rmtree(root / f"checkpoint-0000000{number}")
@@ -174,15 +156,28 @@ def unlisted(root, monkeypatch, caplog):
     return catalog
 
 
-def test_what_could_not_be_chosen_goes_before_the_next_save(unlisted, root):
-    unlisted.remove_left("job")
-    assert numbers(unlisted) == [3, 4]
+@pytest.fixture(params=["stuck", "unlisted"])
+def undone(request):
+    """A catalog that could not remove 1 and 2, or not find out that they may go."""
+    return request.getfixturevalue(request.param)
 
 
-def test_nothing_is_chosen_again_once_a_newer_one_is_bad(unlisted, root):
-    unlisted.spare_left()
-    unlisted.remove_left("job")
-    assert numbers(unlisted) == [1, 2, 3, 4]
+def test_what_could_not_be_done_is_done_before_the_next_save(undone, root):
+    undone.remove_left("job")
+    assert numbers(undone) == [3, 4]
+    assert sorted(os.listdir(root)) == [
+        ".lock",
+        "checkpoint-00000003",
+        "checkpoint-00000004",
+    ]
+    undone.remove_left("job")
+    assert numbers(undone) == [3, 4]
+
+
+def test_what_was_retired_is_spared_once_a_newer_one_is_bad(undone):
+    undone.spare_left()
+    undone.remove_left("job")
+    assert numbers(undone) == [1, 2, 3, 4]
 
 
 def test_nothing_is_removed_while_the_directory_cannot_be_listed(unlisted, monkeypatch):
