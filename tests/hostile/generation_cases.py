@@ -34,7 +34,7 @@ from tests.hostile.world import (
     replace_file,
     stream_of,
 )
-from tests.single.making import document_of, sealed
+from tests.making import document_of, sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

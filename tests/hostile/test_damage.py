@@ -25,7 +25,7 @@ from mpi_ckpt.storage.reader import GenerationReader
 from tests.crash.world import scratch
 from tests.draws import SEED, STRESS
 from tests.hostile.world import MANIFEST
-from tests.single.making import Stream
+from tests.making import Stream
 
 if TYPE_CHECKING:
     from pathlib import Path

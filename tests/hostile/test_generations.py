@@ -8,10 +8,10 @@ import os
 import pytest
 
 from mpi_ckpt.errors import CheckpointError, StateMismatchError
+from tests.commands import run
 from tests.hostile.generation_cases import CASES, FALLBACK, MISMATCH, TAKEN, Case
 from tests.hostile.watch import watched
 from tests.hostile.world import MARKER, NEWEST, Program, copy_of, make_root
-from tests.single.commands import run
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import os
 import pytest
 import torch
 
+from tests.commands import run
 from tests.hostile.import_cases import CASES
 from tests.hostile.watch import watched
 from tests.hostile.world import MARKER, Program, copy_of, make_root
-from tests.single.commands import run
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from mpi_ckpt.storage import layout
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.reader import GenerationReader
 from mpi_ckpt.storage.tensorfile import encode_header, parse_header
-from tests.contract import stranger
 from tests.crash.world import scratch
-from tests.single.making import Stream, save
+from tests.making import Stream, save
+from tests.restore import stranger
 
 if TYPE_CHECKING:
     from pathlib import Path

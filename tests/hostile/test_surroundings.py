@@ -18,10 +18,10 @@ import pytest
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, SaveError
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from tests.commands import run
 from tests.hostile.watch import watched
 from tests.hostile.world import NEWEST, STREAM, Program, copy_of, make_root, make_socket
-from tests.single.commands import run
-from tests.single.making import save
+from tests.making import save
 
 NOBODY = 65534
 FIRST = "checkpoint-00000001"

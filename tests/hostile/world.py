@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, ObjectState, Options
 from mpi_ckpt.digest import digest_bytes
-from tests.single.making import Stream, document_of, publish, sealed, sealed_document
+from tests.making import Stream, document_of, publish, sealed, sealed_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable

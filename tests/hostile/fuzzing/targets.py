@@ -31,7 +31,7 @@ from mpi_ckpt.storage.tensorfile import parse_header
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GOLDEN = Path(__file__).parents[2] / "contract" / "golden" / "v1" / "checkpoint-00000001"
+GOLDEN = Path(__file__).parents[2] / "restore" / "golden" / "v1" / "checkpoint-00000001"
 _SMALL_BYTES = 1 << 20
 _TAIL_BYTES = 46
 

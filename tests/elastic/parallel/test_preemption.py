@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests to stop: noticed on one rank, obeyed by all at the same step."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from mpi_ckpt import ObjectState, StopWhen
+from mpi_ckpt.elastic import requests
+from mpi_ckpt.engine import steps
+from mpi_ckpt.errors import OptionsError, StageError
+from tests.ranks import assert_same, manager, same_error
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+LIMIT = 500
+
+
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch):
+    """Require the signal handlers of before to be there after; forget real schedulers."""
+    for name in ("MPI_CKPT_DEADLINE", "SLURM_JOB_END_TIME", "PBS_WALLTIME"):
+        monkeypatch.delenv(name, raising=False)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.fixture(params=["short steps", "long steps"])
+def delay(request, monkeypatch):
+    """Steps later that a request is obeyed: votes on short steps are read at the next."""
+    is_long = request.param == "long steps"
+    monkeypatch.setattr(steps, "_LONG_STEP_SECONDS", 0.0 if is_long else 1e9)
+    return 0 if is_long else 1
+
+
+class Counter(ObjectState):
+    """Counts; does something more at its turn to be saved or loaded."""
+
+    at_save = at_load = staticmethod(lambda: None)
+
+    def __init__(self):
+        super().__init__("counter", 0)
+
+    def capture(self):
+        self.at_save()
+        return super().capture()
+
+    def accept(self, value):
+        super().accept(value)
+        self.at_load()
+
+
+@pytest.fixture
+def counter():
+    return Counter()
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+def train(one, counter, *, until=LIMIT, act=lambda step: None):
+    """Take steps until told to stop; return how many there were."""
+    for step in range(1, until + 1):
+        counter.value = one.steps + 1
+        act(step)
+        if one.step():
+            return step
+    return None
+
+
+def saved(one):
+    return [info.step for info in one.generations()]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_on_one_rank_stops_all(comm, shared_path, counter, number, delay):
+    last = comm.size - 1
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+
+        def act(step):
+            assert one.exit_code == 0 or comm.rank == last
+            if comm.rank == last and step == 4:
+                send(number)
+
+        step = train(one, counter, act=act)
+        assert_same(comm, step)
+        assert step == 4 + delay
+        assert one.exit_code == 143
+        assert saved(one) == [step]
+        # It goes on saying so, and a second request is as good as the first.
+        assert one.step() is True
+        counter.value = 0
+        one.restore()
+    assert_same(comm, counter.value)
+    assert counter.value == 4 + delay
+
+
+def test_a_signal_on_all_ranks(comm, shared_path, counter, delay):
+    options = {"preemption_signals": (signal.SIGUSR1,), "exit_code": 7, "interval": 1}
+    with manager(shared_path, counter, **options) as one:
+
+        def act(step):
+            if step == 2:
+                send(signal.SIGUSR1)
+
+        assert train(one, counter, act=act) == 2 + delay
+        assert one.exit_code == 7
+        assert saved(one) == list(range(1, 3 + delay))
+
+
+def test_a_signal_before_the_first_step(comm, shared_path, counter):
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+        send()
+        assert train(one, counter) == 1
+        assert saved(one) == [1]
+
+
+def test_a_handler_of_the_users_is_called_too(comm, shared_path, counter):
+    seen = []
+    previous = signal.signal(signal.SIGUSR1, lambda *_: seen.append("mine"))
+    try:
+        with manager(shared_path, counter, preemption_signals=(signal.SIGUSR1,)) as one:
+            send(signal.SIGUSR1)
+            assert one.step() is True
+        assert seen == ["mine"]
+        send(signal.SIGUSR1)
+        assert seen == ["mine", "mine"]
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def test_a_last_save_that_fails_can_be_tried_again(comm, shared_path, counter):
+    last = comm.size - 1
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+        if comm.rank == last:
+            send()
+            counter.value = object()
+        with same_error(comm, StageError, f"rank {last} of"):
+            one.step()
+        counter.value = 1
+        assert one.step() is True
+        assert saved(one) == [2]
+
+
+@pytest.mark.usefixtures("delay")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_signal_during_a_save(comm, shared_path, counter, asynchronous):
+    options = {"preemption_signals": SIGNALS, "asynchronous": asynchronous, "interval": 3}
+    with manager(shared_path, counter, **options) as one:
+        if comm.rank == comm.size - 1:
+            counter.at_save = send
+        # The vote that is posted after the save knows of it.
+        assert train(one, counter) == 4
+        assert saved(one) == [3, 4], "what was being saved is not lost"
+
+
+def test_a_signal_during_a_restore(comm, shared_path, counter):
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+        counter.value = 17
+        one.save(step=17)
+        if comm.rank == comm.size - 1:
+            counter.at_load = send
+        assert one.restore().step == 17
+        assert counter.value == 17
+        assert train(one, counter) == 1
+        assert saved(one) == [17, 18]
+
+
+def test_two_signals_are_one_request(comm, shared_path, counter, delay):
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+
+        def act(step):
+            if comm.rank == 0 and step in (2, 3):
+                send()
+
+        assert train(one, counter, act=act) == 2 + delay
+        assert saved(one) == [2 + delay]
+
+
+def test_a_halt_file_stops_all_and_stays(comm, shared_path, counter, monkeypatch, delay):
+    monkeypatch.setattr(requests, "_PAUSE_SECONDS", 0.0)
+
+    def act(step):
+        if step == 3 and comm.rank == 0:
+            (shared_path / "halt").touch()
+
+    with manager(shared_path, counter) as one:
+        assert train(one, counter, act=act) == 3 + delay
+        assert one.exit_code == 143
+        assert saved(one) == [3 + delay]
+    with manager(shared_path, counter) as one:
+        one.restore()
+        # The next run finds it as well, before it has trained if it asks.
+        assert one.should_stop() is True
+        comm.barrier()
+        if comm.rank == 0:
+            (shared_path / "halt").unlink()
+    with manager(shared_path, counter) as one:
+        one.restore()
+        assert train(one, counter, until=3) is None
+
+
+def test_a_function_on_root_stops_all(comm, shared_path, counter, monkeypatch, delay):
+    monkeypatch.setattr(requests, "_PAUSE_SECONDS", 0.0)
+    stop = False
+
+    def asked():
+        assert comm.rank == 0
+        return stop
+
+    def act(step):
+        nonlocal stop
+        stop = step >= 5
+
+    # Another function on every rank, as after any `def`: options are the same all the same.
+    with manager(shared_path, counter, stop=StopWhen(asked=asked)) as one:
+        assert train(one, counter, act=act) == 5 + delay
+
+
+def test_a_function_that_fails_on_root_stops_nobody(comm, shared_path, counter):
+    stop = StopWhen(asked=lambda: [][0])
+    with manager(shared_path, counter, stop=stop) as one:
+        assert train(one, counter, until=10) is None
+
+
+def test_the_end_of_the_job_stops_all_in_time(comm, shared_path, counter, monkeypatch):
+    start = time.monotonic()
+    # Root is told the end; what other hosts believe of it, or of the time, is not asked.
+    told = time.time() + 2.0 if comm.rank == 0 else 1.1e9
+    monkeypatch.setenv("MPI_CKPT_DEADLINE", str(told))
+    if comm.rank > 0:
+        monkeypatch.setattr(time, "time", lambda: 5e9)
+    with manager(shared_path, counter, stop=StopWhen(margin_seconds=0)) as one:
+        one.save()  # tells that a save takes next to nothing
+        step = train(one, counter, until=10**9, act=lambda step: time.sleep(0.005))
+        took = comm.bcast(time.monotonic() - start)
+        assert_same(comm, step)
+        # Half of so short a time belongs to the training.
+        assert took > 0.9
+        assert one.exit_code == 143
+        assert saved(one)[-1] == step
+
+
+def test_an_end_that_has_passed(comm, shared_path, counter, monkeypatch, caplog):
+    monkeypatch.setenv("MPI_CKPT_DEADLINE", str(time.time() - 3600))
+    with manager(shared_path, counter) as one:
+        assert train(one, counter) == 1
+        assert saved(one) == [1]
+    said = [text for text in caplog.messages if "should have ended" in text]
+    assert len(said) == (comm.rank == 0)
+
+
+def test_variables_of_another_job_stop_nobody(comm, shared_path, counter, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() - 86400)))
+    with manager(shared_path, counter) as one:
+        assert train(one, counter, until=5) is None
+        assert one.exit_code == 0
+
+
+def test_rubbish_in_the_users_variable_is_one_error(comm, shared_path, monkeypatch):
+    if comm.rank == 0:  # mpirun need not pass it on
+        monkeypatch.setenv("MPI_CKPT_DEADLINE", "4:00:00")
+    with same_error(comm, OptionsError, "MPI_CKPT_DEADLINE='4:00:00' is no point in time"):
+        manager(shared_path)
+
+
+def test_asking_counts_no_step_and_saves_nothing(comm, shared_path, counter):
+    options = {"preemption_signals": SIGNALS, "interval": 1}
+    with manager(shared_path, counter, **options) as one:
+        assert one.should_stop() is False
+        one.step()
+        assert one.should_stop() is False
+        if comm.rank == comm.size - 1:
+            send()
+        assert one.should_stop() is True
+        assert (one.exit_code, one.steps, saved(one)) == (143, 1, [1])
+        assert one.should_stop() is True
+        # Agreed on already: the next step obeys, whatever was under way.
+        assert one.step() is True
+        assert saved(one) == [1, 2]

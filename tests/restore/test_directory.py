@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+import pytest
+
+from mpi_ckpt.errors import (
+    CorruptGenerationError,
+    LockedError,
+    ReadError,
+    SaveError,
+    UnsupportedFormatError,
+)
+from mpi_ckpt.storage import catalog, filesystem, lock, recovery
+from mpi_ckpt.storage import directory as directory_module
+from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.recovery import Survey
+from tests.making import document_of, publish, save, sealed_document, some_states
+from tests.recording import RecordingOS
+
+
+@pytest.fixture
+def opened():
+    """Make directories that are closed when the test ends."""
+    made = []
+
+    def make(root) -> CheckpointDirectory:
+        made.append(CheckpointDirectory(root))
+        return made[-1]
+
+    yield make
+    for directory in made:
+        directory.close()
+
+
+def damage(generation) -> None:
+    with (generation / "stream.bin").open("r+b") as file:
+        file.write(b"\xff")
+
+
+def newest(directory: CheckpointDirectory) -> int | None:
+    reader = directory.open_newest()
+    if reader is None:
+        return None
+    with reader:
+        return reader.manifest.generation
+
+
+def test_nothing_is_touched_until_it_is_asked_for(tmp_path, opened, monkeypatch):
+    directory = opened(tmp_path / "new" / "root")
+    assert not (tmp_path / "new").exists()
+    assert newest(directory) is None
+    assert os.listdir(tmp_path / "new" / "root") == [".lock"]
+    # Of two jobs that start with nothing, the second hears of it before it trains.
+    monkeypatch.setattr(lock.DirectoryLock.__init__, "__defaults__", (0.0,))
+    with pytest.raises(LockedError):
+        opened(tmp_path / "new" / "root").open_newest()
+
+
+def test_owning_twice_is_owning_once_and_closing_lets_go(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(lock.DirectoryLock.__init__, "__defaults__", (0.0,))
+    one, other = opened(tmp_path), opened(tmp_path)
+    one.own()
+    one.own()
+    with pytest.raises(LockedError, match=f"job {one.job}"):
+        other.own()
+    one.close()
+    one.close()
+    other.own()
+
+
+def test_leftovers_are_swept_by_the_owner(tmp_path, opened):
+    leftover = tmp_path / ".partial-00000003-dead"
+    leftover.mkdir()
+    (leftover / "f").write_bytes(b"x")
+    directory = opened(tmp_path)
+    directory.own()
+    assert not leftover.exists()
+
+
+def test_numbers_grow_and_are_not_used_twice(tmp_path, opened):
+    directory = opened(tmp_path)
+    directory.own()
+    assert [save(directory, []).generation for _ in range(2)] == [1, 2]
+    shutil.rmtree(tmp_path / "checkpoint-00000001")
+    assert save(directory, []).generation == 3
+    directory.reject(3, CorruptGenerationError("bad"))
+    assert save(directory, []).generation == 4
+
+
+def test_newest_is_opened(tmp_path, opened):
+    publish(tmp_path, step=1)
+    publish(tmp_path, step=2)
+    assert newest(opened(tmp_path)) == 2
+
+
+def test_stray_names_are_ignored(tmp_path, opened):
+    publish(tmp_path)
+    (tmp_path / "checkpoint-foo").mkdir()
+    (tmp_path / "checkpoint-99").mkdir()
+    (tmp_path / "notes.txt").write_bytes(b"")
+    assert newest(opened(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("fault", ["truncated", "missing", "manifest", "empty", "dangling"])
+def test_bad_newest_is_set_aside_and_the_one_before_is_used(
+    tmp_path, opened, caplog, fault
+):
+    publish(tmp_path, step=1)
+    bad = publish(tmp_path, step=2)
+    if fault == "truncated":
+        os.truncate(bad / "stream.bin", 7)
+    elif fault == "missing":
+        (bad / "stream.bin").unlink()
+    elif fault == "manifest":
+        (bad / "manifest.json").write_bytes(b"{}")
+    else:
+        shutil.rmtree(bad)
+        bad.mkdir() if fault == "empty" else bad.symlink_to("nowhere")
+    directory = opened(tmp_path)
+    assert newest(directory) == 1
+    assert list(directory.set_aside) == [str(bad)]
+    assert os.path.lexists(tmp_path / ".quarantine" / bad.name)
+    assert caplog.text.count("failed to verify and is not used") == 1
+    assert newest(directory) == 1
+
+
+def test_generation_found_bad_later_is_not_opened_again(tmp_path, opened):
+    for _ in range(2):
+        publish(tmp_path)
+    directory = opened(tmp_path)
+    with directory.open_newest() as reader:
+        damage(reader.path)
+        with pytest.raises(CorruptGenerationError) as caught:
+            reader.verify()
+    directory.reject(2, caught.value)
+    assert newest(directory) == 1
+
+
+def test_all_bad_is_an_error_that_names_them_now_and_later(tmp_path, opened):
+    for _ in range(2):
+        os.truncate(publish(tmp_path) / "stream.bin", 7)
+    directory = opened(tmp_path)
+    with pytest.raises(
+        CorruptGenerationError, match=r"no generation in .* is good"
+    ) as caught:
+        directory.open_newest()
+    assert len(caught.value.problems) == 2
+    directory.close()
+    # The next run must not take an emptied directory for a fresh start.
+    with pytest.raises(CorruptGenerationError, match="checkpoint-00000002"):
+        opened(tmp_path).open_newest()
+
+
+def test_start_anew_is_possible_as_the_error_says(tmp_path, opened):
+    os.truncate(publish(tmp_path) / "stream.bin", 7)
+    directory = opened(tmp_path)
+    with pytest.raises(CorruptGenerationError, match=r"move .*\.quarantine"):
+        directory.open_newest()
+    directory.close()
+    (tmp_path / ".quarantine").rename(tmp_path / "kept")
+    assert newest(opened(tmp_path)) is None
+
+
+def test_newer_format_is_an_error_and_nothing_behind_it_is_used(tmp_path, opened):
+    publish(tmp_path)
+    newer = publish(tmp_path)
+    document = document_of(newer)
+    document["version"] = 2
+    (newer / "manifest.json").write_bytes(sealed_document(document))
+    with pytest.raises(UnsupportedFormatError, match="version 2"):
+        opened(tmp_path).open_newest()
+    assert newer.exists()
+
+
+def test_checkpoints_of_adaptdl_are_refused_by_name(tmp_path, opened):
+    (tmp_path / "checkpoint-0").mkdir()
+    (tmp_path / "checkpoint-0" / "model").write_bytes(b"\x80\x04K\x01.")
+    directory = opened(tmp_path)
+    with pytest.raises(UnsupportedFormatError, match=r"adaptdl .checkpoint-0."):
+        directory.open_newest()
+    directory.close()
+    publish(tmp_path)
+    assert newest(opened(tmp_path)) == 1
+
+
+def test_trouble_reading_does_not_go_back_to_an_older_one(tmp_path, opened, monkeypatch):
+    for _ in range(2):
+        publish(tmp_path)
+    directory = opened(tmp_path)
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def preadv(self, *_):
+            raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(filesystem, "os", Failing())
+    with pytest.raises(ReadError, match="EIO"):
+        directory.open_newest()
+    assert directory.set_aside == {}
+    assert (tmp_path / "checkpoint-00000002").exists()
+
+
+class ReadOnly:
+    """Refuses to make the lock file, as a read-only file system does."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, path, flags, *mode):
+        if flags & os.O_CREAT:
+            raise OSError(self.code, os.strerror(self.code), str(path))
+        return os.open(path, flags, *mode)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_read_only_directory_can_be_restored_from(tmp_path, opened, monkeypatch, code):
+    publish(tmp_path)
+    bad = publish(tmp_path)
+    os.truncate(bad / "stream.bin", 7)
+    monkeypatch.setattr(lock, "os", ReadOnly(code))
+    directory = opened(tmp_path)
+    assert newest(directory) == 1
+    assert bad.exists()
+    assert list(directory.set_aside) == [str(bad)]
+    assert newest(directory) == 1
+    with pytest.raises(SaveError) as caught:
+        directory.own()
+    assert caught.value.errno == code
+
+
+def test_directory_of_a_full_disk_can_be_restored_from_with_a_warning(
+    tmp_path, opened, monkeypatch, caplog
+):
+    publish(tmp_path)
+    monkeypatch.setattr(lock, "os", ReadOnly(errno.ENOSPC))
+    directory = opened(tmp_path)
+    assert newest(directory) == 1
+    assert "restoring without a lock" in caplog.text
+    with pytest.raises(SaveError, match="ENOSPC"):
+        directory.own()
+
+
+def test_file_in_place_of_the_directory_is_told(tmp_path, opened):
+    (tmp_path / "file").write_bytes(b"x")
+    directory = opened(tmp_path / "file")
+    with pytest.raises(SaveError, match="ENOTDIR"):
+        directory.own()
+    with pytest.raises(ReadError, match="ENOTDIR"):
+        directory.open_newest()
+
+
+def test_leftover_of_this_job_is_gone_with_its_next_save(tmp_path, opened):
+    directory = opened(tmp_path)
+    directory.own()
+    leftover = tmp_path / f".partial-00000004-{directory.job}"
+    leftover.mkdir()
+    assert save(directory, []).generation == 1
+    assert not leftover.exists()
+
+
+def test_manifest_that_was_just_written_is_not_read_again(tmp_path, opened, monkeypatch):
+    directory = opened(tmp_path)
+    directory.own()
+    monkeypatch.setattr(catalog, "read_manifest", lambda _: pytest.fail("read"))
+    save(directory, some_states(), step=5)
+    assert [info.step for info in directory.catalog.generations()] == [5]
+
+
+def test_leftover_that_cannot_be_removed_is_in_nobodys_way(tmp_path, opened, monkeypatch):
+    directory = opened(tmp_path)
+    directory.own()
+    stuck = tmp_path / ".partial-00000001-dead"
+    (stuck / "theirs").mkdir(parents=True)
+    (stuck / "theirs" / "f").write_bytes(b"x")
+    assert save(directory, some_states()).generation == 2
+    directory.close()
+    assert newest(opened(tmp_path)) == 2
+    assert len(list(tmp_path.glob(".partial-00000001-dead*/theirs"))) == 1
+
+
+def test_manifest_of_the_newest_is_remembered_until_it_proves_bad(tmp_path, opened):
+    directory = opened(tmp_path)
+    directory.own()
+    assert directory.newest_manifest() is None
+    save(directory, some_states())
+    bad = save(directory, some_states()).path
+    assert directory.newest_manifest().generation == 2
+    os.truncate(bad / "stream.bin", 1)
+    assert directory.newest_manifest().generation == 2
+    directory.reject(2, CorruptGenerationError("bad"))
+    assert directory.newest_manifest().generation == 1
+    directory.close()
+    assert opened(tmp_path).newest_manifest().generation == 1
+
+
+def test_generation_that_cannot_be_moved_is_skipped_in_this_run(
+    tmp_path, opened, monkeypatch
+):
+    publish(tmp_path)
+    bad = publish(tmp_path)
+    os.truncate(bad / "stream.bin", 7)
+    directory = opened(tmp_path)
+    directory.own()
+    monkeypatch.setattr(filesystem, "os", RecordingOS("rename"))
+    assert newest(directory) == 1
+    assert newest(directory) == 1
+    assert bad.exists()
+
+
+def reader_of(root, monkeypatch, on_open):
+    """Return a directory that has not got the lock, and is told of before each opening."""
+
+    def opening(path):
+        on_open(int(path.name[-8:]))
+        return GenerationReader(path)
+
+    monkeypatch.setattr(directory_module, "GenerationReader", opening)
+    directory = CheckpointDirectory(root)
+    monkeypatch.setattr(directory, "own", refuse)
+    return directory
+
+
+def refuse():
+    raise SaveError("read-only here", errno=errno.EROFS)
+
+
+@pytest.mark.parametrize("fault", ["missing", "stale"])
+def test_reader_takes_the_newest_again_when_one_is_pruned_under_it(
+    fault, tmp_path, monkeypatch
+):
+    publish(tmp_path)
+
+    def prune_the_first(number):
+        if number == 1:
+            publish(tmp_path)
+            shutil.rmtree(tmp_path / "checkpoint-00000001")
+            if fault == "stale":  # what a network file system says then
+                raise ReadError("stale", errno=errno.ESTALE)
+
+    directory = reader_of(tmp_path, monkeypatch, prune_the_first)
+    with directory.open_newest() as reader:
+        assert reader.manifest.generation == 2
+    assert directory.set_aside == {}
+
+
+def test_reader_is_told_of_a_generation_that_cannot_be_read_and_is_there(
+    tmp_path, monkeypatch
+):
+    publish(tmp_path)
+
+    def fail(number):
+        raise ReadError("reading", errno=errno.EIO)
+
+    with pytest.raises(ReadError, match="reading"):
+        reader_of(tmp_path, monkeypatch, fail).open_newest()
+
+
+def test_reader_looks_again_before_it_says_that_nothing_is_there(tmp_path, monkeypatch):
+    """A listing is not taken at one moment: a rename may be missed at both its ends."""
+    publish(tmp_path)
+    real, lists = recovery.survey, [Survey(partials=(".partial-00000001-a",))]
+    monkeypatch.setattr(recovery, "survey", lambda r: lists.pop() if lists else real(r))
+    with reader_of(tmp_path, monkeypatch, lambda number: None).open_newest() as reader:
+        assert reader.manifest.generation == 1
+    assert lists == []
+
+
+def test_a_listing_of_what_is_not_there_is_no_fresh_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "survey", lambda root: Survey(generations=(2, 1)))
+    directory = reader_of(tmp_path, monkeypatch, lambda number: None)
+    with pytest.raises(ReadError, match=r"lists generations \[2, 1\], and none is there"):
+        directory.open_newest()
+
+
+def test_a_retired_generation_is_kept_once_the_newer_one_is_bad(tmp_path, opened):
+    """Its removal failed; it is now the only good one, until the next save is durable."""
+    directory = opened(tmp_path)
+    directory.own()
+    save(directory, some_states())
+    newer = save(directory, some_states())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filesystem, "os", RecordingOS(fail="rename"))
+        directory.catalog.remove([1], directory.job)
+    directory.reject(2, CorruptGenerationError("bad", path=newer.path))
+    directory.begin().drop()
+    assert (tmp_path / "checkpoint-00000001").is_dir()

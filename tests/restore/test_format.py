@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/format.md, the library and a stranger's reader agree; old ones stay readable."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpi_ckpt import ArrayState, ModuleState, ObjectState
+from tests.restore import make_golden, stranger
+from tests.restore.make_golden import GOLDEN, METRICS, STEP, TEXT, Words
+
+VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
+NUMPY = {"F64": "<f8", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8", "U16": "<u2"}
+NUMPY |= {"BOOL": "?", "C64": "<c8"}
+
+
+def array_of(leaf: stranger.Leaf) -> np.ndarray:
+    dtype = NUMPY.get(leaf.dtype) or leaf.dtype.removeprefix("numpy:")
+    return np.frombuffer(leaf.data, dtype).reshape(leaf.shape)
+
+
+@pytest.fixture(params=VERSIONS)
+def golden(request, tmp_path):
+    """Give a copy of a golden generation that may be changed."""
+    copied = shutil.copytree(GOLDEN / request.param, tmp_path / "golden")
+    return copied / "checkpoint-00000001"
+
+
+def test_there_is_a_golden_generation_of_every_version():
+    assert VERSIONS == ["v1"]
+
+
+def test_stranger_knows_nothing_of_this_package():
+    source = Path(stranger.__file__).read_text()
+    lines = [line.split() for line in source.splitlines()]
+    imported = {
+        words[1].split(".")[0] for words in lines if words[:1] in (["from"], ["import"])
+    }
+    assert {"json", "xxhash", "safetensors"} <= imported
+    assert not {"mpi_ckpt", "torch", "mpi4py", "tests"} & imported
+
+
+def test_stranger_reads_the_golden_arrays(golden):
+    found = stranger.read(golden)
+    assert found.manifest["step"] == STEP
+    assert found.manifest["metrics"] == {"loss": 0.25, "worst": "nan", "best": "inf"}
+    for name, array in make_golden.arrays().items():
+        read = array_of(found.leaves["arrays"][name])
+        assert read.dtype == array.dtype.newbyteorder("<")
+        assert read.tobytes() == array.astype(read.dtype).tobytes()
+        assert read.shape == array.shape
+
+
+def test_stranger_reads_the_golden_module_object_and_streams(golden):
+    found = stranger.read(golden)
+    assert found.structures["model"]["ties"] == {"tied": "weight"}
+    (weight,) = found.leaves["model"].values()
+    assert (weight.dtype, weight.shape) == ("BF16", [2, 3])
+    expected = make_golden.module()["weight"].detach().view(torch.int16).numpy()
+    assert weight.data == expected.tobytes()
+    structure = found.structures["object"]
+    assert structure["epoch"] == 3
+    assert structure["pair"] == {"~": "tuple", "items": [1, 2.5]}
+    assert structure["inf"] == {"~": "float", "text": "-inf"}
+    assert structure["bytes"] == {"~": "bytes", "text": "AP8="}
+    assert structure["keys"]["items"] == [[1, "one"], [None, "none"]]
+    assert array_of(found.leaves["object"][structure["seen"]["leaf"]]).tolist() == [0, 1, 2]
+    assert found.streams == {"my/words": TEXT, ".hidden": TEXT}
+    assert (golden / "my%2Fwords.bin").read_bytes() == TEXT
+    assert (golden / "%2Ehidden.bin").read_bytes() == TEXT
+
+
+def test_safetensors_reads_the_golden_shard(golden):
+    found = stranger.tensors(golden)
+    form = {name: (entry["dtype"], entry["shape"]) for name, entry in found.items()}
+    assert form["arrays/float64"] == ("F64", [2, 2])
+    # Types that safetensors lacks are bytes with one more dimension.
+    assert form["arrays/complex"] == ("U8", [2, 8])
+    assert form["arrays/words"] == ("U8", [2, 8])
+    assert form["arrays/empty"] == ("F32", [0, 3])
+    leaves = stranger.read(golden).leaves
+    for state, members in leaves.items():
+        for name, leaf in members.items():
+            assert bytes(found[f"{state}/{name}"]["data"]) == leaf.data
+
+
+def test_this_release_restores_the_golden_generation(golden, manage):
+    live = {name: np.zeros_like(array) for name, array in make_golden.arrays().items()}
+    module = make_golden.module()
+    with torch.no_grad():
+        module["weight"].zero_()
+    states = [
+        ArrayState("arrays", live),
+        ModuleState("model", module),
+        ObjectState("object"),
+        *(words := [Words("my/words"), Words(".hidden")]),
+    ]
+    for one in words:
+        one.data = b""
+    report = manage(*states, root=golden.parent).restore()
+    assert (report.generation, report.step) == (1, STEP)
+    assert repr(report.metrics) == repr(METRICS)
+    for name, array in make_golden.arrays().items():
+        assert live[name].tobytes() == array.tobytes()
+    assert torch.equal(module["weight"], make_golden.module()["weight"])
+    assert module["tied"] is module["weight"]
+    assert str(states[2].value) == str(make_golden.value())
+    assert [one.data for one in words] == [TEXT, TEXT]
+
+
+def test_this_release_still_writes_that_format(manage):
+    manager = manage(*make_golden.states())
+    path = manager.save(STEP, metrics=METRICS).path
+    old, new = stranger.read(GOLDEN / VERSIONS[-1] / path.name), stranger.read(path)
+    assert new.leaves == old.leaves
+    assert new.structures == old.structures
+    assert new.streams == old.streams
+    for manifest in (old.manifest, new.manifest):
+        for key in ("time", "job", "digest"):
+            del manifest[key]
+    assert new.manifest == old.manifest
+
+
+def test_stranger_sees_every_flipped_byte(golden):
+    for file in sorted(golden.iterdir()):
+        data = file.read_bytes()
+        for position in range(0, len(data), 29):
+            changed = bytearray(data)
+            changed[position] ^= 1
+            file.write_bytes(changed)
+            with pytest.raises(stranger.Damaged):
+                stranger.read(golden)
+        file.write_bytes(data)
+    stranger.read(golden)
+
+
+def test_stranger_reads_shared_files_and_long_leaves(manage):
+    arrays = {
+        "long": np.arange((16 << 20) + 5, dtype=np.uint32).view(np.uint8)[: (16 << 20) + 5],
+        "short": np.zeros(3),
+    }
+    words = Words("words")
+    manager = manage(ArrayState("arrays", arrays), words)
+    manager.save(1)
+    arrays["short"] += 1
+    manager.save(2)
+    words.data = b"other"
+    path = manager.save(3, only=["words"]).path
+    found = stranger.read(path)
+    assert found.leaves["arrays"]["long"].data == arrays["long"].tobytes()
+    assert array_of(found.leaves["arrays"]["short"]).tolist() == [1, 1, 1]
+    assert found.streams == {"words": b"other"}
+    assert any(".from-00000001." in name for name in os.listdir(path))
+    assert math.isfinite(found.manifest["time"])

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between ranks by nature: each gets its own back, nothing of the others."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mpi_ckpt import ArrayState, ObjectState, PerRankState, RNGState
+from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.errors import RestoreError, StateMismatchError
+from tests.ranks import RecordingHandle, assert_same, manager, randoms, same_error
+from tests.restore.parallel.test_fallback import flip
+
+SHARD = "rank-00000.safetensors"
+
+
+def value_of(rank):
+    return {"rank": rank, "seen": list(range(rank)), "cache": np.full(rank + 1, rank)}
+
+
+def is_value_of(rank, value):
+    return (
+        (value["rank"], value["seen"]) == (rank, list(range(rank)))
+        and value["cache"].tolist() == [rank] * (rank + 1)
+    )  # fmt: skip
+
+
+def scatter(communicator, parts, *, broken_at=None, window_bytes=1000):
+    """Deal out parts, last rank first; fail instead of dealing to one rank."""
+
+    def deal():
+        for rank in reversed(range(communicator.size)):
+            if rank == broken_at:
+                raise OSError("the disk is gone")
+            yield [rank], parts[rank]
+
+    return scatter_bytes(
+        communicator,
+        [len(part) for part in parts],
+        deal(),
+        "dealing",
+        error=RestoreError,
+        window_bytes=window_bytes,
+    )
+
+
+@pytest.mark.parametrize("message_bytes", [64, 1 << 20])
+@pytest.mark.parametrize("window_bytes", [1, 1000, 1 << 20])
+def test_each_rank_gets_its_own_bytes(make_communicator, message_bytes, window_bytes):
+    communicator = make_communicator(message_bytes=message_bytes)
+    stream = randoms(window_bytes)
+    lengths = [0, 1, 64, 65, 5000]
+    for turn in range(len(lengths)):
+        parts = [
+            stream.randbytes(lengths[(rank + turn) % len(lengths)])
+            for rank in range(communicator.size)
+        ]
+        with RecordingHandle(communicator) as handle:
+            mine = scatter(communicator, parts, window_bytes=window_bytes)
+        assert mine == parts[communicator.rank]
+        assert handle.largest <= max(message_bytes, 56)
+        if not communicator.is_root:
+            assert handle.sent_by("Irecv") == len(mine)
+
+
+@pytest.mark.parametrize("message_bytes", [64, 1 << 20])
+def test_failure_in_the_midst_reaches_all_and_leaves_nothing_behind(
+    make_communicator, message_bytes
+):
+    communicator = make_communicator(message_bytes=message_bytes)
+    parts = [bytes([rank]) * 200 for rank in range(communicator.size)]
+    for broken_at in range(communicator.size):
+        with same_error(communicator.handle, RestoreError, "disk is gone", "dealing"):
+            scatter(communicator, parts, broken_at=broken_at)
+        assert scatter(communicator, parts) == parts[communicator.rank]
+
+
+def test_every_rank_gets_its_own_value_back(comm, shared_path):
+    state = PerRankState("position", value_of(comm.rank))
+    with manager(shared_path, state) as one:
+        report = one.save()
+        state.value = None
+        one.restore()
+    assert report.sync.differing == {}
+    assert is_value_of(comm.rank, state.value)
+
+
+def test_what_a_rank_receives_does_not_grow_with_the_ranks(peers, shared_path):
+    states = PerRankState("cache", bytes([peers.rank]) * 10_000), RNGState()
+    with manager(shared_path, *states) as one:
+        one.save()
+        own = sum(len(state.part()) for state in states)
+        communicator = one._session.comm
+        with RecordingHandle(communicator) as handle:
+            one.restore()
+    if peers.rank:
+        received = handle.sent_by("Irecv") + handle.sent_by("Ibcast")
+        assert own <= received < own + 3000  # and what is told of the generation
+
+
+@pytest.fixture
+def fewer(peers):
+    """All ranks but the last, as a communicator; on that one, it alone."""
+    part = peers.Split(int(peers.rank == peers.size - 1), peers.rank)
+    yield part
+    part.Free()
+
+
+def test_fewer_ranks_take_the_values_of_the_first(peers, fewer, shared_path, caplog):
+    with manager(shared_path, PerRankState("p", value_of(peers.rank))) as one:
+        one.save()
+    if peers.rank < peers.size - 1:
+        state = PerRankState("p")
+        with manager(shared_path, state, comm=fewer) as one:
+            one.restore()
+        assert is_value_of(peers.rank, state.value)
+        told = [one for one in caplog.messages if "go to no rank" in one]
+        assert len(told) == (peers.rank == 0)
+
+
+def test_more_ranks_keep_what_they_have(peers, fewer, shared_path):
+    if peers.rank < peers.size - 1:
+        with manager(shared_path, PerRankState("p", value_of(peers.rank)), comm=fewer) as m:
+            m.save()
+    peers.Barrier()
+    state = PerRankState("p", "as made")
+    with manager(shared_path, state) as one:
+        one.restore()
+    if peers.rank < peers.size - 1:
+        assert is_value_of(peers.rank, state.value)
+    else:
+        assert state.value == "as made"
+
+
+def share_out(values, size):
+    """Deal the seen samples of all saved ranks out to other ranks."""
+    seen = [sample for value in values for sample in value]
+    return [seen[rank::size] for rank in range(size)]
+
+
+def test_resize_makes_the_values_of_another_number_of_ranks(peers, fewer, shared_path):
+    calls = []
+
+    def resize(values, size):
+        calls.append(len(values))
+        return share_out(values, size)
+
+    mine = [10 * peers.rank, 10 * peers.rank + 1]
+    with manager(shared_path, PerRankState("seen", mine, resize=resize)) as one:
+        one.save()
+        one.restore()
+    assert calls == []  # the same number: each its own
+    if peers.rank < peers.size - 1:
+        state = PerRankState("seen", resize=resize)
+        with manager(shared_path, state, comm=fewer) as one:
+            one.restore()
+        everything = [10 * rank + more for rank in range(peers.size) for more in (0, 1)]
+        assert state.value == everything[peers.rank :: fewer.size]
+        assert calls == ([peers.size] if peers.rank == 0 else [])
+
+
+def lose_one(values, size):
+    return share_out(values, size)[1:]
+
+
+def fail(values, size):
+    raise ZeroDivisionError("of the user")
+
+
+@pytest.mark.parametrize(
+    ("resize", "text"), [(lose_one, "returned"), (fail, "of the user")]
+)
+def test_resize_that_fails_fails_on_all_and_changes_nothing(
+    peers, fewer, shared_path, resize, text
+):
+    arrays = {"x": np.ones(10)}
+    with manager(shared_path, ArrayState("a", arrays), PerRankState("seen", [1])) as one:
+        one.save()
+    arrays["x"][:] = 5
+    if peers.rank < peers.size - 1:
+        state = PerRankState("seen", "mine", resize=resize)
+        with (
+            manager(shared_path, ArrayState("a", arrays), state, comm=fewer) as one,
+            same_error(fewer, RestoreError, "seen", text),
+        ):
+            one.restore()
+        assert state.value == "mine"
+        assert (arrays["x"] == 5).all()
+
+
+def test_damaged_part_of_any_rank_makes_all_fall_back(comm, shared_path):
+    arrays = {"x": np.zeros(10)}
+    state = PerRankState("p")
+    with manager(shared_path, ArrayState("a", arrays), state) as one:
+        for number in (1, 2):
+            state.value = b"%d %d" % (number, comm.rank) * 100
+            arrays["x"][:] = number
+            path = one.save().path
+        state.value = None
+        if comm.rank == 0:
+            flip(path / SHARD, -1)  # in the part of the last rank
+        comm.Barrier()
+        report = one.restore()
+    assert report.generation == 1
+    assert list(report.quarantined)
+    assert state.value == b"1 %d" % comm.rank * 100
+    assert (arrays["x"] == 1).all()
+
+
+@pytest.mark.parametrize("window_bytes", [1, 3000])
+def test_parts_larger_than_the_window_and_than_a_block(
+    comm, shared_path, window_bytes, monkeypatch
+):
+    from mpi_ckpt import digest
+    from mpi_ckpt.storage import manifest
+
+    for function in (digest.Digest.of.__func__, digest.BlockHasher.__init__):
+        monkeypatch.setattr(function, "__defaults__", (512,))
+    defaults = manifest.Manifest.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "block_bytes", 512)
+    mine = randoms(comm.rank).randbytes(100 + 2000 * comm.rank)
+    state = PerRankState("p", mine)
+    with manager(shared_path, state, window_bytes=window_bytes, message_bytes=100) as one:
+        one.save()
+        state.value = None
+        one.restore()
+    assert state.value == mine
+
+
+def test_states_of_other_kinds_are_a_mismatch_on_all(comm, shared_path):
+    with manager(shared_path, PerRankState("s", 1), ObjectState("o", 2)) as one:
+        one.save()
+    for states in (
+        (RNGState("s"), ObjectState("o")),
+        (ObjectState("s"), ObjectState("o")),
+        (PerRankState("s"), PerRankState("o")),
+    ):
+        with manager(shared_path, *states) as one, same_error(comm, StateMismatchError):
+            one.restore()
+
+
+def test_asynchronous_save_has_the_values_of_its_moment(comm, shared_path):
+    state = PerRankState("p", [comm.rank])
+    with manager(shared_path, state, asynchronous=True) as one:
+        pending = one.save()
+        state.value.append("later")
+        pending.wait()
+        one.restore()
+    assert state.value == [comm.rank]
+
+
+def test_all_write_and_all_read(comm, shared_path):
+    arrays = {f"{n}": np.full(100, n) for n in range(8)}
+    state = PerRankState("p", comm.rank)
+    options = {"writers": "all", "readers": "all"}
+    with manager(shared_path, ArrayState("a", arrays), state, **options) as one:
+        one.save()
+        state.value = None
+        one.restore()
+    assert state.value == comm.rank
+    assert_same(comm, sorted(arrays))
+
+
+def test_contents_go_through_a_file_object(comm, tmp_path):
+    """As `State.save` and `load` do it, without a manager."""
+    saved = PerRankState("p", resize=share_out)
+    saved.combine([PerRankState("p", [10 * n, 10 * n + 1]).part() for n in range(2)])
+    with open(tmp_path / "file", "w+b") as file:
+        saved.save(file)
+        for size in (1, 3):
+            values = []
+            for rank in range(size):
+                state = PerRankState("p", resize=share_out)
+                state.bind(SimpleNamespace(rank=rank, size=size))
+                file.seek(0)
+                state.load(file)
+                values.append(state.value)
+            assert values == [[0, 1, 10, 11][rank::size] for rank in range(size)]
+
+
+def test_callback_is_told_of_another_number_of_ranks(peers, fewer, shared_path):
+    arrays = {"x": np.ones(3)}
+    calls = []
+
+    def note(old, new):
+        calls.append((old, new, arrays["x"][0]))
+
+    with manager(shared_path, ArrayState("a", arrays)) as one:
+        assert one.restore(on_resize=note) is None
+        one.save(step=7)
+        arrays["x"][:] = 0
+        one.restore(on_resize=note)
+        assert calls == []  # as many as saved
+    arrays["x"][:] = 0
+    if peers.rank < peers.size - 1:
+        with manager(shared_path, ArrayState("a", arrays), comm=fewer) as one:
+            one.restore()
+            one.restore(["a"], on_resize=note)
+        assert calls == [(peers.size, fewer.size, 1.0)]  # with the restored state
+
+
+def test_callback_that_fails_on_one_rank_fails_on_all(peers, fewer, shared_path):
+    state = ArrayState("a", {"x": np.zeros(3)})
+    with manager(shared_path, state) as one:
+        one.save(step=7)
+
+    def break_on_root(old, new):
+        if peers.rank == 0:
+            raise ZeroDivisionError(f"{old} to {new}")
+
+    if peers.rank < peers.size - 1:
+        with manager(shared_path, state, comm=fewer) as one:
+            text = f"{peers.size} to {fewer.size}"
+            with same_error(fewer, RestoreError, "on_resize", text, "rank 0"):
+                one.restore(on_resize=break_on_root)
+            assert one.steps == 7
+            one.restore()
