@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from mpi_ckpt.errors import RegistrationError, StageError
 from mpi_ckpt.leaf import Form
 from mpi_ckpt.storage.layout import check_state_name
-from mpi_ckpt.storage.stream import read_leaves, write_leaves
+from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import BinaryIO
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
 __all__ = [
-    *("Capture", "Common", "LeafState", "PartsState", "State", "Structure", "SyncMode"),
+    *("Arrival", "Capture", "LeafState", "PartsState", "State", "Structure", "SyncMode"),
 ]
 
 Structure = Any
@@ -94,16 +94,19 @@ class Capture:
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
-    """What a state of the program and its saved contents have in common.
+class Arrival:
+    """Where saved contents go in a state of the program: known before a byte moves.
 
     Attributes:
         leaves: For each saved leaf where it goes; None if the program has no such leaf.
+        adopt: Lets the state take over the leaves, once all of them are filled. Not
+            collective.
         missing: Names of leaves of the program that were not saved.
         unexpected: Names of what was saved, and the program lacks.
     """
 
     leaves: Sequence[Leaf | None]
+    adopt: Callable[[], None]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
 
@@ -151,8 +154,10 @@ class LeafState(State):
         """
         raise NotImplementedError
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        """Return where the bytes of these leaves shall go: live memory where it fits.
+    def prepare(
+        self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
+    ) -> Arrival:
+        """Compare contents that will come with the state, and say where they go.
 
         Not collective. Called on every rank before a byte is moved; must not change
         the state.
@@ -160,31 +165,12 @@ class LeafState(State):
         Args:
             structure: As captured on root, now or in an earlier run.
             specs: Leaves that will come, in this order.
+            strict: Whether a leaf that only one side has is a mismatch; if not, it is
+                left out and named, where the state can do without it. A leaf of another
+                dtype or shape is a mismatch in any case.
 
         Raises:
             StateMismatchError: On every rank, listing every leaf that does not fit.
-        """
-        raise NotImplementedError
-
-    def prepare_common(self, structure: Structure, specs: Sequence[LeafSpec]) -> Common:
-        """As `prepare`, but leave out leaves that only one side has, if the state can.
-
-        Not collective. Called instead of `prepare` with ``Options(strict=False)``. A leaf
-        of another dtype or shape is a mismatch here as well.
-
-        Raises:
-            StateMismatchError: On every rank, listing every leaf that does not fit.
-        """
-        return Common(self.prepare(structure, specs))
-
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
-        """Take over contents that have fully arrived.
-
-        Not collective. Called on every rank after `prepare`.
-
-        Args:
-            structure: The one given to `prepare`.
-            leaves: Those that `prepare` returned, filled.
         """
         raise NotImplementedError
 
@@ -200,8 +186,10 @@ class LeafState(State):
             StateMismatchError: On the calling rank, if the contents do not fit.
             CorruptGenerationError: On the calling rank, if the stream is damaged.
         """
-        structure, leaves = read_leaves(fileobj, self.prepare)
-        self.adopt(structure, leaves)
+        structure, specs = read_form(fileobj)
+        arrival = self.prepare(structure, specs, strict=True)
+        fill_leaves(fileobj, specs, arrival.leaves)
+        arrival.adopt()
 
 
 class PartsState(LeafState):

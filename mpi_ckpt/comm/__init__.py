@@ -13,8 +13,8 @@ from mpi_ckpt.comm.agreement import (
 )
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.communicator import ROOT, Communicator
-from mpi_ckpt.comm.farewell import Farewell, abort_job
 from mpi_ckpt.comm.leaving import Departure
+from mpi_ckpt.comm.liveness import Farewell, abort_job
 from mpi_ckpt.comm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair
 from mpi_ckpt.comm.scatter import scatter_bytes
 from mpi_ckpt.comm.spawning import greet, is_spawned, join

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a job may begin at all: what each rank can tell alone, and what all must tell.
+"""Whether a job may begin at all, and how its ranks meet for the first time.
 
 Before the ranks have a communicator, only what every rank sees the same way can be refused.
-What one may see otherwise is refused once they can speak, and on all of them.
+What one may see otherwise is refused once they can speak, and on all of them. Until then
+nobody can call the roll, so nobody is named; but nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm.horovod import check_finalized, check_horovod, is_horovods
-from mpi_ckpt.comm.launch import check_launch
-from mpi_ckpt.errors import LaunchError
+from mpi_ckpt.comm.launch import check_launch, load_mpi
+from mpi_ckpt.comm.liveness import is_done_within, keep
+from mpi_ckpt.comm.survival import why_lost_ranks_end_the_job
+from mpi_ckpt.errors import CollectiveError, LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi4py import MPI
 
-__all__ = ["Objection", "check_before"]
+__all__ = ["Objection", "check_before", "duplicate_within", "meet_first"]
 
 
 def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 (a module)
@@ -99,3 +102,60 @@ class Objection:
 
 def _join(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
+
+
+def duplicate_within(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intracomm:
+    """Duplicate a communicator.
+
+    Collective. Main thread only. Without a deadline where MPI survives lost ranks, and
+    can be told to look for those that stand still.
+
+    Args:
+        parent: The communicator.
+        deadline_seconds: How long the others may take.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    if not why_lost_ranks_end_the_job():
+        # MPI: where lost ranks are survived, this names them, and Idup something else.
+        return parent.Dup()
+    made, request = parent.Idup()
+    meet_first(parent, request, deadline_seconds, buffers=made)
+    return made
+
+
+def meet_first(
+    parent: MPI.Intracomm,
+    request: MPI.Request,
+    deadline_seconds: float,
+    *,
+    buffers: object = None,
+) -> None:
+    """Wait for something of all ranks of a communicator.
+
+    Collective. Main thread only.
+
+    Args:
+        parent: The communicator.
+        request: Posted on it.
+        deadline_seconds: How long the others may take.
+        buffers: What the request works on and does not hold itself.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives, or MPI fails.
+    """
+    cause: BaseException | None = None
+    problem = (
+        f"not all of the {parent.size} ranks arrived within {deadline_seconds:g} s; "
+        f"this is rank {parent.rank}"
+    )
+    try:
+        if is_done_within(request, deadline_seconds):
+            return
+    except load_mpi().Exception as error:
+        cause, problem = error, f"MPI failed: {error}"
+    keep(request, buffers)
+    raise CollectiveError(
+        f"meeting for the first time: {problem}; end this job and start it again"
+    ) from cause

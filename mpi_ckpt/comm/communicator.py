@@ -7,18 +7,27 @@ MPI_THREAD_FUNNELED is enough.
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.comm.abandoned import keep
-from mpi_ckpt.comm.admission import Objection, check_before
-from mpi_ckpt.comm.first_meeting import duplicate, meet
+from mpi_ckpt.comm.admission import (
+    Objection,
+    check_before,
+    duplicate_within,
+    meet_first,
+)
 from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.liveness import (
+    ROUNDS_A_LOOK,
+    Patience,
+    Tag,
+    call_roll,
+    is_called,
+    keep,
+)
 from mpi_ckpt.comm.presence import Presence
-from mpi_ckpt.comm.roll_call import call_roll, is_called
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
 
@@ -33,13 +42,6 @@ __all__ = ["ROOT", "Communicator", "open_communicators"]
 ROOT = 0
 """The rank that decides, reads and commits, where none else is named."""
 
-_DATA_TAG = 7002
-# A rank that waits for a collective yields this often before it starts to sleep, so a
-# short wait costs no latency and a long one (root writes) no core.
-_YIELDS = 2000
-_PAUSE_SECONDS_MAX = 1e-3
-# Whoever came too late has seen by then that the others gave up.
-_ROUNDS_TO_SEE = 64
 _ADVICE = "published generations are untouched, end this job and start it again"
 
 # MPI: a survivor of a lost rank may wait in any of them for one who waits elsewhere.
@@ -58,7 +60,8 @@ class Communicator:
         message_bytes: Largest message in bytes, at most 1 GiB.
 
     Attributes:
-        rank, size, root: This rank, their number, the one that decides: it may be set.
+        rank, size, root: This rank, their number, the one that decides; see `set_root`.
+        deadline_seconds, message_bytes: As given, or set by `set_limits`.
         hosts: Host name of every rank.
         completed: How many requests have been waited for; grows as long as ranks meet.
         is_waiting: Whether this rank waits for others.
@@ -93,7 +96,7 @@ class Communicator:
         self._cause: BaseException | None = None
         self._is_given_up = False
         self._last_met: tuple[str, float] | None = None
-        self.handle: MPI.Intracomm = duplicate(parent, deadline_seconds)
+        self.handle: MPI.Intracomm = duplicate_within(parent, deadline_seconds)
         self.node: MPI.Comm | None = None
         _OPEN[id(self)] = self
         self.rank: int = self.handle.rank
@@ -148,8 +151,28 @@ class Communicator:
         self._broken = self._broken or "a rank was lost, and the others have gone on"
         return [self.handle] if self.node is None else [self.node, self.handle]
 
+    def set_limits(
+        self, *, deadline_seconds: float | None = None, message_bytes: int | None = None
+    ) -> None:
+        """Change how long waits take and how messages are cut; None leaves it.
+
+        Not collective, but every rank must set the same at the same time.
+        """
+        if deadline_seconds is not None:
+            self.deadline_seconds = deadline_seconds
+        if message_bytes is not None:
+            self.message_bytes = message_bytes
+
+    def set_root(self, rank: int) -> None:
+        """Let another rank decide from now on. Not collective, but alike on every rank."""
+        self.root = rank
+
+    def note_confusion(self) -> None:
+        """Note that all ranks have heard that they do different things. Not collective."""
+        self.confusions += 1
+
     def can_meet(self) -> bool:
-        """Tell whether no deadline was missed yet. Not collective."""
+        """Return whether no deadline was missed yet. Not collective."""
         try:
             return self._broken is None and not is_called(self.handle)
         except self._mpi.Exception as error:
@@ -233,7 +256,7 @@ class Communicator:
             # What a late rank does is carried out, though the others have given it up.
             self._refuse_if_late(doing)
         except BaseException as error:
-            keep([pending, buffers])
+            keep(pending, buffers)
             if not isinstance(error, self._mpi.Exception):
                 raise
             self._note_failure(error)
@@ -242,42 +265,32 @@ class Communicator:
             self.is_waiting = False
 
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
-        deadline = time.monotonic() + self.deadline_seconds
-        rounds = 0
-        pause = 0.0
-        waiting = iter(pending)
-        current = next(waiting, None)
-        while current is not None:
-            # One request at a time: a test moves all of them on, and one costs least.
-            if current.Test():
-                self.completed += 1
-                current = next(waiting, None)
-                continue
-            rounds += 1
-            if streaming or rounds < _YIELDS:
-                os.sched_yield()
-            else:
-                pause = min(pause + 1e-5, _PAUSE_SECONDS_MAX)
-                time.sleep(pause)
-            if rounds == _ROUNDS_TO_SEE:
-                self._refuse_if_late(doing)
-            elif rounds % _ROUNDS_TO_SEE == 0 and (
-                time.monotonic() > deadline or is_called(self.handle)
-            ):
-                self._give_up(doing)
+        patience = Patience(self.deadline_seconds, streaming=streaming)
+        # One request at a time: a test moves all of them on, and one costs least.
+        for request in pending:
+            while not request.Test():
+                if not patience.go_round():
+                    continue
+                if patience.rounds == ROUNDS_A_LOOK:
+                    # Whoever came too late sees by now that the others gave up.
+                    self._refuse_if_late(doing)
+                elif patience.is_over or is_called(self.handle):
+                    self._give_up(doing)
+            self.completed += 1
 
     def isend(self, data: NDArray[np.uint8], to: int) -> MPI.Request:
         """Start sending bytes to a rank. Not collective. Main thread only."""
-        return self.handle.Isend(data, dest=to, tag=_DATA_TAG)
+        return self.handle.Isend(data, dest=to, tag=Tag.DATA)
 
     def irecv(self, into: NDArray[np.uint8], source: int) -> MPI.Request:
         """Start receiving bytes from a rank. Not collective. Main thread only."""
-        return self.handle.Irecv(into, source=source, tag=_DATA_TAG)
+        return self.handle.Irecv(into, source=source, tag=Tag.DATA)
 
     def _exchange_presences(self, *, objects: bool) -> tuple[Presence, ...]:
         mine = Presence.own(objects=objects).encode()
         everyone = np.zeros((self.size, Presence.nbytes), np.uint8)
-        meet(self.handle, self.handle.Iallgather(mine, everyone), self.deadline_seconds)
+        request = self.handle.Iallgather(mine, everyone)
+        meet_first(self.handle, request, self.deadline_seconds)
         return tuple(Presence.decode(row.tobytes()) for row in everyone)
 
     def _split(self) -> MPI.Comm | None:

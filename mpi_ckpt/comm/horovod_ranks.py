@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.comm.admission import Objection, check_before
-from mpi_ckpt.comm.first_meeting import meet
+from mpi_ckpt.comm.admission import Objection, check_before, meet_first
 from mpi_ckpt.comm.horovod import check_horovod, find_horovod, mark_horovods
 from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.liveness import Tag
 from mpi_ckpt.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["find_communicator"]
 
 _NAME = "mpi_ckpt.communicator"
-_GROUP_TAG = 7003
 _OTHERS = "Horovod's ranks are not those of the communicator that was given"
 
 
@@ -80,7 +79,7 @@ def _in_order(
     mine = np.array([horovod.rank(), objection.is_raised], np.int64)
     everyone = np.empty((comm.size, 2), np.int64)
     buffers = (mine, everyone)
-    meet(comm, comm.Iallgather(*buffers), deadline_seconds, buffers=buffers)
+    meet_first(comm, comm.Iallgather(*buffers), deadline_seconds, buffers=buffers)
     objection.settle(comm, [bool(one) for one in everyone[:, 1]])
     order = everyone[:, 0].tolist()
     if sorted(order) != list(range(comm.size)):
@@ -98,7 +97,7 @@ def _ask_horovod(mpi: Any, horovod: Any, process_set: Any) -> MPI.Intracomm:  # 
     world = mpi.COMM_WORLD.Get_group()
     group = world.Incl(members)
     # Only the members come here, so it cannot be a split of the world.
-    made: MPI.Intracomm = mpi.COMM_WORLD.Create_group(group, _GROUP_TAG)
+    made: MPI.Intracomm = mpi.COMM_WORLD.Create_group(group, Tag.GROUP)
     group.Free()
     world.Free()
     mark_horovods(mpi, made)

@@ -19,7 +19,7 @@ from mpi_ckpt.comm import spawning
 from mpi_ckpt.comm.communicator import open_communicators
 from mpi_ckpt.comm.guard import Guard
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.waiting import is_done_within
+from mpi_ckpt.comm.liveness import is_done_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

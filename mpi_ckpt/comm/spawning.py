@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm.abandoned import keep
 from mpi_ckpt.comm.guard import Guard, end_as_lost
 from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.liveness import Tag, keep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +36,6 @@ _STAGGER_SECONDS = 3.0
 _LETTER_BYTES = 2048
 _CONNECTING = "connecting with a new rank"
 _TOLD = 3
-_TOUCH_TAG = 7004
 
 # MPI: a new rank whose parents die waits in MPI_Init for ever, and mpirun for it. An alarm
 # goes on through exec, and needs no turn of the interpreter.
@@ -205,13 +204,13 @@ def _introduce(handle: MPI.Intracomm) -> None:
     token, into = np.zeros(1, np.uint8), np.zeros(handle.size, np.uint8)
     others = [rank for rank in range(handle.size) if rank != handle.rank]
     posted = [
-        *(handle.Irecv(into[rank : rank + 1], rank, _TOUCH_TAG) for rank in others),
-        *(handle.Isend(token, rank, _TOUCH_TAG) for rank in others),
+        *(handle.Irecv(into[rank : rank + 1], rank, Tag.GREETING) for rank in others),
+        *(handle.Isend(token, rank, Tag.GREETING) for rank in others),
     ]
     try:
         mpi.Request.Waitall(posted)
     except mpi.Exception:
-        keep([posted, token, into])
+        keep(posted, token, into)
         raise
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpi_ckpt.comm.liveness import hold, let_go_of
 from mpi_ckpt.comm.transfer import bcast_json, gather_bytes
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CollectiveError
@@ -25,10 +26,6 @@ __all__ = ["UNTOUCHED", "Vote"]
 UNTOUCHED = "published generations are untouched"
 
 _PURPOSE_WORDS = 2
-
-# MPI: what is posted is carried out even if its manager was forgotten meanwhile. Its
-# buffers must not become somebody else's memory: here is who holds them.
-_POSTED: set[Vote] = set()
 
 
 class Vote:
@@ -72,7 +69,7 @@ class Vote:
         self._mine[-1] = flags
         self._confusions = self._comm.confusions
         self._request = self._comm.start_all_reduce(self._mine, self._all, "bor")
-        _POSTED.add(self)
+        hold(self)
 
     def take(self) -> int:
         """Wait for the vote that is under way.
@@ -88,7 +85,7 @@ class Vote:
         """
         request, self._request = self._request, None
         assert request is not None
-        _POSTED.discard(self)
+        let_go_of(self)
         self._comm.wait([request], self._doing, buffers=(self._mine, self._all))
         joined = self._all.tolist()
         # A bit of the purpose in which two ranks differ is set in its complement as well.
@@ -111,7 +108,7 @@ class Vote:
 
     def _refuse_confusion(self) -> None:
         comm, doing = self._comm, self._doing
-        comm.confusions += 1
+        comm.note_confusion()
         texts = [one.decode() for one in gather_bytes(comm, doing.encode(), doing)]
         lines = [f"rank {r} on {comm.hosts[r]}: {text}" for r, text in enumerate(texts)]
         told = bcast_json(comm, lines, doing)

@@ -16,14 +16,14 @@ import numpy as np
 
 from mpi_ckpt.comm import agree, agree_on_root, bcast_json, gather_bytes
 from mpi_ckpt.errors import CheckpointError, StageError, StateMismatchError
-from mpi_ckpt.state import Capture, PartsState, Structure
+from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.elastic.epochs import EpochState
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import LeafSpec
 
 __all__ = ["Accumulator"]
 
@@ -162,27 +162,26 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         ]
         return Capture({"results": _to_json(self._results), "history": history}, ())
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ARG002
+    def prepare(
+        self,
+        structure: Structure,
+        specs: Sequence[LeafSpec],  # noqa: ARG002
+        *,
+        strict: bool,  # noqa: ARG002
+    ) -> Arrival:
         """See `LeafState`. Not collective."""
         try:
-            self._parse(structure)
+            results, history = _parse(structure)
         except (TypeError, ValueError, KeyError) as error:
             raise StateMismatchError(
                 f"state {self.name!r} was not saved from an accumulator"
             ) from error
-        return []
 
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        self._results, self._history = self._parse(structure)
-        self._updates.clear()
+        def adopt() -> None:
+            self._results, self._history = results, history
+            self._updates.clear()
 
-    def _parse(self, structure: Structure) -> tuple[Totals, dict[int | None, list[Totals]]]:
-        history = {
-            epoch: [_from_json(totals) for totals in entries]
-            for epoch, entries in structure["history"]
-        }
-        return _from_json(structure["results"]), history
+        return Arrival((), adopt)
 
     def _visible(self) -> Totals:
         return {} if self._open is None else self._open
@@ -247,6 +246,14 @@ class _Update:
     def __sub__(self, value: Any) -> _Update:  # noqa: ANN401
         self.amount = self.amount - _plain(self.key, value)
         return self
+
+
+def _parse(structure: Structure) -> tuple[Totals, dict[int | None, list[Totals]]]:
+    history = {
+        epoch: [_from_json(totals) for totals in entries]
+        for epoch, entries in structure["history"]
+    }
+    return _from_json(structure["results"]), history
 
 
 def _plain(key: object, value: Any) -> Any:  # noqa: ANN401

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.state import Capture, LeafState, Structure
+from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import LeafSpec
 
 __all__ = ["EpochState", "remaining_epochs_until"]
 
@@ -42,16 +42,22 @@ class EpochState(LeafState):
         """See `LeafState`. Not collective."""
         return Capture({"finished": self.finished}, ())
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ARG002
+    def prepare(
+        self,
+        structure: Structure,
+        specs: Sequence[LeafSpec],  # noqa: ARG002
+        *,
+        strict: bool,  # noqa: ARG002
+    ) -> Arrival:
         """See `LeafState`. Not collective."""
         finished = structure.get("finished") if isinstance(structure, dict) else None
         if type(finished) is not int or finished < 0:
             raise StateMismatchError(f"state {self.name!r} was not saved from epochs")
-        return []
 
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        self.finished = structure["finished"]
+        def adopt() -> None:
+            self.finished = finished
+
+        return Arrival((), adopt)
 
 
 def remaining_epochs_until(limit: int, epochs: EpochState) -> Iterator[int]:

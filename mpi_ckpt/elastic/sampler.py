@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.errors import CheckpointError, OptionsError, StateMismatchError
-from mpi_ckpt.state import Capture, LeafState, Structure
+from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import LeafSpec
 
 __all__ = ["ElasticSampler", "epoch_order", "global_batches"]
 
@@ -132,7 +132,13 @@ class ElasticSampler(LeafState):
         structure = {**self._identity(), "epoch": self.epoch, "consumed": self.consumed}
         return Capture(structure, ())
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ARG002
+    def prepare(
+        self,
+        structure: Structure,
+        specs: Sequence[LeafSpec],  # noqa: ARG002
+        *,
+        strict: bool,  # noqa: ARG002
+    ) -> Arrival:
         """See `LeafState`. Not collective."""
         saved = structure if isinstance(structure, dict) else {}
         problems = [
@@ -149,12 +155,12 @@ class ElasticSampler(LeafState):
                 f"state {self.name!r} does not fit: " + "; ".join(problems),
                 problems=[f"{self.name}: {problem}" for problem in problems],
             )
-        return []
 
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        self.epoch = structure["epoch"]
-        self.consumed = structure["consumed"]
+        def adopt() -> None:
+            self.epoch = structure["epoch"]
+            self.consumed = structure["consumed"]
+
+        return Arrival((), adopt)
 
     def _identity(self) -> dict[str, int | bool]:
         return {"length": self._length, "shuffle": self._shuffle, "seed": self._seed}

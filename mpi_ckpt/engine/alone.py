@@ -121,8 +121,11 @@ def _read(reader: GenerationReader, state: LeafState) -> None:
 
 
 def _fill(reader: GenerationReader, stored: StoredState, state: LeafState) -> None:
-    targets = state.prepare(stored.structure, [leaf.spec for leaf in stored.leaves])
-    for leaf, target in zip(stored.leaves, targets, strict=True):
+    specs = [leaf.spec for leaf in stored.leaves]
+    arrival = state.prepare(stored.structure, specs, strict=True)
+    for leaf, target in zip(stored.leaves, arrival.leaves, strict=True):
+        if target is None:
+            continue
         arriving = Target(target.buffer, leaf.extent.nbytes)
         room = arriving.memory()
         start = 0
@@ -131,7 +134,7 @@ def _fill(reader: GenerationReader, stored: StoredState, state: LeafState) -> No
             room[start : start + len(piece)] = piece
             start += len(piece)
         arriving.finish()
-    state.adopt(stored.structure, targets)
+    arrival.adopt()
 
 
 def _is_ours(name: str) -> bool:

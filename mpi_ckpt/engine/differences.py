@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import Leaf
-    from mpi_ckpt.state import Structure
+    from mpi_ckpt.state import Arrival
 
 __all__ = ["STRUCTURE", "Comparison", "Difference", "compare", "compare_heads_first"]
 
@@ -43,7 +43,7 @@ class Difference:
         form: Whether its structure or its leaves' specs differ.
         leaves: Indices of the leaves to be sent; None for all that root has.
         averaged: Those of them that are averaged instead.
-        structure: Root's structure.
+        arrival: How this rank takes over what comes; None if it keeps what it has.
         targets: Where the leaves go on this rank, all of them; those of root, on root,
             unless some are averaged.
     """
@@ -52,7 +52,7 @@ class Difference:
     form: bool
     leaves: tuple[int, ...] | None
     averaged: tuple[int, ...] = ()
-    structure: Structure = None
+    arrival: Arrival | None = None
     targets: tuple[Leaf, ...] = ()
 
     def names(self, leaves: Sequence[Leaf]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from mpi_ckpt.engine.read_plan import Place
 from mpi_ckpt.engine.targets import NoBuffer
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
-from mpi_ckpt.state import LeafState, State
+from mpi_ckpt.state import Arrival, LeafState, State
 from mpi_ckpt.states.ranked import RankedState
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ OVERWRITTEN = (
     "not train on them"
 )
 
+_NOTHING_YET = Arrival((), adopt=lambda: None)
+
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
@@ -38,16 +40,14 @@ class Incoming:
         structure: What was saved beside the leaves; None for a stream.
         leaves: Where the leaves go; for a stream, one leaf of bytes.
         places: Where they come from.
-        missing: Names of leaves that only the program has.
-        unexpected: Names of leaves that only the generation has.
+        arrival: How the state takes them over.
     """
 
     state: State
     structure: Any
     leaves: tuple[Leaf, ...]
     places: tuple[Place, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
+    arrival: Arrival
 
 
 def match(
@@ -87,25 +87,24 @@ def _match_one(saved: dict[str, Any], state: State, strict: bool) -> Incoming:
     if isinstance(state, RankedState) and "parts" in saved:
         # Its parts are dealt out: what this rank gets is not known yet.
         state.check(saved["structure"], saved["parts"])
-        return Incoming(state, saved["structure"], (), ())
+        return Incoming(state, saved["structure"], (), (), _NOTHING_YET)
     if "leaves" not in saved:
         if isinstance(state, LeafState):
             raise StateMismatchError(f"state {state.name!r} was saved as a stream")
         spec = LeafSpec("stream", "U8", (places[0].nbytes,))
         leaf = Leaf(spec, MemoryBuffer.empty(spec.nbytes))
-        return Incoming(state, None, (leaf,), places)
+        load = Arrival((leaf,), lambda: state.load(io.BytesIO(leaf.buffer.read())))
+        return Incoming(state, None, (leaf,), places, load)
     if not isinstance(state, LeafState):
         raise StateMismatchError(f"state {state.name!r} was saved as leaves")
     specs = [LeafSpec.from_json(one) for one in saved["leaves"]]
     structure = saved["structure"]
-    if strict:
-        return Incoming(state, structure, tuple(state.prepare(structure, specs)), places)
-    common = state.prepare_common(structure, specs)
+    arrival = state.prepare(structure, specs, strict=strict)
     leaves = tuple(
         leaf or Leaf(spec, NoBuffer())
-        for spec, leaf in zip(specs, common.leaves, strict=True)
+        for spec, leaf in zip(specs, arrival.leaves, strict=True)
     )
-    return Incoming(state, structure, leaves, places, common.missing, common.unexpected)
+    return Incoming(state, structure, leaves, places, arrival)
 
 
 def adopt(comm: Communicator, incoming: Sequence[Incoming]) -> None:
@@ -119,9 +118,6 @@ def adopt(comm: Communicator, incoming: Sequence[Incoming]) -> None:
 
     def take_over() -> None:
         for one in incoming:
-            if isinstance(one.state, LeafState):
-                one.state.adopt(one.structure, one.leaves)
-            else:
-                one.state.load(io.BytesIO(one.leaves[0].buffer.read()))
+            one.arrival.adopt()
 
     agree(comm, "loading the states", take_over, error=RestoreError, safe=OVERWRITTEN)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import agree, agree_on_root, gather_bytes, scatter_bytes
 from mpi_ckpt.engine.read_plan import Place, plan_reads
 from mpi_ckpt.errors import RestoreError, StageError
-from mpi_ckpt.state import PartsState, State
+from mpi_ckpt.state import Arrival, PartsState, State
 from mpi_ckpt.storage.prefetch import Prefetcher, Run
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.leaf import Leaf
-    from mpi_ckpt.state import Structure
     from mpi_ckpt.states.ranked import RankedState
     from mpi_ckpt.storage.manifest import StoredState
     from mpi_ckpt.storage.reader import GenerationReader
@@ -68,7 +66,7 @@ class _Deal:
 
 def deal_parts(
     session: Session, reader: GenerationReader | None, state: RankedState, saved: int
-) -> tuple[Structure, list[Leaf]]:
+) -> Arrival:
     """Send each rank its part of a saved state, read and proven on root.
 
     Collective. Main thread only. Changes no state.
@@ -80,7 +78,7 @@ def deal_parts(
         saved: Number of its parts.
 
     Returns:
-        What the state can adopt on this rank.
+        How the state takes over the part of this rank.
 
     Raises:
         CorruptGenerationError: On every rank, if bytes are not those that were saved.
@@ -102,9 +100,7 @@ def deal_parts(
         window_bytes=window,
     )
     count = comm.size if state.resizes else saved
-    source = state.source(comm.rank, count)
-    leaves = [] if source is None else [state.leaf(source, part)]
-    return state.form(count), leaves
+    return Arrival((), adopt=lambda: state.take(part, count))
 
 
 def _plan(

@@ -80,9 +80,13 @@ def recall_states(
         metrics=found.description["metrics"],
         missing=fit.missing,
         unexpected=fit.unexpected,
-        missing_leaves={one.state.name: one.missing for one in incoming if one.missing},
+        missing_leaves={
+            one.state.name: one.arrival.missing for one in incoming if one.arrival.missing
+        },
         unexpected_leaves={
-            one.state.name: one.unexpected for one in incoming if one.unexpected
+            one.state.name: one.arrival.unexpected
+            for one in incoming
+            if one.arrival.unexpected
         },
         from_memory=True,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, agree_on_root, bcast_bytes
@@ -17,7 +17,7 @@ from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Form, Leaf, MemoryBuffer
 from mpi_ckpt.memory import Held
 from mpi_ckpt.state import LeafState, PartsState, State
-from mpi_ckpt.storage.stream import read_leaves, write_leaves
+from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.draft import SaveRequest
     from mpi_ckpt.engine.stage import Staged
-    from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.memory import Memory
 
 __all__ = ["remember_request"]
@@ -133,12 +132,11 @@ def _take_here(
 
 
 def _decode(state: LeafState, data: bytes) -> Contents:
-    def make(_: Any, specs: Sequence[LeafSpec]) -> list[Leaf]:  # noqa: ANN401 (JSON)
-        return [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
-
-    structure, leaves = read_leaves(io.BytesIO(data), make)
-    form = Form([leaf.spec for leaf in leaves])
-    return Contents(state, structure, tuple(leaves), form)
+    stream = io.BytesIO(data)
+    structure, specs = read_form(stream)
+    leaves = [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
+    fill_leaves(stream, specs, leaves)
+    return Contents(state, structure, tuple(leaves), Form(specs))
 
 
 def _hold(memory: Memory, request: SaveRequest, staged: Staged) -> None:

@@ -120,9 +120,13 @@ def _bring_back(
         adopt(session.comm, incoming)
     return replace(
         fit,
-        missing_leaves={one.state.name: one.missing for one in incoming if one.missing},
+        missing_leaves={
+            one.state.name: one.arrival.missing for one in incoming if one.arrival.missing
+        },
         unexpected_leaves={
-            one.state.name: one.unexpected for one in incoming if one.unexpected
+            one.state.name: one.arrival.unexpected
+            for one in incoming
+            if one.arrival.unexpected
         },
     )
 
@@ -145,8 +149,7 @@ def _with_part(session: Session, found: Found, one: Incoming) -> Incoming:
     if not isinstance(one.state, RankedState):
         return one
     saved = one.structure[one.state.count_key]
-    structure, leaves = deal_parts(session, found.reader, one.state, saved)
-    return replace(one, structure=structure, leaves=tuple(leaves))
+    return replace(one, arrival=deal_parts(session, found.reader, one.state, saved))
 
 
 def tell_of_resize(

@@ -83,7 +83,7 @@ def sync_states(
     _refuse_divergence(compared, differences)
     differences = _prepare(comm, compared, differences)
     sent, averaged = _transfer(comm, compared, differences, options)
-    _adopt(comm, compared, differences)
+    _adopt(comm, differences)
     report = SyncReport(
         differing={
             compared[one.index].state.name: one.names(one.targets) for one in differences
@@ -160,8 +160,10 @@ def _prepare(
             own = contents[difference.index]
             targets = own.leaves
             averaged = _averaged(own, difference)
+            arrival = None
             if averaged or not comm.is_root:
-                targets = tuple(own.state.prepare(structure, specs))
+                arrival = own.state.prepare(structure, specs, strict=True)
+                targets = tuple([leaf for leaf in arrival.leaves if leaf is not None])
                 if difference.leaves is not None:
                     sent = set() if comm.is_root else set(difference.leaves)
                     _keep_equal(own.leaves, targets, sent.difference(averaged))
@@ -173,7 +175,7 @@ def _prepare(
                     difference,
                     leaves=leaves,
                     averaged=averaged,
-                    structure=structure,
+                    arrival=arrival,
                     targets=targets,
                 )
             )
@@ -247,15 +249,13 @@ def _with_new_digests(own: Contents, difference: Difference) -> Contents:
     return replace(own, leaves=difference.targets, digests=tuple(digests))
 
 
-def _adopt(
-    comm: Communicator, contents: Sequence[Contents], differences: Sequence[Difference]
-) -> None:
+def _adopt(comm: Communicator, differences: Sequence[Difference]) -> None:
     if not differences:
         return
 
     def adopt() -> None:
         for one in differences:
-            if one.averaged or not comm.is_root:
-                contents[one.index].state.adopt(one.structure, one.targets)
+            if one.arrival is not None:
+                one.arrival.adopt()
 
     agree(comm, "taking over root's states", adopt, error=StageError)

@@ -11,8 +11,7 @@ import numpy as np
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec
-from mpi_ckpt.state import Capture, Common, Structure, SyncMode
-from mpi_ckpt.states.matched import MatchedState
+from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def array_leaf(name: str, array: NDArray[Any], known: LeafSpec | None = None) ->
     return Leaf(known, ArrayBuffer(array))
 
 
-class ArrayState(MatchedState):
+class ArrayState(LeafState):
     """Named NumPy arrays, restored in place.
 
     Args:
@@ -193,18 +192,19 @@ class ArrayState(MatchedState):
             None, [array_leaf(k, a, known.get(k)) for k, a in self.arrays.items()]
         )
 
-    def match(
+    def prepare(
         self,
         structure: Structure,  # noqa: ARG002
         specs: Sequence[LeafSpec],
         *,
         strict: bool,
-    ) -> Common:
-        """See `MatchedState`. Not collective."""
+    ) -> Arrival:
+        """See `LeafState`. Not collective."""
         live = self._fitting(specs, common=not strict)
         saved = {spec.name for spec in specs}
-        return Common(
+        return Arrival(
             [live.get(spec.name) for spec in specs],
+            adopt=_nothing_left,
             missing=tuple(name for name in live if name not in saved),
             unexpected=tuple(spec.name for spec in specs if spec.name not in live),
         )
@@ -219,5 +219,6 @@ class ArrayState(MatchedState):
         )
         return live
 
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
-        """See `LeafState`: everything is in place already. Not collective."""
+
+def _nothing_left() -> None:
+    """Adopt arrays: every byte is in its place already."""

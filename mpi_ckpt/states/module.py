@@ -7,8 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.state import Capture, Common, Structure, SyncMode
-from mpi_ckpt.states.matched import MatchedState
+from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
 from mpi_ckpt.states.wrappers import unwrapped
@@ -26,7 +25,7 @@ __all__ = ["ModuleState"]
 _EXTRA = "_extra_state"
 
 
-class ModuleState(MatchedState):
+class ModuleState(LeafState):
     """The parameters, persistent buffers and extra state of a module.
 
     Restored in place, so optimizers, data-parallel wrappers and CUDA graphs keep their
@@ -49,9 +48,6 @@ class ModuleState(MatchedState):
     ) -> None:
         super().__init__(name, sync=sync)
         self._module = unwrapped(name, module)
-        self._arriving: dict[str, Any] = {}
-        self._targets: _Contents | None = None
-        self._takes_extra: set[str] | None = None
         self.gate: Gate | None = None
         """Passed by whoever changes the parameters; see `Leaf`."""
 
@@ -65,10 +61,10 @@ class ModuleState(MatchedState):
         ]
         return Capture(structure, [*leaves, *contents.extra.leaves.values()])
 
-    def match(
+    def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
-    ) -> Common:
-        """See `MatchedState`. Not collective."""
+    ) -> Arrival:
+        """See `LeafState`. Not collective."""
         live = _Contents(self._module)
         try:
             saved_ties = dict(structure["ties"])
@@ -81,40 +77,35 @@ class ModuleState(MatchedState):
         problems = _problems(saved, saved_ties, live)
         absent = _absent(saved, saved_ties, live)
         raise_mismatch(self.name, [*problems, *absent.values()] if strict else problems)
-        self._arriving, self._targets = {}, live
-        self._takes_extra = None if strict else set(live.extra_names)
+        extra: dict[str, Any] = {}
         targets: list[Leaf | None] = []
         for spec in specs:
             if spec.name in extra_kinds:
                 value, leaf = make_leaf_value(spec, extra_kinds[spec.name])
-                self._arriving[spec.name] = value
+                extra[spec.name] = value
                 targets.append(leaf)
             else:
                 targets.append(live.leaves.get(spec.name))
         missing = tuple(name for name in absent if name in live.leaves)
         unexpected = tuple(name for name in absent if name not in live.leaves)
-        return Common(targets, missing, unexpected)
 
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        targets, self._targets = self._targets, None
-        assert targets is not None
-        # Tied when it was saved, apart in this program: each gets the value.
-        for name, source in structure["ties"].items():
-            if name in targets.leaves:
-                targets.leaves[name].buffer.write(targets.leaves[source].buffer.read())
-        if targets.computed:
-            self._give_back(targets)
-        arrived, self._arriving = self._arriving, {}
-        for name, value in unflatten(structure["extra"], arrived).items():
-            if self._takes_extra is not None and name not in self._takes_extra:
-                continue
-            path = name.rpartition(_EXTRA)[0].rstrip(".")
-            self._module.get_submodule(path).set_extra_state(value)
+        def adopt() -> None:
+            # Tied when it was saved, apart in this program: each gets the value.
+            for name, source in saved_ties.items():
+                if name in live.leaves:
+                    live.leaves[name].buffer.write(live.leaves[source].buffer.read())
+            if live.computed:
+                self._give_back(live)
+            for name, value in unflatten(structure["extra"], extra).items():
+                if strict or name in live.extra_names:
+                    path = name.rpartition(_EXTRA)[0].rstrip(".")
+                    self._module.get_submodule(path).set_extra_state(value)
+
+        return Arrival(targets, adopt, missing, unexpected)
 
     def _give_back(self, targets: _Contents) -> None:
         # A second look at the module would compute the old values anew, so it is given
-        # those of `prepare`, and all others, as its hooks may want several at once.
+        # that were filled, and all others, as its hooks may want several at once.
         values = OrderedDict(targets.values)
         values._metadata = targets.versions  # type: ignore[attr-defined] # noqa: SLF001
         outcome = self._module.load_state_dict(values, strict=False)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.state import Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import LeafSpec
 
 __all__ = ["NestedState"]
 
@@ -26,10 +26,6 @@ class NestedState(LeafState):
     Tensors that the program has already, under the same name and of the same dtype and
     shape, are restored in place; others are made.
     """
-
-    def __init__(self, name: str, *, sync: SyncMode = "root") -> None:
-        super().__init__(name, sync=sync)
-        self._arriving: dict[str, Any] = {}
 
     def nested(self) -> Any:  # noqa: ANN401 (any nested value)
         """Return the live contents, by reference. Not collective."""
@@ -51,14 +47,20 @@ class NestedState(LeafState):
         flattened = flatten(self.nested())
         return Capture(flattened.structure, tuple(flattened.leaves.values()))
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        """See `LeafState`. Not collective."""
+    def prepare(
+        self,
+        structure: Structure,
+        specs: Sequence[LeafSpec],
+        *,
+        strict: bool,  # noqa: ARG002
+    ) -> Arrival:
+        """See `LeafState`; what was saved is taken whole. Not collective."""
         self.check(structure, specs)
         # A structure of no known form must not be found out when leaves have arrived.
         unflatten(structure, dict.fromkeys([spec.name for spec in specs], _ANY_LEAF))
         live = flatten(self.nested())
         kinds, live_kinds = leaf_kinds(structure), leaf_kinds(live.structure)
-        self._arriving = {}
+        arriving: dict[str, Any] = {}
         targets = []
         for spec in specs:
             leaf = live.leaves.get(spec.name)
@@ -67,14 +69,9 @@ class NestedState(LeafState):
             fits = live_kinds.get(spec.name) == kind and _is_writable(value)
             if leaf is None or leaf.spec != spec or not fits:
                 value, leaf = make_leaf_value(spec, kind, self.device_of(spec.name))
-            self._arriving[spec.name] = value
+            arriving[spec.name] = value
             targets.append(leaf)
-        return targets
-
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:  # noqa: ARG002
-        """See `LeafState`. Not collective."""
-        arrived, self._arriving = self._arriving, {}
-        self.accept(unflatten(structure, arrived))
+        return Arrival(targets, lambda: self.accept(unflatten(structure, arriving)))
 
 
 def _is_writable(value: object) -> bool:

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.states.ranked import RankedState
 from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
-from mpi_ckpt.storage.stream import read_leaves, write_leaves
+from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from mpi_ckpt.leaf import Leaf, LeafSpec
-    from mpi_ckpt.state import Structure
 
 __all__ = ["PerRankState"]
 
@@ -108,15 +105,10 @@ def _encode(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
 
 
 def _decode(part: bytes) -> Any:  # noqa: ANN401 (any nested value)
-    values: dict[str, Any] = {}
-
-    def prepare(structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        kinds = leaf_kinds(structure)
-        leaves = []
-        for spec in specs:
-            values[spec.name], leaf = make_leaf_value(spec, kinds.get(spec.name, ""))
-            leaves.append(leaf)
-        return leaves
-
-    structure, _ = read_leaves(io.BytesIO(part), prepare)
+    stream = io.BytesIO(part)
+    structure, specs = read_form(stream)
+    kinds = leaf_kinds(structure)
+    made = [make_leaf_value(spec, kinds.get(spec.name, "")) for spec in specs]
+    fill_leaves(stream, specs, [leaf for _, leaf in made])
+    values = {spec.name: value for spec, (value, _) in zip(specs, made, strict=True)}
     return unflatten(structure, values)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
-from mpi_ckpt.state import Capture, PartsState, Structure
+from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,23 +95,24 @@ class RankedState(PartsState):
         leaves = [self.leaf(rank, part) for rank, part in enumerate(parts)]
         return Capture(self.form(len(parts)), leaves)
 
-    def prepare(self, structure: Structure, specs: Sequence[LeafSpec]) -> list[Leaf]:
-        """See `LeafState`. Not collective."""
+    def prepare(
+        self,
+        structure: Structure,
+        specs: Sequence[LeafSpec],
+        *,
+        strict: bool,  # noqa: ARG002
+    ) -> Arrival:
+        """See `LeafState`: for who has all parts at hand. Not collective."""
         self.check(structure, len(specs))
-        return [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
+        leaves = [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
+        return Arrival(leaves, lambda: self._choose(leaves))
 
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
-        """See `LeafState`; a leaf that this rank has no use for may be absent.
-
-        Not collective.
-        """
-        saved = structure[self.count_key]
-        parts = {leaf.spec.name: bytes(leaf.buffer.read()) for leaf in leaves}
-        if self.resizes and len(parts) == saved != self._size:
-            self.take(self.resize(list(parts.values()), self._size)[self._rank], self._size)
-            return
-        source = self.source(self._rank, saved)
-        self.take(b"" if source is None else parts[_leaf_name(source)], saved)
+    def _choose(self, leaves: Sequence[Leaf]) -> None:
+        parts = [bytes(leaf.buffer.read()) for leaf in leaves]
+        if self.resizes and len(parts) != self._size:
+            parts = self.resize(parts, self._size)
+        source = self.source(self._rank, len(parts))
+        self.take(b"" if source is None else parts[source], len(parts))
 
     def check(self, structure: Structure, count: int) -> None:
         """Require a structure that `capture` has made of so many parts.
@@ -132,8 +133,4 @@ class RankedState(PartsState):
 
     def leaf(self, rank: int, part: bytes) -> Leaf:
         """Return a rank's part as a leaf. Not collective."""
-        return Leaf(LeafSpec(_leaf_name(rank), "U8", (len(part),)), MemoryBuffer(part))
-
-
-def _leaf_name(rank: int) -> str:
-    return f"rank-{rank:05d}"
+        return Leaf(LeafSpec(f"rank-{rank:05d}", "U8", (len(part),)), MemoryBuffer(part))

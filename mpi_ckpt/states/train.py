@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
 from mpi_ckpt.gate import Gate
 from mpi_ckpt.leaf import Leaf
-from mpi_ckpt.state import Capture, Common, LeafState, Structure, SyncMode
-from mpi_ckpt.states.matched import MatchedState
+from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.optimizer import OptimizerState
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainState"]
 
 
-class TrainState(MatchedState):
+class TrainState(LeafState):
     """Module, optimizer, scheduler and gradient scaler as one state.
 
     Args:
@@ -88,12 +87,13 @@ class TrainState(MatchedState):
         ]
         return Capture({key: one.structure for key, one in captured.items()}, leaves)
 
-    def match(
+    def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
-    ) -> Common:
-        """See `MatchedState`; parts may be left out like leaves. Not collective."""
+    ) -> Arrival:
+        """See `LeafState`; parts may be left out like leaves. Not collective."""
         self._gate.wait()
         self._check_parts(structure, strict=strict)
+        arrivals: list[Arrival] = []
         targets: dict[str, Leaf | None] = {}
         missing = [f"{key}/*" for key in self._parts if key not in structure]
         unexpected = [f"{key}/*" for key in structure if key not in self._parts]
@@ -108,29 +108,26 @@ class TrainState(MatchedState):
                 if spec.name.startswith(prefix)
             ]
             try:
-                if strict:
-                    common = Common(part.prepare(structure[key], ours))
-                else:
-                    common = part.prepare_common(structure[key], ours)
+                arrival = part.prepare(structure[key], ours, strict=strict)
             except StateMismatchError as error:
                 problems += error.problems or [str(error)]
                 continue
+            arrivals.append(arrival)
             names = [prefix + spec.name for spec in ours]
-            targets.update(zip(names, common.leaves, strict=True))
-            missing += [prefix + name for name in common.missing]
-            unexpected += [prefix + name for name in common.unexpected]
+            targets.update(zip(names, arrival.leaves, strict=True))
+            missing += [prefix + name for name in arrival.missing]
+            unexpected += [prefix + name for name in arrival.unexpected]
         raise_mismatch(self.name, problems)
+
+        def adopt() -> None:
+            for arrival in arrivals:
+                arrival.adopt()
+
         found = [targets.get(spec.name) for spec in specs]
         leaves = [
             one and Leaf(spec, one.buffer) for spec, one in zip(specs, found, strict=True)
         ]
-        return Common(leaves, tuple(missing), tuple(unexpected))
-
-    def adopt(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
-        """See `LeafState`. Not collective."""
-        for key, part in self._parts.items():
-            if key in structure:
-                part.adopt(structure[key], leaves)
+        return Arrival(leaves, adopt, tuple(missing), tuple(unexpected))
 
     def _let_steps_wait(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook

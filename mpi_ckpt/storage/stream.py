@@ -13,12 +13,12 @@ from mpi_ckpt.storage.strict_json import read_json, shown
 from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX, encode_header, parse_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import BinaryIO
 
     from mpi_ckpt.leaf import Leaf
 
-__all__ = ["read_leaves", "write_leaves"]
+__all__ = ["fill_leaves", "read_form", "write_leaves"]
 
 _LENGTH_MAX = 1 << 60
 
@@ -38,13 +38,10 @@ def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> N
     fileobj.writelines(leaf.buffer.read() for leaf in leaves)
 
 
-def read_leaves(
-    fileobj: BinaryIO,
-    prepare: Callable[[Any, Sequence[LeafSpec]], list[Leaf]],
-) -> tuple[Any, list[Leaf]]:
-    """Read what `write_leaves` wrote into the leaves that ``prepare`` names.
+def read_form(fileobj: BinaryIO) -> tuple[Any, list[LeafSpec]]:
+    """Read the structure that `write_leaves` wrote, and the specs of the leaves to come.
 
-    Not collective.
+    Not collective. `fill_leaves` reads on from here.
 
     Raises:
         CorruptGenerationError: On the calling rank, if the stream is damaged.
@@ -56,21 +53,33 @@ def read_leaves(
         header = parse_header(_read_exactly(fileobj, length))
         content = read_json(header["__metadata__"]["mpi_ckpt"].encode())
         structure = content["structure"]
-        specs = [_read_spec(*form) for form in content["leaves"]]
+        return structure, [_read_spec(*form) for form in content["leaves"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptGenerationError(
             f"the stream is not one that a leaf state wrote: {error}"
         ) from error
-    leaves = prepare(structure, specs)
-    for leaf in leaves:
+
+
+def fill_leaves(
+    fileobj: BinaryIO, specs: Sequence[LeafSpec], leaves: Sequence[Leaf | None]
+) -> None:
+    """Read the bytes of the leaves to where they go. Not collective.
+
+    Args:
+        fileobj: As `read_form` left it.
+        specs: What `read_form` returned.
+        leaves: Where each leaf goes; None passes over it.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if the stream is damaged.
+    """
+    for spec, leaf in zip(specs, leaves, strict=True):
         try:
-            data = _read_exactly(fileobj, leaf.spec.nbytes)
+            data = _read_exactly(fileobj, spec.nbytes)
         except ValueError as error:
-            raise CorruptGenerationError(
-                f"leaf {shown(leaf.spec.name)}: {error}"
-            ) from error
-        leaf.buffer.write(memoryview(data))
-    return structure, leaves
+            raise CorruptGenerationError(f"leaf {shown(spec.name)}: {error}") from error
+        if leaf is not None:
+            leaf.buffer.write(memoryview(data))
 
 
 def _header_name(leaf: str) -> str:

@@ -348,5 +348,6 @@ def test_values_and_modules_restore_in_place(tmp_path):
     with GenerationReader(tmp_path / "c" / "checkpoint-00000001") as reader:
         (state,) = reader.manifest.states
     live = ObjectState("v", {"lr": torch.zeros(2), "x": torch.ones(1)})
-    targets = live.prepare(state.structure, [leaf.spec for leaf in state.leaves])
-    assert [leaf.spec.name for leaf in targets] == ["lr", "x"]
+    specs = [leaf.spec for leaf in state.leaves]
+    arrival = live.prepare(state.structure, specs, strict=True)
+    assert [leaf.spec.name for leaf in arrival.leaves] == ["lr", "x"]

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, State
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.gate import Gate
-from mpi_ckpt.state import Capture, Common, Structure
+from mpi_ckpt.state import Arrival, Capture, Structure
 from mpi_ckpt.storage.layout import generation_number, is_partial_name
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -77,11 +77,11 @@ class Arrays(ArrayState):
             return captured
         return Capture(None, [leaf.behind(self._gate) for leaf in captured.leaves])
 
-    def match(
+    def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
-    ) -> Common:
+    ) -> Arrival:
         self.wait()
-        return super().match(structure, specs, strict=strict)
+        return super().prepare(structure, specs, strict=strict)
 
 
 @dataclass(frozen=True)

@@ -154,4 +154,4 @@ def test_capture_and_part_change_nothing():
 )
 def test_contents_of_another_state_are_a_mismatch(structure):
     with pytest.raises(StateMismatchError, match="not saved from an accumulator"):
-        Accumulator().prepare(structure, [])
+        Accumulator().prepare(structure, [], strict=True)

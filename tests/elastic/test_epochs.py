@@ -64,4 +64,4 @@ def test_loops_over_the_same_epochs_do_not_nest():
 )
 def test_contents_of_another_state_are_a_mismatch(structure):
     with pytest.raises(StateMismatchError, match="not saved from epochs"):
-        EpochState().prepare(structure, [])
+        EpochState().prepare(structure, [], strict=True)

@@ -210,10 +210,10 @@ def test_another_data_set_or_order_is_a_mismatch_and_all_of_it_is_told():
 def test_positions_that_are_none_are_a_mismatch(position):
     structure = {"length": 10, "shuffle": True, "seed": 0, **position}
     with pytest.raises(StateMismatchError, match="no position"):
-        ElasticSampler(10, 4).prepare(structure, [])
+        ElasticSampler(10, 4).prepare(structure, [], strict=True)
     for structure in (None, [], 5):
         with pytest.raises(StateMismatchError):
-            ElasticSampler(10, 4).prepare(structure, [])
+            ElasticSampler(10, 4).prepare(structure, [], strict=True)
 
 
 @pytest.mark.parametrize("given", [(0, 4), (10, 0), (-1, 4)])

@@ -101,10 +101,11 @@ def read_into(path: Path, targets: list) -> None:
             if stored.stream is not None:
                 state.data = b"".join(blocks[0])
                 continue
-            leaves = state.prepare(stored.structure, [leaf.spec for leaf in stored.leaves])
-            for leaf, pieces in zip(leaves, blocks, strict=True):
+            specs = [leaf.spec for leaf in stored.leaves]
+            arrival = state.prepare(stored.structure, specs, strict=True)
+            for leaf, pieces in zip(arrival.leaves, blocks, strict=True):
                 leaf.buffer.write(memoryview(b"".join(pieces)))
-            state.adopt(stored.structure, leaves)
+            arrival.adopt()
 
 
 @given(

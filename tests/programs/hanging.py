@@ -16,14 +16,14 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, Options, State
-from mpi_ckpt.comm import roll_call
+from mpi_ckpt.comm import liveness
 from mpi_ckpt.engine import abort
 from mpi_ckpt.storage import filesystem
 
 logging.basicConfig(format="%(levelname)s %(message)s")
 folder, how, rank, deadline = sys.argv[1:]
 absent = MPI.COMM_WORLD.rank == int(rank)
-roll_call._SECONDS = 1.0
+liveness._ROLL_CALL_SECONDS = 1.0
 # A disk that takes seconds for it would be a rank that hangs, at another place.
 os.fsync = lambda descriptor: None
 abort._ERROR_SECONDS = 0.5

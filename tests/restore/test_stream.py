@@ -13,7 +13,7 @@ from safetensors.numpy import load
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.states.arrays import array_leaf
-from mpi_ckpt.storage.stream import read_leaves, write_leaves
+from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
 from mpi_ckpt.storage.tensorfile import encode_header
 
 
@@ -23,12 +23,15 @@ def written(structure, *leaves: Leaf) -> bytes:
     return stream.getvalue()
 
 
-def make_targets(_, specs) -> list[Leaf]:
-    return [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
+def read_from(stream: io.BytesIO):
+    structure, specs = read_form(stream)
+    targets = [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
+    fill_leaves(stream, specs, targets)
+    return structure, targets
 
 
 def read(data: bytes):
-    return read_leaves(io.BytesIO(data), make_targets)
+    return read_from(io.BytesIO(data))
 
 
 ARRAYS = [
@@ -58,8 +61,16 @@ def test_other_tools_can_read_it():
 
 def test_what_follows_is_left_unread():
     stream = io.BytesIO(written(1, ARRAYS[0]) + b"next")
-    read_leaves(stream, make_targets)
+    read_from(stream)
     assert stream.read() == b"next"
+
+
+def test_leaf_that_nobody_wants_is_passed_over():
+    stream = io.BytesIO(written(1, *ARRAYS[:2]))
+    _, specs = read_form(stream)
+    wanted = Leaf(specs[1], MemoryBuffer.empty(specs[1].nbytes))
+    fill_leaves(stream, specs, [None, wanted])
+    assert bytes(wanted.buffer.read()) == bytes(ARRAYS[1].buffer.read())
 
 
 def test_every_truncation_is_told_as_damage():

@@ -310,7 +310,7 @@ def test_all_mismatches_are_told_at_once_and_nothing_is_changed():
 )
 def test_structures_of_other_states_are_a_mismatch(structure):
     with pytest.raises(StateMismatchError, match="not saved from a module"):
-        module_state(nn.Linear(1, 1)).prepare(structure, [])
+        module_state(nn.Linear(1, 1)).prepare(structure, [], strict=True)
 
 
 def test_module_without_parameters_is_no_trouble():

@@ -89,7 +89,8 @@ def test_array_where_a_tensor_was_is_made_anew():
 def test_live_value_is_not_touched_before_everything_has_arrived():
     live = ObjectState("o", {"a": np.zeros(2)})
     captured = ObjectState("o", {"a": np.ones(3), "b": 1}).capture()
-    live.prepare(captured.structure, [leaf.spec for leaf in captured.leaves])
+    specs = [leaf.spec for leaf in captured.leaves]
+    live.prepare(captured.structure, specs, strict=True)
     assert live.value["a"].tolist() == [0, 0]
     assert "b" not in live.value
 
@@ -146,7 +147,8 @@ def test_value_that_looks_pickled_is_refused_when_saved():
 def test_unpickling_happens_only_when_all_is_there():
     live = ObjectState("o", pickle=True)
     captured = ObjectState("o", Bomb(), pickle=True).capture()
-    leaves = live.prepare(captured.structure, [leaf.spec for leaf in captured.leaves])
+    specs = [leaf.spec for leaf in captured.leaves]
+    arrival = live.prepare(captured.structure, specs, strict=True)
     assert not Bomb.went_off
-    live.adopt(captured.structure, leaves)
+    arrival.adopt()
     assert Bomb.went_off

@@ -255,7 +255,7 @@ def test_parameters_of_other_number_or_shape_are_all_told_and_nothing_is_changed
 def test_contents_of_another_state_are_a_mismatch():
     for structure in (None, [], {}, {"params": 5}, {"content": {}}):
         with pytest.raises(StateMismatchError, match="not saved from an optimizer"):
-            OptimizerState("o", make("SGD")[1]).prepare(structure, [])
+            OptimizerState("o", make("SGD")[1]).prepare(structure, [], strict=True)
 
 
 def test_empty_entries_count_as_none():

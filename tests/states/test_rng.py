@@ -75,10 +75,11 @@ def restored(captured, rank: int, size: int) -> list:
     seed_all(99)
     generators = own_generators(99)
     state = rank_state(rank, size, generators)
-    targets = state.prepare(captured.structure, [leaf.spec for leaf in captured.leaves])
-    for leaf, target in zip(captured.leaves, targets, strict=True):
+    specs = [leaf.spec for leaf in captured.leaves]
+    arrival = state.prepare(captured.structure, specs, strict=True)
+    for leaf, target in zip(captured.leaves, arrival.leaves, strict=True):
         target.buffer.write(leaf.buffer.read())
-    state.adopt(captured.structure, targets)
+    arrival.adopt()
     return draw(generators)
 
 
@@ -153,12 +154,13 @@ def test_only_random_generators_are_taken():
 def test_contents_of_another_state_are_a_mismatch(structure):
     specs = [LeafSpec("rank-00000", "U8", (5,))]
     with pytest.raises(StateMismatchError, match="no random streams"):
-        RNGState().prepare(structure, specs)
+        RNGState().prepare(structure, specs, strict=True)
 
 
 def test_part_that_is_no_json_is_told_as_damage():
     state = RNGState()
     captured = state.capture()
-    targets = state.prepare(captured.structure, [leaf.spec for leaf in captured.leaves])
+    specs = [leaf.spec for leaf in captured.leaves]
+    arrival = state.prepare(captured.structure, specs, strict=True)
     with pytest.raises(CorruptGenerationError, match="'rng'"):
-        state.adopt(captured.structure, targets)
+        arrival.adopt()

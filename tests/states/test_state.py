@@ -44,8 +44,7 @@ def test_unwritten_methods_say_so():
     state = PartsState("s")
     for call in (
         state.capture,
-        lambda: state.prepare(None, []),
-        lambda: state.adopt(None, []),
+        lambda: state.prepare(None, [], strict=True),
         state.part,
         lambda: state.combine([]),
     ):

@@ -234,21 +234,24 @@ def test_prepare_gives_a_place_for_every_leaf_and_changes_nothing(make):
     before = live.look()
     specs = [spec for spec, _ in leaves]
     for _ in range(2):
-        targets = live.state.prepare(json.loads(structure), specs)
-        assert [target.spec for target in targets] == specs
+        arrival = live.state.prepare(json.loads(structure), specs, strict=True)
+        assert [leaf.spec for leaf in arrival.leaves] == specs
+        assert (arrival.missing, arrival.unexpected) == ((), ())
         assert live.look() == before
 
 
-def test_adopt_takes_over_what_arrived(make):
+@pytest.mark.parametrize("strict", [True, False])
+def test_adopt_takes_over_what_arrived(make, strict):
     saved, live = make(1), make(3)
     put_together(saved.state)
     structure, leaves = taken(saved.state)
     wanted = saved.look()
     put_together(live.state)
-    targets = live.state.prepare(json.loads(structure), [spec for spec, _ in leaves])
-    for (_, data), target in zip(leaves, targets, strict=True):
+    specs = [spec for spec, _ in leaves]
+    arrival = live.state.prepare(json.loads(structure), specs, strict=strict)
+    for (_, data), target in zip(leaves, arrival.leaves, strict=True):
         target.buffer.write(memoryview(data))
-    live.state.adopt(json.loads(structure), targets)
+    arrival.adopt()
     assert live.look() == wanted
     put_together(live.state)
     assert taken(live.state)[1] == leaves
@@ -260,7 +263,7 @@ def test_contents_of_another_kind_are_a_mismatch_and_change_nothing(make):
     odd = [LeafSpec("odd", "F32", (2, 2))]
     for structure in (None, 5, "text", [], {"odd": 1}, {"~": "tensor", "leaf": "else"}):
         with pytest.raises(StateMismatchError):
-            case.state.prepare(structure, odd)
+            case.state.prepare(structure, odd, strict=True)
         assert case.look() == before
 
 

@@ -99,7 +99,7 @@ def test_mismatches_of_all_parts_are_told_at_once_and_nothing_is_changed():
 @pytest.mark.parametrize("structure", [None, 5, [], "x", {}])
 def test_contents_of_another_state_are_a_mismatch(structure):
     with pytest.raises(StateMismatchError, match="not saved"):
-        Training(1).state().prepare(structure, [])
+        Training(1).state().prepare(structure, [], strict=True)
 
 
 def test_name_and_mode_are_checked():

@@ -17,7 +17,7 @@ from mpi_ckpt.comm import (
     bcast_bytes,
     communicator,
     gather_bytes,
-    roll_call,
+    liveness,
 )
 from mpi_ckpt.errors import CollectiveError, SaveError
 from mpi_ckpt.integrations import horovod
@@ -39,7 +39,7 @@ def broken_ones():
 @pytest.fixture
 def short_roll_call(monkeypatch):
     # What those who came may be apart, on a busy machine.
-    monkeypatch.setattr(roll_call, "_SECONDS", 2.5)
+    monkeypatch.setattr(liveness, "_ROLL_CALL_SECONDS", 2.5)
 
 
 @pytest.fixture

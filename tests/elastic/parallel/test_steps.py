@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import AutoInterval, ObjectState
-from mpi_ckpt.comm import Vote, roll_call
+from mpi_ckpt.comm import Vote, liveness
 from mpi_ckpt.engine import interval, steps
 from mpi_ckpt.errors import CollectiveError
 from mpi_ckpt.storage import filesystem
@@ -198,7 +198,7 @@ def test_a_manager_left_by_an_exception_leaves_its_vote(comm, shared_path, count
 
 
 def test_a_rank_that_comes_to_no_step_is_named(peers, shared_path, counter, monkeypatch):
-    monkeypatch.setattr(roll_call, "_SECONDS", 2.5)
+    monkeypatch.setattr(liveness, "_ROLL_CALL_SECONDS", 2.5)
     late = peers.size - 1
     with manager(shared_path, counter) as one:
         for _ in range(3):

@@ -25,7 +25,7 @@ from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.storage.manifest_codec import decode, encode
 from mpi_ckpt.storage.reader import GenerationReader
-from mpi_ckpt.storage.stream import read_leaves
+from mpi_ckpt.storage.stream import fill_leaves, read_form
 from mpi_ckpt.storage.tensorfile import parse_header
 
 if TYPE_CHECKING:
@@ -64,18 +64,18 @@ def header(data: bytes) -> bool:
         good = isinstance(parse_header(data), dict)
     whole = len(data).to_bytes(8, "little") + data
     with suppress(CheckpointError):
-        read_leaves(io.BytesIO(whole + bytes(64)), _prepare)
+        stream = io.BytesIO(whole + bytes(64))
+        _, specs = read_form(stream)
+        small = [spec for spec in specs if spec.nbytes <= _SMALL_BYTES]
+        fill_leaves(
+            stream, small, [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in small]
+        )
     place = _place() / "x.safetensors"
     place.write_bytes(whole + bytes(64))
     with suppress(CheckpointError), open_safetensors(place) as content:
         for leaf in content.leaves.values():
             assert len(leaf.buffer.read()) == leaf.spec.nbytes <= 64
     return good
-
-
-def _prepare(structure: Any, specs: Any) -> list[Leaf]:
-    small = [spec for spec in specs if spec.nbytes <= _SMALL_BYTES]
-    return [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in small]
 
 
 def directory(data: bytes) -> bool:

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How ranks wait for one another, find out who does not come, and take their leave.
+
+A rank whose deadline passes calls the roll: it tells every rank that it gives up and notes
+who answers. A waiting rank answers by giving up as well, so all live ranks raise within
+moments of the first; who is silent is named by all.
+
+A rank that leaves the job alone, by an error of the program, says farewell: MPI_Finalize
+waits for every rank, and the others wait for it where they are, for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm.launch import load_mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mpi_ckpt.comm.communicator import Communicator
+
+__all__ = [
+    "ROUNDS_A_LOOK",
+    "Farewell",
+    "Patience",
+    "Tag",
+    "abort_job",
+    "call_roll",
+    "hold",
+    "is_called",
+    "is_done_within",
+    "keep",
+    "let_go_of",
+]
+
+# A rank that waits yields its core this often before it starts to sleep, so a short wait
+# costs no latency and a long one (root writes) no core.
+_YIELDS = 2000
+_PAUSE_SECONDS_MAX = 1e-3
+# The clock is read once in so many rounds: reading it costs more than a round.
+ROUNDS_A_LOOK = 64
+_ROLL_CALL_SECONDS = 3.0
+
+
+class Tag(IntEnum):
+    """The tags of all messages between two ranks."""
+
+    ROLL_CALL = 7001
+    DATA = 7002
+    FAREWELL = 7003
+    GREETING = 7004
+    GROUP = 7005
+
+
+class Patience:
+    """Paces a loop that waits: yields the core at first, then sleeps. Main thread only.
+
+    Not collective.
+
+    Args:
+        seconds: How long to wait; None for as long as it takes.
+        streaming: Whether data is flowing, so that the core is better spent on progress
+            than on sleep.
+
+    Attributes:
+        rounds: How often the loop has gone round.
+        is_over: Whether the time has passed, as far as the clock was looked at.
+    """
+
+    def __init__(self, seconds: float | None, *, streaming: bool = False) -> None:
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._streaming = streaming
+        self._pause = 0.0
+        self.rounds = 0
+        self.is_over = False
+
+    def go_round(self) -> bool:
+        """Let others run for a moment; return whether the clock was looked at.
+
+        That is once in 64 rounds, when the caller too may look at what costs.
+        """
+        self.rounds += 1
+        if self._streaming or self.rounds < _YIELDS:
+            os.sched_yield()
+        else:
+            self._pause = min(self._pause + 1e-5, _PAUSE_SECONDS_MAX)
+            time.sleep(self._pause)
+        is_look = self.rounds % ROUNDS_A_LOOK == 0
+        if is_look and self._deadline is not None:
+            self.is_over = time.monotonic() > self._deadline
+        return is_look
+
+
+def is_done_within(request: MPI.Request, seconds: float | None) -> bool:
+    """Wait for a request, so that signals come and others get the core.
+
+    Not collective by itself. Main thread only. For requests outside of a `Communicator`,
+    whose waits can call the roll.
+
+    Args:
+        request: What to wait for.
+        seconds: How long; None for as long as it takes.
+
+    Returns:
+        Whether it is done. If not, MPI may still write to its buffers.
+
+    Raises:
+        MPI.Exception: On the calling rank, if it failed.
+    """
+    patience = Patience(seconds)
+    while not request.Test():
+        patience.go_round()
+        if patience.is_over:
+            return False
+    return True
+
+
+# MPI: what was posted is carried out even if it was given up, or its owner forgotten. Its
+# buffers must not become somebody else's memory until then: here is who holds them.
+_ABANDONED: list[object] = []
+_POSTED: set[object] = set()
+
+
+def keep(*posted: object) -> None:
+    """Hold requests and buffers for as long as the process lives. Not collective."""
+    _ABANDONED.extend(posted)
+
+
+def hold(posted: object) -> None:
+    """Hold what owns requests and buffers until `let_go_of`. Not collective."""
+    _POSTED.add(posted)
+
+
+def let_go_of(posted: object) -> None:
+    """Forget what `hold` was given: nothing is on its way any more. Not collective."""
+    _POSTED.discard(posted)
+
+
+def is_called(handle: MPI.Intracomm) -> bool:
+    """Return whether another rank has called the roll. Not collective. Main thread only."""
+    # MPI: a probe takes in what has arrived and may find it only the next time.
+    anybody = load_mpi().ANY_SOURCE
+    return any(handle.Iprobe(source=anybody, tag=Tag.ROLL_CALL) for _ in range(2))
+
+
+def call_roll(handle: MPI.Intracomm) -> set[int]:
+    """Tell all ranks that this one gives up, and return who answers.
+
+    Not collective. Main thread only. Takes some seconds if one is silent.
+    """
+    sends = _tell_all(handle, Tag.ROLL_CALL)
+    present = {handle.rank}
+    _hear(handle, Tag.ROLL_CALL, present, _ROLL_CALL_SECONDS)
+    # To a rank that never looked: nobody may ever receive it.
+    keep([send for send in sends if not send.Test()])
+    return present
+
+
+class Farewell:
+    """Tells all ranks that this one leaves, and hears who else does.
+
+    Not collective: a byte to every rank and from every rank that leaves as well, which no
+    other wait on the communicator can mistake for its own. Main thread only.
+
+    Args:
+        comm: The communicator; it may have missed a deadline.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._handle = comm.handle
+        self._heard = {comm.rank}
+        # MPI: to a rank that never looks. So little is on its way at once all the same.
+        keep(_tell_all(self._handle, Tag.FAREWELL))
+
+    def missing(self, seconds: float) -> list[int]:
+        """Wait for the farewells of all others; return the ranks that do not leave.
+
+        Not collective. Main thread only.
+
+        Args:
+            seconds: How long to wait.
+        """
+        _hear(self._handle, Tag.FAREWELL, self._heard, seconds)
+        return [rank for rank in range(self._handle.size) if rank not in self._heard]
+
+
+def abort_job(code: int) -> None:
+    """End all ranks of the job at once. Not collective. Does not return."""
+    load_mpi().COMM_WORLD.Abort(code)
+
+
+def _tell_all(handle: MPI.Intracomm, tag: Tag) -> list[MPI.Request]:
+    """Start sending a byte to every other rank."""
+    token = np.zeros(1, np.uint8)
+    others = [rank for rank in range(handle.size) if rank != handle.rank]
+    return [handle.Isend(token, dest=rank, tag=tag) for rank in others]
+
+
+def _hear(handle: MPI.Intracomm, tag: Tag, heard: set[int], seconds: float) -> None:
+    """Add to ``heard`` who sends a byte, until it is everybody or the time is over."""
+    mpi: Any = load_mpi()
+    status, token = mpi.Status(), np.zeros(1, np.uint8)
+    patience = Patience(seconds)
+    while len(heard) < handle.size and not patience.is_over:
+        if handle.Iprobe(mpi.ANY_SOURCE, tag, status):
+            handle.Recv(token, source=status.source, tag=tag)
+            heard.add(status.source)
+        else:
+            patience.go_round()
