@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from mpi_ckpt.errors import OptionsError, StageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["Arena", "Held", "Memory"]
+__all__ = ["Arena", "Memory", "MemoryCopy"]
 
 
 class Arena:
@@ -60,18 +60,18 @@ def _map(nbytes: int) -> mmap.mmap:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class MemoryCopy:
     """A complete copy of all states.
 
     Attributes:
         step: The training step it was made at.
         text: What it holds, as JSON: the same for copies of equal form.
-        data: The bytes of its leaves, in the order of the text.
+        leaves: The bytes of the leaves of each state, by its name.
     """
 
     step: int
     text: bytes
-    data: Sequence[memoryview]
+    leaves: Mapping[str, Sequence[memoryview]]
 
 
 class Memory:
@@ -100,7 +100,7 @@ class Memory:
         self.holders = holders
         self.every = every
         self.arena = Arena()
-        self.held: Held | None = None
+        self.copy: MemoryCopy | None = None
 
     @property
     def step(self) -> int | None:
@@ -108,7 +108,7 @@ class Memory:
 
         Not collective.
         """
-        return None if self.held is None else self.held.step
+        return None if self.copy is None else self.copy.step
 
     def is_due(self, step: int) -> bool:
         """Tell whether a copy is to be made after a step. Not collective."""
@@ -116,7 +116,7 @@ class Memory:
 
     def clear(self) -> None:
         """Forget the copy; its memory stays for the next. Not collective."""
-        self.held = None
+        self.copy = None
 
     def describe(self) -> str:
         """Return what must be the same on every rank. Not collective."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpi_ckpt.leaf import LeafSpec
-    from mpi_ckpt.storage.manifest import Extent, StoredState
+    from mpi_ckpt.storage.manifest import StoredLeaf, StoredState
     from mpi_ckpt.storage.reader import GenerationReader
 
 __all__ = ["STREAM", "LeafChange", "compare_generations", "structure_changes"]
@@ -74,7 +74,7 @@ class LeafChange:
         return document
 
 
-_Entry = tuple["LeafSpec | None", "Extent"]
+_Entry = tuple["LeafSpec | None", "StoredLeaf"]
 
 
 def compare_generations(
@@ -100,7 +100,7 @@ def compare_generations(
         else:
             changes.append(_compare(key, (left, mine), (right, other)))
         if mine is not None:
-            done(mine[1].nbytes)
+            done(mine[1].extent.nbytes)
     return changes
 
 
@@ -139,9 +139,9 @@ def _entries(reader: GenerationReader) -> dict[tuple[str, str], _Entry]:
 
 
 def _state_entries(state: StoredState) -> dict[tuple[str, str], _Entry]:
-    if state.stream is not None:
-        return {(state.name, STREAM): (None, state.stream)}
-    return {(state.name, one.spec.name): (one.spec, one.extent) for one in state.leaves}
+    if state.is_stream:
+        return {(state.name, STREAM): (None, state.leaves[0])}
+    return {(state.name, one.spec.name): (one.spec, one) for one in state.leaves}
 
 
 def _one_sided(
@@ -152,8 +152,8 @@ def _one_sided(
         change="added" if mine is None else "removed",
         left=mine[0] if mine else None,
         right=other[0] if other else None,
-        left_bytes=mine[1].nbytes if mine else 0,
-        right_bytes=other[1].nbytes if other else 0,
+        left_bytes=mine[1].extent.nbytes if mine else 0,
+        right_bytes=other[1].extent.nbytes if other else 0,
     )
 
 
@@ -162,29 +162,29 @@ def _compare(
     left: tuple[GenerationReader, _Entry],
     right: tuple[GenerationReader, _Entry],
 ) -> LeafChange:
-    (reader, (spec, extent)), (other_reader, (other_spec, other)) = left, right
+    (reader, (spec, leaf)), (other_reader, (other_spec, other)) = left, right
     same_blocks = reader.manifest.block_bytes == other_reader.manifest.block_bytes
-    equal = spec == other_spec and extent.nbytes == other.nbytes
+    equal = spec == other_spec and leaf.extent.nbytes == other.extent.nbytes
     # Digests cut at other lengths say nothing: those leaves count as changed.
-    equal = equal and same_blocks and extent.digest == other.digest
+    equal = equal and same_blocks and leaf.digest == other.digest
     difference = None
     if not equal and spec is not None and spec == other_spec and same_blocks:
-        difference = _difference(spec, (reader, extent), (other_reader, other))
+        difference = _difference(spec, (reader, leaf), (other_reader, other))
     return LeafChange(
         *key,
         change="equal" if equal else "changed",
         left=spec,
         right=other_spec,
-        left_bytes=extent.nbytes,
-        right_bytes=other.nbytes,
+        left_bytes=leaf.extent.nbytes,
+        right_bytes=other.extent.nbytes,
         difference=difference,
     )
 
 
 def _difference(
     spec: LeafSpec,
-    left: tuple[GenerationReader, Extent],
-    right: tuple[GenerationReader, Extent],
+    left: tuple[GenerationReader, StoredLeaf],
+    right: tuple[GenerationReader, StoredLeaf],
 ) -> Difference | None:
     block_bytes = left[0].manifest.block_bytes
     if not is_numeric(spec.dtype) or block_bytes % dtypes.element_bytes(spec.dtype):

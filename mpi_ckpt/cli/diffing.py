@@ -47,7 +47,7 @@ def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
     with ExitStack() as stack:
         left = stack.enter_context(open_generation(first))
         right = stack.enter_context(open_generation(second))
-        total = sum(e.nbytes for s in left.manifest.states for e in s.extents)
+        total = left.manifest.nbytes
         with screen.progress("comparing", total) as done:
             changes = compare_generations(left, right, done)
         values = _values(left.manifest, right.manifest)

@@ -153,11 +153,9 @@ def _direct(shop: Path) -> Check:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        advice = "large files go through the page cache (io='auto')"
+        advice = "large files go through the page cache (IO.mode)"
         return _check("O_DIRECT", "no", "note", advice)
-    return _check(
-        "O_DIRECT", "yes", "ok", "large files go around the page cache (io='auto')"
-    )
+    return _check("O_DIRECT", "yes", "ok", "large files go around the page cache (IO.mode)")
 
 
 def _links(shop: Path) -> Check:
@@ -168,7 +166,7 @@ def _links(shop: Path) -> Check:
     except OSError as error:
         advice = "unchanged leaves cannot be shared: each save writes all of them"
         return _check("hard links", _errno(error), "note", advice)
-    return _check("hard links", "yes", "ok", "unchanged leaves are shared (reuse=True)")
+    return _check("hard links", "yes", "ok", "unchanged leaves are shared (IO.reuse)")
 
 
 def _locks(shop: Path) -> Check:

@@ -18,9 +18,9 @@ from mpi_ckpt.cli.command import (
     command,
     directory_argument,
 )
-from mpi_ckpt.cli.proving import find_problems
 from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.survey import look
+from mpi_ckpt.cli.verifying import find_problems
 from mpi_ckpt.retention import (
     GenerationSummary,
     KeepBest,
@@ -189,7 +189,7 @@ def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
 
 def _proves(screen: Screen, path: Path) -> bool:
     with GenerationReader(path) as reader:
-        total = sum(e.nbytes for s in reader.manifest.states for e in s.extents)
+        total = reader.manifest.nbytes
         with screen.progress(path.name, total) as done:
             return not find_problems(reader, done)
 

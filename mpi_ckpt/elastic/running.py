@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpi_ckpt.comm import (
-    ROOT,
     Departure,
     duplicate,
     greet,
@@ -26,6 +25,7 @@ from mpi_ckpt.comm import (
 from mpi_ckpt.elastic.world import World
 from mpi_ckpt.errors import CollectiveError, LaunchError
 from mpi_ckpt.memory import Memory
+from mpi_ckpt.options import ROOT
 from mpi_ckpt.storage.notes import Notes
 
 if TYPE_CHECKING:

@@ -118,6 +118,7 @@ class Partial:
         with self._file(name, nbytes) as out:
             for run in runs:
                 out.write(run)
+            out.finish()
         if self._joined:
             # CRASH: root fsyncs the directory too, but on some network file systems only
             # the host that made an entry can make it durable.
@@ -142,6 +143,7 @@ class Partial:
             raw = _DigestingFile(out)
             with io.BufferedWriter(raw, _STREAM_BUFFER_BYTES) as fileobj:
                 save(fileobj)
+            out.finish()
         self.bytes_written += raw.hasher.nbytes
         return raw.hasher.nbytes, raw.hasher.finish()
 
@@ -182,6 +184,7 @@ class Partial:
         """
         with self._file(MANIFEST, len(manifest)) as out:
             out.write(memoryview(manifest))
+            out.finish()
         self.bytes_written += len(manifest)
         target = self._root / generation_name(self.generation)
         with self._errors_as(PublishError, "publishing", self.path):
@@ -258,6 +261,7 @@ class Partial:
 
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
+        """Create a file; who writes it calls its ``finish`` within the block."""
         path = self.path / name
         with (
             self._errors_as(WriteError, "writing", path),
@@ -266,7 +270,6 @@ class Partial:
             ) as out,
         ):
             yield out
-            out.finish()
 
     def _copy(self, source: Path, name: str) -> None:
         with filesystem.open_for_reading(source) as (reader, nbytes), ExitStack() as stack:
@@ -276,6 +279,7 @@ class Partial:
             for offset in range(0, nbytes, _COPY_BYTES):
                 count = filesystem.read_at(reader, window, offset)
                 out.write(window[:count])
+            out.finish()
         self.bytes_written += nbytes
 
 

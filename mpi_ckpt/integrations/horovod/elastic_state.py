@@ -12,7 +12,6 @@ from mpi_ckpt.integrations.horovod.tracked import Tracked, tracked_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
 
     import torch
     from typing_extensions import Self
@@ -173,17 +172,12 @@ class ObjectState:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if error is None:
             self.close()
         else:
             # INVARIANT: one rank alone may be here, so nothing collective.
-            self._commits.leave(kind, error, trace)
+            self._commits.leave(error)
 
 
 class TorchState(ObjectState):
