@@ -228,12 +228,8 @@ def _newest_of_adaptdl(source: Path) -> Path:
 
 def _starts_like_safetensors(source: Path) -> bool:
     try:
-        with (
-            os_errors_as(ReadError, "reading", source),
-            filesystem.open_for_reading(source) as (descriptor, _),
-        ):
-            start = bytearray(9)
-            count = filesystem.read_at(descriptor, memoryview(start), 0)
+        with os_errors_as(ReadError, "reading", source):
+            start = filesystem.read_start(source, 9)
     except ValueError as error:  # a FIFO or a device
         raise CommandError(str(error), code=MISUSED, kind="usage") from error
-    return source.suffix == ".safetensors" or (count == 9 and start[8:] == b"{")
+    return source.suffix == ".safetensors" or start[8:] == b"{"

@@ -69,10 +69,8 @@ def load_file(path: Path) -> Any:  # noqa: ANN401 (any nested value)
     """
     torch = _torch()
     _refuse_unsafe(torch.__version__)
-    with filesystem.open_for_reading(path) as (descriptor, _):
-        start = bytearray(4)
-        filesystem.read_at(descriptor, memoryview(start), 0)
-    zipped = bytes(start) == _ZIP
+    start = filesystem.read_start(path, 4)
+    zipped = start == _ZIP
     try:
         if zipped:
             _refuse_compressed(path)

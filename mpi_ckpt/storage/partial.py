@@ -20,10 +20,11 @@ from mpi_ckpt.errors import (
     PublishError,
     WriteError,
 )
+from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.outfile import StagingBlocks, create_out_file
+from mpi_ckpt.storage.outfile import create_out_file
 from mpi_ckpt.storage.space import require_space
 
 if TYPE_CHECKING:
@@ -69,14 +70,14 @@ class Partial:
         job: str,
         *,
         mode: IOMode = "auto",
-        staging: StagingBlocks | None = None,
+        staging: Arena | None = None,
         joined: bool = False,
         check: Callable[[], None] | None = None,
     ) -> None:
         self._root = root
         self._check = check or _nobody_else
         self._mode: IOMode = mode
-        self._staging = staging or StagingBlocks()
+        self._staging = staging or Arena()
         self.generation = generation
         self.path = root / partial_name(generation, job)
         self.bytes_written = 0
@@ -237,8 +238,8 @@ class Partial:
             filesystem.rename_new(target, self.path)
         except OSError as failure:
             raise PublishError(
-                f"making {target} durable failed: {_named(cause)}; its name could not be "
-                f"taken back: {_named(failure)}. It is whole, and a restart may find it",
+                f"making {target} durable failed: {in_words(cause)}; its name could not be "
+                f"taken back: {in_words(failure)}. It is whole, and a restart may find it",
                 path=target,
                 errno=cause.errno,
             ) from cause
@@ -281,10 +282,6 @@ class Partial:
                 out.write(window[:count])
             out.finish()
         self.bytes_written += nbytes
-
-
-def _named(error: OSError) -> str:
-    return f"{errno.errorcode.get(error.errno or 0, 'OSError')} ({error.strerror})"
 
 
 def _nobody_else() -> None:

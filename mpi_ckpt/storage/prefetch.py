@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import mmap
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+from mpi_ckpt.memory import Arena, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,8 @@ class Prefetcher:
         self._reader = reader
         self._windows = list(windows)
         longest = max((_length(one) for one in self._windows), default=0)
-        self._halves = [memoryview(mmap.mmap(-1, max(longest, 1))) for _ in range(2)]
+        memory = Arena().take(2 * longest)
+        self._halves = [memory[:longest], memory[longest : 2 * longest]]
         self._pool = ThreadPoolExecutor(_THREADS, "mpi_ckpt-read")
         self._reading: list[Future[int]] = []
         self._next = 0
@@ -80,7 +82,7 @@ class Prefetcher:
 
 def _aligned(window: Window) -> tuple[int, int]:
     start = window.start // _ALIGNMENT * _ALIGNMENT
-    return start, -(-window.end // _ALIGNMENT) * _ALIGNMENT
+    return start, round_up(window.end, _ALIGNMENT)
 
 
 def _length(window: Window) -> int:

@@ -66,8 +66,9 @@ def test_memory_that_is_not_to_be_had_is_an_error_of_the_family(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(memory_module.mmap, "mmap", none_left)
+    (captured,) = capture_states([ArrayState("a", {"x": np.ones(512)})])
     with pytest.raises(StageError, match="no memory to stage a save: 4096 bytes"):
-        Arena().take(4096)
+        stage(Arena(), [captured])
 
 
 def test_a_state_that_cannot_write_itself_is_named():

@@ -11,6 +11,7 @@ from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.memory import round_up
 from mpi_ckpt.state import State
 from mpi_ckpt.storage.manifest import STREAM
 
@@ -143,8 +144,10 @@ def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
         StageError: On the calling rank, if memory is short or a state's save fails.
     """
     captured = [one for one in states if isinstance(one, CapturedState)]
-    sizes = [_padded(leaf.spec.nbytes) for one in captured for leaf in one.leaves]
-    memory = arena.take(sum(sizes))
+    sizes = [
+        round_up(leaf.spec.nbytes, _ALIGNMENT) for one in captured for leaf in one.leaves
+    ]
+    memory = _take(arena, sum(sizes))
     offset = 0
     staged: list[CapturedState | State] = []
     late = LateCopies()
@@ -160,7 +163,7 @@ def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
             else:
                 late.add(leaf, place, one.digests[number] if one.digests else None)
             leaves.append(Leaf(leaf.spec, MemoryBuffer(place)))
-            offset += _padded(leaf.spec.nbytes)
+            offset += round_up(leaf.spec.nbytes, _ALIGNMENT)
         staged.append(replace(one, leaves=tuple(leaves)))
     return Staged(staged, late)
 
@@ -174,5 +177,11 @@ def _stage_stream(state: State) -> StagedStream:
     return StagedStream(state.name, stream.getbuffer())
 
 
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+def _take(arena: Arena, nbytes: int) -> memoryview:
+    try:
+        return arena.take(nbytes)
+    except OSError as error:
+        raise StageError(
+            f"no memory to stage a save: {nbytes} bytes are needed ({error}); "
+            "Options(asynchronous=False) saves without a copy"
+        ) from error
