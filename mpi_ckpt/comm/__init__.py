@@ -15,6 +15,12 @@ from mpi_ckpt.comm.agreement import (
     on_root,
 )
 from mpi_ckpt.comm.broadcast import bcast_buffers
+from mpi_ckpt.comm.collectives import (
+    bcast_bytes,
+    bcast_json,
+    gather_bytes,
+    mean_buffers,
+)
 from mpi_ckpt.comm.communicator import Communicator
 from mpi_ckpt.comm.leaving import Departure
 from mpi_ckpt.comm.liveness import Farewell, abort_job
@@ -27,12 +33,6 @@ from mpi_ckpt.comm.survival import (
     why_lost_ranks_end_the_job,
 )
 from mpi_ckpt.comm.topology import Topology, choose_ranks
-from mpi_ckpt.comm.transfer import (
-    bcast_bytes,
-    bcast_json,
-    gather_bytes,
-    mean_buffers,
-)
 from mpi_ckpt.comm.vote import Vote
 
 __all__ = [

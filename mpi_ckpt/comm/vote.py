@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.liveness import hold, let_go_of
-from mpi_ckpt.comm.transfer import bcast_json, gather_bytes
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import CollectiveError
 

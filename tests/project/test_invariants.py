@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,7 +217,10 @@ def test_nothing_forks_or_starts_processes():
 
 def test_threads_are_started_where_no_mpi_is():
     starters = where(
-        lambda node: called(node) in ("ThreadPoolExecutor", "threading.Thread", "Thread")
+        lambda node: (
+            called(node)
+            in ("ThreadPoolExecutor", "threading.Thread", "threading.Timer", "Thread")
+        )
     )
     modules = {one.partition(":")[0] for one in starters}
     assert modules == {
@@ -417,3 +421,19 @@ def test_lower_layers_import_no_upper_ones(name):
             for line, imported in imports(tree):
                 layer = imported.removeprefix("mpi_ckpt.").split(".")[0]
                 assert layer not in upper, f"{module}:{line}"
+
+
+def test_no_module_and_no_class_is_called_as_another():
+    """A name that is met twice sends its reader to the wrong file."""
+    modules = Counter(
+        Path(name).stem
+        for name in MODULES
+        if Path(name).stem not in ("__init__", "__main__")
+    )
+    classes = Counter(
+        node.name.lstrip("_")
+        for tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in (modules + classes).items() if count > 1] == []

@@ -11,10 +11,10 @@ from mpi_ckpt.integrations.horovod.settings import settings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sized
 
-__all__ = ["ElasticSampler"]
+__all__ = ["HorovodSampler"]
 
 
-class ElasticSampler:
+class HorovodSampler:
     """Shares a data set out over the ranks, and again when their number has changed.
 
     Use as ``DataLoader(dataset, sampler=sampler)``, give it to the state, and call

@@ -7,9 +7,9 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.comm.horovod import find_horovod
+from mpi_ckpt.comm.horovod_checks import find_horovod
 from mpi_ckpt.errors import OptionsError, RegistrationError
-from mpi_ckpt.integrations.horovod.elastic_state import ObjectState, commits_of
+from mpi_ckpt.integrations.horovod.elastic_state import HorovodState, commits_of
 from mpi_ckpt.integrations.horovod.interrupts import RollBackError, roll_backs, updates
 from mpi_ckpt.integrations.horovod.settings import settings
 
@@ -29,7 +29,7 @@ def run(
 ) -> Callable[..., Any]:
     """Wrap a training function, as ``horovod.elastic.run`` does.
 
-    What it returns is collective, and takes an `ObjectState` first. It syncs the state and
+    What it returns is collective, and takes a `HorovodState` first. It syncs the state and
     calls the function. After a `RollBackError` or ``HorovodInternalError`` it shuts
     Horovod down, goes back to the last commit, starts Horovod again on the same ranks,
     calls ``on_reset``, syncs, and calls the function again. After a
@@ -50,10 +50,10 @@ def run(
     training = function
 
     @functools.wraps(training)
-    def wrapper(state: ObjectState, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
-        if not isinstance(state, ObjectState):
+    def wrapper(state: HorovodState, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
+        if not isinstance(state, HorovodState):
             raise RegistrationError(
-                f"run() needs a TorchState or ObjectState, not {state!r}"
+                f"run() needs a TorchState or HorovodState, not {state!r}"
             )
         recovery = _Recovery(state, tries)
         with state:
@@ -76,7 +76,7 @@ class _Recovery:
     Collective, as is every method.
     """
 
-    def __init__(self, state: ObjectState, tries: int) -> None:
+    def __init__(self, state: HorovodState, tries: int) -> None:
         self._state = state
         self._tries = tries
         self._failures = 0
