@@ -14,7 +14,7 @@ from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.manifest import STREAM, Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.state import Structure
     from mpi_ckpt.storage.manifest import Manifest, StoredState
@@ -137,7 +137,9 @@ class Outline:
                     one.name,
                     one.structure,
                     [spec.to_json() for spec in one.specs],
-                    [[numbers[file], at, nbytes] for file, at, nbytes in one.extents],
+                    # In columns: of thousands of leaves that is half the work.
+                    [numbers[extent.file] for extent in one.extents],
+                    [extent.offset for extent in one.extents],
                     one.parts,
                     one.is_stream,
                 ]
@@ -151,17 +153,7 @@ class Outline:
     def from_json(cls, values: dict[str, Any]) -> Outline:
         """Return what `to_json` was called of. Not collective. Thread-safe."""
         files = tuple(values["files"])
-        states = [
-            StateOutline(
-                name,
-                structure,
-                tuple([LeafSpec.from_json(spec) for spec in specs]),
-                tuple([Extent(files[file], at, nbytes) for file, at, nbytes in extents]),
-                parts,
-                is_stream,
-            )
-            for name, structure, specs, extents, parts, is_stream in values["states"]
-        ]
+        states = [_decode_state(files, *state) for state in values["states"]]
         return cls(
             generation=values["generation"],
             path=values["path"],
@@ -186,3 +178,20 @@ def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
         tuple([leaf.extent for leaf in stored.leaves]),
         is_stream=stored.is_stream,
     )
+
+
+def _decode_state(
+    files: Sequence[str],
+    name: str,
+    structure: Structure,
+    specs: Sequence[Any],
+    numbers: Sequence[int],
+    offsets: Sequence[int],
+    parts: int | None,
+    is_stream: bool,
+) -> StateOutline:
+    leaves = tuple([LeafSpec.from_json(spec) for spec in specs])
+    places = [files[number] for number in numbers]
+    lengths = [spec.nbytes for spec in leaves] if places else []
+    extents = tuple(map(Extent, places, offsets, lengths))
+    return StateOutline(name, structure, leaves, extents, parts, is_stream)

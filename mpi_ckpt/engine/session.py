@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import Communicator, compare_texts, is_rank_failure
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
@@ -114,22 +115,25 @@ class Session:
         """Time an operation of all ranks, and warn if this one makes no progress in it.
 
         Not collective. Main thread only. Waiting for the others is theirs to explain.
+        Python collects no garbage meanwhile: see `without_collections`.
         """
         clock, comm = PhaseClock(), self.comm
 
         def steps() -> object:
             return object() if comm.is_waiting else comm.completed
 
-        with self._watchdog(doing, steps, clock):
+        with self._watchdog(doing, steps, clock), without_collections():
             yield clock
 
-    def watch_behind(self, clock: PhaseClock) -> Watchdog:
+    @contextmanager
+    def watch_behind(self, clock: PhaseClock) -> Iterator[None]:
         """Warn if a save behind the training makes no progress. Not collective.
 
         Args:
             clock: The save's.
         """
-        return self._watchdog("saving", lambda: None, clock)
+        with self._watchdog("saving", lambda: None, clock), without_collections():
+            yield
 
     def _watchdog(
         self, doing: str, steps: Callable[[], object], clock: PhaseClock

@@ -40,7 +40,7 @@ class StoredFile:
     generation: int
 
 
-# A named tuple, not a dataclass: thousands are made at a time, in a fifth of the time.
+# Named tuples, not dataclasses: thousands are made at a time, in a fifth of the time.
 class Extent(NamedTuple):
     """A run of bytes in a file: name of the file, offset and length in bytes."""
 
@@ -49,8 +49,7 @@ class Extent(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class StoredLeaf:
+class StoredLeaf(NamedTuple):
     """One leaf of a state: where its bytes are, and how they are proven."""
 
     spec: LeafSpec

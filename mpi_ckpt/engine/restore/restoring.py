@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree
 from mpi_ckpt.engine.restore.dealing import deal_parts, plan_deals
 from mpi_ckpt.engine.restore.matching import (
@@ -122,7 +121,7 @@ class Restore:
                 must be used.
         """
         session, found = self._session, self._generation
-        with without_collections(), self._open:
+        with self._open:
             try:
                 yield
             # Agreed on: every rank is here, with the same error.
@@ -133,6 +132,10 @@ class Restore:
             except ReadError:
                 if self._pinned is not None or found.is_copy or not is_lost(session, found):
                     raise
+            finally:
+                # What Python would look through when it next collects garbage.
+                self._found = self._match = None
+                self._deals = {}
 
     def match(self) -> None:
         """Find a place for every byte.

@@ -179,11 +179,12 @@ class Draft:
         written = {key: leaf for shard in shards for key, leaf in shard.leaves.items()}
         states = {state.name: state for state in self._streams}
         for index, one in enumerate(self.captured):
-            leaves = []
-            for number, spec in enumerate(one.specs):
-                shared = self._shared.leaves.get((index, number))
-                leaves.append(shared or written[LeafKey(one.name, spec.name)])
-            states[one.name] = StoredState(one.name, one.structure, tuple(leaves))
+            name, shared = one.name, self._shared.leaves
+            leaves = [
+                shared.get((index, number)) or written[LeafKey(name, spec.name)]
+                for number, spec in enumerate(one.specs)
+            ]
+            states[name] = StoredState(name, one.structure, tuple(leaves))
         return Manifest(
             generation=self.partial.generation,
             step=operator.index(request.step),

@@ -55,7 +55,7 @@ class SharedLeaves:
 
         def moved(leaf: StoredLeaf) -> StoredLeaf:
             extent = leaf.extent._replace(file=names[leaf.extent.file])
-            return replace(leaf, extent=extent)
+            return leaf._replace(extent=extent)
 
         return SharedLeaves(
             leaves={at: moved(leaf) for at, leaf in self.leaves.items()},

@@ -211,6 +211,8 @@ class Save:
             sync=self._synced,
         )
         self._workshop.costs.note_durable(self.report.seconds["total"])
+        # What Python would look through when it next collects garbage.
+        self._request, self._mine, self._draft = replace(self._request, states=()), (), None
 
     def prune(self) -> None:
         """Remove what retention gives up, behind the training's back. Not collective.
@@ -259,7 +261,7 @@ class Save:
         comm, options = session.comm, session.options
 
         def begin() -> None:
-            with self._clock.phase("write"), without_collections():
+            with self._clock.phase("write"):
                 self._draft = Draft.begin(session.directory, request, options)
 
         on_root(comm, "beginning a generation", begin, error=SaveError)
@@ -290,10 +292,7 @@ class Save:
         captured = [one for one in self._mine if isinstance(one, CapturedState)]
         plain = [one for one in self._mine if not isinstance(one, CapturedState)]
         behind = session.options.asynchronous
-        with (
-            session.watch_behind(clock) if behind else nullcontext(),
-            without_collections(),
-        ):
+        with session.watch_behind(clock) if behind else nullcontext():
             if task is None:
                 request = replace(self._request, states=self._mine)
                 with clock.phase("write"):

@@ -177,14 +177,15 @@ def _describe(
     generation: int,
 ) -> Shard:
     name = shard_file_name(rank)
+    forms = [(one.name, one.specs) for one in captured]
     leaves = {}
-    for (state, leaf), offset, digest in zip(
+    for (number, leaf), offset, digest in zip(
         plan.order, plan.offsets, digests, strict=True
     ):
-        spec = captured[state].specs[leaf]
+        state, specs = forms[number]
+        spec = specs[leaf]
         extent = Extent(name, offset, spec.nbytes)
-        key = LeafKey(captured[state].name, spec.name)
-        leaves[key] = StoredLeaf(spec, extent, digest)
+        leaves[LeafKey(state, spec.name)] = StoredLeaf(spec, extent, digest)
     header = digest_bytes(plan.header)
     file = StoredFile(name, plan.nbytes, len(plan.header), header, generation)
     return Shard(file, leaves)
