@@ -7,11 +7,16 @@ one more dimension, and the manifest keeps the real name (docs/format.md).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import lru_cache
+from typing import Any, NamedTuple
 
-__all__ = ["FLOATING", "element_bytes", "is_known", "nbytes", "stored_form"]
+__all__ = [
+    *("FLOATING", "Record", "RecordField", "element_bytes", "encode_record", "is_known"),
+    *("nbytes", "parse_record", "stored_form"),
+]
 
 _SAFETENSORS_BYTES = {
     "BOOL": 1,
@@ -45,8 +50,16 @@ _OTHER_BYTES = {
 # NumPy's long doubles, dates and fixed-width strings, under NumPy's own type strings.
 # Elements of no width are left out: no shape would say how many there are.
 _NUMPY_NAME = re.compile(
-    r"numpy:(?:<[fcmMU]|\|S)([1-9][0-9]{0,5})(?:\[[0-9a-zA-Z]{1,8}\])?"
+    r"numpy:(?:<[fcmMU]|\|[SV])([1-9][0-9]{0,5})(?:\[[0-9a-zA-Z]{1,8}\])?"
 )
+# What a field of a record can be: also numbers, and of either byte order.
+_FIELD = re.compile(
+    r"(?:[<>][iufcmMU]|\|[biuSV])([1-9][0-9]{0,5})(?:\[[0-9a-zA-Z]{1,8}\])?"
+)
+_RECORD = "numpy:{"
+_RECORD_BYTES_MAX = 1 << 24
+_FIELDS_MAX = 4096
+_DEPTH_MAX = 8
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", "C32", "C64", "C128"})
 """Types that ``sync="mean"`` averages: those with a precision that an average keeps."""
@@ -54,11 +67,10 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16", "C32", "C64", "C128"})
 
 def is_known(dtype: str) -> bool:
     """Tell whether a dtype name may stand in a manifest. Not collective. Thread-safe."""
-    return (
-        dtype in _SAFETENSORS_BYTES
-        or dtype in _OTHER_BYTES
-        or _NUMPY_NAME.fullmatch(dtype) is not None
-    )
+    try:
+        return element_bytes(dtype) > 0
+    except KeyError:
+        return False
 
 
 def element_bytes(dtype: str) -> int:
@@ -75,11 +87,12 @@ def element_bytes(dtype: str) -> int:
     size = _SAFETENSORS_BYTES.get(dtype) or _OTHER_BYTES.get(dtype)
     if size is not None:
         return size
+    if dtype.startswith(_RECORD):
+        return parse_record(dtype).nbytes
     match = _NUMPY_NAME.fullmatch(dtype)
     if match is None:
         raise KeyError(dtype)
-    width = int(match[1])
-    return 4 * width if dtype.startswith("numpy:<U") else width
+    return _width(dtype.removeprefix("numpy:"), int(match[1]))
 
 
 def stored_form(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -101,3 +114,91 @@ def stored_form(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the size of a leaf in bytes. Not collective. Thread-safe."""
     return math.prod(shape) * element_bytes(dtype)
+
+
+class RecordField(NamedTuple):
+    """One field of a record: its type is a type string of NumPy, or a record again.
+
+    Attributes:
+        name: Of the field.
+        type: Its element type.
+        shape: Of the subarray in each record; ``()`` for one element.
+        offset: Where it starts in the record, in bytes.
+    """
+
+    name: str
+    type: str | Record
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Record(NamedTuple):
+    """The layout of a structured element: size in bytes, and its fields."""
+
+    nbytes: int
+    fields: tuple[RecordField, ...]
+
+
+def encode_record(record: Record) -> str:
+    """Return the dtype name of a record. Not collective. Thread-safe."""
+    return "numpy:" + json.dumps(
+        _to_json(record), separators=(",", ":"), ensure_ascii=False
+    )
+
+
+@lru_cache(maxsize=256)
+def parse_record(dtype: str) -> Record:
+    """Return the record that `encode_record` made a name of.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        KeyError: On the calling rank, if it is no such name.
+    """
+    try:
+        record = _from_json(json.loads(dtype.removeprefix("numpy:")), 0)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise KeyError(dtype) from None
+    if encode_record(record) != dtype:
+        raise KeyError(dtype)
+    return record
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    fields = [
+        [one.name, _to_json(one.type) if isinstance(one.type, Record) else one.type,
+         list(one.shape), one.offset]
+        for one in record.fields
+    ]  # fmt: skip
+    return {"bytes": record.nbytes, "fields": fields}
+
+
+def _from_json(values: Any, depth: int) -> Record:  # noqa: ANN401 (JSON)
+    nbytes, fields = values["bytes"], values["fields"]
+    if type(nbytes) is not int or not 0 < nbytes <= _RECORD_BYTES_MAX or depth > _DEPTH_MAX:
+        raise ValueError
+    if not 0 < len(fields) <= _FIELDS_MAX:
+        raise ValueError
+    made = []
+    for name, kind, shape, offset in fields:
+        inner: str | Record = kind if isinstance(kind, str) else _from_json(kind, depth + 1)
+        width = inner.nbytes if isinstance(inner, Record) else _field_width(inner)
+        if not all(type(n) is int and n > 0 for n in (*shape, offset + 1)):
+            raise ValueError
+        if type(name) is not str or offset + math.prod(shape) * width > nbytes:
+            raise ValueError
+        made.append(RecordField(name, inner, tuple(shape), offset))
+    if len({one.name for one in made}) != len(made):
+        raise ValueError
+    return Record(nbytes, tuple(made))
+
+
+def _field_width(kind: str) -> int:
+    match = _FIELD.fullmatch(kind)
+    if match is None:
+        raise ValueError
+    return _width(kind, int(match[1]))
+
+
+def _width(kind: str, count: int) -> int:
+    return 4 * count if kind[1] == "U" else count

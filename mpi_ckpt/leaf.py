@@ -7,7 +7,7 @@ import json
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 __all__ = [
-    *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Target", "copy_bytes"),
+    *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place", "Target"),
+    "copy_bytes",
 ]
 
 # Copies of so little are done before NumPy has made an array of them.
@@ -99,6 +100,34 @@ class Buffer(Protocol):
 
     def stamp(self) -> int:
         """Return a number that moves when the owner notices a change, if it ever does."""
+
+    def place(self) -> Place | None:
+        """Return which live memory it is; None for memory that nobody else can have."""
+
+
+class Place(NamedTuple):
+    """Where elements lie in memory: of the first the address, then sizes and steps.
+
+    Attributes:
+        address: Of the first element, in bytes, on whatever device.
+        itemsize: Bytes of an element.
+        shape: In elements.
+        strides: In bytes.
+    """
+
+    address: int
+    itemsize: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first byte, and one past the last; equal if there is no element."""
+        if 0 in self.shape:
+            return self.address, self.address
+        reach = [step * (n - 1) for n, step in zip(self.shape, self.strides, strict=True)]
+        start = self.address + sum(one for one in reach if one < 0)
+        return start, self.address + sum(one for one in reach if one > 0) + self.itemsize
 
 
 class Gate:
@@ -190,6 +219,10 @@ class MemoryBuffer:
     def stamp(self) -> int:
         """Return nothing of interest: memory notices no change. Not collective."""
         return 0
+
+    def place(self) -> Place | None:
+        """Return nothing: it belongs to nobody else. Not collective."""
+        return None
 
 
 class Target:

@@ -144,7 +144,7 @@ class CheckpointManager:
         """
         comm, options = self._session.comm, self._session.options
         states = self._registry.choose("beginning a sync", only)
-        return sync_states(comm, states, options, likely_equal=False)[1]
+        return sync_states(comm, states, options, forced=True)[1]
 
     def save(
         self,

@@ -103,12 +103,16 @@ class Arrival:
             collective.
         missing: Names of leaves of the program that were not saved.
         unexpected: Names of what was saved, and the program lacks.
+        elsewhere: Gives the saved leaf of an index memory of its own, where its place in
+            ``leaves`` turned out to be that of another leaf too; None if the state has no
+            other place for it. Not collective.
     """
 
     leaves: Sequence[Leaf | None]
     adopt: Callable[[], None]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    elsewhere: Callable[[int], Leaf | None] = lambda _: None
 
 
 class LeafState(State):

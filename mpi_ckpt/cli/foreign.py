@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt import dtypes
 from mpi_ckpt.cli.exporting import METADATA_KEY
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
-from mpi_ckpt.leaf import Leaf, LeafSpec, copy_bytes
+from mpi_ckpt.leaf import Leaf, LeafSpec, Place, copy_bytes
 from mpi_ckpt.state import Capture, LeafState, State
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
@@ -138,6 +138,9 @@ class _FileBuffer:
 
     def stamp(self) -> int:
         return 0
+
+    def place(self) -> Place | None:
+        return None
 
 
 def _read_header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:

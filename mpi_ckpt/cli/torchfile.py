@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.command import CommandError
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.states.tree import leaf_kinds, unflatten
+from mpi_ckpt.states.leaf_values import KIND
+from mpi_ckpt.states.tree import leaf_nodes, unflatten
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.manifest import STREAM
 from mpi_ckpt.storage.proving import proven_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from _typeshed import ReadableBuffer
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["is_module", "load_file", "module_form", "rebuild", "write_file"]
 
-_TRAIN_PARTS = frozenset({"module", "optimizer", "scheduler", "scaler"})
+_TRAIN_PART = re.compile(r"module|(?:optimizer|scheduler)\d*|scaler")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # The first in which neither of the known ways around weights_only is left.
 _SAFE_TORCH = (2, 10)
@@ -151,12 +152,12 @@ def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any
     """
     if structure is None:
         return dict(values)
-    if _is_dict_with(structure, {"ties", "extra"}):
+    if isinstance(structure, dict) and {"ties", "extra"} <= set(structure):
         return _module(structure, values)
     if (
         isinstance(structure, dict)
         and "module" in structure
-        and set(structure) <= _TRAIN_PARTS
+        and all(map(_TRAIN_PART.fullmatch, structure))
     ):
         parts = {}
         for key, inner in structure.items():
@@ -169,29 +170,37 @@ def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any
             parts[key] = rebuild(inner, inside)
         return parts
     try:
-        if set(leaf_kinds(structure)) == set(values):
-            value = unflatten(structure, values)
-            optimizer = _is_dict_with(structure, {"content", "params"})
-            return value["content"] if optimizer else value
+        nodes = leaf_nodes(structure)
+        if set(nodes) == set(values):
+            value = unflatten(structure, _as_arrays(nodes, values))
+            holds = isinstance(structure, dict) and {"class", "content"} <= set(structure)
+            return value["content"] if holds else value
     except StateMismatchError:
         pass
     return {"structure": structure, "leaves": dict(values)}
 
 
 def _module(structure: dict[str, Any], values: dict[str, Any]) -> Any:  # noqa: ANN401
-    extra_names = set(leaf_kinds(structure["extra"]))
-    module = OrderedDict((k, v) for k, v in values.items() if k not in extra_names)
+    nodes = leaf_nodes(structure["extra"])
+    module = OrderedDict((k, v) for k, v in values.items() if k not in nodes)
     try:
         for name, source in dict(structure["ties"]).items():
             module[name] = module[source]
-        module.update(unflatten(structure["extra"], values))
+        module.update(unflatten(structure["extra"], _as_arrays(nodes, values)))
     except (KeyError, TypeError, ValueError, StateMismatchError):
         return {"structure": structure, "leaves": dict(values)}
     return module
 
 
-def _is_dict_with(value: object, keys: set[str]) -> bool:
-    return isinstance(value, dict) and set(value) == keys
+def _as_arrays(
+    nodes: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return tensors as arrays where these stand for text or for lists of numbers."""
+    plain = ("numbers", "bytes", "text")
+    return {
+        name: value.numpy() if nodes.get(name, {}).get(KIND) in plain else value
+        for name, value in values.items()
+    }
 
 
 def _value(

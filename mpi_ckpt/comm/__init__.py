@@ -5,6 +5,7 @@ Everything here is collective unless it says otherwise, and for the main thread 
 """
 
 from mpi_ckpt.comm.agreement import (
+    Deferred,
     Meeting,
     agree,
     any_of,
@@ -33,10 +34,12 @@ from mpi_ckpt.comm.survival import (
     why_lost_ranks_end_the_job,
 )
 from mpi_ckpt.comm.topology import Topology, choose_ranks
-from mpi_ckpt.comm.vote import Vote
+from mpi_ckpt.comm.vote import UNTOUCHED, Vote
 
 __all__ = [
+    "UNTOUCHED",
     "Communicator",
+    "Deferred",
     "Departure",
     "Farewell",
     "Meeting",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.errors import CheckpointError
 
 __all__ = [
+    "Deferred",
     "Meeting",
     "agree",
     "any_of",
@@ -47,6 +48,29 @@ Result = TypeVar("Result")
 
 _FAILED = 1
 _NO_DIGEST = bytes(DIGEST_BYTES)
+
+
+class Deferred:
+    """Keeps what fails between two meetings for the next one to tell.
+
+    Not collective. Where bytes are on their way to all ranks, one that raises by itself
+    leaves the others waiting: it goes on to the next meeting, and fails there.
+    """
+
+    def __init__(self) -> None:
+        self._failure: BaseException | None = None
+
+    def attempt(self, work: Callable[[], object]) -> None:
+        """Do work; if it fails, keep the first failure."""
+        try:
+            work()
+        except BaseException as error:
+            self._failure = self._failure or error
+
+    def raise_failure(self) -> None:
+        """Raise what was kept. Called within the work of a meeting."""
+        if self._failure is not None:
+            raise self._failure
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,83 +3,57 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt import dtypes
-from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import Leaf, LeafSpec
+from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
+from mpi_ckpt.leaf import Leaf, LeafSpec, Place
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.states.array_dtypes import LITTLE, array_dtype, array_dtype_name, holes_of
+from mpi_ckpt.states.memory_layout import Layout, overlaps_itself
 from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-__all__ = ["ArrayBuffer", "ArrayState", "array_dtype_name", "empty_array"]
+__all__ = [
+    "ArrayBuffer",
+    "ArrayState",
+    "array_leaf",
+    "empty_array",
+]
 
-_NAMES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "uint32": "U32",
-    "int32": "I32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "complex128": "C128",
-}
-_DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
-# By dtype, not by its name: NumPy makes that anew each time it is asked, in 3 us.
-_NATIVE = {dtype: name for name, dtype in _DTYPES.items()}
-_LITTLE = _NATIVE if sys.byteorder == "little" else {}
+_C_ORDER = Layout()
+# What is more than its numbers would lose that, or get another's: a unit, a mask.
+_TAKEN = (np.ndarray, np.memmap, np.matrix, np.recarray, np.ma.MaskedArray)
 
 
-def array_dtype_name(dtype: np.dtype[Any]) -> str:
-    """Return the leaf dtype of a NumPy dtype; byte order does not matter.
-
-    Not collective. Thread-safe.
-
-    Raises:
-        StageError: On the calling rank, for objects and records, which are no bytes.
-    """
-    if dtype in _NATIVE:
-        return _NATIVE[dtype]
-    if dtype.name in _NAMES:
-        return _NAMES[dtype.name]
-    # Not newbyteorder(): NumPy's newer dtypes have none, and raise.
-    name = f"numpy:{dtype.str.replace('>', '<')}"
-    if dtype.hasobject or not dtypes.is_known(name):
-        raise StageError(
-            f"arrays of dtype {dtype} cannot be saved: only numbers, dates and "
-            "fixed-width text are plain bytes"
-        )
-    return name
-
-
-def empty_array(spec: LeafSpec) -> NDArray[Any]:
+def empty_array(spec: LeafSpec, layout: Layout = _C_ORDER) -> NDArray[Any]:
     """Make an array for a leaf.
 
     Not collective. Thread-safe.
+
+    Args:
+        spec: Of the leaf.
+        layout: How it lies in memory.
 
     Raises:
         StateMismatchError: On the calling rank, if NumPy has no such dtype or shape, or
             there is no memory for it.
     """
     try:
-        dtype = _DTYPES.get(spec.dtype) or np.dtype(spec.dtype.removeprefix("numpy:"))
-    except TypeError:
-        raise StateMismatchError(f"{spec}: NumPy has no such dtype here") from None
+        dtype = array_dtype(spec.dtype)
+    except TypeError as error:
+        raise StateMismatchError(f"{spec}: NumPy has no such dtype here: {error}") from None
+    if layout.swapped:
+        dtype = dtype.newbyteorder()
     try:
-        return np.empty(spec.shape, dtype)
+        order = layout.order or range(len(spec.shape))
+        lying = np.empty([spec.shape[dim] for dim in order], dtype)
+        return lying.transpose(np.argsort(order)) if layout.order else lying
     except (ValueError, MemoryError) as error:
         raise StateMismatchError(f"{spec}: {error}") from None
 
@@ -100,14 +74,18 @@ class ArrayBuffer:
         direct = self._direct()
         if direct is not None:
             return direct.toreadonly()
-        contiguous = np.ascontiguousarray(self._array, dtype=self._little())
-        return contiguous.reshape(-1).view(np.uint8).data.toreadonly()
+        data = np.empty(self._array.nbytes, np.uint8).data
+        self.copy_to(data)
+        return data.toreadonly()
 
     def copy_to(self, target: memoryview) -> None:
         """Copy the bytes in one go, whatever the layout."""
         if self._array.size:
             new = np.frombuffer(target, self._little()).reshape(self._array.shape)
             np.copyto(new, self._array)
+            holes = holes_of(self._array.dtype)
+            if holes is not None:
+                np.frombuffer(target, np.uint8).reshape(-1, len(holes))[:, holes] = 0
 
     def write(self, data: memoryview) -> None:
         """Write bytes into the array, whatever its layout."""
@@ -118,20 +96,26 @@ class ArrayBuffer:
         """Return nothing of interest: an array notices no change."""
         return 0
 
+    def place(self) -> Place | None:
+        """Return where the array lies."""
+        array = self._array
+        return Place(array.ctypes.data, array.itemsize, array.shape, array.strides)
+
     def _direct(self) -> memoryview | None:
         array = self._array
         if not array.flags.c_contiguous:
             return None
-        if array.dtype in _LITTLE and array.size:
+        if array.dtype in LITTLE and array.size:
             # A third of the time of the general way, below.
             return array.data.cast("B")
-        if array.dtype != self._little():
+        if array.dtype != self._little() or holes_of(array.dtype) is not None:
             return None
         return array.reshape(-1).view(np.uint8).data
 
     def _little(self) -> np.dtype[Any]:
         dtype: np.dtype[Any] = self._array.dtype
-        if dtype in _LITTLE:
+        # Records are saved as they are, and what is not NumPy's own has one order only.
+        if dtype in LITTLE or dtype.names or (dtype.isnative and LITTLE):
             return dtype
         little: np.dtype[Any] = dtype.newbyteorder("<")
         return little
@@ -163,34 +147,50 @@ class ArrayState(LeafState):
 
     Args:
         name: As for `mpi_ckpt.State`.
-        arrays: Any names, dtypes (but objects and records) and layouts. The same names,
-            dtypes and shapes on every rank, and in every run.
-        sync: As for `LeafState`.
+        arrays: Any names, dtypes (but objects) and layouts. The same names, dtypes and
+            shapes on every rank, and in every run. A function that returns them is asked
+            at each save and restore: for a program that swaps two buffers, whose names
+            mean now one array and now the other.
+        sync: As for `LeafState`. By default replicas are compared and a difference is an
+            error, since a simulation's arrays may be parts of a field: one rank's would
+            overwrite those of the others.
 
     Attributes:
         arrays: The live arrays. Replace an entry freely between saves.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+        RegistrationError: On every rank that makes it, if the name or mode is illegal, or
+            an entry is no array.
     """
 
     def __init__(
-        self, name: str, arrays: Mapping[str, NDArray[Any]], *, sync: SyncMode = "root"
+        self,
+        name: str,
+        arrays: Mapping[str, NDArray[Any]] | Callable[[], Mapping[str, NDArray[Any]]],
+        *,
+        sync: SyncMode = "check",
     ) -> None:
         super().__init__(name, sync=sync)
-        self.arrays: dict[str, NDArray[Any]] = dict(arrays)
+        self._asked = arrays if callable(arrays) else None
+        self._kept: dict[str, Any] = {} if callable(arrays) else dict(arrays)
+        problems = [_no_array(key, value) for key, value in self._kept.items()]
+        if any(problems):
+            raise RegistrationError(f"state {name!r}: {'; '.join(filter(None, problems))}")
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The live arrays; asked for anew where a function was given."""
+        return self._kept if self._asked is None else dict(self._asked())
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        given: dict[str, Any] = self.arrays
-        for key, value in given.items():
-            if not isinstance(value, np.ndarray):
-                # Arithmetic on 0-d arrays gives NumPy scalars: nothing to restore into.
-                given[key] = np.array(value)
-        known = {spec.name: spec for spec in self._form.specs}
-        return Capture(
-            None, [array_leaf(k, a, known.get(k)) for k, a in self.arrays.items()]
-        )
+        leaves, problems = self._look()
+        if problems:
+            raise StageError(
+                f"state {self.name!r} cannot be saved:\n    " + "\n    ".join(problems),
+                problems=problems,
+            )
+        return Capture(None, leaves)
 
     def prepare(
         self,
@@ -200,7 +200,11 @@ class ArrayState(LeafState):
         strict: bool,
     ) -> Arrival:
         """See `LeafState`. Not collective."""
-        live = self._fitting(specs, common=not strict)
+        leaves, problems = self._look()
+        raise_mismatch(self.name, problems)
+        live = {leaf.spec.name: leaf for leaf in leaves}
+        ours = [leaf.spec for leaf in leaves]
+        compare_specs(self.name, specs, ours, common=not strict)
         saved = {spec.name for spec in specs}
         return Arrival(
             [live.get(spec.name) for spec in specs],
@@ -209,15 +213,57 @@ class ArrayState(LeafState):
             unexpected=tuple(spec.name for spec in specs if spec.name not in live),
         )
 
-    def _fitting(self, specs: Sequence[LeafSpec], *, common: bool) -> dict[str, Leaf]:
-        live = {leaf.spec.name: leaf for leaf in self.capture().leaves}
-        ours = [leaf.spec for leaf in live.values()]
-        compare_specs(self.name, specs, ours, common=common)
-        raise_mismatch(
-            self.name,
-            [f"{k} is read-only" for k, a in self.arrays.items() if not a.flags.writeable],
+    def _look(self) -> tuple[list[Leaf], list[str]]:
+        """Return the leaves of the live arrays, and why some could not be restored."""
+        known = {spec.name: spec for spec in self._form.specs}
+        arrays: dict[str, Any] = self.arrays
+        problems: list[str] = []
+        leaves: list[Leaf] = []
+        for key, value in arrays.items():
+            array = value
+            if type(value) is not np.ndarray:
+                problem = _no_array(key, value)
+                if problem is None and not isinstance(value, np.ndarray):
+                    # Arithmetic on 0-d arrays gives scalars: nothing to restore into.
+                    array = self._kept[key] = np.array(value)
+                    problem = f"{key} is a scalar" if self._asked is not None else None
+                if problem is not None:
+                    problems.append(problem)
+                    continue
+            leaf = array_leaf(key, array, known.get(key))
+            leaves.append(leaf)
+            if leaf.spec is not known.get(key):
+                problem = _not_restorable(key, array)
+                problems += [problem] if problem else []
+        return leaves, problems
+
+
+def _no_array(key: str, value: object) -> str | None:
+    """Return what is to be said of an entry that is neither an array nor a number."""
+    if type(value) in _TAKEN or isinstance(value, (np.generic, int, float, complex)):
+        return None
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if isinstance(value, np.ndarray):
+        return (
+            f"{key} is a {kind}, of which more than the numbers would be lost: give "
+            "np.asarray() of it"
         )
-        return live
+    return (
+        f"{key} is a {kind}, no array: a copy of it would never be seen to change. Give "
+        "np.asarray() of it if that shares its memory, else take an ObjectState"
+    )
+
+
+def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
+    told = None
+    if not array.flags.writeable:
+        told = f"{key} is read-only: nothing could be put back into it"
+    elif overlaps_itself(array.shape, array.strides, array.itemsize):
+        told = (
+            f"{key} overlaps itself in memory, as after np.broadcast_to(): bytes cannot be "
+            "put back into it; give a copy"
+        )
+    return told
 
 
 def _nothing_left() -> None:

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.states.leaf_values import KIND, make_value
 from mpi_ckpt.states.mismatch import raise_mismatch
-from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
+from mpi_ckpt.states.module_contents import (
+    EXTRA,
+    ModuleContents,
+    loads_itself,
+    owners,
+    try_loading,
+)
+from mpi_ckpt.states.tree import check_structure, leaf_nodes, unflatten
 from mpi_ckpt.states.wrappers import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import torch
 
@@ -21,16 +29,18 @@ if TYPE_CHECKING:
 
 __all__ = ["ModuleState"]
 
-_EXTRA = "_extra_state"
-
 
 class ModuleState(LeafState):
     """The parameters, persistent buffers and extra state of a module.
 
     Restored in place, so optimizers, data-parallel wrappers and CUDA graphs keep their
-    references. Tied parameters are saved once and stay tied. Names are those of the module
-    inside of DistributedDataParallel, DataParallel and torch.compile: what is saved with
-    such a wrapper fits a program without it, and the other way round.
+    references. Tied parameters are saved once and stay tied. Names are those of the
+    modules inside of DistributedDataParallel, DataParallel and torch.compile, wherever
+    these stand: what is saved with such a wrapper fits a program without it, and the
+    other way round.
+
+    A module that does something of its own when it is loaded, by a hook or an override,
+    is loaded so, as ``load_state_dict`` would: it may make, resize and derive tensors.
 
     Args:
         name: As for `mpi_ckpt.State`.
@@ -39,7 +49,7 @@ class ModuleState(LeafState):
 
     Raises:
         RegistrationError: On every rank that makes it, if the name or mode is illegal, or
-            the module is sharded (FullyShardedDataParallel).
+            it is no module, or one that is sharded (FullyShardedDataParallel).
     """
 
     def __init__(
@@ -52,8 +62,16 @@ class ModuleState(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        contents = _Contents(self._module)
+        contents = ModuleContents(self._module)
+        contents.require_savable()
+        versions = {
+            path: of_module["version"]
+            for path, of_module in contents.versions.items()
+            if of_module.get("version", 1) != 1
+        }
         structure = {"ties": contents.ties, "extra": contents.extra.structure}
+        if versions:
+            structure["versions"] = versions
         leaves = [
             leaf.behind(self.gate) if name in contents.parameters else leaf
             for name, leaf in contents.leaves.items()
@@ -64,51 +82,115 @@ class ModuleState(LeafState):
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
     ) -> Arrival:
         """See `LeafState`. Not collective."""
-        live = _Contents(self._module)
-        try:
-            saved_ties = dict(structure["ties"])
-            extra_kinds = leaf_kinds(structure["extra"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise StateMismatchError(
-                f"state {self.name!r} was not saved from a module"
-            ) from error
-        saved = [spec for spec in specs if spec.name not in extra_kinds]
-        problems = _problems(saved, saved_ties, live)
-        absent = _absent(saved, saved_ties, live)
+        saved = _Saved(self.name, structure, specs)
+        live = ModuleContents(self._module)
+        unfit, absent = _unfit(saved, live), _absent(saved, live)
+        own = self._loaded_by_themselves(saved, live, {**unfit, **absent}, strict=strict)
+        problems = [text for name, text in unfit.items() if name not in own]
+        absent = {name: text for name, text in absent.items() if name not in own}
         raise_mismatch(self.name, [*problems, *absent.values()] if strict else problems)
-        extra: dict[str, Any] = {}
+        made: dict[str, Any] = {}
         targets: list[Leaf | None] = []
         for spec in specs:
-            if spec.name in extra_kinds:
-                value, leaf = make_leaf_value(spec, extra_kinds[spec.name])
-                extra[spec.name] = value
-                targets.append(leaf)
+            leaf = live.leaves.get(spec.name)
+            if spec.name in saved.extra or spec.name in own:
+                node = saved.extra.get(spec.name, {KIND: "tensor"})
+                made[spec.name], leaf = make_value(spec, node)
+            targets.append(leaf)
+        return Arrival(
+            targets,
+            lambda: self._adopt(saved, live, made, strict=strict),
+            missing=tuple(name for name in absent if name in live.leaves),
+            unexpected=tuple(name for name in absent if name not in live.leaves),
+        )
+
+    def _loaded_by_themselves(
+        self,
+        saved: _Saved,
+        live: ModuleContents,
+        unfit: Collection[str],
+        *,
+        strict: bool,
+    ) -> set[str]:
+        """Return what does not fit as it is, and what the module will take all the same.
+
+        It is tried on a copy of the part that loads itself, as nothing may have been
+        overwritten when the module refuses.
+        """
+        parts: dict[str, torch.nn.Module] = {}
+        homes: dict[str, str] = {}
+        for name in unfit:
+            for path, one in owners(self._module, live.outer.get(name, name)):
+                if loads_itself(one):
+                    parts[path], homes[name] = one, path
+                    break
+        accepted: set[str] = set()
+        for path, one in parts.items():
+            prefix = f"{path}." if path else ""
+            values = {
+                live.outer.get(name, name).removeprefix(prefix): value
+                for name, value in self._forms(saved, live).items()
+                if live.outer.get(name, name).startswith(prefix)
+            }
+            if try_loading(one, values, strict=strict) is None:
+                accepted |= {name for name, home in homes.items() if home == path}
+        return accepted
+
+    def _forms(self, saved: _Saved, live: ModuleContents) -> dict[str, Any]:
+        """Return for each saved tensor something of its form."""
+        forms: dict[str, Any] = {}
+        for spec in saved.tensors:
+            leaf = live.leaves.get(spec.name)
+            if leaf is not None and leaf.spec == spec:
+                forms[spec.name] = live.values[spec.name]
             else:
-                targets.append(live.leaves.get(spec.name))
-        missing = tuple(name for name in absent if name in live.leaves)
-        unexpected = tuple(name for name in absent if name not in live.leaves)
+                forms[spec.name] = make_value(spec, {KIND: "tensor"})[0].zero_()
+        for name, source in saved.ties.items():
+            forms[name] = forms[source]
+        return forms
 
-        def adopt() -> None:
-            # Tied when it was saved, apart in this program: each gets the value.
-            for name, source in saved_ties.items():
-                if name in live.leaves:
-                    live.leaves[name].buffer.write(live.leaves[source].buffer.read())
-            if live.computed:
-                self._give_back(live)
-            for name, value in unflatten(structure["extra"], extra).items():
-                if strict or name in live.extra_names:
-                    path = name.rpartition(_EXTRA)[0].rstrip(".")
-                    self._module.get_submodule(path).set_extra_state(value)
+    def _adopt(
+        self, saved: _Saved, live: ModuleContents, made: dict[str, Any], *, strict: bool
+    ) -> None:
+        # Tied when it was saved, apart in this program: each gets the value.
+        for name, source in saved.ties.items():
+            if name in live.leaves and source in live.leaves:
+                live.leaves[name].buffer.write(live.leaves[source].buffer.read())
+        extra = {
+            name: value
+            for name, value in unflatten(saved.structure["extra"], made).items()
+            if strict or name in live.extra_names
+        }
+        loads = live.computed or any(map(loads_itself, self._module.modules()))
+        if loads or any(name.rpartition(".")[2] != EXTRA for name in extra):
+            own = {name: value for name, value in made.items() if name not in saved.extra}
+            self._load(saved, live, own, extra)
+            return
+        for name, value in extra.items():
+            path = live.outer.get(name, name).rpartition(EXTRA)[0].rstrip(".")
+            self._module.get_submodule(path).set_extra_state(value)
 
-        return Arrival(targets, adopt, missing, unexpected)
-
-    def _give_back(self, targets: _Contents) -> None:
+    def _load(
+        self,
+        saved: _Saved,
+        live: ModuleContents,
+        made: Mapping[str, Any],
+        extra: Mapping[str, Any],
+    ) -> None:
         # A second look at the module would compute the old values anew, so it is given
-        # that were filled, and all others, as its hooks may want several at once.
-        values = OrderedDict(targets.values)
-        values._metadata = targets.versions  # type: ignore[attr-defined] # noqa: SLF001
-        outcome = self._module.load_state_dict(values, strict=False)
-        refused = set(getattr(outcome, "unexpected_keys", ())) & set(targets.computed)
+        # those that were filled, and all others, as its hooks may want several at once.
+        values = {name: v for name, v in live.values.items() if name not in live.lazy}
+        values |= made
+        values |= {
+            k: values[source] for k, source in saved.ties.items() if source in values
+        }
+        values |= extra
+        given = OrderedDict((live.outer.get(k, k), v) for k, v in values.items())
+        given._metadata = _versions(saved, live)  # type: ignore[attr-defined] # noqa: SLF001
+        outcome = self._module.load_state_dict(given, strict=False)
+        refused = set(getattr(outcome, "unexpected_keys", ())) & {
+            live.outer.get(name, name) for name in live.computed
+        }
         if refused:
             raise StateMismatchError(
                 f"state {self.name!r}: the module does not take back "
@@ -116,101 +198,107 @@ class ModuleState(LeafState):
             )
 
 
-class _Contents:
-    """A module's state dict, sorted by what can be done with its entries."""
+class _Saved:
+    """What was saved of a module, as it is read.
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        from mpi_ckpt.states.tensors import tensor_leaf
+    Attributes:
+        structure: Its JSON values.
+        ties: As `ModuleContents` has them.
+        extra: Node of each leaf of the entries that are no tensors.
+        entries: Names of those entries.
+        tensors: Specs of all other leaves.
+        versions: Path of a module -> its version, where it is not the first.
+    """
 
-        parameters = {id(parameter) for parameter in module.parameters()}
-        live = parameters | {id(buffer) for buffer in module.buffers()}
-        self.parameters: set[str] = set()
-        self.leaves: dict[str, Leaf] = {}
-        self.ties: dict[str, str] = {}
-        self.values: dict[str, torch.Tensor] = {}
-        # Made by a hook of the module when asked, so writing into them is not enough.
-        self.computed: list[str] = []
-        extra: dict[str, Any] = {}
-        first: dict[tuple[Any, ...], str] = {}
-        state_dict = module.state_dict(keep_vars=True)
-        # By which modules tell their own older formats.
-        self.versions = getattr(state_dict, "_metadata", {})
-        for name, value in state_dict.items():
-            if name.rpartition(".")[2] == _EXTRA:
-                extra[name] = value
-                continue
-            self.values[name] = value
-            source = first.setdefault(_identity(value), name)
-            if source != name:
-                self.ties[name] = source
-                continue
-            self.leaves[name] = tensor_leaf(name, value)
-            if id(value) in parameters:
-                self.parameters.add(name)
-            if id(value) not in live:
-                self.computed.append(name)
-        self.extra_names = tuple(extra)
-        self.extra = flatten(extra, "#extra")
+    def __init__(self, state: str, structure: Structure, specs: Sequence[LeafSpec]) -> None:
+        try:
+            self.structure = structure
+            self.ties: dict[str, str] = dict(structure["ties"])
+            self.extra = leaf_nodes(structure["extra"])
+            self.entries = set(structure["extra"])
+            self.versions: dict[str, int] = dict(structure.get("versions", {}))
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise StateMismatchError(
+                f"state {state!r} was not saved from a module"
+            ) from error
+        self.tensors = [spec for spec in specs if spec.name not in self.extra]
+        check_structure(structure["extra"], specs)
+        names = {spec.name for spec in self.tensors}
+        if not names.issuperset(self.ties.values()):
+            raise StateMismatchError(f"state {state!r} was not saved from a module")
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what is equal for two tensors over the very same memory."""
-    if tensor.numel() == 0:
-        return (id(tensor),)
-    return (
-        tensor.device,
-        tensor.data_ptr(),
-        tensor.dtype,
-        tuple(tensor.shape),
-        tensor.stride(),
-    )
+def _versions(saved: _Saved, live: ModuleContents) -> dict[str, dict[str, Any]]:
+    """Return under which version each module was saved, as torch hands it on."""
+    versions = {
+        path: {**of_module, "version": saved.versions.get(path, 1)}
+        for path, of_module in live.versions.items()
+    }
+    outer = {}
+    for name, full in live.outer.items():
+        path, outside = name.rpartition(".")[0], full.rpartition(".")[0]
+        if path in versions:
+            outer[outside] = versions[path]
+    return {**versions, **outer}
 
 
-def _problems(
-    saved: Sequence[LeafSpec], saved_ties: dict[str, str], live: _Contents
-) -> list[str]:
-    """Return how leaves that both sides have do not fit."""
-    specs = {spec.name: spec for spec in saved}
+def _unfit(saved: _Saved, live: ModuleContents) -> dict[str, str]:
+    """Return how leaves that both sides have do not fit: names, and what is to be said."""
+    specs = {spec.name: spec for spec in saved.tensors}
     there = {name: leaf.spec for name, leaf in live.leaves.items()}
-    problems = []
+    problems = {
+        name: f"{name} overlaps itself in memory in the program, as after expand(): bytes "
+        "cannot be put into it"
+        for name in live.repeated
+        if name in specs and name not in live.computed
+    }
     for name, spec in specs.items():
         if name in live.ties:
-            problems.append(
+            problems[name] = (
                 f"{name} is tied to {live.ties[name]} in the program, apart in the "
                 "checkpoint"
             )
         elif name in there and there[name] != spec:
-            problems.append(f"{spec} is saved, the program has {there[name]}")
-    for name, source in saved_ties.items():
-        if name in there and source in specs and not _alike(there[name], specs[source]):
-            problems.append(f"{name}: saved as {specs[source]}, program has {there[name]}")
+            problems[name] = f"{spec} is saved, the program has {there[name]}"
+        elif name in live.lazy:
+            problems[name] = f"{spec} is saved, the program has no shape for it yet"
+    for name, source in saved.ties.items():
+        if name in there and not _alike(there[name], specs[source]):
+            problems[name] = f"{name}: saved as {specs[source]}, program has {there[name]}"
         if name in there and source not in there:
-            problems.append(
+            problems[name] = (
                 f"{name} is tied to {source} in the checkpoint, which the program lacks"
             )
         if live.ties.get(name, source) != source:
-            problems.append(
+            problems[name] = (
                 f"{name} is tied to {live.ties[name]} in the program, to {source} in the "
                 "checkpoint"
             )
     return problems
 
 
-def _absent(
-    saved: Sequence[LeafSpec], saved_ties: dict[str, str], live: _Contents
-) -> dict[str, str]:
+def _absent(saved: _Saved, live: ModuleContents) -> dict[str, str]:
     """Return what only one side has: names, and what is to be said of each."""
-    specs = {spec.name: spec for spec in saved}
-    known = {*live.leaves, *live.ties}
-    absent = {
+    specs = {spec.name: spec for spec in saved.tensors}
+    known = {*live.leaves, *live.ties, *live.lazy}
+    absent: dict[str, str] = {
         name: f"{specs.get(name, name)} is saved, the program has no such parameter"
-        for name in (*specs, *saved_ties)
+        for name in (*specs, *saved.ties)
         if name not in known
     }
-    return absent | {
+    absent |= {
+        name: f"{name} is saved, the program has no such entry"
+        for name in saved.entries - set(live.extra_names)
+    }
+    absent |= {
         name: f"{leaf.spec} is in the program, not in the checkpoint"
         for name, leaf in live.leaves.items()
-        if name not in specs and name not in saved_ties
+        if name not in specs and name not in saved.ties
+    }
+    return absent | {
+        name: f"{name} is in the program, not in the checkpoint"
+        for name in (*live.extra_names, *live.lazy)
+        if name not in saved.entries and name not in specs
     }
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
-from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
+from mpi_ckpt.states.leaf_values import make_value, takes_bytes
+from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaf import Leaf, LeafSpec
 
 __all__ = ["NestedState"]
-
-_ANY_LEAF = np.zeros(())
 
 
 class NestedState(LeafState):
@@ -39,8 +36,11 @@ class NestedState(LeafState):
         """Raise StateMismatchError if such contents do not fit. Not collective."""
 
     def device_of(self, leaf: str) -> Any:  # noqa: ANN401, ARG002 (a torch device)
-        """Return the device a new tensor for a leaf belongs on. Not collective."""
-        return "cpu"
+        """Return the device of a new tensor for a leaf; None for the kind it was saved on.
+
+        Not collective.
+        """
+        return None
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
@@ -57,24 +57,38 @@ class NestedState(LeafState):
         """See `LeafState`; what was saved is taken whole. Not collective."""
         self.check(structure, specs)
         # A structure of no known form must not be found out when leaves have arrived.
-        unflatten(structure, dict.fromkeys([spec.name for spec in specs], _ANY_LEAF))
+        check_structure(structure, specs)
         live = flatten(self.nested())
-        kinds, live_kinds = leaf_kinds(structure), leaf_kinds(live.structure)
+        nodes = leaf_nodes(structure)
         arriving: dict[str, Any] = {}
+
+        def make(spec: LeafSpec) -> Leaf:
+            node, device = nodes.get(spec.name, {}), self.device_of(spec.name)
+            arriving[spec.name], leaf = make_value(spec, node, device)
+            return leaf
+
         targets = []
         for spec in specs:
-            leaf = live.leaves.get(spec.name)
-            kind = kinds.get(spec.name, "")
-            value = live.values.get(spec.name)
-            fits = live_kinds.get(spec.name) == kind and _is_writable(value)
-            if leaf is None or leaf.spec != spec or not fits:
-                value, leaf = make_leaf_value(spec, kind, self.device_of(spec.name))
-            arriving[spec.name] = value
+            leaf, value = live.leaves.get(spec.name), live.values.get(spec.name)
+            if (
+                leaf is None
+                or leaf.spec != spec
+                or not _is_alike(live.nodes[spec.name], nodes.get(spec.name, {}))
+                or not takes_bytes(value)
+            ):
+                leaf = make(spec)
+            else:
+                arriving[spec.name] = value
             targets.append(leaf)
-        return Arrival(targets, lambda: self.accept(unflatten(structure, arriving)))
+        return Arrival(
+            targets,
+            lambda: self.accept(unflatten(structure, arriving)),
+            elsewhere=lambda index: make(specs[index]),
+        )
 
 
-def _is_writable(value: object) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.flags.writeable
-    return not isinstance(value, np.generic)
+def _is_alike(live: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Tell whether a live value is of the kind that was saved, on whatever device."""
+    if live == saved:
+        return True
+    return {**live, "device": None} == {**saved, "device": None}

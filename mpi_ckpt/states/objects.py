@@ -7,8 +7,8 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StageError, StateMismatchError
+from mpi_ckpt.states.leaf_values import KIND
 from mpi_ckpt.states.nested import NestedState
-from mpi_ckpt.states.tree import KIND
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

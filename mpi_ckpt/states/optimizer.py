@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.state import Capture
-from mpi_ckpt.states.mismatch import raise_mismatch
+from mpi_ckpt.errors import RegistrationError
+from mpi_ckpt.state import Arrival, Capture
 from mpi_ckpt.states.nested import NestedState
+from mpi_ckpt.states.optimizer_params import SavedParams, describe_params
+from mpi_ckpt.states.scheduler import is_stateful
+from mpi_ckpt.states.wrappers import parameter_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Gate, LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
 
-__all__ = ["OptimizerState"]
+__all__ = ["OptimizerState", "is_optimizer"]
 
 _STATE = "content/state/"
 
@@ -31,20 +33,41 @@ class OptimizerState(NestedState):
     place; state it lacks is made from what was saved: ``step()`` is never called, so no
     parameter and no gradient changes.
 
+    A parameter gets what was saved of the one of its name. Names are those of ``module``,
+    else those that the optimizer was given (``Adam(model.named_parameters())``, torch 2.6
+    and newer). Without names, parameters are told by their order alone: two of one shape
+    that stand the other way round in the next run get each other's state, and nobody can
+    see it. `TrainState` knows the names.
+
     Args:
         name: As for `mpi_ckpt.State`.
-        optimizer: Over the same parameters, in the same order, as when it was saved.
+        optimizer: Over the same parameters as when it was saved, group by group; in the
+            same order, if they have no names.
+        module: Whose parameters they are.
         sync: As for `LeafState`.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+        RegistrationError: On every rank that makes it, if the name or mode is illegal, or
+            it is no optimizer.
     """
 
     def __init__(
-        self, name: str, optimizer: torch.optim.Optimizer, *, sync: SyncMode = "root"
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        *,
+        module: torch.nn.Module | None = None,
+        sync: SyncMode = "root",
     ) -> None:
         super().__init__(name, sync=sync)
+        if not is_optimizer(optimizer):
+            raise RegistrationError(
+                f"state {name!r}: a {type(optimizer).__name__} is no optimizer, which has "
+                "state_dict(), load_state_dict() and param_groups; for something else with "
+                "the first two take a SchedulerState"
+            )
         self._optimizer = optimizer
+        self._module = module
         self.gate: Gate | None = None
         """Passed by ``step()`` before it changes anything; see `Leaf`."""
 
@@ -58,36 +81,32 @@ class OptimizerState(NestedState):
         ]
         return Capture(captured.structure, leaves)
 
+    def prepare(
+        self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
+    ) -> Arrival:
+        """See `LeafState`. Not collective."""
+        saved = SavedParams(self.name, structure)
+        saved.require_class(type(self._optimizer).__name__)
+        order = saved.order_for(self._described())
+        moved, renamed = saved.reordered(order, specs)
+        return super().prepare(moved, renamed, strict=strict)
+
     def nested(self) -> Any:  # noqa: ANN401
         """See `NestedState`. Not collective."""
         content = dict(self._optimizer.state_dict())
         # A parameter may have an empty entry or none: the same, until it gets a step.
-        content["state"] = {key: one for key, one in content["state"].items() if one}
-        return {"content": content, "params": self._param_shapes()}
-
-    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:  # noqa: ARG002
-        """See `NestedState`. Not collective."""
-        saved = structure.get("params") if isinstance(structure, dict) else None
-        if not isinstance(saved, list):
-            raise StateMismatchError(f"state {self.name!r} was not saved from an optimizer")
-        live = self._param_shapes()
-        problems = []
-        if len(saved) != len(live):
-            problems.append(
-                f"{len(saved)} parameter groups are saved, the program has {len(live)}"
-            )
-        for group, (theirs, ours) in enumerate(zip(saved, live, strict=False)):
-            if len(theirs) != len(ours):
-                problems.append(
-                    f"group {group} is saved with {len(theirs)} parameters, the program "
-                    f"has {len(ours)}"
-                )
-            problems += [
-                f"group {group}, parameter {i} is saved with shape {a}, the program has {b}"
-                for i, (a, b) in enumerate(zip(theirs, ours, strict=False))
-                if a != b
-            ]
-        raise_mismatch(self.name, problems)
+        content["state"] = {
+            key: one
+            for key, one in content["state"].items()
+            if not (isinstance(one, dict) and not one)
+        }
+        shapes, names = self._described()
+        return {
+            "class": type(self._optimizer).__name__,
+            "content": content,
+            "params": shapes,
+            "names": names,
+        }
 
     def device_of(self, leaf: str) -> Any:  # noqa: ANN401
         """See `NestedState`: where torch itself would put it. Not collective."""
@@ -108,6 +127,16 @@ class OptimizerState(NestedState):
     def accept(self, value: Any) -> None:  # noqa: ANN401
         """See `NestedState`. Not collective."""
         content = value["content"]
+        # The order of the parameters, and what they are called, is this program's.
+        for live, saved in zip(
+            self._optimizer.state_dict()["param_groups"],
+            content["param_groups"],
+            strict=True,
+        ):
+            saved["params"] = live["params"]
+            saved.pop("param_names", None)
+            if "param_names" in live:
+                saved["param_names"] = live["param_names"]
         if self._has_own_loading():
             self._optimizer.load_state_dict(content)
         else:
@@ -145,8 +174,23 @@ class OptimizerState(NestedState):
     def _params(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _param_shapes(self) -> list[list[list[int]]]:
-        return [
-            [list(p.shape) for p in group["params"]]
-            for group in self._optimizer.param_groups
-        ]
+    def _described(self) -> tuple[list[list[list[int]]], list[list[str | None]]]:
+        known = {} if self._module is None else parameter_names(self._module)
+        return describe_params(self._optimizer.param_groups, known)
+
+
+def is_optimizer(value: object) -> bool:
+    """Tell whether a value is an optimizer, torch's or one that behaves so.
+
+    Not collective.
+    """
+    import torch
+
+    if isinstance(value, torch.optim.Optimizer):
+        return True
+    given: Any = value
+    return (
+        is_stateful(value)
+        and isinstance(getattr(value, "param_groups", None), list)
+        and {"state", "param_groups"} <= set(given.state_dict())
+    )

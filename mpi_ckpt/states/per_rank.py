@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.states.packed import pack, unpack
 from mpi_ckpt.states.ranked import RankedState
-from mpi_ckpt.states.tree import flatten, leaf_kinds, make_leaf_value, unflatten
-from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +36,7 @@ class PerRankState(RankedState):
 
     Attributes:
         value: The live value. Assign to it freely between saves; a restore assigns a new
-            one, tensors in it on the host.
+            one.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name is illegal.
@@ -61,7 +59,7 @@ class PerRankState(RankedState):
 
     def part(self) -> bytes:
         """See `PartsState`. Not collective."""
-        return _encode(self.value)
+        return pack(self.value)
 
     def source(self, rank: int, saved: int) -> int | None:
         """See `RankedState`. Not collective."""
@@ -75,40 +73,28 @@ class PerRankState(RankedState):
                 number of values.
         """
         assert self._resize is not None
-        values = list(self._resize([_decode(part) for part in parts], size))
+        values = list(self._resize([unpack(part) for part in parts], size))
         if len(values) != size:
             raise RestoreError(
                 f"state {self.name!r}: resize returned {len(values)} values for {size} "
                 "ranks"
             )
-        return [_encode(value) for value in values]
+        return [pack(value) for value in values]
 
-    def take(self, part: bytes, saved: int) -> None:
+    def open_part(self, part: bytes, saved: int) -> Callable[[], None]:
         """See `RankedState`. Not collective."""
-        if part:
-            self.value = _decode(part)
-        if self._rank == 0 and saved > self._size:
-            logger.warning(
-                "state %r: the values of saved ranks %d to %d go to no rank; give "
-                "PerRankState a resize to share them out",
-                self.name,
-                self._size,
-                saved - 1,
-            )
+        value = unpack(part) if part else None
 
+        def take() -> None:
+            if part:
+                self.value = value
+            if self._rank == 0 and saved > self._size:
+                logger.warning(
+                    "state %r: the values of saved ranks %d to %d go to no rank; give "
+                    "PerRankState a resize to share them out",
+                    self.name,
+                    self._size,
+                    saved - 1,
+                )
 
-def _encode(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
-    flattened = flatten(value)
-    stream = io.BytesIO()
-    write_leaves(stream, flattened.structure, tuple(flattened.leaves.values()))
-    return stream.getvalue()
-
-
-def _decode(part: bytes) -> Any:  # noqa: ANN401 (any nested value)
-    stream = io.BytesIO(part)
-    structure, specs = read_form(stream)
-    kinds = leaf_kinds(structure)
-    made = [make_leaf_value(spec, kinds.get(spec.name, "")) for spec in specs]
-    fill_leaves(stream, specs, [leaf for _, leaf in made])
-    values = {spec.name: value for spec, (value, _) in zip(specs, made, strict=True)}
-    return unflatten(structure, values)
+        return take

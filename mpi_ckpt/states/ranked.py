@@ -10,7 +10,7 @@ from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi_ckpt.comm import Communicator
 
@@ -68,12 +68,18 @@ class RankedState(PartsState):
         """
         raise NotImplementedError
 
-    def take(self, part: bytes, saved: int) -> None:
-        """Take over the part that this rank was given. Not collective.
+    def open_part(self, part: bytes, saved: int) -> Callable[[], None]:
+        """Read the part that this rank was given; return what takes it over.
+
+        Not collective. Changes nothing yet: what does not fit is found here.
 
         Args:
             part: Empty if there is none for this rank.
             saved: Number of parts there are.
+
+        Raises:
+            StateMismatchError: On the calling rank, if it does not fit.
+            CorruptGenerationError: On the calling rank, if it is not what was saved.
         """
         raise NotImplementedError
 
@@ -100,32 +106,48 @@ class RankedState(PartsState):
         structure: Structure,
         specs: Sequence[LeafSpec],
         *,
-        strict: bool,  # noqa: ARG002
+        strict: bool,
     ) -> Arrival:
         """See `LeafState`: for who has all parts at hand. Not collective."""
-        self.check(structure, len(specs))
+        missing, unexpected = self.check(structure, len(specs), strict=strict)
         leaves = [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
-        return Arrival(leaves, lambda: self._choose(leaves))
+        return Arrival(leaves, lambda: self._choose(leaves), missing, unexpected)
 
     def _choose(self, leaves: Sequence[Leaf]) -> None:
         parts = [bytes(leaf.buffer.read()) for leaf in leaves]
         if self.resizes and len(parts) != self._size:
             parts = self.resize(parts, self._size)
         source = self.source(self._rank, len(parts))
-        self.take(b"" if source is None else parts[source], len(parts))
+        self.open_part(b"" if source is None else parts[source], len(parts))()
 
-    def check(self, structure: Structure, count: int) -> None:
+    def check(
+        self,
+        structure: Structure,
+        count: int,
+        *,
+        strict: bool,  # noqa: ARG002
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Require a structure that `capture` has made of so many parts.
 
         Not collective.
 
+        Args:
+            structure: That of the checkpoint.
+            count: How many parts it holds.
+            strict: As for `LeafState.prepare`.
+
+        Returns:
+            What only the program has, and what only the checkpoint has.
+
         Raises:
-            StateMismatchError: On the calling rank, if it is another.
+            StateMismatchError: On the calling rank, if it is another, or does not fit.
         """
-        if not count or structure != self.form(count):
+        found = structure.get(self.count_key) if isinstance(structure, dict) else None
+        if not count or found != count:
             raise StateMismatchError(
                 f"state {self.name!r}: the checkpoint holds no {self.contents}"
             )
+        return (), ()
 
     def form(self, count: int) -> Structure:
         """Return the structure of so many parts. Not collective."""

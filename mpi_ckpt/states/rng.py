@@ -3,22 +3,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import random
-import sys
+import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
-from mpi_ckpt.errors import CorruptGenerationError, RegistrationError
+from mpi_ckpt.errors import (
+    CorruptGenerationError,
+    DivergedError,
+    RegistrationError,
+    StageError,
+)
+from mpi_ckpt.states.mismatch import raise_mismatch
+from mpi_ckpt.states.packed import pack, unpack
 from mpi_ckpt.states.ranked import RankedState
-from mpi_ckpt.states.tree import flatten, unflatten
+from mpi_ckpt.states.streams import (
+    built_in_streams,
+    is_of_device,
+    stream_of,
+    wake_devices,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from mpi_ckpt.state import Structure
+    from mpi_ckpt.states.streams import Stream
 
 __all__ = ["RNGState"]
+
+logger = logging.getLogger(__name__)
+
+_OWN = "generator/"
+_GLOBAL = ("python", "numpy", "torch")
 
 
 class RNGState(RankedState):
@@ -28,159 +47,176 @@ class RNGState(RankedState):
     ranks is the same. With another number, rank ``r`` gets those of saved rank ``r``; a
     rank beyond the saved ones gets streams seeded from ``r`` and those of saved rank
     ``r % saved``, so no two ranks share a stream and the outcome is the same each time.
+    A stream that all ranks draw from alike is named in ``shared``: it is the same on all
+    of them after a restore too, whatever their number.
 
-    torch's streams, CUDA's among them, are saved if the program has imported torch.
+    torch's streams, and those of all its devices that were used, are saved if the program
+    has imported torch. Of a NumPy generator, what it has spawned is counted along.
 
     Args:
         name: As for `mpi_ckpt.State`.
-        generators: Generators of your own by name: ``numpy.random.Generator``,
-            ``torch.Generator`` or ``random.Random``. The same names on every rank.
+        generators: Generators of your own by name: ``numpy.random.Generator`` or
+            ``RandomState``, ``torch.Generator`` or ``random.Random``. The same names and
+            kinds on every rank.
+        shared: Names of streams that are the same on all ranks: of ``generators``, or
+            ``"python"``, ``"numpy"``, ``"torch"``. A save of others than equal ones fails.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name is illegal or a
-            generator is of another kind.
+        RegistrationError: On every rank that makes it, if the name is illegal, a
+            generator is of another kind, or a shared one is not there.
     """
 
     contents = "random streams"
     count_key = "size"
 
     def __init__(
-        self, name: str = "rng", *, generators: Mapping[str, Any] | None = None
+        self,
+        name: str = "rng",
+        *,
+        generators: Mapping[str, Any] | None = None,
+        shared: Collection[str] = (),
     ) -> None:
         super().__init__(name)
-        self._generators = dict(generators or {})
-        for key, generator in self._generators.items():
-            if _stream_of(generator) is None:
+        self._own: dict[str, Stream] = {}
+        for key, generator in (generators or {}).items():
+            stream = stream_of(generator)
+            if stream is None:
                 raise RegistrationError(
                     f"state {name!r}: generator {key!r} is a {type(generator).__name__}, "
-                    "not a numpy.random.Generator, torch.Generator or random.Random"
+                    "not a numpy.random.Generator or RandomState, torch.Generator or "
+                    "random.Random"
                 )
+            self._own[_OWN + key] = stream
+        named = {key: key if key in _GLOBAL else _OWN + key for key in shared}
+        unknown = [k for k, full in named.items() if full not in (*self._own, *_GLOBAL)]
+        if unknown:
+            raise RegistrationError(
+                f"state {name!r}: shared names {unknown}, which are no generators of it"
+            )
+        self._shared = frozenset(named.values())
 
     def part(self) -> bytes:
         """See `PartsState`. Not collective."""
-        streams = {key: stream.get() for key, stream in self._streams().items()}
-        return json.dumps(flatten_to_json(streams)).encode()
+        states = {key: stream.get() for key, stream in self._streams().items()}
+        packed = {key: pack(state) for key, state in states.items()}
+        # A line that must be the same on all ranks, so that root need not look further.
+        head = {
+            # Whether torch was imported, each rank decides for itself.
+            "kinds": {k: v for k, v in self._kinds_now().items() if k != "torch"},
+            "shared": {
+                key: xxhash.xxh3_128_hexdigest(packed[key])
+                for key in sorted(self._shared & set(packed))
+            },
+        }
+        return json.dumps(head).encode() + b"\n" + pack(packed)
+
+    def combine(self, parts: Sequence[bytes]) -> None:
+        """See `PartsState`. Root only.
+
+        Raises:
+            DivergedError: On root, if a shared stream is not the same on all ranks.
+            StageError: On root, if the ranks have other streams.
+        """
+        heads = [part.partition(b"\n")[0] for part in parts]
+        for rank, head in enumerate(heads):
+            if head != heads[0]:
+                self._refuse(rank, json.loads(heads[0]), json.loads(head))
+        super().combine(parts)
+
+    def form(self, count: int) -> Structure:
+        """See `RankedState`. Not collective."""
+        return {
+            self.count_key: count,
+            "kinds": self._kinds_now(),
+            "shared": sorted(self._shared),
+        }
+
+    def check(
+        self, structure: Structure, count: int, *, strict: bool
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See `RankedState`. Not collective."""
+        super().check(structure, count, strict=strict)
+        saved = dict(structure.get("kinds", {}))
+        if "torch" in saved and importlib.util.find_spec("torch"):
+            # The program will import it at some time, as it did when it saved, and must
+            # not then draw from the beginning.
+            import torch  # noqa: F401
+        live = self._kinds_now()
+        problems = [
+            f"stream {key} is saved from a {saved[key]}, the program has a {live[key]}"
+            for key in saved.keys() & live.keys()
+            if saved[key] != live[key]
+        ]
+        missing = sorted(live.keys() - saved.keys())
+        unexpected = sorted(saved.keys() - live.keys())
+        if strict:
+            problems += [
+                f"stream {key} is in the program, not in the checkpoint"
+                for key in missing
+                if key.startswith(_OWN)
+            ]
+            problems += [
+                f"stream {key} is saved, the program has none" for key in unexpected
+            ]
+        shared = set(structure.get("shared", ()))
+        problems += [
+            f"stream {key} is shared by all ranks on one side only"
+            for key in sorted(shared ^ self._shared)
+            if key in saved and key in live
+        ]
+        raise_mismatch(self.name, sorted(problems))
+        return tuple(missing), tuple(unexpected)
 
     def source(self, rank: int, saved: int) -> int:
         """See `RankedState`. Not collective."""
         return rank % saved
 
-    def take(self, part: bytes, saved: int) -> None:
-        """See `RankedState`. Not collective.
-
-        Raises:
-            CorruptGenerationError: On the calling rank, if it is not what was saved.
-        """
+    def open_part(self, part: bytes, saved: int) -> Callable[[], None]:
+        """See `RankedState`. Not collective."""
         try:
-            states = json.loads(part)
-        except ValueError as error:
+            packed = unpack(part.partition(b"\n")[2])
+            states = {key: unpack(data) for key, data in packed.items()}
+        except (ValueError, AttributeError, CorruptGenerationError) as error:
             raise CorruptGenerationError(f"state {self.name!r}: {error}") from error
-        for key, stream in self._streams().items():
-            if self._rank < saved and key in states:
-                stream.set(json_to_value(states[key]))
-            elif self._rank >= saved:
-                seed = xxhash.xxh3_64_intdigest(part, seed=self._rank)
-                stream.seed(seed ^ xxhash.xxh3_64_intdigest(key.encode()))
 
-    def _streams(self) -> dict[str, Any]:
-        streams: dict[str, Any] = {"python": _Python(random), "numpy": _NumPyGlobal()}
-        torch = sys.modules.get("torch")
-        if torch is not None:
-            streams["torch"] = _Torch(torch.default_generator)
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
-                index = torch.cuda.current_device()
-                streams["cuda"] = _Torch(torch.cuda.default_generators[index])
-        for key, generator in self._generators.items():
-            streams[f"generator/{key}"] = _stream_of(generator)
-        return streams
+        def take() -> None:
+            wake_devices(states)
+            for key, stream in self._streams().items():
+                if key in states and (self._rank < saved or key in self._shared):
+                    stream.set(states[key])
+                elif self._rank >= saved:
+                    seed = xxhash.xxh3_64_intdigest(part, seed=self._rank)
+                    stream.seed(seed ^ xxhash.xxh3_64_intdigest(key.encode()))
+            lost = sorted(states.keys() - self._streams().keys())
+            if lost and self._rank < saved:
+                logger.warning(
+                    "state %r: rank %d has no such device here: %s",
+                    self.name,
+                    self._rank,
+                    lost,
+                )
 
+        return take
 
-def flatten_to_json(value: Any) -> Any:  # noqa: ANN401 (any nested value)
-    """Return a nested value without tensors as JSON values. Not collective."""
-    return flatten(value).structure
+    def _streams(self) -> dict[str, Stream]:
+        return {**built_in_streams(), **self._own}
 
+    def _kinds_now(self) -> dict[str, str]:
+        # Those of devices are a rank's own affair: how many there are says no program.
+        return {k: s.kind for k, s in self._streams().items() if not is_of_device(k)}
 
-def json_to_value(structure: Any) -> Any:  # noqa: ANN401 (any nested value)
-    """Undo `flatten_to_json`. Not collective."""
-    return unflatten(structure, {})
-
-
-# One small class for each kind of stream: get() gives JSON-able values, set() takes them
-# back, seed() starts anew.
-
-
-class _Python:
-    def __init__(self, source: Any) -> None:  # noqa: ANN401 (module random, or a Random)
-        self._source = source
-
-    def get(self) -> Any:  # noqa: ANN401
-        return self._source.getstate()
-
-    def set(self, state: Any) -> None:  # noqa: ANN401
-        self._source.setstate(state)
-
-    def seed(self, seed: int) -> None:
-        self._source.seed(seed)
-
-
-class _NumPyGlobal:
-    """NumPy's legacy global stream, used by ``np.random.rand`` and friends."""
-
-    def get(self) -> Any:  # noqa: ANN401
-        legacy: Any = np.random.get_state()
-        kind, keys, position, has_gauss, gauss = legacy
-        return [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)]
-
-    def set(self, state: Any) -> None:  # noqa: ANN401
-        kind, keys, *rest = state
-        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-
-    def seed(self, seed: int) -> None:
-        np.random.seed(seed % 2**32)
-
-
-class _NumPyGenerator:
-    def __init__(self, generator: np.random.Generator) -> None:
-        self._bits = generator.bit_generator
-
-    def get(self) -> Any:  # noqa: ANN401
-        return _plain(self._bits.state)
-
-    def set(self, state: Any) -> None:  # noqa: ANN401
-        self._bits.state = state
-
-    def seed(self, seed: int) -> None:
-        self._bits.state = type(self._bits)(seed).state
-
-
-class _Torch:
-    def __init__(self, generator: Any) -> None:  # noqa: ANN401 (torch.Generator)
-        self._generator = generator
-
-    def get(self) -> Any:  # noqa: ANN401
-        return self._generator.get_state().numpy().tobytes()
-
-    def set(self, state: Any) -> None:  # noqa: ANN401
-        torch = sys.modules["torch"]
-        self._generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-
-    def seed(self, seed: int) -> None:
-        self._generator.manual_seed(seed % 2**63)
-
-
-def _stream_of(generator: Any) -> Any:  # noqa: ANN401
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(generator, torch.Generator):
-        return _Torch(generator)
-    if isinstance(generator, np.random.Generator):
-        return _NumPyGenerator(generator)
-    if isinstance(generator, random.Random):
-        return _Python(generator)
-    return None
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Make a bit generator's state plain: lists for arrays."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    def _refuse(self, rank: int, roots: dict[str, Any], theirs: dict[str, Any]) -> None:
+        differing = sorted(
+            key
+            for key, digest in roots["shared"].items()
+            if theirs["shared"].get(key) != digest
+        )
+        if differing and roots["kinds"] == theirs["kinds"]:
+            raise DivergedError(
+                f"state {self.name!r}: {differing} are declared shared by all ranks, and "
+                f"rank {rank} is not where root is in them"
+            )
+        raise StageError(
+            f"state {self.name!r}: rank {rank} has the streams {theirs['kinds']}, root has "
+            f"{roots['kinds']}"
+        )

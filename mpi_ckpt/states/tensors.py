@@ -3,19 +3,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import Leaf, LeafSpec, copy_bytes
+from mpi_ckpt.leaf import Leaf, LeafSpec, Place, copy_bytes
+from mpi_ckpt.states.memory_layout import Layout
 from mpi_ckpt.states.wrappers import is_sharded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
-__all__ = ["TensorBuffer", "empty_tensor", "tensor_leaf", "tensor_spec"]
+__all__ = [
+    *("TensorBuffer", "device_here", "empty_tensor", "ordinary", "tensor_leaf"),
+    "tensor_spec",
+]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_function_modes = torch._C._len_torch_function_stack  # noqa: SLF001 (as torch.overrides)
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
+_is_inference_mode = torch.is_inference_mode_enabled
+_C_ORDER = Layout()
 
 # Types that only newer releases of torch have are left out where they are missing.
 _NAMES = {
@@ -50,6 +68,22 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _NOTHING: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Have torch do what it does by itself, whatever the program has switched on.
+
+    Not collective. For this thread: no default device, no mode that looks on or stands
+    in, no inference mode, no gradients. What is made within is an ordinary tensor.
+    """
+    with (
+        torch._C.DisableTorchFunction(),  # noqa: SLF001 (as torch.overrides does)
+        _disable_current_modes(),
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+    ):
+        yield
+
+
 def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
     """Describe a tensor.
 
@@ -58,12 +92,8 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
     Raises:
         StageError: On the calling rank, for tensors that are no plain array of bytes.
     """
-    if is_sharded(tensor):
-        raise StageError(
-            f"tensor {name!r} is a {type(tensor).__name__}, of which each rank has a part; "
-            "mpi_ckpt saves replicas. Use torch.distributed.checkpoint for it, or save "
-            "its full_tensor()"
-        )
+    if type(tensor) not in _PLAIN:
+        _refuse_foreign(name, tensor)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise StageError(
             f"tensor {name!r} ({tensor.layout}, {tensor.dtype}, {tensor.device}) cannot be "
@@ -76,13 +106,36 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
 
 def tensor_leaf(name: str, tensor: torch.Tensor) -> Leaf:
     """Make the leaf of a tensor; see `tensor_spec`. Not collective. Thread-safe."""
-    return Leaf(tensor_spec(name, tensor), TensorBuffer(tensor.detach()))
+    if _is_ordinary():
+        return Leaf(tensor_spec(name, tensor), TensorBuffer(tensor.detach()))
+    with ordinary():
+        return Leaf(tensor_spec(name, tensor), TensorBuffer(tensor.detach()))
 
 
-def empty_tensor(spec: LeafSpec, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Make a tensor for a leaf.
+def device_here(kind: str | None) -> torch.device:
+    """Return this rank's device of a kind; the host where it has none.
 
     Not collective. Thread-safe.
+
+    Args:
+        kind: Such as ``"cuda"``; None for the host.
+    """
+    module = getattr(torch, kind, None) if isinstance(kind, str) else None
+    is_there = module is not None and getattr(module, "is_available", lambda: False)()
+    return torch.device(kind if is_there and kind else "cpu")
+
+
+def empty_tensor(
+    spec: LeafSpec, device: torch.device | str = "cpu", layout: Layout = _C_ORDER
+) -> torch.Tensor:
+    """Make a tensor for a leaf.
+
+    Not collective. Thread-safe. Within `ordinary`, if it shall be ordinary.
+
+    Args:
+        spec: Of the leaf.
+        device: Where it belongs.
+        layout: How it lies in memory.
 
     Raises:
         StateMismatchError: On the calling rank, if this torch has no such dtype or shape,
@@ -91,7 +144,9 @@ def empty_tensor(spec: LeafSpec, device: torch.device | str = "cpu") -> torch.Te
     if spec.dtype not in _DTYPES:
         raise StateMismatchError(f"{spec}: torch {torch.__version__} has no such dtype")
     try:
-        return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device)
+        shape = [spec.shape[dim] for dim in layout.order] if layout.order else spec.shape
+        lying = torch.empty(shape, dtype=_DTYPES[spec.dtype], device=device)
+        return lying.permute(*np.argsort(layout.order)) if layout.order else lying
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise StateMismatchError(f"{spec}: {reason}") from None
@@ -105,16 +160,15 @@ class TensorBuffer:
 
     def view(self) -> memoryview | None:
         """Return the live bytes if they are contiguous host memory."""
-        tensor = self._tensor
-        lazy = tensor.is_conj() or tensor.is_neg()
-        if tensor.device.type != "cpu" or lazy or not tensor.is_contiguous():
-            return None
-        return _as_bytes(tensor).data
+        return _as_bytes(self._tensor).data if self._is_direct() else None
 
     def read(self) -> memoryview:
         """Return the live bytes if possible, else those of a copy."""
-        tensor = self._tensor.resolve_conj().resolve_neg()
-        return _as_bytes(tensor.to("cpu").contiguous()).data.toreadonly()
+        if self._is_direct():
+            return _as_bytes(self._tensor).data.toreadonly()
+        with ordinary():
+            tensor = self._tensor.resolve_conj().resolve_neg()
+            return _as_bytes(tensor.to("cpu").contiguous()).data.toreadonly()
 
     def copy_to(self, target: memoryview) -> None:
         """Copy the bytes in one go, whatever the layout and device."""
@@ -122,24 +176,72 @@ class TensorBuffer:
         if direct is not None:
             copy_bytes(direct, target)
         elif self._tensor.numel():
-            new = torch.frombuffer(target, dtype=self._tensor.dtype)
-            new.view(self._tensor.shape).copy_(self._tensor)
+            with ordinary():
+                new = torch.frombuffer(target, dtype=self._tensor.dtype)
+                new.view(self._tensor.shape).copy_(self._tensor)
 
     def write(self, data: memoryview) -> None:
         """Write bytes into the tensor, whatever its layout and device."""
         tensor = self._tensor
-        new = torch.empty(tensor.shape, dtype=tensor.dtype)
-        _as_bytes(new).data[:] = data
-        with torch.no_grad():
+        with ordinary(), torch.inference_mode(tensor.is_inference()):
+            new = torch.empty(tensor.shape, dtype=tensor.dtype)
+            _as_bytes(new).data[:] = data
             tensor.copy_(new)
+
+    def _is_direct(self) -> bool:
+        tensor = self._tensor
+        lazy = tensor.is_conj() or tensor.is_neg()
+        return tensor.device.type == "cpu" and not lazy and tensor.is_contiguous()
 
     def stamp(self) -> int:
         """Return torch's count of changes in place; those through ``.data`` escape it."""
         # Inference tensors count nothing.
         return 0 if self._tensor.is_inference() else self._tensor._version  # noqa: SLF001
 
+    def place(self) -> Place | None:
+        """Return where the tensor lies."""
+        tensor = self._tensor
+        width = tensor.element_size()
+        strides = tuple(width * step for step in tensor.stride())
+        return Place(tensor.data_ptr(), width, tuple(tensor.shape), strides)
+
 
 def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    if not _is_ordinary():
+        with ordinary():
+            return _bytes_of(tensor)
+    return _bytes_of(tensor)
+
+
+def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
     # Viewed as bytes first: NumPy knows neither bfloat16 nor float8.
     flat = tensor.reshape(-1)
+    if flat.numel() == 1:  # a single element has any stride, and is contiguous
+        flat = flat.as_strided((1,), (1,))
     return flat.view(torch.uint8).numpy() if flat.numel() else _NOTHING
+
+
+def _is_ordinary() -> bool:
+    # Asked for every leaf: entering `ordinary` each time would take as long as the rest.
+    return not (_function_modes() or _dispatch_modes() or _is_inference_mode())
+
+
+def _refuse_foreign(name: str, tensor: torch.Tensor) -> None:
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if is_sharded(tensor):
+        raise StageError(
+            f"tensor {name!r} is a {type(tensor).__name__}, of which each rank has a part; "
+            "mpi_ckpt saves replicas. Use torch.distributed.checkpoint for it, or save "
+            "its full_tensor()"
+        )
+    if is_lazy(tensor):
+        raise StageError(
+            f"tensor {name!r} is a {kind}, which has no shape yet: run the module once "
+            "before the first save"
+        )
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        raise StageError(
+            f"tensor {name!r} is a {kind}, which has no memory of its own but tensors "
+            "inside: save those"
+        )

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
 from mpi_ckpt.leaf import Gate, Leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
-from mpi_ckpt.states.optimizer import OptimizerState
-from mpi_ckpt.states.scheduler import SchedulerState
+from mpi_ckpt.states.optimizer import OptimizerState, is_optimizer
+from mpi_ckpt.states.scheduler import SchedulerState, is_off
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +31,11 @@ class TrainState(LeafState):
 
     Args:
         module: The model.
-        optimizer: Its optimizer.
-        scheduler: Anything with a state dict of plain values.
-        scaler: Likewise, a ``torch.amp.GradScaler`` as a rule.
+        optimizer: Its optimizer, or several in a list. State of a parameter goes to the
+            parameter of the same name.
+        scheduler: Anything with a state dict of plain values, or several in a list.
+        scaler: Likewise, a ``torch.amp.GradScaler`` as a rule. One that is switched off
+            counts as absent.
         name: As for `mpi_ckpt.State`.
         sync: As for `LeafState`.
         overlap: Whether an asynchronous save returns before parameters and optimizer
@@ -45,15 +47,15 @@ class TrainState(LeafState):
 
     Raises:
         RegistrationError: On every rank that makes it, if the name or mode is illegal,
-            or if there is nothing to wait in.
+            a part is not what it should be, or there is nothing to wait in.
     """
 
     def __init__(
         self,
         *,
         module: torch.nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: Stateful | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        scheduler: Stateful | Sequence[Stateful] | None = None,
         scaler: Stateful | None = None,
         name: str = "train",
         sync: SyncMode = "root",
@@ -61,22 +63,29 @@ class TrainState(LeafState):
     ) -> None:
         super().__init__(name, sync=sync)
         self._gate = Gate()
+        # The optimizer comes after the module it optimizes, the scheduler after the
+        # optimizer whose rates it sets.
+        self._all: dict[str, LeafState] = {"module": ModuleState("module", module)}
+        for key, one in _numbered("optimizer", optimizer):
+            self._all[key] = _optimizer_state(key, one, module, overlap=overlap)
+        for key, one in _numbered("scheduler", scheduler):
+            self._all[key] = SchedulerState(key, one)
+        if scaler is not None:
+            self._all["scaler"] = SchedulerState("scaler", scaler)
+        self._scaler = scaler
         if overlap and optimizer is None:
             raise RegistrationError(
                 f"state {name!r}: overlap=True needs the optimizer, whose step() waits for "
                 "the copy"
             )
-        # The optimizer comes after the module it optimizes, the scheduler after the
-        # optimizer whose rates it sets.
-        self._parts: dict[str, LeafState] = {"module": ModuleState("module", module)}
-        if optimizer is not None:
-            self._parts["optimizer"] = OptimizerState("optimizer", optimizer)
-        if scheduler is not None:
-            self._parts["scheduler"] = SchedulerState("scheduler", scheduler)
-        if scaler is not None:
-            self._parts["scaler"] = SchedulerState("scaler", scaler)
         if overlap:
             self._let_steps_wait()
+
+    @property
+    def _parts(self) -> dict[str, LeafState]:
+        if not is_off(self._scaler):
+            return self._all
+        return {key: part for key, part in self._all.items() if key != "scaler"}
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
@@ -94,6 +103,7 @@ class TrainState(LeafState):
         self._check_parts(structure, strict=strict)
         arrivals: list[Arrival] = []
         targets: dict[str, Leaf | None] = {}
+        homes: dict[str, tuple[Arrival, int]] = {}
         missing = [f"{key}/*" for key in self._parts if key not in structure]
         unexpected = [f"{key}/*" for key in structure if key not in self._parts]
         problems: list[str] = []
@@ -114,6 +124,7 @@ class TrainState(LeafState):
             arrivals.append(arrival)
             names = [prefix + spec.name for spec in ours]
             targets.update(zip(names, arrival.leaves, strict=True))
+            homes.update((name, (arrival, at)) for at, name in enumerate(names))
             missing += [prefix + name for name in arrival.missing]
             unexpected += [prefix + name for name in arrival.unexpected]
         raise_mismatch(self.name, problems)
@@ -126,7 +137,14 @@ class TrainState(LeafState):
         leaves = [
             one and Leaf(spec, one.buffer) for spec, one in zip(specs, found, strict=True)
         ]
-        return Arrival(leaves, adopt, tuple(missing), tuple(unexpected))
+
+        def elsewhere(index: int) -> Leaf | None:
+            spec = specs[index]
+            arrival, at = homes[spec.name]
+            leaf = arrival.elsewhere(at)
+            return leaf and Leaf(spec, leaf.buffer)
+
+        return Arrival(leaves, adopt, tuple(missing), tuple(unexpected), elsewhere)
 
     def _let_steps_wait(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -150,3 +168,27 @@ class TrainState(LeafState):
             f"{key} is in the program, not saved" for key in set(self._parts) - saved
         ]
         raise_mismatch(self.name, sorted(problems))
+
+
+def _numbered(key: str, given: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
+    """Return what was given with the key of its part; several are numbered."""
+    if given is None:
+        return []
+    if isinstance(given, (list, tuple)):
+        return [(f"{key}{number}", one) for number, one in enumerate(given)]
+    return [(key, given)]
+
+
+def _optimizer_state(
+    key: str, optimizer: object, module: torch.nn.Module, *, overlap: bool
+) -> LeafState:
+    given: Any = optimizer
+    if is_optimizer(optimizer):
+        return OptimizerState(key, given, module=module)
+    if overlap:
+        raise RegistrationError(
+            f"overlap=True needs an optimizer of torch's, whose step() waits for the copy: "
+            f"a {type(optimizer).__name__} is none"
+        )
+    # What keeps its state in a form of its own gives and takes it as a whole.
+    return SchedulerState(key, given)

@@ -2,8 +2,9 @@
 """Nested Python values to JSON plus tensors, and back, without pickle.
 
 JSON stands for itself; anything else becomes an object with the key ``"~"`` that names
-its kind. Tensors and arrays are replaced by the names of their leaves. The reverse makes
-only the kinds listed here, so a hostile file can build nothing else.
+its kind. Tensors, arrays, long lists of numbers and long text are replaced by the names
+of their leaves. The reverse makes only the kinds listed here, so a hostile file can build
+nothing else; and a value that it would not make again as it was is refused.
 """
 
 from __future__ import annotations
@@ -18,34 +19,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.states.arrays import array_leaf, empty_array
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.states.arrays import array_leaf
+from mpi_ckpt.states.leaf_values import KIND, describe, is_leaf_value
+from mpi_ckpt.states.number_lists import as_numbers, from_numbers
+from mpi_ckpt.states.plain import (
+    FACTORIES,
+    checked,
+    factory_name,
+    float_node,
+    float_of,
+    rank_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import Leaf
 
-__all__ = ["Flattened", "flatten", "leaf_kinds", "make_leaf_value", "unflatten"]
+__all__ = ["Flattened", "check_structure", "flatten", "leaf_nodes", "unflatten"]
 
-KIND = "~"
-LEAF_KINDS = ("tensor", "array", "scalar")
+_LEAF_KINDS = ("tensor", "array", "scalar", "numbers", "bytes", "text")
 _DEPTH_MAX = 100
-# Python reads and writes integers of up to 4300 decimal digits.
-_INTEGER_BITS_MAX = 13_000
 _SMALL = 1 << 62
+# Longer ones become leaves: the manifest is read whole, and has a limit.
+_INLINE_BYTES_MAX = 4096
 
 _SEQUENCES: dict[str, Callable[[list[Any], int | None], Any]] = {
     "tuple": lambda items, _: tuple(items),
     "set": lambda items, _: set(items),
     "frozenset": lambda items, _: frozenset(items),
     "deque": deque,
+    "torch.Size": lambda items, _: _torch().Size(items),
 }
 _MAPPINGS: dict[str, Callable[[Any], Any]] = {
     "dict": dict,
     "ordereddict": OrderedDict,
     "counter": lambda pairs: Counter(dict(pairs)),
-    # The factory is code and is not saved; whoever needs it sets it again.
-    "defaultdict": lambda pairs: defaultdict(None, pairs),
 }
 _SEQUENCE_KINDS: dict[type, str] = {
     tuple: "tuple",
@@ -68,63 +78,119 @@ class Flattened:
         structure: JSON values.
         leaves: Leaf by name, in the order of first appearance.
         values: The live tensor or array behind each leaf.
+        nodes: The JSON object that stands for each leaf.
     """
 
     def __init__(self) -> None:
         self.structure: Any = None
         self.leaves: dict[str, Leaf] = {}
         self.values: dict[str, Any] = {}
+        self.nodes: dict[str, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
 
-    def add(self, path: str, kind: str, value: Any, leaf: Leaf) -> dict[str, str]:  # noqa: ANN401
-        """Note a tensor; one that was seen before keeps its first name."""
-        if id(value) not in self._names:
-            name, number = path, 1
-            # {"a/b": x, "a": {"b": y}} and {1: x, "1": y} have one path for two.
-            while name in self.leaves:
-                number += 1
-                name = f"{path}#{number}"
-            if number > 1:
-                leaf = replace(leaf, spec=replace(leaf.spec, name=name))
-            self._names[id(value)] = name
-            self.leaves[name] = leaf
-            self.values[name] = value
-        return {KIND: kind, "leaf": self._names[id(value)]}
+    def add(
+        self, path: str, value: object, node: dict[str, Any], leaf: Leaf
+    ) -> dict[str, Any]:
+        """Note a leaf, and return its node, which gets its name."""
+        name, number = path, 1
+        # {"a/b": x, "a": {"b": y}} and {1: x, "1": y} have one path for two.
+        while name in self.leaves:
+            number += 1
+            name = f"{path}#{number}"
+        if number > 1:
+            leaf = replace(leaf, spec=replace(leaf.spec, name=name))
+        node["leaf"] = name
+        # Kept, so that no other value gets its id.
+        self._names[id(value)] = name
+        self.leaves[name], self.values[name], self.nodes[name] = leaf, value, node
+        return node
+
+    def known(self, value: Any) -> dict[str, Any] | None:  # noqa: ANN401
+        """Return the node of a value that was seen before."""
+        name = self._names.get(id(value))
+        return None if name is None else self.nodes[name]
 
 
 def flatten(value: Any, prefix: str = "") -> Flattened:  # noqa: ANN401 (any nested value)
     """Take a nested value apart.
 
-    Not collective. Nothing is copied.
+    Not collective. Nothing is copied but long lists of numbers and long text.
 
     Args:
-        value: None, bool, int, float, complex, str, bytes, tensors, NumPy arrays and
-            scalars, and lists, tuples, sets, deques and dicts of them.
+        value: None, bool, int, float, complex, str, bytes, tensors, parameters, NumPy
+            arrays and scalars, and lists, tuples, sets, deques and dicts of them.
         prefix: Put before the names of the leaves.
 
     Raises:
-        StageError: On the calling rank, for a value of another type, naming its place.
+        StageError: On the calling rank, for a value that would not come back as it is,
+            naming its place.
     """
     flattened = Flattened()
     flattened.structure = _flatten(value, prefix, flattened, 0)
     return flattened
 
 
+def unflatten(structure: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 (any nested value)
+    """Put a nested value together again.
+
+    Not collective.
+
+    Args:
+        structure: What `flatten` made.
+        values: Tensor or array for the name of each leaf.
+
+    Raises:
+        StateMismatchError: On the calling rank, if the structure is not of this form.
+    """
+    try:
+        return _unflatten(structure, values)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StateMismatchError(f"the saved structure is damaged: {error!r}") from error
+
+
+def check_structure(structure: Any, specs: Sequence[LeafSpec]) -> None:  # noqa: ANN401 (JSON)
+    """Require that `unflatten` will know what to make, before any leaf has arrived.
+
+    Not collective.
+
+    Args:
+        structure: What `flatten` made, as it was read.
+        specs: Of the leaves.
+
+    Raises:
+        StateMismatchError: On the calling rank, if the structure is not of this form.
+    """
+    unflatten(structure, {spec.name: spec for spec in specs})
+
+
+def leaf_nodes(structure: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401 (JSON)
+    """Return for each leaf the JSON object that stands for it. Not collective."""
+    nodes: dict[str, dict[str, Any]] = {}
+    stack = [structure]
+    while stack:
+        node = stack.pop()
+        # A user's own dict may have a key "leaf": only the kind tells.
+        if isinstance(node, dict) and node.get(KIND) in _LEAF_KINDS and "leaf" in node:
+            nodes[str(node["leaf"])] = node
+        elif isinstance(node, dict):
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)
+    return nodes
+
+
 def _flatten(value: Any, path: str, out: Flattened, depth: int) -> Any:  # noqa: ANN401
     if depth > _DEPTH_MAX:
         raise _too_deep(path)
-    if value is None or type(value) in (bool, int, str):
-        return _plain(value, path)
-    if type(value) is float:
-        return value if math.isfinite(value) else {KIND: "float", "text": repr(value)}
-    if isinstance(value, np.ndarray):
-        return out.add(path, "array", value, array_leaf(path, value))
-    if isinstance(value, np.generic):
-        return out.add(path, "scalar", value, array_leaf(path, np.array(value)))
-    if _is_tensor(value):
-        from mpi_ckpt.states.tensors import tensor_leaf
-
-        return out.add(path, "tensor", value, tensor_leaf(path, value))
+    kind = type(value)
+    if value is None or kind in (bool, int):
+        return checked(value, path)
+    if kind is str:
+        return _flatten_text(value, path, out)
+    if kind is float:
+        return value if math.isfinite(value) else float_node(value)
+    if is_leaf_value(value):
+        return out.known(value) or out.add(path, value, *_describe(path, value))
     return _flatten_container(value, path, out, depth + 1)
 
 
@@ -135,25 +201,48 @@ def _flatten_container(value: Any, path: str, out: Flattened, depth: int) -> Any
     kind = type(value)
     if depth > _DEPTH_MAX and kind in (list, *_SEQUENCE_KINDS) and value:
         raise _too_deep(path)
+    if kind in (list, tuple):
+        numbers = as_numbers(value)
+        if numbers is not None:
+            array, levels = numbers
+            numbers_node: dict[str, Any] = {KIND: "numbers", "levels": levels}
+            return out.add(path, array, numbers_node, array_leaf(path, array))
     if kind is list:
         return [item if _is_small(item) else child(i, item) for i, item in enumerate(value)]
     if kind in _SEQUENCE_KINDS:
         # Sets have no order of their own, and ranks must agree on one.
-        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+        items = sorted(value, key=rank_of) if kind in (set, frozenset) else value
         flat = [item if _is_small(item) else child(i, item) for i, item in enumerate(items)]
         node = {KIND: _SEQUENCE_KINDS[kind], "items": flat}
         if kind is deque and value.maxlen is not None:
             node["maxlen"] = value.maxlen
         return node
     if kind is dict and KIND not in value and all(type(key) is str for key in value):
-        return {_plain(key, path): child(key, item) for key, item in value.items()}
+        return {checked(key, path): child(key, item) for key, item in value.items()}
     if kind in _MAPPING_KINDS:
         pairs = [[child(f"{k}#key", k), child(k, item)] for k, item in value.items()]
-        return {KIND: _MAPPING_KINDS[kind], "items": pairs}
+        node = {KIND: _MAPPING_KINDS[kind], "items": pairs}
+        if kind is defaultdict and value.default_factory is not None:
+            node["factory"] = factory_name(value.default_factory, path)
+        return node
+    return _flatten_other(value, path, out)
+
+
+def _flatten_other(value: Any, path: str, out: Flattened) -> Any:  # noqa: ANN401
+    kind = type(value)
     if kind is complex:
-        return {KIND: "complex", "text": repr(value)}
+        if math.isfinite(value.real) and math.isfinite(value.imag):
+            return {KIND: "complex", "text": repr(value)}
+        return {KIND: "complex", "parts": [float_node(value.real), float_node(value.imag)]}
     if kind is bytes:
+        if len(value) > _INLINE_BYTES_MAX:
+            return _add_bytes(out, path, "bytes", value)
         return {KIND: "bytes", "text": base64.b64encode(value).decode()}
+    torch = sys.modules.get("torch")
+    if torch is not None and kind is torch.Size:
+        return {KIND: "torch.Size", "items": list(value)}
+    if torch is not None and kind in (torch.dtype, torch.device):
+        return {KIND: f"torch.{kind.__name__}", "text": str(value).removeprefix("torch.")}
     raise StageError(
         f"{path or 'the value'} is of type {kind.__module__}.{kind.__qualname__}, which "
         "has no safe form on disk; use plain values and arrays, or a State that writes "
@@ -161,46 +250,37 @@ def _flatten_container(value: Any, path: str, out: Flattened, depth: int) -> Any
     )
 
 
+def _describe(path: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401
+    try:
+        return describe(path, value)
+    except StageError:
+        raise
+    except Exception as error:  # what others have made of an array or a tensor
+        raise StageError(
+            f"{path or 'the value'}, a {type(value).__qualname__}, cannot be saved: "
+            f"{error!r}"
+        ) from error
+
+
+def _flatten_text(value: str, path: str, out: Flattened) -> Any:  # noqa: ANN401
+    text = checked(value, path)
+    if len(text) <= _INLINE_BYTES_MAX:
+        return text
+    return _add_bytes(out, path, "text", text.encode())
+
+
+def _add_bytes(out: Flattened, path: str, kind: str, data: bytes) -> dict[str, Any]:
+    array = np.frombuffer(data, np.uint8)
+    return out.add(path, array, {KIND: kind}, array_leaf(path, array))
+
+
 def _too_deep(path: str) -> StageError:
     return StageError(f"{path}: nested more than {_DEPTH_MAX} deep")
 
 
 def _is_small(value: Any) -> bool:  # noqa: ANN401
-    """Whether a value stays as it is: the state of a random stream is hundreds of such."""
+    """Whether a value stays as it is, which most values in long lists do."""
     return type(value) is int and -_SMALL <= value <= _SMALL
-
-
-def _plain(value: Any, path: str) -> Any:  # noqa: ANN401
-    """Return None, a bool, an int or text that JSON in UTF-8 can hold."""
-    if type(value) is int and value.bit_length() > _INTEGER_BITS_MAX:
-        raise StageError(
-            f"{path or 'the value'} is an integer of {value.bit_length()} bits, at most "
-            f"{_INTEGER_BITS_MAX} can be read again"
-        )
-    if type(value) is str and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise StageError(f"{path or 'the value'} is no text: {error}") from error
-    return value
-
-
-def unflatten(structure: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 (any nested value)
-    """Put a nested value together again.
-
-    Not collective.
-
-    Args:
-        structure: What `flatten` made.
-        values: Tensor, array or scalar for the name of each leaf.
-
-    Raises:
-        StateMismatchError: On the calling rank, if the structure is not of this form.
-    """
-    try:
-        return _unflatten(structure, values)
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise StateMismatchError(f"the saved structure is damaged: {error!r}") from error
 
 
 def _unflatten(node: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
@@ -211,62 +291,55 @@ def _unflatten(node: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
     kind = node.get(KIND)
     if kind is None:
         return {key: _unflatten(item, values) for key, item in node.items()}
-    if kind in ("tensor", "array"):
-        return values[node["leaf"]]
-    if kind == "scalar":
-        return values[node["leaf"]][()]
+    if kind in _LEAF_KINDS and "leaf" in node:
+        return _from_leaf(node, values[node["leaf"]])
     if kind in _SEQUENCES:
         items = [_unflatten(item, values) for item in node["items"]]
         return _SEQUENCES[kind](items, node.get("maxlen"))
-    if kind in _MAPPINGS:
-        return _MAPPINGS[kind](
-            [(_unflatten(k, values), _unflatten(v, values)) for k, v in node["items"]]
-        )
+    if kind in ("defaultdict", *_MAPPINGS):
+        pairs = [(_unflatten(k, values), _unflatten(v, values)) for k, v in node["items"]]
+        if kind == "defaultdict":
+            factory = node.get("factory")
+            return defaultdict(None if factory is None else FACTORIES[factory], pairs)
+        return _MAPPINGS[kind](pairs)
     if kind == "float":
-        return float(node["text"])
+        return float_of(node)
     if kind == "complex":
-        return complex(node["text"])
+        if "text" in node:
+            return complex(node["text"])
+        real, imaginary = map(float_of, node["parts"])
+        return complex(real, imaginary)
     if kind == "bytes":
         return base64.b64decode(node["text"])
+    if kind == "torch.device":
+        return _torch().device(node["text"])
+    if kind == "torch.dtype":
+        found = getattr(_torch(), node["text"])
+        if isinstance(found, _torch().dtype):
+            return found
     raise ValueError(f"unknown kind {kind!r}")
 
 
-def leaf_kinds(structure: Any) -> dict[str, str]:  # noqa: ANN401 (JSON)
-    """Return leaf name -> ``"tensor"``, ``"array"`` or ``"scalar"``. Not collective."""
-    kinds: dict[str, str] = {}
-    stack = [structure]
-    while stack:
-        node = stack.pop()
-        # A user's own dict may have a key "leaf": only the kind tells.
-        if isinstance(node, dict) and node.get(KIND) in LEAF_KINDS:
-            kinds[str(node.get("leaf"))] = node[KIND]
-        elif isinstance(node, dict):
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
-    return kinds
+def _from_leaf(node: dict[str, Any], value: Any) -> Any:  # noqa: ANN401
+    kind = node[KIND]
+    if isinstance(value, LeafSpec):  # nothing has arrived, and nobody will look at it
+        if kind == "numbers":
+            from_numbers(np.zeros([0] * len(value.shape)), node["levels"])
+        return 0
+    if kind == "scalar":
+        return value[()]
+    if kind == "numbers":
+        return from_numbers(value, node["levels"])
+    if kind == "bytes":
+        return value.tobytes()
+    if kind == "text":
+        return value.tobytes().decode()
+    if kind == "array" and node.get("readonly") and value.flags.writeable:
+        value.flags.writeable = False
+    return value
 
 
-def make_leaf_value(spec: LeafSpec, kind: str, device: Any = "cpu") -> tuple[Any, Leaf]:  # noqa: ANN401
-    """Make an empty tensor or array for a leaf, and the leaf of it.
+def _torch() -> Any:  # noqa: ANN401
+    import torch
 
-    Not collective.
-
-    Raises:
-        StateMismatchError: On the calling rank, if it cannot be made here.
-    """
-    if kind == "tensor":
-        from mpi_ckpt.states.tensors import empty_tensor, tensor_leaf
-
-        tensor = empty_tensor(spec, device)
-        return tensor, tensor_leaf(spec.name, tensor)
-    if kind not in ("array", "scalar"):
-        raise StateMismatchError(f"{spec}: the saved structure does not mention it")
-    array = empty_array(spec)
-    return array, array_leaf(spec.name, array)
-
-
-def _is_tensor(value: object) -> bool:
-    # A tensor can only be here if somebody has imported torch.
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    return torch

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.errors import RegistrationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-__all__ = ["is_sharded", "unwrapped"]
+__all__ = ["inner_names", "is_sharded", "parameter_names", "unwrapped"]
 
 # Class -> the attribute under which it keeps the module it wraps. Each puts a prefix
 # before all names: what is saved with it would not fit a program without it.
@@ -33,9 +35,16 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
         module: Any module.
 
     Raises:
-        RegistrationError: On the calling rank, if a part of it is sharded by
-            FullyShardedDataParallel: only all ranks together could give its contents.
+        RegistrationError: On the calling rank, if it is no module, or a part of it is
+            sharded by FullyShardedDataParallel: only all ranks together could give its
+            contents.
     """
+    given: Any = module
+    if not (callable(getattr(given, "state_dict", None)) and hasattr(given, "modules")):
+        raise RegistrationError(
+            f"state {state!r}: a {type(module).__name__} is no torch.nn.Module; for "
+            "something else with state_dict() and load_state_dict() take a SchedulerState"
+        )
     if any(_is_a(one, *_FSDP) for one in module.modules()):
         raise RegistrationError(
             f"state {state!r}: the module is sharded by FullyShardedDataParallel, and each "
@@ -47,6 +56,42 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
         module = getattr(module, attribute)
         attribute = _wraps(module)
     return module
+
+
+def inner_names(module: torch.nn.Module) -> Callable[[str], str]:
+    """Return what takes the wrappers out of the names of a module's entries.
+
+    Not collective. Wrappers may stand around any part of it: a compiled block, an
+    averaged copy of a data-parallel model.
+
+    Args:
+        module: Any module.
+    """
+    wrapped = []
+    for path, one in module.named_modules(remove_duplicate=False):
+        attribute = _wraps(one)
+        if attribute is not None:
+            outer = f"{path}." if path else ""
+            wrapped.append((f"{outer}{attribute}.", outer))
+    # From the inside out: what is cut out must leave the outer prefixes as they are.
+    wrapped.sort(key=lambda pair: -len(pair[0]))
+
+    def inner(name: str) -> str:
+        for prefix, outer in wrapped:
+            if name.startswith(prefix):
+                name = outer + name[len(prefix) :]
+        return name
+
+    return inner
+
+
+def parameter_names(module: torch.nn.Module) -> dict[int, str]:
+    """Return id -> name of each parameter, without the names of wrappers.
+
+    Not collective. A tied parameter has the first of its names.
+    """
+    inner = inner_names(module)
+    return {id(parameter): inner(name) for name, parameter in module.named_parameters()}
 
 
 def is_sharded(tensor: object) -> bool:

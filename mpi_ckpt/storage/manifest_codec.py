@@ -108,10 +108,9 @@ def _encode_state(state: StoredState) -> str:
 # Put together as text: a dict for each of thousands of leaves takes three times as long.
 def _encode_leaf(leaf: StoredLeaf) -> str:
     spec = leaf.spec
-    name, shape = encode_basestring(_text(spec.name)), ",".join(map(str, spec.shape))
-    return (
-        f'{{"name":{name},"dtype":"{spec.dtype}","shape":[{shape}],{_encode_place(leaf)}}}'
-    )
+    name, dtype = encode_basestring(_text(spec.name)), encode_basestring(spec.dtype)
+    shape = ",".join(map(str, spec.shape))
+    return f'{{"name":{name},"dtype":{dtype},"shape":[{shape}],{_encode_place(leaf)}}}'
 
 
 def _encode_place(leaf: StoredLeaf) -> str:

@@ -176,7 +176,7 @@ CODE = [
     *(
         Case(f"dtype {dtype}", _leaf(dtype=dtype))
         for dtype in (
-            *("O", "V8", "U", "S", "object", "numpy:|O8", "numpy:|V8", "numpy:<U0"),
+            *("O", "V8", "U", "S", "object", "numpy:|O8", "numpy:|V0", "numpy:<U0"),
             *("[('a', 'O')]", "{'names':['a'],'formats':['O']}", "numpy:<U9999999"),
             *("F4", "I4", "U1", "numpy:>f8", ">f8", "f32", "", "F32 "),
         )

@@ -14,6 +14,7 @@ from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.arrays import ArrayBuffer, ArrayState, array_dtype_name, empty_array
 from tests.making import carry
+from tests.values import values_of
 
 DTYPES = [
     *("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "g"),
@@ -61,7 +62,7 @@ def test_bits_of_every_dtype_and_shape_return(dtype, shape):
     assert target.shape == shape
     assert spec.nbytes == source.nbytes == len(ArrayBuffer(source).read())
     round_trip(source, target)
-    assert target.tobytes() == source.tobytes()
+    assert values_of(target) == values_of(source)
 
 
 LAYOUTS = {
@@ -127,8 +128,7 @@ def test_read_of_contiguous_memory_copies_nothing_and_cannot_be_written():
     "array",
     [
         np.array([None, {}], object),
-        np.zeros(2, [("a", "f4"), ("b", "i8")]),
-        np.zeros(2, "V8"),
+        np.zeros(2, [("a", "f4"), ("b", object)]),
         np.array(["x"], np.dtypes.StringDType()),
         np.ma.masked_array([1.0, 2.0], [False, True]),
     ],

@@ -149,5 +149,5 @@ def test_state_dict_with_code_in_it_is_refused_naming_the_place():
         def load_state_dict(self, state):
             raise AssertionError
 
-    with pytest.raises(StageError, match=r"^hook is of type"):
+    with pytest.raises(StageError, match=r"^content/hook is of type"):
         SchedulerState("s", Odd()).capture()

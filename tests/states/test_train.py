@@ -91,7 +91,7 @@ def test_mismatches_of_all_parts_are_told_at_once_and_nothing_is_changed():
         carry(Training(1).state(), live.state())
     problems = "\n".join(caught.value.problems)
     assert "module: 0.weight" in problems
-    assert "optimizer: group 0, parameter 0 is saved with shape [4, 3]" in problems
+    assert "optimizer: group 0, parameter 0.weight is saved with shape [4, 3]" in problems
     for name, tensor in live.module.state_dict().items():
         assert torch.equal(tensor, before[name])
 

@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import scatter_bytes
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.state import Arrival
 from mpi_ckpt.states.ranked import RankedState
 from mpi_ckpt.storage.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from mpi_ckpt.comm import Deferred
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.state import Arrival
     from mpi_ckpt.storage.reader import GenerationReader
 
 __all__ = ["Deal", "deal_parts", "plan_deals"]
@@ -63,7 +65,7 @@ def plan_deals(
 
 
 def deal_parts(
-    session: Session, match: StateMatch, deals: Mapping[str, Deal]
+    session: Session, match: StateMatch, deals: Mapping[str, Deal], deferred: Deferred
 ) -> StateMatch:
     """Send each rank its parts.
 
@@ -73,6 +75,8 @@ def deal_parts(
         session: The manager's.
         match: The states to restore.
         deals: What `plan_deals` planned, on root; ignored elsewhere.
+        deferred: Keeps what is wrong with a part, to be told before anything is
+            overwritten.
 
     Returns:
         The same states, those with parts ready to take over this rank's.
@@ -81,8 +85,15 @@ def deal_parts(
         CorruptGenerationError: On every rank, if bytes are not those that were saved.
     """
     comm = session.comm
-    saved = {one.state.name: one.saved.parts or 0 for one in match.states}
-    arrivals = {}
+    matched = {one.state.name: one for one in match.states}
+    arrivals: dict[str, Arrival] = {}
+
+    def open_part(state: RankedState, part: bytes) -> None:
+        count = comm.size if state.resizes else matched[state.name].saved.parts or 0
+        with concerning(f"state {state.name!r}"):
+            adopt = state.open_part(part, count)
+        arrivals[state.name] = replace(matched[state.name].arrival, adopt=adopt)
+
     for state in _dealt_states(match):
         deal = deals.get(state.name)
         part = scatter_bytes(
@@ -93,14 +104,8 @@ def deal_parts(
             error=RestoreError,
             window_bytes=session.options.io.window_bytes,
         )
-        arrivals[state.name] = _arrival_of(
-            state, part, comm.size if state.resizes else saved[state.name]
-        )
+        deferred.attempt(partial(open_part, state, part))
     return match.with_arrivals(arrivals)
-
-
-def _arrival_of(state: RankedState, part: bytes, count: int) -> Arrival:
-    return Arrival((), adopt=lambda: state.take(part, count))
 
 
 def _dealt_states(match: StateMatch) -> list[RankedState]:

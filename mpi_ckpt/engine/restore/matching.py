@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.engine.overlaps import Overlap, move_apart
 from mpi_ckpt.engine.registry import ADVICE, numbered_alike
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.failures import concerning
@@ -77,6 +78,43 @@ class StateMatch:
         """State -> names of leaves that only the generation has."""
         found = {one.state.name: one.arrival.unexpected for one in self.states}
         return {state: names for state, names in found.items() if names}
+
+    def name_of(self, index: int) -> str:
+        """Return what messages call a leaf. Not collective."""
+        for one in self.states:
+            if index < len(one.saved.specs):
+                return f"state {one.state.name!r}, leaf {one.saved.specs[index].name!r}"
+            index -= len(one.saved.specs)
+        raise IndexError
+
+    def apart(self, overlaps: Sequence[Overlap]) -> StateMatch:
+        """Return the same with memory of its own for one leaf of each overlap.
+
+        Not collective.
+
+        Raises:
+            StateMismatchError: On the calling rank, if a state has none to give.
+        """
+        homes = [
+            (number, at)
+            for number, one in enumerate(self.states)
+            for at in range(len(one.arrival.leaves))
+        ]
+        leaves = [list(one.arrival.leaves) for one in self.states]
+
+        def move(index: int) -> bool:
+            number, at = homes[index]
+            leaf = self.states[number].arrival.elsewhere(at)
+            leaves[number][at] = leaf or leaves[number][at]
+            return leaf is not None
+
+        move_apart(overlaps, move, self.name_of)
+        return self.with_arrivals(
+            {
+                one.state.name: replace(one.arrival, leaves=mine)
+                for one, mine in zip(self.states, leaves, strict=True)
+            }
+        )
 
     def with_arrivals(self, arrivals: Mapping[str, Arrival]) -> StateMatch:
         """Return the same with other arrivals of some states. Not collective."""
@@ -161,8 +199,9 @@ def match_states(
 
 def _match(saved: StateOutline, state: State, strict: bool) -> Arrival:
     if isinstance(state, RankedState) and saved.parts is not None:
-        state.check(saved.structure, saved.parts)
-        return _DEALT_LATER
+        missing, unexpected = state.check(saved.structure, saved.parts, strict=strict)
+        # Stands for the part of this rank, which is not known before it is dealt out.
+        return Arrival((), _nothing, missing, unexpected)
     if saved.is_stream:
         if isinstance(state, LeafState):
             raise StateMismatchError(f"state {state.name!r} was saved as a stream")
@@ -173,5 +212,5 @@ def _match(saved: StateOutline, state: State, strict: bool) -> Arrival:
     return state.prepare(saved.structure, saved.specs, strict=strict)
 
 
-_DEALT_LATER = Arrival((), adopt=lambda: None)
-"""Stands for the part of this rank, which is not known before it is dealt out."""
+def _nothing() -> None:
+    """Adopt a part that has not come."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mpi_ckpt.comm import agree
+from mpi_ckpt.comm import Deferred, agree, meet
+from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.dealing import deal_parts, plan_deals
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
@@ -19,14 +21,15 @@ from mpi_ckpt.engine.restore.matching import (
     match_states,
 )
 from mpi_ckpt.engine.restore.newest import is_lost, open_newest, open_on_readers, reject
-from mpi_ckpt.engine.restore.transfer import transfer_copy, transfer_files
+from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.reports import RestoreReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.registry import Registry
     from mpi_ckpt.engine.restore.dealing import Deal
     from mpi_ckpt.engine.restore.newest import OpenGeneration
@@ -84,6 +87,7 @@ class Restore:
         self._found: OpenGeneration | None = None
         self._match: StateMatch | None = None
         self._deals: Mapping[str, Deal] = {}
+        self._deferred = Deferred()
         self.report: RestoreReport | None = None
 
     def find(self) -> bool:
@@ -95,6 +99,7 @@ class Restore:
         """
         if self.report is not None:
             return False
+        self._deferred = Deferred()
         self._found = self._open.enter_context(
             open_newest(
                 self._session,
@@ -150,20 +155,28 @@ class Restore:
             found.outline, found.states, partial=partial, strict=strict
         )
 
+        overlaps: list[Overlap] = []
+
         def match() -> StateMatch:
             states = match_states(found.outline, found.states, strict=strict)
             matched = StateMatch(states, missing, unexpected)
             self._deals = plan_deals(session, found, matched)
+            overlaps.extend(find_overlaps(matched.leaves))
             return matched
 
         what = "a copy in memory" if found.is_copy else "a generation"
+        doing = f"matching {what} with the program"
         with self._clock.phase("match"):
-            self._match = agree(
+            met = meet(
                 session.comm,
-                f"matching {what} with the program",
+                doing,
                 match,
                 error=RestoreError,
+                digest=lambda _: digest_bytes(repr(overlaps).encode()),
             )
+            self._match = met.result
+            if overlaps or not met.is_alike:
+                self._move_apart(overlaps, doing)
 
     def transfer(self) -> None:
         """Bring every byte to where it belongs, proven.
@@ -175,12 +188,12 @@ class Restore:
         session, match = self._session, self._matched
         with self._clock.phase("transfer"):
             if self._generation.is_copy:
-                transfer_copy(session, self._generation.copy, match)
+                transfer_copy(session, self._generation.copy, match, self._deferred)
                 return
             found = self._found = open_on_readers(session, self._generation, self._open)
             # First, as this overwrites nothing yet.
-            self._match = deal_parts(session, match, self._deals)
-            transfer_files(session, found, match)
+            self._match = deal_parts(session, match, self._deals, self._deferred)
+            transfer_files(session, found, match, self._deferred)
 
     def adopt(self) -> None:
         """Let the states take over what has arrived, in order; make the report.
@@ -191,6 +204,7 @@ class Restore:
         session, matched = self._session, self._matched
 
         def take_over() -> None:
+            self._deferred.raise_failure()
             for one in matched.states:
                 with concerning(f"state {one.state.name!r}"):
                     one.arrival.adopt()
@@ -223,6 +237,14 @@ class Restore:
                 callback(report.saved_size, report.size)
 
         agree(self._session.comm, "on_resize()", tell, error=RestoreError, safe=_RESTORED)
+
+    def _move_apart(self, overlaps: Sequence[Overlap], doing: str) -> None:
+        """Give leaves memory of their own whose places could not hold all that comes."""
+        found, match, comm = self._generation, self._matched, self._session.comm
+        differing = differing_overlaps(
+            comm, overlaps, SavedBytes(found, match), doing=doing, error=RestoreError
+        )
+        self._match = agree(comm, doing, lambda: match.apart(differing), error=RestoreError)
 
     @property
     def _generation(self) -> OpenGeneration:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import agree, any_of, bcast_buffers
+from mpi_ckpt.comm import UNTOUCHED, agree, any_of, bcast_buffers
+from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
 from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Leaf, MemoryBuffer, Target, copy_bytes
 from mpi_ckpt.storage.proving import proven_windows
 from mpi_ckpt.storage.read_plan import plan_reads
@@ -17,19 +20,22 @@ from mpi_ckpt.storage.read_plan import plan_reads
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.comm import Deferred
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
+    from mpi_ckpt.storage.manifest import StoredLeaf
     from mpi_ckpt.storage.read_plan import Block, Window
 
-__all__ = ["transfer_copy", "transfer_files"]
+__all__ = ["SavedBytes", "transfer_copy", "transfer_files"]
 
 _COPYING = "bringing back a copy in memory"
 
 
-def transfer_files(session: Session, found: OpenGeneration, match: StateMatch) -> None:
+def transfer_files(
+    session: Session, found: OpenGeneration, match: StateMatch, deferred: Deferred
+) -> None:
     """Read, prove, broadcast, put in place: a window at a time, the readers in turn.
 
     Collective. Main thread only. No byte is sent or put in place before its block was
@@ -40,6 +46,7 @@ def transfer_files(session: Session, found: OpenGeneration, match: StateMatch) -
         session: The manager's.
         found: The generation, open on the ranks that read.
         match: Where everything goes, in the same order on every rank.
+        deferred: Keeps what fails while bytes are put in place, for the next meeting.
 
     Raises:
         CorruptGenerationError: On every rank, if bytes are not those that were saved.
@@ -58,18 +65,36 @@ def transfer_files(session: Session, found: OpenGeneration, match: StateMatch) -
     turns = [found.readers[turn % len(found.readers)] for turn in range(len(windows))]
     mine = [one for one, rank in zip(windows, turns, strict=True) if rank == comm.rank]
     with closing(_read(found, match, mine)) as proven:
-        for window, source in zip(windows, turns, strict=True):
+        for turn, (window, source) in enumerate(zip(windows, turns, strict=True)):
+            groups = window.groups()
 
-            def read(source: int = source) -> memoryview | None:
-                return next(proven) if source == comm.rank else None
+            def read(
+                window: Window = window,
+                groups: Sequence[Sequence[Block]] = groups,
+                source: int = source,
+            ) -> list[memoryview]:
+                deferred.raise_failure()
+                if source != comm.rank:
+                    return [_room(group, targets) for group in groups]
+                return _cut(window, groups, next(proven))
 
-            data = agree(
-                comm, "reading a generation", read, error=RestoreError, safe=OVERWRITTEN
+            buffers = agree(
+                comm,
+                "reading a generation",
+                read,
+                error=RestoreError,
+                safe=OVERWRITTEN if turn else UNTOUCHED,
             )
-            _distribute(comm, window, data, targets, source)
+            bcast_buffers(comm, buffers, "sending a generation", source)
+            is_mine = source == comm.rank
+            deferred.attempt(
+                partial(_place, match, targets, groups, buffers, is_mine=is_mine)
+            )
 
 
-def transfer_copy(session: Session, copy: MemoryCopy | None, match: StateMatch) -> None:
+def transfer_copy(
+    session: Session, copy: MemoryCopy | None, match: StateMatch, deferred: Deferred
+) -> None:
     """Put a copy in memory back: each rank its own, or root's where one has none.
 
     Collective. Main thread only.
@@ -78,13 +103,13 @@ def transfer_copy(session: Session, copy: MemoryCopy | None, match: StateMatch) 
         session: The manager's.
         copy: This rank's, of the same form as root's; None if it holds none.
         match: Where everything goes, in the same order on every rank.
+        deferred: Keeps what fails while bytes are put in place, for the next meeting.
 
     Raises:
         RestoreError: On every rank, if bytes cannot be put in place on any.
     """
     comm = session.comm
-    held = {} if copy is None else copy.leaves
-    sources = [data for one in match.states for data in held.get(one.saved.name, ())]
+    sources = _copied_leaves(copy, match)
 
     def put() -> None:
         for source, leaf in zip(sources, match.leaves, strict=copy is not None):
@@ -106,43 +131,76 @@ def transfer_copy(session: Session, copy: MemoryCopy | None, match: StateMatch) 
             leaf or Leaf(spec, MemoryBuffer.empty(spec.nbytes))
             for spec, leaf in zip(match.specs, match.leaves, strict=True)
         ]
-    send_leaves(comm, sent, session.options.io.window_bytes)
+    send_leaves(comm, sent, session.options.io.window_bytes, deferred)
+
+
+class SavedBytes:
+    """What will come for each leaf, before it does; on root, which has it at hand.
+
+    Not collective.
+
+    Args:
+        found: The generation or the copy.
+        match: Where everything goes.
+    """
+
+    def __init__(self, found: OpenGeneration, match: StateMatch) -> None:
+        self._found, self._match = found, match
+
+    def bytes_of(self, index: int) -> memoryview:
+        """Return the bytes of a leaf.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if they are not those saved.
+        """
+        reader = self._found.reader
+        if reader is None:
+            return self._copies[index]
+        leaf = self._stored[index]
+        blocks = [reader.read_block(leaf, n) for n in range(len(leaf.digest.blocks))]
+        return memoryview(b"".join(blocks))
+
+    def digest_of(self, index: int) -> bytes:
+        """Return the digest of the bytes of a leaf."""
+        if self._found.reader is None:
+            return Digest.of(self._copies[index]).whole
+        return self._stored[index].digest.whole
+
+    @cached_property
+    def _stored(self) -> list[StoredLeaf]:
+        return _stored_leaves(self._found, self._match)
+
+    @cached_property
+    def _copies(self) -> list[memoryview]:
+        return _copied_leaves(self._found.copy, self._match)
+
+
+def _stored_leaves(found: OpenGeneration, match: StateMatch) -> list[StoredLeaf]:
+    assert found.reader is not None
+    manifest = found.reader.manifest
+    stored = [manifest.state(one.saved.name) for one in match.states if one.saved.extents]
+    return [leaf for state in stored if state for leaf in state.leaves]
+
+
+def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:
+    held = {} if copy is None else copy.leaves
+    return [data for one in match.states for data in held.get(one.saved.name, ())]
 
 
 def _read(
     found: OpenGeneration, match: StateMatch, windows: Sequence[Window]
 ) -> Generator[memoryview]:
     """Give the proven bytes of the windows that this rank reads."""
-    if found.reader is None:
-        return
-    manifest = found.reader.manifest
-    stored = [manifest.state(one.saved.name) for one in match.states if one.saved.extents]
-    leaves = [leaf for state in stored if state for leaf in state.leaves]
-    yield from proven_windows(found.reader, leaves, windows)
+    if found.reader is not None:
+        yield from proven_windows(found.reader, _stored_leaves(found, match), windows)
 
 
-def _distribute(
-    comm: Communicator,
-    window: Window,
-    data: memoryview | None,
-    targets: Sequence[Target],
-    source: int,
-) -> None:
-    """Send the blocks of a window from who read it to where they belong on every rank."""
-    groups = window.groups()
-    if data is None:
-        buffers = [_room(group, targets) for group in groups]
-    else:
-        start = window.start
-        spans = [(group[0].offset - start, _end(group) - start) for group in groups]
-        buffers = [data[first:last] for first, last in spans]
-    bcast_buffers(comm, buffers, "sending a generation", source)
-    for group, buffer in zip(groups, buffers, strict=True):
-        if data is not None or len(group) > 1:
-            _place(group, buffer, targets)
-    for block in window.blocks:
-        if block.is_last:
-            targets[block.leaf].finish()
+def _cut(
+    window: Window, groups: Sequence[Sequence[Block]], data: memoryview
+) -> list[memoryview]:
+    """Return what is sent as one, of the bytes of a window."""
+    start = window.start
+    return [data[group[0].offset - start : _end(group) - start] for group in groups]
 
 
 def _end(group: Sequence[Block]) -> int:
@@ -157,8 +215,27 @@ def _room(group: Sequence[Block], targets: Sequence[Target]) -> memoryview:
     return targets[block.leaf].memory()[block.start : block.end]
 
 
-def _place(group: Sequence[Block], data: memoryview, targets: Sequence[Target]) -> None:
-    first = group[0].offset
-    for leaf, _, start, end, offset, _ in group:
-        at = offset - first
-        copy_bytes(data[at : at + end - start], targets[leaf].memory()[start:end])
+def _place(
+    match: StateMatch,
+    targets: Sequence[Target],
+    groups: Sequence[Sequence[Block]],
+    buffers: Sequence[memoryview],
+    *,
+    is_mine: bool,
+) -> None:
+    """Put blocks that have come where they belong on this rank."""
+    leaf = 0
+    try:
+        for group, buffer in zip(groups, buffers, strict=True):
+            first = group[0].offset
+            is_there = not is_mine and len(group) == 1
+            for leaf, _, start, end, offset, is_last in group:
+                if not is_there:
+                    at = offset - first
+                    data = buffer[at : at + end - start]
+                    copy_bytes(data, targets[leaf].memory()[start:end])
+                if is_last:
+                    targets[leaf].finish()
+    except Exception:
+        with concerning(match.name_of(leaf)):
+            raise

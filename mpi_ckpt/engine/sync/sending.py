@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpi_ckpt.comm import bcast_buffers, mean_buffers
+from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Target
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.comm import Communicator, Deferred
     from mpi_ckpt.leaf import Leaf
 
 __all__ = ["average_leaves", "from_summable", "send_leaves", "to_summable"]
@@ -25,7 +27,9 @@ _NATIVE = {"F64": "<f8", "F32": "<f4", "C64": "<c8", "C128": "<c16"}
 _HALVES = ("F16", "C32")
 
 
-def send_leaves(comm: Communicator, leaves: Sequence[Leaf], window_bytes: int) -> None:
+def send_leaves(
+    comm: Communicator, leaves: Sequence[Leaf], window_bytes: int, deferred: Deferred
+) -> None:
     """Send leaves from root into those of the others, in place where that can be.
 
     Collective. Main thread only.
@@ -35,12 +39,13 @@ def send_leaves(comm: Communicator, leaves: Sequence[Leaf], window_bytes: int) -
         leaves: The same specs on every rank.
         window_bytes: Most memory for leaves that must be copied on some rank, because
             they are not contiguous host memory.
+        deferred: Keeps what fails while bytes are put in place, for the next meeting.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
     for batch in _batches(comm, leaves, window_bytes):
-        _send_batch(comm, batch)
+        _send_batch(comm, batch, deferred)
 
 
 def _batches(
@@ -64,18 +69,26 @@ def _batches(
     yield batch
 
 
-def _send_batch(comm: Communicator, leaves: Sequence[Leaf]) -> None:
+def _send_batch(comm: Communicator, leaves: Sequence[Leaf], deferred: Deferred) -> None:
     doing = "sending what differs"
     if comm.is_root:
         bcast_buffers(comm, [leaf.buffer.read() for leaf in leaves], doing)
         return
     targets = [Target(leaf.spec, leaf) for leaf in leaves]
     bcast_buffers(comm, [target.memory() for target in targets], doing)
-    for target in targets:
-        target.finish()
+    deferred.attempt(partial(_finish, leaves, targets))
 
 
-def average_leaves(comm: Communicator, leaves: Sequence[Leaf]) -> None:
+def _finish(leaves: Sequence[Leaf], targets: Sequence[Target]) -> None:
+    for leaf, target in zip(leaves, targets, strict=True):
+        try:
+            target.finish()
+        except Exception:
+            with concerning(f"leaf {leaf.spec.name!r}"):
+                raise
+
+
+def average_leaves(comm: Communicator, leaves: Sequence[Leaf], deferred: Deferred) -> None:
     """Replace leaves by their average over all ranks, one after the other.
 
     Collective. Main thread only.
@@ -83,6 +96,7 @@ def average_leaves(comm: Communicator, leaves: Sequence[Leaf]) -> None:
     Args:
         comm: The communicator.
         leaves: Of floating dtypes; the same specs on every rank.
+        deferred: Keeps what fails while averages are put in place, for the next meeting.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
@@ -90,7 +104,8 @@ def average_leaves(comm: Communicator, leaves: Sequence[Leaf]) -> None:
     for leaf in leaves:
         array = to_summable(leaf.spec.dtype, leaf.buffer.read())
         mean_buffers(comm, [array], "averaging what differs")
-        leaf.buffer.write(from_summable(leaf.spec.dtype, array))
+        average = from_summable(leaf.spec.dtype, array)
+        deferred.attempt(partial(leaf.buffer.write, average))
 
 
 def to_summable(dtype: str, data: memoryview) -> NDArray[Any]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from mpi_ckpt.leaf import LeafSpec
-    from mpi_ckpt.state import Structure
+    from mpi_ckpt.state import Arrival, Structure
 
 __all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
 
@@ -59,7 +59,7 @@ def broadcast_parameters(
         CheckpointError: On every rank, for anything else that went wrong.
     """
     with attached(root_rank, process_set, comm, deadline_seconds) as private:
-        sync_states(private, [_Parameters(params)], Options(), likely_equal=False)
+        sync_states(private, [_Parameters(params)], Options(), forced=True)
 
 
 def broadcast_optimizer_state(
@@ -93,7 +93,7 @@ def broadcast_optimizer_state(
     """
     with attached(root_rank, process_set, comm, deadline_seconds) as private:
         state = _Optimizer("optimizer", optimizer)
-        sync_states(private, [state], Options(), likely_equal=False)
+        sync_states(private, [state], Options(), forced=True)
 
 
 class _Parameters(NestedState):
@@ -161,26 +161,23 @@ def _overlaps(value: Any) -> bool:  # noqa: ANN401
 
 
 class _Optimizer(OptimizerState):
-    """An optimizer that also tells its kind."""
+    """An optimizer that says in Horovod's terms how ranks differ."""
 
-    def nested(self) -> dict[str, Any]:
-        return {**super().nested(), "kind": self._kind}
-
-    @property
-    def _kind(self) -> str:
-        # Horovod's wrapper has the name of what it wraps.
-        return type(self._optimizer).__name__
-
-    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:  # noqa: ARG002
+    def prepare(
+        self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
+    ) -> Arrival:
         problems = []
-        if structure["kind"] != self._kind:
-            problems.append(f"root has {structure['kind']}, this rank {self._kind}")
-        theirs, ours = structure["params"], self._param_shapes()
+        # Horovod's wrapper has the name of what it wraps.
+        kind = type(self._optimizer).__name__
+        if structure["class"] != kind:
+            problems.append(f"root has {structure['class']}, this rank {kind}")
+        theirs, (ours, _) = structure["params"], self._described()
         if len(theirs) != len(ours):
             problems.append(f"root has {len(theirs)} groups, this rank {len(ours)}")
         for group, (one, other) in enumerate(zip(theirs, ours, strict=False)):
-            if one != other:
+            if sorted(one) != sorted(other):
                 problems.append(
                     f"group {group}: root has parameters of shapes {one}, this rank {other}"
                 )
         raise_differences("optimizer", problems)
+        return super().prepare(structure, specs, strict=strict)

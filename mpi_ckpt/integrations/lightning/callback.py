@@ -129,7 +129,7 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
             self.manager.sync()
         else:
             # Last of all: whatever was drawn in between does not count.
-            self._rng.take(self._streams, sys.maxsize)
+            self._rng.open_part(self._streams, sys.maxsize)()
 
     def on_train_batch_end(
         self,

@@ -111,7 +111,7 @@ def test_a_process_set(peers, run, shared_path):
     found = horovod.communicator(process_set=chosen)
     assert found.allgather(peers.rank) == ranks
     # Fewer than Horovod has, and all the same right for a manager.
-    state = ArrayState("x", {"x": np.full(3, found.rank)})
+    state = ArrayState("x", {"x": np.full(3, found.rank)}, sync="root")
     with manager(shared_path / "set", state, comm=found) as one:
         one.save(step=4)
     assert state.arrays["x"].tolist() == [0] * 3

@@ -399,7 +399,7 @@ def test_ranks_of_a_part_of_the_job_have_a_root_of_their_own(comm, shared_path):
     part = comm.Split(color=comm.rank % 2)
     arrays = {"x": np.full(3, comm.rank)}
     root = shared_path / str(comm.rank % 2)
-    with manager(root, ArrayState("a", arrays), comm=part) as one:
+    with manager(root, ArrayState("a", arrays, sync="root"), comm=part) as one:
         assert one.is_root == (part.rank == 0)
         assert one.save().size == part.size
         arrays["x"][:] = -1

@@ -127,8 +127,8 @@ def test_large_leaves_that_plainly_differ_are_found_without_a_digest(
         "other": {"x": np.zeros(80_000, "fi"[comm.rank > 0] + "8")},
         "small": {"x": np.full(10, comm.rank)},
     }
-    targets = [ArrayState(name, arrays) for name, arrays in states.items()]
-    targets[2] = ObjectState("other", states["other"])
+    targets = [ArrayState(name, arrays, sync="root") for name, arrays in states.items()]
+    targets[2] = ObjectState("other", states["other"], sync="root")
     with manager(shared_path, *targets) as one:
         report = one.save().sync if save else one.sync()
         again = one.sync()
@@ -311,22 +311,27 @@ def test_check_of_other_forms(comm, shared_path):
     arrays = {"a": np.zeros(3 + (comm.rank == comm.size - 1))}
     with manager(shared_path, ArrayState("checked", arrays, sync="check")) as one:
         if comm.size == 1:
-            one.sync()
+            one.save()
         else:
             with same_error(comm, DivergedError, "(structure)"):
+                one.save()
+            with same_error(comm, StateMismatchError, "a F64[3]", "a F64[4]"):
                 one.sync()
 
 
-def test_none_leaves_ranks_apart_and_saves_roots(comm, shared_path):
+def test_none_leaves_ranks_apart_and_saves_no_rank_for_all(comm, shared_path):
     arrays = {"x": np.full(4, comm.rank + 10)}
     state = ArrayState("apart", arrays, sync="none")
     with manager(shared_path, state) as one:
-        report = one.save()
-        assert report.sync.differing == {}
-        assert report.sync.bytes_hashed == 0
+        assert one.sync().differing == {}
         assert arrays["x"].tolist() == [comm.rank + 10] * 4
-        one.restore()
-    assert arrays["x"].tolist() == [10] * 4
+        if comm.size > 1:
+            with same_error(comm, DivergedError, "'apart': x", "PerRankState"):
+                one.save()
+            assert arrays["x"].tolist() == [comm.rank + 10] * 4
+        assert one.save(sync=False).sync.differing == {}
+        arrays["x"][:] = 7
+        assert one.save().generation == 2
 
 
 @pytest.mark.parametrize("kind", ["Adam", "SGD", "Adagrad", "LBFGS"])

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves that would arrive in one memory: found before a byte moves, and moved apart.
+
+A value of the program may lie where another one does: "the best weights so far" begin as
+those of the model, an optimizer's anchor as the parameter itself. Saved apart, one would
+overwrite the other. Where both were saved with the same bytes, as views of one memory are,
+they may stay together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mpi_ckpt.comm import collect
+from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.leaf import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.errors import CheckpointError
+    from mpi_ckpt.leaf import Leaf
+
+__all__ = [
+    *("Overlap", "Source", "differing_overlaps", "find_overlaps", "hold_both"),
+    "move_apart",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Two leaves that share memory on a rank.
+
+    Attributes:
+        leaves: Their indices.
+        places: Where each lies.
+    """
+
+    leaves: tuple[int, int]
+    places: tuple[Place, Place]
+
+
+class Source(Protocol):
+    """Has the bytes that will come. Not collective."""
+
+    def bytes_of(self, index: int) -> memoryview:
+        """Return the bytes that come for a leaf."""
+
+    def digest_of(self, index: int) -> bytes:
+        """Return their digest."""
+
+
+def find_overlaps(leaves: Sequence[Leaf | None]) -> list[Overlap]:
+    """Return the pairs of leaves whose memory may overlap on this rank.
+
+    Not collective. By their first and last bytes: `hold_both` tells whether it matters.
+
+    Args:
+        leaves: Where bytes would arrive; None for one that goes nowhere.
+    """
+    spans = [(0, 0) if leaf is None else _span(leaf) for leaf in leaves]
+    starts, ends = np.array(spans, np.uint64).reshape(-1, 2).T
+    order = np.lexsort((ends, starts))
+    order = order[starts[order] < ends[order]]
+    starts, ends = starts[order], ends[order]
+    # As a rule no leaf reaches into the next, and this is all that is done.
+    reach = np.maximum.accumulate(ends) if len(ends) else ends
+    if not (starts[1:] < reach[:-1]).any():
+        return []
+    return [
+        Overlap((i, j), (one, other))
+        for i, j in _pairs(order.tolist(), starts.tolist(), ends.tolist())
+        if (one := _place(leaves[i])) and (other := _place(leaves[j]))
+    ]
+
+
+def differing_overlaps(
+    comm: Communicator,
+    mine: Sequence[Overlap],
+    source: Source,
+    *,
+    doing: str,
+    error: type[CheckpointError],
+) -> list[Overlap]:
+    """Have root say which overlaps matter: where not both leaves could have their bytes.
+
+    Collective. Main thread only. For the rare case that there are any on some rank.
+
+    Args:
+        comm: The communicator.
+        mine: Those of this rank.
+        source: Has the bytes that come, on root.
+        doing: What the ranks meet for, told when one does not come.
+        error: Class for failures from outside this package's family.
+
+    Returns:
+        Those of this rank that matter.
+
+    Raises:
+        CheckpointError: On every rank, if root cannot get at the bytes.
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    known: dict[bytes, list[bool]] = {}
+
+    def judge(pairs: bytes) -> list[bool]:
+        if pairs not in known:
+            known[pairs] = [not _agree(one, source) for one in _decode(pairs)]
+        return known[pairs]
+
+    told = collect(
+        comm,
+        doing,
+        lambda: _encode(mine),
+        lambda parts: [judge(part) for part in parts],
+        error=error,
+    )
+    return [one for one, matters in zip(mine, told[comm.rank], strict=True) if matters]
+
+
+def move_apart(
+    overlaps: Sequence[Overlap],
+    move: Callable[[int], bool],
+    name_of: Callable[[int], str],
+) -> None:
+    """Give one of each two leaves memory of its own.
+
+    Not collective. The later one if it can be had, else the earlier one.
+
+    Args:
+        overlaps: Those that matter.
+        move: Moves a leaf, if its state has other memory for it; returns whether it had.
+        name_of: Returns what messages call a leaf.
+
+    Raises:
+        StateMismatchError: On the calling rank, if neither can be moved.
+    """
+    moved: set[int] = set()
+    problems = []
+    for one in overlaps:
+        first, second = one.leaves
+        if moved & {first, second}:
+            continue
+        for candidate in (second, first):
+            if move(candidate):
+                moved.add(candidate)
+                break
+        else:
+            problems.append(
+                f"{name_of(first)} and {name_of(second)} share memory in the program, and "
+                "were saved with different values: make one of them a copy"
+            )
+    if problems:
+        raise StateMismatchError(
+            "values of the program share memory, nothing was changed:\n  "
+            + "\n  ".join(problems),
+            problems=problems,
+        )
+
+
+def hold_both(one: Place, first: memoryview, other: Place, second: memoryview) -> bool:
+    """Tell whether memory can hold the bytes of two leaves at once.
+
+    Not collective. Thread-safe. Pure: it is tried in an image of the memory.
+
+    Args:
+        one: Where the first lies.
+        first: Its bytes, in C order.
+        other: Where the second lies.
+        second: Its bytes.
+    """
+    (start, end), (other_start, other_end) = one.span, other.span
+    base = min(start, other_start)
+    image = np.zeros(max(end, other_end) - base, np.uint8)
+    targets = [_within(image, base, place) for place in (one, other)]
+    values = [
+        np.frombuffer(data, f"V{place.itemsize}").reshape(place.shape)
+        for place, data in ((one, first), (other, second))
+    ]
+    for target, value in zip(targets, values, strict=True):
+        target[...] = value
+    return all(
+        target.tobytes() == value.tobytes()
+        for target, value in zip(targets, values, strict=True)
+    )
+
+
+def _agree(overlap: Overlap, source: Source) -> bool:
+    (i, j), (one, other) = overlap.leaves, overlap.places
+    if one == other:
+        return source.digest_of(i) == source.digest_of(j)
+    return hold_both(one, source.bytes_of(i), other, source.bytes_of(j))
+
+
+def _within(image: np.ndarray, base: int, place: Place) -> np.ndarray:
+    found: np.ndarray = np.ndarray(
+        place.shape,
+        np.dtype(f"V{place.itemsize}"),
+        image.data,
+        place.address - base,
+        place.strides,
+    )
+    return found
+
+
+def _span(leaf: Leaf) -> tuple[int, int]:
+    view = leaf.buffer.view()
+    if view is not None:
+        if not len(view):
+            return 0, 0
+        # Asking NumPy for the address takes three times as long.
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        return start, start + len(view)
+    place = leaf.buffer.place()
+    return (0, 0) if place is None else place.span
+
+
+def _place(leaf: Leaf | None) -> Place | None:
+    return None if leaf is None else leaf.buffer.place()
+
+
+def _pairs(
+    order: Sequence[int], starts: Sequence[int], ends: Sequence[int]
+) -> Iterable[tuple[int, int]]:
+    """Give pairs of intersecting spans, which are sorted by where they start."""
+    open_spans: list[tuple[int, int]] = []
+    for leaf, start, end in zip(order, starts, ends, strict=True):
+        open_spans = [(e, other) for e, other in open_spans if e > start]
+        for _, other in open_spans:
+            yield min(leaf, other), max(leaf, other)
+        open_spans.append((end, leaf))
+
+
+def _encode(overlaps: Sequence[Overlap]) -> bytes:
+    return json.dumps([[one.leaves, one.places] for one in overlaps]).encode()
+
+
+def _decode(text: bytes) -> list[Overlap]:
+    return [
+        Overlap((i, j), (_to_place(one), _to_place(other)))
+        for (i, j), (one, other) in json.loads(text)
+    ]
+
+
+def _to_place(values: Sequence[int | list[int]]) -> Place:
+    address, itemsize, shape, strides = values
+    return Place(address, itemsize, tuple(shape), tuple(strides))  # type: ignore[arg-type]

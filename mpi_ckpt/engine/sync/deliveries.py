@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How states that differ become equal: root's leaves are sent to where they belong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.comm import Deferred, agree, meet, on_root
+from mpi_ckpt.digest import Digest, digest_bytes
+from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, move_apart
+from mpi_ckpt.engine.sync.sending import average_leaves, send_leaves
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaf import LeafSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.overlaps import Overlap
+    from mpi_ckpt.engine.sync.captured import CapturedState
+    from mpi_ckpt.engine.sync.comparing import StateDifference
+    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.options import Options
+    from mpi_ckpt.state import Arrival, Structure
+
+__all__ = ["Delivered", "deliver"]
+
+_FITTING = "fitting root's states"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What was made equal.
+
+    Attributes:
+        names: State -> what of it differed, as a report calls it.
+        nbytes: Bytes that were sent or averaged.
+        averaged: The states that have new values on root as well.
+    """
+
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    nbytes: int = 0
+    averaged: Mapping[str, CapturedState] = field(default_factory=dict)
+
+
+def deliver(
+    comm: Communicator,
+    captured: Sequence[CapturedState],
+    differences: Sequence[StateDifference],
+    options: Options,
+) -> Delivered:
+    """Give all ranks what root has of the states that differ, or the average.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        captured: The states that were compared, as each rank has them.
+        differences: How they differ; the same on every rank.
+        options: Threads and window are used.
+
+    Raises:
+        StageError: On every rank, if bytes cannot be put in place on any.
+        StateMismatchError: On every rank, if root's contents do not fit on one.
+    """
+    if not differences:
+        return Delivered()
+    deliveries = _prepare(comm, captured, differences)
+    deferred = Deferred()
+    averaged = _transfer(comm, captured, deliveries, options, deferred)
+    _adopt(comm, captured, deliveries, deferred)
+    return Delivered(
+        {captured[one.index].name: one.names for one in deliveries},
+        sum(one.nbytes for one in deliveries),
+        averaged,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """How a state that differs becomes equal.
+
+    Attributes:
+        index: Of the state.
+        names: What a report calls the difference.
+        specs: Of root's leaves.
+        sent: Indices of the leaves that root sends.
+        averaged: Indices of the leaves that are averaged instead.
+        targets: All leaves of the state on this rank: where they are on root, and go to
+            elsewhere.
+        arrival: How this rank takes over what has come; None if it keeps what it has.
+    """
+
+    index: int
+    names: tuple[str, ...]
+    specs: tuple[LeafSpec, ...]
+    sent: tuple[int, ...]
+    averaged: tuple[int, ...]
+    targets: tuple[Leaf, ...]
+    arrival: Arrival | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are sent or averaged."""
+        return sum(self.specs[n].nbytes for n in (*self.sent, *self.averaged))
+
+
+def _prepare(
+    comm: Communicator,
+    captured: Sequence[CapturedState],
+    differences: Sequence[StateDifference],
+) -> list[_Delivery]:
+    forms = _tell_forms(comm, [captured[one.index] for one in differences])
+    overlaps: list[Overlap] = []
+
+    def prepare() -> list[_Delivery]:
+        deliveries = []
+        for one, form in zip(differences, forms, strict=True):
+            with concerning(f"state {captured[one.index].name!r}"):
+                deliveries.append(
+                    _deliver(captured[one.index], one, *form, is_root=comm.is_root)
+                )
+        overlaps.extend([] if comm.is_root else _overlaps(captured, deliveries))
+        return deliveries
+
+    met = meet(
+        comm,
+        _FITTING,
+        prepare,
+        error=StageError,
+        digest=lambda _: digest_bytes(repr(overlaps).encode()),
+    )
+    deliveries = met.result
+    if not met.is_alike:
+        differing = differing_overlaps(
+            comm, overlaps, _RootsBytes(captured), doing=_FITTING, error=StageError
+        )
+        deliveries = agree(
+            comm,
+            _FITTING,
+            lambda: _apart(captured, deliveries, differing),
+            error=StageError,
+        )
+    return deliveries
+
+
+def _tell_forms(
+    comm: Communicator, captured: Sequence[CapturedState]
+) -> list[tuple[Structure, list[LeafSpec]]]:
+    def forms() -> list[list[object]]:
+        return [[one.structure, [spec.to_json() for spec in one.specs]] for one in captured]
+
+    told = on_root(comm, "sending the form of the states", forms, error=StageError)
+    return [
+        (structure, [LeafSpec.from_json(spec) for spec in specs])
+        for structure, specs in told
+    ]
+
+
+def _deliver(
+    own: CapturedState,
+    difference: StateDifference,
+    structure: Structure,
+    specs: Sequence[LeafSpec],
+    *,
+    is_root: bool,
+) -> _Delivery:
+    """Say where root's leaves go on this rank."""
+    averaged = _averaged(own, difference)
+    everything = tuple(range(len(specs)))
+    sent = tuple(
+        n
+        for n in (everything if difference.leaves is None else difference.leaves)
+        if n not in averaged
+    )
+    targets, arrival = own.leaves, None
+    if averaged or not is_root:
+        arrival = own.state.prepare(structure, specs, strict=True)
+        targets = tuple([leaf for leaf in arrival.leaves if leaf is not None])
+        if difference.leaves is not None:
+            _keep_equal(own.leaves, targets, set() if is_root else set(sent))
+    return _Delivery(
+        index=difference.index,
+        names=difference.names(specs),
+        specs=tuple(specs),
+        sent=sent,
+        averaged=averaged,
+        targets=targets,
+        arrival=arrival,
+    )
+
+
+def _averaged(own: CapturedState, difference: StateDifference) -> tuple[int, ...]:
+    if own.state.sync_mode != "mean" or difference.form:
+        return ()
+    specs = own.specs
+    return tuple(n for n in difference.leaves or () if specs[n].dtype in dtypes.FLOATING)
+
+
+def _keep_equal(
+    leaves: Sequence[Leaf], targets: Sequence[Leaf], sent: Collection[int]
+) -> None:
+    """Fill targets that nothing is sent to from what this rank has: it is the same."""
+    for number, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
+        if number not in sent and not _same_memory(leaf, target):
+            target.buffer.write(leaf.buffer.read())
+
+
+def _same_memory(leaf: Leaf, target: Leaf) -> bool:
+    one, other = leaf.buffer.view(), target.buffer.view()
+    if one is None or other is None or not len(one):
+        return False
+    return bool(np.shares_memory(np.frombuffer(one, "u1"), np.frombuffer(other, "u1")))
+
+
+class _RootsBytes:
+    """What root has of each leaf of all states that were compared."""
+
+    def __init__(self, captured: Sequence[CapturedState]) -> None:
+        self._leaves = [leaf for one in captured for leaf in one.leaves]
+
+    def bytes_of(self, index: int) -> memoryview:
+        return self._leaves[index].buffer.read()
+
+    def digest_of(self, index: int) -> bytes:
+        return Digest.of(self.bytes_of(index)).whole
+
+
+def _flat(
+    captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
+) -> list[tuple[int, int, Leaf]]:
+    """Return index of the state, index in it, and place of each of root's leaves."""
+    delivered = {one.index: one for one in deliveries}
+    return [
+        (index, n, leaf)
+        for index, one in enumerate(captured)
+        for n, leaf in enumerate(
+            delivered[index].targets if index in delivered else one.leaves
+        )
+    ]
+
+
+def _overlaps(
+    captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
+) -> list[Overlap]:
+    """Return the overlaps of this rank in which something is about to be overwritten."""
+    flat = _flat(captured, deliveries)
+    changing = {(one.index, n) for one in deliveries for n in (*one.sent, *one.averaged)}
+    found = find_overlaps([leaf for _, _, leaf in flat])
+    return [
+        one for one in found if any(flat[index][:2] in changing for index in one.leaves)
+    ]
+
+
+def _apart(
+    captured: Sequence[CapturedState],
+    deliveries: Sequence[_Delivery],
+    overlaps: Sequence[Overlap],
+) -> list[_Delivery]:
+    """Return the same with memory of its own for one leaf of each overlap."""
+    flat = _flat(captured, deliveries)
+    found = {one.index: one for one in deliveries}
+
+    def name_of(index: int) -> str:
+        state, _, leaf = flat[index]
+        return f"state {captured[state].name!r}, leaf {leaf.spec.name!r}"
+
+    def move(index: int) -> bool:
+        state, n, _ = flat[index]
+        arrival = found[state].arrival if state in found else None
+        leaf = None if arrival is None else arrival.elsewhere(n)
+        if leaf is None:
+            return False
+        if n not in found[state].sent:
+            leaf.buffer.write(flat[index][2].buffer.read())
+        targets = list(found[state].targets)
+        targets[n] = leaf
+        found[state] = replace(found[state], targets=tuple(targets))
+        return True
+
+    move_apart(overlaps, move, name_of)
+    return [found[one.index] for one in deliveries]
+
+
+def _transfer(
+    comm: Communicator,
+    captured: Sequence[CapturedState],
+    deliveries: Sequence[_Delivery],
+    options: Options,
+    deferred: Deferred,
+) -> dict[str, CapturedState]:
+    """Send and average; return the states that have new values on root as well."""
+    averaged: dict[str, CapturedState] = {}
+    for one in deliveries:
+        if one.averaged:
+            average_leaves(comm, [one.targets[n] for n in one.averaged], deferred)
+            own = captured[one.index]
+            averaged[own.name] = _with_new_digests(own, one)
+    sent = [one.targets[n] for one in deliveries for n in one.sent]
+    send_leaves(comm, sent, options.io.window_bytes, deferred)
+    return averaged
+
+
+def _with_new_digests(own: CapturedState, delivery: _Delivery) -> CapturedState:
+    digests = list(own.digests or ())
+    for number in delivery.averaged:
+        digests[number] = Digest.of(delivery.targets[number].buffer.read())
+    return replace(own, leaves=delivery.targets, digests=tuple(digests))
+
+
+def _adopt(
+    comm: Communicator,
+    captured: Sequence[CapturedState],
+    deliveries: Sequence[_Delivery],
+    deferred: Deferred,
+) -> None:
+    def adopt() -> None:
+        deferred.raise_failure()
+        for one in deliveries:
+            if one.arrival is not None:
+                with concerning(f"state {captured[one.index].name!r}"):
+                    one.arrival.adopt()
+
+    agree(comm, "taking over root's states", adopt, error=StageError)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy's element types and those of leaves: which is which, and which have holes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.errors import StageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of"]
+
+_NAMES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "complex128": "C128",
+}
+# JAX's and TensorFlow's, where a program has imported them.
+_ML_NAMES = {
+    "bfloat16": "BF16",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+_ML_TYPES = {name: attribute for attribute, name in _ML_NAMES.items()}
+_LONG = np.dtype(np.longdouble).itemsize
+_DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
+# By dtype, not by its name: NumPy makes that anew each time it is asked, in 3 us.
+_NATIVE = {dtype: name for name, dtype in _DTYPES.items()}
+LITTLE = _NATIVE if sys.byteorder == "little" else {}
+"""Element types whose bytes in memory are those of a leaf; none on other machines."""
+
+
+def array_dtype_name(dtype: np.dtype[Any]) -> str:
+    """Return the leaf dtype of a NumPy dtype; byte order does not matter.
+
+    Not collective. Thread-safe. Within records it does: they are saved as they are.
+
+    Raises:
+        StageError: On the calling rank, for objects, which are no bytes.
+    """
+    if dtype in _NATIVE:
+        return _NATIVE[dtype]
+    if dtype.name in _NAMES:
+        return _NAMES[dtype.name]
+    if dtype.name in _ML_NAMES and dtype.type.__module__.startswith("ml_dtypes"):
+        return _ML_NAMES[dtype.name]
+    if dtype.names and not dtype.hasobject:
+        name = dtypes.encode_record(_record_of(dtype))
+    else:
+        # Not newbyteorder(): NumPy's newer dtypes have none, and raise.
+        name = f"numpy:{dtype.str.replace('>', '<')}"
+    is_foreign = dtype.kind == "V" and dtype.type not in (np.void, np.record)
+    if dtype.hasobject or is_foreign or not dtypes.is_known(name):
+        raise StageError(
+            f"arrays of dtype {dtype} cannot be saved: only numbers, dates, fixed-width "
+            "text and records of them are plain bytes"
+        )
+    return name
+
+
+def array_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype of a leaf dtype, little end first.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        TypeError: On the calling rank, if NumPy has no such dtype here.
+    """
+    if name in _DTYPES:
+        return _DTYPES[name]
+    if name in _ML_TYPES:
+        try:
+            found: np.dtype[Any] = np.dtype(
+                getattr(import_module("ml_dtypes"), _ML_TYPES[name])
+            )
+        except (ImportError, AttributeError) as error:
+            raise TypeError(f"the package ml_dtypes is needed: {error}") from None
+        return found
+    if name.startswith("numpy:{"):
+        return _dtype_of(dtypes.parse_record(name))
+    return np.dtype(name.removeprefix("numpy:"))
+
+
+@lru_cache(maxsize=256)
+def holes_of(dtype: np.dtype[Any]) -> NDArray[np.bool_] | None:
+    """Return which bytes of an element belong to no value; None if all do.
+
+    Not collective. Thread-safe. What stands in them is whatever stood there before: the
+    same value would have other bytes on another rank.
+    """
+    holes = np.ones(dtype.itemsize, np.bool_)
+    if dtype.fields is None:
+        # Of the 16 bytes of a long double an x86 uses 10.
+        is_long = dtype.char in "gG"
+        used = 10 if is_long and np.finfo(np.longdouble).nmant == 63 else dtype.itemsize
+        part = _LONG if used == 10 else dtype.itemsize
+        for start in range(0, dtype.itemsize, part):
+            holes[start : start + used] = False
+    for inner, offset, *_ in (dtype.fields or {}).values():
+        element, shape = inner.subdtype or (inner, ())
+        within = holes_of(element)
+        if within is None:
+            within = np.zeros(element.itemsize, np.bool_)
+        holes[offset : offset + inner.itemsize] &= np.tile(within, math.prod(shape))
+    return holes if holes.any() else None
+
+
+def _record_of(dtype: np.dtype[Any]) -> dtypes.Record:
+    fields = []
+    for name in dtype.names or ():
+        assert dtype.fields is not None
+        inner, offset, *_ = dtype.fields[name]
+        element, shape = inner.subdtype or (inner, ())
+        kind = _record_of(element) if element.names else element.str
+        fields.append(dtypes.RecordField(name, kind, tuple(shape), offset))
+    return dtypes.Record(dtype.itemsize, tuple(fields))
+
+
+def _dtype_of(record: dtypes.Record) -> np.dtype[Any]:
+    kinds = [
+        _dtype_of(one.type) if isinstance(one.type, dtypes.Record) else np.dtype(one.type)
+        for one in record.fields
+    ]
+    return np.dtype(
+        {
+            "names": [one.name for one in record.fields],
+            "formats": [
+                (kind, one.shape) if one.shape else kind
+                for kind, one in zip(kinds, record.fields, strict=True)
+            ],
+            "offsets": [one.offset for one in record.fields],
+            "itemsize": record.nbytes,
+        }
+    )

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live value behind a leaf of a nested value: what it is, and one made anew like it.
+
+Whatever the bytes do not say stands in the leaf's node, a JSON object: the kind of value,
+how its elements lie in memory, whether it is a parameter. A value is refused, by name,
+where the node could not tell another all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.errors import StageError, StateMismatchError
+from mpi_ckpt.states.arrays import array_leaf, empty_array
+from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
+
+if TYPE_CHECKING:
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+
+__all__ = ["KIND", "describe", "is_leaf_value", "make_value", "takes_bytes"]
+
+KIND = "~"
+"""The key that tells a node from a dict of the user's."""
+
+
+def is_leaf_value(value: object) -> bool:
+    """Tell whether a value is an array, a scalar of NumPy or a tensor. Not collective."""
+    return isinstance(value, (np.ndarray, np.generic)) or _is_tensor(value)
+
+
+def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401
+    """Return the node of a value, and the leaf of its bytes.
+
+    Not collective. Nothing is copied but scalars.
+
+    Args:
+        name: Of the leaf.
+        value: One for which `is_leaf_value` holds.
+
+    Raises:
+        StageError: On the calling rank, if it could not be made again as it is.
+    """
+    if _is_tensor(value):
+        return _describe_tensor(name, value)
+    if isinstance(value, np.generic):
+        node = {KIND: "scalar"}
+        if isinstance(value, np.record):
+            node["class"] = "recarray"
+        return node, array_leaf(name, np.array(value))
+    return _describe_array(name, value)
+
+
+def make_value(
+    spec: LeafSpec,
+    node: dict[str, Any],
+    device: Any = None,  # noqa: ANN401 (a torch device)
+) -> tuple[Any, Leaf]:
+    """Make an empty tensor or array as a node describes it, and the leaf of it.
+
+    Not collective.
+
+    Args:
+        spec: Of the leaf.
+        node: Of the leaf; empty where the structure does not mention it.
+        device: Where a tensor belongs; None for the kind of device it was saved from,
+            where there is one, else the host.
+
+    Raises:
+        StateMismatchError: On the calling rank, if it cannot be made here.
+    """
+    kind = node.get(KIND)
+    if kind not in ("tensor", "array", "scalar", "numbers", "bytes", "text"):
+        raise StateMismatchError(f"{spec}: the saved structure does not mention it")
+    try:
+        layout = Layout.from_json(node, len(spec.shape))
+    except (TypeError, ValueError) as error:
+        raise StateMismatchError(f"{spec}: {error}") from None
+    if kind == "tensor":
+        return _make_tensor(spec, node, layout, device)
+    array = empty_array(spec, layout)
+    # Filled through the array itself: what a subclass makes of bytes is its own affair.
+    leaf = array_leaf(spec.name, array)
+    if node.get("class") == "recarray":
+        return array.view(np.recarray), leaf
+    if node.get("class") == "matrix":
+        return array.view(np.matrix), leaf
+    return array, leaf
+
+
+def takes_bytes(value: object) -> bool:
+    """Tell whether saved bytes can be put into a live value in place. Not collective."""
+    if _is_tensor(value):
+        return not _repeats(value)
+    if not isinstance(value, np.ndarray) or not value.flags.writeable:
+        return False
+    return not overlaps_itself(value.shape, value.strides, value.itemsize)
+
+
+def _describe_array(name: str, array: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401
+    node: dict[str, Any] = {KIND: "array"}
+    if type(array) is not np.ndarray:
+        if type(array) not in (np.matrix, np.recarray):
+            raise StageError(
+                f"{name or 'the value'} is a {_class_of(array)}, of which more than the "
+                "numbers would be lost: save np.asarray() of it, and what else it holds "
+                "beside"
+            )
+        node["class"] = type(array).__name__
+    swapped = not array.dtype.isnative and not array.dtype.names
+    if swapped or not array.flags.c_contiguous:
+        node |= layout_of(array.strides, swapped=swapped).to_json()
+    if not array.flags.writeable:
+        node["readonly"] = True
+    return node, array_leaf(name, array)
+
+
+def _describe_tensor(name: str, tensor: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401
+    from mpi_ckpt.states.tensors import tensor_leaf
+
+    torch = sys.modules["torch"]
+    node: dict[str, Any] = {KIND: "tensor"}
+    leaf = tensor_leaf(name, tensor)
+    if isinstance(tensor, torch.nn.Parameter):
+        node["parameter"] = tensor.requires_grad
+    elif type(tensor) is not torch.Tensor:
+        raise StageError(
+            f"{name or 'the value'} is a {_class_of(tensor)}, of which only the numbers "
+            "would come back: save them as a plain tensor"
+        )
+    elif tensor.requires_grad and tensor.is_leaf:
+        node["grad"] = True
+    if not tensor.is_contiguous():
+        node |= layout_of(tensor.stride()).to_json()
+    if tensor.device.type != "cpu":
+        node["device"] = tensor.device.type
+    return node, leaf
+
+
+def _make_tensor(
+    spec: LeafSpec,
+    node: dict[str, Any],
+    layout: Layout,
+    device: Any,  # noqa: ANN401
+) -> tuple[Any, Leaf]:
+    from mpi_ckpt.states.tensors import device_here, empty_tensor, ordinary, tensor_leaf
+
+    torch = sys.modules["torch"]
+    if device is None:
+        device = device_here(node.get("device"))
+    with ordinary():
+        tensor = empty_tensor(spec, device, layout)
+        leaf = tensor_leaf(spec.name, tensor)
+        if "parameter" in node:
+            return torch.nn.Parameter(tensor, requires_grad=bool(node["parameter"])), leaf
+        return tensor.requires_grad_(bool(node.get("grad"))), leaf
+
+
+def _repeats(tensor: Any) -> bool:  # noqa: ANN401
+    if tensor.is_contiguous():
+        return False
+    width = tensor.element_size()
+    return overlaps_itself(tensor.shape, [width * s for s in tensor.stride()], width)
+
+
+def _class_of(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_tensor(value: object) -> bool:
+    # A tensor can only be here if somebody has imported torch.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the elements of an array or tensor lie in memory. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Layout", "layout_of", "overlaps_itself"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a value made anew needs, to lie in memory as the one that was saved.
+
+    Attributes:
+        order: The dimensions, that of the longest strides first; empty where that is the
+            order of the shape (C order).
+        swapped: Whether the bytes of an element stand in the other order than this
+            machine's.
+    """
+
+    order: tuple[int, ...] = ()
+    swapped: bool = False
+
+    @classmethod
+    def from_json(cls, node: dict[str, Any], dims: int) -> Layout:
+        """Read a layout from the node of a leaf; see `to_json`. Not collective.
+
+        Raises:
+            ValueError: On the calling rank, if it is none of so many dimensions.
+        """
+        order = tuple(node.get("order", ()))
+        if order and sorted(order) != list(range(dims)):
+            raise ValueError(f"{order} is no order of {dims} dimensions")
+        return cls(order, bool(node.get("swapped", False)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what of it is not as usual, as JSON values. Not collective."""
+        node: dict[str, Any] = {}
+        if self.order:
+            node["order"] = list(self.order)
+        if self.swapped:
+            node["swapped"] = True
+        return node
+
+
+def layout_of(strides: Sequence[int], *, swapped: bool = False) -> Layout:
+    """Return the layout of a value that is not in C order.
+
+    Not collective. Thread-safe. Gaps and repeated elements are no part of it: what is
+    made anew has none.
+
+    Args:
+        strides: One for each dimension, in any unit.
+        swapped: See `Layout`.
+    """
+    order = tuple(sorted(range(len(strides)), key=lambda dim: -abs(strides[dim])))
+    return Layout(() if order == tuple(range(len(strides))) else order, swapped)
+
+
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Tell whether two elements share memory, as after ``expand`` or ``as_strided``.
+
+    Not collective. Thread-safe.
+
+    Args:
+        shape: In elements.
+        strides: In bytes.
+        itemsize: Bytes of an element.
+    """
+    if 0 in shape:
+        return False
+    dims = sorted((abs(step), n) for n, step in zip(shape, strides, strict=True) if n > 1)
+    end = itemsize
+    for step, n in dims:
+        if step < end:
+            break
+        end += step * (n - 1)
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    # Interleaved, so it takes a look at every byte: an image of the memory is written to.
+    span = sum(step * (n - 1) for step, n in dims) + itemsize
+    image = np.zeros(span, np.uint8)
+    steps, counts = zip(*dims, strict=True)
+    bytes_of = np.lib.stride_tricks.as_strided(image, (*counts, itemsize), (*steps, 1))
+    bytes_of[...] = 1
+    return int(image.sum()) < bytes_of.size

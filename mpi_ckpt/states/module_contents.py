@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A live module, looked at: its entries, and how each can be brought back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.states.leaf_values import takes_bytes
+from mpi_ckpt.states.tree import Flattened, flatten
+from mpi_ckpt.states.wrappers import inner_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+
+    from mpi_ckpt.leaf import Leaf
+
+__all__ = ["EXTRA", "ModuleContents", "loads_itself", "owners", "try_loading"]
+
+EXTRA = "_extra_state"
+
+
+class ModuleContents:
+    """A module's state dict, sorted by what can be done with its entries.
+
+    Not collective. Names are without those of wrappers.
+
+    Args:
+        module: Any module.
+
+    Attributes:
+        leaves: The tensors, tied ones once.
+        ties: Name of a tied tensor -> the name it is in ``leaves`` under.
+        parameters: Names of leaves that are parameters.
+        values: The tensors by name, tied ones each.
+        computed: Names of leaves that are made by a hook of the module when asked, so
+            that writing into them is not enough.
+        lazy: Names of those that have no shape yet.
+        repeated: Names of leaves that overlap themselves, as expanded ones do.
+        extra: All entries that are no tensors, taken apart together.
+        extra_names: Their names.
+        outer: Name -> the name with those of wrappers.
+        versions: By which the modules tell their own older formats.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.leaves: dict[str, Leaf] = {}
+        self.ties: dict[str, str] = {}
+        self.parameters: set[str] = set()
+        self.values: dict[str, torch.Tensor] = {}
+        self.computed: list[str] = []
+        self.lazy: list[str] = []
+        self.repeated: list[str] = []
+        self.outer: dict[str, str] = {}
+        inner = inner_names(module)
+        entries = _state_dict(module)
+        self.versions: dict[str, dict[str, Any]] = {
+            inner(f"{path}.")[:-1] if path else path: dict(of_module)
+            for path, of_module in getattr(entries, "_metadata", {}).items()
+        }
+        self._parameters, self._live = _identities(module, entries)
+        self._first: dict[tuple[Any, ...], str] = {}
+        extra: dict[str, Any] = {}
+        for outer, value in entries.items():
+            name = inner(outer)
+            self.outer[name] = outer
+            if _is_tensor(value) and name.rpartition(".")[2] != EXTRA:
+                try:
+                    self._add(name, value)
+                except Exception:
+                    with concerning(f"leaf {name!r}"):
+                        raise
+            else:
+                extra[name] = value
+        self.extra_names = tuple(extra)
+        self.extra: Flattened = flatten(extra, "#extra")
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        from torch.nn.parameter import is_lazy
+
+        from mpi_ckpt.states.tensors import tensor_leaf
+
+        self.values[name] = value
+        if is_lazy(value):
+            self.lazy.append(name)
+            return
+        identity = _identity(value)
+        source = self._first.setdefault(identity, name)
+        if source != name:
+            self.ties[name] = source
+            return
+        self.leaves[name] = tensor_leaf(name, value)
+        if not takes_bytes(value):
+            self.repeated.append(name)
+        if {id(value), identity} & self._parameters:
+            self.parameters.add(name)
+        elif not {id(value), identity} & self._live:
+            self.computed.append(name)
+
+    def require_savable(self) -> None:
+        """Refuse what could be saved, but not brought back. Not collective.
+
+        Raises:
+            StageError: On the calling rank, naming every such leaf.
+        """
+        problems = [
+            f"{name} overlaps itself in memory, as after expand(): bytes cannot be put "
+            "back into it; register a clone() of it"
+            for name in self.repeated
+            if name not in self.computed
+        ]
+        problems += [
+            f"{name} has no shape yet: run the module once before the first save"
+            for name in self.lazy
+        ]
+        if problems:
+            raise StageError("\n    ".join(problems), problems=problems)
+
+
+def loads_itself(module: torch.nn.Module) -> bool:
+    """Tell whether a module does something of its own when it is loaded.
+
+    Not collective. By a hook or an override, itself and not its parts.
+    """
+    import torch
+
+    kind, base = type(module), torch.nn.Module
+    own: Any = kind._load_from_state_dict  # noqa: SLF001 (what torch has modules override)
+    # Normalization overrides it only to read what older versions of it have saved.
+    norm: Any = torch.nn.modules.batchnorm._NormBase  # noqa: SLF001
+    plain = (base._load_from_state_dict, norm._load_from_state_dict)  # noqa: SLF001
+    return bool(
+        own not in plain
+        or kind.load_state_dict is not base.load_state_dict
+        or getattr(module, "_load_state_dict_pre_hooks", None)
+        or getattr(module, "_load_state_dict_post_hooks", None)
+    )
+
+
+def try_loading(
+    module: torch.nn.Module, values: Mapping[str, Any], *, strict: bool
+) -> str | None:
+    """Load values into a copy of a module; return what it has against them, if anything.
+
+    Not collective. The module itself is not changed.
+
+    Args:
+        module: One that loads itself.
+        values: By the names within it: what will come, or something of that form.
+        strict: Whether it must take all of them, and miss none.
+    """
+    import torch
+
+    try:
+        trial = copy.deepcopy(module)
+        with torch.no_grad():
+            trial.load_state_dict(dict(values), strict=strict)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def owners(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Give the modules that an entry is in, by path, the innermost last.
+
+    Not collective.
+
+    Args:
+        module: The outermost.
+        name: Of the entry, with the names of wrappers; what no module has is passed over.
+    """
+    path, one = "", module
+    yield path, one
+    for part in name.split(".")[:-1]:
+        inside = getattr(one, "_modules", {}).get(part)
+        if inside is None:
+            return
+        path, one = f"{path}.{part}" if path else part, inside
+        yield path, one
+
+
+def _state_dict(module: Any) -> Mapping[str, Any]:  # noqa: ANN401
+    # Older modules have a state_dict() of their own that takes nothing.
+    takes = inspect.signature(module.state_dict).parameters.values()
+    if any(one.name == "keep_vars" or one.kind is one.VAR_KEYWORD for one in takes):
+        found: Mapping[str, Any] = module.state_dict(keep_vars=True)
+        return found
+    plain: Mapping[str, Any] = module.state_dict()
+    return plain
+
+
+def _identities(
+    module: torch.nn.Module, entries: Mapping[str, Any]
+) -> tuple[set[Any], set[Any]]:
+    """Return what tells that an entry is a parameter, and that it is any live tensor."""
+    parameters: set[Any] = set(map(id, module.parameters()))
+    live = parameters | set(map(id, module.buffers()))
+    if live and not any(id(value) in live for value in entries.values()):
+        # Others over the same memory, as of a state_dict() that detaches: found by that.
+        parameters = set(map(_identity, module.parameters()))
+        live = parameters | set(map(_identity, module.buffers()))
+    return parameters, live
+
+
+def _is_tensor(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what is equal for two tensors over the very same memory."""
+    from torch.nn.parameter import is_lazy
+
+    if is_lazy(tensor) or tensor.layout != _strided() or tensor.numel() == 0:
+        return (id(tensor),)
+    return (
+        tensor.device,
+        tensor.data_ptr(),
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
+
+
+def _strided() -> torch.layout:
+    import torch
+
+    return torch.strided
