@@ -132,9 +132,9 @@ class CheckpointManager:
         self._registry.remove(name)
 
     def sync(self, only: Collection[str] | None = None) -> SyncReport:
-        """Make the states equal on all ranks, without saving.
+        """Make the states equal on all ranks, without saving: root's values for all.
 
-        Collective. The way to start replicas alike when there is nothing to restore.
+        Collective. To start replicas alike; also of states that check: root warns of it.
 
         Args:
             only: Names of the states to sync; None for all.

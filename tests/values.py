@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mpi_ckpt.states.array_dtypes import holes_of
+from mpi_ckpt.states.array_dtypes import holes_of, is_bare
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=4) | st.sampled_from(
     ["~", "leaf", "items", "a", "a/b", "b", "0", "1", "text", "x" * 5000]
@@ -44,8 +44,12 @@ PLAIN_DTYPES = st.one_of(
 NUMPY_DTYPES = st.one_of(
     PLAIN_DTYPES,
     st.sampled_from(ML_DTYPES),
-    hnp.array_dtypes(PLAIN_DTYPES, min_size=1, max_size=3, allow_subarrays=True),
-    hnp.nested_dtypes(PLAIN_DTYPES, max_itemsize=200).filter(lambda dtype: dtype.names),
+    hnp.array_dtypes(PLAIN_DTYPES, min_size=1, max_size=3, allow_subarrays=True).filter(
+        is_bare
+    ),
+    hnp.nested_dtypes(PLAIN_DTYPES, max_itemsize=200).filter(
+        lambda dtype: dtype.names and is_bare(dtype)
+    ),
 )
 
 # All that NumPy makes a tensor's bytes of, and back.

@@ -17,7 +17,7 @@ from mpi_ckpt.errors import StageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of"]
+__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of", "is_bare"]
 
 _NAMES = {
     "bool": "BOOL",
@@ -102,6 +102,19 @@ def array_dtype(name: str) -> np.dtype[Any]:
     if name.startswith("numpy:{"):
         return _dtype_of(dtypes.parse_record(name))
     return np.dtype(name.removeprefix("numpy:"))
+
+
+def is_bare(dtype: np.dtype[Any]) -> bool:
+    """Tell whether a dtype says nothing but how to read bytes.
+
+    Not collective. Thread-safe. Titles of fields and metadata are for people and other
+    libraries, and no leaf has them.
+    """
+    element = dtype.subdtype[0] if dtype.subdtype else dtype
+    if dtype.metadata or element.metadata:
+        return False
+    fields = (element.fields or {}).values()
+    return all(len(field) == 2 and is_bare(field[0]) for field in fields)
 
 
 @lru_cache(maxsize=256)

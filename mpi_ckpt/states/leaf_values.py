@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.errors import StageError, StateMismatchError
+from mpi_ckpt.states.array_dtypes import is_bare
 from mpi_ckpt.states.arrays import array_leaf, empty_array
 from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
 __all__ = ["KIND", "describe", "is_leaf_value", "make_value", "takes_bytes"]
@@ -45,6 +48,11 @@ def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN
     """
     if _is_tensor(value):
         return _describe_tensor(name, value)
+    if not is_bare(value.dtype):
+        raise StageError(
+            f"{name or 'the value'} has a dtype with titles of fields or metadata, which "
+            f"would be lost: save a view() of it without ({value.dtype!r})"
+        )
     if isinstance(value, np.generic):
         node = {KIND: "scalar"}
         if isinstance(value, np.record):
@@ -90,10 +98,17 @@ def make_value(
     return array, leaf
 
 
-def takes_bytes(value: object) -> bool:
-    """Tell whether saved bytes can be put into a live value in place. Not collective."""
+def takes_bytes(value: Any, memory: Container[int] = ()) -> bool:  # noqa: ANN401
+    """Tell whether saved bytes can be put into a live value in place.
+
+    Not collective.
+
+    Args:
+        value: An array or a tensor.
+        memory: Addresses that may only be read.
+    """
     if _is_tensor(value):
-        return not _repeats(value)
+        return not _repeats(value) and not (value.is_cpu and value.data_ptr() in memory)
     if not isinstance(value, np.ndarray) or not value.flags.writeable:
         return False
     return not overlaps_itself(value.shape, value.strides, value.itemsize)

@@ -17,6 +17,7 @@ from mpi_ckpt.states.module_contents import (
     owners,
     try_loading,
 )
+from mpi_ckpt.states.readonly_memory import ReadonlyMemory
 from mpi_ckpt.states.tree import check_structure, leaf_nodes, unflatten
 from mpi_ckpt.states.wrappers import unwrapped
 
@@ -57,13 +58,17 @@ class ModuleState(LeafState):
     ) -> None:
         super().__init__(name, sync=sync)
         self._module = unwrapped(name, module)
+        self._is_looked_at = False
         self.gate: Gate | None = None
         """Passed by whoever changes the parameters; see `Leaf`."""
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        contents = ModuleContents(self._module)
+        # Told at the first save; what is put in its place later is looked at when restored.
+        memory = None if self._is_looked_at else ReadonlyMemory()
+        contents = ModuleContents(self._module, memory)
         contents.require_savable()
+        self._is_looked_at = True
         versions = {
             path: of_module["version"]
             for path, of_module in contents.versions.items()
@@ -83,7 +88,7 @@ class ModuleState(LeafState):
     ) -> Arrival:
         """See `LeafState`. Not collective."""
         saved = _Saved(self.name, structure, specs)
-        live = ModuleContents(self._module)
+        live = ModuleContents(self._module, ReadonlyMemory())
         unfit, absent = _unfit(saved, live), _absent(saved, live)
         own = self._loaded_by_themselves(saved, live, {**unfit, **absent}, strict=strict)
         problems = [text for name, text in unfit.items() if name not in own]
@@ -247,9 +252,8 @@ def _unfit(saved: _Saved, live: ModuleContents) -> dict[str, str]:
     specs = {spec.name: spec for spec in saved.tensors}
     there = {name: leaf.spec for name, leaf in live.leaves.items()}
     problems = {
-        name: f"{name} overlaps itself in memory in the program, as after expand(): bytes "
-        "cannot be put into it"
-        for name in live.repeated
+        name: f"{name} {why}, in the program: bytes cannot be put into it"
+        for name, why in live.fixed.items()
         if name in specs and name not in live.computed
     }
     for name, spec in specs.items():

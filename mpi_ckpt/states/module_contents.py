@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.states.readonly_memory import ReadonlyMemory
 
 __all__ = ["EXTRA", "ModuleContents", "loads_itself", "owners", "try_loading"]
 
@@ -32,6 +33,7 @@ class ModuleContents:
 
     Args:
         module: Any module.
+        memory: What may only be read; None to take that as known.
 
     Attributes:
         leaves: The tensors, tied ones once.
@@ -41,21 +43,24 @@ class ModuleContents:
         computed: Names of leaves that are made by a hook of the module when asked, so
             that writing into them is not enough.
         lazy: Names of those that have no shape yet.
-        repeated: Names of leaves that overlap themselves, as expanded ones do.
+        fixed: Name of a leaf that bytes cannot be put into -> why.
         extra: All entries that are no tensors, taken apart together.
         extra_names: Their names.
         outer: Name -> the name with those of wrappers.
         versions: By which the modules tell their own older formats.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(
+        self, module: torch.nn.Module, memory: ReadonlyMemory | None = None
+    ) -> None:
+        self._memory = memory
         self.leaves: dict[str, Leaf] = {}
         self.ties: dict[str, str] = {}
         self.parameters: set[str] = set()
         self.values: dict[str, torch.Tensor] = {}
         self.computed: list[str] = []
         self.lazy: list[str] = []
-        self.repeated: list[str] = []
+        self.fixed: dict[str, str] = {}
         self.outer: dict[str, str] = {}
         inner = inner_names(module)
         entries = _state_dict(module)
@@ -96,7 +101,9 @@ class ModuleContents:
             return
         self.leaves[name] = tensor_leaf(name, value)
         if not takes_bytes(value):
-            self.repeated.append(name)
+            self.fixed[name] = "overlaps itself in memory, as after expand()"
+        elif self._memory and value.is_cpu and value.data_ptr() in self._memory:
+            self.fixed[name] = "lies in memory that may only be read, as of a mapped file"
         if {id(value), identity} & self._parameters:
             self.parameters.add(name)
         elif not {id(value), identity} & self._live:
@@ -109,9 +116,8 @@ class ModuleContents:
             StageError: On the calling rank, naming every such leaf.
         """
         problems = [
-            f"{name} overlaps itself in memory, as after expand(): bytes cannot be put "
-            "back into it; register a clone() of it"
-            for name in self.repeated
+            f"{name} {why}: bytes cannot be put back into it; register a clone() of it"
+            for name, why in self.fixed.items()
             if name not in self.computed
         ]
         problems += [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 from mpi_ckpt.states.leaf_values import make_value, takes_bytes
+from mpi_ckpt.states.readonly_memory import ReadonlyMemory
 from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class NestedState(LeafState):
         self.check(structure, specs)
         # A structure of no known form must not be found out when leaves have arrived.
         check_structure(structure, specs)
-        live = flatten(self.nested())
+        live, memory = flatten(self.nested()), ReadonlyMemory()
         nodes = leaf_nodes(structure)
         arriving: dict[str, Any] = {}
 
@@ -74,7 +75,7 @@ class NestedState(LeafState):
                 leaf is None
                 or leaf.spec != spec
                 or not _is_alike(live.nodes[spec.name], nodes.get(spec.name, {}))
-                or not takes_bytes(value)
+                or not takes_bytes(value, memory)
             ):
                 leaf = make(spec)
             else:

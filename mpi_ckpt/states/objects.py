@@ -30,7 +30,8 @@ class ObjectState(NestedState):
             dicts of them.
         pickle: Save any picklable value instead, and allow unpickling **for this state**:
             whoever can write to the checkpoint directory can then run code in your job.
-        sync: As for `LeafState`.
+        sync: As for `LeafState`; by default replicas that differ are refused, as one
+            rank's value would be lost with no error.
 
     Attributes:
         value: The live value. Assign to it freely between saves.
@@ -45,7 +46,7 @@ class ObjectState(NestedState):
         value: Any = None,  # noqa: ANN401 (any nested value)
         *,
         pickle: bool = False,
-        sync: SyncMode = "root",
+        sync: SyncMode = "check",
     ) -> None:
         super().__init__(name, sync=sync)
         self.value = value

@@ -56,6 +56,7 @@ class CheckpointDirectory:
         root: The directory.
         job: A name for this run of the job, in names of partials and in manifests.
         catalog: The published generations.
+        is_told_of_size: Whether it was said that manifests have grown large.
     """
 
     def __init__(self, root: Path, mode: IOMode = "auto") -> None:
@@ -64,6 +65,7 @@ class CheckpointDirectory:
         self._staging = Arena()
         self.job = secrets.token_hex(6)
         self.catalog = Catalog(root)
+        self.is_told_of_size = False
         self._lock: DirectoryLock | None = None
         self._swept = False
         self._aside: dict[int, str] = {}

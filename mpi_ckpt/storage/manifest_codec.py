@@ -32,7 +32,9 @@ from mpi_ckpt.storage.manifest import (
 from mpi_ckpt.storage.strict_json import read_json, shown
 from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX
 
-__all__ = ["FORMAT", "MANIFEST_BYTES_MAX", "VERSION", "decode", "encode"]
+__all__ = [
+    *("FORMAT", "MANIFEST_BYTES_MAX", "VERSION", "decode", "encode", "largest_state"),
+]
 
 FORMAT = "mpi_ckpt"
 VERSION = 1
@@ -122,6 +124,16 @@ def _encode_place(leaf: StoredLeaf) -> str:
     if len(digest.blocks) == 1:
         return text
     return f'{text},"blocks":"{b"".join(digest.blocks).hex()}"'
+
+
+def largest_state(manifest: Manifest) -> tuple[str, int]:
+    """Return the state that takes most of a manifest, and the bytes that it takes.
+
+    Not collective. Thread-safe. Encodes all of them, so it is asked only where a manifest
+    has grown large.
+    """
+    sizes = {state.name: len(_encode_state(state).encode()) for state in manifest.states}
+    return max(sizes.items(), key=lambda one: one[1], default=("", 0))
 
 
 def decode(data: bytes | bytearray) -> Manifest:

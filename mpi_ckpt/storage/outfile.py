@@ -50,6 +50,13 @@ class OutFile(Protocol):
     def write(self, data: memoryview) -> None:
         """Append bytes, which may change as soon as this returns."""
 
+    def settle(self) -> int:
+        """Have all bytes in the file, and give it away: nothing is appended after.
+
+        Returns:
+            Its descriptor, through the page cache: any range may be written now.
+        """
+
     def finish(self) -> None:
         """Make all of it durable. Called once, last."""
 
@@ -121,6 +128,9 @@ class _BufferedFile:
             filesystem.start_writeback(self._descriptor, self._written_back, waiting)
             self._written_back = self._offset
 
+    def settle(self) -> int:
+        return self._descriptor
+
     def finish(self) -> None:
         filesystem.sync_file(self._descriptor)
 
@@ -146,6 +156,7 @@ class _DirectFile:
         self._current = 0
         self._filled = 0
         self._offset = 0
+        self._settled = False
 
     def write(self, data: memoryview) -> None:
         end = self._filled + len(data)
@@ -165,7 +176,18 @@ class _DirectFile:
             if self._filled == _BLOCK_BYTES:
                 self._submit(_BLOCK_BYTES)
 
+    def settle(self) -> int:
+        self._flush()
+        filesystem.leave_direct(self._descriptor)
+        self._settled = True
+        return self._descriptor
+
     def finish(self) -> None:
+        if not self._settled:
+            self._flush()
+        filesystem.sync_file(self._descriptor)
+
+    def _flush(self) -> None:
         length = self._offset + self._filled
         if self._filled:
             padded = round_up(self._filled, _ALIGNMENT)
@@ -174,7 +196,6 @@ class _DirectFile:
         for index in range(len(self._pending)):
             self._await(index)
         filesystem.set_length(self._descriptor, length)
-        filesystem.sync_file(self._descriptor)
 
     def _submit(self, nbytes: int) -> None:
         block = self._blocks[self._current][:nbytes].data

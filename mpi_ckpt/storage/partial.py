@@ -13,7 +13,6 @@ import io
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import BlockHasher, Digest
 from mpi_ckpt.errors import (
     CheckpointError,
     FencedError,
@@ -25,6 +24,7 @@ from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.outfile import create_out_file
+from mpi_ckpt.storage.outstream import OutStream
 from mpi_ckpt.storage.space import require_space
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    from _typeshed import ReadableBuffer
-
+    from mpi_ckpt.digest import Digest
     from mpi_ckpt.storage.outfile import IOMode, OutFile
 
 __all__ = ["Partial"]
@@ -130,7 +129,7 @@ class Partial:
     def write_stream(
         self, name: str, save: Callable[[BinaryIO], None]
     ) -> tuple[int, Digest]:
-        """Let a function write a durable file; digest what it writes on the way.
+        """Let a function write a durable file, in any order; digest what it holds.
 
         Not collective.
 
@@ -141,12 +140,12 @@ class Partial:
             WriteError: On the calling rank; the partial must then be dropped.
         """
         with self._file(name, None) as out:
-            raw = _DigestingFile(out)
-            with io.BufferedWriter(raw, _STREAM_BUFFER_BYTES) as fileobj:
+            raw = OutStream(self.path / name, out)
+            with io.BufferedRandom(raw, _STREAM_BUFFER_BYTES) as fileobj:
                 save(fileobj)
-            out.finish()
-        self.bytes_written += raw.hasher.nbytes
-        return raw.hasher.nbytes, raw.hasher.finish()
+            digest = raw.finish()
+        self.bytes_written += raw.nbytes
+        return raw.nbytes, digest
 
     def carry(self, source: Path, name: str, *, copy: bool) -> bool:
         """Share a file of an older generation by hard link.
@@ -286,24 +285,3 @@ class Partial:
 
 def _nobody_else() -> None:
     """Stand for the check of a rank that cannot tell."""
-
-
-class _DigestingFile(io.RawIOBase):
-    """Passes on what is written, and digests it."""
-
-    def __init__(self, out: OutFile) -> None:
-        super().__init__()
-        self._out = out
-        self.hasher = BlockHasher()
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.hasher.nbytes
-
-    def write(self, data: ReadableBuffer) -> int:
-        view = memoryview(data).cast("B")
-        self._out.write(view)
-        self.hasher.update(view)
-        return len(view)

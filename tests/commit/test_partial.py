@@ -6,6 +6,8 @@ import io
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpi_ckpt.digest import Digest
 from mpi_ckpt.errors import CheckpointError, PublishError, SaveError, WriteError
@@ -71,17 +73,54 @@ def test_stream_of_nothing_and_one_that_closes_itself(tmp_path):
     assert partial.write_stream("b.bin", write) == (1, Digest.of(b"x"))
 
 
-def test_stream_cannot_be_read_or_moved_in(tmp_path):
-    partial = Partial(tmp_path, 1, "job")
+@pytest.mark.parametrize("mode", ["auto", "direct", "buffered"])
+def test_stream_is_written_in_any_order(tmp_path, mode):
+    partial = Partial(tmp_path, 1, "job", mode=mode)
+    data = bytearray(os.urandom(9 << 20))
 
     def write(fileobj) -> None:
         assert fileobj.writable()
-        assert not fileobj.readable()
-        assert not fileobj.seekable()
-        with pytest.raises(io.UnsupportedOperation):
-            fileobj.seek(0)
+        assert fileobj.readable()
+        assert fileobj.seekable()
+        fileobj.write(data)
+        assert fileobj.seek(-(1 << 20), io.SEEK_END) == 8 << 20
+        assert fileobj.read(10) == data[8 << 20 :][:10]
+        fileobj.seek(3)
+        fileobj.write(b"header")
+        fileobj.seek(10 << 20)  # a hole
+        fileobj.write(b"tail")
+        fileobj.truncate((10 << 20) + 2)
+        with pytest.raises(ValueError, match="before the start"):
+            fileobj.seek(-1)
 
-    partial.write_stream("a.bin", write)
+    expected = data + bytes(1 << 20) + b"ta"
+    expected[3:9] = b"header"
+    assert partial.write_stream("a.bin", write) == (len(expected), Digest.of(expected))
+    assert (partial.path / "a.bin").read_bytes() == expected
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["write", "read", "seek"]),
+            st.integers(0, 3000),
+        ),
+        max_size=12,
+    )
+)
+def test_stream_is_what_a_file_in_memory_would_be(tmp_path_factory, steps):
+    partial = Partial(tmp_path_factory.mktemp("root"), 1, "job")
+    model = io.BytesIO()
+
+    def write(fileobj) -> None:
+        for what, n in steps:
+            argument = bytes([n % 251]) * n if what == "write" else n
+            assert getattr(fileobj, what)(argument) == getattr(model, what)(argument)
+            assert fileobj.tell() == model.tell()
+
+    nbytes, digest = partial.write_stream("a.bin", write)
+    assert (nbytes, digest) == (len(model.getvalue()), Digest.of(model.getvalue()))
+    assert (partial.path / "a.bin").read_bytes() == model.getvalue()
 
 
 def test_carried_file_is_shared(tmp_path):

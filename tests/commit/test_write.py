@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -307,13 +308,27 @@ def test_state_that_fails_to_save_leaves_nothing(directory, error, told):
     assert generations(directory) == ["checkpoint-00000001"]
 
 
-def test_state_that_wants_to_seek_is_told_and_not_the_disk(directory):
+def test_state_may_write_in_any_order(directory):
     class Seeking(Stream):
         def save(self, fileobj) -> None:
-            fileobj.seek(10)
+            with zipfile.ZipFile(fileobj, "w") as archive:  # goes back to each header
+                archive.writestr("a", b"one")
+                archive.writestr("b", b"two")
 
-    with pytest.raises(StageError, match=r"save\(\) of state 's'.*seek"):
-        save(directory, [Seeking("s")])
+    path = save(directory, [Seeking("s")]).path
+    with zipfile.ZipFile(path / "s.bin") as archive:
+        assert archive.read("a") + archive.read("b") == b"onetwo"
+    with GenerationReader(path) as reader:
+        verify(reader)
+
+
+def test_state_that_misuses_its_file_is_told_and_not_the_disk(directory):
+    class Misusing(Stream):
+        def save(self, fileobj) -> None:
+            fileobj.fileno()
+
+    with pytest.raises(StageError, match=r"save\(\) of state 's'.*fileno"):
+        save(directory, [Misusing("s")])
     assert generations(directory) == []
 
 
@@ -363,6 +378,18 @@ def test_carried_state_that_differs_in_case_only_is_refused(directory):
 
 def test_manifest_too_large_to_be_read_is_not_published(directory, monkeypatch):
     monkeypatch.setattr(draft, "MANIFEST_BYTES_MAX", 1000)
-    with pytest.raises(SaveError, match="at most 1000 can be read"):
-        save(directory, [ArrayState("a", {f"x{n}": np.ones(1) for n in range(20)})])
+    monkeypatch.setattr(draft, "_WARNED_BYTES", 250)
+    many = {f"x{n}": np.ones(1) for n in range(20)}
+    with pytest.raises(SaveError, match=r"at most 1,000 can be read.* of state 'many'"):
+        save(directory, [ArrayState("many", many), ArrayState("few", {"x": np.ones(1)})])
     assert generations(directory) == []
+
+
+def test_a_manifest_that_has_grown_large_is_told_of_once(directory, monkeypatch, caplog):
+    monkeypatch.setattr(draft, "_WARNED_BYTES", 1000)
+    many = {f"x{n}": np.ones(1) for n in range(20)}
+    for _ in range(2):
+        save(directory, [ArrayState("many", many), ArrayState("few", {"x": np.ones(1)})])
+    (told,) = [one.getMessage() for one in caplog.records]
+    assert "a save of more than 67,108,864 is refused" in told
+    assert "of state 'many'" in told

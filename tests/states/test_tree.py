@@ -299,3 +299,17 @@ def test_only_what_stands_for_bytes_can_be_made():
 def test_layouts_that_are_none_are_refused(kind, order):
     with pytest.raises(StateMismatchError, match="x F32"):
         make_value(LeafSpec("x", "F32", (2, 3)), {"~": kind, "order": order})
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        np.dtype([(("title", "x"), "f4")]),
+        np.dtype([("inner", [(("title", "x"), "f4", (2,))])]),
+        np.dtype("f4", metadata={"unit": "km"}),
+    ],
+)
+def test_what_a_dtype_says_to_people_is_not_lost_in_silence(dtype):
+    array = np.zeros(3, dtype)
+    with pytest.raises(StageError, match=r"^a has a dtype with titles of fields or meta"):
+        flatten({"a": array})

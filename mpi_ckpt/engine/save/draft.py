@@ -7,13 +7,13 @@ import logging
 import operator
 import time
 from io import UnsupportedOperation
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.save.needed_space import foresee_space
 from mpi_ckpt.engine.save.request import Published, SaveRequest
 from mpi_ckpt.engine.save.reuse import SharedLeaves, has_unchanged, plan_reuse, sample
 from mpi_ckpt.engine.save.shard import LeafKey, write_shard
-from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.options import ROOT
@@ -24,7 +24,7 @@ from mpi_ckpt.storage.layout import (
     stream_file_name,
 )
 from mpi_ckpt.storage.manifest import Extent, Manifest, StoredFile, StoredState
-from mpi_ckpt.storage.manifest_codec import MANIFEST_BYTES_MAX, encode
+from mpi_ckpt.storage.manifest_codec import MANIFEST_BYTES_MAX, encode, largest_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.directory import CheckpointDirectory
     from mpi_ckpt.storage.partial import Partial
 
-__all__ = ["Draft", "SpaceNeeded", "foresee_space"]
+__all__ = ["Draft"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,8 @@ _NO_HEADER = digest_bytes(b"")
 _SAMPLED_BYTES_MIN = 64 << 20
 _SAMPLES = 8
 
-# What the manifest, and the header of a file, say of a leaf takes at least this much and
-# its name. Less than it takes is foreseen on purpose: nothing that fits may be refused.
-_MANIFEST_ENTRY_BYTES = 100
-_HEADER_ENTRY_BYTES = 50
+# Early enough for whoever reads it to change what is saved before no save works any more.
+_WARNED_BYTES = MANIFEST_BYTES_MAX // 4
 
 
 class Draft:
@@ -158,11 +156,8 @@ class Draft:
         """
         manifest = self._complete([*self._shards, *others])
         encoded = encode(manifest)
-        if len(encoded) > MANIFEST_BYTES_MAX:
-            raise SaveError(
-                f"the manifest would take {len(encoded)} bytes, at most "
-                f"{MANIFEST_BYTES_MAX} can be read; nothing was published"
-            )
+        if len(encoded) > _WARNED_BYTES:
+            self._tell_of_size(manifest, len(encoded))
         path = self.partial.publish(encoded)
         self._directory.note_published(manifest, path, len(encoded))
         return Published(
@@ -173,6 +168,23 @@ class Draft:
             bytes_reused=_bytes_reused(manifest),
             retired=self._directory.catalog.choose(self._options.retention),
         )
+
+    def _tell_of_size(self, manifest: Manifest, nbytes: int) -> None:
+        name, most = largest_state(manifest)
+        advice = (
+            f"{most:,} of them are of state {name!r}: keep its many small values in arrays"
+        )
+        if nbytes > MANIFEST_BYTES_MAX:
+            raise SaveError(
+                f"the manifest would take {nbytes:,} bytes, at most {MANIFEST_BYTES_MAX:,} "
+                f"can be read; nothing was published. {advice}"
+            )
+        if not self._directory.is_told_of_size:
+            self._directory.is_told_of_size = True
+            logger.warning(
+                "the manifest takes %s bytes, and a save of more than %s is refused; %s",
+                *(f"{nbytes:,}", f"{MANIFEST_BYTES_MAX:,}", advice),
+            )
 
     def _complete(self, shards: Sequence[Shard]) -> Manifest:
         request = self._request
@@ -207,11 +219,10 @@ class Draft:
             try:
                 state.save(fileobj)
             except Exception as error:
-                # What the disk refuses is told as such; asking a stream to seek is not.
                 if isinstance(error, OSError) and not isinstance(
                     error, UnsupportedOperation
                 ):
-                    raise
+                    raise  # what the disk refuses is told as such
                 raise StageError(f"save() of state {state.name!r}: {error!r}") from error
 
         nbytes, digest = self.partial.write_stream(name, save)
@@ -219,43 +230,6 @@ class Draft:
         self._stream_files.append(file)
         extent = Extent(name, 0, nbytes)
         self._streams.append(StoredState.of_stream(state.name, extent, digest))
-
-
-class SpaceNeeded(NamedTuple):
-    """Bytes that will be written and files that will be made, by all ranks, or more."""
-
-    nbytes: int
-    files: int
-
-
-def foresee_space(
-    captured: Sequence[CapturedState],
-    fresh: Sequence[Sequence[int]],
-    plain: Sequence[State],
-) -> SpaceNeeded:
-    """Return what a save takes at least.
-
-    Not collective. Thread-safe. What a plain state writes is known only if it is staged.
-
-    Args:
-        captured: What is saved of leaf states.
-        fresh: Of each of them, the indices of the leaves that must be written.
-        plain: The states that write themselves.
-    """
-    every = [spec for one in captured for spec in one.specs]
-    written = [
-        one.specs[number]
-        for one, numbers in zip(captured, fresh, strict=True)
-        for number in numbers
-    ]
-    manifest = sum(len(spec.name) + _MANIFEST_ENTRY_BYTES for spec in every)
-    headers = sum(len(spec.name) + _HEADER_ENTRY_BYTES for spec in written)
-    leaves = sum(spec.nbytes for spec in written)
-    streams = sum(one.nbytes for one in plain if isinstance(one, StagedStream))
-    return SpaceNeeded(
-        nbytes=manifest + headers + leaves + streams,
-        files=1 + bool(written) + len(plain),  # the manifest first
-    )
 
 
 def _drop(partial: Partial, directory: CheckpointDirectory) -> None:

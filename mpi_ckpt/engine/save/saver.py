@@ -16,6 +16,7 @@ from mpi_ckpt.engine.save.saving import Save, Workshop
 from mpi_ckpt.engine.steps.interval import Costs
 from mpi_ckpt.engine.sync.parts import combine_parts, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
+from mpi_ckpt.engine.sync.telling import SyncTeller
 from mpi_ckpt.errors import OptionsError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.state import LeafState
@@ -56,7 +57,7 @@ class Saver:
             options.deadline_seconds, _end_job if options.abort_on_error else None
         )
         self.costs = Costs()
-        self._workshop = Workshop(Arena(), background, self.costs)
+        self._workshop = Workshop(Arena(), background, self.costs, SyncTeller())
         self.pending: PendingSave | None = None
 
     @property

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.steps.interval import Costs
+    from mpi_ckpt.engine.sync.telling import SyncTeller
     from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
@@ -53,11 +54,13 @@ class Workshop:
         arena: Memory for the copies of an asynchronous save.
         background: Root's thread, or another writer's.
         costs: What saves have taken.
+        teller: Says what syncs have changed.
     """
 
     arena: Arena
     background: Background
     costs: Costs
+    teller: SyncTeller
 
 
 class Save:
@@ -133,6 +136,8 @@ class Save:
                 captured, self._synced = sync_states(
                     comm, states, self._session.options, parts=parts
                 )
+                if comm.is_root:
+                    self._workshop.teller.tell_of_save(self._synced, states, self.step)
             else:
                 captured = capture_on_root(comm, states, parts)
         by_name = {one.name: one for one in captured}

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
+from mpi_ckpt.engine.sync.captured import read_leaf
 from mpi_ckpt.storage.layout import shard_file_name
 from mpi_ckpt.storage.manifest import Extent, StoredFile, StoredLeaf
 from mpi_ckpt.storage.tensorfile import encode_header
@@ -89,7 +90,7 @@ def write_shard(
         yield memoryview(plan.header)
         for state, leaf in plan.order:
             one = captured[state]
-            data = one.leaves[leaf].buffer.read()
+            data = read_leaf(one, one.leaves[leaf])
             if one.digests:
                 digests.append(one.digests[leaf])
                 yield data

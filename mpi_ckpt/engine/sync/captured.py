@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import LeafState, Structure
 
-__all__ = ["CapturedState", "capture_states", "digest_of", "digest_states", "pick_leaves"]
+__all__ = [
+    *("CapturedState", "capture_states", "copy_leaf", "digest_of", "digest_states"),
+    *("pick_leaves", "read_leaf"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +91,37 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
         captured: The states.
         threads: Threads that hash.
     """
-    leaves = [leaf for one in captured if one.digests is None for leaf in one.leaves]
-    digests = iter(
-        digest_many(
-            [leaf.buffer.read for leaf in leaves],
-            [leaf.spec.nbytes for leaf in leaves],
-            threads,
-        )
-    )
+    todo = [(one, leaf) for one in captured if one.digests is None for leaf in one.leaves]
+    reads = [partial(read_leaf, one, leaf) for one, leaf in todo]
+    digests = iter(digest_many(reads, [leaf.spec.nbytes for _, leaf in todo], threads))
     return [
         one
         if one.digests is not None
         else replace(one, digests=tuple(islice(digests, len(one.leaves))))
         for one in captured
     ]
+
+
+def read_leaf(captured: CapturedState, leaf: Leaf) -> memoryview:
+    """Return the bytes of a leaf; an error says which one it was. Not collective."""
+    try:
+        return leaf.buffer.read()
+    except Exception:
+        with concerning(f"state {captured.name!r}"), concerning(_named(leaf)):
+            raise
+
+
+def copy_leaf(captured: CapturedState, leaf: Leaf, target: memoryview) -> None:
+    """Copy the bytes of a leaf; an error says which one it was. Not collective."""
+    try:
+        leaf.buffer.copy_to(target)
+    except Exception:
+        with concerning(f"state {captured.name!r}"), concerning(_named(leaf)):
+            raise
+
+
+def _named(leaf: Leaf) -> str:
+    return f"leaf {leaf.spec.name!r}"
 
 
 def digest_of(captured: Iterable[CapturedState]) -> bytes:

@@ -21,6 +21,7 @@ from mpi_ckpt.engine.sync.comparing import (
 )
 from mpi_ckpt.engine.sync.deliveries import deliver
 from mpi_ckpt.engine.sync.parts import combine_parts
+from mpi_ckpt.engine.sync.telling import tell_of_sync
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.state import LeafState
@@ -88,6 +89,8 @@ def sync_states(
         bytes_hashed=comparison.bytes_hashed,
         bytes_sent=delivered.nbytes,
     )
+    if forced and comm.is_root:
+        tell_of_sync(report, states)
     averaged = delivered.averaged
     return [*(averaged.get(one.name, one) for one in captured), *apart], report
 

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says which live values a sync has changed: no replica is overwritten without a line."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.state import LeafState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpi_ckpt.reports import SyncReport
+    from mpi_ckpt.state import State
+
+__all__ = ["SyncTeller", "tell_of_sync"]
+
+logger = logging.getLogger(__name__)
+
+_NAMES_MAX = 12
+
+
+class SyncTeller:
+    """Tells of what saves have made equal: by name at first, then in numbers.
+
+    Not collective. Called on root only. The running statistics of batch normalization
+    differ at every save of a data-parallel training: said once that is of use, said at
+    each it fills a log.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell_of_save(self, report: SyncReport, states: Sequence[State], step: int) -> None:
+        """Tell what the sync before a save has changed: each state by name once.
+
+        Args:
+            report: Of the sync.
+            states: Those that were synced.
+            step: The training step of the save.
+        """
+        if not report.differing:
+            return
+        for name, leaves in report.differing.items():
+            if name not in self._told:
+                self._told.add(name)
+                logger.warning(
+                    "state %r differed between ranks at step %d, and the save has made it "
+                    "equal: all ranks have %s of %s now. From here on this is told in "
+                    "numbers (INFO, and SaveReport.sync)",
+                    *(name, step, _source(states, name), _listed(leaves)),
+                )
+        logger.info(
+            "step %d: %s differed between ranks, and were made equal",
+            *(step, _counted(report.differing)),
+        )
+
+
+def tell_of_sync(report: SyncReport, states: Sequence[State]) -> None:
+    """Tell what a sync that was asked for has changed.
+
+    Not collective. Called on root only. A warning where a state compares its replicas, as
+    they were not meant to differ; else a line of INFO.
+
+    Args:
+        report: Of the sync.
+        states: Those that were synced.
+    """
+    modes = _modes(states)
+    for name, leaves in report.differing.items():
+        level = logging.WARNING if modes.get(name) == "check" else logging.INFO
+        logger.log(
+            level,
+            "sync(): state %r differed between ranks: all have %s of %s now",
+            *(name, _source(states, name), _listed(leaves)),
+        )
+
+
+def _modes(states: Sequence[State]) -> dict[str, str]:
+    return {one.name: one.sync_mode for one in states if isinstance(one, LeafState)}
+
+
+def _source(states: Sequence[State], name: str) -> str:
+    if _modes(states).get(name) == "mean":
+        return "the average (of what cannot be averaged root's)"
+    return "root's values"
+
+
+def _listed(leaves: Sequence[str]) -> str:
+    more = len(leaves) - _NAMES_MAX
+    shown = ", ".join(leaves[:_NAMES_MAX]) or "nothing but its form"
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _counted(differing: Mapping[str, Sequence[str]]) -> str:
+    leaves = sum(map(len, differing.values()))
+    return f"{leaves} leaves of {len(differing)} states"
