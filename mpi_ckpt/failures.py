@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How failures of several ranks become one error, the same on all of them."""
+"""How failures of several ranks become one error, the same on all of them.
+
+What many ranks have met alike is told once, and what travels is bounded: with a thousand
+ranks each would otherwise be sent, and print, what a thousand have to say.
+"""
 
 from __future__ import annotations
 
 import socket
 import traceback
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt import errors
@@ -14,7 +19,17 @@ from mpi_ckpt.errors import CheckpointError, RankFailure
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["RemoteTraceback", "capture_failure", "concerning", "merge_failures"]
+__all__ = [
+    *("AlikeFailures", "RemoteTraceback", "capture_failure", "concerning"),
+    *("group_failures", "merge_failures"),
+]
+
+_TEXT_CHARACTERS_MAX = 8 << 10
+_PROBLEMS_MAX = 1000
+_PROBLEM_CHARACTERS_MAX = 500
+_LINES_MAX = 24
+_GROUPS_MAX = 16
+_UNTOLD = "failed in yet another way; its own output has it"
 
 
 class RemoteTraceback(Exception):
@@ -60,17 +75,69 @@ def capture_failure(
         host=socket.gethostname(),
         operation=operation,
         kind=type(error).__name__,
-        message=_message_of(error),
+        message=_cut_lines(_message_of(error)),
         errno=known.errno if known else None,
         path=_path_of(error),
         generation=ours.generation if ours else None,
-        problems=list(ours.problems) if ours else [],
-        traceback="".join(traceback.format_exception(error)),
+        problems=_cut_list(ours.problems) if ours else [],
+        traceback=_cut("".join(traceback.format_exception(error))),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class AlikeFailures:
+    """What several ranks have met alike.
+
+    Attributes:
+        first: The failure of the lowest of them.
+        ranks: All of them, in ascending order.
+    """
+
+    first: RankFailure
+    ranks: tuple[int, ...]
+
+    def text(self, hosts: Sequence[str]) -> str:
+        """Return what is told of them. Not collective. Thread-safe.
+
+        Args:
+            hosts: Of all ranks.
+        """
+        if len(self.ranks) == 1:
+            return str(self.first)
+        where = sorted({hosts[rank] for rank in self.ranks})
+        on = ", ".join(where) if len(where) <= 2 else f"{len(where):,} hosts"
+        who = f"ranks {_ranges(self.ranks)} ({len(self.ranks):,} of {self.first.size:,})"
+        alone = f"rank {self.first.rank} of {self.first.size} on {self.first.host}"
+        return f"{who} on {on}{str(self.first).removeprefix(alone)}"
+
+
+def group_failures(failures: Sequence[RankFailure]) -> list[AlikeFailures]:
+    """Put together what several ranks have met alike, in the order of the lowest ranks.
+
+    Not collective. Thread-safe. Of more than 16 kinds the last holds all the others.
+
+    Args:
+        failures: At least one, ordered by rank.
+    """
+    found: dict[RankFailure, list[int]] = {}
+    for one in failures:
+        bare = replace(one, rank=0, host="", problems=tuple(one.problems), traceback="")
+        found.setdefault(bare, []).append(one.rank)
+    by_rank = {one.rank: one for one in failures}
+    groups = [AlikeFailures(by_rank[ranks[0]], tuple(ranks)) for ranks in found.values()]
+    rest = groups[_GROUPS_MAX - 1 :]
+    if len(rest) <= 1:
+        return groups
+    ranks = tuple(sorted(rank for group in rest for rank in group.ranks))
+    untold = replace(by_rank[ranks[0]], message=_UNTOLD, problems=(), traceback="")
+    return [*groups[: _GROUPS_MAX - 1], AlikeFailures(untold, ranks)]
+
+
 def merge_failures(
-    failures: Sequence[RankFailure], default: type[CheckpointError], safe: str
+    groups: Sequence[AlikeFailures],
+    default: type[CheckpointError],
+    safe: str,
+    hosts: Sequence[str],
 ) -> CheckpointError:
     """Make the one error that all ranks raise from the failures of some.
 
@@ -78,15 +145,23 @@ def merge_failures(
     belongs to this package's family, else ``default``.
 
     Args:
-        failures: At least one, ordered by rank.
+        groups: At least one, as `group_failures` gives them.
         default: Class for exceptions from outside the family.
         safe: One clause that says what is still safe.
+        hosts: Of all ranks.
 
     Returns:
-        The error, its ``__cause__`` holding the tracebacks of the failing ranks.
+        The error, its ``__cause__`` holding the traceback of the first failing rank, and
+        of the first that failed in another way.
     """
-    first = failures[0]
-    lines = [str(failure) for failure in failures]
+    first = groups[0].first
+    failures = [
+        replace(group.first, rank=rank, host=hosts[rank])
+        for group in groups
+        for rank in group.ranks
+    ]
+    failures.sort(key=lambda failure: failure.rank)
+    lines = [group.text(hosts) for group in groups]
     error = _class_of(first.kind, default)(
         "\n  ".join([f"{first.operation} failed; {safe}", *lines]),
         path=first.path,
@@ -94,14 +169,57 @@ def merge_failures(
         errno=first.errno,
         failures=failures,
         # Ranks mostly find the same: each finding is told once.
-        problems=list(dict.fromkeys(p for f in failures for p in f.problems or [str(f)])),
+        problems=list(
+            dict.fromkeys(
+                problem
+                for group, line in zip(groups, lines, strict=True)
+                for problem in group.first.problems or [line]
+            )
+        ),
     )
+    told = [group.first for group in groups if group.first.traceback][:2]
     error.__cause__ = RemoteTraceback(
-        "\n".join(
-            f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in failures
-        )
+        "\n".join(f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in told)
     )
     return error
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Return ranks in words: ``0 to 6, 8, 10 to 12``."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in spans]
+    more = len(texts) - _GROUPS_MAX
+    return ", ".join(texts[:_GROUPS_MAX]) + (
+        f" and {more:,} more ranges" if more > 0 else ""
+    )
+
+
+def _cut(text: str) -> str:
+    """Keep the start and the end of a text that is too long to be sent to all ranks."""
+    if len(text) <= _TEXT_CHARACTERS_MAX:
+        return text
+    half = _TEXT_CHARACTERS_MAX // 2
+    left_out = len(text) - 2 * half
+    return f"{text[:half]}\n[{left_out:,} characters left out]\n{text[-half:]}"
+
+
+def _cut_lines(text: str) -> str:
+    lines = text.split("\n")
+    if len(lines) > _LINES_MAX + 1:
+        more = len(lines) - _LINES_MAX
+        lines[_LINES_MAX:] = [f"    and {more:,} more: `problems` of the error has them"]
+    return _cut("\n".join(lines))
+
+
+def _cut_list(problems: Sequence[str]) -> list[str]:
+    cut = [one[:_PROBLEM_CHARACTERS_MAX] for one in problems[:_PROBLEMS_MAX]]
+    more = len(problems) - len(cut)
+    return [*cut, f"and {more:,} more"] if more > 0 else cut
 
 
 def _class_of(kind: str, default: type[CheckpointError]) -> type[CheckpointError]:

@@ -24,7 +24,12 @@ from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.vote import UNTOUCHED, Vote
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import RankFailure
-from mpi_ckpt.failures import capture_failure, merge_failures
+from mpi_ckpt.failures import (
+    AlikeFailures,
+    capture_failure,
+    group_failures,
+    merge_failures,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -305,9 +310,11 @@ def _exchange(
             failure, rank=comm.rank, size=comm.size, operation=doing
         ).to_json()
     gathered = gather_bytes(comm, json.dumps(mine).encode(), doing)
-    failed = [record for one in gathered if (record := json.loads(one)) is not None]
-    agreed = bcast_json(comm, failed, doing)
-    return merge_failures([RankFailure(**record) for record in agreed], default, safe)
+    failed = [RankFailure(**one) for text in gathered if (one := json.loads(text))]
+    groups = group_failures(failed) if failed else []
+    told = bcast_json(comm, [[g.first.to_json(), g.ranks] for g in groups], doing)
+    agreed = [AlikeFailures(RankFailure(**first), tuple(ranks)) for first, ranks in told]
+    return merge_failures(agreed, default, safe, comm.hosts)
 
 
 def _encode(value: Any) -> bytes:  # noqa: ANN401 (JSON)

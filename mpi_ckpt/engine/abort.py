@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import Farewell, abort_job, is_rank_failure
+from mpi_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,7 +150,7 @@ class _Hook:
         if not armed:
             self._previous(kind, error, trace)
             return
-        self._tell(armed[0].comm.name, kind, error, trace)
+        self._tell(armed[0].comm, kind, error, trace)
         if is_rank_failure(error):  # nobody can take leave of the dead
             _abort(armed[0].comm, 1)
         for one in armed:
@@ -176,11 +177,18 @@ class _Hook:
 
     def _tell(
         self,
-        name: str,
+        comm: Communicator,
         kind: type[BaseException],
         error: BaseException,
         trace: TracebackType | None,
     ) -> None:
+        name = comm.name
+        if isinstance(error, CheckpointError) and error.failures:
+            first = error.failures[0].rank
+            if comm.rank not in (comm.root, first):
+                # Every rank has this error: a thousand times the same text helps nobody.
+                _write(f"{name}: {kind.__name__}, as told by rank {first}\n")
+                return
         if self._previous is not sys.__excepthook__:
             _write(f"{name}:\n")
             self._previous(kind, error, trace)

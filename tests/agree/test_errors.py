@@ -9,9 +9,12 @@ import json
 import pickle
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpi_ckpt import errors
 from mpi_ckpt.errors import (
@@ -22,7 +25,7 @@ from mpi_ckpt.errors import (
     StateMismatchError,
     WriteError,
 )
-from mpi_ckpt.failures import capture_failure, concerning, merge_failures
+from mpi_ckpt.failures import capture_failure, concerning, group_failures, merge_failures
 
 CLASSES = [
     cls
@@ -36,6 +39,11 @@ def failure(error: BaseException, rank: int = 0) -> RankFailure:
         raise error
     except BaseException as caught:
         return capture_failure(caught, rank=rank, size=4, operation="writing")
+
+
+def merged(failures, default, safe) -> CheckpointError:
+    hosts = [f"host{rank // 25}" for rank in range(failures[0].size)]
+    return merge_failures(group_failures(failures), default, safe, hosts)
 
 
 def test_family_is_the_tree_that_the_module_draws():
@@ -155,16 +163,17 @@ def test_merged_error_is_of_the_class_of_the_lowest_failing_rank():
         failure(StateMismatchError("shape", path="/s"), rank=1),
         failure(ValueError("other"), rank=2),
     ]
-    error = merge_failures(failures, SaveError, "all is safe")
+    error = merged(failures, SaveError, "all is safe")
     assert type(error) is StateMismatchError
-    assert error.failures == tuple(failures)
+    assert [one.rank for one in error.failures] == [1, 2]
+    assert [one.message for one in error.failures] == ["shape", "other"]
     assert error.path == "/s"
     assert str(error).startswith("writing failed; all is safe\n  rank 1 of 4")
     assert "rank 2 of 4" in str(error)
 
 
 def test_errors_from_elsewhere_become_the_default():
-    error = merge_failures([failure(OSError(errno.EIO, "I/O"))], WriteError, "safe")
+    error = merged([failure(OSError(errno.EIO, "I/O"))], WriteError, "safe")
     assert type(error) is WriteError
     assert error.errno == errno.EIO
     assert isinstance(error, OSError)
@@ -174,16 +183,69 @@ def test_name_of_a_builtin_cannot_pose_as_family():
     class CheckpointErrors(Exception):
         pass
 
-    error = merge_failures([failure(CheckpointErrors("x"))], CollectiveError, "safe")
+    error = merged([failure(CheckpointErrors("x"))], CollectiveError, "safe")
     assert type(error) is CollectiveError
 
 
 def test_tracebacks_of_all_ranks_are_the_cause():
     failures = [failure(ValueError("a"), 0), failure(KeyError("b"), 2)]
-    cause = str(merge_failures(failures, SaveError, "safe").__cause__)
+    cause = str(merged(failures, SaveError, "safe").__cause__)
     assert "rank 0 of 4" in cause
     assert "rank 2 of 4" in cause
     assert cause.count("Traceback") == 2
+
+
+def test_ranks_that_fail_alike_are_told_once():
+    failures = [failure(OSError(errno.EIO, "bad disk", "/x"), rank) for rank in (0, 1, 3)]
+    error = merged(failures, SaveError, "safe")
+    assert str(error).splitlines()[1:] == [
+        "  ranks 0 to 1, 3 (3 of 4) on host0, writing: [Errno 5] bad disk: '/x' (OSError)"
+    ]
+    assert [(one.rank, one.host) for one in error.failures] == [
+        (0, "host0"), (1, "host0"), (3, "host0"),
+    ]  # fmt: skip
+    assert str(error.__cause__).count("Traceback") == 1
+
+
+def test_what_a_thousand_ranks_have_to_say_is_bounded():
+    problems = [f"leaf {n} does not fit: {'x' * 600}" for n in range(3000)]
+    mismatch = StateMismatchError("no fit:\n" + "\n".join(problems), problems=problems)
+    one = replace(failure(mismatch), size=1000)
+    alike = [replace(one, rank=rank) for rank in range(1000)]
+    groups = group_failures(alike)
+    assert len(json.dumps([[g.first.to_json(), g.ranks] for g in groups])) < 1 << 20
+    error = merged(alike, SaveError, "safe")
+    assert len(str(error).splitlines()) < 40
+    assert len(str(error)) + len(str(error.__cause__)) < 40 << 10
+    assert "ranks 0 to 999 (1,000 of 1,000) on 40 hosts, writing: no fit:" in str(error)
+    assert "2,977 more: `problems` of the error has them" in str(error)
+    assert error.problems[-1] == "and 2,000 more"
+    assert len(error.failures) == 1000
+
+
+def test_of_very_many_kinds_some_are_told_and_all_are_counted():
+    failures = [
+        replace(failure(ValueError(f"way {rank}"), rank), size=1000) for rank in range(1000)
+    ]
+    error = merged(failures, SaveError, "safe")
+    lines = str(error).splitlines()
+    assert len(lines) == 17
+    assert lines[-1].startswith("  ranks 15 to 999 (985 of 1,000) on 40 hosts")
+    assert "failed in yet another way" in lines[-1]
+    assert [one.rank for one in error.failures] == list(range(1000))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_no_rank_is_lost_and_none_is_told_twice(ways):
+    failures = [
+        replace(failure(ValueError(f"way {way}"), rank), size=40)
+        for rank, way in enumerate(ways)
+    ]
+    error = merged(failures, SaveError, "safe")
+    assert [(one.rank, one.message) for one in error.failures] == [
+        (rank, f"way {way}") for rank, way in enumerate(ways)
+    ]
+    assert len(str(error).splitlines()) == 1 + len(set(ways))
 
 
 def test_problems_of_all_ranks_are_listed_once_each():
@@ -192,7 +254,7 @@ def test_problems_of_all_ranks_are_listed_once_each():
         failure(StateMismatchError("no fit", problems=["w: shape", "c"]), rank=1),
         failure(ValueError("out of luck"), rank=2),
     ]
-    error = merge_failures(failures, SaveError, "safe")
+    error = merged(failures, SaveError, "safe")
     assert error.problems[:3] == ("w: shape", "b", "c")
     assert "rank 2" in error.problems[3]
     assert "out of luck" in error.problems[3]
@@ -206,4 +268,4 @@ def test_anything_an_exception_calls_problems_or_errno_is_no_trouble():
 
     record = failure(Odd("odd"))
     assert json.dumps(record.to_json())
-    assert "odd" in str(merge_failures([record], SaveError, "safe"))
+    assert "odd" in str(merged([record], SaveError, "safe"))

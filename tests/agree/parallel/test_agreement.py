@@ -171,7 +171,10 @@ def test_awkward_exceptions_travel_too(comm, communicator, text):
         agree(communicator, "staging", work, error=SaveError)
     assert caught.error.errno is None
     if text != "unprintable":
-        assert text in str(caught.error)
+        told = str(caught.error)
+        assert text[:4000] in told
+        assert text[-4000:] in told
+        assert len(told) < 10_000  # of each of many ranks so much may be told
 
 
 def test_no_failure_returns_what_each_rank_made(comm, communicator):
