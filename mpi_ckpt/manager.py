@@ -75,7 +75,7 @@ class CheckpointManager:
         self._step = 0
         self._pinned: int | None = None
         self._saver = Saver(self._session, self._registry)
-        self._guard = PreemptionGuard(options.preemption_signals)
+        self._guard = PreemptionGuard(options.preemption_signals, tells=private.is_root)
         self._steps = Steps(self._session, self._saver, self._guard)
         aborts = options.abort_on_error
         self._abort = AbortOnError(private, self._saver.close, enabled=aborts)
@@ -345,6 +345,6 @@ class CheckpointManager:
             self._let_go()
 
     def _let_go(self) -> None:
-        self._guard.uninstall()
+        self._guard.retire()
         if self._saver.close():
             self._session.directory.close()

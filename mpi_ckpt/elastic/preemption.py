@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
 __all__ = ["PreemptionGuard"]
+
+_ASK_ONLY = (signal.SIGUSR1, signal.SIGUSR2)
+_INTERRUPTED = (
+    b"\nmpi_ckpt: Ctrl-C: saves at the next step() and stops; press again to stop now\n"
+)
 
 DEFAULT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -31,17 +37,23 @@ class PreemptionGuard:
 
     Args:
         signals: Signals that ask to stop.
+        tells: Whether a first SIGINT is answered on standard error.
 
     Attributes:
+        is_heeded: Whether anybody looks at the flag. Until then SIGINT interrupts at once.
         requested: Whether a signal came.
         reason: Name of the signal that came first, empty before.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = DEFAULT_SIGNALS) -> None:
+    def __init__(
+        self, signals: Sequence[signal.Signals] = DEFAULT_SIGNALS, *, tells: bool = False
+    ) -> None:
         self._signals = tuple(signals)
+        self._tells = tells
         self._previous: dict[int, Any] = {}
         self._owner = os.getpid()
         self._passed_in_child: set[int] = set()
+        self.is_heeded = True
         self.requested = False
         self.reason = ""
 
@@ -68,6 +80,26 @@ class PreemptionGuard:
                 signal.signal(number, _restorable(previous))
         self._previous.clear()
 
+    def retire(self) -> None:
+        """Watch no more, but let pass what asks the others for a save and would kill.
+
+        Main thread only. Callable twice. Schedulers signal all processes of a job: one
+        that is done must not end by SIGUSR1, and all with it, while the others save.
+        """
+        watched = [number for number in _ASK_ONLY if number in self._previous]
+        self.uninstall()
+        for number in watched:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _let_pass)
+
+    def displaced(self) -> list[str]:
+        """Return the signals that somebody else has taken since. Not collective."""
+        return [
+            signal.Signals(number).name
+            for number in self._previous
+            if signal.getsignal(number) != self._note
+        ]
+
     def __enter__(self) -> PreemptionGuard:
         self.install()
         return self
@@ -86,9 +118,13 @@ class PreemptionGuard:
         if os.getpid() != self._owner:
             self._note_in_child(number, previous, frame)
             return
-        again = self.requested and number == signal.SIGINT
+        interrupt = number == signal.SIGINT
+        again = interrupt and (self.requested or not self.is_heeded)
         self.requested = True
         self.reason = self.reason or signal.Signals(number).name
+        if interrupt and self._tells and not again:
+            with suppress(OSError):
+                os.write(2, _INTERRUPTED)  # what Python itself prints may be under way
         if again:
             self._as_if_absent(number, previous, frame)
         elif callable(previous) and previous is not signal.default_int_handler:
@@ -96,7 +132,7 @@ class PreemptionGuard:
 
     def _note_in_child(self, number: int, previous: Any, frame: FrameType | None) -> None:  # noqa: ANN401 (a handler)
         asks_only = number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-        nobody_there = previous in (signal.SIG_DFL, signal.default_int_handler)
+        nobody_there = previous in (signal.SIG_DFL, signal.default_int_handler, _let_pass)
         if asks_only and nobody_there and number not in self._passed_in_child:
             # The second SIGINT is meant; who asks for a save may ask again.
             if number == signal.SIGINT:
@@ -115,6 +151,10 @@ class PreemptionGuard:
         elif previous != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _let_pass(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing. Not SIG_IGN, which programs started from here would inherit."""
 
 
 def _restorable(previous: Any) -> Any:  # noqa: ANN401

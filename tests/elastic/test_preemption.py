@@ -220,3 +220,55 @@ def test_forked_child_still_calls_the_handler_that_was_there():
         command, check=True, capture_output=True, text=True, timeout=60
     ).stdout
     assert told.split() == ["7", "False"]
+
+
+def test_one_that_is_done_lets_pass_what_asks_the_others_for_a_save():
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    guard = PreemptionGuard()
+    guard.install()
+    guard.retire()
+    guard.retire()
+    send(signal.SIGUSR1)  # would end this process
+    assert not guard.requested
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with PreemptionGuard() as another:
+        send(signal.SIGUSR1)
+        assert another.reason == "SIGUSR1"
+
+
+def test_one_that_is_done_gives_back_a_handler_of_the_program():
+    called = []
+    signal.signal(signal.SIGUSR1, lambda *_: called.append(1))
+    guard = PreemptionGuard()
+    guard.install()
+    guard.retire()
+    send(signal.SIGUSR1)
+    assert called == [1]
+
+
+def test_interrupt_is_left_to_python_while_nobody_looks():
+    with PreemptionGuard() as guard:
+        guard.is_heeded = False
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_interrupt_says_what_it_does(capfd):
+    with PreemptionGuard(tells=True):
+        send(signal.SIGTERM)
+        assert capfd.readouterr().err == ""
+    with PreemptionGuard(tells=True):
+        send(signal.SIGINT)
+        assert "saves at the next step() and stops; press again" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        assert capfd.readouterr().err == ""
+
+
+def test_who_took_a_signal_is_noticed():
+    with PreemptionGuard() as guard:
+        assert guard.displaced() == []
+        signal.signal(signal.SIGUSR2, lambda *_: None)
+        assert guard.displaced() == ["SIGUSR2"]

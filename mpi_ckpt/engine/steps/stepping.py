@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import Vote, any_of, on_root
+from mpi_ckpt.comm import Vote, any_of, collect, on_root
 from mpi_ckpt.elastic.requests import StopRequests
 from mpi_ckpt.engine.steps.interval import Interval
-from mpi_ckpt.errors import CheckpointError, OptionsError
+from mpi_ckpt.errors import CheckpointError, CollectiveError, OptionsError
 from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ __all__ = ["StepActions", "Steps"]
 logger = logging.getLogger(__name__)
 
 _STOP, _DUE, _WRITING, _LONG = 1, 2, 4, 8
+
+_REASONS_MAX = 4
 
 # An allreduce is less than a hundredth of such a step.
 _LONG_STEP_SECONDS = 0.05
@@ -80,6 +82,9 @@ class Steps:
         self._is_long = False
         self._is_agreed = False
         self._reason = ""
+        self._why = ""
+        self._is_told_of_displaced = False
+        guard.is_heeded = False
 
     @property
     def must_stop(self) -> bool:
@@ -115,6 +120,7 @@ class Steps:
         if self._turn == 0 and self._session.comm.is_root:
             self._interval.failures = self._known_failures()
         self._turn += 1
+        self._tell_of_displaced()
         self._interval.restart()
         self._saver.costs.restart_step(time.monotonic())
 
@@ -130,11 +136,12 @@ class Steps:
             CollectiveError: On every live rank, if one never arrives or is elsewhere.
         """
         self._saver.costs.note_step(time.monotonic())
+        self._guard.is_heeded = True
         if self._vote.is_posted:
             flags, turn = self._vote.take().flags, self._posted_in
         else:
             flags, turn = self._vote.exchange(self._flags()).flags, self._turn
-        self._is_agreed = self._is_agreed or bool(flags & _STOP)
+        self._agree_to_stop(wanted=bool(flags & _STOP))
         self._is_long = bool(flags & _LONG)
         # A vote of before the last save says nothing of the next, nor of whether it is
         # written. The turn is the same on every rank.
@@ -166,8 +173,7 @@ class Steps:
         self._session.note("preempted", report.step)
         if self._session.comm.is_root:
             text = "asked to stop (%s); generation %d is saved"
-            why = self._reason or self._guard.reason or "on another rank"
-            logger.warning(text, why, report.generation)
+            logger.warning(text, self._why, report.generation)
 
     def should_stop(self) -> bool:
         """Agree on whether to stop, apart from any step.
@@ -177,9 +183,11 @@ class Steps:
         Raises:
             CollectiveError: On every live rank, if one never arrives or is elsewhere.
         """
+        self._guard.is_heeded = True
         wish = bool(self._flags() & _STOP)
         (stop,) = any_of(self._session.comm, "should_stop()", wish)
-        self._is_agreed = self._is_agreed or stop
+        if self._agree_to_stop(wanted=stop) and self._session.comm.is_root:
+            logger.warning("asked to stop (%s); the next step() saves", self._why)
         return self._is_agreed
 
     def settle(self) -> None:
@@ -192,6 +200,34 @@ class Steps:
         """
         if self._vote.is_posted and self._session.comm.can_meet():
             self._vote.take()
+
+    def _agree_to_stop(self, *, wanted: bool) -> bool:
+        """Note that all ranks are to stop, and find out why; tell if this is new."""
+        if self._is_agreed or not wanted:
+            return False
+        self._is_agreed = True
+        comm, signal = self._session.comm, self._guard.reason
+        mine = self._reason or (f"{signal} on {comm.name}" if signal else "")
+
+        def combine(parts: list[bytes]) -> str:
+            told = [part.decode() for part in parts if part]
+            more = len(told) - _REASONS_MAX
+            cut = "; ".join(told[:_REASONS_MAX])
+            return f"{cut} and {more:,} more ranks" if more > 0 else cut
+
+        doing = "telling why to stop"
+        self._why = collect(comm, doing, mine.encode, combine, error=CollectiveError)
+        return True
+
+    def _tell_of_displaced(self) -> None:
+        names = self._guard.displaced()
+        if names and self._session.comm.is_root and not self._is_told_of_displaced:
+            self._is_told_of_displaced = True
+            logger.warning(
+                "a handler for %s was installed after this manager: unless it calls the "
+                "one that it found, such a signal no longer asks for a save",
+                ", ".join(names),
+            )
 
     def _flags(self) -> int:
         flags = _STOP * self.must_stop + _WRITING * self._saver.is_writing

@@ -3,12 +3,13 @@
 
 import os
 import signal
+import socket
 import time
 
 import pytest
 
 from mpi_ckpt import ObjectState, StopWhen
-from mpi_ckpt.elastic import requests
+from mpi_ckpt.elastic import preemption, requests
 from mpi_ckpt.engine.steps import stepping
 from mpi_ckpt.errors import OptionsError, StageError
 from tests.ranks import assert_same, manager, same_error
@@ -19,12 +20,19 @@ LIMIT = 500
 
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch):
-    """Require the signal handlers of before to be there after; forget real schedulers."""
+    """Require the signal handlers of before to be there after; forget real schedulers.
+
+    But for what asks for a save: that is let pass from then on.
+    """
     for name in ("MPI_CKPT_DEADLINE", "SLURM_JOB_END_TIME", "PBS_WALLTIME"):
         monkeypatch.delenv(name, raising=False)
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    for number, handler in zip(SIGNALS, before, strict=True):
+        now = signal.getsignal(number)
+        asks_only = number in (signal.SIGUSR1, signal.SIGUSR2)
+        assert now == handler or (asks_only and now is preemption._let_pass)
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=["short steps", "long steps"])
@@ -282,3 +290,33 @@ def test_asking_counts_no_step_and_saves_nothing(comm, shared_path, counter):
         # Agreed on already: the next step obeys, whatever was under way.
         assert one.step() is True
         assert saved(one) == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["step", "should_stop"])
+def test_who_asked_is_told_by_root(comm, shared_path, counter, caplog, call):
+    asking = comm.size - 1
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+        one.step()
+        if comm.rank == asking:
+            send(signal.SIGUSR2)
+        while not getattr(one, call)():
+            pass
+        told = [text for text in caplog.messages if text.startswith("asked to stop")]
+        one.wait()
+    if comm.rank == 0:
+        (line,) = told
+        assert (
+            f"(SIGUSR2 on rank {asking} of {comm.size} on {socket.gethostname()})" in line
+        )
+    else:
+        assert told == []
+
+
+def test_a_handler_that_takes_our_place_is_told_once(comm, shared_path, counter, caplog):
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+        ours = signal.signal(signal.SIGUSR1, lambda *_: None)
+        one.save()
+        one.save()
+        signal.signal(signal.SIGUSR1, ours)
+    told = [text for text in caplog.messages if "a handler for SIGUSR1 was" in text]
+    assert len(told) == (comm.rank == 0)
