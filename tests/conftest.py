@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, settings
 
 import mpi_ckpt
 from tests.draws import STRESS
-from tests.jobs import PATIENCE_SECONDS, Jobs, jobs_of_a_test
+from tests.jobs import Jobs, jobs_of_a_test
 from tests.leaks import nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytest_plugins = ["tests.every_rank"]
+pytest_plugins = ["tests.every_rank", "tests.tiers"]
 
 settings.register_profile(
     "suite",
@@ -34,13 +34,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("suite")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let each job of a test hang by itself, and be named, before pytest gives up."""
-    for item in items:
-        if item.path.parent.name == "jobs" and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(6 * PATIENCE_SECONDS))
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ def run_limited(root, limit, prefix=()):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=limit(60),
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -19,8 +19,8 @@ from mpi_ckpt.storage.layout import generation_name
 from tests.crash import faults, scenarios
 from tests.crash.crashes import judge_crashes
 from tests.crash.recorder import in_place_of_os
-from tests.crash.world import COUNTS, JUDGED, Training
-from tests.draws import SEED
+from tests.crash.world import Training
+from tests.draws import COUNTS, JUDGED, SEED
 
 real_sync_directory = filesystem.sync_directory
 

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.jobs import PROGRAMS
+from tests.waiting import limit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 LEAVING = PROGRAMS / "leaving.py"
 BEHIND = "asynchronous=True"
 # Many times what it takes, and less than the patience with a hang.
-SOON_SECONDS = 100
+SOON_SECONDS = limit(100)
 
 
 @pytest.fixture
