@@ -12,7 +12,6 @@ import numpy as np
 
 from benchmarks import ceilings
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options
-from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt import State
 
-__all__ = ["Arguments", "Arrays", "Setting", "rank_choices", "touch_arrays"]
+__all__ = ["Arguments", "Arrays", "Setting", "touch_arrays"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -132,16 +131,3 @@ def touch_arrays(arrays: Iterable[np.ndarray], value: float) -> None:
     """Write a value into the first element of each array."""
     for array in arrays:
         array.reshape(-1)[0] = value
-
-
-def rank_choices(option: str) -> list[str]:
-    """Return the values that an option about ranks takes; none where it is not known."""
-    accepted = []
-    for value in ("root", "node", "all"):
-        given: dict[str, Any] = {option: value}
-        try:
-            Options(**given)
-        except (TypeError, OptionsError):
-            continue
-        accepted.append(value)
-    return accepted

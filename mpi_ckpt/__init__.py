@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.elastic.epochs import EpochState, remaining_epochs_until
     from mpi_ckpt.elastic.preemption import PreemptionGuard
     from mpi_ckpt.elastic.sampler import ElasticSampler
-    from mpi_ckpt.engine.pending import PendingSave
+    from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.manager import CheckpointManager
-    from mpi_ckpt.options import Options
+    from mpi_ckpt.options import IO, Options, StopWhen
     from mpi_ckpt.pacing import AutoInterval
     from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport, SyncReport
     from mpi_ckpt.retention import KeepBest, KeepEvery, KeepLast
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.states.rng import RNGState
     from mpi_ckpt.states.scheduler import SchedulerState
     from mpi_ckpt.states.train import TrainState
-    from mpi_ckpt.stopping import StopWhen
 
 __version__ = "0.1.0"
 
@@ -44,6 +43,7 @@ _MODULES = {
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
     "EpochState": "mpi_ckpt.elastic.epochs",
     "GenerationInfo": "mpi_ckpt.reports",
+    "IO": "mpi_ckpt.options",
     "KeepBest": "mpi_ckpt.retention",
     "KeepEvery": "mpi_ckpt.retention",
     "KeepLast": "mpi_ckpt.retention",
@@ -51,7 +51,7 @@ _MODULES = {
     "ObjectState": "mpi_ckpt.states.objects",
     "OptimizerState": "mpi_ckpt.states.optimizer",
     "Options": "mpi_ckpt.options",
-    "PendingSave": "mpi_ckpt.engine.pending",
+    "PendingSave": "mpi_ckpt.engine.save.pending",
     "PerRankState": "mpi_ckpt.states.per_rank",
     "PreemptionGuard": "mpi_ckpt.elastic.preemption",
     "RNGState": "mpi_ckpt.states.rng",
@@ -59,13 +59,14 @@ _MODULES = {
     "SaveReport": "mpi_ckpt.reports",
     "SchedulerState": "mpi_ckpt.states.scheduler",
     "State": "mpi_ckpt.state",
-    "StopWhen": "mpi_ckpt.stopping",
+    "StopWhen": "mpi_ckpt.options",
     "SyncReport": "mpi_ckpt.reports",
     "TrainState": "mpi_ckpt.states.train",
     "remaining_epochs_until": "mpi_ckpt.elastic.epochs",
 }
 
 __all__ = [
+    "IO",
     "Accumulator",
     "ArrayState",
     "AutoInterval",

@@ -23,8 +23,7 @@ from mpi_ckpt import state as contract
 from mpi_ckpt.elastic import accumulator, epochs
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.manager import CheckpointManager
-from mpi_ckpt.options import Options
-from mpi_ckpt.stopping import StopWhen
+from mpi_ckpt.options import Options, StopWhen
 from mpi_ckpt.storage.layout import check_names_apart
 from mpi_ckpt.storage.notes import Notes
 
@@ -109,7 +108,7 @@ def _default_options() -> Options:
     return replace(Options.from_env(), strict=False, preemption_signals=(), stop=nothing)
 
 
-class State(contract.State):
+class RegisteredState(contract.State):
     """A named piece of training; registers itself when it is made.
 
     Override `save`, `load` and `sync`. The registry keeps it until `unregister`.
@@ -125,6 +124,10 @@ class State(contract.State):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         register(self)
+
+
+State = RegisteredState
+"""As adaptdl calls it."""
 
 
 def configure(
@@ -248,7 +251,7 @@ def close() -> None:
     _surface.reset()
 
 
-class Accumulator(accumulator.Accumulator):
+class EpochAccumulator(accumulator.Accumulator):
     """Sums over ranks and restarts, made and used as adaptdl's.
 
     Collective to make. Named after the running epoch, so make them in the same order on
@@ -277,6 +280,10 @@ class Accumulator(accumulator.Accumulator):
         register(self)
         if not load_state(self):
             _surface.manager(_surface.find_directory())  # binds it to the ranks
+
+
+Accumulator = EpochAccumulator
+"""As adaptdl calls it."""
 
 
 def remaining_epochs_until(limit: int) -> Iterator[int]:

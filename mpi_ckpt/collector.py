@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import threading
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
 __all__ = ["without_collections"]
 
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
 
-
-def without_collections(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Pause the search for cycles while a function runs.
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Pause the search for cycles within a block, or while a function runs.
 
     Every leaf is a few small values that all stay alive. Each thousand of them sets off
     a look at all objects of the process, torch's too: with 20,000 leaves that was two
@@ -26,16 +24,11 @@ def without_collections(function: Callable[Args, Result]) -> Callable[Args, Resu
 
     Thread-safe: whoever ends last lets the collector work again, if it did before.
     """
-
-    @functools.wraps(function)
-    def paused(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-        _PAUSE.begin()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _PAUSE.end()
-
-    return paused
+    _PAUSE.begin()
+    try:
+        yield
+    finally:
+        _PAUSE.end()
 
 
 class _Pause:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error this package raises, and how errors of several ranks become one.
+"""Every error this package raises.
 
 ::
 
@@ -27,8 +27,6 @@ A failure on any rank is raised on every rank, as the same class with the same m
 
 from __future__ import annotations
 
-import socket
-import traceback
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,17 +46,14 @@ __all__ = [
     "NoCheckpointError",
     "OptionsError",
     "PublishError",
-    "RankFailure",
     "ReadError",
     "RegistrationError",
-    "RemoteTraceback",
     "RestoreError",
     "SaveError",
     "StageError",
     "StateMismatchError",
     "UnsupportedFormatError",
     "WriteError",
-    "merge_failures",
 ]
 
 
@@ -92,28 +87,6 @@ class RankFailure:
     problems: Sequence[str] = ()
     traceback: str = ""
 
-    @classmethod
-    def capture(
-        cls, error: BaseException, *, rank: int, size: int, operation: str
-    ) -> RankFailure:
-        """Describe an exception of this rank. Not collective. Thread-safe."""
-        # Anybody's exception may call anything `errno` or `problems`.
-        ours = error if isinstance(error, CheckpointError) else None
-        known = ours or (error if isinstance(error, OSError) else None)
-        return cls(
-            rank=rank,
-            size=size,
-            host=socket.gethostname(),
-            operation=operation,
-            kind=type(error).__name__,
-            message=_text_of(error),
-            errno=known.errno if known else None,
-            path=_path_of(error),
-            generation=ours.generation if ours else None,
-            problems=list(ours.problems) if ours else [],
-            traceback="".join(traceback.format_exception(error)),
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values. Not collective. Thread-safe."""
         return asdict(self)
@@ -124,13 +97,9 @@ class RankFailure:
         # An OSError says its path itself; ours do as well.
         if self.path and self.path not in self.message:
             text += f" [{self.path}]"
-        if self.kind in _FAMILY:
+        if self.kind in __all__:  # an error of this package says all itself
             return text
         return f"{text} ({self.kind})"
-
-
-class RemoteTraceback(Exception):
-    """Carries the tracebacks of the failing ranks as the cause of an agreed error."""
 
 
 class CheckpointError(Exception):
@@ -239,76 +208,3 @@ class StateMismatchError(RestoreError):
 
 class CollectiveError(CheckpointError):
     """Ranks never arrived, or failed in a way no other class describes."""
-
-
-_FAMILY: dict[str, type[CheckpointError]] = {
-    cls.__name__: cls
-    for cls in (
-        RegistrationError,
-        OptionsError,
-        LaunchError,
-        LockedError,
-        SaveError,
-        StageError,
-        DivergedError,
-        FencedError,
-        WriteError,
-        PublishError,
-        RestoreError,
-        NoCheckpointError,
-        ReadError,
-        CorruptGenerationError,
-        UnsupportedFormatError,
-        StateMismatchError,
-        CollectiveError,
-        CheckpointError,
-    )
-}
-
-
-def merge_failures(
-    failures: Sequence[RankFailure], default: type[CheckpointError], safe: str
-) -> CheckpointError:
-    """Make the one error that all ranks raise from the failures of some.
-
-    Not collective. Thread-safe. The class is that of the lowest failing rank where it
-    belongs to this package's family, else ``default``.
-
-    Args:
-        failures: At least one, ordered by rank.
-        default: Class for exceptions from outside the family.
-        safe: One clause that says what is still safe.
-
-    Returns:
-        The error, its ``__cause__`` holding the tracebacks of the failing ranks.
-    """
-    first = failures[0]
-    lines = [str(failure) for failure in failures]
-    error = _FAMILY.get(first.kind, default)(
-        "\n  ".join([f"{first.operation} failed; {safe}", *lines]),
-        path=first.path,
-        generation=first.generation,
-        errno=first.errno,
-        failures=failures,
-        # Ranks mostly find the same: each finding is told once.
-        problems=list(dict.fromkeys(p for f in failures for p in f.problems or [str(f)])),
-    )
-    error.__cause__ = RemoteTraceback(
-        "\n".join(
-            f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in failures
-        )
-    )
-    return error
-
-
-def _text_of(error: BaseException) -> str:
-    # The other ranks wait for this text, so making it must not fail.
-    try:
-        return str(error) or type(error).__name__
-    except Exception as failure:
-        return f"its text cannot be made ({type(failure).__name__})"
-
-
-def _path_of(error: BaseException) -> str | None:
-    path = getattr(error, "path", None) or getattr(error, "filename", None)
-    return None if path is None else str(path)

@@ -23,13 +23,15 @@ def lazy_names(
 
     Args:
         package: Its name.
-        modules: Public name -> the module that has it.
+        modules: Public name -> the module that has it, and after a colon the name it has
+            there, where that is another.
     """
 
     def get(name: str) -> Any:  # noqa: ANN401 (any public name)
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(modules[name]), name)
+        module, _, inside = modules[name].partition(":")
+        value = getattr(import_module(module), inside or name)
         # Found without this the next time.
         setattr(sys.modules[package], name, value)
         return value

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,10 +15,11 @@ from mpi_ckpt import dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from concurrent.futures import Future
 
-    from mpi_ckpt.gate import Gate
-
-__all__ = ["Buffer", "Form", "Leaf", "LeafSpec", "MemoryBuffer", "copy_bytes"]
+__all__ = [
+    *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Target", "copy_bytes"),
+]
 
 # Copies of so little are done before NumPy has made an array of them.
 _SMALL_BYTES = 32 << 10
@@ -99,6 +101,27 @@ class Buffer(Protocol):
         """Return a number that moves when the owner notices a change, if it ever does."""
 
 
+class Gate:
+    """Holds up whoever is about to change tensors until they are copied.
+
+    Main thread only. A future ends whether the copy succeeds or fails, so nobody is held
+    up for ever.
+    """
+
+    def __init__(self) -> None:
+        self._copy: Future[None] | None = None
+
+    def hold(self, copy: Future[None]) -> None:
+        """Let `wait` wait for a copy."""
+        self._copy = copy
+
+    def wait(self) -> None:
+        """Return when what is behind the gate may change; its error is not raised here."""
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            wait([copy])
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One named tensor, array or blob, and where its bytes live.
@@ -167,3 +190,34 @@ class MemoryBuffer:
     def stamp(self) -> int:
         """Return nothing of interest: memory notices no change. Not collective."""
         return 0
+
+
+class Target:
+    """Where a leaf arrives: in place, where that is contiguous host memory.
+
+    Not collective. Not thread-safe.
+
+    Args:
+        spec: Of the leaf that comes.
+        leaf: Where its bytes belong; None if nobody wants them.
+    """
+
+    def __init__(self, spec: LeafSpec, leaf: Leaf | None) -> None:
+        self._nbytes = spec.nbytes
+        self._leaf = leaf
+        self._live: memoryview | None = None if leaf is None else leaf.buffer.view()
+        self._private: bytearray | None = None
+
+    def memory(self) -> memoryview:
+        """Return the bytes to fill; a private copy is made when first needed."""
+        if self._live is not None:
+            return self._live
+        if self._private is None:
+            self._private = bytearray(self._nbytes)
+        return memoryview(self._private)
+
+    def finish(self) -> None:
+        """Move a private copy to where it belongs, and drop it."""
+        if self._live is None and self._leaf is not None:
+            self._leaf.buffer.write(self.memory())
+        self._private = None

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manager: puts the steps of a save and a restore in order, and nothing else.
 
-save      states --sync--> leaves --write--> files in .partial-* --publish--> checkpoint-N
-restore   newest valid generation --read once--> root --bcast--> leaves --> states
+save      states --sync--> leaves --[stage--> copy] --write--> .partial-* --publish-->
+          checkpoint-N --prune--> those that retention keeps
+restore   find the newest good generation, match it with the states, transfer its bytes
+          to every rank, let the states adopt them
 """
 
 from __future__ import annotations
@@ -11,26 +13,24 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.engine.abort import AbortOnError
-from mpi_ckpt.engine.gather import gather_request, remember_states
 from mpi_ckpt.engine.registry import Registry
-from mpi_ckpt.engine.report import list_generations
-from mpi_ckpt.engine.restore import restore_states, tell_of_resize
-from mpi_ckpt.engine.saver import Saver
+from mpi_ckpt.engine.restore.newest import list_generations
+from mpi_ckpt.engine.restore.restoring import Restore
+from mpi_ckpt.engine.save.saver import Saver
 from mpi_ckpt.engine.session import Session
-from mpi_ckpt.engine.steps import Steps
-from mpi_ckpt.engine.sync import sync_states
-from mpi_ckpt.errors import CheckpointError, SaveError
+from mpi_ckpt.engine.steps.stepping import Steps
+from mpi_ckpt.engine.sync.replicas import sync_states
+from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
     from os import PathLike
-    from types import TracebackType
 
     from mpi4py import MPI
 
-    from mpi_ckpt.engine.pending import PendingSave
-    from mpi_ckpt.engine.restore import OnResize
+    from mpi_ckpt.engine.restore.restoring import OnResize
+    from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport, SyncReport
     from mpi_ckpt.state import State
@@ -74,7 +74,7 @@ class CheckpointManager:
         self._registry = Registry(private)
         self._step = 0
         self._pinned: int | None = None
-        self._saver = Saver(self._session)
+        self._saver = Saver(self._session, self._registry)
         self._guard = PreemptionGuard(options.preemption_signals)
         self._steps = Steps(self._session, self._saver, self._guard)
         aborts = options.abort_on_error
@@ -107,11 +107,8 @@ class CheckpointManager:
 
     @property
     def exit_code(self) -> int:
-        """Code to leave with: 0, or ``Options.exit_code`` after a request to stop.
-
-        Not collective.
-        """
-        return self._session.options.exit_code if self._steps.must_stop else 0
+        """0, or ``StopWhen.exit_code`` once somebody asked to stop. Not collective."""
+        return self._session.options.stop.exit_code if self._steps.must_stop else 0
 
     def add(self, state: State) -> None:
         """Take in one more state.
@@ -145,8 +142,9 @@ class CheckpointManager:
         Raises:
             CheckpointError: On every rank, as `save` does before it writes.
         """
-        one, states = self._session, self._registry.choose(only)
-        return sync_states(one.comm, states, one.options, likely_equal=False)[1]
+        comm, options = self._session.comm, self._session.options
+        states = self._registry.choose("beginning a sync", only)
+        return sync_states(comm, states, options, likely_equal=False)[1]
 
     def save(
         self,
@@ -179,19 +177,21 @@ class CheckpointManager:
         instead = self._saver.make_way()
         if instead is not None:
             return instead
-        session, states = self._session, self._registry.choose(only)
-        with session.watch("saving") as clock:
-            # First of all: a job that may not save here must not find out after hours.
-            session.on_root("opening the directory", session.directory.own, SaveError)
-            step = self._step if step is None else step
-            sync = session.options.sync if sync is None else sync
-            carry = None if only is None else carry or bool  # every name is true
-            request, synced = gather_request(
-                session, states, clock, step=step, sync=sync, metrics=metrics, carry=carry
+        step = self._step if step is None else step
+        with self._session.watch("saving") as clock:
+            save = self._saver.begin(
+                only, step=step, sync=sync, metrics=metrics, carry=carry, clock=clock
             )
+            save.sync()
             self._pinned = None
             self._steps.restart()
-            return self._saver.save(request, synced, clock)
+            save.stage()
+            save.write()
+            if self._session.options.asynchronous:
+                return self._saver.leave(save)  # published and pruned when ranks next meet
+            save.publish()
+            save.prune()
+            return self._saver.end(save)
 
     def remember(self, step: int | None = None) -> None:
         """Copy the states into the `Memory`, as they are, without saving them.
@@ -205,8 +205,7 @@ class CheckpointManager:
             CheckpointError: On every rank, if any cannot: that one holds no copy then.
         """
         self._saver.finish()
-        states = self._registry.choose(None)
-        remember_states(self._session, states, self._step if step is None else step)
+        self._saver.remember(self._step if step is None else step)
 
     def restore(
         self, only: Collection[str] | None = None, *, on_resize: OnResize | None = None
@@ -234,22 +233,28 @@ class CheckpointManager:
             CheckpointError: On every rank, for anything else that went wrong.
         """
         self._saver.finish()
-        session, states = self._session, self._registry.choose(only, skipped=True)
-        partial = only is not None
-        pinned = self._pinned if partial else None
-        with session.watch("restoring") as clock:
-            report = restore_states(session, states, clock, partial=partial, pinned=pinned)
+        pinned = None if only is None else self._pinned
+        with self._session.watch("restoring") as clock:
+            restore = Restore(
+                self._session, self._registry, only, pinned=pinned, clock=clock
+            )
+            while restore.find():
+                with restore.aside_if_bad():
+                    restore.match()
+                    restore.transfer()
+                    restore.adopt()
+        report = restore.report
         if report is not None:
             self._step = report.step
-            self._pinned = report.generation if partial else None
+            self._pinned = None if only is None else report.generation
             self._steps.restart()
-            tell_of_resize(session, report, on_resize)
+            restore.tell_of_resize(on_resize)
         return report
 
     def step(self, *, metrics: Mapping[str, float] | None = None) -> bool:
         """Count a training step; save if one is due or somebody asked to stop.
 
-        Collective. Call at every step boundary. Costs one allreduce of 40 bytes, which
+        Collective. Call at every step boundary. Costs one allreduce of 56 bytes, which
         short steps do not wait for: what asks to stop is then heard a step later.
 
         Args:
@@ -264,22 +269,22 @@ class CheckpointManager:
             CheckpointError: On every rank, as `save` does.
         """
         self._step += 1
-        verdict = self._steps.decide(self._step)
-        if verdict.stop or verdict.finish:
+        actions = self._steps.decide(self._step)
+        if actions.stop or actions.finish:
             self._saver.finish()
-        if verdict.stop:
+        if actions.stop:
             # The last save is of this very step, and durable.
             self._steps.note_stop(self.save(metrics=metrics).wait())
             return True
-        if verdict.save:
+        if actions.save:
             self.save(metrics=metrics)
-        elif verdict.remember:
+        elif actions.remember:
             self.remember()
         self._steps.go_on()
         return False
 
     def should_stop(self) -> bool:
-        """Tell whether somebody asked to stop; count no step and save nothing.
+        """Return whether somebody asked to stop; count no step and save nothing.
 
         Collective. For evaluation and warm-up, which may be left early then: the next
         `step` saves and returns True, and `exit_code` is already set on every rank.
@@ -328,12 +333,7 @@ class CheckpointManager:
     def __enter__(self) -> CheckpointManager:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if error is None:
             self.close()
         else:

@@ -200,8 +200,11 @@ class PartsState(LeafState):
         raise NotImplementedError
 
     def combine(self, parts: Sequence[bytes]) -> None:
-        """Take the parts of all ranks, in rank order. Called on root only."""
+        """Join the parts of all ranks, in rank order. Called on root only.
+
+        It takes effect in `combined`: if it fails, nothing has changed.
+        """
         raise NotImplementedError
 
     def combined(self) -> None:
-        """Note that root has this rank's part. Called on every rank once it is so."""
+        """Note that root has the parts of all. Called on every rank once it is so."""

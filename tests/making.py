@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine.contents import capture_only
-from mpi_ckpt.engine.draft import Published, SaveRequest
-from mpi_ckpt.engine.write import write_generation
-from mpi_ckpt.options import Options
-from mpi_ckpt.reports import PhaseClock
+from mpi_ckpt.engine.save.draft import Draft
+from mpi_ckpt.engine.save.request import Published, SaveRequest
+from mpi_ckpt.engine.sync.captured import capture_states
+from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.state import LeafState, State
 from mpi_ckpt.states.arrays import ArrayState
@@ -88,12 +87,14 @@ def save(
     **noted,
 ) -> Published:
     """Write a generation of these states, as root of a job of one rank does."""
-    captured = iter(capture_only([s for s in states if isinstance(s, LeafState)]))
+    captured = iter(capture_states(s for s in states if isinstance(s, LeafState)))
     mixed = [next(captured) if isinstance(s, LeafState) else s for s in states]
     noted = {"step": 1, "size": 1, "carry": carry, **noted}
-    options = options or Options(retention=KeepLast(100), reuse=False)
+    options = options or Options(retention=KeepLast(100), io=IO(reuse=False))
     request = SaveRequest(states=mixed, **noted)
-    return write_generation(directory, request, options, PhaseClock())
+    with Draft.begin(directory, request, options) as draft:
+        draft.write(draft.fresh_states, request.plain)
+        return draft.publish()
 
 
 def publish(root: Path, states: list[State] | None = None, **noted) -> Path:

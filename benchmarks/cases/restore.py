@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from benchmarks import ceilings, names
 from benchmarks.harness import Contender, Group
 from benchmarks.peers import load_contenders
-from benchmarks.setting import rank_choices
+from mpi_ckpt.options import IO, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,9 +45,9 @@ def groups(setting: Setting) -> Iterator[Group]:
         _restore(names.RESTORE, setting, manager),
     ]
     # With several readers: each from a directory of its own, which others may not share.
-    for value in rank_choices("readers") if setting.comm.size > 1 else []:
+    for value in get_args(Ranks) if setting.comm.size > 1 else []:
         if value != "root":
-            several = setting.manager(f"ours-{value}", readers=value)
+            several = setting.manager(f"ours-{value}", io=IO(readers=value))
             several.save().wait()
             name = f"{names.RESTORE}, readers={value}"
             contenders.append(_restore(name, setting, several))

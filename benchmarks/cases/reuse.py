@@ -9,6 +9,7 @@ from benchmarks import names
 from benchmarks.cases.save import our_save, raw_writes
 from benchmarks.harness import Contender, Group
 from benchmarks.setting import touch_arrays
+from mpi_ckpt import IO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,7 @@ _NEVER = 1_000_000
 def groups(setting: Setting) -> Iterator[Group]:
     """See the module."""
     full = our_save(names.REUSE_FULL, setting, setting.manager("full"))
-    manager = setting.manager("part", full_every=_NEVER)
+    manager = setting.manager("part", io=IO(full_every=_NEVER))
     chosen = near_share(setting.state, _SHARE)
     changed = sum(setting.state[name].nbytes for name in chosen)
     turns = 0

@@ -58,7 +58,7 @@ def _as_a_save_does(setting: Setting) -> None:
     leaves = ArrayState("adam", setting.state).capture().leaves
     reads = [leaf.buffer.read for leaf in leaves]
     sizes = [leaf.spec.nbytes for leaf in leaves]
-    digest_many(reads, sizes, Options().digest_threads)
+    digest_many(reads, sizes, Options().io.digest_threads)
     block = memoryview(bytearray(_BLOCK_BYTES))
     for read in reads:
         data = read()

@@ -13,7 +13,7 @@ from mpi_ckpt import __version__
 __all__ = ["cli"]
 
 _COMMANDS = {
-    "run": "running:run",
+    "run": "restarting:run",
     "ls": "listing:list_generations",
     "show": "showing:show",
     "verify": "verifying:verify",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import MISUSED, CommandError
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ class Child:
             )
         except OSError as error:
             raise CommandError(
-                f"{command[0]} cannot be started: {error.strerror}", code=MISUSED
+                f"{command[0]} cannot be started: {in_words(error)}", code=MISUSED
             ) from None
         assert self._process.stderr is not None
         self._pipe = self._process.stderr.fileno()

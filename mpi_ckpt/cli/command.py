@@ -13,6 +13,7 @@ import click
 from mpi_ckpt.cli.screen import Screen
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words
 from mpi_ckpt.storage.layout import generation_number
 
 if TYPE_CHECKING:
@@ -127,5 +128,4 @@ def _complete(
 
 def _text_of(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
-    code = errno.errorcode.get(error.errno or 0, type(error).__name__)
-    return f"{where}{code} ({error.strerror or error})"
+    return f"{where}{in_words(error)}"

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mpi_ckpt.cli.changes import compare_generations, structure_changes
 from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
-from mpi_ckpt.cli.comparing import compare_generations, structure_changes
 from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.showing import shape_text
 from mpi_ckpt.cli.survey import find_generation, open_generation
 from mpi_ckpt.storage.layout import MANIFEST
 
 if TYPE_CHECKING:
-    from mpi_ckpt.cli.comparing import LeafChange
+    from mpi_ckpt.cli.changes import LeafChange
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.storage.manifest import Manifest
 
@@ -47,7 +47,7 @@ def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
     with ExitStack() as stack:
         left = stack.enter_context(open_generation(first))
         right = stack.enter_context(open_generation(second))
-        total = sum(e.nbytes for s in left.manifest.states for e in s.extents)
+        total = left.manifest.nbytes
         with screen.progress("comparing", total) as done:
             changes = compare_generations(left, right, done)
         values = _values(left.manifest, right.manifest)

@@ -22,7 +22,6 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
-from mpi_ckpt.cli.proving import proven_blocks
 from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.showing import pick_states
 from mpi_ckpt.cli.survey import open_wanted
@@ -30,13 +29,14 @@ from mpi_ckpt.errors import WriteError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.proving import proven_blocks
 from mpi_ckpt.storage.tensorfile import encode_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.manifest import Extent, Manifest, StoredState
+    from mpi_ckpt.storage.manifest import Manifest, StoredLeaf, StoredState
     from mpi_ckpt.storage.reader import GenerationReader
 
 __all__ = ["METADATA_KEY", "STREAM_NAME", "export"]
@@ -98,7 +98,7 @@ def export(
         states = pick_states(reader.manifest, names)
         if not states:
             raise CommandError(f"{path} holds no state", kind="absent")
-        total = sum(e.nbytes for state in states for e in state.extents)
+        total = sum(state.nbytes for state in states)
         alone = len(names) == 1
         with _new_file(target) as descriptor, screen.progress("exporting", total) as done:
             if form == "torch":
@@ -164,40 +164,40 @@ def _write_safetensors(
     for _, spec, _ in order:
         starts.append(end)
         end += spec.nbytes
-    extents = [extent for _, _, extent in order]
-    for index, block, data in proven_blocks(reader, extents):
-        offset = starts[index] + block * reader.manifest.block_bytes
-        filesystem.write_all(descriptor, data, offset)
+    leaves = [leaf for _, _, leaf in order]
+    for block, data in proven_blocks(reader, leaves):
+        filesystem.write_all(descriptor, data, starts[block.leaf] + block.start)
         done(len(data))
 
 
 def _entries(
     states: Sequence[StoredState], *, alone: bool
-) -> list[tuple[str, LeafSpec, Extent]]:
+) -> list[tuple[str, LeafSpec, StoredLeaf]]:
     entries = []
     for state in states:
         # Encoded, so that "a/b" + "c" and "a" + "b/c" stay apart.
         prefix = "" if alone else quote(state.name, safe="") + "/"
-        if state.stream is not None:
-            spec = LeafSpec(STREAM_NAME, "U8", (state.stream.nbytes,))
-            entries.append((prefix + STREAM_NAME, spec, state.stream))
+        if state.is_stream:
+            spec = LeafSpec(STREAM_NAME, "U8", (state.nbytes,))
+            entries.append((prefix + STREAM_NAME, spec, state.leaves[0]))
+            continue
         for leaf in state.leaves:
             name = prefix + leaf.spec.name
             # One name in the header is not that of a tensor.
             name = f"{name}_" if name.startswith("__metadata__") else name
-            entries.append((name, leaf.spec, leaf.extent))
+            entries.append((name, leaf.spec, leaf))
     return entries
 
 
 def _metadata(
     manifest: Manifest,
     states: Sequence[StoredState],
-    entries: Sequence[tuple[str, LeafSpec, Extent]],
+    entries: Sequence[tuple[str, LeafSpec, StoredLeaf]],
 ) -> str:
     names = iter(entries)
     described: list[dict[str, Any]] = []
     for state in states:
-        if state.stream is not None:
+        if state.is_stream:
             described.append({"name": state.name, "stream": next(names)[0]})
             continue
         leaves = []

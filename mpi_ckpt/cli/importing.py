@@ -13,12 +13,11 @@ import click
 from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, command
 from mpi_ckpt.cli.foreign import Content, FileStream, FixedState, open_safetensors
 from mpi_ckpt.cli.screen import bytes_text, plural
-from mpi_ckpt.engine.contents import capture_only
-from mpi_ckpt.engine.draft import SaveRequest
-from mpi_ckpt.engine.write import write_generation
+from mpi_ckpt.engine.save.draft import Draft
+from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, ReadError
-from mpi_ckpt.options import Options
-from mpi_ckpt.reports import PhaseClock
+from mpi_ckpt.options import IO, Options
 from mpi_ckpt.state import LeafState
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.engine.draft import Published
+    from mpi_ckpt.engine.save.request import Published
     from mpi_ckpt.leaf import Leaf
     from mpi_ckpt.state import State
 
@@ -125,7 +124,7 @@ def _publish(
     content: Content,
     step: int | None,
 ) -> Published:
-    captured = iter(capture_only([s for s in states if isinstance(s, LeafState)]))
+    captured = iter(capture_states(s for s in states if isinstance(s, LeafState)))
     request = SaveRequest(
         states=[next(captured) if isinstance(s, LeafState) else s for s in states],
         step=content.step if step is None else step,
@@ -136,9 +135,10 @@ def _publish(
     with closing(directory):
         directory.own()
         try:
-            published = write_generation(
-                directory, request, Options(reuse=False), PhaseClock()
-            )
+            options = Options(io=IO(reuse=False))
+            with Draft.begin(directory, request, options) as draft:
+                draft.write(draft.fresh_states, request.plain)
+                published = draft.publish()
         except (ValueError, TypeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -228,12 +228,8 @@ def _newest_of_adaptdl(source: Path) -> Path:
 
 def _starts_like_safetensors(source: Path) -> bool:
     try:
-        with (
-            os_errors_as(ReadError, "reading", source),
-            filesystem.open_for_reading(source) as (descriptor, _),
-        ):
-            start = bytearray(9)
-            count = filesystem.read_at(descriptor, memoryview(start), 0)
+        with os_errors_as(ReadError, "reading", source):
+            start = filesystem.read_start(source, 9)
     except ValueError as error:  # a FIFO or a device
         raise CommandError(str(error), code=MISUSED, kind="usage") from error
-    return source.suffix == ".safetensors" or (count == 9 and start[8:] == b"{")
+    return source.suffix == ".safetensors" or start[8:] == b"{"

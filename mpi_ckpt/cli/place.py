@@ -23,6 +23,7 @@ from mpi_ckpt.cli.screen import bytes_text
 from mpi_ckpt.cli.survey import lock_holder, look
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +56,9 @@ def check_directory(directory: Path) -> list[Check]:
             checks += [_guarded(check, shop) for check in tried]
     except OSError as error:
         checks.append(
-            _check("writing", _errno(error), "wrong", "jobs cannot save here, only restore")
+            _check(
+                "writing", in_words(error), "wrong", "jobs cannot save here, only restore"
+            )
         )
     checks += _space(directory, place)
     checks += _guard(directory)
@@ -97,12 +100,10 @@ def _name(directory: Path, place: Path) -> Check:
 
 def _file_system(place: Path) -> Check:
     try:
-        with filesystem.open_for_reading(Path("/proc/self/mountinfo")) as (descriptor, _):
-            table = bytearray(_MOUNTS_BYTES)
-            count = filesystem.read_at(descriptor, memoryview(table), 0)
+        table = filesystem.read_start(Path("/proc/self/mountinfo"), _MOUNTS_BYTES)
     except OSError as error:
-        return _check("file system", _errno(error), "note", "not known what it is")
-    kind, options = mount_of(place.resolve(), table[:count].decode(errors="replace"))
+        return _check("file system", in_words(error), "note", "not known what it is")
+    kind, options = mount_of(place.resolve(), table.decode(errors="replace"))
     given = options.split(",")
     if "nobarrier" in given or "barrier=0" in given:
         advice = "mounted without barriers: a power cut can take acknowledged saves"
@@ -139,7 +140,7 @@ def _guarded(check: Callable[[Path], Check], shop: Path) -> Check:
         return check(shop)
     except OSError as error:
         name = check.__name__.strip("_")
-        return _check(name, _errno(error), "wrong", "saves will fail here")
+        return _check(name, in_words(error), "wrong", "saves will fail here")
 
 
 def _direct(shop: Path) -> Check:
@@ -153,11 +154,9 @@ def _direct(shop: Path) -> Check:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        advice = "large files go through the page cache (io='auto')"
+        advice = "large files go through the page cache (IO.mode)"
         return _check("O_DIRECT", "no", "note", advice)
-    return _check(
-        "O_DIRECT", "yes", "ok", "large files go around the page cache (io='auto')"
-    )
+    return _check("O_DIRECT", "yes", "ok", "large files go around the page cache (IO.mode)")
 
 
 def _links(shop: Path) -> Check:
@@ -167,8 +166,8 @@ def _links(shop: Path) -> Check:
         filesystem.link_file(shop / "one", shop / "two")
     except OSError as error:
         advice = "unchanged leaves cannot be shared: each save writes all of them"
-        return _check("hard links", _errno(error), "note", advice)
-    return _check("hard links", "yes", "ok", "unchanged leaves are shared (reuse=True)")
+        return _check("hard links", in_words(error), "note", advice)
+    return _check("hard links", "yes", "ok", "unchanged leaves are shared (IO.reuse)")
 
 
 def _locks(shop: Path) -> Check:
@@ -185,7 +184,7 @@ def _locks(shop: Path) -> Check:
                 return _check("flock", "of no effect", "wrong", advice)
     except OSError as error:
         advice = "jobs refuse to save here; mount the file system with locks"
-        return _check("flock", _errno(error), "wrong", advice)
+        return _check("flock", in_words(error), "wrong", advice)
     return _check("flock", "excludes", "ok", "a second job is refused")
 
 
@@ -262,8 +261,3 @@ def _guard(directory: Path) -> list[Check]:
         advice = "commands that change something are refused meanwhile"
         checks.append(_check("in use", holder, "ok", advice))
     return checks
-
-
-def _errno(error: OSError) -> str:
-    code = errno.errorcode.get(error.errno or 0, type(error).__name__)
-    return f"{code} ({error.strerror or error})"

@@ -18,9 +18,9 @@ from mpi_ckpt.cli.command import (
     command,
     directory_argument,
 )
-from mpi_ckpt.cli.proving import find_problems
 from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.survey import look
+from mpi_ckpt.cli.verifying import find_problems
 from mpi_ckpt.retention import (
     GenerationSummary,
     KeepBest,
@@ -47,7 +47,7 @@ LOCK_PATIENCE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _PrunePlan:
     """What goes, what stays, what is left alone; how many bytes that frees."""
 
     removed: tuple[int, ...]
@@ -154,7 +154,7 @@ def _policy(
 
 def _plan(
     screen: Screen, directory: Path, policy: RetentionPolicy, *, verify: bool
-) -> _Plan:
+) -> _PrunePlan:
     rows = [row for row in look(directory) if row.name.startswith("checkpoint-")]
     # A damaged generation must not count as one that stays: the good ones would go.
     good = {
@@ -172,7 +172,7 @@ def _plan(
             kept = _kept(policy, good)
     removed = tuple(number for number in good if number not in kept)
     sound = {row.name for row in good.values()}
-    return _Plan(
+    return _PrunePlan(
         removed=removed,
         kept=tuple(number for number in good if number in kept),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
@@ -189,7 +189,7 @@ def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
 
 def _proves(screen: Screen, path: Path) -> bool:
     with GenerationReader(path) as reader:
-        total = sum(e.nbytes for s in reader.manifest.states for e in s.extents)
+        total = reader.manifest.nbytes
         with screen.progress(path.name, total) as done:
             return not find_problems(reader, done)
 
@@ -203,7 +203,7 @@ def _freed(removed: list[Row], rows: list[Row]) -> int:
 
 
 def _show(
-    screen: Screen, plan: _Plan, leftovers: tuple[str, ...], *, dry_run: bool
+    screen: Screen, plan: _PrunePlan, leftovers: tuple[str, ...], *, dry_run: bool
 ) -> None:
     verb, freeing = ("would go", "would free") if dry_run else ("removed", "freed")
     screen.say(f"{verb}: {_listed(plan.removed)}")

@@ -58,7 +58,7 @@ def show(
     _show_head(screen, path, manifest)
     for state in states:
         _show_state(screen, state, limit=None if everything else _LEAVES_SHOWN)
-        if structure and state.stream is None:
+        if structure and not state.is_stream:
             screen.say()
             for line in json.dumps(state.structure, indent=2).splitlines():
                 screen.say(f"  {line}")
@@ -110,9 +110,9 @@ def _show_head(screen: Screen, path: Path, manifest: Manifest) -> None:
 
 def _show_state(screen: Screen, state: StoredState, limit: int | None) -> None:
     screen.say()
-    total = bytes_text(sum(extent.nbytes for extent in state.extents))
-    if state.stream is not None:
-        digest = state.stream.digest.whole.hex()[:_DIGITS]
+    total = bytes_text(state.nbytes)
+    if state.is_stream:
+        digest = state.leaves[0].digest.whole.hex()[:_DIGITS]
         screen.say(f"{state.name}: a stream of {total}, digest {digest}", style="bold")
         return
     if not state.leaves:
@@ -127,7 +127,7 @@ def _show_state(screen: Screen, state: StoredState, limit: int | None) -> None:
                 leaf.spec.dtype,
                 shape_text(leaf.spec.shape),
                 bytes_text(leaf.extent.nbytes),
-                leaf.extent.digest.whole.hex()[:_DIGITS],
+                leaf.digest.whole.hex()[:_DIGITS],
             ]
             for leaf in state.leaves[:limit]
         ],
@@ -160,10 +160,10 @@ def _document(
 def _state_document(state: StoredState, *, structure: bool) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": state.name,
-        "bytes": sum(extent.nbytes for extent in state.extents),
+        "bytes": state.nbytes,
     }
-    if state.stream is not None:
-        return {**document, "stream": state.stream.digest.whole.hex()}
+    if state.is_stream:
+        return {**document, "stream": state.leaves[0].digest.whole.hex()}
     if structure:
         document["structure"] = state.structure
     document["leaves"] = [
@@ -172,7 +172,7 @@ def _state_document(state: StoredState, *, structure: bool) -> dict[str, Any]:
             "dtype": leaf.spec.dtype,
             "shape": list(leaf.spec.shape),
             "bytes": leaf.extent.nbytes,
-            "digest": leaf.extent.digest.whole.hex(),
+            "digest": leaf.digest.whole.hex(),
             "file": leaf.extent.file,
         }
         for leaf in state.leaves

@@ -298,7 +298,4 @@ def _measured(
 
 
 def _read_note(path: Path, most: int) -> str:
-    with filesystem.open_for_reading(path) as (descriptor, _):
-        data = bytearray(most)
-        count = filesystem.read_at(descriptor, memoryview(data), 0)
-    return data[:count].decode(errors="replace")
+    return filesystem.read_start(path, most).decode(errors="replace")

@@ -10,11 +10,11 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.command import CommandError
-from mpi_ckpt.cli.proving import proven_blocks
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.tree import leaf_kinds, unflatten
 from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.manifest import STREAM
+from mpi_ckpt.storage.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,10 +69,8 @@ def load_file(path: Path) -> Any:  # noqa: ANN401 (any nested value)
     """
     torch = _torch()
     _refuse_unsafe(torch.__version__)
-    with filesystem.open_for_reading(path) as (descriptor, _):
-        start = bytearray(4)
-        filesystem.read_at(descriptor, memoryview(start), 0)
-    zipped = bytes(start) == _ZIP
+    start = filesystem.read_start(path, 4)
+    zipped = start == _ZIP
     try:
         if zipped:
             _refuse_compressed(path)
@@ -202,8 +200,7 @@ def _value(
     from mpi_ckpt.states.tensors import empty_tensor, tensor_leaf
 
     # A stream is given as bytes in a tensor: weights-only loads know no empty `bytes`.
-    stream = [LeafSpec("", "U8", (state.stream.nbytes,))] if state.stream else []
-    specs = stream or [leaf.spec for leaf in state.leaves]
+    specs = [leaf.spec for leaf in state.leaves]
     targets: list[memoryview] = []
     values: dict[str, Any] = {}
     for spec in specs:
@@ -214,11 +211,10 @@ def _value(
         view = tensor_leaf(spec.name, values[spec.name]).buffer.view()
         assert view is not None
         targets.append(view)
-    for index, block, data in proven_blocks(reader, state.extents):
-        start = block * reader.manifest.block_bytes
-        targets[index][start : start + len(data)] = data
+    for block, data in proven_blocks(reader, state.leaves):
+        targets[block.leaf][block.start : block.end] = data
         done(len(data))
-    return values[""] if stream else rebuild(state.structure, values)
+    return values[STREAM] if state.is_stream else rebuild(state.structure, values)
 
 
 class _Sink(io.RawIOBase):

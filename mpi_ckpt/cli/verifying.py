@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,12 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
-from mpi_ckpt.cli.proving import find_problems
 from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.survey import find_generation, state_after
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.layout import generation_name, generation_number
+from mpi_ckpt.storage.proving import proven_blocks
 from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.storage.read_plan import Block
 
 __all__ = ["verify"]
 
 _PROBLEMS_SHOWN = 20
+_PROBLEMS_MAX = 1000
 
 
 @dataclass(slots=True)
@@ -123,7 +126,7 @@ def _verify(screen: Screen, path: Path, doing: str) -> _Verdict:
     try:
         with GenerationReader(path) as reader:
             verdict.step = reader.manifest.step
-            total = sum(e.nbytes for s in reader.manifest.states for e in s.extents)
+            total = reader.manifest.nbytes
 
             def count(nbytes: int) -> None:
                 verdict.nbytes += nbytes
@@ -141,6 +144,41 @@ def _verify(screen: Screen, path: Path, doing: str) -> _Verdict:
             verdict.problems.append(("", str(error)))
     verdict.seconds = time.perf_counter() - start
     return verdict
+
+
+def find_problems(
+    reader: GenerationReader, done: Callable[[int], None]
+) -> list[tuple[str, CheckpointError]]:
+    """Read a whole generation and return what is wrong with it.
+
+    Args:
+        reader: The open generation.
+        done: Told the bytes that were read.
+
+    Returns:
+        Name of the leaf and the error, for each block that is wrong, in reading order;
+        it ends at a file that cannot be read to its end.
+    """
+    names = [
+        state.name if state.is_stream else f"{state.name}/{leaf.spec.name}"
+        for state in reader.manifest.states
+        for leaf in state.leaves
+    ]
+    problems: list[tuple[str, CheckpointError]] = []
+
+    def refuse(block: Block, problem: CorruptGenerationError) -> None:
+        problems.append((names[block.leaf], problem))
+
+    blocks = proven_blocks(reader, reader.manifest.leaves, refuse=refuse)
+    try:
+        with closing(blocks):
+            for _, data in blocks:
+                done(len(data))
+                if len(problems) >= _PROBLEMS_MAX:
+                    break
+    except CheckpointError as error:
+        problems.append(("", error))
+    return problems[:_PROBLEMS_MAX]
 
 
 def _worse(state: str, error: CheckpointError) -> str:

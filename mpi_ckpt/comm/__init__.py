@@ -5,14 +5,23 @@ Everything here is collective unless it says otherwise, and for the main thread 
 """
 
 from mpi_ckpt.comm.agreement import (
+    Meeting,
     agree,
-    agree_on_root,
     any_of,
+    collect,
     compare_texts,
     differing_digests,
+    meet,
+    on_root,
 )
 from mpi_ckpt.comm.broadcast import bcast_buffers
-from mpi_ckpt.comm.communicator import ROOT, Communicator
+from mpi_ckpt.comm.collectives import (
+    bcast_bytes,
+    bcast_json,
+    gather_bytes,
+    mean_buffers,
+)
+from mpi_ckpt.comm.communicator import Communicator
 from mpi_ckpt.comm.leaving import Departure
 from mpi_ckpt.comm.liveness import Farewell, abort_job
 from mpi_ckpt.comm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair
@@ -23,30 +32,25 @@ from mpi_ckpt.comm.survival import (
     is_sign_of_loss,
     why_lost_ranks_end_the_job,
 )
-from mpi_ckpt.comm.topology import Topology
-from mpi_ckpt.comm.transfer import (
-    bcast_bytes,
-    bcast_json,
-    gather_bytes,
-    mean_buffers,
-)
+from mpi_ckpt.comm.topology import Topology, choose_ranks
 from mpi_ckpt.comm.vote import Vote
 
 __all__ = [
-    "ROOT",
     "Communicator",
     "Departure",
     "Farewell",
+    "Meeting",
     "Repaired",
     "Topology",
     "Vote",
     "abort_job",
     "agree",
-    "agree_on_root",
     "any_of",
     "bcast_buffers",
     "bcast_bytes",
     "bcast_json",
+    "choose_ranks",
+    "collect",
     "compare_texts",
     "differing_digests",
     "duplicate",
@@ -58,7 +62,9 @@ __all__ = [
     "join",
     "let_go",
     "mean_buffers",
+    "meet",
     "meet_at_the_end",
+    "on_root",
     "repair",
     "scatter_bytes",
     "why_lost_ranks_end_the_job",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.comm.horovod import check_finalized, check_horovod, is_horovods
+from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, is_horovods
 from mpi_ckpt.comm.launch import check_launch, load_mpi
 from mpi_ckpt.comm.liveness import is_done_within, keep
 from mpi_ckpt.comm.survival import why_lost_ranks_end_the_job

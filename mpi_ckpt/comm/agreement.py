@@ -3,33 +3,122 @@
 
 INVARIANT: no collective stands where one rank alone may not reach it. What can fail is
 wrapped here; the outcomes meet in one small allreduce (`mpi_ckpt.comm.vote`); only if one
-failed is more said.
+failed, or root has something to tell, is more said.
+
+- `agree`: each rank works, and keeps its own result.
+- `on_root`: root works, and every rank gets the result.
+- `collect`: each rank gives bytes, root combines them, and every rank gets the result.
+- `meet` is what these are made of: it also tells whether all ranks have the same.
 """
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from mpi_ckpt.comm.transfer import bcast_json, gather_bytes
+from mpi_ckpt.comm.broadcast import bcast_buffers
+from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.vote import UNTOUCHED, Vote
-from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.errors import (
-    CheckpointError,
-    RankFailure,
-    merge_failures,
-)
+from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
+from mpi_ckpt.errors import RankFailure
+from mpi_ckpt.failures import capture_failure, merge_failures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mpi_ckpt.comm.communicator import Communicator
+    from mpi_ckpt.errors import CheckpointError
 
-__all__ = ["agree", "agree_on_root", "any_of", "compare_texts", "differing_digests"]
+__all__ = [
+    "Meeting",
+    "agree",
+    "any_of",
+    "collect",
+    "compare_texts",
+    "differing_digests",
+    "meet",
+    "on_root",
+]
 
 Result = TypeVar("Result")
+
+_FAILED = 1
+_NO_DIGEST = bytes(DIGEST_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting(Generic[Result]):
+    """What came of work that all ranks have done well.
+
+    Attributes:
+        result: What this rank's work returned.
+        is_alike: Whether the results of all ranks have one digest.
+        told: What root tells all ranks, as bytes.
+    """
+
+    result: Result
+    is_alike: bool
+    told: bytes
+
+
+def meet(
+    comm: Communicator,
+    doing: str,
+    work: Callable[[], Result],
+    *,
+    error: type[CheckpointError],
+    safe: str = UNTOUCHED,
+    digest: Callable[[Result], bytes] | None = None,
+    tell: Callable[[Result], bytes] | None = None,
+) -> Meeting[Result]:
+    """Do local work on every rank; raise the same error on all if it failed on any.
+
+    Collective. Main thread only. One allreduce of 56 bytes, and one broadcast if root has
+    something to tell.
+
+    Args:
+        comm: The communicator.
+        doing: The work, told in the error.
+        work: Must not communicate.
+        error: Class for failures from outside this package's family.
+        safe: What is still safe when the work failed.
+        digest: Returns 16 bytes of a result, to be compared with those of the others.
+        tell: Returns what root tells all ranks of its result. Asked on root.
+
+    Raises:
+        CheckpointError: On every rank, if the work failed on any: the class of the
+            lowest failing rank, naming all of them.
+        CollectiveError: On every live rank, if one never arrives or does other work.
+    """
+    failure: BaseException | None = None
+    mine, told = _NO_DIGEST, b""
+    try:
+        result = work()
+        if digest is not None:
+            mine = digest(result)
+        if tell is not None and comm.is_root:
+            told = tell(result)
+    # Also KeyboardInterrupt and SystemExit: the others must hear of them.
+    except BaseException as caught:
+        failure = caught
+    # The length is root's alone to set, so joining the flags of all leaves it as it is.
+    flags = (failure is not None) * _FAILED | len(told) << 1
+    joined = Vote(comm, doing).exchange(flags, mine)
+    if joined.flags & _FAILED:
+        agreed = _exchange(comm, doing, failure, error, safe)
+        if failure is None:
+            raise agreed
+        if not isinstance(failure, Exception):
+            raise failure
+        raise agreed from failure
+    if joined.flags:
+        room = bytearray(told or joined.flags >> 1)
+        bcast_buffers(comm, [memoryview(room)], doing)
+        told = bytes(room)
+    return Meeting(result, joined.is_alike, told)
 
 
 def agree(
@@ -42,77 +131,71 @@ def agree(
 ) -> Result:
     """Do local work on every rank; raise the same error on all if it failed on any.
 
-    Collective. Main thread only.
-
-    Args:
-        comm: The communicator.
-        doing: The work, told in the error.
-        work: Must not communicate.
-        error: Class for failures from outside this package's family.
-        safe: What is still safe when the work failed.
+    Collective. Main thread only. Arguments and errors are those of `meet`.
 
     Returns:
         What ``work`` returned on this rank.
-
-    Raises:
-        CheckpointError: On every rank, if the work failed on any: the class of the
-            lowest failing rank, naming all of them.
-        CollectiveError: On every live rank, if one never arrives or does other work.
     """
-    failure: BaseException | None = None
-    try:
-        result = work()
-    # Also KeyboardInterrupt and SystemExit: the others must hear of them.
-    except BaseException as caught:
-        failure = caught
-    (failed,) = any_of(comm, doing, failure is not None)
-    if not failed:
-        return result
-    agreed = _exchange(comm, doing, failure, error, safe)
-    if failure is None:
-        raise agreed
-    if not isinstance(failure, Exception):
-        raise failure
-    raise agreed from failure
+    return meet(comm, doing, work, error=error, safe=safe).result
 
 
-def agree_on_root(
+def on_root(
     comm: Communicator,
     doing: str,
-    work: Callable[[], Result],
+    work: Callable[[], Any],
     *,
     error: type[CheckpointError],
     safe: str = UNTOUCHED,
-) -> Result | None:
-    """Do local work on root alone; raise the same error on all ranks if it failed.
+) -> Any:  # noqa: ANN401 (JSON)
+    """Do local work on root alone; every rank gets the result, or raises the same error.
+
+    Collective. Main thread only. Arguments and errors are those of `meet`.
+
+    Returns:
+        What ``work`` returned on root, JSON values, on every rank.
+    """
+
+    def work_on_root() -> Any:  # noqa: ANN401
+        return work() if comm.is_root else None
+
+    met = meet(comm, doing, work_on_root, error=error, safe=safe, tell=_encode)
+    return json.loads(met.told) if met.told else None
+
+
+def collect(
+    comm: Communicator,
+    doing: str,
+    part: Callable[[], bytes],
+    combine: Callable[[list[bytes]], Any],
+    *,
+    error: type[CheckpointError],
+    safe: str = UNTOUCHED,
+) -> Any:  # noqa: ANN401 (JSON)
+    """Gather bytes of all ranks on root, which combines them; every rank gets the result.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
         doing: The work, told in the error.
-        work: Done on root; must not communicate.
+        part: Returns this rank's bytes. Must not communicate.
+        combine: Makes JSON values of all ranks' bytes, in rank order. Called on root.
         error: Class for failures from outside this package's family.
         safe: What is still safe when the work failed.
 
-    Returns:
-        What ``work`` returned, on root; None elsewhere.
-
     Raises:
-        CheckpointError: On every rank, if the work failed.
-        CollectiveError: On every live rank, if one never arrives.
+        CheckpointError: On every rank, if either failed on any.
+        CollectiveError: On every live rank, if one never arrives or does other work.
     """
-
-    def on_root() -> Result | None:
-        return work() if comm.is_root else None
-
-    return agree(comm, doing, on_root, error=error, safe=safe)
+    mine = agree(comm, doing, part, error=error, safe=safe)
+    parts = gather_bytes(comm, mine, doing)
+    return on_root(comm, doing, lambda: combine(parts), error=error, safe=safe)
 
 
 def any_of(comm: Communicator, doing: str, *flags: bool) -> tuple[bool, ...]:
-    """Tell whether each of some flags is set on any rank.
+    """Return whether each of some flags is set on any rank.
 
-    Collective. Main thread only. One allreduce of 40 bytes, however many flags.
+    Collective. Main thread only. One allreduce of 56 bytes, however many flags.
 
     Args:
         comm: The communicator.
@@ -124,7 +207,7 @@ def any_of(comm: Communicator, doing: str, *flags: bool) -> tuple[bool, ...]:
             else.
     """
     mine = sum(1 << place for place, flag in enumerate(flags) if flag)
-    joined = Vote(comm, doing).exchange(mine)
+    joined = Vote(comm, doing).exchange(mine).flags
     return tuple(bool(joined >> place & 1) for place in range(len(flags)))
 
 
@@ -160,7 +243,7 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
 def differing_digests(
     comm: Communicator, digests: Sequence[bytes], doing: str
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Tell which of a list of digests are not equal on all ranks.
+    """Return which of a list of digests are not equal on all ranks.
 
     Collective. Main thread only. One allreduce of 32 bytes a digest: the minimum and,
     as the minimum of the complements, the maximum.
@@ -194,10 +277,14 @@ def _exchange(
 ) -> CheckpointError:
     mine = None
     if failure is not None:
-        mine = RankFailure.capture(
+        mine = capture_failure(
             failure, rank=comm.rank, size=comm.size, operation=doing
         ).to_json()
     gathered = gather_bytes(comm, json.dumps(mine).encode(), doing)
     failed = [record for one in gathered if (record := json.loads(one)) is not None]
     agreed = bcast_json(comm, failed, doing)
     return merge_failures([RankFailure(**record) for record in agreed], default, safe)
+
+
+def _encode(value: Any) -> bytes:  # noqa: ANN401 (JSON)
+    return b"" if value is None else json.dumps(value).encode()

@@ -30,6 +30,7 @@ from mpi_ckpt.comm.liveness import (
 from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
+from mpi_ckpt.options import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-__all__ = ["ROOT", "Communicator", "open_communicators"]
-
-ROOT = 0
-"""The rank that decides, reads and commits, where none else is named."""
+__all__ = ["Communicator", "open_communicators"]
 
 _ADVICE = "published generations are untouched, end this job and start it again"
 

@@ -7,10 +7,7 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import NoReturn
 
 __all__ = ["Guard", "end_as_lost"]
 
@@ -42,32 +39,24 @@ class Guard:
         self._doing = doing
         self._seconds = seconds
         self._code = code
-        self._over = threading.Event()
         # No MPI in it: it only looks at the clock.
-        self._thread = threading.Thread(
-            target=self._watch, name="mpi_ckpt-guard", daemon=True
-        )
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.name, self._timer.daemon = "mpi_ckpt-guard", True
 
     def __enter__(self) -> Guard:
-        self._thread.start()
+        self._timer.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._timer.join()
 
-    def _watch(self) -> None:
-        if not self._over.wait(self._seconds):
-            sys.stderr.write(
-                f"mpi_ckpt: {self._doing} takes more than {self._seconds:g} s: MPI does "
-                "not return; this process is ended\n"
-            )
-            sys.stderr.flush()
-            if self._code is None:
-                end_as_lost()
-            os._exit(self._code)
+    def _end(self) -> None:
+        sys.stderr.write(
+            f"mpi_ckpt: {self._doing} takes more than {self._seconds:g} s: MPI does "
+            "not return; this process is ended\n"
+        )
+        sys.stderr.flush()
+        if self._code is None:
+            end_as_lost()
+        os._exit(self._code)

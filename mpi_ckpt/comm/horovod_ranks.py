@@ -11,12 +11,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mpi_ckpt.comm.admission import Objection, check_before, meet_first
-from mpi_ckpt.comm.horovod import check_horovod, find_horovod, mark_horovods
+from mpi_ckpt.comm.admission import check_before
+from mpi_ckpt.comm.horovod_checks import check_horovod, find_horovod, mark_horovods
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import Tag
+from mpi_ckpt.comm.ordering import Claim, order_ranks
 from mpi_ckpt.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["find_communicator"]
 
 _NAME = "mpi_ckpt.communicator"
-_OTHERS = "Horovod's ranks are not those of the communicator that was given"
 
 
 def find_communicator(
@@ -65,28 +63,18 @@ def find_communicator(
         return mpi.COMM_WORLD if comm is None else comm, False
     if is_part or (comm is None and horovod.size() != mpi.COMM_WORLD.size):
         return _ask_horovod(mpi, horovod, process_set if is_part else None), True
+    ordered = order_ranks(
+        comm,
+        lambda: Claim(0, horovod.rank(), horovod.size()),
+        library="Horovod",
+        advice="give comm=, the communicator that hvd.init(comm=...) was given",
+        deadline_seconds=deadline_seconds,
+    )
+    assert ordered is not None
     given = mpi.COMM_WORLD if comm is None else comm
-    return _in_order(mpi, horovod, given, deadline_seconds)
-
-
-def _in_order(
-    mpi: Any,  # noqa: ANN401
-    horovod: Any,  # noqa: ANN401
-    comm: MPI.Intracomm,
-    deadline_seconds: float,
-) -> tuple[MPI.Intracomm, bool]:
-    objection = Objection.of(mpi, comm)
-    mine = np.array([horovod.rank(), objection.is_raised], np.int64)
-    everyone = np.empty((comm.size, 2), np.int64)
-    buffers = (mine, everyone)
-    meet_first(comm, comm.Iallgather(*buffers), deadline_seconds, buffers=buffers)
-    objection.settle(comm, [bool(one) for one in everyone[:, 1]])
-    order = everyone[:, 0].tolist()
-    if sorted(order) != list(range(comm.size)):
-        raise LaunchError(f"{_OTHERS}: it calls them {order}")
-    if order == list(range(comm.size)):
-        return comm, False
-    ordered: MPI.Intracomm = mpi.Intracomm(comm.Split(0, horovod.rank()))
+    if mpi.Comm.Compare(ordered, given) == mpi.CONGRUENT:
+        ordered.Free()
+        return given, False
     return ordered, True
 
 

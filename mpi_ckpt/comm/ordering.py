@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm.agreement import agree
+from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.communicator import Communicator
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.transfer import bcast_json, gather_bytes
 from mpi_ckpt.errors import LaunchError
 
 if TYPE_CHECKING:

@@ -10,10 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.options import ROOT
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Link", "Topology"]
+    from mpi_ckpt.options import Ranks
+
+__all__ = ["Link", "Topology", "choose_ranks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +90,19 @@ class Topology:
         before = chain[at - 1] if at else None
         after = chain[at + 1] if at + 1 < len(chain) else None
         return Link(before, after, entry)
+
+
+def choose_ranks(ranks: Ranks, topology: Topology) -> tuple[int, ...]:
+    """Return the ranks that do a work, root first.
+
+    Not collective. Thread-safe.
+
+    Args:
+        ranks: How they are chosen; of a host the lowest.
+        topology: The ranks by host.
+    """
+    if ranks == "all":
+        return tuple(range(len(topology.node_of)))
+    if ranks == "node":
+        return topology.leaders
+    return (ROOT,)

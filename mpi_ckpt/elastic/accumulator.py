@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.comm import agree, agree_on_root, bcast_json, gather_bytes
+from mpi_ckpt.comm import collect
 from mpi_ckpt.errors import CheckpointError, StageError, StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
 
@@ -64,6 +64,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         self._results: Totals = {}
         _add_all(self._results, initial or {})
         self._updates: Totals = {}
+        self._combined: Totals | None = None
         self._history: dict[int | None, list[Totals]] = {}
         self._visits: Counter[int | None] = Counter()
         self._open: Totals | None = None
@@ -147,11 +148,15 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
 
     def combine(self, parts: Sequence[bytes]) -> None:
         """See `PartsState`. Root only."""
+        totals = dict(self._results)
         for part in parts:
-            _add_all(self._results, _decode(part))
+            _add_all(totals, _decode(part))
+        self._combined = totals
 
     def combined(self) -> None:
         """See `PartsState`. Not collective."""
+        if self._combined is not None:
+            self._results, self._combined = self._combined, None
         self._updates.clear()
 
     def capture(self) -> Capture:
@@ -214,19 +219,20 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
                 f"accumulator {self.name!r} belongs to no manager yet: give it to one "
                 "among its states"
             )
-        doing = f"summing accumulator {self.name!r}"
-        safe = "nothing was added"
-        part = agree(comm, doing, self.part, error=StageError, safe=safe)
-        parts = gather_bytes(comm, part, doing)
 
-        def combine() -> list[Any]:
+        def combine(parts: list[bytes]) -> list[Any]:
             self.combine(parts)
-            return _to_json(self._results)
+            return _to_json(self._combined or {})
 
-        totals = agree_on_root(comm, doing, combine, error=StageError, safe=safe)
-        results = _from_json(bcast_json(comm, totals, doing))
-        if not comm.is_root:
-            self._results = results
+        totals = collect(
+            comm,
+            f"summing accumulator {self.name!r}",
+            self.part,
+            combine,
+            error=StageError,
+            safe="nothing was added",
+        )
+        self._combined = self._combined if comm.is_root else _from_json(totals)
         self.combined()
 
 

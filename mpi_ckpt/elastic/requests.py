@@ -15,7 +15,7 @@ from mpi_ckpt.elastic.walltime import WallTime, end_of_job, must_save_now
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mpi_ckpt.stopping import StopWhen
+    from mpi_ckpt.options import StopWhen
 
 __all__ = ["StopRequests"]
 

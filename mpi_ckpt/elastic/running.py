@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mpi_ckpt.comm import (
-    ROOT,
     Departure,
     duplicate,
     greet,
@@ -26,6 +25,7 @@ from mpi_ckpt.comm import (
 from mpi_ckpt.elastic.world import World
 from mpi_ckpt.errors import CollectiveError, LaunchError
 from mpi_ckpt.memory import Memory
+from mpi_ckpt.options import ROOT
 from mpi_ckpt.storage.notes import Notes
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def run(
 
 
 @dataclass(frozen=True, slots=True)
-class _Ending(Generic[Result]):
+class _AttemptEnd(Generic[Result]):
     """How a call of the training ended on this rank: it returned, left, or lost ranks."""
 
     value: Result | None = None
@@ -165,18 +165,18 @@ class _Run(Generic[Result]):
             self._wanted = handle.size
         return handle
 
-    def _attempt(self, world: World) -> _Ending[Result]:
+    def _attempt(self, world: World) -> _AttemptEnd[Result]:
         try:
             if self._has_new:
                 self._has_new = False
                 greet(world.comm, (self._wanted, self._failures, self._lost))
-            return _Ending(value=self._train(world))
+            return _AttemptEnd(value=self._train(world))
         except SystemExit as leaving:
-            return _Ending(leaving=leaving)
+            return _AttemptEnd(leaving=leaving)
         except Exception as error:
             if not is_sign_of_loss(error, world.comm):
                 raise
-            return _Ending(loss=error)
+            return _AttemptEnd(loss=error)
 
     def _recover(self, handle: MPI.Intracomm, seen: float) -> MPI.Intracomm:
         newest = self._memory.step
@@ -200,7 +200,7 @@ class _Run(Generic[Result]):
             )
         return repaired.handle
 
-    def _end(self, handle: MPI.Intracomm, ending: _Ending[Result]) -> Result:
+    def _end(self, handle: MPI.Intracomm, ending: _AttemptEnd[Result]) -> Result:
         if ending.leaving is not None:
             _DEPARTURE.leave_by(ending.leaving)
             raise ending.leaving

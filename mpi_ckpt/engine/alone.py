@@ -6,13 +6,12 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.engine.contents import capture_only
-from mpi_ckpt.engine.draft import SaveRequest
-from mpi_ckpt.engine.targets import Target
-from mpi_ckpt.engine.write import write_generation
+from mpi_ckpt.engine.save.draft import Draft
+from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError, SaveError
-from mpi_ckpt.options import Options
-from mpi_ckpt.reports import PhaseClock
+from mpi_ckpt.leaf import Target
+from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
@@ -24,6 +23,7 @@ from mpi_ckpt.storage.layout import (
     generation_number,
     is_partial_name,
 )
+from mpi_ckpt.storage.proving import proven_blocks
 from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
@@ -48,11 +48,13 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
     Raises:
         SaveError: On the calling rank; what was there before is untouched.
     """
-    options = Options(retention=KeepLast(1), reuse=False)
-    with closing(CheckpointDirectory(path, options.io)) as directory:
+    options = Options(retention=KeepLast(1), io=IO(reuse=False))
+    with closing(CheckpointDirectory(path)) as directory:
         directory.own()
-        request = SaveRequest(states=capture_only([state]), step=step, size=1)
-        published = write_generation(directory, request, options, PhaseClock())
+        request = SaveRequest(states=capture_states([state]), step=step, size=1)
+        with Draft.begin(directory, request, options) as draft:
+            draft.write(draft.fresh_states, request.plain)
+            published = draft.publish()
         directory.remove(published.retired)
 
 
@@ -123,17 +125,11 @@ def _read(reader: GenerationReader, state: LeafState) -> None:
 def _fill(reader: GenerationReader, stored: StoredState, state: LeafState) -> None:
     specs = [leaf.spec for leaf in stored.leaves]
     arrival = state.prepare(stored.structure, specs, strict=True)
-    for leaf, target in zip(stored.leaves, arrival.leaves, strict=True):
-        if target is None:
-            continue
-        arriving = Target(target.buffer, leaf.extent.nbytes)
-        room = arriving.memory()
-        start = 0
-        for block in range(len(leaf.extent.digest.blocks)):
-            piece = reader.read_block(leaf.extent, block)
-            room[start : start + len(piece)] = piece
-            start += len(piece)
-        arriving.finish()
+    targets = [Target(spec, leaf) for spec, leaf in zip(specs, arrival.leaves, strict=True)]
+    for block, data in proven_blocks(reader, stored.leaves):
+        targets[block.leaf].memory()[block.start : block.end] = data
+        if block.is_last:
+            targets[block.leaf].finish()
     arrival.adopt()
 
 

@@ -3,20 +3,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import re
+from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.comm import agree, compare_texts
-from mpi_ckpt.engine.names import ADVICE, differ_in_numbers
+from mpi_ckpt.comm import agree, compare_texts, meet
+from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import LeafState, State
 from mpi_ckpt.storage.layout import check_names_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.comm import Communicator, Meeting
+    from mpi_ckpt.errors import CheckpointError
 
-__all__ = ["Registry"]
+__all__ = ["ADVICE", "Registry", "numbered_alike"]
+
+Result = TypeVar("Result")
+
+ADVICE = (
+    "a state's name must not carry a rank or the number of ranks: use one name on all "
+    "ranks; what each rank has of its own goes into a PerRankState"
+)
 
 
 class Registry:
@@ -50,7 +60,7 @@ class Registry:
                 self.add(state)
 
         agree(self._comm, "registering states", add_all, error=RegistrationError)
-        self.choose(None, skipped=True)
+        self.choose("choosing states", None, skipped=True)
 
     def add(self, state: State) -> None:
         """Take in a state. Not collective.
@@ -76,40 +86,107 @@ class Registry:
             raise RegistrationError(f"there is no state {name!r}")
         del self._states[name]
 
-    def choose(self, only: Collection[str] | None, *, skipped: bool = False) -> list[State]:
+    def choose(
+        self, doing: str, only: Collection[str] | None, *, skipped: bool = False
+    ) -> list[State]:
         """Return the states meant, once all ranks have found that they mean the same.
+
+        Collective. Main thread only. Arguments and errors are those of `begin`.
+        """
+
+        def nothing_more(states: list[State]) -> list[State]:
+            return states
+
+        begun = self.begin(
+            doing, only, nothing_more, error=RegistrationError, skipped=skipped
+        )
+        return begun.result
+
+    def begin(
+        self,
+        doing: str,
+        only: Collection[str] | None,
+        work: Callable[[list[State]], Result],
+        *,
+        error: type[CheckpointError],
+        skipped: bool = False,
+        tell: Callable[[Result], bytes] | None = None,
+    ) -> Meeting[Result]:
+        """Choose states and begin to work on them, on all ranks alike, in one meeting.
 
         Collective. Main thread only.
 
         Args:
-            only: Names; None for all.
+            doing: What is begun, told in errors.
+            only: Names of the states meant; None for all.
+            work: Done with them on every rank; must not communicate.
+            error: Class for failures from outside this package's family.
             skipped: Whether "all" means those with ``skip`` as well.
+            tell: Returns what root tells all ranks of its result.
 
         Raises:
             RegistrationError: On every rank, if a name is unknown on any, or names or
                 their order differ between ranks.
+            CheckpointError: On every rank, if the work failed on any.
         """
+        chosen: list[State] = []
 
-        def choose() -> list[State]:
-            unknown = set(only or ()) - set(self._states)
-            if unknown:
-                raise RegistrationError(f"there are no states {sorted(unknown)}")
-            return [
-                state
-                for name, state in self._states.items()
-                if (name in only if only is not None else skipped or not state.skip)
-            ]
+        def begin() -> Result:
+            chosen.extend(self._pick(only, skipped=skipped))
+            return work(chosen)
 
-        chosen = agree(self._comm, "choosing states", choose, error=RegistrationError)
-        names = [state.name for state in chosen]
+        def digest(_: Result) -> bytes:
+            return digest_bytes(json.dumps([state.name for state in chosen]).encode())
+
+        met = meet(self._comm, doing, begin, error=error, digest=digest, tell=tell)
+        if not met.is_alike:
+            self._refuse_differences([state.name for state in chosen])
+        return met
+
+    def _pick(self, only: Collection[str] | None, *, skipped: bool) -> list[State]:
+        unknown = set(only or ()) - set(self._states)
+        if unknown:
+            raise RegistrationError(f"there are no states {sorted(unknown)}")
+        return [
+            state
+            for name, state in self._states.items()
+            if (name in only if only is not None else skipped or not state.skip)
+        ]
+
+    def _refuse_differences(self, names: Sequence[str]) -> None:
         problems = compare_texts(self._comm, "comparing the states' names", names)
-        if problems:
-            theirs, _, roots = problems[0].partition(" has ")[2].partition(", root has ")
-            hint = f"\n{ADVICE}" if differ_in_numbers(theirs, roots) else ""
-            raise RegistrationError(
-                "the ranks have different states, or another order:\n  "
-                + "\n  ".join(problems)
-                + hint,
-                problems=problems,
-            )
-        return chosen
+        theirs, _, roots = problems[0].partition(" has ")[2].partition(", root has ")
+        hint = f"\n{ADVICE}" if _differ_in_numbers(theirs, roots) else ""
+        raise RegistrationError(
+            "the ranks have different states, or another order:\n  "
+            + "\n  ".join(problems)
+            + hint,
+            problems=problems,
+        )
+
+
+def numbered_alike(some: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the pairs of names that differ in numbers only, one for each of ``some``.
+
+    Not collective. Thread-safe.
+
+    Args:
+        some: Names.
+        others: Other names.
+    """
+    by_form: dict[str, str] = {}
+    for name in others:
+        by_form.setdefault(_without_numbers(name), name)
+    return [
+        (name, by_form[form])
+        for name in some
+        if (form := _without_numbers(name)) in by_form
+    ]
+
+
+def _differ_in_numbers(one: str, other: str) -> bool:
+    return one != other and _without_numbers(one) == _without_numbers(other)
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d+", "#", text)

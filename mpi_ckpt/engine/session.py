@@ -6,9 +6,10 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import Communicator, agree_on_root, compare_texts, is_rank_failure
+from mpi_ckpt.collector import without_collections
+from mpi_ckpt.comm import Communicator, compare_texts, is_rank_failure
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.options import Options
 
 __all__ = ["Session"]
-
-Result = TypeVar("Result")
 
 _QUIET_SECONDS_MAX = 60.0
 _QUIET_SHARE = 0.1
@@ -65,7 +64,7 @@ class Session:
             LaunchError: On every rank, if launcher and MPI disagree about the job.
         """
         communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
-        directory = CheckpointDirectory(Path(root).absolute(), options.io)
+        directory = CheckpointDirectory(Path(root).absolute(), options.io.mode)
         return cls(communicator, directory, options, memory)
 
     def note(self, event: str, step: int) -> None:
@@ -109,41 +108,32 @@ class Session:
                 problems=problems,
             )
         # Not before: ranks that cut messages differently could not even tell of it.
-        self.comm.message_bytes = self.options.message_bytes
-
-    def on_root(
-        self, doing: str, work: Callable[[], Result], error: type[CheckpointError]
-    ) -> Result | None:
-        """Do local work on root; see `mpi_ckpt.comm.agree_on_root`.
-
-        Collective. Main thread only.
-
-        Raises:
-            CheckpointError: On every rank, if the work failed.
-        """
-        return agree_on_root(self.comm, doing, work, error=error)
+        self.comm.set_limits(message_bytes=self.options.io.message_bytes)
 
     @contextmanager
     def watch(self, doing: str) -> Iterator[PhaseClock]:
-        """Time an operation of all ranks, and have it told if this one stands still in it.
+        """Time an operation of all ranks, and warn if this one makes no progress in it.
 
         Not collective. Main thread only. Waiting for the others is theirs to explain.
+        Python collects no garbage meanwhile: see `without_collections`.
         """
         clock, comm = PhaseClock(), self.comm
 
         def steps() -> object:
             return object() if comm.is_waiting else comm.completed
 
-        with self._watchdog(doing, steps, clock):
+        with self._watchdog(doing, steps, clock), without_collections():
             yield clock
 
-    def watch_behind(self, clock: PhaseClock) -> Watchdog:
-        """Have it told if a save behind the training stands still. Not collective.
+    @contextmanager
+    def watch_behind(self, clock: PhaseClock) -> Iterator[None]:
+        """Warn if a save behind the training makes no progress. Not collective.
 
         Args:
             clock: The save's.
         """
-        return self._watchdog("saving", lambda: None, clock)
+        with self._watchdog("saving", lambda: None, clock), without_collections():
+            yield
 
     def _watchdog(
         self, doing: str, steps: Callable[[], object], clock: PhaseClock

@@ -14,7 +14,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.comm import Communicator, agree, bcast_json
+from mpi_ckpt.comm import Communicator, agree, on_root
 from mpi_ckpt.comm.ordering import Claim, order_ranks
 from mpi_ckpt.errors import LaunchError
 
@@ -60,20 +60,34 @@ def init_process_group(
     on_one_host = len(set(ours.hosts)) == 1
     host = "127.0.0.1" if on_one_host else ours.hosts[0]
 
-    def meet(port: int) -> Any:  # noqa: ANN401 (a store)
+    stores: list[Any] = []
+
+    def connect(port: int) -> None:
         # Of its own choosing, so that no other job can take it in between.
-        return dist.TCPStore(
-            host, port, ours.size, ours.is_root, timeout, wait_for_workers=False
+        stores.append(
+            dist.TCPStore(
+                host, port, ours.size, ours.is_root, timeout, wait_for_workers=False
+            )
         )
 
-    def listen() -> Any:  # noqa: ANN401 (a store)
+    def refuse_again() -> None:
         if dist.is_initialized():
             raise LaunchError(f"{_LIBRARY} is initialised already")
-        return meet(0) if ours.is_root else None
 
-    store = agree(ours, doing, listen, error=LaunchError)
-    port: int = bcast_json(ours, store and store.port, doing)
-    store = agree(ours, doing, lambda: store or meet(port), error=LaunchError)
+    def listen() -> int:
+        connect(0)
+        port: int = stores[0].port
+        return port
+
+    agree(ours, doing, refuse_again, error=LaunchError)
+    port: int = on_root(ours, doing, listen, error=LaunchError)
+
+    def join() -> None:
+        if not ours.is_root:
+            connect(port)
+
+    agree(ours, doing, join, error=LaunchError)
+    (store,) = stores
 
     def start() -> None:
         dist.init_process_group(

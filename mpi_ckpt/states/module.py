@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mpi_ckpt.gate import Gate
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
 
 __all__ = ["ModuleState"]
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mpi_ckpt.gate import Gate
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaf import Gate, LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
 
 __all__ = ["OptimizerState"]

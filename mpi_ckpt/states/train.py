@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
-from mpi_ckpt.gate import Gate
-from mpi_ckpt.leaf import Leaf
+from mpi_ckpt.leaf import Gate, Leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState

@@ -32,6 +32,7 @@ LEAF_KINDS = ("tensor", "array", "scalar")
 _DEPTH_MAX = 100
 # Python reads and writes integers of up to 4300 decimal digits.
 _INTEGER_BITS_MAX = 13_000
+_SMALL = 1 << 62
 
 _SEQUENCES: dict[str, Callable[[list[Any], int | None], Any]] = {
     "tuple": lambda items, _: tuple(items),
@@ -111,7 +112,7 @@ def flatten(value: Any, prefix: str = "") -> Flattened:  # noqa: ANN401 (any nes
 
 def _flatten(value: Any, path: str, out: Flattened, depth: int) -> Any:  # noqa: ANN401
     if depth > _DEPTH_MAX:
-        raise StageError(f"{path}: nested more than {_DEPTH_MAX} deep")
+        raise _too_deep(path)
     if value is None or type(value) in (bool, int, str):
         return _plain(value, path)
     if type(value) is float:
@@ -132,12 +133,14 @@ def _flatten_container(value: Any, path: str, out: Flattened, depth: int) -> Any
         return _flatten(item, f"{path}/{key}" if path else str(key), out, depth)
 
     kind = type(value)
+    if depth > _DEPTH_MAX and kind in (list, *_SEQUENCE_KINDS) and value:
+        raise _too_deep(path)
     if kind is list:
-        return [child(i, item) for i, item in enumerate(value)]
+        return [item if _is_small(item) else child(i, item) for i, item in enumerate(value)]
     if kind in _SEQUENCE_KINDS:
         # Sets have no order of their own, and ranks must agree on one.
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        flat = [child(i, item) for i, item in enumerate(items)]
+        flat = [item if _is_small(item) else child(i, item) for i, item in enumerate(items)]
         node = {KIND: _SEQUENCE_KINDS[kind], "items": flat}
         if kind is deque and value.maxlen is not None:
             node["maxlen"] = value.maxlen
@@ -156,6 +159,15 @@ def _flatten_container(value: Any, path: str, out: Flattened, depth: int) -> Any
         "has no safe form on disk; use plain values and arrays, or a State that writes "
         "itself, or ObjectState(..., pickle=True)"
     )
+
+
+def _too_deep(path: str) -> StageError:
+    return StageError(f"{path}: nested more than {_DEPTH_MAX} deep")
+
+
+def _is_small(value: Any) -> bool:  # noqa: ANN401
+    """Whether a value stays as it is: the state of a random stream is hundreds of such."""
+    return type(value) is int and -_SMALL <= value <= _SMALL
 
 
 def _plain(value: Any, path: str) -> Any:  # noqa: ANN401

@@ -19,12 +19,12 @@ from mpi_ckpt.errors import (
     SaveError,
     UnsupportedFormatError,
 )
+from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.faults import os_errors_as, read_errors_as_save_errors
 from mpi_ckpt.storage.layout import QUARANTINE, generation_name, is_partial_of
 from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.outfile import StagingBlocks
 from mpi_ckpt.storage.partial import Partial
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -61,7 +61,7 @@ class CheckpointDirectory:
     def __init__(self, root: Path, mode: IOMode = "auto") -> None:
         self.root = root
         self._mode: IOMode = mode
-        self._staging = StagingBlocks()
+        self._staging = Arena()
         self.job = secrets.token_hex(6)
         self.catalog = Catalog(root)
         self._lock: DirectoryLock | None = None

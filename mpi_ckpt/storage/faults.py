@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns an OSError into an error of this package that says what was being done."""
+"""What an OSError says, and an error of this package that says what was being done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["os_errors_as", "read_errors_as_save_errors"]
+__all__ = ["in_words", "os_errors_as", "read_errors_as_save_errors"]
 
 _ADVICE = {
     errno.ENOSPC: "the file system is full",
@@ -23,6 +23,18 @@ _ADVICE = {
     errno.EFBIG: "the file-size limit of the process or the file system is reached",
     errno.EXDEV: "the directory spans several file systems",
 }
+
+
+def in_words(error: OSError) -> str:
+    """Return what the operating system says, by name and in words, and what it means here.
+
+    Not collective. Thread-safe. Without the file, which is told beside it.
+    """
+    code = error.errno or 0
+    name = errno.errorcode.get(code, type(error).__name__)
+    text = os.strerror(code) if code else str(error)
+    advice = f"; {_ADVICE[code]}" if code in _ADVICE else ""
+    return f"{name} ({text}){advice}"
 
 
 @contextmanager
@@ -39,14 +51,9 @@ def os_errors_as(error: type[CheckpointError], doing: str, path: Path) -> Iterat
     except CheckpointError:
         raise
     except OSError as cause:
-        code = cause.errno or 0
         where = cause.filename or path
-        name = errno.errorcode.get(code, "OSError")
-        advice = f"; {_ADVICE[code]}" if code in _ADVICE else ""
-        text = os.strerror(code) if code else str(cause)
-        raise error(
-            f"{doing} {where} failed: {name} ({text}){advice}", path=where, errno=code
-        ) from cause
+        text = f"{doing} {where} failed: {in_words(cause)}"
+        raise error(text, path=where, errno=cause.errno or 0) from cause
 
 
 @contextmanager

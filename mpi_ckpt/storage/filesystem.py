@@ -34,6 +34,7 @@ __all__ = [
     "make_directory",
     "open_for_reading",
     "read_at",
+    "read_start",
     "remove_file",
     "remove_tree",
     "rename_new",
@@ -47,6 +48,7 @@ __all__ = [
 
 # One system call writes at most this much: Linux stops at 2 GiB - 4 KiB anyway.
 _CALL_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 20
 
 
 def make_directory(path: Path) -> None:
@@ -281,6 +283,28 @@ def open_for_reading(path: Path, *, direct: bool = False) -> Iterator[tuple[int,
     finally:
         with suppress(OSError):  # what was read was proven: nothing can be wrong with it
             os.close(descriptor)
+
+
+def read_start(path: Path, most: int) -> bytes:
+    """Return the first bytes of a regular file.
+
+    Not collective.
+
+    Args:
+        path: The file.
+        most: How many; fewer come only where the file is shorter.
+
+    Raises:
+        OSError: On the calling rank, if it cannot be read.
+        ValueError: On the calling rank, if it is no regular file.
+    """
+    data = bytearray()
+    piece = memoryview(bytearray(min(most, _PIECE_BYTES)))
+    with open_for_reading(path) as (descriptor, _):
+        # Not by its size, which is 0 for what the kernel makes up as it is read.
+        while count := read_at(descriptor, piece[: most - len(data)], len(data)):
+            data += piece[:count]
+    return bytes(data)
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import FencedError, LockedError, SaveError
-from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.layout import LOCK
 
 if TYPE_CHECKING:
@@ -156,10 +156,9 @@ class DirectoryLock:
                     ) from None
                 time.sleep(0.05)
             except OSError as error:
-                name = errno.errorcode.get(error.errno or 0, "OSError")
                 raise SaveError(
-                    f"{self._path} cannot be locked: {name} ({error.strerror}); the file "
-                    "system must support flock",
+                    f"{self._path} cannot be locked: {in_words(error)}; the file system "
+                    "must support flock",
                     path=self._path,
                     errno=error.errno,
                 ) from error

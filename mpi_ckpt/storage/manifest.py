@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpi_ckpt.digest import BLOCK_BYTES
+from mpi_ckpt.leaf import LeafSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpi_ckpt.digest import Digest
-    from mpi_ckpt.leaf import LeafSpec
 
-__all__ = ["Extent", "Manifest", "StoredFile", "StoredLeaf", "StoredState"]
+__all__ = ["STREAM", "Extent", "Manifest", "StoredFile", "StoredLeaf", "StoredState"]
+
+STREAM = "stream"
+"""Name of the one leaf of what a state wrote itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,46 +40,49 @@ class StoredFile:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A run of bytes in a file, and its digest."""
+# Named tuples, not dataclasses: thousands are made at a time, in a fifth of the time.
+class Extent(NamedTuple):
+    """A run of bytes in a file: name of the file, offset and length in bytes."""
 
     file: str
     offset: int
     nbytes: int
+
+
+class StoredLeaf(NamedTuple):
+    """One leaf of a state: where its bytes are, and how they are proven."""
+
+    spec: LeafSpec
+    extent: Extent
     digest: Digest
 
 
 @dataclass(frozen=True, slots=True)
-class StoredLeaf:
-    """One leaf of a state and where its bytes are."""
-
-    spec: LeafSpec
-    extent: Extent
-
-
-@dataclass(frozen=True, slots=True)
 class StoredState:
-    """One state: either leaves and a structure, or one stream.
+    """One state: leaves and a structure, or one stream.
 
     Attributes:
         name: The state's name.
         structure: JSON values; None for a stream.
-        leaves: The leaves, in the state's order; empty for a stream.
-        stream: Where the stream is; None for a state of leaves.
+        leaves: The leaves, in the state's order; of a stream, one leaf of bytes.
+        is_stream: Whether it is what a state wrote itself.
     """
 
     name: str
     structure: Any = None
     leaves: tuple[StoredLeaf, ...] = ()
-    stream: Extent | None = None
+    is_stream: bool = False
+
+    @classmethod
+    def of_stream(cls, name: str, extent: Extent, digest: Digest) -> StoredState:
+        """Make the state of a stream. Not collective."""
+        spec = LeafSpec(STREAM, "U8", (extent.nbytes,))
+        return cls(name, leaves=(StoredLeaf(spec, extent, digest),), is_stream=True)
 
     @property
-    def extents(self) -> list[Extent]:
-        """All runs of bytes of this state, in order."""
-        return (
-            [leaf.extent for leaf in self.leaves] if self.stream is None else [self.stream]
-        )
+    def nbytes(self) -> int:
+        """Bytes of all its leaves."""
+        return sum(leaf.extent.nbytes for leaf in self.leaves)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +110,16 @@ class Manifest:
     block_bytes: int = BLOCK_BYTES
     files: tuple[StoredFile, ...] = ()
     states: tuple[StoredState, ...] = ()
+
+    @property
+    def leaves(self) -> list[StoredLeaf]:
+        """The leaves of all states, in order."""
+        return [leaf for state in self.states for leaf in state.leaves]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(state.nbytes for state in self.states)
 
     def state(self, name: str) -> StoredState | None:
         """Return the state of that name, None if there is none. Not collective."""

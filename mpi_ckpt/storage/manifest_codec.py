@@ -99,8 +99,8 @@ def _json(value: object) -> str:
 
 def _encode_state(state: StoredState) -> str:
     name = _json(state.name)
-    if state.stream is not None:
-        return f'{{"name":{name},"stream":{{{_encode_extent(state.stream)}}}}}'
+    if state.is_stream:
+        return f'{{"name":{name},"stream":{{{_encode_place(state.leaves[0])}}}}}'
     leaves = ",".join([_encode_leaf(leaf) for leaf in state.leaves])
     return f'{{"name":{name},"structure":{_json(state.structure)},"leaves":[{leaves}]}}'
 
@@ -110,13 +110,12 @@ def _encode_leaf(leaf: StoredLeaf) -> str:
     spec = leaf.spec
     name, shape = encode_basestring(_text(spec.name)), ",".join(map(str, spec.shape))
     return (
-        f'{{"name":{name},"dtype":"{spec.dtype}","shape":[{shape}],'
-        f"{_encode_extent(leaf.extent)}}}"
+        f'{{"name":{name},"dtype":"{spec.dtype}","shape":[{shape}],{_encode_place(leaf)}}}'
     )
 
 
-def _encode_extent(extent: Extent) -> str:
-    digest = extent.digest
+def _encode_place(leaf: StoredLeaf) -> str:
+    extent, digest = leaf.extent, leaf.digest
     text = (
         f'"file":"{extent.file}","offset":{extent.offset},"bytes":{extent.nbytes},'
         f'"digest":"{digest.whole.hex()}"'
@@ -202,7 +201,9 @@ def _decode_state(
     name = entry["name"]
     check_state_name(name)
     if "stream" in entry:
-        return StoredState(name, stream=_decode_extent(entry["stream"], files, block_bytes))
+        return StoredState.of_stream(
+            name, *_decode_place(entry["stream"], files, block_bytes)
+        )
     leaves = tuple(_decode_leaf(e, files, block_bytes) for e in _list(entry["leaves"]))
     names = {leaf.spec.name for leaf in leaves}
     _expect(len(names) == len(leaves), f"state {name!r} lists a leaf twice")
@@ -219,18 +220,19 @@ def _decode_leaf(
     shape = tuple([_integer(length, _SIZE_MAX) for length in _list(entry["shape"])])
     if len(shape) > 64:
         raise ValueError(f"leaf {shown(name)} has {len(shape)} dimensions")
-    spec, extent = LeafSpec(name, dtype, shape), _decode_extent(entry, files, block_bytes)
+    spec = LeafSpec(name, dtype, shape)
+    extent, digest = _decode_place(entry, files, block_bytes)
     if spec.nbytes != extent.nbytes:
         raise ValueError(
             f"leaf {shown(name)} {dtype}{shown(shape)} takes {shown(spec.nbytes)} bytes, "
             f"{extent.nbytes} listed"
         )
-    return StoredLeaf(spec, extent)
+    return StoredLeaf(spec, extent, digest)
 
 
-def _decode_extent(
+def _decode_place(
     entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
-) -> Extent:
+) -> tuple[Extent, Digest]:
     file = files[entry["file"]]
     offset = _integer(entry["offset"], _SIZE_MAX)
     nbytes = _integer(entry["bytes"], _SIZE_MAX)
@@ -245,14 +247,14 @@ def _decode_extent(
     digest = Digest(tuple([blocks[cut : cut + DIGEST_BYTES] for cut in cuts]))
     if digest.whole != whole:
         raise ValueError(f"{file.name}: block digests do not match")
-    return Extent(file.name, offset, nbytes, digest)
+    return Extent(file.name, offset, nbytes), digest
 
 
 def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]) -> None:
     by_file: dict[str, list[Extent]] = {name: [] for name in files}
     for state in states:
-        for extent in state.extents:
-            by_file[extent.file].append(extent)
+        for leaf in state.leaves:
+            by_file[leaf.extent.file].append(leaf.extent)
     for name, extents in by_file.items():
         end = 0
         for extent in sorted(extents, key=lambda one: (one.offset, one.nbytes)):

@@ -95,10 +95,8 @@ def read_notes(prefix: Path) -> list[Note]:
     """
     notes = []
     for name in _names(prefix):
-        with filesystem.open_for_reading(prefix.parent / name) as (file, nbytes):
-            data = bytearray(min(nbytes, _FILE_BYTES_MAX))
-            count = filesystem.read_at(file, memoryview(data), 0)
-        for line in bytes(data[:count]).splitlines():
+        data = filesystem.read_start(prefix.parent / name, _FILE_BYTES_MAX)
+        for line in data.splitlines():
             note = _parse(line, name)
             if note is not None:
                 notes.append(note)

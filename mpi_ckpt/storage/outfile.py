@@ -9,7 +9,6 @@ what the page cache costs, which copies too and then competes with the device fo
 from __future__ import annotations
 
 import errno
-import mmap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from mpi_ckpt.errors import WriteError
+from mpi_ckpt.memory import round_up
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-__all__ = ["IOMode", "OutFile", "StagingBlocks", "create_out_file"]
+    from mpi_ckpt.memory import Arena
+
+__all__ = ["IOMode", "OutFile", "create_out_file"]
 
 IOMode = Literal["auto", "direct", "buffered"]
 
@@ -34,6 +36,7 @@ _BLOCK_BYTES = 4 << 20
 # One block is filled while this many are being written: two keep a disk busy, and more
 # only take cores from the training (measured; benchmarks/README.md).
 _IN_FLIGHT = 2
+_BLOCKS = _IN_FLIGHT + 1  # one more is being filled
 # Below this a direct write waits for the disk where the page cache would not.
 _DIRECT_BYTES_MIN = 8 << 20
 _WRITE_BACK_BYTES = 32 << 20
@@ -51,26 +54,9 @@ class OutFile(Protocol):
         """Make all of it durable. Called once, last."""
 
 
-class StagingBlocks:
-    """Aligned memory for direct writes, kept from one save to the next.
-
-    Not collective. Not thread-safe. Fresh memory is slow to touch the first time, so it
-    is reused.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: list[mmap.mmap] = []
-
-    def take(self) -> list[mmap.mmap]:
-        """Return the blocks; they are made when first asked for."""
-        while len(self._blocks) <= _IN_FLIGHT:
-            self._blocks.append(mmap.mmap(-1, _BLOCK_BYTES))
-        return self._blocks
-
-
 @contextmanager
 def create_out_file(
-    path: Path, *, nbytes: int | None, mode: IOMode, staging: StagingBlocks
+    path: Path, *, nbytes: int | None, mode: IOMode, staging: Arena
 ) -> Iterator[OutFile]:
     """Create a file that must not exist; close it after.
 
@@ -96,8 +82,8 @@ def create_out_file(
                 # Ends before the file is closed: no write is then on its way.
                 pool = ThreadPoolExecutor(_IN_FLIGHT, "mpi_ckpt-write")
                 stack.enter_context(pool)
-                blocks = staging.take()
-                yield _DirectFile(descriptor, blocks, pool, insist=mode == "direct")
+                memory = staging.take(_BLOCKS * _BLOCK_BYTES)
+                yield _DirectFile(descriptor, memory, pool, insist=mode == "direct")
                 return
         yield _BufferedFile(stack.enter_context(filesystem.create_file(path)))
 
@@ -145,17 +131,18 @@ class _DirectFile:
     def __init__(
         self,
         descriptor: int,
-        blocks: list[mmap.mmap],
+        memory: memoryview,
         pool: ThreadPoolExecutor,
         *,
         insist: bool,
     ) -> None:
         self._descriptor = descriptor
         self._insist = insist
-        self._blocks = [np.frombuffer(block, np.uint8) for block in blocks]
-        self._views = [memoryview(block) for block in blocks]
+        starts = range(0, _BLOCKS * _BLOCK_BYTES, _BLOCK_BYTES)
+        self._views = [memory[start : start + _BLOCK_BYTES] for start in starts]
+        self._blocks = [np.frombuffer(view, np.uint8) for view in self._views]
         self._pool = pool
-        self._pending: list[Future[None] | None] = [None] * len(blocks)
+        self._pending: list[Future[None] | None] = [None] * _BLOCKS
         self._current = 0
         self._filled = 0
         self._offset = 0
@@ -181,7 +168,7 @@ class _DirectFile:
     def finish(self) -> None:
         length = self._offset + self._filled
         if self._filled:
-            padded = -(-self._filled // _ALIGNMENT) * _ALIGNMENT
+            padded = round_up(self._filled, _ALIGNMENT)
             self._blocks[self._current][self._filled : padded] = 0
             self._submit(padded)
         for index in range(len(self._pending)):

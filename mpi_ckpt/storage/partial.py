@@ -20,10 +20,11 @@ from mpi_ckpt.errors import (
     PublishError,
     WriteError,
 )
+from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.outfile import StagingBlocks, create_out_file
+from mpi_ckpt.storage.outfile import create_out_file
 from mpi_ckpt.storage.space import require_space
 
 if TYPE_CHECKING:
@@ -69,14 +70,14 @@ class Partial:
         job: str,
         *,
         mode: IOMode = "auto",
-        staging: StagingBlocks | None = None,
+        staging: Arena | None = None,
         joined: bool = False,
         check: Callable[[], None] | None = None,
     ) -> None:
         self._root = root
         self._check = check or _nobody_else
         self._mode: IOMode = mode
-        self._staging = staging or StagingBlocks()
+        self._staging = staging or Arena()
         self.generation = generation
         self.path = root / partial_name(generation, job)
         self.bytes_written = 0
@@ -118,6 +119,7 @@ class Partial:
         with self._file(name, nbytes) as out:
             for run in runs:
                 out.write(run)
+            out.finish()
         if self._joined:
             # CRASH: root fsyncs the directory too, but on some network file systems only
             # the host that made an entry can make it durable.
@@ -142,6 +144,7 @@ class Partial:
             raw = _DigestingFile(out)
             with io.BufferedWriter(raw, _STREAM_BUFFER_BYTES) as fileobj:
                 save(fileobj)
+            out.finish()
         self.bytes_written += raw.hasher.nbytes
         return raw.hasher.nbytes, raw.hasher.finish()
 
@@ -182,6 +185,7 @@ class Partial:
         """
         with self._file(MANIFEST, len(manifest)) as out:
             out.write(memoryview(manifest))
+            out.finish()
         self.bytes_written += len(manifest)
         target = self._root / generation_name(self.generation)
         with self._errors_as(PublishError, "publishing", self.path):
@@ -234,8 +238,8 @@ class Partial:
             filesystem.rename_new(target, self.path)
         except OSError as failure:
             raise PublishError(
-                f"making {target} durable failed: {_named(cause)}; its name could not be "
-                f"taken back: {_named(failure)}. It is whole, and a restart may find it",
+                f"making {target} durable failed: {in_words(cause)}; its name could not be "
+                f"taken back: {in_words(failure)}. It is whole, and a restart may find it",
                 path=target,
                 errno=cause.errno,
             ) from cause
@@ -258,6 +262,7 @@ class Partial:
 
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
+        """Create a file; who writes it calls its ``finish`` within the block."""
         path = self.path / name
         with (
             self._errors_as(WriteError, "writing", path),
@@ -266,7 +271,6 @@ class Partial:
             ) as out,
         ):
             yield out
-            out.finish()
 
     def _copy(self, source: Path, name: str) -> None:
         with filesystem.open_for_reading(source) as (reader, nbytes), ExitStack() as stack:
@@ -276,11 +280,8 @@ class Partial:
             for offset in range(0, nbytes, _COPY_BYTES):
                 count = filesystem.read_at(reader, window, offset)
                 out.write(window[:count])
+            out.finish()
         self.bytes_written += nbytes
-
-
-def _named(error: OSError) -> str:
-    return f"{errno.errorcode.get(error.errno or 0, 'OSError')} ({error.strerror})"
 
 
 def _nobody_else() -> None:

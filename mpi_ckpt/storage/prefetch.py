@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads runs of files ahead of whoever uses them: one in use, the next on its way."""
+"""Reads windows of files ahead of whoever uses them: one in use, the next on its way."""
 
 from __future__ import annotations
 
-import mmap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mpi_ckpt.memory import Arena, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
 
+    from mpi_ckpt.storage.read_plan import Window
     from mpi_ckpt.storage.reader import GenerationReader
 
-__all__ = ["Prefetcher", "Run"]
+__all__ = ["Prefetcher"]
 
 _ALIGNMENT = 4096
 _CHUNK_BYTES = 4 << 20
@@ -22,33 +23,23 @@ _CHUNK_BYTES = 4 << 20
 _THREADS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run of bytes of a file: name, start and end."""
-
-    file: str
-    start: int
-    end: int
-
-
 class Prefetcher:
-    """Gives the bytes of runs, in order, each while the next is being read.
+    """Gives the bytes of windows, in order, each while the next is being read.
 
-    Not collective. Not thread-safe. Its threads end with `close`. Holds two windows of the
-    longest run's length, aligned for direct reads.
+    Not collective. Not thread-safe. Its threads end with `close`. Holds memory for two of
+    the longest windows, aligned for direct reads.
 
     Args:
         reader: The open generation.
-        runs: What will be asked for.
+        windows: What will be asked for.
     """
 
-    def __init__(self, reader: GenerationReader, runs: Sequence[Run]) -> None:
+    def __init__(self, reader: GenerationReader, windows: Sequence[Window]) -> None:
         self._reader = reader
-        self._runs = list(runs)
-        longest = max(
-            (_aligned(run)[1] - _aligned(run)[0] for run in self._runs), default=0
-        )
-        self._windows = [memoryview(mmap.mmap(-1, max(longest, 1))) for _ in range(2)]
+        self._windows = list(windows)
+        longest = max((_length(one) for one in self._windows), default=0)
+        memory = Arena().take(2 * longest)
+        self._halves = [memory[:longest], memory[longest : 2 * longest]]
         self._pool = ThreadPoolExecutor(_THREADS, "mpi_ckpt-read")
         self._reading: list[Future[int]] = []
         self._next = 0
@@ -59,7 +50,7 @@ class Prefetcher:
         self._pool.shutdown(cancel_futures=True)
 
     def take(self) -> memoryview:
-        """Return the bytes of the next run; they are good until the next call.
+        """Return the bytes of the next window; they are good until the next call.
 
         Not collective.
 
@@ -68,26 +59,32 @@ class Prefetcher:
             CorruptGenerationError: On the calling rank, if the file ends before.
         """
         index = self._next
-        run = self._runs[index]
-        start, _ = _aligned(run)
+        window = self._windows[index]
+        start, _ = _aligned(window)
         count = sum(future.result() for future in self._reading)
-        self._reader.expect(run.file, start + count, run.end)
+        self._reader.expect(window.file, start + count, window.end)
         self._next += 1
         self._start_next()
-        return self._windows[index % 2][run.start - start : run.end - start]
+        return self._halves[index % 2][window.start - start : window.end - start]
 
     def _start_next(self) -> None:
         self._reading = []
-        if self._next == len(self._runs):
+        if self._next == len(self._windows):
             return
-        run, window = self._runs[self._next], self._windows[self._next % 2]
-        start, end = _aligned(run)
+        window, half = self._windows[self._next], self._halves[self._next % 2]
+        start, end = _aligned(window)
         for offset in range(start, end, _CHUNK_BYTES):
-            into = window[offset - start : min(offset + _CHUNK_BYTES, end) - start]
+            into = half[offset - start : min(offset + _CHUNK_BYTES, end) - start]
             self._reading.append(
-                self._pool.submit(self._reader.read_direct, run.file, into, offset)
+                self._pool.submit(self._reader.read_direct, window.file, into, offset)
             )
 
 
-def _aligned(run: Run) -> tuple[int, int]:
-    return run.start // _ALIGNMENT * _ALIGNMENT, -(-run.end // _ALIGNMENT) * _ALIGNMENT
+def _aligned(window: Window) -> tuple[int, int]:
+    start = window.start // _ALIGNMENT * _ALIGNMENT
+    return start, round_up(window.end, _ALIGNMENT)
+
+
+def _length(window: Window) -> int:
+    start, end = _aligned(window)
+    return end - start

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from mpi_ckpt.storage.manifest import Extent, Manifest, StoredFile
+    from mpi_ckpt.storage.manifest import Manifest, StoredFile, StoredLeaf
 
 __all__ = ["GenerationReader", "read_manifest"]
 
@@ -116,42 +116,28 @@ class GenerationReader:
     ) -> None:
         self.close()
 
-    def verify(self) -> None:
-        """Prove every byte.
-
-        Not collective. Needs one block of memory.
-
-        Raises:
-            CorruptGenerationError: On the calling rank, for the first that is wrong.
-            ReadError: On the calling rank, if the operating system cannot read it.
-        """
-        extents = [extent for state in self.manifest.states for extent in state.extents]
-        longest = max((extent.nbytes for extent in extents), default=0)
-        window = memoryview(bytearray(min(longest, self.manifest.block_bytes)))
-        for extent in extents:
-            for block in range(len(extent.digest.blocks)):
-                rest = extent.nbytes - block * self.manifest.block_bytes
-                into = window[: max(0, rest)]
-                self._read_block(extent, block, into)
-                self.prove(extent, block, into)
-
-    def read_block(self, extent: Extent, block: int) -> memoryview:
-        """Return one block of a run of bytes, proven.
+    def read_block(self, leaf: StoredLeaf, block: int) -> memoryview:
+        """Return one block of a leaf, proven; `mpi_ckpt.storage.proving` reads many.
 
         Not collective. Thread-safe.
 
         Args:
-            extent: A run of bytes of this generation's manifest.
-            block: Index of the block in the run.
+            leaf: A leaf of this generation's manifest.
+            block: Index of the block in the leaf.
 
         Raises:
             CorruptGenerationError: On the calling rank, if it is not what was saved.
             ReadError: On the calling rank, if the operating system cannot read it.
         """
-        rest = extent.nbytes - block * self.manifest.block_bytes
-        into = memoryview(bytearray(max(0, min(rest, self.manifest.block_bytes))))
-        self._read_block(extent, block, into)
-        self.prove(extent, block, into)
+        extent, start = leaf.extent, block * self.manifest.block_bytes
+        length = max(0, min(extent.nbytes - start, self.manifest.block_bytes))
+        into = memoryview(bytearray(length))
+        offset = extent.offset + start
+        with self._reading(extent.file), self._files.use(extent.file) as found:
+            count = filesystem.read_at(found.descriptor, into, offset)
+        self._counts.append(count)
+        self.expect(extent.file, offset + count, offset + length)
+        self.prove(leaf, block, into)
         return into
 
     def read_direct(self, file: str, into: memoryview, offset: int) -> int:
@@ -197,36 +183,29 @@ class GenerationReader:
                 generation=self.manifest.generation,
             )
 
-    def prove(self, extent: Extent, block: int, data: memoryview) -> None:
+    def prove(self, leaf: StoredLeaf, block: int, data: memoryview) -> None:
         """Compare the bytes of a block with what was saved.
 
         Not collective. Thread-safe.
 
         Args:
-            extent: A run of bytes of this generation's manifest.
-            block: Index of the block in the run.
+            leaf: A leaf of this generation's manifest.
+            block: Index of the block in the leaf.
             data: The bytes that were read.
 
         Raises:
             CorruptGenerationError: On the calling rank, if they are others.
         """
-        expected, found = extent.digest.blocks[block], digest_bytes(data)
+        expected, found = leaf.digest.blocks[block], digest_bytes(data)
         if found != expected:
-            where = self.path / extent.file
-            offset = extent.offset + block * self.manifest.block_bytes
+            where = self.path / leaf.extent.file
+            offset = leaf.extent.offset + block * self.manifest.block_bytes
             raise CorruptGenerationError(
                 f"{where}: bytes {offset} to {offset + len(data)} have digest "
                 f"{found.hex()}, expected {expected.hex()}",
                 path=where,
                 generation=self.manifest.generation,
             )
-
-    def _read_block(self, extent: Extent, block: int, into: memoryview) -> None:
-        offset = extent.offset + block * self.manifest.block_bytes
-        with self._reading(extent.file), self._files.use(extent.file) as found:
-            count = filesystem.read_at(found.descriptor, into, offset)
-        self._counts.append(count)
-        self.expect(extent.file, offset + count, offset + len(into))
 
     def _prove_header(self, descriptor: int, file: StoredFile) -> None:
         # In pieces: a manifest may claim a header of 100 MB, and none of it is needed.

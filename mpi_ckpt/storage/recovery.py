@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import ReadError, SaveError
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.layout import (
     GENERATION_MAX,
     QUARANTINE,
@@ -124,7 +124,7 @@ def _set_aside(shelf: Path) -> tuple[list[str], str]:
         _refuse_foreign(shelf)
         return filesystem.list_names(shelf), ""
     except OSError as error:
-        return [], f"{shelf} cannot be listed: {error.strerror or error}"
+        return [], f"{shelf} cannot be listed: {in_words(error)}"
 
 
 def _refuse_foreign(shelf: Path) -> None:

@@ -9,12 +9,12 @@ it is believed the file system is asked to reserve the space, which makes it loo
 from __future__ import annotations
 
 import errno
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,7 @@ def require_space(directory: Path, what: Path, *, nbytes: int, files: int) -> No
     ):
         return
     raise WriteError(
-        f"{what}: ENOSPC ({os.strerror(errno.ENOSPC)}); the file system is full: "
+        f"{what}: {in_words(OSError(errno.ENOSPC, ''))}: "
         f"{_amount(nbytes, files)} needed, {_amount(free.nbytes, free.files)} free; "
         "nothing of it was written. An old generation is deleted once the new one is "
         "durable, so one more than are kept must fit: make room, or keep fewer "

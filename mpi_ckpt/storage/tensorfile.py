@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.memory import round_up
 from mpi_ckpt.storage.strict_json import read_json
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def encode_header(
         }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    total = -(-(_LENGTH_BYTES + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+    total = round_up(_LENGTH_BYTES + len(text), DATA_ALIGNMENT)
     if total > HEADER_BYTES_MAX:
         raise SaveError(
             f"the names of all leaves take {len(text)} bytes, safetensors files hold "

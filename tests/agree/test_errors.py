@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import inspect
 import json
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,8 @@ from mpi_ckpt.errors import (
     SaveError,
     StateMismatchError,
     WriteError,
-    merge_failures,
 )
+from mpi_ckpt.failures import capture_failure, concerning, merge_failures
 
 CLASSES = [
     cls
@@ -33,13 +35,52 @@ def failure(error: BaseException, rank: int = 0) -> RankFailure:
     try:
         raise error
     except BaseException as caught:
-        return RankFailure.capture(caught, rank=rank, size=4, operation="writing")
+        return capture_failure(caught, rank=rank, size=4, operation="writing")
 
 
 def test_family_is_the_tree_that_the_module_draws():
     drawn = set(re.findall(r"\b[A-Z]\w+Error\b(?!\))", errors.__doc__))
     assert drawn == {cls.__name__ for cls in CLASSES}
-    assert set(errors._FAMILY) == drawn
+    assert set(errors.__all__) == drawn
+
+
+def raised_within(error, *places):
+    """Return a failure as another rank tells it, raised within blocks of these places."""
+    try:
+        with contextlib.ExitStack() as stack:
+            for place in places:
+                stack.enter_context(concerning(place))
+            raise error
+    except Exception as caught:
+        return failure(caught)
+
+
+def test_what_an_error_concerns_is_told_outermost_first():
+    told = raised_within(ZeroDivisionError("of the user"), "state 'model'", "leaf 'w'")
+    assert "writing: state 'model', leaf 'w': of the user (ZeroDivisionError)" in str(told)
+    assert "leaf 'w'\nstate 'model'" in told.traceback or sys.version_info < (3, 11)
+
+
+def test_what_an_error_says_itself_is_not_told_twice():
+    told = raised_within(StateMismatchError("state 'a' has no leaf"), "state 'a'")
+    assert told.message == "state 'a' has no leaf"
+
+
+def test_notes_of_others_are_left_alone():
+    error = ValueError("bad")
+    error.__notes__ = ["seen on a Monday"]
+    assert raised_within(error, "state 'a'").message == "state 'a': bad"
+    assert error.__notes__ == ["seen on a Monday", "state 'a'"]
+
+
+class Sealed(Exception):
+    @property
+    def __notes__(self):
+        raise AttributeError("none are kept")
+
+
+def test_an_error_that_takes_no_note_stays_what_it_is():
+    assert raised_within(Sealed("as it is"), "state 'a'").message == "as it is"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpi_ckpt.cli.comparing import structure_changes
+from mpi_ckpt.cli.changes import structure_changes
 from mpi_ckpt.cli.numeric import Difference, is_numeric
 from mpi_ckpt.states.tensors import _DTYPES
 

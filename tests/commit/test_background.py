@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from mpi_ckpt.engine.background import Background
+from mpi_ckpt.engine.save.background import Background
 from tests.waiting import limit
 
 
@@ -85,7 +85,7 @@ def test_thread_ends_when_nobody_holds_it():
 PROGRAM = """
 import atexit, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from mpi_ckpt.engine.background import Background
+from mpi_ckpt.engine.save.background import Background
 
 def work():
     time.sleep({work})

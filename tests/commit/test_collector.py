@@ -15,12 +15,15 @@ def enabled():
 
 
 def test_paused_while_it_runs_and_working_again_after():
-    assert without_collections(gc.isenabled)() is False
+    assert without_collections()(gc.isenabled)() is False
+    assert gc.isenabled()
+    with without_collections():
+        assert not gc.isenabled()
     assert gc.isenabled()
 
 
 def test_working_again_after_a_failure():
-    @without_collections
+    @without_collections()
     def fail():
         raise ValueError("whatever")
 
@@ -31,7 +34,7 @@ def test_working_again_after_a_failure():
 
 def test_one_that_the_program_has_switched_off_stays_off():
     gc.disable()
-    without_collections(gc.isenabled)()
+    without_collections()(gc.isenabled)()
     assert not gc.isenabled()
 
 
@@ -40,7 +43,7 @@ def test_two_threads_in_any_order_leave_it_working(first_out):
     entered = [threading.Event() for _ in range(2)]
     leave = [threading.Event() for _ in range(2)]
 
-    @without_collections
+    @without_collections()
     def stay(number):
         entered[number].set()
         leave[number].wait(10)

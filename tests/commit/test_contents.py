@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt.digest import Digest
-from mpi_ckpt.engine.contents import capture_only, digest_contents
+from mpi_ckpt.engine.sync.captured import capture_states, digest_states
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.objects import ObjectState
@@ -19,7 +19,7 @@ def state(**changed) -> ArrayState:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_leaf_has_its_own_digest(threads):
     states = [state(), ObjectState("o", {"x": np.ones(2), "y": 1}), state()]
-    contents = digest_contents(capture_only(states), threads)
+    contents = digest_states(capture_states(states), threads)
     assert [one.state for one in contents] == states
     for one in contents:
         assert len(one.digests) == len(one.leaves)
@@ -30,7 +30,7 @@ def test_every_leaf_has_its_own_digest(threads):
 
 def changed_summaries(other: ArrayState | ObjectState, one=None) -> list[bool]:
     """Tell which of the three digests (forms, structure, bytes) differ."""
-    first, second = digest_contents(capture_only([one or state(), other]), 1)
+    first, second = digest_states(capture_states([one or state(), other]), 1)
     return [a != b for a, b in zip(first.summary(), second.summary(), strict=True)]
 
 
@@ -46,24 +46,24 @@ def test_summary_tells_what_kind_of_difference_there_is():
 
 def test_nothing_is_copied():
     live = state()
-    (contents,) = digest_contents(capture_only([live]), 1)
+    (contents,) = digest_states(capture_states([live]), 1)
     live.arrays["a"][0] = 7
     assert bytes(contents.leaves[0].buffer.read()) == live.arrays["a"].tobytes()
 
 
 def test_what_was_digested_is_not_digested_again():
-    captured = capture_only([state(), state(a=np.ones(2))])
+    captured = capture_states([state(), state(a=np.ones(2))])
     assert [one.digests for one in captured] == [None, None]
-    mixed = [*digest_contents(capture_only([state()]), 1), captured[1]]
-    digested = digest_contents(mixed, 1)
+    mixed = [*digest_states(capture_states([state()]), 1), captured[1]]
+    digested = digest_states(mixed, 1)
     assert digested[0] is mixed[0]
     assert (
         digested[1].digests
-        == digest_contents(capture_only([state(a=np.ones(2))]), 1)[0].digests
+        == digest_states(capture_states([state(a=np.ones(2))]), 1)[0].digests
     )
 
 
 def test_state_that_cannot_be_captured_is_told():
     with pytest.raises(StageError, match="object"):
-        digest_contents(capture_only([ObjectState("o", {"x": object()})]), 1)
-    assert digest_contents(capture_only([]), 2) == []
+        digest_states(capture_states([ObjectState("o", {"x": object()})]), 1)
+    assert digest_states(capture_states([]), 2) == []

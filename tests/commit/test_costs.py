@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpi_ckpt.engine.costs import Costs
+from mpi_ckpt.engine.steps.interval import Costs
 
 
 def test_nothing_is_known_at_first():

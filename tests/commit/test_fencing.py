@@ -13,6 +13,7 @@ from mpi_ckpt.storage import filesystem, lock, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.layout import generation_number, partial_number
 from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.making import save, some_states
 from tests.recording import RecordingOS
@@ -45,7 +46,7 @@ def generations(directory: CheckpointDirectory) -> list[int]:
     found = sorted(recovery.survey(directory.root).generations)
     for path in sorted(directory.root.glob("checkpoint-*")):
         with GenerationReader(path) as reader:
-            reader.verify()
+            verify(reader)
     return found
 
 

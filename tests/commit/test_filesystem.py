@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,18 @@ def test_read_stops_at_the_end(tmp_path):
         assert filesystem.read_at(descriptor, into, 99) == 0
         assert filesystem.read_at(descriptor, into[:0], 0) == 0
     assert bytes(into) == b"bc\0\0\0"
+
+
+@pytest.mark.parametrize("most", [0, 5, 1000, 1 << 21])
+@pytest.mark.parametrize("nbytes", [0, 5, 3 << 20])
+def test_the_start_of_a_file_is_read_whatever_its_size_is_said_to_be(
+    tmp_path, nbytes, most
+):
+    data = os.urandom(nbytes)
+    (tmp_path / "file").write_bytes(data)
+    assert filesystem.read_start(tmp_path / "file", most) == data[:most]
+    told = filesystem.read_start(Path("/proc/self/status"), most)  # of no size at all
+    assert b"Name:"[:most] == told[:5]
 
 
 def test_only_regular_files_are_opened_and_nothing_blocks(tmp_path):

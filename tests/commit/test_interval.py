@@ -6,9 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from mpi_ckpt.engine import interval
-from mpi_ckpt.engine.costs import Costs
-from mpi_ckpt.engine.interval import Interval
+from mpi_ckpt.engine.steps import interval
+from mpi_ckpt.engine.steps.interval import Costs, Interval
 from mpi_ckpt.pacing import AutoInterval, Failures
 
 

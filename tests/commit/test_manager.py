@@ -18,6 +18,7 @@ from mpi_ckpt.errors import (
     SaveError,
     StateMismatchError,
 )
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import lock
 
 
@@ -26,7 +27,8 @@ def arrays(**given) -> mpi_ckpt.ArrayState:
 
 
 @pytest.fixture(
-    params=[{}, {"reuse": False}, {"asynchronous": True}, {"io": "direct"}], ids=str
+    params=[{}, {"io": IO(reuse=False)}, {"asynchronous": True}, {"io": IO(mode="direct")}],
+    ids=str,
 )
 def modes(request):
     """Every way of saving must give the same generations."""
@@ -158,7 +160,7 @@ def test_mismatch_keeps_every_finding_on_its_way_to_the_user(manage):
 
 def test_bad_newest_is_set_aside_and_told_once(manage, tmp_path, caplog):
     state = arrays()
-    with manage(state, reuse=False) as manager:
+    with manage(state, io=IO(reuse=False)) as manager:
         manager.save(1)
         state.arrays["x"] += 1
         bad = manager.save(2).path

@@ -12,6 +12,7 @@ from mpi_ckpt.errors import CheckpointError, PublishError, SaveError, WriteError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.partial import Partial
+from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.making import save, some_states
 from tests.recording import RecordingOS
@@ -190,7 +191,7 @@ def test_any_call_that_fails_publishes_nothing_and_leaves_nothing(
         assert directory.catalog.generations()[-1].generation == 1
     assert faults >= {"mkdir": 1, "rename": 1}.get(call, 4)
     with GenerationReader(path) as reader:
-        reader.verify()
+        verify(reader)
         assert reader.manifest.step == 9
     assert names(directory.root) == sorted([*before, path.name])
 
@@ -211,7 +212,7 @@ def test_failed_withdrawal_is_told_as_a_failure_too(directory, recorder):
             return worst if name in ("fsync", "rename") else call
 
     filesystem.os = Worst()  # put back by the fixture
-    with pytest.raises(PublishError, match=r"EIO .*no fsync.* taken back: EROFS") as caught:
+    with pytest.raises(PublishError, match=r"EIO .* taken back: EROFS") as caught:
         save(directory, some_states())
     # The first is the cause; the second follows from it, as on a disk that has failed.
     assert caught.value.errno == errno.EIO

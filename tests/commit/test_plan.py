@@ -9,7 +9,7 @@ from safetensors import deserialize
 from safetensors.numpy import load
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.engine.plan import plan_shard
+from mpi_ckpt.engine.save.shard import plan_shard
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.tensorfile import DATA_ALIGNMENT
 
@@ -27,19 +27,20 @@ STATES = st.lists(
 )
 
 
-def spec_at(states, placement) -> LeafSpec:
-    return states[placement.state][1][placement.leaf]
+def specs_of(states, plan) -> list[LeafSpec]:
+    """Return the specs of a plan's leaves, in file order."""
+    return [states[state][1][leaf] for state, leaf in plan.order]
 
 
 @given(STATES)
 def test_leaves_follow_one_another_without_hole_or_overlap(states):
     plan = plan_shard(states)
     offset = len(plan.header)
-    for placement in plan.placements:
-        assert placement.offset == offset
-        offset += spec_at(states, placement).nbytes
-    planned = sorted((p.state, p.leaf) for p in plan.placements)
-    assert planned == [
+    for at, spec in zip(plan.offsets, specs_of(states, plan), strict=True):
+        assert at == offset
+        offset += spec.nbytes
+    assert plan.nbytes == offset
+    assert sorted(plan.order) == [
         (s, n) for s, (_, specs) in enumerate(states) for n in range(len(specs))
     ]
 
@@ -48,21 +49,19 @@ def test_leaves_follow_one_another_without_hole_or_overlap(states):
 def test_every_leaf_is_aligned_to_its_elements(states):
     plan = plan_shard(states)
     assert len(plan.header) % DATA_ALIGNMENT == 0
-    for placement in plan.placements:
-        assert (
-            placement.offset % dtypes.element_bytes(spec_at(states, placement).dtype) == 0
-        )
+    for at, spec in zip(plan.offsets, specs_of(states, plan), strict=True):
+        assert at % dtypes.element_bytes(spec.dtype) == 0
 
 
 @given(STATES, st.randoms(use_true_random=False))
 def test_safetensors_opens_the_file_and_finds_every_leaf(states, random):
     plan = plan_shard(states)
-    contents = [random.randbytes(spec_at(states, p).nbytes) for p in plan.placements]
+    specs = specs_of(states, plan)
+    contents = [random.randbytes(spec.nbytes) for spec in specs]
     found = dict(deserialize(plan.header + b"".join(contents)))
-    assert len(found) == len(plan.placements)
+    assert len(found) == len(plan.order)
     # In the header a leaf of a larger type comes first, as in the file.
-    for placement, data in zip(plan.placements, contents, strict=True):
-        spec = spec_at(states, placement)
+    for spec, data in zip(specs, contents, strict=True):
         stored_dtype, shape = dtypes.stored_form(spec.dtype, spec.shape)
         named = [k for k in found if k.endswith(f"/{spec.name}")]
         match = [found[k] for k in named if bytes(found[k]["data"]) == data]
@@ -98,12 +97,10 @@ def test_names_that_meet_when_joined_stay_apart():
 def test_order_is_that_of_the_states_among_equals():
     specs = [LeafSpec(name, "F32", (1,)) for name in "zay"]
     plan = plan_shard([("m", specs), ("n", specs)])
-    assert [(p.state, p.leaf) for p in plan.placements] == [
-        (s, n) for s in (0, 1) for n in range(3)
-    ]
+    assert list(plan.order) == [(s, n) for s in (0, 1) for n in range(3)]
 
 
 def test_no_leaves_make_a_file_that_safetensors_opens():
     plan = plan_shard([("empty", [])])
-    assert plan.placements == ()
+    assert plan.order == ()
     assert deserialize(plan.header) == []

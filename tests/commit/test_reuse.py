@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.engine.contents import capture_only, digest_contents
-from mpi_ckpt.engine.reuse import plan_reuse, renamed, sample, without_files
+from mpi_ckpt.engine.save.reuse import plan_reuse, sample
+from mpi_ckpt.engine.sync.captured import capture_states, digest_states
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.reader import read_manifest
 from tests.making import Stream, publish
@@ -26,7 +26,7 @@ def arrays(**changed) -> dict:
 
 
 def plan(older: Manifest, given: dict, *, name: str = "s", **named):
-    contents = digest_contents(capture_only([ArrayState(name, given)]), 1)
+    contents = digest_states(capture_states([ArrayState(name, given)]), 1)
     named = {"generation": 2, "full_every": 10, **named}
     return plan_reuse(older, contents, **named)
 
@@ -41,8 +41,8 @@ def older(tmp_path) -> Manifest:
 def test_unchanged_leaves_are_found_where_they_were(older):
     reuse = plan(older, arrays(c=np.ones(4)))
     assert set(reuse.leaves) == {(0, 0), (0, 1)}
-    extents = {leaf.spec.name: leaf.extent for leaf in older.state("s").leaves}
-    assert reuse.leaves[0, 0] == extents["a"]
+    stored = {leaf.spec.name: leaf for leaf in older.state("s").leaves}
+    assert reuse.leaves[0, 0] == stored["a"]
     assert set(reuse.files) == {SHARD}
     assert reuse.states == ()
 
@@ -69,7 +69,7 @@ def test_leaf_of_another_name_or_state_is_written_again(older):
 
 
 def test_undigested_contents_are_not_looked_at(older):
-    contents = capture_only([ArrayState("s", arrays())])
+    contents = capture_states([ArrayState("s", arrays())])
     assert plan_reuse(older, contents, generation=2, full_every=10).leaves == {}
 
 
@@ -94,23 +94,23 @@ def test_carried_states_come_whatever_it_costs(older):
 
 
 def test_refused_files_give_their_leaves_back(older):
-    reuse = without_files(plan(older, arrays()), {SHARD})
+    reuse = plan(older, arrays()).without_files({SHARD})
     assert (reuse.leaves, reuse.files) == ({}, {})
 
 
 def test_files_are_renamed_wherever_they_are_named(older):
     reuse = plan_reuse(
         older,
-        digest_contents(capture_only([ArrayState("s", arrays())]), 1),
+        digest_states(capture_states([ArrayState("s", arrays())]), 1),
         generation=2,
         full_every=10,
         carried=[older.state("t"), replace(older.state("s"), name="u")],
     )
-    moved = renamed(reuse, lambda name, generation: f"{generation}-{name}")
+    moved = reuse.renamed(lambda name, generation: f"{generation}-{name}")
     assert set(moved.files) == {f"1-{SHARD}", "1-t.bin"}
     assert all(name == file.name for name, file in moved.files.items())
-    named = [e.file for e in moved.leaves.values()]
-    named += [e.file for state in moved.states for e in state.extents]
+    named = [leaf.extent.file for leaf in moved.leaves.values()]
+    named += [leaf.extent.file for state in moved.states for leaf in state.leaves]
     assert set(named) == set(moved.files)
     assert len(named) == 3 + 1 + 3
 
@@ -125,7 +125,7 @@ def test_sample_misses_no_run_of_more_than_its_share(sizes, count, data):
         ArrayState(f"s{i}", {f"a{n}": np.zeros(m, "u1") for n, m in enumerate(one)})
         for i, one in enumerate(sizes)
     ]
-    contents = capture_only(states)
+    contents = capture_states(states)
     picked = {
         (one.name, leaf.spec.name) for one in sample(contents, count) for leaf in one.leaves
     }

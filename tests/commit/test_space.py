@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState
-from mpi_ckpt.engine.contents import capture_only
-from mpi_ckpt.engine.needs import foresee_needs
-from mpi_ckpt.engine.stage import StagedStream
+from mpi_ckpt.engine.save.draft import foresee_space
+from mpi_ckpt.engine.save.staging import StagedStream
+from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import SaveError, WriteError
 from mpi_ckpt.options import Options
 from mpi_ckpt.storage import filesystem
@@ -163,8 +163,8 @@ def test_no_more_is_foreseen_than_is_written_and_hardly_less(directory):
     arrays = {f"layer.{n}.weight": np.full(200, n, np.float64) for n in range(300)}
     states = [ArrayState("arrays", arrays)]
     streams = [StagedStream("plain", memoryview(bytes(5000)))]
-    contents = capture_only(states)
-    needs = foresee_needs(contents, [range(300)], streams)
+    contents = capture_states(states)
+    needs = foresee_space(contents, [range(300)], streams)
     written = save(directory, [*states, Stream("plain", bytes(5000))])
     files = os.listdir(written.path)
     assert needs.files == len(files)
@@ -172,8 +172,8 @@ def test_no_more_is_foreseen_than_is_written_and_hardly_less(directory):
 
 
 def test_nothing_fresh_needs_a_manifest_only():
-    contents = capture_only([ArrayState("arrays", {"w": np.zeros(9)})])
-    nothing, everything = (foresee_needs(contents, [n], [Stream("s")]) for n in ([], [0]))
+    contents = capture_states([ArrayState("arrays", {"w": np.zeros(9)})])
+    nothing, everything = (foresee_space(contents, [n], [Stream("s")]) for n in ([], [0]))
     assert (nothing.files, everything.files) == (2, 3)
     assert 0 < nothing.nbytes < 200
     assert everything.nbytes - nothing.nbytes > 9 * 8

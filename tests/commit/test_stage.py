@@ -9,8 +9,8 @@ import torch
 
 from mpi_ckpt import ArrayState, ModuleState, State
 from mpi_ckpt import memory as memory_module
-from mpi_ckpt.engine.contents import Contents, capture_only
-from mpi_ckpt.engine.stage import stage
+from mpi_ckpt.engine.save.staging import stage
+from mpi_ckpt.engine.sync.captured import CapturedState, capture_states
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.memory import Arena
 
@@ -30,7 +30,7 @@ def test_what_changes_afterwards_is_not_seen():
     arrays = {"a": np.arange(10.0), "t": np.ones((3, 4), np.int16).T, "e": np.empty(0)}
     module = torch.nn.Linear(3, 2).to(torch.bfloat16)
     plain = Words("words")
-    contents = capture_only([ArrayState("arrays", arrays), ModuleState("module", module)])
+    contents = capture_states([ArrayState("arrays", arrays), ModuleState("module", module)])
     before = [bytes_of(one) for one in contents]
     staged = stage(Arena(), [*contents, plain]).states
     arrays["a"][:] = -1
@@ -45,9 +45,11 @@ def test_what_changes_afterwards_is_not_seen():
 
 
 def test_the_order_is_kept():
-    contents = capture_only([ArrayState("one", {"a": np.ones(2)})])
+    contents = capture_states([ArrayState("one", {"a": np.ones(2)})])
     staged = stage(Arena(), [Words("first"), *contents, Words("last")]).states
-    names = [one.state.name if isinstance(one, Contents) else one.name for one in staged]
+    names = [
+        one.state.name if isinstance(one, CapturedState) else one.name for one in staged
+    ]
     assert names == ["first", "one", "last"]
 
 
@@ -64,8 +66,9 @@ def test_memory_that_is_not_to_be_had_is_an_error_of_the_family(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(memory_module.mmap, "mmap", none_left)
+    (captured,) = capture_states([ArrayState("a", {"x": np.ones(512)})])
     with pytest.raises(StageError, match="no memory to stage a save: 4096 bytes"):
-        Arena().take(4096)
+        stage(Arena(), [captured])
 
 
 def test_a_state_that_cannot_write_itself_is_named():

@@ -11,15 +11,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from mpi_ckpt.digest import BLOCK_BYTES, Digest
-from mpi_ckpt.engine import draft
-from mpi_ckpt.engine.contents import digest_contents
+from mpi_ckpt.engine.save import draft
+from mpi_ckpt.engine.sync.captured import digest_states
 from mpi_ckpt.errors import RegistrationError, SaveError, StageError, WriteError
-from mpi_ckpt.options import Options
+from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 from mpi_ckpt.state import Capture, LeafState
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage import filesystem, space
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader, read_manifest
 from tests.making import Stream, save, some_states
 
@@ -66,7 +67,7 @@ def test_shard_is_a_safetensors_file_of_all_leaves(directory):
 def test_generation_without_states_is_one(directory):
     path = save(directory, []).path
     with GenerationReader(path) as reader:
-        reader.verify()
+        verify(reader)
         assert reader.manifest.states == ()
     assert os.listdir(path) == ["manifest.json"]
 
@@ -76,7 +77,7 @@ def test_other_states_of_an_older_generation_go_along_by_link(directory):
     changed = ArrayState("arrays", {"x": np.ones(2)})
     second = save(directory, [changed], carry=lambda name: True)
     with GenerationReader(second.path) as reader:
-        reader.verify()
+        verify(reader)
         names = [state.name for state in reader.manifest.states]
         assert names == ["arrays", "a/b", "stream", "nothing"]
         assert [leaf.spec.name for leaf in reader.manifest.state("arrays").leaves] == ["x"]
@@ -104,7 +105,7 @@ def test_carried_generations_stand_alone_over_many_saves(directory):
         directory.catalog.remove(directory.catalog.choose(KeepLast(1)), directory.job)
     assert generations(directory) == ["checkpoint-00000009"]
     with directory.open_newest() as reader:
-        reader.verify()
+        verify(reader)
         files = {file.generation for file in reader.manifest.files}
         assert files == {1, 8, 9}
         assert reader.manifest.state("nothing") is not None
@@ -124,7 +125,7 @@ def test_newest_that_somebody_took_away_is_in_the_way_once_at_most(directory):
     with pytest.raises(WriteError, match="ENOENT"):
         save(directory, fresh, carry=bool)
     with GenerationReader(save(directory, fresh, carry=bool).path) as reader:
-        reader.verify()
+        verify(reader)
         assert len(reader.manifest.states) == 4
 
 
@@ -135,7 +136,7 @@ def test_stream_that_replaces_a_carried_one_is_the_new_one(directory):
     assert (path / "s.bin").read_bytes() == b"new"
 
 
-REUSE = Options(retention=KeepLast(100), full_every=4)
+REUSE = Options(retention=KeepLast(100), io=IO(full_every=4))
 
 
 def test_unchanged_leaves_are_shared_and_changed_ones_written(directory):
@@ -149,7 +150,7 @@ def test_unchanged_leaves_are_shared_and_changed_ones_written(directory):
     old = first.path / "rank-00000.safetensors"
     assert (second.path / "rank-00000.from-00000001.safetensors").samefile(old)
     with GenerationReader(second.path) as reader:
-        reader.verify()
+        verify(reader)
     assert (
         load_file(second.path / "rank-00000.safetensors")["s/moving"].tolist() == [1.0] * 10
     )
@@ -172,10 +173,10 @@ def digested(monkeypatch) -> list[int]:
 
     def note(contents, threads):
         counts.append(sum(len(one.leaves) for one in contents if one.digests is None))
-        return digest_contents(contents, threads)
+        return digest_states(contents, threads)
 
     monkeypatch.setattr(draft, "_SAMPLED_BYTES_MIN", 0)
-    monkeypatch.setattr(draft, "digest_contents", note)
+    monkeypatch.setattr(draft, "digest_states", note)
     return counts
 
 
@@ -192,7 +193,7 @@ def test_digests_are_taken_ahead_only_where_a_sample_is_unchanged(directory, dig
     assert save(directory, [state], options=REUSE).bytes_reused == 39 * 800
     assert digested == [8, 8, 40]
     with directory.open_newest() as reader:
-        reader.verify()
+        verify(reader)
 
 
 def test_leaf_of_several_blocks_is_digested_on_the_way(directory):
@@ -200,9 +201,9 @@ def test_leaf_of_several_blocks_is_digested_on_the_way(directory):
     sizes = {"even": BLOCK_BYTES, "odd": 2 * BLOCK_BYTES + 5, "none": 0}
     leaves = {name: np.full(size, 7, np.uint8) for name, size in sizes.items()}
     with GenerationReader(save(directory, [ArrayState("s", leaves)]).path) as reader:
-        reader.verify()
+        verify(reader)
         stored = reader.manifest.state("s").leaves
-        found = {leaf.spec.name: leaf.extent.digest for leaf in stored}
+        found = {leaf.spec.name: leaf.digest for leaf in stored}
     assert found == {name: Digest.of(one.data) for name, one in leaves.items()}
 
 
@@ -228,7 +229,7 @@ def test_older_generations_can_go_and_bad_blocks_do_not_live_for_ever(directory)
         save(directory, [state], options=REUSE)
         directory.catalog.remove(directory.catalog.choose(KeepLast(1)), directory.job)
         with directory.open_newest() as reader:
-            reader.verify()
+            verify(reader)
             (file,) = reader.manifest.files
             assert reader.manifest.generation - file.generation < 4
 
@@ -259,7 +260,7 @@ def test_damage_to_what_would_be_shared_keeps_nobody_from_saving(directory):
     try:
         path = save(fresh, [state], options=REUSE).path
         with GenerationReader(path) as reader:
-            reader.verify()
+            verify(reader)
     finally:
         fresh.close()
 

@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mpi_ckpt import IO
 from mpi_ckpt.errors import CheckpointError, RestoreError, SaveError
 from tests.crash.recorder import in_place_of_os
 from tests.crash.replay import PIECE, write_image
@@ -239,7 +240,7 @@ def save_behind(training: Training) -> None:
 def joint_workloads() -> list[Workload]:
     """Return what only makes sense with several ranks."""
     two, _ = saved_image([1, 2])
-    options = {"writers": "all", "readers": "all", "window_bytes": 1 << 13}
+    options = {"writers": "all", "io": IO(readers="all", window_bytes=1 << 13)}
     late = {"asynchronous": True, "overlap": True}
     return [
         Workload(
@@ -337,7 +338,7 @@ def workloads() -> list[Workload]:
             Saved.of(1),
             Saved.of(5),
             lambda t: t.save(5),
-            options={"io": "direct"},
+            options={"io": IO(mode="direct")},
         ),
         Workload(
             "asynchronous save",

@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mpi_ckpt import IO
 from mpi_ckpt.errors import CheckpointError
 from tests.crash.crashes import quiet_scratch
 from tests.crash.moments import Changes, Moment
@@ -37,7 +38,7 @@ SHUTDOWNS = {"shutdown": 2, "shutdown -f": 1}
 WAYS: dict[str, dict[str, Any]] = {
     "blocking": {},
     "asynchronous": {"asynchronous": True},
-    "direct": {"io": "direct"},
+    "direct": {"io": IO(mode="direct")},
 }
 _CANNOT_BE_DONE_HERE = 77
 _SAVES = 3

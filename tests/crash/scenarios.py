@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, KeepLast, Options, checkpoint
+from mpi_ckpt.options import IO
 from tests.crash.crashes import (
     ROOT,
     Run,
@@ -109,7 +110,7 @@ def direct_saves() -> Scenario:
     base, saves = saved_image([1])
 
     def program(run: Run) -> None:
-        with run.start(io="direct", keep=2) as training:
+        with run.start(io=IO(mode="direct"), keep=2) as training:
             training.restore()
             run.save(training, 2)
             run.save(training, 3, only=["arrays"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpi_ckpt.options import IO
 from tests.crash.test_real_faults import refusal, used
 from tests.crash.world import Saved, Training, judge, leftovers
 
@@ -62,7 +63,7 @@ def ballast(training, mib):
 def test_full_ext4(io, tmp_path):
     with (
         file_system("ext4", tmp_path, 64) as disk,
-        Training(disk / "ckpt", keep=9, io=io) as training,
+        Training(disk / "ckpt", keep=9, io=IO(mode=io)) as training,
     ):
         change = ballast(training, 12)
         step, told = 0, None
@@ -127,7 +128,7 @@ def test_quota_of_btrfs(io, tmp_path):
             pytest.skip("quotas of btrfs are not allowed here")
         assert run("btrfs", "subvolume", "create", str(root)) is not None
         assert run("btrfs", "qgroup", "limit", "20M", str(root)) is not None
-        with Training(root, keep=9, io=io) as training:
+        with Training(root, keep=9, io=IO(mode=io)) as training:
             change = ballast(training, 6)
             change(1)
             training.save(1)

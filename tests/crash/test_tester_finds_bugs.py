@@ -12,7 +12,7 @@ import time
 import pytest
 
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.gate import Gate
+from mpi_ckpt.leaf import Gate
 from mpi_ckpt.states.arrays import ArrayBuffer
 from mpi_ckpt.storage import catalog, filesystem, partial, recovery
 from mpi_ckpt.storage.layout import generation_name

@@ -16,9 +16,10 @@ from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, State
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.gate import Gate
+from mpi_ckpt.leaf import Gate
 from mpi_ckpt.state import Arrival, Capture, Structure
 from mpi_ckpt.storage.layout import generation_number, is_partial_name
+from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.crash.replay import image_digest, read_image
 
@@ -226,7 +227,7 @@ def judge(
         if generation_number(path.name) is not None and path.name not in bad:
             try:
                 with GenerationReader(path) as reader:
-                    reader.verify()
+                    verify(reader)
             except CheckpointError as error:
                 return f"TORN {error}"
     with Training(root) as training:

@@ -9,7 +9,7 @@ import pytest
 from mpi_ckpt.elastic import requests
 from mpi_ckpt.elastic.requests import StopRequests
 from mpi_ckpt.errors import OptionsError
-from mpi_ckpt.stopping import StopWhen
+from mpi_ckpt.options import StopWhen
 
 
 class Clock:

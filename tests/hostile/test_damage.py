@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options
+from mpi_ckpt import IO, ArrayState, CheckpointManager, KeepLast, Options
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.crash.world import scratch
@@ -58,7 +58,7 @@ class World:
         plain = Stream("plain", bytes([number]) * 500)
         # The third takes what did not change from the second; the first is on its own.
         with self.manager(
-            ArrayState("arrays", arrays), plain, reuse=number == 3
+            ArrayState("arrays", arrays), plain, io=IO(reuse=number == 3)
         ) as manager:
             manager.save(number)
 
@@ -99,10 +99,10 @@ class World:
             with GenerationReader(self.root / NAMES[2]) as reader:
                 block_bytes = reader.manifest.block_bytes
                 for state in reader.manifest.states:
-                    for extent in state.extents:
-                        inside = position - extent.offset
-                        if extent.file == name and 0 <= inside < extent.nbytes:
-                            reader.read_block(extent, inside // block_bytes)
+                    for leaf in state.leaves:
+                        inside = position - leaf.extent.offset
+                        if leaf.extent.file == name and 0 <= inside < leaf.spec.nbytes:
+                            reader.read_block(leaf, inside // block_bytes)
         except CorruptGenerationError:
             return True
         return False
@@ -112,8 +112,9 @@ class World:
             manifest = reader.manifest
         ranges = {file.name: [(0, file.header_bytes)] for file in manifest.files}
         for state in manifest.states:
-            for extent in state.extents:
-                ranges[extent.file].append((extent.offset, extent.offset + extent.nbytes))
+            for leaf in state.leaves:
+                file, offset, nbytes = leaf.extent
+                ranges[file].append((offset, offset + nbytes))
         size = (self.root / generation / MANIFEST).stat().st_size
         return {**ranges, MANIFEST: [(0, size)]}
 

@@ -22,6 +22,7 @@ from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.objects import ObjectState
 from mpi_ckpt.storage import layout
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from mpi_ckpt.storage.tensorfile import encode_header, parse_header
 from tests.crash.world import scratch
@@ -91,14 +92,14 @@ def write(root: Path, states: list):
 def read_into(path: Path, targets: list) -> None:
     """Restore states from a generation as a restore does, but for MPI."""
     with GenerationReader(path) as reader:
-        reader.verify()
+        verify(reader)
         for state in targets:
             stored = reader.manifest.state(state.name)
             blocks = [
-                [reader.read_block(extent, n) for n in range(len(extent.digest.blocks))]
-                for extent in stored.extents
+                [reader.read_block(leaf, n) for n in range(len(leaf.digest.blocks))]
+                for leaf in stored.leaves
             ]
-            if stored.stream is not None:
+            if stored.is_stream:
                 state.data = b"".join(blocks[0])
                 continue
             specs = [leaf.spec for leaf in stored.leaves]

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpi_ckpt.comm import horovod as module
+from mpi_ckpt.comm import horovod_checks as module
 from mpi_ckpt.comm.admission import Objection, check_before
-from mpi_ckpt.comm.horovod import check_finalized, check_horovod, find_horovod
+from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, find_horovod
 from mpi_ckpt.errors import LaunchError
 
 FRONT_ENDS = [f"horovod.{name}" for name in ("torch", "tensorflow", "keras", "mxnet")]

@@ -63,7 +63,7 @@ def test_what_is_gone_is_used_again():
     del first
     assert room._kept == []
     del view
-    assert [len(one) for one in room._kept] == [LARGE]
+    assert [one.nbytes for one in room._kept] == [LARGE]
     assert address(received(np.ones(LARGE // 8))) == where
 
 
@@ -82,7 +82,7 @@ def test_no_more_is_kept_than_a_limit(monkeypatch):
     monkeypatch.setattr(room, "_KEPT_BYTES_MAX", 2 * LARGE)
     space = make_room([LARGE] * 5)
     del space
-    assert [len(one) for one in room._kept] == [LARGE] * 2
+    assert [one.nbytes for one in room._kept] == [LARGE] * 2
 
 
 def test_small_objects_keep_nothing():

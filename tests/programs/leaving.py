@@ -16,6 +16,7 @@ from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, Options
 from mpi_ckpt.engine import abort
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
 
 SIZE = 1 << 17  # doubles; written by a pool of threads, as all that goes direct
@@ -32,7 +33,9 @@ abort._ERROR_SECONDS = abort._EXIT_SECONDS = 30.0 if who == "all" else 0.5
 
 def make() -> CheckpointManager:
     return CheckpointManager(
-        folder, [ArrayState("a", {"x": array})], options=Options(io="direct", **options)
+        folder,
+        [ArrayState("a", {"x": array})],
+        options=Options(io=IO(mode="direct"), **options),
     )
 
 

@@ -21,7 +21,6 @@ from benchmarks.harness import (
 )
 from benchmarks.peak import PeakMemory
 from benchmarks.run import parse_arguments, parse_size
-from benchmarks.setting import rank_choices
 from benchmarks.table import best_ceiling, describe_bytes, describe_values
 from benchmarks.workload import MODELS, adam_state, model_shapes, scaled, tensor_sizes
 
@@ -265,10 +264,6 @@ class TestWorkload:
 
 
 class TestPieces:
-    def test_options_about_ranks(self):
-        assert rank_choices("writers") == rank_choices("readers") == ["root", "node", "all"]
-        assert rank_choices("unheard_of") == []
-
     def test_sweep_sizes(self):
         assert sweep_sizes(64 << 10) == [1 << 10, 16 << 10, 64 << 10]
         assert sweep_sizes(1 << 10) == [1 << 10]

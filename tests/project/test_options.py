@@ -9,18 +9,18 @@ from datetime import timedelta
 import pytest
 
 from mpi_ckpt.errors import OptionsError
-from mpi_ckpt.options import ENVIRONMENT, Options
+from mpi_ckpt.options import ENVIRONMENT, IO, Options, StopWhen
 from mpi_ckpt.pacing import AutoInterval
 from mpi_ckpt.retention import KeepEvery, KeepLast
-from mpi_ckpt.stopping import StopWhen
 
 
 def test_defaults_are_usable_and_few():
     options = Options()
     assert options.retention == KeepLast(3)
-    assert options.exit_code == 143
+    assert options.stop.exit_code == 143
+    assert options.io.readers == options.writers == "root"
     assert signal.SIGTERM in options.preemption_signals
-    assert len(dataclasses.fields(options)) <= 19
+    assert len(dataclasses.fields(options)) <= 14
 
 
 def test_options_are_frozen_and_named():
@@ -39,19 +39,13 @@ def test_options_are_frozen_and_named():
         {"interval": -5},
         {"interval": timedelta(0)},
         {"interval": timedelta(seconds=-1)},
-        {"exit_code": -1},
-        {"exit_code": 256},
         {"deadline_seconds": 0},
         {"deadline_seconds": math.nan},
-        {"message_bytes": 63},
-        {"message_bytes": (1 << 30) + 1},
-        {"window_bytes": 0},
-        {"digest_threads": 0},
-        {"full_every": 0},
-        {"when_pending": "queue"},
-        {"io": "mmap"},
+        {"asynchronous": "queue"},
+        {"writers": "some"},
         {"interval": "automatic"},
         {"stop": None},
+        {"io": "mmap"},
     ],
     ids=repr,
 )
@@ -64,18 +58,36 @@ def test_values_out_of_range_are_refused(given):
 @pytest.mark.parametrize(
     "given",
     [
+        {"mode": "mmap"},
+        {"full_every": 0},
+        {"readers": "some"},
+        {"message_bytes": 63},
+        {"message_bytes": (1 << 30) + 1},
+        {"window_bytes": 0},
+        {"digest_threads": 0},
+    ],
+    ids=repr,
+)
+def test_ways_of_moving_bytes_out_of_range_are_refused(given):
+    (name,) = given
+    with pytest.raises(OptionsError, match=name):
+        IO(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
         {"interval": 1},
         {"interval": timedelta(milliseconds=1)},
         {"interval": "auto"},
         {"interval": AutoInterval(mtbf=timedelta(hours=6), overhead=0.5)},
         {"stop": StopWhen(halt_file=None, margin_seconds=0)},
-        {"exit_code": 0},
-        {"exit_code": 255},
-        {"message_bytes": 64},
-        {"message_bytes": 1 << 30},
-        {"full_every": 1},
-        {"window_bytes": 1},
-        {"digest_threads": 1},
+        {"stop": StopWhen(exit_code=0)},
+        {"stop": StopWhen(exit_code=255)},
+        {"asynchronous": "skip"},
+        {"io": IO(message_bytes=64)},
+        {"io": IO(message_bytes=1 << 30)},
+        {"io": IO(full_every=1, window_bytes=1, digest_threads=1)},
         {"preemption_signals": ()},
         {"retention": KeepLast(1) | KeepEvery(10)},
     ],
@@ -87,8 +99,11 @@ def test_values_at_the_border_are_taken(given):
 
 def test_all_faults_are_told_at_once():
     with pytest.raises(OptionsError) as caught:
-        Options(interval=0, exit_code=300, digest_threads=0)
+        Options(interval=0, writers="some", deadline_seconds=0)
     assert len(caught.value.problems) == 3
+    with pytest.raises(OptionsError) as caught:
+        IO(digest_threads=0, window_bytes=0)
+    assert len(caught.value.problems) == 2
     assert isinstance(caught.value, ValueError)
 
 
@@ -114,23 +129,32 @@ def test_every_variable_sets_its_field():
     assert Options.from_env(given) == Options(
         retention=KeepLast(7),
         interval=100,
-        reuse=False,
         abort_on_error=False,
         deadline_seconds=5.5,
-        message_bytes=4096,
-        window_bytes=8192,
-        io="buffered",
         writers="all",
-        readers="node",
-        digest_threads=3,
+        io=IO(
+            mode="buffered",
+            reuse=False,
+            readers="node",
+            window_bytes=8192,
+            message_bytes=4096,
+            digest_threads=3,
+        ),
     )
     fields = {field.name for field in dataclasses.fields(Options)}
+    fields |= {f"io.{field.name}" for field in dataclasses.fields(IO)}
     assert {field for field, _, _ in ENVIRONMENT.values()} <= fields
 
 
 @pytest.mark.parametrize(
     "given",
-    [{"margin_seconds": -1}, {"margin_seconds": math.nan}, {"halt_file": ""}],
+    [
+        {"margin_seconds": -1},
+        {"margin_seconds": math.nan},
+        {"halt_file": ""},
+        {"exit_code": -1},
+        {"exit_code": 256},
+    ],
     ids=repr,
 )
 def test_reasons_to_stop_out_of_range_are_refused(given):

@@ -17,6 +17,7 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.storage import catalog, filesystem, lock, recovery
 from mpi_ckpt.storage import directory as directory_module
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from mpi_ckpt.storage.recovery import Survey
 from tests.making import document_of, publish, save, sealed_document, some_states
@@ -137,7 +138,7 @@ def test_generation_found_bad_later_is_not_opened_again(tmp_path, opened):
     with directory.open_newest() as reader:
         damage(reader.path)
         with pytest.raises(CorruptGenerationError) as caught:
-            reader.verify()
+            verify(reader)
     directory.reject(2, caught.value)
     assert newest(directory) == 1
 

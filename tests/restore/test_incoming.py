@@ -6,40 +6,63 @@ import json
 import numpy as np
 import pytest
 
-from mpi_ckpt.engine.description import describe_generation
-from mpi_ckpt.engine.incoming import match
-from mpi_ckpt.engine.targets import Target
+from mpi_ckpt.engine.outline import Outline
+from mpi_ckpt.engine.restore.matching import match_states
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.states.arrays import ArrayBuffer, ArrayState
+from mpi_ckpt.leaf import LeafSpec, Target
+from mpi_ckpt.states.arrays import ArrayState, array_leaf
 from mpi_ckpt.states.objects import ObjectState
 from mpi_ckpt.storage.reader import read_manifest
 from tests.making import Stream, publish, some_states
 
 
 @pytest.fixture
-def description(tmp_path):
-    return json.loads(json.dumps(describe_generation(read_manifest(publish(tmp_path)))))
+def outline(tmp_path):
+    path = publish(tmp_path)
+    made = Outline.of_generation(
+        read_manifest(path), str(path), {one.name: False for one in some_states()}, {}
+    )
+    told = Outline.from_json(json.loads(json.dumps(made.to_json())))
+    assert told == made
+    return told
 
 
-def test_place_is_found_for_every_byte(description):
+def test_place_is_found_for_every_byte(outline):
     states = some_states()
-    incoming = match(description, states, strict=True)
-    assert [one.state for one in incoming] == states
-    assert [len(one.leaves) for one in incoming] == [4, 1, 1, 1]
-    stream = incoming[2].leaves[0].spec
+    matched = match_states(outline, states, strict=True)
+    assert [one.state for one in matched] == states
+    assert [len(one.arrival.leaves) for one in matched] == [4, 1, 1, 1]
+    stream = matched[2].arrival.leaves[0].spec
     assert (stream.dtype, stream.nbytes) == ("U8", 100)
-    for one in incoming:
-        assert [p.nbytes for p in one.places] == [leaf.spec.nbytes for leaf in one.leaves]
+    for one in matched:
+        lengths = [leaf.spec.nbytes for leaf in one.arrival.leaves]
+        assert [extent.nbytes for extent in one.saved.extents] == lengths
+        assert [spec.nbytes for spec in one.saved.specs] == lengths
 
 
-def test_mismatches_of_all_states_are_told_at_once(description):
+def test_what_is_not_asked_for_is_told_by_name_only(tmp_path):
+    manifest = read_manifest(publish(tmp_path))
+    outline = Outline.of_generation(manifest, "", {"stream": False}, {"a": "bad"})
+    assert [one.name for one in outline.states] == ["stream"]
+    assert outline.others == ("arrays", "a/b", "nothing")
+    assert outline.quarantined == {"a": "bad"}
+    assert outline.title == "generation 1"
+
+
+def test_parts_of_ranks_are_told_by_their_number_only(tmp_path):
+    manifest = read_manifest(publish(tmp_path))
+    (state,) = Outline.of_generation(manifest, "", {"arrays": True}, {}).states
+    assert (state.parts, state.specs, state.extents) == (4, (), ())
+
+
+def test_mismatches_of_all_states_are_told_at_once(outline):
     states = [
         ArrayState("arrays", {"wide": np.ones(1)}),
         Stream("a/b"),
         ObjectState("stream", {}),
     ]
     with pytest.raises(StateMismatchError) as caught:
-        match(description, states, strict=True)
+        match_states(outline, states, strict=True)
     told = str(caught.value)
     assert "arrays: wide" in told
     assert "'a/b' was saved as leaves" in told
@@ -50,7 +73,8 @@ def test_mismatches_of_all_states_are_told_at_once(description):
 
 def test_target_is_live_memory_where_that_is_contiguous():
     array = np.zeros(2, np.int16)
-    target = Target(ArrayBuffer(array), 4)
+    leaf = array_leaf("x", array)
+    target = Target(leaf.spec, leaf)
     target.memory()[:] = np.array([1, 2], np.int16).tobytes()
     assert array.tolist() == [1, 2]
     target.finish()
@@ -59,9 +83,18 @@ def test_target_is_live_memory_where_that_is_contiguous():
 
 def test_target_elsewhere_is_filled_when_all_is_there():
     array = np.zeros((2, 2), np.int16)
-    target = Target(ArrayBuffer(array[:, 1]), 4)
+    leaf = array_leaf("x", array[:, 1])
+    target = Target(leaf.spec, leaf)
     target.memory()[:2] = np.int16(1).tobytes()
     target.memory()[2:] = np.int16(2).tobytes()
     assert not array.any()
     target.finish()
     assert array.tolist() == [[0, 1], [0, 2]]
+
+
+def test_target_that_nobody_wants_takes_its_bytes_all_the_same():
+    spec = LeafSpec("x", "U8", (3,))
+    target = Target(spec, None)
+    target.memory()[:] = b"abc"
+    target.finish()
+    assert len(target.memory()) == 3

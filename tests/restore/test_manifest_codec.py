@@ -51,14 +51,16 @@ def manifests(draw):
             digest = Digest.of(bytes(spec.nbytes), BLOCK)
             leaves.append(
                 StoredLeaf(
-                    spec, Extent("rank-00000.safetensors", offset, spec.nbytes, digest)
+                    spec, Extent("rank-00000.safetensors", offset, spec.nbytes), digest
                 )
             )
             offset += spec.nbytes
         states.append(StoredState(f"s{number}", draw(json_values), tuple(leaves)))
     stream = draw(st.binary(max_size=70))
     states.append(
-        StoredState("x", stream=Extent("x.bin", 0, len(stream), Digest.of(stream, BLOCK)))
+        StoredState.of_stream(
+            "x", Extent("x.bin", 0, len(stream)), Digest.of(stream, BLOCK)
+        )
     )
     return Manifest(
         generation=draw(st.integers(0, NUMBER_MAX)),
@@ -100,7 +102,8 @@ def test_manifest_is_plain_json_with_its_digest_last(manifest):
 def small() -> Manifest:
     leaf = StoredLeaf(
         LeafSpec("w", "F32", (2, 2)),
-        Extent("rank-00000.safetensors", 32, 16, Digest.of(bytes(16), 4)),
+        Extent("rank-00000.safetensors", 32, 16),
+        Digest.of(bytes(16), 4),
     )
     return Manifest(
         generation=1,
@@ -116,7 +119,7 @@ def small() -> Manifest:
         ),
         states=(
             StoredState("model", {"ties": {}}, (leaf,)),
-            StoredState("x", stream=Extent("x.bin", 0, 3, Digest.of(b"abc", 4))),
+            StoredState.of_stream("x", Extent("x.bin", 0, 3), Digest.of(b"abc", 4)),
         ),
     )
 
@@ -506,13 +509,13 @@ def test_metrics_of_any_value_are_read_as_written(value):
 
 
 def test_names_that_no_reader_would_take_are_not_written():
-    extent = Extent("a.bin", 0, 0, Digest.of(b""))
+    place = Extent("a.bin", 0, 0), Digest.of(b"")
     noted = {"generation": 1, "step": 0, "time": 0.0, "job": "", "size": 1}
     for names in (["a", "a"], ["Model", "model"]):
-        states = tuple(StoredState(name, stream=extent) for name in names)
+        states = tuple(StoredState.of_stream(name, *place) for name in names)
         with pytest.raises(ValueError, match="collide"):
             encode(Manifest(states=states, **noted))
-    leaf = StoredLeaf(LeafSpec(5, "U8", (0,)), extent)
+    leaf = StoredLeaf(LeafSpec(5, "U8", (0,)), *place)
     with pytest.raises(ValueError, match="where text belongs"):
         encode(Manifest(states=(StoredState("a", None, (leaf,)),), **noted))
     with pytest.raises(ValueError, match="where text belongs"):

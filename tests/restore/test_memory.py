@@ -11,7 +11,7 @@ import pytest
 
 from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import OptionsError
-from mpi_ckpt.memory import Arena, Held
+from mpi_ckpt.memory import Arena, MemoryCopy
 
 
 def test_holders_are_root_or_all():
@@ -35,7 +35,7 @@ def test_it_is_due_at_every_so_many_steps():
 def test_it_forgets():
     memory = Memory()
     assert memory.step is None
-    memory.held = Held(3, b"{}", ())
+    memory.copy = MemoryCopy(3, b"{}", {})
     assert memory.step == 3
     memory.clear()
     assert memory.step is None

@@ -9,11 +9,16 @@ import pytest
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
 from mpi_ckpt.storage import filesystem, prefetch
-from mpi_ckpt.storage.prefetch import Prefetcher, Run
+from mpi_ckpt.storage.prefetch import Prefetcher
+from mpi_ckpt.storage.read_plan import Window
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.making import Stream, publish
 
 DATA = os.urandom(50_000)
+
+
+def window(file: str, start: int, end: int) -> Window:
+    return Window(file, start, end, ())
 
 
 @pytest.fixture
@@ -24,30 +29,30 @@ def reader(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [4096, 8192, 4 << 20])
-def test_runs_come_in_order_with_their_bytes(reader, monkeypatch, chunk):
+def test_windows_come_in_order_with_their_bytes(reader, monkeypatch, chunk):
     monkeypatch.setattr(prefetch, "_CHUNK_BYTES", chunk)
     ranges = [(0, 1), (0, 0), (4095, 4097), (1, 20_000), (49_000, 50_000), (4096, 8192)]
-    runs = [Run(name, *span) for span in ranges for name in ("a.bin", "b.bin")]
-    with closing(Prefetcher(reader, runs)) as ahead:
-        for run in runs:
-            data = DATA if run.file == "a.bin" else DATA[::-1]
-            assert bytes(ahead.take()) == data[run.start : run.end]
+    windows = [window(name, *span) for span in ranges for name in ("a.bin", "b.bin")]
+    with closing(Prefetcher(reader, windows)) as ahead:
+        for one in windows:
+            data = DATA if one.file == "a.bin" else DATA[::-1]
+            assert bytes(ahead.take()) == data[one.start : one.end]
 
 
-def test_bytes_are_good_while_the_next_run_is_read(reader):
-    runs = [Run("a.bin", start, start + 100) for start in range(0, 500, 100)]
-    with closing(Prefetcher(reader, runs)) as ahead:
-        for run in runs:
+def test_bytes_are_good_while_the_next_window_is_read(reader):
+    windows = [window("a.bin", start, start + 100) for start in range(0, 500, 100)]
+    with closing(Prefetcher(reader, windows)) as ahead:
+        for one in windows:
             taken = ahead.take()
             for future in ahead._reading:
                 future.result()
-            assert bytes(taken) == DATA[run.start : run.end]
+            assert bytes(taken) == DATA[one.start : one.end]
 
 
 def test_file_that_ends_early_is_damage(reader):
-    runs = [Run("a.bin", 0, 40_000), Run("a.bin", 40_000, 50_000)]
+    windows = [window("a.bin", 0, 40_000), window("a.bin", 40_000, 50_000)]
     os.truncate(reader.path / "a.bin", 45_000)
-    with closing(Prefetcher(reader, runs)) as ahead:
+    with closing(Prefetcher(reader, windows)) as ahead:
         assert bytes(ahead.take()) == DATA[:40_000]
         with pytest.raises(CorruptGenerationError, match="ends at 45000"):
             ahead.take()
@@ -62,7 +67,7 @@ def test_trouble_of_its_threads_is_raised(reader, monkeypatch):
             raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(filesystem, "os", Failing())
-    with closing(Prefetcher(reader, [Run("a.bin", 0, 100)])) as ahead:
+    with closing(Prefetcher(reader, [window("a.bin", 0, 100)])) as ahead:
         with pytest.raises(ReadError, match="EIO"):
             ahead.take()
         ahead.close()

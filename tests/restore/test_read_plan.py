@@ -4,73 +4,93 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.engine.read_plan import Place, plan_reads
+from mpi_ckpt.storage.manifest import Extent
+from mpi_ckpt.storage.read_plan import plan_reads
+
+FILES = ("c", "a", "b")
+"""In the order in which they are read, which is not that of their names."""
 
 
 @st.composite
 def layouts(draw):
     """Leaves in files, one behind the other with gaps, listed in any order."""
-    places = []
-    for file in range(draw(st.integers(1, 3))):
+    extents = []
+    for file in FILES[: draw(st.integers(1, 3))]:
         offset = draw(st.integers(0, 5000))
         for nbytes in draw(st.lists(st.integers(0, 3000), max_size=6)):
-            places.append(Place(file, offset, nbytes))
+            extents.append(Extent(file, offset, nbytes))
             offset += nbytes + draw(st.sampled_from([0, 0, 1, 3 << 20]))
-    return draw(st.permutations(places))
+    return draw(st.permutations(extents))
+
+
+def plan(extents, *, block_bytes, window_bytes):
+    return plan_reads(extents, FILES, block_bytes=block_bytes, window_bytes=window_bytes)
 
 
 @given(layouts(), st.integers(1, 1000), st.integers(1, 5000))
-def test_every_byte_is_read_once_in_file_order(places, block_bytes, window_bytes):
-    batches = plan_reads(places, block_bytes=block_bytes, window_bytes=window_bytes)
-    seen = dict.fromkeys(range(len(places)), 0)
+def test_every_byte_is_read_once_in_file_order(extents, block_bytes, window_bytes):
+    windows = plan(extents, block_bytes=block_bytes, window_bytes=window_bytes)
+    seen = dict.fromkeys(range(len(extents)), 0)
     position = (0, -1)
-    for batch in batches:
-        assert (batch.file, batch.start) >= position
-        position = (batch.file, batch.end)
-        assert batch.end - batch.start <= max(window_bytes, block_bytes)
-        for piece in batch.pieces:
-            place = places[piece.leaf]
-            assert batch.file == place.file
-            assert batch.start <= piece.offset
-            assert piece.offset + piece.nbytes <= batch.end
-            assert piece.offset == place.offset + piece.start
-            assert piece.start == seen[piece.leaf] == piece.block * block_bytes
-            seen[piece.leaf] = piece.end
-            assert piece.last == (piece.end == place.nbytes)
-    assert seen == {leaf: place.nbytes for leaf, place in enumerate(places)}
+    for window in windows:
+        number = FILES.index(window.file)
+        assert (number, window.start) >= position
+        position = (number, window.end)
+        assert window.end - window.start <= max(window_bytes, block_bytes)
+        for block in window.blocks:
+            extent = extents[block.leaf]
+            assert window.file == extent.file
+            assert window.start <= block.offset
+            assert block.offset + block.nbytes <= window.end
+            assert block.offset == extent.offset + block.start
+            assert block.start == seen[block.leaf] == block.number * block_bytes
+            seen[block.leaf] = block.end
+            assert block.is_last == (block.end == extent.nbytes)
+    assert seen == {leaf: extent.nbytes for leaf, extent in enumerate(extents)}
 
 
 @given(layouts())
-def test_empty_leaves_have_a_piece_too(places):
-    batches = plan_reads(places, block_bytes=64, window_bytes=256)
-    finished = [p.leaf for batch in batches for p in batch.pieces if p.last]
-    assert sorted(finished) == list(range(len(places)))
+def test_empty_leaves_have_a_block_too(extents):
+    windows = plan(extents, block_bytes=64, window_bytes=256)
+    finished = [b.leaf for window in windows for b in window.blocks if b.is_last]
+    assert sorted(finished) == list(range(len(extents)))
 
 
 def test_dead_bytes_between_leaves_are_skipped():
     far = 10 << 20
-    places = [Place(0, 0, 100), Place(0, far, 100)]
-    batches = plan_reads(places, block_bytes=1 << 20, window_bytes=64 << 20)
-    assert [(b.start, b.end) for b in batches] == [(0, 100), (far, far + 100)]
+    extents = [Extent("a", 0, 100), Extent("a", far, 100)]
+    windows = plan(extents, block_bytes=1 << 20, window_bytes=64 << 20)
+    assert [(one.start, one.end) for one in windows] == [(0, 100), (far, far + 100)]
 
 
 @given(layouts(), st.integers(1, 5000))
-def test_spans_hold_the_pieces_of_a_batch_side_by_side(places, window_bytes):
-    for batch in plan_reads(places, block_bytes=1000, window_bytes=window_bytes):
-        spans = batch.spans()
-        assert [p for span in spans for p in span.pieces] == batch.pieces
-        for span in spans:
-            position = span.start
-            for piece in span.pieces:
-                assert piece.offset == position
-                position += piece.nbytes
-            assert position == span.end
+def test_groups_hold_the_blocks_of_a_window_side_by_side(extents, window_bytes):
+    for window in plan(extents, block_bytes=1000, window_bytes=window_bytes):
+        groups = window.groups()
+        assert [block for group in groups for block in group] == window.blocks
+        for group in groups:
+            position = group[0].offset
+            for block in group:
+                assert block.offset == position
+                position += block.nbytes
 
 
-def test_large_pieces_are_sent_alone_and_small_neighbours_together():
+@given(layouts(), st.integers(1, 5000))
+def test_blocks_are_cut_out_of_the_bytes_of_their_window(extents, window_bytes):
+    for window in plan(extents, block_bytes=1000, window_bytes=window_bytes):
+        if window.end - window.start > 1 << 20:
+            continue
+        places = (n % 251 for n in range(window.start, window.end))
+        data = memoryview(bytes(places))
+        for block in window.blocks:
+            expected = [n % 251 for n in range(block.offset, block.offset + block.nbytes)]
+            assert list(window.cut(data, block)) == expected
+
+
+def test_large_blocks_are_sent_alone_and_small_neighbours_together():
     large = 1 << 20
-    places = [Place(0, 0, 10), Place(0, 10, 20), Place(0, 30, large)]
-    places += [Place(0, 30 + large, 5), Place(0, 35 + large, 5), Place(0, 50 + large, 5)]
-    (batch,) = plan_reads(places, block_bytes=large, window_bytes=4 * large)
-    sent = [[piece.leaf for piece in span.pieces] for span in batch.spans()]
+    extents = [Extent("a", 0, 10), Extent("a", 10, 20), Extent("a", 30, large)]
+    extents += [Extent("a", at + large, 5) for at in (30, 35, 50)]
+    (window,) = plan(extents, block_bytes=large, window_bytes=4 * large)
+    sent = [[block.leaf for block in group] for group in window.groups()]
     assert sent == [[0, 1], [2], [3, 4], [5]]

@@ -17,7 +17,7 @@ from mpi_ckpt.errors import (
     UnsupportedFormatError,
 )
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage import filesystem, proving
 from mpi_ckpt.storage.reader import GenerationReader, read_manifest
 from tests.making import Stream, document_of, publish, sealed_document
 
@@ -31,7 +31,7 @@ def generation(tmp_path):
 
 def verify(path) -> None:
     with GenerationReader(path) as reader:
-        reader.verify()
+        proving.verify(reader)
 
 
 def refused(path) -> None:
@@ -42,7 +42,7 @@ def refused(path) -> None:
 
 def test_whole_generation_verifies(generation):
     with GenerationReader(generation) as reader:
-        reader.verify()
+        proving.verify(reader)
         sizes = sum(f.stat().st_size for f in generation.iterdir() if f.name != MANIFEST)
         assert reader.bytes_read == sizes
 
@@ -229,15 +229,15 @@ def test_trouble_reading_a_block_is_not_taken_for_damage(generation, monkeypatch
     with GenerationReader(generation) as reader:
         monkeypatch.setattr(filesystem, "os", FailingReads("preadv", errno.EIO))
         with pytest.raises(ReadError, match="EIO"):
-            reader.verify()
+            proving.verify(reader)
 
 
 def test_file_changed_after_opening_is_found(generation):
     with GenerationReader(generation) as reader:
-        reader.verify()
+        proving.verify(reader)
         os.truncate(generation / "stream.bin", 50)
         with pytest.raises(CorruptGenerationError, match=r"stream\.bin"):
-            reader.verify()
+            proving.verify(reader)
 
 
 def test_zeros_that_are_gone_are_missed(tmp_path):
@@ -245,7 +245,7 @@ def test_zeros_that_are_gone_are_missed(tmp_path):
     with GenerationReader(generation) as reader:
         os.truncate(generation / "s.bin", 4999)
         with pytest.raises(CorruptGenerationError, match="ends at 4999"):
-            reader.verify()
+            proving.verify(reader)
 
 
 def test_blocks_are_proven_one_by_one(tmp_path):
@@ -259,14 +259,14 @@ def test_blocks_are_proven_one_by_one(tmp_path):
     verify(generation)
     (generation / "s.bin").write_bytes(b"0123456789abcdeFXYZ")
     with GenerationReader(generation) as reader:
-        (extent,) = reader.manifest.states[0].extents
-        reader.prove(extent, 0, memoryview(b"01234567"))
-        reader.prove(extent, 2, memoryview(b"XYZ"))
+        (leaf,) = reader.manifest.states[0].leaves
+        reader.prove(leaf, 0, memoryview(b"01234567"))
+        reader.prove(leaf, 2, memoryview(b"XYZ"))
         for block, data in ((0, b"01234568"), (1, b"89abcdeF"), (2, b"XY"), (2, b"XYZ ")):
             with pytest.raises(CorruptGenerationError, match=f"bytes {8 * block} to "):
-                reader.prove(extent, block, memoryview(data))
+                reader.prove(leaf, block, memoryview(data))
         with pytest.raises(CorruptGenerationError, match="bytes 8 to 16"):
-            reader.verify()
+            proving.verify(reader)
 
 
 def aligned(nbytes: int) -> memoryview:
@@ -333,7 +333,7 @@ def test_files_stay_open_and_are_closed_with_the_reader(generation):
     reader = GenerationReader(generation)
     for file in reader.manifest.files:
         (generation / file.name).unlink()
-    reader.verify()
+    proving.verify(reader)
     reader.close()  # what is left open, every test here is asked for
     reader.close()
 
@@ -344,7 +344,7 @@ def test_more_files_than_a_process_may_open(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
     try:
         with GenerationReader(path) as reader:
-            reader.verify()
+            proving.verify(reader)
             for file in reader.manifest.files:
                 assert reader.read_direct(file.name, aligned(4096), 0) == file.nbytes
     finally:

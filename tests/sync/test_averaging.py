@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.engine.averaging import from_summable, to_summable
+from mpi_ckpt.engine.sync.sending import from_summable, to_summable
 
 EVERY_HALF = np.arange(1 << 16, dtype=np.uint16)
 

@@ -11,12 +11,17 @@ from mpi_ckpt.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mpi_ckpt.integrations.horovod.attach import communicator
-    from mpi_ckpt.integrations.horovod.elastic_state import ObjectState, TorchState
+    from mpi_ckpt.integrations.horovod.elastic_run import run
+    from mpi_ckpt.integrations.horovod.elastic_sampler import (
+        HorovodSampler as ElasticSampler,
+    )
+    from mpi_ckpt.integrations.horovod.elastic_state import HorovodState as ObjectState
+    from mpi_ckpt.integrations.horovod.elastic_state import TorchState
     from mpi_ckpt.integrations.horovod.interrupts import (
         HostsUpdatedInterrupt,
         RollBackError,
     )
-    from mpi_ckpt.integrations.horovod.objects import (
+    from mpi_ckpt.integrations.horovod.object_exchange import (
         allgather_object,
         broadcast_object,
     )
@@ -24,25 +29,24 @@ if TYPE_CHECKING:
         broadcast_optimizer_state,
         broadcast_parameters,
     )
-    from mpi_ckpt.integrations.horovod.running import run
-    from mpi_ckpt.integrations.horovod.sampler import ElasticSampler
     from mpi_ckpt.integrations.horovod.settings import configure
 
 _PACKAGE = "mpi_ckpt.integrations.horovod"
 
+# The names are Horovod's; what it calls as we call something else has a name of its own.
 _MODULES = {
-    "ElasticSampler": f"{_PACKAGE}.sampler",
+    "ElasticSampler": f"{_PACKAGE}.elastic_sampler:HorovodSampler",
     "HostsUpdatedInterrupt": f"{_PACKAGE}.interrupts",
-    "ObjectState": f"{_PACKAGE}.elastic_state",
+    "ObjectState": f"{_PACKAGE}.elastic_state:HorovodState",
     "RollBackError": f"{_PACKAGE}.interrupts",
     "TorchState": f"{_PACKAGE}.elastic_state",
-    "allgather_object": f"{_PACKAGE}.objects",
-    "broadcast_object": f"{_PACKAGE}.objects",
+    "allgather_object": f"{_PACKAGE}.object_exchange",
+    "broadcast_object": f"{_PACKAGE}.object_exchange",
     "broadcast_optimizer_state": f"{_PACKAGE}.parameters",
     "broadcast_parameters": f"{_PACKAGE}.parameters",
     "communicator": f"{_PACKAGE}.attach",
     "configure": f"{_PACKAGE}.settings",
-    "run": f"{_PACKAGE}.running",
+    "run": f"{_PACKAGE}.elastic_run",
 }
 
 __all__ = [

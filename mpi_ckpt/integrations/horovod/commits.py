@@ -19,8 +19,6 @@ from mpi_ckpt.manager import CheckpointManager
 from mpi_ckpt.memory import Memory
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from mpi4py import MPI
 
     from mpi_ckpt.integrations.horovod.settings import Settings
@@ -88,7 +86,7 @@ class Commits:
                 lambda: (chosen.find_directory(), chosen.find_options()),
                 error=OptionsError,
             )
-            comm.deadline_seconds = options.deadline_seconds
+            comm.set_limits(deadline_seconds=options.deadline_seconds)
             _compare(comm, self._tracked)
             self._known = self._tracked.states()
             manager = CheckpointManager(
@@ -187,15 +185,10 @@ class Commits:
         self._comm.close()
         self._manager = self._comm = None
 
-    def leave(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException,
-        trace: TracebackType | None,
-    ) -> None:
+    def leave(self, error: BaseException) -> None:
         """Part by an exception, which may be this rank's alone. Not collective."""
         if self._manager is not None:
-            self._manager.__exit__(kind, error, trace)
+            self._manager.__exit__(type(error), error, error.__traceback__)
             # The communicator is left to MPI_Finalize. What is in the states now may be
             # half a step: whoever goes on with them begins at the last commit.
             self._manager = self._comm = None

@@ -12,15 +12,14 @@ from mpi_ckpt.integrations.horovod.tracked import Tracked, tracked_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
 
     import torch
     from typing_extensions import Self
 
-__all__ = ["ObjectState", "TorchState", "commits_of"]
+__all__ = ["HorovodState", "TorchState", "commits_of"]
 
 
-class ObjectState:
+class HorovodState:
     """Attributes that are committed together, and brought back together.
 
     Every attribute without a leading underscore is tracked, also one that is given later:
@@ -50,7 +49,7 @@ class ObjectState:
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (any value)
         if not name.startswith("_"):
-            if hasattr(ObjectState, name):
+            if hasattr(HorovodState, name):
                 raise RegistrationError(f"{name!r} means something else in a state")
             self._tracked.check(name, value)
         super().__setattr__(name, value)
@@ -173,26 +172,21 @@ class ObjectState:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if error is None:
             self.close()
         else:
             # INVARIANT: one rank alone may be here, so nothing collective.
-            self._commits.leave(kind, error, trace)
+            self._commits.leave(error)
 
 
-class TorchState(ObjectState):
-    """An `ObjectState` with a model and its optimizer.
+class TorchState(HorovodState):
+    """A `HorovodState` with a model and its optimizer.
 
     Args:
         model: A module; more of them among the attributes.
         optimizer: Its optimizer, also one wrapped by Horovod.
-        attributes: Anything else to begin with; see `ObjectState`.
+        attributes: Anything else to begin with; see `HorovodState`.
 
     Raises:
         RegistrationError: On the rank that sets an attribute, if it cannot be saved, or
@@ -208,7 +202,7 @@ class TorchState(ObjectState):
         super().__init__(model=model, optimizer=optimizer, **attributes)
 
 
-def commits_of(state: ObjectState) -> Commits:
+def commits_of(state: HorovodState) -> Commits:
     """Return what is behind a state. Not collective."""
     commits: Commits = vars(state)["_commits"]
     return commits

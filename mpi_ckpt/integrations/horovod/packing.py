@@ -84,7 +84,7 @@ def _pickler_class() -> type[Any]:
     class Pickler(base):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
             super().__init__(*arguments, **options)
-            self._memories: dict[int, _Memory] = {}
+            self._memories: dict[int, _Storage] = {}
 
         def reducer_override(self, value: Any) -> Any:  # noqa: ANN401
             if _is_plain_tensor(value):
@@ -95,7 +95,7 @@ def _pickler_class() -> type[Any]:
         def _reduce_tensor(self, tensor: Any) -> tuple[Any, ...]:  # noqa: ANN401
             # Tensors over the same memory arrive over the same memory.
             storage = tensor.untyped_storage()
-            memory = self._memories.setdefault(storage.data_ptr(), _Memory(storage))
+            memory = self._memories.setdefault(storage.data_ptr(), _Storage(storage))
             form = (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
             return _make_tensor, (memory, type(tensor), tensor.requires_grad, *form)
 
@@ -118,7 +118,7 @@ def _is_plain_tensor(value: object) -> bool:
     return is_plain
 
 
-class _Memory:
+class _Storage:
     """The memory of one or more tensors; pickled once."""
 
     def __init__(self, storage: Any) -> None:  # noqa: ANN401

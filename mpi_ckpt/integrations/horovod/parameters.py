@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.engine.sync import sync_states
+from mpi_ckpt.engine.sync.replicas import sync_states
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.integrations.horovod.attach import attached
 from mpi_ckpt.integrations.horovod.differences import raise_differences, spec_differences

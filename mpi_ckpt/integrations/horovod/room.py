@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpi_ckpt.memory import Arena, round_up
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
 __all__ = ["make_room"]
 
@@ -28,7 +28,7 @@ _ALIGNMENT = 64
 
 # Blocks that nothing uses, the last given back at the end. Objects end on any thread: each
 # step here is one that Python does not interrupt.
-_kept: list[NDArray[np.uint8]] = []
+_kept: list[Arena] = []
 
 
 def make_room(lengths: Sequence[int]) -> list[memoryview]:
@@ -44,7 +44,7 @@ def make_room(lengths: Sequence[int]) -> list[memoryview]:
     filled = 0
     for length in lengths:
         waiting.append(length)
-        filled += _aligned(length)
+        filled += round_up(length, _ALIGNMENT)
         if filled >= _BLOCK_BYTES:
             room += _divide(waiting)
             waiting, filled = [], 0
@@ -52,39 +52,36 @@ def make_room(lengths: Sequence[int]) -> list[memoryview]:
 
 
 def _divide(lengths: Sequence[int]) -> list[memoryview]:
-    starts = list(accumulate(map(_aligned, lengths), initial=0))
+    sizes = [round_up(length, _ALIGNMENT) for length in lengths]
+    starts = list(accumulate(sizes, initial=0))
     block = _take(starts.pop())
     return [block[s : s + n] for s, n in zip(starts, lengths, strict=True)]
 
 
-def _aligned(length: int) -> int:
-    return -(-length // _ALIGNMENT) * _ALIGNMENT
-
-
 def _take(nbytes: int) -> memoryview:
-    memory = _find_kept(nbytes)
-    if memory is None:
-        memory = np.empty(nbytes, np.uint8)
+    if nbytes < _BLOCK_BYTES:
+        return np.empty(nbytes, np.uint8).data
+    arena = _find_kept(nbytes) or Arena(huge_pages=True)
+    memory = arena.take(nbytes)[:nbytes]
     # What is received refers to this view, by way of a memoryview, and never to the memory.
-    view: Any = memory[:]
-    if nbytes >= _BLOCK_BYTES:
-        weakref.finalize(view, _give_back, memory).atexit = False
-    return memoryview(view)[:nbytes]
+    view: Any = np.frombuffer(memory, np.uint8)
+    weakref.finalize(view, _give_back, arena).atexit = False
+    return memoryview(view)
 
 
-def _find_kept(nbytes: int) -> NDArray[np.uint8] | None:
+def _find_kept(nbytes: int) -> Arena | None:
     for _ in range(len(_kept)):
         try:
-            memory = _kept.pop()
+            arena = _kept.pop()
         except IndexError:
             return None
-        if nbytes <= len(memory) <= 2 * nbytes:
-            return memory
-        _kept.insert(0, memory)
+        if nbytes <= arena.nbytes <= 2 * nbytes:
+            return arena
+        _kept.insert(0, arena)
     return None
 
 
-def _give_back(memory: NDArray[np.uint8]) -> None:
-    _kept.append(memory)
-    while sum(map(len, _kept)) > _KEPT_BYTES_MAX:
+def _give_back(arena: Arena) -> None:
+    _kept.append(arena)
+    while sum(one.nbytes for one in _kept) > _KEPT_BYTES_MAX:
         del _kept[:1]

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError, StageError
-from mpi_ckpt.integrations.horovod.sampler import ElasticSampler
+from mpi_ckpt.integrations.horovod.elastic_sampler import HorovodSampler
 from mpi_ckpt.state import State
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
@@ -90,7 +90,7 @@ class Tracked:
     def place(self, ranks: MPI.Intracomm) -> None:
         """Let the samplers share out what is left among the ranks of now."""
         for value in tracked_of(self._owner).values():
-            if isinstance(value, ElasticSampler):
+            if isinstance(value, HorovodSampler):
                 value.reset()
                 value.place(ranks.rank, ranks.size)
 
@@ -137,7 +137,7 @@ class _ValuesState(NestedState):
 class _SamplerState(NestedState):
     """Position of a sampler, and what its order depends on."""
 
-    def __init__(self, name: str, sampler: ElasticSampler) -> None:
+    def __init__(self, name: str, sampler: HorovodSampler) -> None:
         super().__init__(name)
         self._sampler = sampler
 
@@ -176,7 +176,7 @@ def _make_state(name: str, value: Any) -> State | None:  # noqa: ANN401 (any val
     """Return a state of a value that is more than a plain one."""
     if isinstance(value, State):
         return value
-    if isinstance(value, ElasticSampler):
+    if isinstance(value, HorovodSampler):
         return _SamplerState(name, value)
     # A module or an optimizer can only be here if somebody has imported torch.
     torch: Any = sys.modules.get("torch")

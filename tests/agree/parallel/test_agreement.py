@@ -6,16 +6,17 @@ import socket
 
 import pytest
 
-from mpi_ckpt.comm import agree, agree_on_root
+from mpi_ckpt.comm import agree, collect, meet, on_root
+from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import (
     CheckpointError,
     CorruptGenerationError,
     LockedError,
-    RemoteTraceback,
     SaveError,
     StageError,
     WriteError,
 )
+from mpi_ckpt.failures import RemoteTraceback
 from tests.ranks import assert_same, same_error
 
 HOST = socket.gethostname()
@@ -175,16 +176,71 @@ def test_awkward_exceptions_travel_too(comm, communicator, text):
 
 def test_no_failure_returns_what_each_rank_made(comm, communicator):
     assert agree(communicator, "making", lambda: comm.rank, error=SaveError) == comm.rank
-    found = agree_on_root(communicator, "making", lambda: "made", error=SaveError)
-    assert found == ("made" if comm.rank == 0 else None)
+    assert on_root(communicator, "making", lambda: "made", error=SaveError) == "made"
+    assert on_root(communicator, "making", lambda: None, error=SaveError) is None
 
 
 def test_only_root_works(comm, communicator):
     called = []
-    agree_on_root(communicator, "making", lambda: called.append(1), error=SaveError)
+    on_root(communicator, "making", lambda: called.append(1), error=SaveError)
     assert called == [1] * (comm.rank == 0)
     with same_error(comm, SaveError, f"rank 0 of {comm.size} on {HOST}, writing"):
-        agree_on_root(communicator, "writing", disk_is_full, error=SaveError)
+        on_root(communicator, "writing", disk_is_full, error=SaveError)
+
+
+def test_what_root_tells_may_be_longer_than_a_message(comm, communicator):
+    told = {"names": [f"name {number}" for number in range(1000)]}
+    mine = told if comm.rank == 0 else None
+    assert on_root(communicator, "telling", lambda: mine, error=SaveError) == told
+
+
+def test_results_are_compared_and_told_in_the_same_meeting(comm, communicator):
+    for mine in ("the same", f"of rank {comm.rank}"):
+        met = meet(
+            communicator,
+            "comparing",
+            lambda mine=mine: mine,
+            error=SaveError,
+            digest=lambda result: digest_bytes(result.encode()),
+            tell=lambda result: result.encode(),
+        )
+        assert met.result == mine
+        assert met.told == comm.bcast(mine).encode()
+        assert met.is_alike == (comm.size == 1 or mine == "the same")
+
+
+def test_what_fails_while_it_is_told_is_agreed_on(comm, communicator):
+    def tell(result):
+        raise ValueError("no words for it")
+
+    with same_error(comm, SaveError, f"rank 0 of {comm.size} on {HOST}", "no words"):
+        meet(communicator, "telling", nothing, error=SaveError, tell=tell)
+
+
+def test_bytes_of_all_are_combined_on_root_for_all(comm, communicator):
+    def combine(parts):
+        assert comm.rank == 0
+        return [part.decode() for part in parts]
+
+    mine = ("x" * 100 * comm.rank).encode()
+    found = collect(communicator, "gathering", lambda: mine, combine, error=SaveError)
+    assert found == ["x" * 100 * rank for rank in range(comm.size)]
+
+
+@pytest.mark.parametrize("where", ["part", "combine"])
+def test_bytes_that_cannot_be_made_or_combined_are_agreed_on(comm, communicator, where):
+    culprit = comm.size - 1 if where == "part" else 0
+
+    def part():
+        if where == "part" and comm.rank == culprit:
+            disk_is_full()
+        return b"part"
+
+    def combine(parts):
+        disk_is_full()
+
+    with same_error(comm, SaveError, f"rank {culprit} of {comm.size} on {HOST}"):
+        collect(communicator, "gathering", part, combine, error=SaveError)
 
 
 def test_thirty_failures_in_a_row(comm, communicator):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import (
+    IO,
     ArrayState,
     CheckpointManager,
     ElasticSampler,
@@ -16,6 +17,7 @@ from mpi_ckpt import (
     ObjectState,
     Options,
     State,
+    StopWhen,
 )
 from mpi_ckpt.engine import abort
 from mpi_ckpt.errors import LaunchError, OptionsError, RegistrationError
@@ -87,11 +89,11 @@ def test_something_that_is_no_state(comm, shared_path):
         ("retention", KeepLast(2), KeepLast(3)),
         ("retention", KeepLast(2), KeepLast(2) | KeepEvery(5)),
         ("interval", 5, 6),
-        ("message_bytes", 1 << 20, 64),
-        ("message_bytes", 64, 1 << 20),
+        ("io", IO(message_bytes=1 << 20), IO(message_bytes=64)),
+        ("io", IO(message_bytes=64), IO(message_bytes=1 << 20)),
         ("deadline_seconds", 10.0, 20.0),
         ("strict", True, False),
-        ("exit_code", 0, 1),
+        ("stop", StopWhen(exit_code=0), StopWhen(exit_code=1)),
     ],
 )
 def test_options_that_differ_between_ranks(peers, shared_path, field, here, there):

@@ -18,7 +18,7 @@ SIZE = 5000
 
 
 def options(**more):
-    return Options(asynchronous=True, preemption_signals=(), **more)
+    return Options(**{"asynchronous": True, "preemption_signals": (), **more})
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_save_while_one_is_pending(comm, shared_path, gate, policy):
         shared_path,
         [ArrayState("a", {"x": np.ones(SIZE)})],
         comm=comm,
-        options=options(when_pending=policy),
+        options=options(asynchronous=policy),
     ) as manager:
         first = manager.save()
         if policy == "skip":

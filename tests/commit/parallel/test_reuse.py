@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
 
 KB = 1024
@@ -76,14 +77,14 @@ def test_a_file_of_which_little_is_left_is_rewritten(comm, shared_path, arrays):
 
 def test_everything_is_written_anew_every_so_often(comm, shared_path, arrays):
     with manager_of(
-        comm, shared_path, arrays, full_every=3, retention=KeepLast(10)
+        comm, shared_path, arrays, io=IO(full_every=3), retention=KeepLast(10)
     ) as manager:
         reused = [manager.save().bytes_reused > 0 for _ in range(7)]
     assert reused == [False, True, True, False, True, True, False]
 
 
 def test_it_can_be_switched_off(comm, shared_path, arrays):
-    with manager_of(comm, shared_path, arrays, reuse=False) as manager:
+    with manager_of(comm, shared_path, arrays, io=IO(reuse=False)) as manager:
         assert not inodes(manager.save()) & inodes(manager.save())
 
 

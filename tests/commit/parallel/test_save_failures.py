@@ -10,6 +10,7 @@ import pytest
 
 from mpi_ckpt import ArrayState, ObjectState, State
 from mpi_ckpt.errors import CheckpointError, LockedError, SaveError, StageError, WriteError
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem, lock
 from tests.ranks import manager, same_error
 
@@ -211,7 +212,7 @@ def test_a_file_function_that_fails_at_each_call(
     comm, shared_path, job, monkeypatch, name, code
 ):
     failing = FailingCall(comm, monkeypatch, name, code)
-    with manager(shared_path, *job.states, io="buffered") as one:
+    with manager(shared_path, *job.states, io=IO(mode="buffered")) as one:
         one.save()
         number = 0
         while True:

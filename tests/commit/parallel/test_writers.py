@@ -109,7 +109,7 @@ def test_unchanged_leaves_are_shared_whoever_wrote_them(comm, shared_path):
         assert third.bytes_reused == sum(array.nbytes for array in live.values())
     with manager(shared_path, ArrayState("a", arrays(0.0)), comm=comm) as other:
         other.restore()
-        (state,) = other._registry.choose(None)
+        (state,) = other._registry.choose("looking", None)
         assert all((state.arrays[name] == live[name]).all() for name in live)
 
 
@@ -200,7 +200,7 @@ def test_error_while_staging_leaves_nothing(comm, shared_path, monkeypatch):
             raise MemoryError("no arena")
 
         if comm.rank == comm.size - 1:
-            monkeypatch.setattr(mine._saver._arena, "take", refuse)
+            monkeypatch.setattr(mine._saver._workshop.arena, "take", refuse)
         with same_error(comm, SaveError, "no arena"):
             mine.save()
         monkeypatch.undo()

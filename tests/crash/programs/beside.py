@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from mpi_ckpt.cli.app import cli
 from mpi_ckpt.errors import CheckpointError, SaveError
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import directory as directory_module
 from tests.crash.faults import quiet
 from tests.crash.world import Saved, Training
@@ -47,7 +48,7 @@ def refuse(*_):
 def restore():
     directory_module.DirectoryLock = refuse
     found, failed = set(), []
-    with Training(root, comm=comm, readers="all") as training:
+    with Training(root, comm=comm, io=IO(readers="all")) as training:
         loads = 0
         # The same on all ranks; on a slow disk there is little new to find in that time.
         while loads < number or (len(found) <= FOUND and loads < 200 * number):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
+from mpi_ckpt import IO
 from tests.crash.faults import Untouched, quiet
 from tests.crash.moments import Changes, Collectives, Moment
 from tests.crash.recorder import in_place_of_os
@@ -83,11 +84,10 @@ def run(directory: Path, saves: int, comm) -> None:
         "deadline_seconds": 50,
         "asynchronous": acked % 2 == 1,  # now and then, the same on every rank
         "overlap": acked % 4 == 3,
-        "reuse": acked % 3 > 0,
         "writers": "all" if acked % 5 > 2 else "root",
-        "readers": "all" if acked % 7 > 3 else "root",
+        "io": IO(reuse=acked % 3 > 0, readers="all" if acked % 7 > 3 else "root"),
     }
-    may_touch = is_root or "all" in (options["writers"], options["readers"])
+    may_touch = is_root or "all" in (options["writers"], options["io"].readers)
     with contextlib.ExitStack() as stack:
         stack.enter_context(in_place_of_os(changes if may_touch else Untouched()))
         stack.enter_context(collectives)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, ObjectState, Options
+from mpi_ckpt import IO, ArrayState, CheckpointManager, KeepLast, ObjectState, Options
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.storage.layout import generation_number, is_partial_name
 from tests.crash.faults import CALLS, ERRNOS, Fault, Faulty, quiet
@@ -34,7 +34,7 @@ from tests.crash.recorder import in_place_of_os
 
 WAYS: tuple[dict[str, Any], ...] = (
     {},
-    {"writers": "all", "readers": "all"},
+    {"writers": "all", "io": IO(readers="all")},
     {"asynchronous": True},
     {"asynchronous": True, "writers": "all"},
 )

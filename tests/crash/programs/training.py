@@ -32,6 +32,7 @@ from mpi_ckpt import (
     remaining_epochs_until,
 )
 from mpi_ckpt.errors import CollectiveError
+from mpi_ckpt.options import IO
 from tests.crash.faults import quiet
 from tests.crash.programs.saver import last_line, note
 from tests.crash.world import Arrays
@@ -91,7 +92,7 @@ def train(directory: Path, until: int, comm, run: int) -> str:
         preemption_signals=(),
         deadline_seconds=60,
         asynchronous=run % 2 == 1,
-        reuse=run % 3 > 0,
+        io=IO(reuse=run % 3 > 0),
         writers="all" if run % 4 > 1 else "root",
     )
     states += [epochs, sampler, sums]

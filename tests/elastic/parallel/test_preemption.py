@@ -9,7 +9,7 @@ import pytest
 
 from mpi_ckpt import ObjectState, StopWhen
 from mpi_ckpt.elastic import requests
-from mpi_ckpt.engine import steps
+from mpi_ckpt.engine.steps import stepping
 from mpi_ckpt.errors import OptionsError, StageError
 from tests.ranks import assert_same, manager, same_error
 
@@ -31,7 +31,7 @@ def handlers(monkeypatch):
 def delay(request, monkeypatch):
     """Steps later that a request is obeyed: votes on short steps are read at the next."""
     is_long = request.param == "long steps"
-    monkeypatch.setattr(steps, "_LONG_STEP_SECONDS", 0.0 if is_long else 1e9)
+    monkeypatch.setattr(stepping, "_LONG_STEP_SECONDS", 0.0 if is_long else 1e9)
     return 0 if is_long else 1
 
 
@@ -99,8 +99,8 @@ def test_a_signal_on_one_rank_stops_all(comm, shared_path, counter, number, dela
 
 
 def test_a_signal_on_all_ranks(comm, shared_path, counter, delay):
-    options = {"preemption_signals": (signal.SIGUSR1,), "exit_code": 7, "interval": 1}
-    with manager(shared_path, counter, **options) as one:
+    options = {"preemption_signals": (signal.SIGUSR1,), "stop": StopWhen(exit_code=7)}
+    with manager(shared_path, counter, interval=1, **options) as one:
 
         def act(step):
             if step == 2:

@@ -12,8 +12,9 @@ import pytest
 
 from mpi_ckpt import AutoInterval, ObjectState
 from mpi_ckpt.comm import Vote, liveness
-from mpi_ckpt.engine import interval, steps
+from mpi_ckpt.engine.steps import interval, stepping
 from mpi_ckpt.errors import CollectiveError
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
 from tests.ranks import (
     RecordingHandle,
@@ -29,7 +30,7 @@ HOST = socket.gethostname()
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch):
     """Votes are read a step later, however slow the machine is."""
-    monkeypatch.setattr(steps, "_LONG_STEP_SECONDS", 1e9)
+    monkeypatch.setattr(stepping, "_LONG_STEP_SECONDS", 1e9)
 
 
 @pytest.fixture
@@ -53,13 +54,23 @@ def test_flags_of_all_ranks_meet(comm, make_communicator):
         mine = 1 << (comm.rank + turn)
         everyone = sum(1 << (rank + turn) for rank in range(comm.size))
         if turn % 2:
-            assert vote.exchange(mine) == everyone
+            assert vote.exchange(mine).flags == everyone
         else:
             vote.post(mine)
             assert vote.is_posted
-            assert vote.take() == everyone
+            assert vote.take().flags == everyone
         assert not vote.is_posted
-    assert vote.exchange(1 << 63) == 1 << 63
+    assert vote.exchange(1 << 63).flags == 1 << 63
+
+
+def test_digests_of_all_ranks_are_compared_in_the_same_message(comm, make_communicator):
+    vote = Vote(make_communicator(), "voting")
+    assert vote.exchange(0, b"0123456789abcdef").is_alike
+    assert vote.exchange(0).is_alike
+    for culprit in range(comm.size):
+        for bit in (0, 127):
+            mine = (1 << bit if comm.rank == culprit else 0).to_bytes(16, "little")
+            assert vote.exchange(0, mine).is_alike == (comm.size == 1)
 
 
 def test_a_posted_vote_waits_for_nobody(peers, make_communicator):
@@ -71,7 +82,7 @@ def test_a_posted_vote_waits_for_nobody(peers, make_communicator):
     else:
         peers.barrier()  # root has posted, and was not held up by those who had not
         vote.post(2)
-    assert vote.take() == 3
+    assert vote.take().flags == 3
 
 
 def test_votes_of_forgotten_managers_go_nowhere(peers, make_communicator):
@@ -99,7 +110,7 @@ def test_a_step_is_one_small_message(comm, shared_path, counter):
         with RecordingHandle(one._session.comm) as recorded:
             for _ in range(10):
                 one.step()
-        assert recorded.messages == [("Iallreduce", 40)] * 10
+        assert recorded.messages == [("Iallreduce", 56)] * 10
 
 
 def test_steps_that_save_by_their_number_ask_nobody(comm, shared_path, counter):
@@ -236,7 +247,7 @@ def test_a_step_on_some_ranks_alone_is_told(peers, shared_path, counter, call, b
 def test_an_interval_that_is_worked_out(comm, shared_path, counter, monkeypatch):
     monkeypatch.setattr(interval, "_FIRST_SECONDS", 0.05)
     auto = AutoInterval(mtbf=timedelta(seconds=0.1), overhead=0.9)
-    with manager(shared_path, counter, interval=auto, reuse=False) as one:
+    with manager(shared_path, counter, interval=auto, io=IO(reuse=False)) as one:
         deadline = time.monotonic() + 20
         while comm.bcast(len(numbers(one)) < 3 and time.monotonic() < deadline):
             one.step()

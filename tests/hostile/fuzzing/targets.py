@@ -24,6 +24,7 @@ from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.storage.manifest_codec import decode, encode
+from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from mpi_ckpt.storage.stream import fill_leaves, read_form
 from mpi_ckpt.storage.tensorfile import parse_header
@@ -97,7 +98,7 @@ def directory(data: bytes) -> bool:
     (generation / "manifest.json").write_bytes(_sealed(head))
     try:
         with GenerationReader(generation) as reader:
-            reader.verify()
+            verify(reader)
             _check(reader, files)
     except CheckpointError as error:
         return _is_short(str(error))
@@ -161,12 +162,13 @@ def _is_short(message: str) -> bool:
 
 def _check(reader: GenerationReader, files: dict[str, bytes]) -> None:
     for state in reader.manifest.states:
-        for extent in state.extents:
+        for leaf in state.leaves:
             read = [
-                bytes(reader.read_block(extent, block))
-                for block in range(len(extent.digest.blocks))
+                bytes(reader.read_block(leaf, block))
+                for block in range(len(leaf.digest.blocks))
             ]
-            expected = files[extent.file][extent.offset : extent.offset + extent.nbytes]
+            file, offset, nbytes = leaf.extent
+            expected = files[file][offset : offset + nbytes]
             assert b"".join(read) == expected
 
 

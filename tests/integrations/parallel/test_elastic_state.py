@@ -290,7 +290,7 @@ def test_ranks_that_track_different_things_get_one_error(peers, differ):
             RegistrationError,
             "the ranks track different attributes",
             f"rank {peers.size - 1} on ",
-            {"names": "extra (value)", "kinds": "ElasticSampler", "optimizers": "SGD"}[
+            {"names": "extra (value)", "kinds": "HorovodSampler", "optimizers": "SGD"}[
                 differ
             ],
         ):

@@ -11,7 +11,7 @@ from mpi_ckpt.errors import (
     StateMismatchError,
 )
 from mpi_ckpt.integrations import horovod
-from mpi_ckpt.integrations.horovod import objects, parameters
+from mpi_ckpt.integrations.horovod import object_exchange, parameters
 from mpi_ckpt.integrations.horovod.packing import pack
 from tests.ranks import assert_same, same_error
 
@@ -344,7 +344,7 @@ class TestObjects:
 
         last = peers.size - 1
         if peers.rank == last:
-            monkeypatch.setattr(objects, "make_room", no_room)
+            monkeypatch.setattr(object_exchange, "make_room", no_room)
         with same_error(peers, StageError, f"rank {last} of", "8000 bytes (MemoryError)"):
             horovod.broadcast_object(np.ones(1000))
 

@@ -151,7 +151,10 @@ def test_ranks_that_are_not_horovods_are_refused(peers, run):
     # Two jobs of one rank each would both be its rank 0.
     run(SimpleNamespace(rank=0, size=peers.size))
     with same_error(
-        peers, LaunchError, "Horovod's ranks are not those of the communicator"
+        peers,
+        LaunchError,
+        "MPI and Horovod do not agree about the job",
+        "ranks 0 and 1 of MPI are both rank 0 there",
     ):
         horovod.communicator(peers)
 

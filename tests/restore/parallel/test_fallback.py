@@ -10,7 +10,7 @@ import pytest
 
 from mpi_ckpt import ArrayState, ObjectState, State
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine import restore
+from mpi_ckpt.engine.restore import restoring
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     ReadError,
@@ -18,6 +18,7 @@ from mpi_ckpt.errors import (
     StateMismatchError,
     UnsupportedFormatError,
 )
+from mpi_ckpt.options import IO
 from tests.ranks import assert_same, manager, plain, same_error
 
 SHARD = "rank-00000.safetensors"
@@ -121,25 +122,25 @@ DAMAGES = {
 
 def prune_once_open_on_root(comm, saved, monkeypatch):
     """Let the newest generation go when root has opened it, before the others do."""
-    real, left = restore.open_readers, [saved / "checkpoint-00000003"]
+    real, left = restoring.open_on_readers, [saved / "checkpoint-00000003"]
 
-    def open_readers(session, found):
+    def open_on_readers(*given):
         for path in left:
             comm.barrier()
             if comm.rank == 0:
                 shutil.rmtree(path)
             comm.barrier()
         left.clear()
-        return real(session, found)
+        return real(*given)
 
-    monkeypatch.setattr(restore, "open_readers", open_readers)
+    monkeypatch.setattr(restoring, "open_on_readers", open_on_readers)
 
 
 def test_what_is_pruned_while_it_is_opened_is_not_bad(
     comm, saved, job, monkeypatch, caplog
 ):
     prune_once_open_on_root(comm, saved, monkeypatch)
-    with manager(saved, *job.states, readers="all") as one:
+    with manager(saved, *job.states, io=IO(readers="all")) as one:
         report = one.restore()
         # Root alone goes on with what it has open; the others have nothing to open.
         assert report.generation == (3 if comm.size == 1 else 2)
@@ -151,7 +152,7 @@ def test_what_is_pruned_while_it_is_opened_is_not_bad(
 
 
 def test_a_pinned_generation_that_is_pruned_is_not_replaced(comm, saved, job, monkeypatch):
-    with manager(saved, *job.states, readers="all") as one:
+    with manager(saved, *job.states, io=IO(readers="all")) as one:
         one.restore(only=["object"])
         prune_once_open_on_root(comm, saved, monkeypatch)
         if comm.size == 1:
@@ -171,7 +172,7 @@ def damage_on_root(comm, path, how):
 def test_the_older_one_is_used(comm, saved, job, how):
     bad = saved / "checkpoint-00000003"
     damage_on_root(comm, bad, how)
-    with manager(saved, *job.states, window_bytes=1) as one:
+    with manager(saved, *job.states, io=IO(window_bytes=1)) as one:
         report = one.restore()
         assert job.holds(2)
         assert_same(comm, plain(report))

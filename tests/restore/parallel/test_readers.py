@@ -6,6 +6,7 @@ import pytest
 
 from mpi_ckpt import ArrayState, ObjectState
 from mpi_ckpt.errors import ReadError
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
 from tests.ranks import assert_same, groupings, manager, same_error
 
@@ -25,7 +26,11 @@ def saved(path, comm, value=1.0, **options):
 def read_by(path, comm, readers, value=1.0):
     found, plain = arrays(0.0), ObjectState("plain", {})
     with manager(
-        path, ArrayState("a", found), plain, comm=comm, readers=readers, window_bytes=WINDOW
+        path,
+        ArrayState("a", found),
+        plain,
+        comm=comm,
+        io=IO(readers=readers, window_bytes=WINDOW),
     ) as mine:
         report = mine.restore()
     assert plain.value == {"epoch": 3}
@@ -71,7 +76,7 @@ def test_the_files_are_read_once_by_all_together(comm, shared_path, monkeypatch)
 @pytest.mark.parametrize("reader", [0, 1])
 def test_damage_that_one_reader_finds_sends_all_back(comm, shared_path, reader):
     saved(shared_path, comm, 1.0)
-    path = saved(shared_path, comm, 2.0, reuse=False).path
+    path = saved(shared_path, comm, 2.0, io=IO(reuse=False)).path
     if comm.rank == 0:
         (shard,) = path.glob("rank-*")
         with shard.open("r+b") as file:
@@ -93,7 +98,7 @@ def test_directory_that_a_reader_does_not_see_is_named(peers, tmp_path, shared_p
             ArrayState("a", arrays(0.0)),
             ObjectState("plain", {}),
             comm=peers,
-            readers="all",
+            io=IO(readers="all"),
         ) as mine,
         same_error(peers, ReadError, "rank 1", "readers='root'"),
     ):
@@ -118,8 +123,7 @@ def test_reader_that_fails_fails_all(peers, shared_path, monkeypatch):
         ArrayState("a", arrays(0.0)),
         ObjectState("plain", {}),
         comm=peers,
-        readers="all",
-        window_bytes=WINDOW,
+        io=IO(readers="all", window_bytes=WINDOW),
     ) as mine:
         with monkeypatch.context() as patch:
             patch.setattr(filesystem, "read_at", failing)

@@ -9,6 +9,7 @@ import pytest
 from mpi_ckpt import ArrayState, ObjectState, PerRankState, RNGState
 from mpi_ckpt.comm import scatter_bytes
 from mpi_ckpt.errors import RestoreError, StateMismatchError
+from mpi_ckpt.options import IO
 from tests.ranks import RecordingHandle, assert_same, manager, randoms, same_error
 from tests.restore.parallel.test_fallback import flip
 
@@ -221,7 +222,9 @@ def test_parts_larger_than_the_window_and_than_a_block(
     monkeypatch.setitem(defaults, "block_bytes", 512)
     mine = randoms(comm.rank).randbytes(100 + 2000 * comm.rank)
     state = PerRankState("p", mine)
-    with manager(shared_path, state, window_bytes=window_bytes, message_bytes=100) as one:
+    with manager(
+        shared_path, state, io=IO(window_bytes=window_bytes, message_bytes=100)
+    ) as one:
         one.save()
         state.value = None
         one.restore()
@@ -253,7 +256,7 @@ def test_asynchronous_save_has_the_values_of_its_moment(comm, shared_path):
 def test_all_write_and_all_read(comm, shared_path):
     arrays = {f"{n}": np.full(100, n) for n in range(8)}
     state = PerRankState("p", comm.rank)
-    options = {"writers": "all", "readers": "all"}
+    options = {"writers": "all", "io": IO(readers="all")}
     with manager(shared_path, ArrayState("a", arrays), state, **options) as one:
         one.save()
         state.value = None

@@ -22,6 +22,7 @@ from mpi_ckpt import (
     TrainState,
     remaining_epochs_until,
 )
+from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.reader import read_manifest
 from tests.ranks import assert_same, manager, plain
@@ -252,7 +253,9 @@ def test_windows_of_any_size(comm, shared_path, window_bytes, monkeypatch):
         array[...] = 0
     for stream in streams:
         stream.text = ""
-    with manager(shared_path, *states, window_bytes=window_bytes, message_bytes=64) as one:
+    with manager(
+        shared_path, *states, io=IO(window_bytes=window_bytes, message_bytes=64)
+    ) as one:
         one.restore()
     for name, array in arrays.items():
         assert np.array_equal(states[0].arrays[name], array)

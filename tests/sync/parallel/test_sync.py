@@ -16,6 +16,7 @@ from mpi_ckpt import (
     TrainState,
 )
 from mpi_ckpt.errors import DivergedError, SaveError, StageError, StateMismatchError
+from mpi_ckpt.options import IO
 from mpi_ckpt.states.arrays import ArrayBuffer
 from mpi_ckpt.states.objects import NestedState
 from tests.ranks import RecordingHandle, assert_same, manager, plain, same_error
@@ -216,7 +217,9 @@ def test_the_mean_of_tensors(comm, shared_path, message_bytes):
     for name, value in {**values, **integers, "same": same, "strided": strided}.items():
         module.register_buffer(name, value)
     state = ModuleState("mean", module, sync="mean")
-    with manager(shared_path, state, message_bytes=message_bytes, window_bytes=1) as one:
+    with manager(
+        shared_path, state, io=IO(message_bytes=message_bytes, window_bytes=1)
+    ) as one:
         with RecordingHandle(one._session.comm) as handle:
             report = one.save()
         assert handle.largest <= message_bytes
@@ -406,7 +409,7 @@ def test_tensors_that_are_not_contiguous(comm, shared_path):
     strides = [value.stride() for value in module.state_dict().values()]
     state = ModuleState("strided", module)
     roots = comm.bcast(contents(state))
-    with manager(shared_path, state, message_bytes=64) as one:
+    with manager(shared_path, state, io=IO(message_bytes=64)) as one:
         report = one.save()
         assert contents(state) == roots
         for value in module.state_dict().values():
@@ -424,7 +427,7 @@ def test_small_messages_and_windows(comm, shared_path):
     arrays = {f"a{i}": stream.integers(0, 255, size=i * 37, dtype="u1") for i in range(40)}
     wide = {"wide": stream.standard_normal((100, 200))}
     states = [ArrayState("many", arrays), ArrayState("wide", wide)]
-    with manager(shared_path, *states, message_bytes=64, window_bytes=1) as one:
+    with manager(shared_path, *states, io=IO(message_bytes=64, window_bytes=1)) as one:
         with RecordingHandle(one._session.comm) as handle:
             one.sync()
         assert handle.largest <= 64

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every rank needs to know of a generation, or of a copy in memory.
+
+Made on root, of a manifest or of the copies, and told to all: it grows neither with the
+digests nor with the number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.storage.manifest import STREAM, Extent
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from mpi_ckpt.state import Structure
+    from mpi_ckpt.storage.manifest import Manifest, StoredState
+
+__all__ = ["Outline", "StateOutline"]
+
+
+@dataclass(frozen=True, slots=True)
+class StateOutline:
+    """What was saved of one state.
+
+    Attributes:
+        name: The state's name.
+        structure: Its JSON values; None for a stream.
+        specs: Its leaves; of a stream one leaf of bytes.
+        extents: Where they are, in the same order; empty for a copy in memory.
+        parts: Number of its leaves, where these are parts of ranks, of which each rank
+            will be sent its own; None for others.
+        is_stream: Whether the state wrote itself.
+    """
+
+    name: str
+    structure: Structure
+    specs: tuple[LeafSpec, ...]
+    extents: tuple[Extent, ...] = ()
+    parts: int | None = None
+    is_stream: bool = False
+
+    @classmethod
+    def of_stream(cls, name: str, nbytes: int) -> StateOutline:
+        """Make the outline of a stream in memory. Not collective."""
+        return cls(name, None, (LeafSpec(STREAM, "U8", (nbytes,)),), is_stream=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """What a restore needs of a generation.
+
+    Attributes:
+        generation: Its number; 0 for a copy in memory.
+        path: Its directory, as root sees it; empty for a copy in memory.
+        step: The training step it was saved at.
+        size: Number of ranks that saved it.
+        metrics: The metrics given at the save.
+        block_bytes: Block length of its digests.
+        files: Names of its files, in the order in which they are read.
+        states: Its states, in saving order.
+        others: Names of states that the program does not ask for.
+        quarantined: Path -> reason, of newer generations that failed to verify.
+    """
+
+    generation: int = 0
+    path: str = ""
+    step: int
+    size: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    block_bytes: int = 0
+    files: tuple[str, ...] = ()
+    states: tuple[StateOutline, ...]
+    others: tuple[str, ...] = ()
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_generation(
+        cls,
+        manifest: Manifest,
+        path: str,
+        wanted: Mapping[str, bool],
+        quarantined: Mapping[str, str],
+    ) -> Outline:
+        """Make the outline of a generation. Not collective. Thread-safe.
+
+        Args:
+            manifest: Of the generation.
+            path: Its directory.
+            wanted: Name of each state that is asked for -> whether it deals out parts.
+            quarantined: Path -> reason, of newer generations that failed to verify.
+        """
+        stored = [state for state in manifest.states if state.name in wanted]
+        return cls(
+            generation=manifest.generation,
+            path=path,
+            step=manifest.step,
+            size=manifest.size,
+            metrics=dict(manifest.metrics),
+            block_bytes=manifest.block_bytes,
+            files=tuple(file.name for file in manifest.files),
+            states=tuple(_outline_of(one, deals=wanted[one.name]) for one in stored),
+            others=tuple(one.name for one in manifest.states if one.name not in wanted),
+            quarantined=quarantined,
+        )
+
+    def only(self, wanted: Collection[str]) -> Outline:
+        """Return what is known of all states, split by what is asked for.
+
+        Not collective. Thread-safe.
+        """
+        states = tuple(state for state in self.states if state.name in wanted)
+        more = tuple(state.name for state in self.states if state.name not in wanted)
+        return replace(self, states=states, others=(*self.others, *more))
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"generation {self.generation}" if self.generation else "the copy in memory"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values. Not collective. Thread-safe."""
+        numbers = {name: number for number, name in enumerate(self.files)}
+        return {
+            "generation": self.generation,
+            "path": self.path,
+            "step": self.step,
+            "size": self.size,
+            "metrics": dict(self.metrics),
+            "block_bytes": self.block_bytes,
+            "files": self.files,
+            "states": [
+                [
+                    one.name,
+                    one.structure,
+                    [spec.to_json() for spec in one.specs],
+                    # In columns: of thousands of leaves that is half the work.
+                    [numbers[extent.file] for extent in one.extents],
+                    [extent.offset for extent in one.extents],
+                    one.parts,
+                    one.is_stream,
+                ]
+                for one in self.states
+            ],
+            "others": self.others,
+            "quarantined": dict(self.quarantined),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Outline:
+        """Return what `to_json` was called of. Not collective. Thread-safe."""
+        files = tuple(values["files"])
+        states = [_decode_state(files, *state) for state in values["states"]]
+        return cls(
+            generation=values["generation"],
+            path=values["path"],
+            step=values["step"],
+            size=values["size"],
+            metrics={name: float(value) for name, value in values["metrics"].items()},
+            block_bytes=values["block_bytes"],
+            files=files,
+            states=tuple(states),
+            others=tuple(values["others"]),
+            quarantined=values["quarantined"],
+        )
+
+
+def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
+    if deals and not stored.is_stream:
+        return StateOutline(stored.name, stored.structure, (), parts=len(stored.leaves))
+    return StateOutline(
+        stored.name,
+        stored.structure,
+        tuple([leaf.spec for leaf in stored.leaves]),
+        tuple([leaf.extent for leaf in stored.leaves]),
+        is_stream=stored.is_stream,
+    )
+
+
+def _decode_state(
+    files: Sequence[str],
+    name: str,
+    structure: Structure,
+    specs: Sequence[Any],
+    numbers: Sequence[int],
+    offsets: Sequence[int],
+    parts: int | None,
+    is_stream: bool,
+) -> StateOutline:
+    leaves = tuple([LeafSpec.from_json(spec) for spec in specs])
+    places = [files[number] for number in numbers]
+    lengths = [spec.nbytes for spec in leaves] if places else []
+    extents = tuple(map(Extent, places, offsets, lengths))
+    return StateOutline(name, structure, leaves, extents, parts, is_stream)

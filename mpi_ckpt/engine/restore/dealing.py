@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of ranks: read and proven on root, and each rank sent its own."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.state import Arrival
+from mpi_ckpt.states.ranked import RankedState
+from mpi_ckpt.storage.proving import proven_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mpi_ckpt.engine.restore.matching import StateMatch
+    from mpi_ckpt.engine.restore.newest import OpenGeneration
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.storage.reader import GenerationReader
+
+__all__ = ["Deal", "deal_parts", "plan_deals"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """What root sends to the ranks of one state.
+
+    Attributes:
+        lengths: Bytes for each rank, in rank order.
+        turns: Gives some ranks and the part for each of them.
+    """
+
+    lengths: Sequence[int]
+    turns: Iterator[tuple[Sequence[int], bytes]]
+
+
+def plan_deals(
+    session: Session, found: OpenGeneration, match: StateMatch
+) -> Mapping[str, Deal]:
+    """Plan, on root alone, which part each rank gets of each state that has parts.
+
+    Not collective. Reads the parts of states that are made anew for another number of
+    ranks.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if bytes are not those that were
+            saved.
+        RestoreError: On the calling rank, if a state cannot make parts for so many ranks.
+    """
+    reader = found.reader
+    if reader is None or not session.comm.is_root:
+        return {}
+    size, window = session.comm.size, session.options.io.window_bytes
+    deals = {}
+    for state in _dealt_states(match):
+        with concerning(f"state {state.name!r}"):
+            deals[state.name] = _plan(reader, state, size, window)
+    return deals
+
+
+def deal_parts(
+    session: Session, match: StateMatch, deals: Mapping[str, Deal]
+) -> StateMatch:
+    """Send each rank its parts.
+
+    Collective. Main thread only. Changes no state.
+
+    Args:
+        session: The manager's.
+        match: The states to restore.
+        deals: What `plan_deals` planned, on root; ignored elsewhere.
+
+    Returns:
+        The same states, those with parts ready to take over this rank's.
+
+    Raises:
+        CorruptGenerationError: On every rank, if bytes are not those that were saved.
+    """
+    comm = session.comm
+    saved = {one.state.name: one.saved.parts or 0 for one in match.states}
+    arrivals = {}
+    for state in _dealt_states(match):
+        deal = deals.get(state.name)
+        part = scatter_bytes(
+            comm,
+            deal.lengths if deal else (),
+            deal.turns if deal else (),
+            f"dealing out the parts of state {state.name!r}",
+            error=RestoreError,
+            window_bytes=session.options.io.window_bytes,
+        )
+        arrivals[state.name] = _arrival_of(
+            state, part, comm.size if state.resizes else saved[state.name]
+        )
+    return match.with_arrivals(arrivals)
+
+
+def _arrival_of(state: RankedState, part: bytes, count: int) -> Arrival:
+    return Arrival((), adopt=lambda: state.take(part, count))
+
+
+def _dealt_states(match: StateMatch) -> list[RankedState]:
+    return [
+        one.state
+        for one in match.states
+        if isinstance(one.state, RankedState) and one.saved.parts is not None
+    ]
+
+
+def _plan(
+    reader: GenerationReader, state: RankedState, size: int, window_bytes: int
+) -> Deal:
+    stored = reader.manifest.state(state.name)
+    assert stored is not None
+    leaves = stored.leaves
+    saved = len(leaves)
+    if state.resizes and saved != size:
+        read = dict(_read(reader, state.name, range(saved), window_bytes))
+        made = state.resize([read[number] for number in range(saved)], size)
+        turns = (([rank], part) for rank, part in enumerate(made))
+        return Deal([len(part) for part in made], turns)
+    ranks_of: dict[int, list[int]] = {}
+    lengths = [0] * size
+    for rank in range(size):
+        source = state.source(rank, saved)
+        if source is not None:
+            ranks_of.setdefault(source, []).append(rank)
+            lengths[rank] = leaves[source].extent.nbytes
+    parts = _read(reader, state.name, sorted(ranks_of), window_bytes)
+    return Deal(lengths, ((ranks_of[number], part) for number, part in parts))
+
+
+def _read(
+    reader: GenerationReader, name: str, numbers: Sequence[int], window_bytes: int
+) -> Iterator[tuple[int, bytes]]:
+    """Give the parts of these saved ranks, in the order of the file, each proven."""
+    stored = reader.manifest.state(name)
+    assert stored is not None
+    leaves = [stored.leaves[number] for number in numbers]
+    arriving: dict[int, bytearray] = {}
+    with closing(proven_blocks(reader, leaves, window_bytes=window_bytes // 2)) as blocks:
+        for block, data in blocks:
+            arriving.setdefault(block.leaf, bytearray()).extend(data)
+            if block.is_last:
+                yield numbers[block.leaf], bytes(arriving.pop(block.leaf))

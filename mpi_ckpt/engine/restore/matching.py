@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the program's states and saved ones meet: known before the first byte moves."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.engine.registry import ADVICE, numbered_alike
+from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.state import Arrival, LeafState, State
+from mpi_ckpt.states.ranked import RankedState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpi_ckpt.engine.outline import Outline, StateOutline
+    from mpi_ckpt.storage.manifest import Extent
+
+__all__ = ["OVERWRITTEN", "MatchedState", "StateMatch", "compare_names", "match_states"]
+
+OVERWRITTEN = (
+    "published generations are untouched, but states in memory may hold a mixture: do "
+    "not train on them"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedState:
+    """A state of the program, what was saved of it, and where that goes."""
+
+    state: State
+    saved: StateOutline
+    arrival: Arrival
+
+
+@dataclass(frozen=True, slots=True)
+class StateMatch:
+    """All states that are about to be restored.
+
+    Attributes:
+        states: In the program's order.
+        missing: Names of states that only the program has.
+        unexpected: Names of states that only the generation has.
+    """
+
+    states: tuple[MatchedState, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    @property
+    def specs(self) -> list[LeafSpec]:
+        """The leaves that will come, of all states in order."""
+        return [spec for one in self.states for spec in one.saved.specs]
+
+    @property
+    def extents(self) -> list[Extent]:
+        """Where each of them is; empty for a copy in memory."""
+        return [extent for one in self.states for extent in one.saved.extents]
+
+    @property
+    def leaves(self) -> list[Leaf | None]:
+        """Where each of them goes; None for one that the program has no use for."""
+        return [leaf for one in self.states for leaf in one.arrival.leaves]
+
+    @property
+    def missing_leaves(self) -> Mapping[str, tuple[str, ...]]:
+        """State -> names of leaves that only the program has."""
+        found = {one.state.name: one.arrival.missing for one in self.states}
+        return {state: names for state, names in found.items() if names}
+
+    @property
+    def unexpected_leaves(self) -> Mapping[str, tuple[str, ...]]:
+        """State -> names of leaves that only the generation has."""
+        found = {one.state.name: one.arrival.unexpected for one in self.states}
+        return {state: names for state, names in found.items() if names}
+
+    def with_arrivals(self, arrivals: Mapping[str, Arrival]) -> StateMatch:
+        """Return the same with other arrivals of some states. Not collective."""
+        states = tuple(
+            replace(one, arrival=arrivals.get(one.state.name, one.arrival))
+            for one in self.states
+        )
+        return replace(self, states=states)
+
+
+def compare_names(
+    outline: Outline, states: Sequence[State], *, partial: bool, strict: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Match the names of states. Not collective: the same on every rank.
+
+    Args:
+        outline: Of the generation.
+        states: The states wanted.
+        partial: Whether it is understood that the generation has others.
+        strict: Whether any other difference is an error.
+
+    Returns:
+        The names that only the program has, and those that only the generation has.
+
+    Raises:
+        StateMismatchError: On every rank, naming all that are missing or unexpected.
+    """
+    saved = {one.name for one in outline.states}
+    missing = tuple(state.name for state in states if state.name not in saved)
+    unexpected = () if partial else outline.others
+    problems = [f"state {name!r} is in the program, not saved" for name in missing]
+    problems += [f"state {name!r} is saved, not in the program" for name in unexpected]
+    if problems and strict:
+        hint = f"\n{ADVICE}" if numbered_alike(missing, unexpected) else ""
+        raise StateMismatchError(
+            f"{outline.title} has other states than the program; nothing "
+            "was changed (Options(strict=False) restores what both have):\n  "
+            + "\n  ".join(problems)
+            + hint,
+            generation=outline.generation,
+            problems=problems,
+        )
+    return missing, unexpected
+
+
+def match_states(
+    outline: Outline, states: Sequence[State], *, strict: bool
+) -> tuple[MatchedState, ...]:
+    """Find a place for every byte before the first one moves.
+
+    Not collective. Called on every rank.
+
+    Args:
+        outline: Of the generation, or of the copy, made on root.
+        states: The states of the program; those that were not saved are left out.
+        strict: Whether a leaf that only one side has is a mismatch.
+
+    Raises:
+        StateMismatchError: On the calling rank, listing all mismatches of all states.
+    """
+    by_name = {one.name: one for one in outline.states}
+    matched: list[MatchedState] = []
+    problems: list[str] = []
+    for state in states:
+        saved = by_name.get(state.name)
+        if saved is None:
+            continue
+        try:
+            with concerning(f"state {state.name!r}"):
+                matched.append(MatchedState(state, saved, _match(saved, state, strict)))
+        except StateMismatchError as error:
+            problems += error.problems or [str(error)]
+    if problems:
+        raise StateMismatchError(
+            f"{outline.title} does not fit the program, nothing was changed:\n  "
+            + "\n  ".join(problems),
+            generation=outline.generation,
+            problems=problems,
+        )
+    return tuple(matched)
+
+
+def _match(saved: StateOutline, state: State, strict: bool) -> Arrival:
+    if isinstance(state, RankedState) and saved.parts is not None:
+        state.check(saved.structure, saved.parts)
+        return _DEALT_LATER
+    if saved.is_stream:
+        if isinstance(state, LeafState):
+            raise StateMismatchError(f"state {state.name!r} was saved as a stream")
+        leaf = Leaf(saved.specs[0], MemoryBuffer.empty(saved.specs[0].nbytes))
+        return Arrival((leaf,), lambda: state.load(io.BytesIO(leaf.buffer.read())))
+    if not isinstance(state, LeafState):
+        raise StateMismatchError(f"state {state.name!r} was saved as leaves")
+    return state.prepare(saved.structure, saved.specs, strict=strict)
+
+
+_DEALT_LATER = Arrival((), adopt=lambda: None)
+"""Stands for the part of this rank, which is not known before it is dealt out."""

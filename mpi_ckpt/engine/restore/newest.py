@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is to restore: a copy in memory, or the newest generation that looks good."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import agree, any_of, choose_ranks, on_root
+from mpi_ckpt.engine.outline import Outline
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
+from mpi_ckpt.reports import GenerationInfo
+from mpi_ckpt.states.ranked import RankedState
+from mpi_ckpt.storage.layout import generation_name
+from mpi_ckpt.storage.proving import verify
+from mpi_ckpt.storage.reader import GenerationReader
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from mpi_ckpt.engine.registry import Registry
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.memory import MemoryCopy
+    from mpi_ckpt.state import State
+    from mpi_ckpt.storage.directory import CheckpointDirectory
+
+__all__ = [
+    "OpenGeneration",
+    "is_lost",
+    "list_generations",
+    "open_newest",
+    "open_on_readers",
+    "reject",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGeneration:
+    """What a restore takes the states from.
+
+    Attributes:
+        outline: What is known of it, on every rank.
+        states: Those of the program that are wanted.
+        readers: The ranks that read it, root first; empty for a copy in memory.
+        reader: Its open files: on root, and on the others that read once these have opened
+            it; None elsewhere.
+        copy: The copy of this rank, if it is of the same form as root's; else None.
+    """
+
+    outline: Outline
+    states: tuple[State, ...]
+    readers: tuple[int, ...] = ()
+    reader: GenerationReader | None = None
+    copy: MemoryCopy | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a copy in memory."""
+        return self.outline.generation == 0
+
+
+@contextmanager
+def open_newest(
+    session: Session,
+    registry: Registry,
+    only: Collection[str] | None,
+    *,
+    pinned: int | None,
+    from_memory: bool,
+) -> Iterator[OpenGeneration | None]:
+    """Find what to restore; root keeps it open within the block.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        registry: The manager's.
+        only: Names of the states to restore; None for all. With some only, all bytes are
+            proven here, because later restores will take other states from it.
+        pinned: Number of the generation that must be used; None for the newest.
+        from_memory: Whether a copy in memory that root holds goes before any file.
+
+    Raises:
+        RegistrationError: On every rank, if names are unknown or differ between ranks.
+        RestoreError: On every rank, if root finds generations but no good one.
+    """
+    comm, memory = session.comm, session.memory
+    copy = memory.copy if memory is not None and from_memory else None
+    with ExitStack() as stack:
+        opened: list[GenerationReader] = []
+
+        def look(states: list[State]) -> list[State]:
+            if comm.is_root and copy is None:
+                found = _open(session.directory, pinned, proven=only is not None)
+                if found is not None:
+                    opened.append(stack.enter_context(found))
+            return states
+
+        def tell(states: list[State]) -> bytes:
+            if copy is not None:
+                return copy.text
+            if not opened:
+                return b""
+            deals = {state.name: isinstance(state, RankedState) for state in states}
+            aside = session.directory.set_aside
+            outline = Outline.of_generation(
+                opened[0].manifest, str(opened[0].path), deals, aside
+            )
+            return json.dumps(outline.to_json()).encode()
+
+        met = registry.begin(
+            "looking for a generation",
+            only,
+            look,
+            error=RestoreError,
+            skipped=True,
+            tell=tell,
+        )
+        if not met.told:
+            yield None
+            return
+        states = tuple(met.result)
+        outline = Outline.from_json(json.loads(met.told))
+        outline = outline.only([state.name for state in states])
+        if outline.generation == 0:
+            mine = copy if copy is not None and copy.text == met.told else None
+            yield OpenGeneration(outline, states, copy=mine)
+            return
+        ranks = choose_ranks(session.options.io.readers, comm.topology)
+        yield OpenGeneration(outline, states, ranks, opened[0] if opened else None)
+
+
+def open_on_readers(
+    session: Session, found: OpenGeneration, stack: ExitStack
+) -> OpenGeneration:
+    """Open a generation on the others that read it; root has it open already.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        found: As `open_newest` gave it.
+        stack: Closes what is opened here.
+
+    Raises:
+        ReadError: On every rank, if one that reads cannot open it.
+    """
+    comm = session.comm
+    if len(found.readers) < 2:
+        return found
+    path = session.directory.root / generation_name(found.outline.generation)
+
+    def open_here() -> OpenGeneration:
+        if comm.is_root or comm.rank not in found.readers:
+            return found
+        try:
+            reader = stack.enter_context(GenerationReader(path))
+        except CorruptGenerationError as error:
+            # Root has found it good: what is wrong is what this host sees of it.
+            raise ReadError(
+                f"{error}. Root reads it well; several readers need a directory that all "
+                "see, IO(readers='root') does not",
+                path=path,
+            ) from error
+        return replace(found, reader=reader)
+
+    return agree(comm, "opening a generation", open_here, error=RestoreError)
+
+
+def reject(
+    session: Session, found: OpenGeneration, problem: CorruptGenerationError
+) -> None:
+    """Set a generation aside that turned out bad while it was read.
+
+    Collective. Main thread only.
+
+    Raises:
+        RestoreError: On every rank, if root cannot.
+    """
+    on_root(
+        session.comm,
+        "setting a generation aside",
+        lambda: session.directory.reject(found.outline.generation, problem),
+        error=RestoreError,
+    )
+
+
+def is_lost(session: Session, found: OpenGeneration) -> bool:
+    """Return whether a generation was pruned while it was read, by the job that owns it.
+
+    Collective. Main thread only. A job that has not got the lock reads beside the owner.
+    """
+    number = found.outline.generation
+    gone = session.comm.is_root and session.directory.has_lost(number)
+    return any_of(session.comm, "looking whether a generation is still there", gone)[0]
+
+
+def list_generations(session: Session) -> list[GenerationInfo]:
+    """Tell all ranks what root finds, oldest first. Collective. Nothing is pending.
+
+    Raises:
+        CheckpointError: On every rank, if root cannot list the directory.
+    """
+    catalog = session.directory.catalog
+    told = on_root(
+        session.comm,
+        "listing generations",
+        lambda: [one.to_json() for one in catalog.generations()],
+        error=RestoreError,
+    )
+    return [GenerationInfo(**{**one, "path": Path(one["path"])}) for one in told]
+
+
+def _open(
+    directory: CheckpointDirectory, pinned: int | None, *, proven: bool
+) -> GenerationReader | None:
+    if pinned is not None:
+        return GenerationReader(directory.root / generation_name(pinned))
+    while True:
+        reader = directory.open_newest()
+        if reader is None or not proven:
+            return reader
+        number = reader.manifest.generation
+        try:
+            verify(reader)
+        except CorruptGenerationError as problem:
+            reader.close()
+            directory.reject(number, problem)
+        except ReadError:
+            reader.close()
+            if not directory.has_lost(number):
+                raise
+        else:
+            return reader

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One restore, in its steps: find, match, transfer, adopt."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from mpi_ckpt.comm import agree
+from mpi_ckpt.engine.restore.dealing import deal_parts, plan_deals
+from mpi_ckpt.engine.restore.matching import (
+    OVERWRITTEN,
+    StateMatch,
+    compare_names,
+    match_states,
+)
+from mpi_ckpt.engine.restore.newest import is_lost, open_newest, open_on_readers, reject
+from mpi_ckpt.engine.restore.transfer import transfer_copy, transfer_files
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.reports import RestoreReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from mpi_ckpt.engine.registry import Registry
+    from mpi_ckpt.engine.restore.dealing import Deal
+    from mpi_ckpt.engine.restore.newest import OpenGeneration
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import PhaseClock
+
+__all__ = ["OnResize", "Restore"]
+
+logger = logging.getLogger(__name__)
+
+OnResize: TypeAlias = "Callable[[int, int], object]"
+"""Given the number of ranks that saved, and that of now."""
+
+_RESTORED = "the states are as they were saved, but for what it has changed itself"
+
+
+class Restore:
+    """Brings states back from memory, else from the newest generation that proves good.
+
+    Collective, as is every method. Main thread only. ``find`` gives what to try next,
+    `aside_if_bad` sets a generation aside that turns out bad on the way::
+
+        while restore.find():
+            with restore.aside_if_bad():
+                restore.match()
+                restore.transfer()
+                restore.adopt()
+
+    Args:
+        session: The manager's.
+        registry: The manager's.
+        only: Names of the states to restore; None for all.
+        pinned: Number of the generation to use; None for the newest.
+        clock: Started when the restore was asked for.
+
+    Attributes:
+        report: What was restored; None as long as nothing was.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        registry: Registry,
+        only: Collection[str] | None,
+        *,
+        pinned: int | None,
+        clock: PhaseClock,
+    ) -> None:
+        self._session = session
+        self._registry = registry
+        self._only = only
+        self._pinned = pinned
+        self._clock = clock
+        self._open = ExitStack()
+        self._found: OpenGeneration | None = None
+        self._match: StateMatch | None = None
+        self._deals: Mapping[str, Deal] = {}
+        self.report: RestoreReport | None = None
+
+    def find(self) -> bool:
+        """Find what to try next; return whether there is anything left to do.
+
+        Raises:
+            RegistrationError: On every rank, if names are unknown or differ.
+            RestoreError: On every rank, if root finds generations but no good one.
+        """
+        if self.report is not None:
+            return False
+        self._found = self._open.enter_context(
+            open_newest(
+                self._session,
+                self._registry,
+                self._only,
+                pinned=self._pinned,
+                from_memory=self._only is None,
+            )
+        )
+        found, memory = self._found, self._session.memory
+        if memory is not None and self._only is None and not (found and found.is_copy):
+            # An older copy of another rank's must not be gone back to from here.
+            memory.clear()
+        if found is None:
+            self._open.close()
+        return found is not None
+
+    @contextmanager
+    def aside_if_bad(self) -> Iterator[None]:
+        """Set a generation aside that turns out bad within the block, to try the next.
+
+        Raises:
+            RestoreError: On every rank, for anything else, and for the generation that
+                must be used.
+        """
+        session, found = self._session, self._generation
+        with self._open:
+            try:
+                yield
+            # Agreed on: every rank is here, with the same error.
+            except CorruptGenerationError as problem:
+                if self._pinned is not None or found.is_copy:
+                    raise
+                reject(session, found, problem)
+            except ReadError:
+                if self._pinned is not None or found.is_copy or not is_lost(session, found):
+                    raise
+            finally:
+                # What Python would look through when it next collects garbage.
+                self._found = self._match = None
+                self._deals = {}
+
+    def match(self) -> None:
+        """Find a place for every byte.
+
+        Raises:
+            StateMismatchError: On every rank, listing all that does not fit; nothing was
+                changed.
+        """
+        session, found = self._session, self._generation
+        strict, partial = session.options.strict, self._only is not None
+        missing, unexpected = compare_names(
+            found.outline, found.states, partial=partial, strict=strict
+        )
+
+        def match() -> StateMatch:
+            states = match_states(found.outline, found.states, strict=strict)
+            matched = StateMatch(states, missing, unexpected)
+            self._deals = plan_deals(session, found, matched)
+            return matched
+
+        what = "a copy in memory" if found.is_copy else "a generation"
+        with self._clock.phase("match"):
+            self._match = agree(
+                session.comm,
+                f"matching {what} with the program",
+                match,
+                error=RestoreError,
+            )
+
+    def transfer(self) -> None:
+        """Bring every byte to where it belongs, proven.
+
+        Raises:
+            CorruptGenerationError: On every rank, if bytes are not those that were saved.
+            ReadError: On every rank, if one that reads cannot.
+        """
+        session, match = self._session, self._matched
+        with self._clock.phase("transfer"):
+            if self._generation.is_copy:
+                transfer_copy(session, self._generation.copy, match)
+                return
+            found = self._found = open_on_readers(session, self._generation, self._open)
+            # First, as this overwrites nothing yet.
+            self._match = deal_parts(session, match, self._deals)
+            transfer_files(session, found, match)
+
+    def adopt(self) -> None:
+        """Let the states take over what has arrived, in order; make the report.
+
+        Raises:
+            CheckpointError: On every rank, if a state's load fails on any.
+        """
+        session, matched = self._session, self._matched
+
+        def take_over() -> None:
+            for one in matched.states:
+                with concerning(f"state {one.state.name!r}"):
+                    one.arrival.adopt()
+
+        with self._clock.phase("adopt"):
+            agree(
+                session.comm,
+                "loading the states",
+                take_over,
+                error=RestoreError,
+                safe=OVERWRITTEN,
+            )
+        self.report = self._make_report()
+
+    def tell_of_resize(self, callback: OnResize | None) -> None:
+        """Let the program adapt to another number of ranks than the one that saved.
+
+        Args:
+            callback: The program's; given the number of ranks that saved, and of now.
+
+        Raises:
+            RestoreError: On every rank, if the callback failed on any.
+        """
+        report = self.report
+        if report is None or report.saved_size == report.size:
+            return
+
+        def tell() -> None:
+            if callback is not None:
+                callback(report.saved_size, report.size)
+
+        agree(self._session.comm, "on_resize()", tell, error=RestoreError, safe=_RESTORED)
+
+    @property
+    def _generation(self) -> OpenGeneration:
+        assert self._found is not None
+        return self._found
+
+    @property
+    def _matched(self) -> StateMatch:
+        assert self._match is not None
+        return self._match
+
+    def _make_report(self) -> RestoreReport:
+        session, found, match = self._session, self._generation, self._matched
+        outline = found.outline
+        report = RestoreReport(
+            generation=outline.generation,
+            path=Path(outline.path) if outline.path else session.directory.root,
+            step=outline.step,
+            saved_size=outline.size,
+            size=session.comm.size,
+            bytes_read=0 if found.is_copy else self._count_bytes(),
+            seconds=self._clock.seconds(),
+            metrics=outline.metrics,
+            quarantined=outline.quarantined,
+            missing=match.missing,
+            unexpected=match.unexpected,
+            missing_leaves=match.missing_leaves,
+            unexpected_leaves=match.unexpected_leaves,
+            from_memory=found.is_copy,
+        )
+        if not found.is_copy:
+            session.note("restored", outline.step)
+            _warn_of_differences(session, report)
+        return report
+
+    def _count_bytes(self) -> int:
+        reader = self._generation.reader
+        mine = np.array([0 if reader is None else reader.bytes_read])
+        counted = self._session.comm.all_reduce(mine, "sum", "counting what was read")
+        return int(counted[0])
+
+
+def _warn_of_differences(session: Session, report: RestoreReport) -> None:
+    differences = {
+        "only the program has": [*report.missing, *_paths(report.missing_leaves)],
+        "only the generation has": [*report.unexpected, *_paths(report.unexpected_leaves)],
+    }
+    for side, names in differences.items():
+        if names and session.comm.is_root:
+            logger.warning("generation %d: %s %s", report.generation, side, names)
+
+
+def _paths(leaves: Mapping[str, tuple[str, ...]]) -> list[str]:
+    return [f"{state}/{leaf}" for state, names in leaves.items() for leaf in names]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One worker thread on root, for what need not hold up the training. No MPI in it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Background", "run_here"]
+
+Result = TypeVar("Result")
+
+
+class Background:
+    """Runs file work one piece after the other. Used from the main thread.
+
+    INVARIANT: its thread never calls MPI. It ends in `close`, or when nobody holds this
+    any more; at interpreter exit what was submitted is waited for.
+
+    Args:
+        exit_seconds: How long, at interpreter exit.
+        give_up: Called if that was too short: ends the process, which could not end by
+            itself. None: it is waited for as long as it takes.
+    """
+
+    def __init__(
+        self, exit_seconds: float = 600.0, give_up: Callable[[], None] | None = None
+    ) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._futures: list[Future[Any]] = []
+        self._exit_seconds = exit_seconds if give_up is not None else None
+        self._give_up = give_up
+
+    def submit(self, work: Callable[[], Result]) -> Future[Result]:
+        """Run work after all that was submitted before. Not collective."""
+        if self._pool is None:
+            _finish_at_exit()
+            self._pool = ThreadPoolExecutor(1, "mpi_ckpt-save")
+        try:
+            future = self._pool.submit(work)
+        except RuntimeError:
+            # The interpreter is on its way out and starts nothing behind anybody's back.
+            return run_here(work)
+        self._futures = [one for one in self._futures if not one.done()]
+        self._futures.append(future)
+        _UNDER_WAY[future] = (self._exit_seconds, self._give_up)
+        future.add_done_callback(_forget)
+        return future
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait until nothing runs; outcomes stay with their futures. Not collective.
+
+        Args:
+            seconds: How long at most; None for as long as it takes.
+
+        Returns:
+            Whether nothing runs.
+        """
+        _, self._futures = map(list, wait(self._futures, seconds))
+        return not self._futures
+
+    def close(self, seconds: float | None = None) -> bool:
+        """Finish what was submitted, and end the thread. Callable twice.
+
+        Args:
+            seconds: How long to wait for that; None for as long as it takes.
+
+        Returns:
+            Whether the thread has ended. If not, it ends with its work.
+        """
+        pool, self._pool = self._pool, None
+        ended = self.join(seconds)
+        if pool is not None:
+            pool.shutdown(wait=ended)
+        return ended
+
+
+# Work that is not done -> how long to wait for it at exit, and what to do after that.
+_UNDER_WAY: dict[Future[Any], tuple[float | None, Callable[[], None] | None]] = {}
+os.register_at_fork(after_in_child=_UNDER_WAY.clear)  # the thread is not in the child
+
+_waits_at_exit = False
+
+
+def _finish_at_exit() -> None:
+    """Have what is under way waited for before the interpreter ends. Once a process."""
+    global _waits_at_exit
+    if not _waits_at_exit:
+        # Not by `atexit`, which comes too late: from the moment that the interpreter joins
+        # its threads no pool takes work any more, and a save writes by such pools. (Python
+        # 3.12.0 and 3.12.1 start no thread even now: there such a save fails, and says so.)
+        register = getattr(threading, "_register_atexit", atexit.register)
+        register(_wait_at_exit)
+        _waits_at_exit = True
+
+
+def _wait_at_exit() -> None:
+    for future, (seconds, give_up) in list(_UNDER_WAY.items()):
+        wait([future], seconds)
+        if give_up is not None and not future.done():
+            give_up()
+
+
+def _forget(future: Future[Any]) -> None:
+    _UNDER_WAY.pop(future, None)
+
+
+def run_here(work: Callable[[], Result]) -> Future[Result]:
+    """Run work on this thread; return how it ended. Not collective."""
+    future: Future[Result] = Future()
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+    return future

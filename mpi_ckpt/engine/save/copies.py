@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of the states in the memory of the ranks that hold one."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.collector import without_collections
+from mpi_ckpt.comm import agree, bcast_bytes, on_root
+from mpi_ckpt.engine.outline import Outline, StateOutline
+from mpi_ckpt.engine.save.staging import LateCopies, Staged, StagedStream, stage
+from mpi_ckpt.engine.sync.captured import CapturedState, capture_states
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.leaf import Form, Leaf, MemoryBuffer
+from mpi_ckpt.memory import MemoryCopy
+from mpi_ckpt.state import LeafState, PartsState, State
+from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.save.request import SaveRequest
+    from mpi_ckpt.memory import Memory
+
+__all__ = ["copy_into"]
+
+_DOING = "remembering the states"
+
+
+@without_collections()
+def copy_into(
+    memory: Memory, comm: Communicator, request: SaveRequest, *, late: bool
+) -> Staged | None:
+    """Copy what a save would write into the memory, on the ranks that hold a copy.
+
+    Collective. Main thread only. Nothing is being written from the memory. A rank that is
+    killed meanwhile leaves each of the others with a whole copy: the last or this one.
+
+    Args:
+        memory: Of the same kind on every rank.
+        comm: The communicator.
+        request: What a save takes, all of it.
+        late: Whether root may leave leaves behind a gate to whoever carries the save out.
+
+    Returns:
+        The copies, on ranks that hold one; None elsewhere.
+
+    Raises:
+        StageError: On every rank, if a state cannot be copied on any, or there is no
+            memory to copy it to.
+    """
+    # All that ranks must meet for comes first: what is left is a copy, which none can
+    # keep from its end.
+    told = _tell(comm, memory, request.states)
+
+    def keep() -> Staged | None:
+        if not comm.is_root and memory.holders == "root":
+            return None
+        memory.clear()
+        staged = stage(memory.arena, list(_take_here(comm, request.states, told)))
+        staged.late.when_copied(lambda: _hold(memory, request, staged))
+        if staged.late and not (late and comm.is_root):
+            staged.late.copy()
+            staged = replace(staged, late=LateCopies())
+        return staged
+
+    return agree(comm, _DOING, keep, error=StageError)
+
+
+def _tell(
+    comm: Communicator, memory: Memory, states: Sequence[CapturedState | State]
+) -> Mapping[str, bytes]:
+    """Send what only root knows to all: state name -> bytes. Collective."""
+    if comm.size == 1 or memory.holders == "root":
+        return {}
+    theirs = [one for one in states if _is_roots(one)]
+    encoded: list[bytes] = []
+
+    def encode() -> None:
+        encoded.extend(_encode(one) for one in theirs)
+
+    on_root(comm, _DOING, encode, error=StageError)
+    return {
+        one.name: bcast_bytes(comm, encoded[number] if encoded else None, _DOING)
+        for number, one in enumerate(theirs)
+    }
+
+
+def _is_roots(one: CapturedState | State) -> bool:
+    """Return whether only root knows what a save would write of a state."""
+    state = _state_of(one)
+    if not isinstance(state, LeafState) or isinstance(state, PartsState):
+        return True
+    return state.sync_mode == "none"
+
+
+def _state_of(one: CapturedState | State) -> State:
+    return one.state if isinstance(one, CapturedState) else one
+
+
+def _encode(one: CapturedState | State) -> bytes:
+    stream = io.BytesIO()
+    if isinstance(one, CapturedState):
+        write_leaves(stream, one.structure, one.leaves)
+    else:
+        one.save(stream)
+    return stream.getvalue()
+
+
+def _take_here(
+    comm: Communicator,
+    states: Sequence[CapturedState | State],
+    told: Mapping[str, bytes],
+) -> Iterator[CapturedState | State]:
+    for one in states:
+        state = _state_of(one)
+        if comm.is_root and isinstance(one, CapturedState):
+            yield one
+        elif isinstance(state, LeafState) and state.name in told:
+            yield _decode(state, told[state.name])
+        elif isinstance(state, LeafState):
+            # Taken anew: what a sync has put in place came after it had captured. Digests
+            # that do not fit any more are of a state that nobody but root writes.
+            (mine,) = capture_states([state])
+            known = one.digests if isinstance(one, CapturedState) else None
+            yield replace(mine, digests=known)
+        elif state.name in told:
+            yield StagedStream(state.name, memoryview(told[state.name]))
+        else:
+            yield state
+
+
+def _decode(state: LeafState, data: bytes) -> CapturedState:
+    stream = io.BytesIO(data)
+    structure, specs = read_form(stream)
+    leaves = [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
+    fill_leaves(stream, specs, leaves)
+    return CapturedState(state, structure, tuple(leaves), Form(specs))
+
+
+def _hold(memory: Memory, request: SaveRequest, staged: Staged) -> None:
+    outline = Outline(
+        step=request.step,
+        size=request.size,
+        metrics=dict(request.metrics),
+        states=tuple(_outline_of(one) for one in staged.states),
+    )
+    leaves = {
+        one.name: [leaf.buffer.read() for leaf in _leaves_of(one)] for one in staged.states
+    }
+    text = json.dumps(outline.to_json()).encode()
+    memory.copy = MemoryCopy(request.step, text, leaves)
+
+
+def _outline_of(one: CapturedState | State) -> StateOutline:
+    if isinstance(one, CapturedState):
+        return StateOutline(one.name, one.structure, one.specs)
+    return StateOutline.of_stream(one.name, _leaves_of(one)[0].spec.nbytes)
+
+
+def _leaves_of(one: CapturedState | State) -> Sequence[Leaf]:
+    if isinstance(one, CapturedState):
+        return one.leaves
+    assert isinstance(one, StagedStream)
+    return [one.leaf()]

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A generation from its beginning to its publication, as root sees it. No MPI."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from io import UnsupportedOperation
+from typing import TYPE_CHECKING, NamedTuple
+
+from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.save.request import Published, SaveRequest
+from mpi_ckpt.engine.save.reuse import SharedLeaves, has_unchanged, plan_reuse, sample
+from mpi_ckpt.engine.save.shard import LeafKey, write_shard
+from mpi_ckpt.engine.save.staging import StagedStream
+from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
+from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
+from mpi_ckpt.options import ROOT
+from mpi_ckpt.storage.faults import read_errors_as_save_errors
+from mpi_ckpt.storage.layout import (
+    carried_file_name,
+    generation_name,
+    stream_file_name,
+)
+from mpi_ckpt.storage.manifest import Extent, Manifest, StoredFile, StoredState
+from mpi_ckpt.storage.manifest_codec import MANIFEST_BYTES_MAX, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import BinaryIO
+
+    from mpi_ckpt.engine.save.shard import Shard
+    from mpi_ckpt.options import Options
+    from mpi_ckpt.state import State
+    from mpi_ckpt.storage.directory import CheckpointDirectory
+    from mpi_ckpt.storage.partial import Partial
+
+__all__ = ["Draft", "SpaceNeeded", "foresee_space"]
+
+logger = logging.getLogger(__name__)
+
+_NO_HEADER = digest_bytes(b"")
+
+# Of more than so many bytes a few leaves are digested before all are.
+_SAMPLED_BYTES_MIN = 64 << 20
+_SAMPLES = 8
+
+# What the manifest, and the header of a file, say of a leaf takes at least this much and
+# its name. Less than it takes is foreseen on purpose: nothing that fits may be refused.
+_MANIFEST_ENTRY_BYTES = 100
+_HEADER_ENTRY_BYTES = 50
+
+
+class Draft:
+    """A generation that root has begun: `begin` makes one, `publish` makes it exist.
+
+    Not collective. A context manager, which drops it on any failure. What older
+    generations hold unchanged is shared at once; what is left is written by root alone,
+    or by several ranks.
+
+    Attributes:
+        partial: Where files go.
+        captured: What is saved of leaf states.
+        fresh: Of each of them, the indices of the leaves that must be written.
+    """
+
+    def __init__(
+        self,
+        directory: CheckpointDirectory,
+        request: SaveRequest,
+        options: Options,
+        partial: Partial,
+        captured: Sequence[CapturedState],
+        shared: SharedLeaves,
+    ) -> None:
+        self._directory = directory
+        self._request = request
+        self._options = options
+        self._shared = shared
+        self._shards: list[Shard] = []
+        self._streams: list[StoredState] = []
+        self._stream_files: list[StoredFile] = []
+        self.partial = partial
+        self.captured = captured
+        self.fresh = [
+            [n for n in range(len(one.leaves)) if (i, n) not in shared.leaves]
+            for i, one in enumerate(captured)
+        ]
+
+    @classmethod
+    def begin(
+        cls, directory: CheckpointDirectory, request: SaveRequest, options: Options
+    ) -> Draft:
+        """Make the directory of a generation, share what is unchanged, look for room.
+
+        Args:
+            directory: Owned by this job.
+            request: What to save.
+            options: Say what is shared with older generations, and which of them may
+                go; nothing is removed here.
+
+        Raises:
+            SaveError: On the calling rank; nothing is left behind. A WriteError with
+                ENOSPC if the file system has no room for it.
+        """
+        partial = directory.begin()
+        try:
+            captured: Sequence[CapturedState] = request.captured
+            if options.io.reuse:
+                captured = _digest_ahead(partial, directory, captured, options)
+            shared = _link_unchanged(partial, directory, request, captured, options)
+            draft = cls(directory, request, options, partial, captured, shared)
+            needed = foresee_space(captured, draft.fresh, request.plain)
+            partial.require_space(needed.nbytes, needed.files)
+        except BaseException:
+            _drop(partial, directory)
+            raise
+        return draft
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # Whatever it was, no half-written generation stays.
+        if kind is not None:
+            self.drop()
+
+    def drop(self) -> None:
+        """Leave nothing behind. Not collective. Callable twice."""
+        _drop(self.partial, self._directory)
+
+    @property
+    def fresh_states(self) -> list[CapturedState]:
+        """All that must be written of leaf states."""
+        return [pick_leaves(*one) for one in zip(self.captured, self.fresh, strict=True)]
+
+    def write(self, captured: Sequence[CapturedState], plain: Sequence[State]) -> None:
+        """Write root's share: plain states write themselves, leaves go into one file.
+
+        Raises:
+            SaveError: On the calling rank.
+        """
+        for state in plain:
+            self._write_stream(state)
+        shard = write_shard(self.partial, captured, ROOT)
+        if shard is not None:
+            self._shards.append(shard)
+
+    def publish(self, others: Sequence[Shard] = ()) -> Published:
+        """Make the generation exist.
+
+        Args:
+            others: The files of leaves that other ranks have written; they are durable.
+
+        Raises:
+            SaveError: On the calling rank; nothing was published.
+        """
+        manifest = self._complete([*self._shards, *others])
+        encoded = encode(manifest)
+        if len(encoded) > MANIFEST_BYTES_MAX:
+            raise SaveError(
+                f"the manifest would take {len(encoded)} bytes, at most "
+                f"{MANIFEST_BYTES_MAX} can be read; nothing was published"
+            )
+        path = self.partial.publish(encoded)
+        self._directory.note_published(manifest, path, len(encoded))
+        return Published(
+            generation=manifest.generation,
+            path=path,
+            bytes_written=self.partial.bytes_written
+            + sum(one.file.nbytes for one in others),
+            bytes_reused=_bytes_reused(manifest),
+            retired=self._directory.catalog.choose(self._options.retention),
+        )
+
+    def _complete(self, shards: Sequence[Shard]) -> Manifest:
+        request = self._request
+        written = {key: leaf for shard in shards for key, leaf in shard.leaves.items()}
+        states = {state.name: state for state in self._streams}
+        for index, one in enumerate(self.captured):
+            name, shared = one.name, self._shared.leaves
+            leaves = [
+                shared.get((index, number)) or written[LeafKey(name, spec.name)]
+                for number, spec in enumerate(one.specs)
+            ]
+            states[name] = StoredState(name, one.structure, tuple(leaves))
+        return Manifest(
+            generation=self.partial.generation,
+            step=operator.index(request.step),
+            time=time.time(),
+            job=self._directory.job,
+            size=request.size,
+            metrics={name: float(value) for name, value in request.metrics.items()},
+            files=(
+                *self._shared.files.values(),
+                *self._stream_files,
+                *(shard.file for shard in shards),
+            ),
+            states=(*(states[one.name] for one in request.states), *self._shared.states),
+        )
+
+    def _write_stream(self, state: State) -> None:
+        name = stream_file_name(state.name)
+
+        def save(fileobj: BinaryIO) -> None:
+            try:
+                state.save(fileobj)
+            except Exception as error:
+                # What the disk refuses is told as such; asking a stream to seek is not.
+                if isinstance(error, OSError) and not isinstance(
+                    error, UnsupportedOperation
+                ):
+                    raise
+                raise StageError(f"save() of state {state.name!r}: {error!r}") from error
+
+        nbytes, digest = self.partial.write_stream(name, save)
+        file = StoredFile(name, nbytes, 0, _NO_HEADER, self.partial.generation)
+        self._stream_files.append(file)
+        extent = Extent(name, 0, nbytes)
+        self._streams.append(StoredState.of_stream(state.name, extent, digest))
+
+
+class SpaceNeeded(NamedTuple):
+    """Bytes that will be written and files that will be made, by all ranks, or more."""
+
+    nbytes: int
+    files: int
+
+
+def foresee_space(
+    captured: Sequence[CapturedState],
+    fresh: Sequence[Sequence[int]],
+    plain: Sequence[State],
+) -> SpaceNeeded:
+    """Return what a save takes at least.
+
+    Not collective. Thread-safe. What a plain state writes is known only if it is staged.
+
+    Args:
+        captured: What is saved of leaf states.
+        fresh: Of each of them, the indices of the leaves that must be written.
+        plain: The states that write themselves.
+    """
+    every = [spec for one in captured for spec in one.specs]
+    written = [
+        one.specs[number]
+        for one, numbers in zip(captured, fresh, strict=True)
+        for number in numbers
+    ]
+    manifest = sum(len(spec.name) + _MANIFEST_ENTRY_BYTES for spec in every)
+    headers = sum(len(spec.name) + _HEADER_ENTRY_BYTES for spec in written)
+    leaves = sum(spec.nbytes for spec in written)
+    streams = sum(one.nbytes for one in plain if isinstance(one, StagedStream))
+    return SpaceNeeded(
+        nbytes=manifest + headers + leaves + streams,
+        files=1 + bool(written) + len(plain),  # the manifest first
+    )
+
+
+def _drop(partial: Partial, directory: CheckpointDirectory) -> None:
+    partial.drop()
+    # The newest generation may be gone, by somebody's hand: look again next time.
+    directory.forget_newest()
+
+
+def _digest_ahead(
+    partial: Partial,
+    directory: CheckpointDirectory,
+    captured: Sequence[CapturedState],
+    options: Options,
+) -> Sequence[CapturedState]:
+    """Digest what may be shared; where nothing is, digests are taken as it is written.
+
+    A file is shared if half of it is unchanged, and of that a sample finds some.
+    """
+    threads = options.io.digest_threads
+    undigested = [one for one in captured if one.digests is None]
+    nbytes = sum(one.form.nbytes for one in undigested)
+    if nbytes >= _SAMPLED_BYTES_MIN and _has_room(partial, nbytes):
+        older = _newest(directory, needed=False)
+        if older is None:
+            return captured
+        samples = digest_states(sample(undigested, _SAMPLES), threads)
+        if not has_unchanged(older, samples):
+            return captured
+    return digest_states(captured, threads)
+
+
+def _has_room(partial: Partial, nbytes: int) -> bool:
+    # Where there is little, whatever can be shared must be.
+    try:
+        partial.require_space(nbytes, 1)
+    except WriteError:
+        return False
+    return True
+
+
+def _link_unchanged(
+    partial: Partial,
+    directory: CheckpointDirectory,
+    request: SaveRequest,
+    captured: Sequence[CapturedState],
+    options: Options,
+) -> SharedLeaves:
+    """Share files of the newest generation, and say where in the new one they are."""
+    carry, reuse = request.carry, options.io.reuse
+    if carry is None and not reuse:
+        return SharedLeaves()
+    with read_errors_as_save_errors():
+        older = _newest(directory, needed=carry is not None)
+    if older is None:
+        return SharedLeaves()
+    saved = {one.name for one in request.states}
+    others = [state for state in older.states if state.name not in saved]
+    carried = [state for state in others if carry is not None and carry(state.name)]
+    shared = plan_reuse(
+        older,
+        captured if reuse else (),
+        generation=partial.generation,
+        full_every=options.io.full_every,
+        carried=carried,
+    )
+    source = directory.root / generation_name(older.generation)
+    needed = {leaf.extent.file for state in carried for leaf in state.leaves}
+    refused = set()
+    for name, file in shared.files.items():
+        target = carried_file_name(name, file.generation)
+        if not partial.carry(source / name, target, copy=name in needed):
+            refused.add(name)
+    return shared.without_files(refused).renamed(carried_file_name)
+
+
+def _newest(directory: CheckpointDirectory, *, needed: bool) -> Manifest | None:
+    try:
+        return directory.newest_manifest()
+    except RestoreError as error:
+        if needed:
+            raise
+        # Nothing good to share: no reason not to save.
+        logger.info("nothing is shared with older generations: %s", error)
+        return None
+
+
+def _bytes_reused(manifest: Manifest) -> int:
+    older = {file.name for file in manifest.files if file.generation != manifest.generation}
+    return sum(leaf.extent.nbytes for leaf in manifest.leaves if leaf.extent.file in older)

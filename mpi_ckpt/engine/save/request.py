@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a save is asked for, and what came of it: plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.engine.sync.captured import CapturedState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from mpi_ckpt.state import State
+
+__all__ = ["Begun", "Published", "SaveRequest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What all ranks have agreed to save.
+
+    Attributes:
+        states: The same states in the same order on every rank.
+        parts: What this rank holds of those that have parts; None if it is to be taken
+            once the plain states have synced.
+    """
+
+    states: Sequence[State]
+    parts: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequest:
+    """What is to be saved.
+
+    Attributes:
+        states: Captured leaf states, and plain states to be streamed, in order.
+        step: The training step.
+        metrics: The user's metrics.
+        size: Number of ranks.
+        carry: Tells by name which of the newest generation's other states go along;
+            None for none.
+    """
+
+    states: Sequence[CapturedState | State]
+    step: int
+    size: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    carry: Callable[[str], bool] | None = None
+
+    @property
+    def captured(self) -> list[CapturedState]:
+        """The leaf states."""
+        return [one for one in self.states if isinstance(one, CapturedState)]
+
+    @property
+    def plain(self) -> list[State]:
+        """The states that write themselves."""
+        return [one for one in self.states if not isinstance(one, CapturedState)]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A generation that exists and is durable.
+
+    Attributes:
+        generation: Its number.
+        path: Its directory.
+        bytes_written: Bytes written for it, by all ranks.
+        bytes_reused: Bytes of leaves that it shares with older generations.
+        retired: Older generations that retention now gives up.
+    """
+
+    generation: int
+    path: Path
+    bytes_written: int
+    bytes_reused: int
+    retired: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what every rank is told of it. Not collective. Thread-safe."""
+        return {
+            "generation": self.generation,
+            "path": str(self.path),
+            "bytes_written": self.bytes_written,
+            "bytes_reused": self.bytes_reused,
+            "pruned": self.retired,
+        }

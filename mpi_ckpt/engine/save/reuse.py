@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which leaves need not be written again, because an older generation has them. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_ckpt.engine.sync.captured import CapturedState, pick_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from mpi_ckpt.storage.manifest import Manifest, StoredFile, StoredLeaf, StoredState
+
+__all__ = ["SharedLeaves", "has_unchanged", "plan_reuse", "sample"]
+
+# A file of whose data less than this share is still in use is not shared any further: the
+# rest of it would stay on disk for nothing.
+_LIVE_SHARE_MIN = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class SharedLeaves:
+    """What a new generation takes from an older one.
+
+    Attributes:
+        leaves: (Index of the state, index of the leaf) -> where the older one has it.
+        states: States taken along as they are.
+        files: The older one's files that these need, by name.
+    """
+
+    leaves: Mapping[tuple[int, int], StoredLeaf] = field(default_factory=dict)
+    states: tuple[StoredState, ...] = ()
+    files: Mapping[str, StoredFile] = field(default_factory=dict)
+
+    def without_files(self, refused: set[str]) -> SharedLeaves:
+        """Give up sharing some files; their leaves are written again. Not collective."""
+        leaves = {
+            at: one for at, one in self.leaves.items() if one.extent.file not in refused
+        }
+        files = {name: one for name, one in self.files.items() if name not in refused}
+        return SharedLeaves(leaves, self.states, files)
+
+    def renamed(self, rename: Callable[[str, int], str]) -> SharedLeaves:
+        """Give the files the names they have in the new generation. Not collective.
+
+        Args:
+            rename: From a name and the generation that wrote the file.
+        """
+        names = {name: rename(name, one.generation) for name, one in self.files.items()}
+
+        def moved(leaf: StoredLeaf) -> StoredLeaf:
+            extent = leaf.extent._replace(file=names[leaf.extent.file])
+            return leaf._replace(extent=extent)
+
+        return SharedLeaves(
+            leaves={at: moved(leaf) for at, leaf in self.leaves.items()},
+            states=tuple(
+                replace(state, leaves=tuple(map(moved, state.leaves)))
+                for state in self.states
+            ),
+            files={
+                names[name]: replace(one, name=names[name])
+                for name, one in self.files.items()
+            },
+        )
+
+
+def plan_reuse(
+    older: Manifest,
+    captured: Sequence[CapturedState],
+    *,
+    generation: int,
+    full_every: int,
+    carried: Sequence[StoredState] = (),
+) -> SharedLeaves:
+    """Find the leaves that an older generation holds unchanged.
+
+    Not collective. Thread-safe. A leaf is unchanged if state, name, dtype, shape and
+    digest are.
+
+    Args:
+        older: The newest generation there is.
+        captured: What is to be saved; only digested states are looked at.
+        generation: Number of the new generation.
+        full_every: Files written so many generations ago, or more, are not shared.
+        carried: States of ``older`` that must be taken along, whatever it costs.
+    """
+    files = {file.name: file for file in older.files}
+    taken = [leaf for state in carried for leaf in state.leaves]
+    needed = {leaf.extent.file for leaf in taken}
+    unchanged = _unchanged(older, captured)
+    live: dict[str, int] = {}
+    for leaf in [*unchanged.values(), *taken]:
+        live[leaf.extent.file] = live.get(leaf.extent.file, 0) + leaf.extent.nbytes
+    shared = needed | {
+        name
+        for name, nbytes in live.items()
+        if nbytes >= _LIVE_SHARE_MIN * (files[name].nbytes - files[name].header_bytes)
+        and generation - files[name].generation < full_every
+    }
+    return SharedLeaves(
+        leaves={at: leaf for at, leaf in unchanged.items() if leaf.extent.file in shared},
+        states=tuple(carried),
+        files={name: files[name] for name in sorted(shared)},
+    )
+
+
+def sample(captured: Sequence[CapturedState], count: int) -> list[CapturedState]:
+    """Pick leaves at so many places spread evenly over the bytes of some states.
+
+    Not collective. Thread-safe. Of leaves side by side that hold more than one part in
+    ``count`` of all bytes, one is always picked.
+    """
+    sizes = [spec.nbytes for one in captured for spec in one.specs]
+    ends = list(accumulate(sizes, initial=0))
+    places = (np.arange(count) + 0.5) * (ends[-1] / count)
+    picked = set(np.searchsorted(ends[1:], places, side="right").tolist())
+    firsts = accumulate((len(one.leaves) for one in captured), initial=0)
+    return [
+        pick_leaves(one, [n for n in range(len(one.leaves)) if first + n in picked])
+        for one, first in zip(captured, firsts, strict=False)
+    ]
+
+
+def has_unchanged(older: Manifest, captured: Sequence[CapturedState]) -> bool:
+    """Return whether an older generation holds any of some digested leaves unchanged.
+
+    Not collective. Thread-safe.
+    """
+    return bool(_unchanged(older, captured))
+
+
+def _unchanged(
+    older: Manifest, captured: Sequence[CapturedState]
+) -> dict[tuple[int, int], StoredLeaf]:
+    found: dict[tuple[int, int], StoredLeaf] = {}
+    for index, one in enumerate(captured):
+        stored = older.state(one.name)
+        if stored is None or one.digests is None or stored.is_stream:
+            continue
+        known = {leaf.spec.name: leaf for leaf in stored.leaves}
+        for number, (spec, digest) in enumerate(zip(one.specs, one.digests, strict=True)):
+            leaf = known.get(spec.name)
+            # The digests first: they are what differs, as a rule.
+            if (
+                leaf is not None
+                and leaf.digest.blocks == digest.blocks
+                and leaf.spec == spec
+            ):
+                found[index, number] = leaf
+    return found

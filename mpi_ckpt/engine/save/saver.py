@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Begins saves, and knows which one is under way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import abort_job
+from mpi_ckpt.engine.save.background import Background
+from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.pending import PendingSave
+from mpi_ckpt.engine.save.request import Begun, SaveRequest
+from mpi_ckpt.engine.save.saving import Save, Workshop
+from mpi_ckpt.engine.steps.interval import Costs
+from mpi_ckpt.engine.sync.parts import combine_parts, take_parts
+from mpi_ckpt.engine.sync.replicas import capture_on_root
+from mpi_ckpt.errors import OptionsError, SaveError
+from mpi_ckpt.memory import Arena
+from mpi_ckpt.state import LeafState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from mpi_ckpt.engine.registry import Registry
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import PhaseClock, SaveReport
+    from mpi_ckpt.state import State
+
+__all__ = ["Saver"]
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Begins saves, one after the other; knows what is under way.
+
+    Main thread only. The directory is root's background thread's while that works, so
+    everything that touches it calls `finish` first.
+
+    Args:
+        session: The manager's.
+        registry: The manager's.
+
+    Attributes:
+        costs: What saves have taken in this run.
+        pending: The save that is under way; None for none.
+    """
+
+    def __init__(self, session: Session, registry: Registry) -> None:
+        self._session = session
+        self._registry = registry
+        options = session.options
+        background = Background(
+            options.deadline_seconds, _end_job if options.abort_on_error else None
+        )
+        self.costs = Costs()
+        self._workshop = Workshop(Arena(), background, self.costs)
+        self.pending: PendingSave | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still works on the pending save. Not collective."""
+        return self.pending is not None and self.pending.is_writing
+
+    def make_way(self) -> PendingSave | None:
+        """End a save that is under way, or do as the options say about it.
+
+        Collective.
+
+        Returns:
+            The pending save, if another shall not be made.
+
+        Raises:
+            SaveError: On every rank, if the pending save failed, or is in the way.
+        """
+        asynchronous = self._session.options.asynchronous
+        if self.pending is not None and not self.pending.finished:
+            if asynchronous == "skip":
+                return self.pending
+            if asynchronous == "raise":
+                raise SaveError(
+                    "a save is still under way, and Options.asynchronous is 'raise'; it "
+                    "goes on, nothing else was saved"
+                )
+        self.finish()
+        return None
+
+    def begin(
+        self,
+        only: Collection[str] | None,
+        *,
+        step: int,
+        sync: bool | None,
+        metrics: Mapping[str, float] | None,
+        carry: Callable[[str], bool] | None,
+        clock: PhaseClock,
+    ) -> Save:
+        """Begin a save, once all ranks have agreed on what is saved. Collective.
+
+        Args:
+            only: Names of the states to save; None for all that are not skipped.
+            step: Training step to note.
+            sync: Whether to make the replicas equal first; None: as the options say.
+            metrics: The program's.
+            carry: With ``only``: tells by name which of the others go along; None for
+                all. Asked on root.
+            clock: Started when the save was asked for.
+
+        Raises:
+            RegistrationError: On every rank, if names are unknown or differ.
+            SaveError: On every rank, if root may not save to the directory.
+        """
+        session = self._session
+        syncs = session.options.sync if sync is None else sync
+
+        def begin(states: list[State]) -> Begun:
+            # First of all: a job that may not save here must not find out after hours.
+            if session.comm.is_root:
+                session.directory.own()
+            # What a plain state's sync() changes, parts must not have been taken before.
+            waits = syncs and any(not isinstance(state, LeafState) for state in states)
+            return Begun(states, None if waits else take_parts(states))
+
+        begun = self._registry.begin("beginning a save", only, begin, error=SaveError)
+        return Save(
+            session,
+            self._workshop,
+            begun.result,
+            step=step,
+            sync=syncs,
+            metrics=metrics,
+            carry=None if only is None else carry or bool,  # every name is true
+            clock=clock,
+        )
+
+    def leave(self, save: Save) -> PendingSave:
+        """Leave a save to its end behind the training's back. Not collective."""
+        self.costs.note_save(save.seconds)
+        self.pending = PendingSave(self._session.comm, save)
+        return self.pending
+
+    def end(self, save: Save) -> SaveReport:
+        """Return the report of a save that has ended. Not collective."""
+        self.costs.note_save(save.seconds)
+        assert save.report is not None
+        return save.report
+
+    def remember(self, step: int) -> None:
+        """Copy the states into the `Memory`, as they are, without saving them.
+
+        Collective. Nothing is pending.
+
+        Args:
+            step: Training step to note.
+
+        Raises:
+            OptionsError: On every rank, if there is no memory to copy them to.
+            CheckpointError: On every rank, if a state cannot be copied on any.
+        """
+        comm, memory = self._session.comm, self._session.memory
+        if memory is None:
+            raise OptionsError("remember() needs a manager that was given a Memory")
+
+        def begin(states: list[State]) -> Begun:
+            return Begun(states, take_parts(states))
+
+        doing = "beginning to remember the states"
+        begun = self._registry.begin(doing, None, begin, error=SaveError).result
+        combine_parts(comm, begun.states, begun.parts)
+        by_name = {one.name: one for one in capture_on_root(comm, begun.states)}
+        taken = [by_name.get(state.name, state) for state in begun.states]
+        request = SaveRequest(states=taken, step=step, size=comm.size)
+        copy_into(memory, comm, request, late=False)
+
+    def finish(self) -> None:
+        """End what is under way; root's thread is idle after.
+
+        Collective.
+
+        Raises:
+            SaveError: On every rank, if the pending save failed.
+        """
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None and not pending.finished:
+                start = time.perf_counter()
+                pending.wait()
+                self.costs.note_end_of_save(time.perf_counter() - start)
+        finally:
+            self._workshop.background.join()  # not collective
+
+    def close(self) -> bool:
+        """Let root's thread finish, and give back its memory. Not collective.
+
+        A save that the ranks have not met for is left to its end, and that is told.
+
+        Returns:
+            False if the thread is still at work after ``Options.deadline_seconds``; the
+            directory is then still its own.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None and not pending.finished:
+            pending.leave()
+        if not self._workshop.background.close(self._session.options.deadline_seconds):
+            logger.error("a save is still under way, and is not waited for any longer")
+            return False
+        self._workshop.arena.close()
+        return True
+
+
+def _end_job() -> None:
+    logger.critical(
+        "the program is at its end, but a save is not and makes it wait: the job is aborted"
+    )
+    abort_job(1)

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One save, in its steps: sync, stage, write, publish, prune.
+
+Root alone is one writer with one share, and publishes in the same breath. Where several
+ranks write, each writes a file of its own, and root publishes after all have agreed. Only
+leaves that every rank has proven equal are shared out: those of states that are not
+compared, or that had to be made equal just now, and plain states, are root's to write.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.collector import without_collections
+from mpi_ckpt.comm import agree, choose_ranks, on_root
+from mpi_ckpt.engine.save.background import run_here
+from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.draft import Draft
+from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.save.shard import foresee_shard, write_shard
+from mpi_ckpt.engine.save.sharing import Task, deal_tasks, pick_share, share_out
+from mpi_ckpt.engine.save.staging import LateCopies, stage
+from mpi_ckpt.engine.sync.captured import CapturedState
+from mpi_ckpt.engine.sync.replicas import capture_on_root, sync_states
+from mpi_ckpt.errors import SaveError
+from mpi_ckpt.options import ROOT
+from mpi_ckpt.reports import SaveReport, SyncReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
+
+    from mpi_ckpt.engine.save.background import Background
+    from mpi_ckpt.engine.save.request import Begun, Published
+    from mpi_ckpt.engine.save.sharing import Share
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.engine.steps.interval import Costs
+    from mpi_ckpt.memory import Arena
+    from mpi_ckpt.reports import PhaseClock
+    from mpi_ckpt.state import State
+
+__all__ = ["Save", "Workshop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What the saves of a manager have in common.
+
+    Attributes:
+        arena: Memory for the copies of an asynchronous save.
+        background: Root's thread, or another writer's.
+        costs: What saves have taken.
+    """
+
+    arena: Arena
+    background: Background
+    costs: Costs
+
+
+class Save:
+    """One save: its methods are its steps, called in this order.
+
+    Collective, as is every method unless it says otherwise. Main thread only.
+
+    Args:
+        session: The manager's.
+        workshop: What saves have in common.
+        begun: What is saved.
+        step: Training step to note.
+        sync: Whether to make the replicas equal first; if not, root's are saved.
+        metrics: The program's.
+        carry: Tells by name which other states of the newest generation go along; None
+            if these are all there are.
+        clock: Started when the save was asked for.
+
+    Attributes:
+        step: The training step.
+        work: This rank's, once it was begun; None if it has none.
+        published: What root has published, on root.
+        report: Of the save, once it was acknowledged.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        workshop: Workshop,
+        begun: Begun,
+        *,
+        step: int,
+        sync: bool,
+        metrics: Mapping[str, float] | None,
+        carry: Callable[[str], bool] | None,
+        clock: PhaseClock,
+    ) -> None:
+        self._session = session
+        self._workshop = workshop
+        self._begun = begun
+        self._syncs = sync
+        self._clock = clock
+        size, metrics = session.comm.size, dict(metrics or {})
+        self._request = SaveRequest(
+            states=(), step=step, size=size, metrics=metrics, carry=carry
+        )
+        self._synced = SyncReport()
+        self._mine: Sequence[CapturedState | State] = ()
+        self._late = LateCopies()
+        # Where several ranks write; on root: the generation, and who writes what of it.
+        self._task: Task | None = None
+        self._draft: Draft | None = None
+        self._shares: dict[int, Share] = {}
+        self.step = step
+        self.work: Future[None] | None = None
+        self.published: Published | None = None
+        self.report: SaveReport | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far. Not collective."""
+        return self._clock.seconds()["total"]
+
+    def sync(self) -> None:
+        """Make the replicas equal, and take what is to be saved of them.
+
+        Raises:
+            CheckpointError: On every rank, if the states cannot be taken on any.
+        """
+        comm, states, parts = self._session.comm, self._begun.states, self._begun.parts
+        with self._clock.phase("sync"):
+            if self._syncs:
+                captured, self._synced = sync_states(
+                    comm, states, self._session.options, parts=parts
+                )
+            else:
+                captured = capture_on_root(comm, states, parts)
+        by_name = {one.name: one for one in captured}
+        taken = [by_name.get(state.name, state) for state in states]
+        self._request = replace(self._request, states=taken)
+
+    def stage(self) -> None:
+        """Share the work out, and copy what may change before it is written.
+
+        Raises:
+            SaveError: On every rank, if root cannot begin a generation, or a state cannot
+                be copied on any.
+        """
+        comm, options = self._session.comm, self._session.options
+        is_copied = self._copy_into_memory()
+        writers = choose_ranks(options.writers, comm.topology)
+        # What was compared is known to all: every rank goes the same way.
+        equal = self._proven_equal()
+        if len(writers) > 1 and equal:
+            self._share_out(writers, equal)
+        elif comm.is_root:
+            self._mine = self._request.states
+        if options.asynchronous and not is_copied:
+            try:
+                agree(comm, "staging a save", self._copy, error=SaveError)
+            except BaseException:
+                self.abandon()
+                raise
+
+    def write(self) -> None:
+        """Write this rank's share: now, or behind the training's back.
+
+        Not collective. How it ends is told by `publish`. Root, as the only writer,
+        publishes as well.
+        """
+        if not (self._mine or self._session.comm.is_root):
+            return
+        if not self._session.options.asynchronous:
+            self.work = run_here(self._write)
+            return
+        background = self._workshop.background
+        if self._late:
+            copied = background.submit(self._late.copy)
+            for gate in self._late.gates:
+                gate.hold(copied)
+            self.work = background.submit(lambda: self._write(copied))
+        else:
+            self.work = background.submit(self._write)
+
+    def publish(self) -> None:
+        """Agree on how the writing ended; have the generation published, and report it.
+
+        Raises:
+            SaveError: On every rank; nothing was published.
+        """
+        comm = self._session.comm
+        if self._task is None:
+            told = on_root(comm, "saving", self._conclude, error=SaveError)
+        else:
+            try:
+                doing = "writing a share of a save"
+                agree(comm, doing, self._await_work, error=SaveError)
+                told = on_root(comm, "publishing", self._publish, error=SaveError)
+            except BaseException:
+                self.abandon()
+                raise
+        self.report = SaveReport(
+            generation=told["generation"],
+            path=Path(told["path"]),
+            step=self.step,
+            size=comm.size,
+            bytes_written=told["bytes_written"],
+            bytes_reused=told["bytes_reused"],
+            seconds={**told["seconds"], **self._clock.seconds()},
+            pruned=tuple(told["pruned"]),
+            sync=self._synced,
+        )
+        self._workshop.costs.note_durable(self.report.seconds["total"])
+        # What Python would look through when it next collects garbage.
+        self._request, self._mine, self._draft = replace(self._request, states=()), (), None
+
+    def prune(self) -> None:
+        """Remove what retention gives up, behind the training's back. Not collective.
+
+        Every rank has heard by now that the new generation is durable: what it replaces
+        may go, and nobody needs to wait for that.
+        """
+        published = self.published
+        if published is None:
+            return
+        self._session.note("saved", int(self.step))
+        if published.retired:
+            directory = self._session.directory
+            self._workshop.background.submit(lambda: directory.remove(published.retired))
+
+    def abandon(self) -> None:
+        """Leave nothing behind. Not collective. No rank writes any more."""
+        if self._draft is not None:
+            self._draft.drop()
+
+    def _copy_into_memory(self) -> bool:
+        """Copy the states into the `Memory`, if there is one; say if a copy is saved."""
+        session, request = self._session, self._request
+        if session.memory is None:
+            return False
+        if request.carry is not None:
+            # A save of some states only leaves none, as none would be complete.
+            session.memory.clear()
+            return False
+        with self._clock.phase("stage"):
+            late = bool(session.options.asynchronous)
+            staged = copy_into(session.memory, session.comm, request, late=late)
+        if staged is not None:
+            self._request = replace(request, states=staged.states)
+            self._late = staged.late
+        return True
+
+    def _proven_equal(self) -> set[str]:
+        captured = self._request.captured
+        compared = {one.name for one in captured if one.digests is not None}
+        return compared - set(self._synced.differing)
+
+    def _share_out(self, writers: Sequence[int], equal: set[str]) -> None:
+        """Begin the generation on root, and tell each rank what to write of it."""
+        session, request = self._session, self._request
+        comm, options = session.comm, session.options
+
+        def begin() -> None:
+            with self._clock.phase("write"):
+                self._draft = Draft.begin(session.directory, request, options)
+
+        on_root(comm, "beginning a generation", begin, error=SaveError)
+        tasks: list[Task] = []
+        captured = request.captured
+        if self._draft is not None:
+            captured = list(self._draft.captured)
+            self._shares = share_out(captured, self._draft.fresh, equal, writers)
+            number, job = self._draft.partial.generation, session.directory.job
+            shares = [self._shares.get(rank, {}) for rank in range(comm.size)]
+            tasks = [Task(number, job, share) for share in shares]
+        self._task = deal_tasks(comm, tasks, options.io.window_bytes)
+        plain = request.plain if comm.is_root else []
+        self._mine = [*pick_share(captured, self._task.share), *plain]
+
+    def _copy(self) -> None:
+        if not self._mine:
+            return
+        with self._clock.phase("stage"):
+            staged = stage(self._workshop.arena, self._mine)
+        self._mine, self._late = staged.states, staged.late
+
+    def _write(self, copied: Future[None] | None = None) -> None:
+        """Do this rank's work. On any thread; no MPI."""
+        if copied is not None:
+            copied.result()
+        session, task, clock = self._session, self._task, self._clock
+        captured = [one for one in self._mine if isinstance(one, CapturedState)]
+        plain = [one for one in self._mine if not isinstance(one, CapturedState)]
+        behind = session.options.asynchronous
+        with session.watch_behind(clock) if behind else nullcontext():
+            if task is None:
+                request = replace(self._request, states=self._mine)
+                with clock.phase("write"):
+                    draft = Draft.begin(session.directory, request, session.options)
+                with draft:
+                    with clock.phase("write"):
+                        draft.write(draft.fresh_states, plain)
+                    with clock.phase("publish"):
+                        self.published = draft.publish()
+            elif self._draft is not None:
+                with clock.phase("write"):
+                    self._draft.write(captured, plain)
+            else:
+                with clock.phase("write"):
+                    partial = session.directory.join(task.generation, task.job)
+                    write_shard(partial, captured, session.comm.rank)
+
+    def _await_work(self) -> None:
+        if self.work is not None:
+            self.work.result()
+
+    def _conclude(self) -> dict[str, Any]:
+        """Wait for what root alone has written and published. On root."""
+        self._await_work()
+        assert self.published is not None
+        return {**self.published.to_json(), "seconds": self._clock.seconds()}
+
+    def _publish(self) -> dict[str, Any]:
+        """Publish what several ranks have written. On root."""
+        assert self._draft is not None
+        assert self._task is not None
+        captured, number = self._draft.captured, self._task.generation
+        others = [
+            foresee_shard(pick_share(captured, share), rank, number)
+            for rank, share in self._shares.items()
+            if rank != ROOT
+        ]
+        with self._clock.phase("publish"), without_collections():
+            self.published = self._draft.publish([one for one in others if one])
+        return self._conclude()

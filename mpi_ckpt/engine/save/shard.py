@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The leaves that one rank writes of a generation: one safetensors file. No MPI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
+from mpi_ckpt.storage.layout import shard_file_name
+from mpi_ckpt.storage.manifest import Extent, StoredFile, StoredLeaf
+from mpi_ckpt.storage.tensorfile import encode_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mpi_ckpt.engine.sync.captured import CapturedState
+    from mpi_ckpt.leaf import Form, LeafSpec
+    from mpi_ckpt.storage.partial import Partial
+
+__all__ = ["LeafKey", "Shard", "ShardPlan", "foresee_shard", "plan_shard", "write_shard"]
+
+
+class LeafKey(NamedTuple):
+    """Names of a state and of a leaf in it."""
+
+    state: str
+    leaf: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The layout of one file.
+
+    Attributes:
+        header: The bytes before the first leaf.
+        order: Index of the state, and of the leaf in it, of each leaf in file order.
+        offsets: Where each of them starts in the file, without holes between them.
+        nbytes: Size of the file.
+    """
+
+    header: bytes
+    order: tuple[tuple[int, int], ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's file of a generation.
+
+    Attributes:
+        file: The file.
+        leaves: The leaves in it.
+    """
+
+    file: StoredFile
+    leaves: Mapping[LeafKey, StoredLeaf]
+
+
+def write_shard(
+    partial: Partial, captured: Sequence[CapturedState], rank: int
+) -> Shard | None:
+    """Write all leaves of some states in one durable file.
+
+    Not collective. Leaves not digested yet are digested here, while earlier bytes are on
+    their way to disk.
+
+    Args:
+        partial: The generation being written.
+        captured: What this rank writes.
+        rank: This rank.
+
+    Returns:
+        The file; None if there is no leaf to write.
+
+    Raises:
+        SaveError: On the calling rank.
+    """
+    if not any(one.leaves for one in captured):
+        return None
+    plan = _plan_of(captured)
+    digests: list[Digest] = []
+
+    def runs() -> Iterator[memoryview]:
+        yield memoryview(plan.header)
+        for state, leaf in plan.order:
+            one = captured[state]
+            data = one.leaves[leaf].buffer.read()
+            if one.digests:
+                digests.append(one.digests[leaf])
+                yield data
+                continue
+            # Block by block: while a large leaf is digested, the disk would run idle.
+            blocks = []
+            for block in split_blocks(data, BLOCK_BYTES):
+                blocks.append(digest_bytes(block))
+                yield block
+            digests.append(Digest(tuple(blocks)))
+
+    partial.write_shard(shard_file_name(rank), runs(), plan.nbytes)
+    return _describe(plan, captured, digests, rank, partial.generation)
+
+
+def foresee_shard(
+    captured: Sequence[CapturedState], rank: int, generation: int
+) -> Shard | None:
+    """Return what `write_shard` makes on another rank, of states that are digested.
+
+    Not collective. Thread-safe.
+
+    Args:
+        captured: Equal to those of the other rank.
+        rank: The other rank.
+        generation: The generation being written.
+    """
+    if not any(one.leaves for one in captured):
+        return None
+    plan = _plan_of(captured)
+    digests = [(captured[state].digests or ())[leaf] for state, leaf in plan.order]
+    return _describe(plan, captured, digests, rank, generation)
+
+
+def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
+    """Lay out the leaves of several states in one safetensors file.
+
+    Not collective. Thread-safe. Leaves of larger elements come first, so that every
+    leaf is aligned to its own elements; otherwise the order is the states'.
+
+    Args:
+        states: Name and leaves of each state.
+
+    Raises:
+        SaveError: On the calling rank, if the header would be too large to be read.
+    """
+    order = sorted(
+        (
+            (state, leaf)
+            for state, (_, specs) in enumerate(states)
+            for leaf in range(len(specs))
+        ),
+        key=lambda at: -dtypes.element_bytes(states[at[0]][1][at[1]].dtype),
+    )
+    specs = [states[state][1][leaf] for state, leaf in order]
+    # A state's name is encoded, so that "a/b" + "c" and "a" + "b/c" stay apart.
+    prefixes = [quote(name, safe="") for name, _ in states]
+    names = [
+        f"{prefixes[state]}/{spec.name}"
+        for (state, _), spec in zip(order, specs, strict=True)
+    ]
+    header = encode_header(zip(names, specs, strict=True), {"format": "mpi_ckpt"})
+    offsets, end = [], len(header)
+    for spec in specs:
+        offsets.append(end)
+        end += spec.nbytes
+    return ShardPlan(header, tuple(order), tuple(offsets), end)
+
+
+def _plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
+    return _plan_forms(tuple((one.name, one.form) for one in captured))
+
+
+@lru_cache(maxsize=4)
+def _plan_forms(forms: tuple[tuple[str, Form], ...]) -> ShardPlan:
+    # From save to save the forms are the same as a rule, and the plan with them.
+    return plan_shard([(name, form.specs) for name, form in forms])
+
+
+def _describe(
+    plan: ShardPlan,
+    captured: Sequence[CapturedState],
+    digests: Sequence[Digest],
+    rank: int,
+    generation: int,
+) -> Shard:
+    name = shard_file_name(rank)
+    forms = [(one.name, one.specs) for one in captured]
+    leaves = {}
+    for (number, leaf), offset, digest in zip(
+        plan.order, plan.offsets, digests, strict=True
+    ):
+        state, specs = forms[number]
+        spec = specs[leaf]
+        extent = Extent(name, offset, spec.nbytes)
+        leaves[LeafKey(state, spec.name)] = StoredLeaf(spec, extent, digest)
+    header = digest_bytes(plan.header)
+    file = StoredFile(name, plan.nbytes, len(plan.header), header, generation)
+    return Shard(file, leaves)

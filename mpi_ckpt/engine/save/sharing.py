@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which leaves each of several writers writes."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.engine.sync.captured import pick_leaves
+from mpi_ckpt.errors import SaveError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.sync.captured import CapturedState
+
+__all__ = ["Share", "Task", "deal_tasks", "pick_share", "share_out", "split_by_bytes"]
+
+Key = TypeVar("Key", bound="Hashable")
+
+Share = dict[str, list[int]]
+"""State name -> indices of the leaves that one rank writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one rank must know of a generation that root has begun.
+
+    Attributes:
+        generation: Its number.
+        job: Root's name of the job.
+        share: What the rank writes.
+    """
+
+    generation: int
+    job: str
+    share: Share
+
+
+def share_out(
+    captured: Sequence[CapturedState],
+    fresh: Sequence[Sequence[int]],
+    equal: Collection[str],
+    writers: Sequence[int],
+) -> dict[int, Share]:
+    """Say which leaves each writer writes.
+
+    Not collective. Thread-safe. Pure.
+
+    Args:
+        captured: What is saved.
+        fresh: Indices of the leaves of each that are not shared with older generations.
+        equal: Names of the states that any writer may write.
+        writers: Their ranks, root first.
+    """
+    free: list[tuple[tuple[str, int], int]] = []
+    bound: list[tuple[str, int]] = []
+    for one, numbers in zip(captured, fresh, strict=True):
+        for number in numbers:
+            if one.name in equal:
+                free.append(((one.name, number), one.specs[number].nbytes))
+            else:
+                bound.append((one.name, number))
+    split = split_by_bytes(free, len(writers))
+    split[0] = [*bound, *split[0]]
+    shares: dict[int, Share] = {rank: {} for rank in writers}
+    for rank, keys in zip(writers, split, strict=True):
+        for name, number in keys:
+            shares[rank].setdefault(name, []).append(number)
+    return shares
+
+
+def split_by_bytes(sizes: Iterable[tuple[Key, int]], parts: int) -> list[list[Key]]:
+    """Split things over parts so that the parts are about equally heavy.
+
+    Not collective. Thread-safe. Longest processing time first: each thing, the heaviest
+    first, goes to the lightest part (R. L. Graham, 1969: at most 4/3 of the optimum).
+
+    Args:
+        sizes: Things and their bytes.
+        parts: Number of parts.
+
+    Returns:
+        For each part its things, in the order they were given.
+    """
+    things = list(sizes)
+    heaviest_first = sorted(range(len(things)), key=lambda i: -things[i][1])
+    lightest = [(0, part) for part in range(parts)]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for index in heaviest_first:
+        weight, part = heapq.heappop(lightest)
+        chosen[part].append(index)
+        heapq.heappush(lightest, (weight + things[index][1], part))
+    return [[things[i][0] for i in sorted(indices)] for indices in chosen]
+
+
+def pick_share(
+    captured: Sequence[CapturedState], share: Mapping[str, Sequence[int]]
+) -> list[CapturedState]:
+    """Return the leaves of a share. Not collective. Thread-safe."""
+    return [pick_leaves(one, share[one.name]) for one in captured if one.name in share]
+
+
+def deal_tasks(comm: Communicator, tasks: Sequence[Task], window_bytes: int) -> Task:
+    """Give each rank its own task, which root knows.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        tasks: One for each rank, in rank order, on root; empty elsewhere.
+        window_bytes: Most bytes on their way at once.
+    """
+    encoded = [json.dumps([one.generation, one.job, one.share]).encode() for one in tasks]
+    mine = scatter_bytes(
+        comm,
+        [len(one) for one in encoded],
+        (([rank], one) for rank, one in enumerate(encoded)),
+        "sharing out a save",
+        error=SaveError,
+        window_bytes=window_bytes,
+    )
+    return Task(*json.loads(mine))

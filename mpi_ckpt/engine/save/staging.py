@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A private copy of what is to be saved, so that training can go on."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.digest import Digest
+from mpi_ckpt.engine.sync.captured import CapturedState
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.memory import round_up
+from mpi_ckpt.state import State
+from mpi_ckpt.storage.manifest import STREAM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import BinaryIO
+
+    from mpi_ckpt.leaf import Gate
+    from mpi_ckpt.memory import Arena
+
+__all__ = ["LateCopies", "Staged", "StagedStream", "stage"]
+
+# Each leaf starts at a multiple of this: copies of cache lines, aligned elements.
+_ALIGNMENT = 64
+
+
+class StagedStream(State):
+    """What a plain state wrote, kept in memory."""
+
+    def __init__(self, name: str, data: memoryview) -> None:
+        super().__init__(name)
+        self._data = data
+
+    @property
+    def nbytes(self) -> int:
+        """How much that is, in bytes."""
+        return self._data.nbytes
+
+    def leaf(self) -> Leaf:
+        """Return it as a leaf of bytes. Not collective. Thread-safe."""
+        return Leaf(LeafSpec(STREAM, "U8", (self.nbytes,)), MemoryBuffer(self._data))
+
+    def save(self, fileobj: BinaryIO) -> None:
+        """Write it again. Not collective. Thread-safe."""
+        fileobj.write(self._data)
+
+
+@dataclass(frozen=True, slots=True)
+class _LateCopy:
+    leaf: Leaf
+    place: memoryview
+    stamp: int
+    digest: Digest | None
+
+    def is_spoilt(self) -> bool:
+        """Tell whether something else was copied than what was there at the save."""
+        if self.leaf.buffer.stamp() != self.stamp:
+            return True
+        # INVARIANT: no digest of other bytes than those written gets into a manifest.
+        return self.digest is not None and Digest.of(self.place) != self.digest
+
+
+class LateCopies:
+    """Copies that are made behind the training's back, of leaves that stand behind a gate.
+
+    Not collective. Filled on the main thread, carried out on another.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[_LateCopy] = []
+        self._copied: Callable[[], None] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    @property
+    def gates(self) -> set[Gate]:
+        """What holds up the changes until `copy` has ended."""
+        return {one.leaf.gate for one in self._copies if one.leaf.gate is not None}
+
+    def add(self, leaf: Leaf, place: memoryview, digest: Digest | None) -> None:
+        """Note a leaf, where it goes, and its digest if that was taken already."""
+        self._copies.append(_LateCopy(leaf, place, leaf.buffer.stamp(), digest))
+
+    def when_copied(self, act: Callable[[], None]) -> None:
+        """Have something done once `copy` has ended well: at once if nothing is noted."""
+        if self._copies:
+            self._copied = act
+        else:
+            act()
+
+    def copy(self) -> None:
+        """Copy what was noted.
+
+        Raises:
+            StageError: On the calling rank, naming the leaves that were changed meanwhile
+                by somebody who did not pass the gate.
+        """
+        for one in self._copies:
+            one.leaf.buffer.copy_to(one.place)
+        changed = [one.leaf.spec.name for one in self._copies if one.is_spoilt()]
+        if changed:
+            raise StageError(
+                "changed while they were being copied, not by an optimizer's step(): "
+                f"{', '.join(changed)}. Nothing of this save is kept; change them after "
+                "step(), or save without overlap",
+                problems=changed,
+            )
+        if self._copied is not None:
+            self._copied()
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Copies of states.
+
+    Attributes:
+        states: The same states, over private memory.
+        late: Leaves whose copies are still to be made.
+    """
+
+    states: list[CapturedState | State]
+    late: LateCopies
+
+
+def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
+    """Copy states so that they may change while the copies are written.
+
+    Not collective. Called on ranks that write. One copy of every leaf; plain states write
+    themselves into memory. Leaves behind a gate are left for later.
+
+    Args:
+        arena: Holds the leaves; an earlier copy in it is lost.
+        states: Captured leaf states, and plain states, in saving order.
+
+    Returns:
+        The copies. Before the late ones are made nobody may pass their gates.
+
+    Raises:
+        StageError: On the calling rank, if memory is short or a state's save fails.
+    """
+    captured = [one for one in states if isinstance(one, CapturedState)]
+    sizes = [
+        round_up(leaf.spec.nbytes, _ALIGNMENT) for one in captured for leaf in one.leaves
+    ]
+    memory = _take(arena, sum(sizes))
+    offset = 0
+    staged: list[CapturedState | State] = []
+    late = LateCopies()
+    for one in states:
+        if not isinstance(one, CapturedState):
+            staged.append(_stage_stream(one))
+            continue
+        leaves = []
+        for number, leaf in enumerate(one.leaves):
+            place = memory[offset : offset + leaf.spec.nbytes]
+            if leaf.gate is None:
+                leaf.buffer.copy_to(place)
+            else:
+                late.add(leaf, place, one.digests[number] if one.digests else None)
+            leaves.append(Leaf(leaf.spec, MemoryBuffer(place)))
+            offset += round_up(leaf.spec.nbytes, _ALIGNMENT)
+        staged.append(replace(one, leaves=tuple(leaves)))
+    return Staged(staged, late)
+
+
+def _stage_stream(state: State) -> StagedStream:
+    stream = io.BytesIO()
+    try:
+        state.save(stream)
+    except Exception as error:
+        raise StageError(f"save() of state {state.name!r}: {error!r}") from error
+    return StagedStream(state.name, stream.getbuffer())
+
+
+def _take(arena: Arena, nbytes: int) -> memoryview:
+    try:
+        return arena.take(nbytes)
+    except OSError as error:
+        raise StageError(
+            f"no memory to stage a save: {nbytes} bytes are needed ({error}); "
+            "Options(asynchronous=False) saves without a copy"
+        ) from error

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a state holds at the moment of a save, with the digests taken of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.digest import Digest, digest_bytes, digest_many
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaf import Form
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.state import LeafState, Structure
+
+__all__ = ["CapturedState", "capture_states", "digest_of", "digest_states", "pick_leaves"]
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedState:
+    """The contents of a leaf state, by reference.
+
+    Attributes:
+        state: The state.
+        structure: Its JSON values.
+        leaves: Its leaves.
+        form: Their specs.
+        digests: One for each leaf; None if nobody has needed them yet.
+    """
+
+    state: LeafState
+    structure: Structure
+    leaves: tuple[Leaf, ...]
+    form: Form
+    digests: tuple[Digest, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """The state's name."""
+        return self.state.name
+
+    @property
+    def specs(self) -> tuple[LeafSpec, ...]:
+        """The leaves' specs, in order."""
+        return self.form.specs
+
+    def summary(self) -> tuple[bytes, bytes, bytes]:
+        """Return three digests: of the leaves' specs, of the structure, of the bytes.
+
+        Not collective.
+        """
+        return (
+            digest_bytes(self.form.text),
+            digest_bytes(json.dumps(self.structure).encode()),
+            digest_bytes(b"".join(digest.whole for digest in self.digests or ())),
+        )
+
+
+def capture_states(states: Iterable[LeafState]) -> list[CapturedState]:
+    """Capture states without looking at their bytes. Not collective.
+
+    Raises:
+        StageError: On the calling rank, if a state cannot be captured.
+    """
+    return [_capture(state) for state in states]
+
+
+def _capture(state: LeafState) -> CapturedState:
+    with concerning(f"state {state.name!r}"):
+        captured = state.capture()
+        form = state.form_of(captured.leaves)
+    return CapturedState(state, captured.structure, captured.leaves, form)
+
+
+def digest_states(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:
+    """Digest what was not digested yet, all leaves side by side.
+
+    Not collective. Nothing is copied but leaves that are not contiguous host memory, at
+    most ``threads`` of them at a time.
+
+    Args:
+        captured: The states.
+        threads: Threads that hash.
+    """
+    leaves = [leaf for one in captured if one.digests is None for leaf in one.leaves]
+    digests = iter(
+        digest_many(
+            [leaf.buffer.read for leaf in leaves],
+            [leaf.spec.nbytes for leaf in leaves],
+            threads,
+        )
+    )
+    return [
+        one
+        if one.digests is not None
+        else replace(one, digests=tuple(islice(digests, len(one.leaves))))
+        for one in captured
+    ]
+
+
+def digest_of(captured: Iterable[CapturedState]) -> bytes:
+    """Return one digest of all that some digested states hold. Not collective."""
+    return digest_bytes(b"".join(digest for one in captured for digest in one.summary()))
+
+
+def pick_leaves(captured: CapturedState, numbers: Sequence[int]) -> CapturedState:
+    """Return a state with some of its leaves only. Not collective. Thread-safe."""
+    leaves, digests = captured.leaves, captured.digests
+    if len(numbers) == len(leaves):
+        return captured
+    return replace(
+        captured,
+        leaves=tuple([leaves[n] for n in numbers]),
+        form=Form([leaves[n].spec for n in numbers]),
+        digests=digests and tuple([digests[n] for n in numbers]),
+    )

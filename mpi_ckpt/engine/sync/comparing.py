@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How replicas differ: found by digests, and where that is likely, by a look at heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpi_ckpt.comm import agree, differing_digests
+from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
+from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
+from mpi_ckpt.errors import StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+
+__all__ = ["STRUCTURE", "Comparison", "StateDifference", "compare", "compare_heads_first"]
+
+STRUCTURE = "(structure)"
+"""Stands in reports for what of a state is not a tensor."""
+
+# A digest of less is not worth a look ahead: half a megabyte is hashed in 40 us.
+_LARGE_BYTES = 512 << 10
+_HEAD_BYTES = 4 << 10
+
+_NOTHING = bytes(DIGEST_BYTES)
+
+_DOING = "comparing the states of all ranks"
+
+
+@dataclass(frozen=True, slots=True)
+class StateDifference:
+    """How one state differs between ranks.
+
+    Attributes:
+        index: Of the state.
+        form: Whether its structure or its leaves' specs differ.
+        leaves: Indices of the leaves that differ; None for all that root has.
+    """
+
+    index: int
+    form: bool
+    leaves: tuple[int, ...] | None
+
+    def names(self, specs: Sequence[LeafSpec]) -> tuple[str, ...]:
+        """Return what a report calls it. Not collective.
+
+        Args:
+            specs: Those of root's leaves.
+        """
+        numbers = range(len(specs)) if self.leaves is None else self.leaves
+        return (*([STRUCTURE] if self.form else []), *(specs[n].name for n in numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What came of comparing states.
+
+    Attributes:
+        captured: The states; digested, but for those with leaves that plainly differ.
+        differences: One for each state that differs; the same on every rank.
+        bytes_hashed: Bytes digested on this rank.
+    """
+
+    captured: list[CapturedState]
+    differences: list[StateDifference]
+    bytes_hashed: int
+
+
+def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
+    """Compare digested states, of which it is known that some differ.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        captured: Digested; the same states in the same order on every rank.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    summaries = [digest for one in captured for digest in one.summary()]
+    differs = differing_digests(comm, summaries, _DOING).reshape(-1, 3)
+    # Digests of single leaves are compared where the leaves are the same in name and
+    # form, and some byte is not.
+    inspected = {i for i, (specs, _, data) in enumerate(differs) if data and not specs}
+    leaf_digests = [d.whole for i in sorted(inspected) for d in captured[i].digests or ()]
+    leaf_differs = iter(differing_digests(comm, leaf_digests, _DOING))
+    found = []
+    for index, (specs, structure, _) in enumerate(differs):
+        leaves: tuple[int, ...] | None = () if not specs else None
+        if index in inspected:
+            flags = [next(leaf_differs) for _ in captured[index].leaves]
+            leaves = tuple(int(i) for i in np.flatnonzero(flags))
+        if specs or structure or leaves:
+            found.append(StateDifference(index, bool(specs or structure), leaves))
+    return Comparison(captured, found, sum(one.form.nbytes for one in captured))
+
+
+def compare_heads_first(
+    comm: Communicator, captured: Sequence[CapturedState], threads: int
+) -> Comparison:
+    """Compare states that are likely to differ, without digesting what plainly does.
+
+    Collective. Main thread only. Replicas that were made apart differ from the first bytes
+    on: such a leaf is sent whatever its digest, so none is taken. What is the same there
+    is digested and compared as ever, and what is found is the same.
+
+    Args:
+        comm: The communicator.
+        captured: Not digested; the same states in the same order on every rank.
+        threads: Threads that hash.
+
+    Raises:
+        StageError: On every rank, if bytes cannot be read on any.
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    plain = _find_by_heads(comm, captured)
+    others = [
+        [n for n in range(len(one.leaves)) if n not in differ]
+        for one, differ in zip(captured, plain, strict=True)
+    ]
+
+    def digest() -> list[CapturedState]:
+        rests = [pick_leaves(*one) for one in zip(captured, others, strict=True)]
+        return digest_states(rests, threads)
+
+    rests = agree(comm, "digesting the states", digest, error=StageError)
+    compared = compare(comm, rests)
+    by_digest = {one.index: one for one in compared.differences}
+    found = []
+    for index, differ in enumerate(plain):
+        one = by_digest.get(index)
+        if differ:
+            one = one or StateDifference(index, form=False, leaves=())
+            more = {others[index][n] for n in one.leaves or ()}
+            one = replace(one, leaves=tuple(sorted(differ | more)))
+        if one is not None:
+            found.append(one)
+    whole = [
+        one if differ else rest
+        for one, rest, differ in zip(captured, rests, plain, strict=True)
+    ]
+    return Comparison(whole, found, compared.bytes_hashed)
+
+
+def _find_by_heads(comm: Communicator, captured: Sequence[CapturedState]) -> list[set[int]]:
+    """Return of each state the leaves whose first bytes differ between ranks."""
+    forms = [digest_bytes(one.form.text) for one in captured]
+    other_form = differing_digests(comm, forms, _DOING)
+    large = [
+        (index, number)
+        for index, one in enumerate(captured)
+        if one.state.sync_mode == "root" and not other_form[index]
+        for number, spec in enumerate(one.specs)
+        if spec.nbytes >= _LARGE_BYTES
+    ]
+    leaves = [captured[index].leaves[number] for index, number in large]
+    heads = agree(comm, "looking at the states", lambda: _heads(leaves), error=StageError)
+    # What is no host memory on one rank cannot be looked at on any.
+    hidden = np.array([head is None for head in heads], np.uint8)
+    hidden = comm.all_reduce(hidden, "max", _DOING)
+    differs = differing_digests(comm, [head or _NOTHING for head in heads], _DOING)
+    found: list[set[int]] = [set() for _ in captured]
+    for place in np.flatnonzero(differs & (hidden == 0)):
+        index, number = large[place]
+        found[index].add(number)
+    return found
+
+
+def _heads(leaves: Sequence[Leaf]) -> list[bytes | None]:
+    views = [leaf.buffer.view() for leaf in leaves]
+    return [None if view is None else digest_bytes(view[:_HEAD_BYTES]) for view in views]

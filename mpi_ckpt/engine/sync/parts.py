@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of which every rank holds a part: root gets the parts of all, and joins them."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import agree, gather_bytes
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.state import PartsState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.state import State
+
+__all__ = ["combine_parts", "take_parts"]
+
+_DOING = "collecting the parts of states"
+
+
+def take_parts(states: Sequence[State]) -> bytes:
+    """Return what this rank holds of the states that have parts, for `combine_parts`.
+
+    Not collective. Must not communicate.
+
+    Raises:
+        StageError: On the calling rank, if a part cannot be given.
+    """
+    parts = []
+    for state in states:
+        if isinstance(state, PartsState):
+            with concerning(f"state {state.name!r}"):
+                parts.append(state.part())
+    if not parts:
+        return b""
+    # The lengths first, as a line of text.
+    return json.dumps([len(part) for part in parts]).encode() + b"\n" + b"".join(parts)
+
+
+def combine_parts(comm: Communicator, states: Sequence[State], mine: bytes | None) -> None:
+    """Bring the parts of all ranks to root, which joins them.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        states: The same states in the same order on every rank.
+        mine: What `take_parts` returned on this rank; None to take them now.
+
+    Raises:
+        StageError: On every rank, if a part cannot be given on any, or root cannot join
+            the parts of a state.
+    """
+    parted = [state for state in states if isinstance(state, PartsState)]
+    if not parted:
+        return
+    if mine is None:
+        mine = agree(comm, _DOING, lambda: take_parts(states), error=StageError)
+    gathered = gather_bytes(comm, mine, _DOING)
+
+    def combine() -> None:
+        of_ranks = [_split(one) for one in gathered]
+        for number, state in enumerate(parted if comm.is_root else ()):
+            with concerning(f"state {state.name!r}"):
+                state.combine([parts[number] for parts in of_ranks])
+
+    agree(comm, _DOING, combine, error=StageError)
+    # INVARIANT: nothing is counted twice. Root keeps what it has joined from here on, and
+    # every rank forgets what it has given; before, a failure leaves both as they were.
+    for state in parted:
+        state.combined()
+
+
+def _split(encoded: bytes) -> list[bytes]:
+    head, _, body = encoded.partition(b"\n")
+    ends = [0]
+    for length in json.loads(head):
+        ends.append(ends[-1] + length)
+    return [body[start:end] for start, end in pairwise(ends)]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves between ranks: root's to all, or the average of all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm import bcast_buffers, mean_buffers
+from mpi_ckpt.leaf import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.leaf import Leaf
+
+__all__ = ["average_leaves", "from_summable", "send_leaves", "to_summable"]
+
+_NATIVE = {"F64": "<f8", "F32": "<f4", "C64": "<c8", "C128": "<c16"}
+# A complex half is two of them side by side, and so is the sum of several.
+_HALVES = ("F16", "C32")
+
+
+def send_leaves(comm: Communicator, leaves: Sequence[Leaf], window_bytes: int) -> None:
+    """Send leaves from root into those of the others, in place where that can be.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        leaves: The same specs on every rank.
+        window_bytes: Most memory for leaves that must be copied on some rank, because
+            they are not contiguous host memory.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    for batch in _batches(comm, leaves, window_bytes):
+        _send_batch(comm, batch)
+
+
+def _batches(
+    comm: Communicator, leaves: Sequence[Leaf], window_bytes: int
+) -> Iterator[list[Leaf]]:
+    """Group leaves so that private copies of a group stay within the window."""
+    if not leaves:
+        return
+    copied = np.array([leaf.buffer.view() is None for leaf in leaves], np.uint8)
+    # Where one rank needs a copy the group ends for all: messages must match.
+    copied = comm.all_reduce(copied, "max", "sending what differs")
+    batch: list[Leaf] = []
+    filled = 0
+    for leaf, is_copied in zip(leaves, copied, strict=True):
+        nbytes = leaf.spec.nbytes if is_copied else 0
+        if batch and filled + nbytes > window_bytes:
+            yield batch
+            batch, filled = [], 0
+        batch.append(leaf)
+        filled += nbytes
+    yield batch
+
+
+def _send_batch(comm: Communicator, leaves: Sequence[Leaf]) -> None:
+    doing = "sending what differs"
+    if comm.is_root:
+        bcast_buffers(comm, [leaf.buffer.read() for leaf in leaves], doing)
+        return
+    targets = [Target(leaf.spec, leaf) for leaf in leaves]
+    bcast_buffers(comm, [target.memory() for target in targets], doing)
+    for target in targets:
+        target.finish()
+
+
+def average_leaves(comm: Communicator, leaves: Sequence[Leaf]) -> None:
+    """Replace leaves by their average over all ranks, one after the other.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        leaves: Of floating dtypes; the same specs on every rank.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    for leaf in leaves:
+        array = to_summable(leaf.spec.dtype, leaf.buffer.read())
+        mean_buffers(comm, [array], "averaging what differs")
+        leaf.buffer.write(from_summable(leaf.spec.dtype, array))
+
+
+def to_summable(dtype: str, data: memoryview) -> NDArray[Any]:
+    """Return a leaf's bytes as a writable array of a dtype that MPI adds.
+
+    Not collective. Thread-safe.
+
+    Args:
+        dtype: One of ``dtypes.FLOATING``.
+        data: The bytes; copied.
+
+    Returns:
+        1-d; half-precision types become float32.
+    """
+    summable: NDArray[Any]
+    if dtype in _NATIVE:
+        summable = np.frombuffer(data, _NATIVE[dtype]).copy()
+    elif dtype in _HALVES:
+        summable = np.frombuffer(data, "<f2").astype(np.float32)
+    else:
+        # bfloat16 is the upper half of a float32.
+        halves = np.frombuffer(data, "<u2").astype(np.uint32)
+        summable = (halves << np.uint32(16)).view(np.float32)
+    return summable
+
+
+def from_summable(dtype: str, array: NDArray[Any]) -> memoryview:
+    """Return the bytes of a leaf from an array that `to_summable` made.
+
+    Not collective. Thread-safe. Half-precision types are rounded to nearest even.
+    """
+    if dtype in _NATIVE:
+        plain = array
+    elif dtype in _HALVES:
+        plain = array.astype("<f2")
+    else:
+        bits = array.view(np.uint32)
+        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        rounded = ((bits + half) >> np.uint32(16)).astype("<u2")
+        # Rounding would carry a NaN with all bits set over into zero.
+        plain = np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
+    return np.ascontiguousarray(plain).view(np.uint8).data

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broadcast of any Python object: its arrays as they lie, the rest pickled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpi_ckpt.comm import agree, bcast_buffers, bcast_bytes, bcast_json
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.integrations.horovod.attach import attached
+from mpi_ckpt.integrations.horovod.packing import Packed, pack, unpack
+from mpi_ckpt.integrations.horovod.room import make_room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpi4py import MPI
+
+    from mpi_ckpt.comm import Communicator
+
+__all__ = ["allgather_object", "broadcast_object"]
+
+Result = TypeVar("Result")
+
+_SAFE = "no object was changed"
+_NOTHING = Packed(b"", ())
+
+
+def broadcast_object(
+    obj: Any,  # noqa: ANN401
+    root_rank: int = 0,
+    name: str | None = None,
+    process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
+    *,
+    in_place: bool = False,
+    comm: MPI.Intracomm | None = None,
+    deadline_seconds: float = 600.0,
+) -> Any:  # noqa: ANN401
+    """Give every rank root's object.
+
+    Collective. Main thread only. Arrays and tensors of any size are received where they
+    stay: no copy is made, and what root pickles besides is small. Small arrays of one
+    object may share memory of up to 16 MiB; up to 256 MiB of large ones are kept, when
+    they are gone, for the next.
+
+    Args:
+        obj: On root, anything that pickles (by cloudpickle where that is installed, as
+            with Horovod); ignored elsewhere, whatever its type, unless ``in_place``.
+        root_rank: Horovod's rank, of all of its ranks, that has the object.
+        name: Told in errors.
+        process_set: As for `communicator`.
+        in_place: Where a rank's own ``obj`` is root's but for what its arrays hold, it
+            receives into these, and returns it. Elsewhere a new one is made as ever.
+        comm: As for `communicator`.
+        deadline_seconds: How long any wait may take.
+
+    Returns:
+        ``obj`` itself on root, an equal one elsewhere.
+
+    Raises:
+        StageError: On every rank, if root cannot pickle it, or another rank has no memory
+            for it or cannot unpickle it.
+        CheckpointError: On every rank, for anything else that went wrong.
+    """
+    with attached(root_rank, process_set, comm, deadline_seconds) as private:
+        return _broadcast(private, obj, name, in_place=in_place)
+
+
+def allgather_object(
+    obj: Any,  # noqa: ANN401
+    name: str | None = None,
+    process_set: Any = None,  # noqa: ANN401 (hvd.ProcessSet)
+    *,
+    comm: MPI.Intracomm | None = None,
+    deadline_seconds: float = 600.0,
+) -> list[Any]:
+    """Give every rank the objects of all, in rank order.
+
+    Collective. Main thread only. As many broadcasts as there are ranks.
+
+    Args:
+        obj: As for `broadcast_object`; of another type on every rank if you like.
+        name: Told in errors.
+        process_set: As for `communicator`.
+        comm: As for `communicator`.
+        deadline_seconds: How long any wait may take.
+
+    Raises:
+        StageError: On every rank, as `broadcast_object` does.
+        CheckpointError: On every rank, for anything else that went wrong.
+    """
+    gathered = []
+    first = 0 if process_set is None else process_set.ranks[0]
+    with attached(first, process_set, comm, deadline_seconds) as private:
+        for rank in range(private.size):
+            private.set_root(rank)
+            gathered.append(_broadcast(private, obj, name))
+    return gathered
+
+
+def _broadcast(
+    comm: Communicator,
+    obj: Any,  # noqa: ANN401
+    name: str | None,
+    *,
+    in_place: bool = False,
+) -> Any:  # noqa: ANN401
+    doing = f"broadcasting object {name!r}" if name else "broadcasting an object"
+
+    def agreed(part: str, work: Callable[[], Result]) -> Result:
+        return agree(comm, f"{doing}, {part}", work, error=StageError, safe=_SAFE)
+
+    packed = agreed("pickling", lambda: pack(obj) if comm.is_root else _NOTHING)
+    pickled = bcast_bytes(comm, packed.pickled, doing)
+    lengths = bcast_json(comm, packed.lengths, doing)
+
+    def find_room() -> tuple[Sequence[memoryview], bool]:
+        if comm.is_root:
+            return packed.buffers, True
+        if in_place and (own := pack(obj)).fits(pickled, lengths):
+            return own.buffers, True
+        return make_room(lengths), False
+
+    room, is_there = agreed("making room", find_room)
+    bcast_buffers(comm, room, doing)
+    return agreed("unpickling", lambda: obj if is_there else unpack(pickled, room))

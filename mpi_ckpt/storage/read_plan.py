@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which order a generation is read: long runs of its files, a window at a time. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from mpi_ckpt.storage.manifest import Extent
+
+__all__ = ["Block", "Window", "plan_reads"]
+
+# Bytes between two leaves that are read along rather than skipped.
+_GAP_BYTES = 1 << 20
+
+# Smaller blocks that follow one another are sent as one: copying them costs less than
+# handling each.
+_FUSED_BYTES = 256 << 10
+
+
+# A named tuple, not a dataclass: thousands are made at a time, in a fifth of the time.
+class Block(NamedTuple):
+    """One block of one leaf, as it is read and proven.
+
+    Attributes:
+        leaf: Index of the leaf.
+        number: Index of the block in the leaf.
+        start: First byte of the block in the leaf.
+        end: One past its last byte in the leaf.
+        offset: Offset of the block in the file.
+        is_last: Whether it is the leaf's last.
+    """
+
+    leaf: int
+    number: int
+    start: int
+    end: int
+    offset: int
+    is_last: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What is read at once: name of the file, start and end in bytes, the blocks in it."""
+
+    file: str
+    start: int
+    end: int
+    blocks: Sequence[Block]
+
+    def cut(self, data: memoryview, block: Block) -> memoryview:
+        """Return a block's bytes of those of the window. Not collective. Thread-safe."""
+        start = block.offset - self.start
+        return data[start : start + block.end - block.start]
+
+    def groups(self) -> list[list[Block]]:
+        """Return what is sent as one, in order. Not collective. Thread-safe.
+
+        Large blocks stand alone, so that each can arrive where it belongs; small ones that
+        lie side by side go together.
+        """
+        groups: list[list[Block]] = []
+        end = -1
+        for block in self.blocks:
+            length = block.end - block.start
+            is_small = length < _FUSED_BYTES
+            if not is_small or block.offset != end:
+                groups.append([])
+            groups[-1].append(block)
+            end = block.offset + length if is_small else -1
+        return groups
+
+
+def plan_reads(
+    extents: Sequence[Extent], files: Sequence[str], *, block_bytes: int, window_bytes: int
+) -> list[Window]:
+    """Order the blocks of leaves by file and offset, and group them.
+
+    Not collective. Thread-safe. The same extents give the same plan on every rank.
+
+    Args:
+        extents: Where each leaf lies; no two overlap.
+        files: Names of the files, in the order in which they are read.
+        block_bytes: Block length of the generation.
+        window_bytes: Most bytes of a window, unless a single block has more.
+    """
+    if not extents:
+        return []
+    numbers = {name: number for number, name in enumerate(files)}
+    file = np.array([numbers[one.file] for one in extents], np.int64)
+    offsets = np.array([one.offset for one in extents], np.int64)
+    lengths = np.array([one.nbytes for one in extents], np.int64)
+    # An empty leaf shares its offset with the one behind it and must come before that.
+    order = np.lexsort((lengths, offsets, file))
+    counts = np.maximum(1, -(-lengths[order] // block_bytes))
+    leaves = np.repeat(order, counts)
+    number = np.arange(len(leaves)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = number * block_bytes
+    end = np.minimum(start + block_bytes, lengths[leaves])
+    offset = offsets[leaves] + start
+    columns = (leaves, number, start, end, offset, end == lengths[leaves])
+    blocks = [Block(*one) for one in zip(*(c.tolist() for c in columns), strict=True)]
+    until = offset + end - start
+    return [
+        Window(files[file[leaves[i]]], int(offset[i]), int(until[j - 1]), blocks[i:j])
+        for i, j in _group(file[leaves], offset, until, window_bytes)
+    ]
+
+
+def _group(
+    files: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    window_bytes: int,
+) -> Iterator[tuple[int, int]]:
+    """Cut blocks in file order into windows: index of the first, one past the last."""
+    apart = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > _GAP_BYTES)
+    first = 0
+    for stop in [*(np.flatnonzero(apart) + 1).tolist(), len(starts)]:
+        while first < stop:
+            most = starts[first] + window_bytes
+            fitting = int(np.searchsorted(ends[first:stop], most, side="right"))
+            yield first, first + max(1, fitting)
+            first += max(1, fitting)
