@@ -69,6 +69,13 @@ def test_an_error_on_one_rank_ends_the_job(
     assert generations(root) == ["checkpoint-00000001"]
 
 
+def test_what_a_rank_says_last_is_heard(jobs: Jobs, root: Path) -> None:
+    """MPICH's launcher drops at an abort what it has not passed on by then."""
+    outcome = jobs.run(3, LEAVING, root, "raise_unheard", 1)
+    assert outcome.code == 1, outcome.text
+    assert "the job is aborted with code 1" in outcome.err, outcome.text
+
+
 def test_an_error_of_all_ranks_is_told_by_each_and_aborts_nothing(
     jobs: Jobs, root: Path
 ) -> None:
