@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import threading
 import time
 
@@ -185,8 +184,17 @@ def save_with_failing_fsync(number):
 
     base, saves = scenarios.saved_image([1])
     scenario = scenarios.Scenario("one fsync fails", base, saves=saves, acked=0)
-    wrap = functools.partial(faults.Faulty, fault)
-    return scenarios.record(scenario, program, wrap)
+    made = []
+
+    def wrap(inner):
+        made.append(faults.Faulty(fault, inner))
+        return made[-1]
+
+    try:
+        return scenarios.record(scenario, program, wrap)
+    finally:
+        for faulty in made:
+            faulty.close_kept()
 
 
 def test_withdrawn_generation_is_deleted_at_once(monkeypatch):
