@@ -20,9 +20,12 @@ import mpi_ckpt
 from tests.draws import STRESS
 from tests.jobs import Jobs, jobs_of_a_test
 from tests.leaks import nothing_left
+from tests.uncompiled import leave_out_compiler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+leave_out_compiler()
 
 pytest_plugins = ["tests.every_rank", "tests.tiers"]
 
