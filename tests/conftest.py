@@ -18,13 +18,16 @@ from hypothesis import HealthCheck, settings
 
 import mpi_ckpt
 from tests.draws import STRESS
-from tests.jobs import PATIENCE_SECONDS, Jobs, jobs_of_a_test
+from tests.jobs import Jobs, jobs_of_a_test
 from tests.leaks import nothing_left
+from tests.uncompiled import leave_out_compiler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytest_plugins = ["tests.every_rank"]
+leave_out_compiler()
+
+pytest_plugins = ["tests.every_rank", "tests.tiers"]
 
 settings.register_profile(
     "suite",
@@ -34,13 +37,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("suite")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let each job of a test hang by itself, and be named, before pytest gives up."""
-    for item in items:
-        if item.path.parent.name == "jobs" and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(6 * PATIENCE_SECONDS))
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +59,9 @@ def alone(request):
 @pytest.fixture
 def no_leaks():
     """Nothing that a test opened or started is left when it ends."""
+    # What MPI opens it keeps, and that is of no test: not even of the first.
+    from mpi4py import MPI  # noqa: F401
+
     with nothing_left():
         yield
 

@@ -20,16 +20,18 @@ import pytest
 
 from mpi_ckpt.comm import Communicator
 from mpi_ckpt.elastic.preemption import DEFAULT_SIGNALS
+from tests.cores import keep_to_core
+from tests.waiting import limit
 
 if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
     from mpi4py import MPI
 else:
     MPI = None  # started without mpirun: what needs no MPI does not load it
 
-TIMEOUT_SECONDS = 40
+TIMEOUT_SECONDS = limit(40)
 """Root's limit for one test; it says which, and its end is the end of the job."""
 
-_WORRY_SECONDS = 15
+_WORRY_SECONDS = limit(15)
 _SPOOL = Path("/dev/shm")
 
 
@@ -95,6 +97,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session):
+    if "MPI_CKPT_TEST_CORE" in os.environ:
+        keep_to_core(int(os.environ["MPI_CKPT_TEST_CORE"]))
     if MPI is None or VERDICTS.rank == 0:
         return
     silence = open(os.devnull, "w")  # noqa: SIM115 (closed with the configuration)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from tests.launch import (
     ranks_of,
     start_job,
 )
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,14 +62,13 @@ class Jobs:
 
     def wait_until(self, job: Popen[str], condition: Callable[[], bool]) -> None:
         """Return when a condition holds; fail if the job ends, or hangs, before."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            if job.poll() is not None:
-                raise AssertionError(f"too early an end: {self.finish(job).text}")
-            if time.monotonic() > deadline:
-                end_tree(job.pid)
-                raise AssertionError(f"waited in vain: {self.finish(job).text}")
-            time.sleep(0.002)
+        if not wait_for(
+            lambda: condition() or job.poll() is not None, PATIENCE_SECONDS, 0.005
+        ):
+            end_tree(job.pid)
+            raise AssertionError(f"waited in vain: {self.finish(job).text}")
+        if not condition():
+            raise AssertionError(f"too early an end: {self.finish(job).text}")
 
     def end_all(self) -> None:
         for job in list(self._started):

@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.waiting import limit
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # What a user's mpirun needs on a machine with fewer cores than ranks, and as root.
@@ -102,10 +104,13 @@ def start_job(
 
 
 def finish_job(job: subprocess.Popen[str], *, timeout: float = 120) -> Outcome:
-    """Wait for a job; end all of it if it takes longer than ``timeout`` seconds."""
+    """Wait for a job; end all of it if it takes longer than ``timeout`` seconds.
+
+    That is on a machine that is not slow, see `tests.waiting`.
+    """
     start = time.monotonic()
     try:
-        code = job.wait(timeout)
+        code = job.wait(limit(timeout))
     except subprocess.TimeoutExpired:
         code = 124
         end_tree(job.pid)

@@ -10,10 +10,12 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from tests.waiting import limit
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = limit(5)
 """A thread that was told to end may not have had its turn yet, in at least so long.
 
 torch's loader does not wait for the thread that feeds its workers: on a busy machine it,

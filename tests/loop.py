@@ -11,8 +11,10 @@ import sysconfig
 from typing import TYPE_CHECKING
 
 from tests.launch import end_tree, environment
+from tests.waiting import limit, wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 PATIENCE_SECONDS = 120
@@ -43,8 +45,13 @@ class Loop:
             end_tree(self.process.pid)
         self.process.communicate()
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return when a condition holds; fail if the loop ends, or hangs, before."""
+        wait_for(lambda: condition() or self.process.poll() is not None, PATIENCE_SECONDS)
+        assert condition(), self.told()
+
     def finish(self) -> dict:
-        out, _ = self.process.communicate(timeout=PATIENCE_SECONDS)
+        out, _ = self.process.communicate(timeout=limit(PATIENCE_SECONDS))
         assert out, self.told()
         return json.loads(out)
 

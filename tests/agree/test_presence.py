@@ -6,12 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 
 from mpi_ckpt.comm.presence import Presence, _look_up
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -26,13 +26,6 @@ def child():
 def presence_of(process):
     _, started = _look_up(process)
     return Presence(socket.gethostname(), process, started)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def test_it_travels_as_bytes_of_one_length():

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from mpi_ckpt.engine.watchdog import Watchdog
+from tests.waiting import wait_for
 
 QUIET_SECONDS = 0.1
-LONG_SECONDS = 20
 
 
 @pytest.fixture
@@ -46,13 +46,6 @@ def in_thread():
 
 def watchdog(steps=lambda: 0, phase="write", *, quiet_seconds=QUIET_SECONDS):
     return Watchdog("rank 1 of 3 on h, saving", quiet_seconds, steps, lambda: phase)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + LONG_SECONDS
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def test_what_stands_still_is_told_once(warnings):

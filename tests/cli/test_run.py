@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import REPOSITORY
+from tests.waiting import limit, wait_for
 
 # Takes mpirun's place: leaves out its options, runs the job once.
 LAUNCHER = """
@@ -81,7 +82,7 @@ class Site:
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
         process = self.start(*words)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=limit(60))
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def log(self) -> list[dict]:
@@ -92,10 +93,7 @@ class Site:
         return (self.folder / "mpirun.calls").read_text().splitlines()
 
     def until(self, name: str) -> str:
-        deadline = time.monotonic() + 50
-        while not (self.folder / name).exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        assert wait_for((self.folder / name).exists)
         return (self.folder / name).read_text()
 
 
@@ -106,7 +104,7 @@ def site(tmp_path):
     for process in made.started:
         if process.poll() is None:
             process.kill()
-            process.communicate(timeout=30)
+            process.communicate(timeout=limit(30))
 
 
 def outcomes(site: Site) -> list[str]:
@@ -188,7 +186,7 @@ def test_signal_is_passed_on_as_a_request_to_save_and_ends_the_loop(site, number
     process = site.start()
     site.until("up")
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=limit(60))
     assert process.returncode == 143, err
     assert "asked to stop" in out
     assert outcomes(site) == ["preempted"]
@@ -202,7 +200,7 @@ def test_second_signal_ends_a_job_that_does_not_stop(site):
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=limit(60))
     assert process.returncode == 143
 
 
@@ -211,7 +209,7 @@ def test_signal_between_two_attempts_ends_the_loop(site):
     process = site.start("--backoff", 50)
     site.until("mpi-ckpt-run/attempts.jsonl")  # the attempt is over, the pause has begun
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=40)
+    process.communicate(timeout=limit(40))
     assert process.returncode == 3
     assert len(site.log()) == 1
 
@@ -232,10 +230,7 @@ def test_nothing_of_an_attempt_outlives_it(site):
     )
     site.run("--max-restarts", 1)
     orphans = [int((site.folder / f"orphan.{n}").read_text()) for n in (1, 2)]
-    deadline = time.monotonic() + 20
-    while any(map(is_alive, orphans)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_for(lambda: not any(map(is_alive, orphans)))
 
 
 def test_attempt_without_a_sign_of_life_is_ended(site):

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from mpi_ckpt.engine.save.background import Background
+from tests.waiting import limit
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ sys.exit(3)
 def run(**given):
     program = PROGRAM.format(**given)
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=limit(50)
     )
 
 

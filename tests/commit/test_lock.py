@@ -15,6 +15,7 @@ import pytest
 from mpi_ckpt.errors import FencedError, LockedError, SaveError
 from mpi_ckpt.storage import lock
 from mpi_ckpt.storage.lock import DirectoryLock
+from tests.waiting import limit
 
 
 def test_second_owner_is_refused_and_told_who_the_first_is(tmp_path):
@@ -135,7 +136,7 @@ def owner(tmp_path):
     yield start
     for process in started:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=limit(30))
 
 
 def test_owner_in_another_process_is_named(tmp_path, owner):
@@ -147,7 +148,7 @@ def test_owner_in_another_process_is_named(tmp_path, owner):
 def test_killed_owner_blocks_nobody(tmp_path, owner):
     process = owner("alone")
     process.kill()
-    process.wait(30)
+    process.wait(limit(30))
     DirectoryLock(tmp_path, "second", patience_seconds=0).close()
 
 
@@ -157,7 +158,7 @@ def test_forked_child_that_outlives_the_owner_blocks_nobody(tmp_path, owner):
         DirectoryLock(tmp_path, "second", patience_seconds=0)
     # The child may still be on its way to closing what it inherited.
     process.kill()
-    process.wait(30)
+    process.wait(limit(30))
     DirectoryLock(tmp_path, "second", patience_seconds=10).close()
     child = int((tmp_path / "child").read_text())
     os.kill(child, 0)  # it is alive

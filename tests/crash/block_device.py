@@ -15,12 +15,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.crash.block_log import Record, decoded
 from tests.crash.power_cuts import NotHereError
+from tests.waiting import limit, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ OPTIONS = "loop,noauto_da_alloc,commit=300,errors=remount-ro"
 
 _MEBIBYTES = 16
 _REPOSITORY = Path(__file__).parents[2]
-_PATIENCE = 90  # seconds, for what takes none
+_PATIENCE = limit(90)  # seconds, for what takes none
 
 
 class BlockDevice:
@@ -82,17 +82,17 @@ class BlockDevice:
             program.communicate()
 
     def _wait_for(self, program: subprocess.Popen[str]) -> None:
-        until = time.monotonic() + _PATIENCE
-        while not os.path.ismount(self._served):
-            if program.poll() is not None:
-                assert program.stderr is not None
-                said = program.stderr.read()
-                if said.startswith("fuse"):  # libfuse, or its fusermount
-                    raise NotHereError(f"FUSE is not allowed here: {said}")
-                raise RuntimeError(said)
-            if time.monotonic() > until:
-                raise TimeoutError("the FUSE program does not mount its disk")
-            time.sleep(0.02)
+        def is_decided() -> bool:
+            return os.path.ismount(self._served) or program.poll() is not None
+
+        if not wait_for(is_decided, 90):
+            raise TimeoutError("the FUSE program does not mount its disk")
+        if program.poll() is not None:
+            assert program.stderr is not None
+            said = program.stderr.read()
+            if said.startswith("fuse"):  # libfuse, or its fusermount
+                raise NotHereError(f"FUSE is not allowed here: {said}")
+            raise RuntimeError(said)
 
     @contextlib.contextmanager
     def mounted(self) -> Iterator[Path]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says at the end of a run what was tried, and with which seed to try it again."""
+"""Fixtures of the tests of crashes and faults."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ import pytest
 
 from tests.crash.faults import quiet
 from tests.crash.tracing import why_not
-from tests.crash.world import COUNTS, JUDGED
 from tests.draws import SEED
-
-
-def pytest_terminal_summary(terminalreporter):
-    counts = {"distinct crash states": len(JUDGED), **COUNTS}
-    tried = ", ".join(f"{number} {what}" for what, number in counts.items())
-    terminalreporter.write_line(f"crash tests: MPI_CKPT_TEST_SEED={SEED}; {tried}")
 
 
 @pytest.fixture(scope="session")

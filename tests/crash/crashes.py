@@ -21,7 +21,8 @@ from tests.crash.replay import (
     read_image,
     write_image,
 )
-from tests.crash.world import JUDGED, STATES, Saved, Training, empty, judge, scratch
+from tests.crash.world import STATES, Saved, Training, empty, judge, scratch
+from tests.draws import JUDGED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -196,12 +197,19 @@ def judge_crashes(
     states = list(distinct.values())
     if limit is not None and len(states) > limit:
         states = rng.sample(states, limit)
-    digests = {image_digest(image) for _, _, image in states}
+    digests = [image_digest(image) for _, _, image in states]
     JUDGED.update(digests)
-    result = Result(len(digests))
+    result = Result(len(set(digests)))
+    judged: set[tuple[bytes, int]] = set()
+    gone_on: set[bytes] = set()
     with quiet_scratch() as sandbox:
-        for done, choice, image in states:
-            fault = judge_image(scenario, done, image, sandbox)
+        for digest, (done, choice, image) in zip(digests, states, strict=True):
+            # Two that only a job's name or the time tells apart are one.
+            one = (digest, scenario.acked_after(done))
+            if one in judged:
+                continue
+            judged.add(one)
+            fault = judge_image(scenario, done, image, sandbox, gone_on)
             if fault is not None:
                 last = scenario.ops[done - 1] if done else "nothing"
                 result.bad.append(
@@ -211,7 +219,13 @@ def judge_crashes(
     return result
 
 
-def judge_image(scenario: Scenario, done: int, image: Image, sandbox: Path) -> str | None:
+def judge_image(
+    scenario: Scenario,
+    done: int,
+    image: Image,
+    sandbox: Path,
+    gone_on: set[bytes],
+) -> str | None:
     """Start again in an image, made real in a sandbox; see `judge`."""
     empty(sandbox)
     write_image(image, sandbox)
@@ -220,6 +234,7 @@ def judge_image(scenario: Scenario, done: int, image: Image, sandbox: Path) -> s
         scenario.saves,
         scenario.acked_after(done),
         bad=scenario.bad,
+        gone_on=gone_on,
     )
 
 

@@ -16,16 +16,17 @@ import os
 import shutil
 import stat
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from mpi_ckpt import IO
 from mpi_ckpt.errors import CheckpointError, RestoreError, SaveError
 from tests.crash.recorder import in_place_of_os
 from tests.crash.replay import PIECE, write_image
 from tests.crash.scenarios import ROOT, saved_image
-from tests.crash.world import COUNTS, Saved, Training, empty, leftovers, scratch
+from tests.crash.world import Saved, Training, empty, leftovers, scratch
+from tests.draws import COUNTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -215,10 +216,10 @@ class Workload:
         return SaveError if "save" in self.name else RestoreError
 
 
-def save_and_go_on(training: Training) -> None:
+def save_and_go_on(training: Training, begin: Callable[[int], Any] | None = None) -> None:
     """Save behind the training, which changes everything before it waits for the end."""
     training.move(5)
-    pending = training.manager.save(5)
+    pending = (begin or training.manager.save)(5)
     training.move(6)
     pending.wait()
     training.manager.wait()  # also for what is pruned
@@ -226,16 +227,14 @@ def save_and_go_on(training: Training) -> None:
 
 def save_behind(training: Training) -> None:
     """The same by root alone, which has the lock: only the wait may tell of a fault."""
-    begin = training.manager.save
 
-    def save(step: int) -> Any:
+    def begin(step: int) -> Any:
         try:
-            return begin(step)
+            return training.manager.save(step)
         except SaveError as error:
             raise AssertionError(f"told before the wait: {error}") from error
 
-    with mock.patch.object(training.manager, "save", save):
-        save_and_go_on(training)
+    save_and_go_on(training, begin)
 
 
 def joint_workloads() -> list[Workload]:
@@ -399,11 +398,7 @@ def attempt(
     everything else is checked on every rank. The fault is made by what ``make`` returns.
     """
     is_root = comm is None or comm.rank == 0
-    if is_root:
-        empty(sandbox)
-        write_image(workload.base, sandbox)
-    if comm is not None:
-        comm.Barrier()
+    _lay_out(workload, sandbox, comm)
     is_victim = comm is None or comm.rank == victim
     faulty: Any = make(fault) if is_victim else None
     bystander = in_place_of_os(os if workload.joint else Untouched())
@@ -424,6 +419,53 @@ def attempt(
         if found != Saved.of(7):
             outcome.wrong.append(f"a new job restored {found} after the next save")
     return outcome
+
+
+def count_calls(
+    workload: Workload, sandbox: Path, comm: Any = None, **options: Any
+) -> Counter[str]:
+    """Run a workload without a fault; return how often this rank makes each call.
+
+    Collective if ``comm`` is given. Every run does the same up to its fault, so a fault of
+    a later call than these never happens.
+    """
+    _lay_out(workload, sandbox, comm)
+    counting = Counting()
+    is_idle = comm is not None and comm.rank > 0 and not workload.joint
+    options = {**workload.options, **options}
+    root = sandbox / workload.root
+    with Training(root, keep=workload.keep, comm=comm, **options) as training:
+        workload.prepare(training)
+        with in_place_of_os(Untouched() if is_idle else counting):
+            workload.act(training)
+    return counting.calls
+
+
+def _lay_out(workload: Workload, sandbox: Path, comm: Any) -> None:
+    """Make what is on disk before a workload; no rank returns before that."""
+    if comm is None or comm.rank == 0:
+        empty(sandbox)
+        write_image(workload.base, sandbox)
+    if comm is not None:
+        comm.Barrier()
+
+
+class Counting:
+    """An ``os`` that counts the calls that may fail."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(os, name)
+        if name not in CALLS:
+            return function
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
 
 
 class Untouched:
@@ -531,25 +573,32 @@ def run_table(
     try:
         with quiet():
             for call in CALLS:
+                last = None
                 for code in errnos:
-                    _until_none_fires(table, workload, sandbox, call, code, forever=forever)
+                    first = Fault(call, 1, code, forever)
+                    last = _until_none_fires(table, workload, sandbox, first, last)
     finally:
         shutil.rmtree(sandbox)
     return table
 
 
 def _until_none_fires(
-    table: Table, workload: Workload, sandbox: Path, call: str, code: int, *, forever: bool
-) -> None:
+    table: Table, workload: Workload, sandbox: Path, first: Fault, last: int | None
+) -> int:
+    """Let each call fail in turn; return which is the last one, unless that is known.
+
+    It does not depend on the error, as every run does the same up to its fault.
+    """
     nth = 1
-    while True:
-        fault = Fault(call, nth, code, forever)
+    while last is None or nth <= last:
+        fault = replace(first, nth=nth)
         outcome = attempt(workload, fault, sandbox)
         if not outcome.fired:
-            return
+            break
         table.fired += 1
         COUNTS["faults"] += 1
-        table.calls.add(call)
+        table.calls.add(fault.call)
         table.raised += outcome.error is not None
         table.wrong += [f"{workload.name}, {fault}: {line}" for line in outcome.wrong]
         nth += 1
+    return nth - 1

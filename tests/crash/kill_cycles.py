@@ -22,6 +22,7 @@ from pathlib import Path
 from tests.crash import killing
 from tests.draws import SEED
 from tests.launch import run_job, start_job
+from tests.waiting import wait_for
 
 PROGRAM = str(Path(__file__).parent / "programs" / "training.py")
 
@@ -100,14 +101,14 @@ class Cycles:
             if self._rng.random() < 0.25:
                 time.sleep(self._rng.random() * SECONDS_OF_TRAINING_MAX)
             else:
-                came = killing.wait_for(has_started, SECONDS_TO_START_MAX)
+                came = wait_for(has_started, SECONDS_TO_START_MAX)
                 assert came, "the training does not start"
                 time.sleep(self._rng.random() * SECONDS_OF_TRAINING_MAX)
             is_training = has_started()
             everybody, running = killing.everybody_of(job)
             if job.poll() is None:
                 whom = killing.kill_some(job, self._rng, running)
-                assert killing.wait_for(lambda: not killing.alive(everybody), 60), whom
+                assert wait_for(lambda: not killing.alive(everybody), 60), whom
         finally:
             outcome = killing.end_job(job, everybody)
         if whom:

@@ -8,16 +8,16 @@ import os
 import re
 import signal
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.launch import descendants, end_tree, finish_job, ranks_of
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     import random
     import subprocess
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from tests.launch import Outcome
 
@@ -59,16 +59,6 @@ def forget_survivors(directory: Path) -> None:
     rightly = r"errors\.LaunchError: |errors\.CollectiveError: .* MPI failed: "
     if all(re.search(rightly, entry) for entry in entries):
         problem.unlink(missing_ok=True)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until a condition holds; tell whether it does."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
 
 
 def thread_states(pid: int) -> set[str]:

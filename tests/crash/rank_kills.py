@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.launch import REPOSITORY, end_tree, environment, mpirun_path, ranks_of
+from tests.waiting import limit
 
 EXAMPLE = REPOSITORY / "examples" / "recover.py"
 HOSTS = REPOSITORY / "scripts" / "virtual_hosts"
@@ -35,7 +36,7 @@ FLAGS = (
     *("--mca", "btl", "self,sm,tcp", "--mca", "mtl", "^ofi"),
 )
 START_SECONDS = 20
-PATIENCE_SECONDS = 150
+PATIENCE_SECONDS = limit(150)
 """More than all of the package's own patience with calls of MPI that do not return."""
 
 
@@ -328,7 +329,7 @@ def stack(process: int) -> str:
             ["gdb", "-p", str(process), "-batch", "-ex", "thread apply all bt 25"],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=limit(30),
             check=False,
         )
         frames = [

@@ -27,10 +27,10 @@ from tests.crash.block_log import (
 from tests.crash.crashes import quiet_scratch
 from tests.crash.power_cuts import WAYS
 from tests.crash.test_real_faults import refusal
-from tests.crash.world import COUNTS, Saved, Training, judge
-from tests.draws import SEED, STRESS
+from tests.crash.world import Saved, Training, judge
+from tests.draws import COUNTS, SEED, STRESS, TIMES
 
-IMAGES = 100 if STRESS else 12  # of each way to save
+IMAGES = 100 if STRESS else 12 * TIMES  # of each way to save
 SAVES = 6
 
 pytestmark = pytest.mark.timeout(1800 if STRESS else 2 * LIFETIME + 100)

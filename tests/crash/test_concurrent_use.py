@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,16 @@ import pytest
 from mpi_ckpt.errors import LockedError
 from mpi_ckpt.storage import lock
 from tests.crash.killing import kill, wait_for_death
-from tests.crash.world import COUNTS, Saved, Training, leftovers
-from tests.draws import STRESS
+from tests.crash.world import Saved, Training, leftovers
+from tests.draws import COUNTS, STRESS
 from tests.launch import end_tree, finish_job, ranks_of, start_job
+from tests.waiting import wait_for
 
 PROGRAM = str(Path(__file__).parent / "programs" / "beside.py")
 NUMBER = 1000 if STRESS else 60
 SECONDS = 1500 if STRESS else 300
 
-pytestmark = pytest.mark.timeout(3 * SECONDS + 200)
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(3 * SECONDS + 200)]
 
 
 @pytest.fixture
@@ -40,11 +40,8 @@ def start(tmp_path):
 
 
 def wait_until_saved(job, path):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert job.poll() is None, finish_job(job).text
-        assert time.monotonic() < deadline, f"{path} does not come"
-        time.sleep(0.05)
+    assert wait_for(lambda: path.exists() or job.poll() is not None, 120), path
+    assert path.exists(), finish_job(job).text
 
 
 def test_readers_never_fail_beside_a_job_that_saves_and_prunes(start, tmp_path):

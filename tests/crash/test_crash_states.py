@@ -23,15 +23,14 @@ from tests.crash.crashes import Scenario, judge_crashes, record, saved_image
 from tests.crash.faults import Fault, Faulty
 from tests.crash.recorder import from_json
 from tests.crash.replay import crash_images
-from tests.crash.world import JUDGED
-from tests.draws import SEED, STRESS
+from tests.draws import JUDGED, SEED, STRESS, TIMES
 from tests.launch import run_job
 
-SAMPLES = 200 if STRESS else 30  # states out of order, after each operation
-FEW = 100 if STRESS else 12
+SAMPLES = 200 if STRESS else 30 * TIMES  # states out of order, after each operation
+FEW = 100 if STRESS else 12 * TIMES
 LEAST = 5000
 
-pytestmark = pytest.mark.timeout(1800 if STRESS else 300)
+pytestmark = pytest.mark.timeout(1800 if STRESS else 300 * TIMES)
 
 # Scenario -> distinct crash states that must be judged at least.
 RUNS = {
@@ -73,6 +72,7 @@ def test_every_crash_state_is_good(name):
     assert result.states >= least
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize(("ranks", "way"), WRITERS)
 def test_every_crash_state_of_writers_is_good(ranks, way):
     scenario = scenarios.saves_of_writers(ranks, way)
@@ -85,6 +85,7 @@ def test_every_crash_state_of_writers_is_good(ranks, way):
     assert result.states >= 150
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("writers", ["node", "all"])
 @pytest.mark.parametrize("way", ["blocking", "asynchronous"])
 def test_one_rank_writes_as_root_does_whoever_is_to_write(writers, way):
@@ -185,6 +186,7 @@ def essence(ops):
         yield str(replace(op, path=path, target=target, file=file, data=data)), data
 
 
+@pytest.mark.mpi
 def test_operations_do_not_depend_on_ranks(tmp_path):
     recorded = {}
     for ranks in (1, 2, 3):

@@ -18,8 +18,8 @@ from mpi_ckpt.storage import lock
 from tests.crash import faults
 from tests.crash.faults import CALLS, ERRNOS, Fault, Short, assert_soon, run_table
 from tests.crash.recorder import in_place_of_os
-from tests.crash.world import COUNTS, Saved, Training
-from tests.draws import SEED, STRESS
+from tests.crash.world import Saved, Training
+from tests.draws import COUNTS, SEED, STRESS, TIMES
 from tests.launch import run_job
 
 WORKLOADS = {workload.name: workload for workload in faults.workloads()}
@@ -49,7 +49,7 @@ PROGRAM = str(Path(__file__).parent / "programs" / "fault_table.py")
 def test_any_call_may_fail(name, forever):
     errnos = ERRNOS
     if not STRESS and (forever or name not in WITH_EVERY_ERROR):
-        errnos = random.Random(f"{SEED} {name}").sample(ERRNOS, 2)
+        errnos = random.Random(f"{SEED} {name}").sample(ERRNOS, min(2 * TIMES, len(ERRNOS)))
     table = run_table(WORKLOADS[name], errnos, forever=forever)
     assert not table.wrong, str(table)
     assert table.calls >= USES[name]
@@ -134,7 +134,8 @@ def test_a_generation_deleted_by_hand_is_missed_once(tmp_path):
         assert training.restore() == Saved(4, 1, 4)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.mpi
+@pytest.mark.timeout(300 * TIMES)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_ranks_hear_of_a_fault(ranks, tmp_path):
     """One job goes through many faults of root; every rank must tell the same of each."""
@@ -152,7 +153,8 @@ def test_all_ranks_hear_of_a_fault(ranks, tmp_path):
     COUNTS[f"faults with {ranks} ranks"] += fired
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.mpi
+@pytest.mark.timeout(300 * TIMES)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_ranks_hear_of_a_fault_of_any_writer_or_reader(ranks, tmp_path):
     rng = random.Random(f"{SEED} joint {ranks}")
@@ -172,8 +174,8 @@ def test_all_ranks_hear_of_a_fault_of_any_writer_or_reader(ranks, tmp_path):
 def fired_faults(ranks, drawn, most, tmp_path):
     """Run one job through faults; return how many did happen."""
     asked, told = tmp_path / "asked", tmp_path / "told"
-    asked.write_text(json.dumps(drawn if STRESS else drawn[:most]))
-    outcome = run_job(ranks, [PROGRAM, str(asked), str(told)], timeout=250)
+    asked.write_text(json.dumps(drawn if STRESS else drawn[: most * TIMES]))
+    outcome = run_job(ranks, [PROGRAM, str(asked), str(told)], timeout=250 * TIMES)
     # Where it hung: after so many, or everything is slow.
     assert outcome.code == 0, f"{len(told.read_text().splitlines())} done; {outcome.text}"
     fired, seconds = 0, []
@@ -188,6 +190,7 @@ def fired_faults(ranks, drawn, most, tmp_path):
     return fired
 
 
+@pytest.mark.mpi
 def test_a_state_that_fails_on_one_rank_fails_on_all(tmp_path):
     """Files are root's, but load() runs everywhere: rank 1 fails, both raise the same."""
     program = str(Path(__file__).parent / "programs" / "failing_state.py")

@@ -21,24 +21,27 @@ from tests.crash.killing import (
     kill_some,
     own_sessions,
     remove_shared_memory,
-    wait_for,
 )
 from tests.crash.moments import MOMENTS
 from tests.crash.programs.saver import last_line
-from tests.crash.world import COUNTS
-from tests.draws import SEED, STRESS
+from tests.draws import COUNTS, SEED, STRESS, TIMES
 from tests.launch import run_job, start_job
+from tests.waiting import wait_for
 
 PROGRAM = str(Path(__file__).parent / "programs" / "saver.py")
 
 # Of all moments, in a default run.
-KILLS_AT_CHANGES = 22
-KILLS_AT_COLLECTIVES = 14
-KILLS_OF_A_TRAINING = 10
+KILLS_AT_CHANGES = 22 * TIMES
+KILLS_AT_COLLECTIVES = 14 * TIMES
+KILLS_AT_ANY_TIME = 20 * TIMES
+KILLS_OF_A_TRAINING = 10 * TIMES
 
 VICTIMS = ("0", "1", "2", "all", "mpirun")
 
-pytestmark = pytest.mark.timeout(3600 if STRESS else 900)
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.timeout(3600 if STRESS else 900),
+]
 
 
 @pytest.fixture
@@ -108,9 +111,9 @@ def wait_for_saves(directory, least):
     return wait_for(there, 120)
 
 
-def test_twenty_kills_never_lose_an_acknowledged_save(directory):
+def test_kills_at_any_time_never_lose_an_acknowledged_save(directory):
     rng = random.Random(SEED)
-    for count in range(200 if STRESS else 20):
+    for count in range(200 if STRESS else KILLS_AT_ANY_TIME):
         acked = last_line(directory / "acked")
         ranks = rng.randint(1, 4)
         job = start_job(ranks, [PROGRAM, str(directory), "0"])
@@ -137,7 +140,7 @@ def test_twenty_kills_never_lose_an_acknowledged_save(directory):
     assert outcome.code == 0, outcome.text
     restored = [line.split() for line in (directory / "restored").read_text().splitlines()]
     assert len({size for _, size in restored}) > 1
-    assert int(restored[-1][0]) >= 19
+    assert int(restored[-1][0]) >= KILLS_AT_ANY_TIME - 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -7,11 +7,10 @@ import json
 
 import pytest
 
-from tests.crash.world import COUNTS
-from tests.draws import SEED
+from tests.draws import COUNTS, SEED
 from tests.launch import run_job
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(900)]
 
 SAVES, TURN = 60, 5
 

@@ -19,6 +19,7 @@ import pytest
 from mpi_ckpt.errors import CheckpointError, SaveError
 from tests.crash.world import Saved, Training, judge, leftovers
 from tests.launch import environment
+from tests.waiting import limit
 
 PROGRAMS = Path(__file__).parent / "programs"
 NOBODY = 65534
@@ -145,24 +146,24 @@ def test_file_system_that_turns_read_only_under_a_job(tmp_path):
         assert training.restore() == Saved.of(3)
 
 
-def run_limited(root, limit, prefix=()):
+def run_limited(root, what, prefix=()):
     done = subprocess.run(
-        [*prefix, sys.executable, str(PROGRAMS / "limited.py"), str(root), limit],
+        [*prefix, sys.executable, str(PROGRAMS / "limited.py"), str(root), what],
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=limit(60),
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("limit", "code"), [("fsize", "EFBIG"), ("files", "EMFILE")])
-def test_limits_of_the_process(limit, code, tmp_path):
+@pytest.mark.parametrize(("what", "code"), [("fsize", "EFBIG"), ("files", "EMFILE")])
+def test_limits_of_the_process(what, code, tmp_path):
     with Training(tmp_path / "ckpt") as training:
         training.save(1)
-    told = run_limited(tmp_path / "ckpt", limit)
+    told = run_limited(tmp_path / "ckpt", what)
     name, message, number = told.pop("error")
     assert told == {"restored": 1, "leftovers": [], "again": 1, "later": None}
     assert name in ("WriteError", "SaveError", "ReadError")

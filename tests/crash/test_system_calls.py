@@ -19,8 +19,8 @@ import pytest
 from tests.crash import faults
 from tests.crash.faults import Fault, assert_soon
 from tests.crash.tracing import ERRNOS, NOTHING, SYSTEM_CALLS, Traced, traced
-from tests.crash.world import COUNTS, Training
-from tests.draws import SEED, STRESS
+from tests.crash.world import Training
+from tests.draws import COUNTS, SEED, STRESS, TIMES
 from tests.launch import run_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "traced.py")
@@ -38,7 +38,11 @@ ELSEWHERE = {
 }
 
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("strace")]
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.timeout(300 * TIMES),
+    pytest.mark.usefixtures("strace"),
+]
 
 
 def test_an_fsync_after_a_failed_one_is_seen(tmp_path):
@@ -93,7 +97,12 @@ def drawn(names, ranks, number):
 
 @pytest.mark.parametrize(("ranks", "number", "least"), [(2, 70, 12), (4, 25, 1)])
 def test_some_system_calls_fail(ranks, number, least, tmp_path):
-    fired = go_through(ranks, drawn([*SOLO, *JOINT], ranks, number), tmp_path)
+    fired = go_through(
+        ranks,
+        drawn([*SOLO, *JOINT], ranks, number * TIMES),
+        tmp_path,
+        timeout=250 * TIMES,
+    )
     assert len(fired) >= least
     assert len(set(fired)) > 1
 

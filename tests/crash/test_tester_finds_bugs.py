@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import threading
 import time
 
@@ -19,8 +18,8 @@ from mpi_ckpt.storage.layout import generation_name
 from tests.crash import faults, scenarios
 from tests.crash.crashes import judge_crashes
 from tests.crash.recorder import in_place_of_os
-from tests.crash.world import COUNTS, JUDGED, Training
-from tests.draws import SEED
+from tests.crash.world import Training
+from tests.draws import COUNTS, JUDGED, SEED
 
 real_sync_directory = filesystem.sync_directory
 
@@ -185,8 +184,17 @@ def save_with_failing_fsync(number):
 
     base, saves = scenarios.saved_image([1])
     scenario = scenarios.Scenario("one fsync fails", base, saves=saves, acked=0)
-    wrap = functools.partial(faults.Faulty, fault)
-    return scenarios.record(scenario, program, wrap)
+    made = []
+
+    def wrap(inner):
+        made.append(faults.Faulty(fault, inner))
+        return made[-1]
+
+    try:
+        return scenarios.record(scenario, program, wrap)
+    finally:
+        for faulty in made:
+            faulty.close_kept()
 
 
 def test_withdrawn_generation_is_deleted_at_once(monkeypatch):

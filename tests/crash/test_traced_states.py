@@ -19,15 +19,19 @@ from tests.crash.crashes import (
 from tests.crash.recorder import Op, from_json, merge, to_json
 from tests.crash.replay import write_image
 from tests.crash.strace_log import read_log
-from tests.crash.world import COUNTS, Saved
-from tests.draws import SEED, STRESS
+from tests.crash.world import Saved
+from tests.draws import COUNTS, SEED, STRESS
 from tests.launch import run_job
 
 PROGRAM = str(Path(__file__).parent / "programs" / "traced_writers.py")
 
 JOBS = [(2, "root", "blocking"), (2, "all", "asynchronous"), (4, "all", "blocking")]
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("strace")]
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("strace"),
+]
 
 
 def in_one_order(ops):

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,17 +21,12 @@ from mpi_ckpt.state import Arrival, Capture, Structure
 from mpi_ckpt.storage.layout import generation_number, is_partial_name
 from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
+from tests.crash.replay import image_digest, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.leaf import LeafSpec
-
-COUNTS: Counter[str] = Counter()
-"""How much was tried: shown at the end of a run."""
-
-JUDGED: set[bytes] = set()
-"""Digests of the crash states that were judged: a state that comes twice counts once."""
 
 STATES = ("arrays", "plain")
 
@@ -211,6 +205,7 @@ def judge(
     *,
     bad: frozenset[str] = frozenset(),
     next_step: int = 900,
+    gone_on: set[bytes] | None = None,
 ) -> str | None:
     """Start again in a directory as a crash left it; say what is wrong, if anything.
 
@@ -220,6 +215,8 @@ def judge(
         acked: Index of the last that was acknowledged; -1 for none.
         bad: Names of generations that were damaged on purpose.
         next_step: Step of the save that is tried at last.
+        gone_on: Digests of what recoveries have left, and from which a save was good: from
+            an equal one none is tried again. Most crash states are soon the same.
 
     Returns:
         None, or a line that begins with TORN (a generation with its final name that does
@@ -246,7 +243,13 @@ def judge(
             return f"WRONG {found} is none of {saves}"
         if found is not None and saves.index(found) < acked:
             return f"LOST {found} came back, {saves[acked]} was acknowledged"
-        return _go_on(training, root, next_step)
+        left = b"" if gone_on is None else image_digest(read_image(root))
+        if gone_on is not None and left in gone_on:
+            return None
+        fault = _go_on(training, root, next_step)
+        if gone_on is not None and fault is None:
+            gone_on.add(left)
+        return fault
 
 
 def _go_on(training: Training, root: Path, step: int) -> str | None:

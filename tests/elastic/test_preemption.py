@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from mpi_ckpt.elastic.preemption import DEFAULT_SIGNALS, PreemptionGuard
+from tests.waiting import limit
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +194,7 @@ print({42: "interrupted", 0: "alive"}.get(ended, -ended), guard.requested)
 def test_forked_child_reacts_to_no_request_and_its_parent_hears_nothing(names, end):
     command = [sys.executable, "-c", CHILD, *names]
     told = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=60
+        command, check=True, capture_output=True, text=True, timeout=limit(60)
     ).stdout
     assert told.split() == [end, "False"]
 
@@ -217,7 +218,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), guard.requested)
 def test_forked_child_still_calls_the_handler_that_was_there():
     command = [sys.executable, "-c", BEFORE]
     told = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=60
+        command, check=True, capture_output=True, text=True, timeout=limit(60)
     ).stdout
     assert told.split() == ["7", "False"]
 

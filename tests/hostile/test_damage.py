@@ -23,7 +23,7 @@ from mpi_ckpt import IO, ArrayState, CheckpointManager, KeepLast, Options
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.crash.world import scratch
-from tests.draws import SEED, STRESS
+from tests.draws import SEED, STRESS, TIMES
 from tests.hostile.world import MANIFEST
 from tests.making import Stream
 
@@ -180,14 +180,14 @@ def test_the_newest_generation_has_a_file_of_each_kind(small):
     assert SMALL <= total <= 2 * SMALL
 
 
-@pytest.mark.timeout(7200 if STRESS else 120)
+@pytest.mark.timeout(7200 if STRESS else 120 * TIMES)
 def test_flipped_bytes_are_seen_and_the_one_before_is_taken(small):
     places = [
         (name, position)
         for name, file in small.files.items()
         for position in range(file.stat().st_size)
     ]
-    for name, position, whole in sampled(places, 400):
+    for name, position, whole in sampled(places, 400 * TIMES):
         flip(small.files[name], position, position % 8)
         live = small.is_live(name, position)
         damaged = f"byte {position} of {name} flipped"
@@ -198,11 +198,11 @@ def test_flipped_bytes_are_seen_and_the_one_before_is_taken(small):
     assert small.restore() == (3, [])
 
 
-@pytest.mark.timeout(7200 if STRESS else 120)
+@pytest.mark.timeout(7200 if STRESS else 120 * TIMES)
 def test_files_cut_at_any_length_are_seen_and_the_one_before_is_taken(small):
     contents = {name: file.read_bytes() for name, file in small.files.items()}
     places = [(name, n) for name, data in contents.items() for n in range(len(data))]
-    for name, length, whole in sampled(places, 200):
+    for name, length, whole in sampled(places, 200 * TIMES):
         os.truncate(small.files[name], length)
         damaged = f"{name} cut to {length} bytes"
         assert small.is_seen(name, length), f"{damaged}, seed {SEED}"
@@ -213,13 +213,13 @@ def test_files_cut_at_any_length_are_seen_and_the_one_before_is_taken(small):
     assert small.restore() == (3, [])
 
 
-@pytest.mark.timeout(7200 if STRESS else 120)
+@pytest.mark.timeout(7200 if STRESS else 120 * TIMES)
 def test_single_bits_of_a_large_one_are_seen(large):
     rng = random.Random(SEED)
     names = sorted(large.files)
     sizes = [large.files[name].stat().st_size for name in names]
     assert sum(sizes) >= LARGE
-    for number in range(10_000 if STRESS else 60):
+    for number in range(10_000 if STRESS else 60 * TIMES):
         (name,) = rng.choices(names, sizes)
         position = rng.randrange(large.files[name].stat().st_size)
         bit = rng.randrange(8)

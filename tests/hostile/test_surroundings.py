@@ -22,6 +22,7 @@ from tests.commands import run
 from tests.hostile.watch import watched
 from tests.hostile.world import NEWEST, STREAM, Program, copy_of, make_root, make_socket
 from tests.making import save
+from tests.waiting import limit
 
 NOBODY = 65534
 FIRST = "checkpoint-00000001"
@@ -300,7 +301,7 @@ def as_nobody(code: str, *arguments: object) -> subprocess.CompletedProcess[str]
     command = [sys.executable, "-c", code.replace("# SWITCH", switch)]
     return subprocess.run(
         [*command, *map(str, arguments)],
-        capture_output=True, text=True, timeout=100, check=False, umask=0o022,
+        capture_output=True, text=True, timeout=limit(100), check=False, umask=0o022,
     )  # fmt: skip
 
 

@@ -9,22 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 
-torch = pytest.importorskip("torch")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what Lightning and its dependencies warn of
-    pl = pytest.importorskip("lightning.pytorch")
-    environments = pytest.importorskip("lightning.fabric.plugins.environments")
-
-from mpi_ckpt.errors import (  # noqa: E402
+from mpi_ckpt.errors import (
     LaunchError,
     NoCheckpointError,
     OptionsError,
     StageError,
     StateMismatchError,
 )
-from mpi_ckpt.integrations import lightning  # noqa: E402
-from mpi_ckpt.integrations.lightning import package  # noqa: E402
-from mpi_ckpt.integrations.lightning.trainer_state import TrainerState  # noqa: E402
+from mpi_ckpt.integrations import lightning
+from mpi_ckpt.integrations.lightning import package
+from mpi_ckpt.integrations.lightning.trainer_state import TrainerState
+
+torch = pytest.importorskip("torch")
 
 CHECKPOINT = {
     "global_step": 7,
@@ -35,8 +31,12 @@ CHECKPOINT = {
 }
 
 
-class Sharded(pl.strategies.FSDPStrategy):
-    """Made without its __init__: FSDP wants a GPU."""
+@pytest.fixture(autouse=True, scope="module")
+def pl():
+    """Lightning, which takes seconds to import: sessions that only collect do without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Lightning and its dependencies warn of
+        return pytest.importorskip("lightning.pytorch")
 
 
 def test_public_names_are_importable():
@@ -47,14 +47,16 @@ def test_public_names_are_importable():
         _ = lightning.nonsense
 
 
-def test_lightning_takes_them_for_its_own():
+def test_lightning_takes_them_for_its_own(pl):
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
     checkpoints = lightning.MPICheckpoint("somewhere")
     assert isinstance(checkpoints, pl.callbacks.Checkpoint)
     assert isinstance(lightning.MPICheckpointIO(), pl.plugins.CheckpointIO)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[checkpoints, pl.callbacks.Timer()],
-        plugins=[environments.LightningEnvironment()],  # looks for no other
+        plugins=[LightningEnvironment()],  # looks for no other
     )  # fmt: skip
     # Last, so that it saves what others have done; and none of Lightning's is added.
     assert trainer.callbacks[-1] is checkpoints
@@ -114,7 +116,10 @@ def test_lightning_of_another_form_is_refused():
         TrainerState(trainer)
 
 
-def test_strategy_without_replicas_is_refused():
+def test_strategy_without_replicas_is_refused(pl):
+    class Sharded(pl.strategies.FSDPStrategy):
+        """Made without its __init__: FSDP wants a GPU."""
+
     trainer = SimpleNamespace(strategy=pl.strategies.FSDPStrategy.__new__(Sharded))
     with pytest.raises(LaunchError, match="Sharded does not keep a replica on each rank"):
         lightning.MPICheckpoint("somewhere").setup(trainer, None, "fit")

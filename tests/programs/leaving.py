@@ -8,8 +8,10 @@ then train on, which is to wait for them in an allreduce, if they do not leave a
 import ast
 import logging
 import os
+import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
@@ -88,6 +90,33 @@ def raise_after() -> None:
             comm.allreduce(1)
     except ValueError:
         raise RuntimeError("cannot go on") from None
+
+
+def raise_unheard() -> None:
+    """Fail on a machine so busy that the launcher has no turn when this rank says why."""
+    launcher = launchers_of(os.getppid())
+    write = abort._write
+
+    def write_unheard(text: str) -> None:
+        if "aborted" in text:
+            for process in launcher:
+                os.kill(process, signal.SIGSTOP)
+            if os.fork() == 0:
+                time.sleep(0.1)
+                for process in reversed(launcher):
+                    os.kill(process, signal.SIGCONT)
+                os._exit(0)
+        write(text)
+
+    abort._write = write_unheard
+    raise_outside()
+
+
+def launchers_of(process: int) -> list[int]:
+    """Return a process and those it was started by, as far as they belong to the job."""
+    name, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+    ours = any(one in name for one in ("mpi", "hydra", "prte"))
+    return [process, *launchers_of(int(rest.split()[1]))] if ours else []
 
 
 def agreed_error() -> None:

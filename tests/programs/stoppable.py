@@ -40,6 +40,8 @@ with CheckpointManager(root, [counter], options=options) as manager:
 
     counter.rank = MPI.COMM_WORLD.rank
     manager.restore()
+    if manager.is_root:
+        print("resumed at", manager.steps)
     while not manager.step():
         counter.value += 1
         if manager.is_root:

@@ -311,6 +311,7 @@ class TestPieces:
         fsync_tree(tmp_path / "saved")
         fsync_tree(inner / "file")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("resettable", [True, False])
     def test_peak_memory(self, monkeypatch, resettable):
         if not resettable:

@@ -12,6 +12,8 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import plot
 
+pytestmark = pytest.mark.long
+
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "img", "source", "br"}
 

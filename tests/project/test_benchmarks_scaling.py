@@ -160,6 +160,7 @@ def test_model_prints_the_first_wall(capsys):
     assert "No wall of the library up to 100 ranks" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_counting_runs_with_one_size_only(tmp_path):
     file = tmp_path / "counts.jsonl"
     words = ["-m", "benchmarks", "scaling", "measure", "--smoke", "--json", str(file)]
@@ -169,6 +170,7 @@ def test_counting_runs_with_one_size_only(tmp_path):
     assert {(one["ranks"], one["rank"]) for one in lines} == {(2, 0), (2, 1)}
 
 
+@pytest.mark.long
 def test_counting_finds_what_is_built_in(tmp_path, capsys):
     file = tmp_path / "counts.jsonl"
     job = run_job(8, ["-m", "benchmarks.scaling", "measure", "--json", str(file)])

@@ -96,6 +96,7 @@ print(len(trained), manager.steps)
 """
 
 
+@pytest.mark.full
 def test_example_of_the_readme_trains_saves_and_goes_on(tmp_path):
     text = (REPOSITORY / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

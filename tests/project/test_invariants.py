@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from collections import Counter
@@ -25,27 +26,34 @@ MODULES = {
 }
 
 
+@functools.cache
+def nodes_of(tree: ast.Module) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
+
+
 def where(accepts, *, besides: tuple[str, ...] = ()) -> list[str]:
     """Return module:line of every node that a function accepts, but in some modules."""
     return [
         f"{name}:{node.lineno}"
         for name, tree in MODULES.items()
         if not name.startswith(besides or ("//",))
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if accepts(node)
     ]
 
 
+@functools.cache
 def called(node: ast.AST) -> str:
     """Return the dotted name of what a call calls, empty for anything else."""
     return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
 
 
+@functools.cache
 def type_checking_only(tree: ast.Module) -> set[ast.AST]:
     """Return the nodes that no running program reaches."""
     return {
         inner
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
@@ -54,7 +62,7 @@ def type_checking_only(tree: ast.Module) -> set[ast.AST]:
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Give line and name of every module that a running program imports."""
     ignored = type_checking_only(tree)
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if node in ignored:
             continue
         if isinstance(node, ast.Import):
@@ -93,7 +101,7 @@ def test_one_module_changes_the_file_system():
 
 def test_lock_changes_nothing_but_its_own_file():
     tree = MODULES["storage/lock.py"]
-    used = {called(n) for n in ast.walk(tree) if re.fullmatch(r"os\.\w+", called(n))}
+    used = {called(n) for n in nodes_of(tree) if re.fullmatch(r"os\.\w+", called(n))}
     assert used == {
         "os.open", "os.close", "os.fstat", "os.fsync", "os.ftruncate", "os.pread",
         "os.posix_fadvise", "os.pwrite", "os.getpid", "os.register_at_fork",
@@ -121,7 +129,7 @@ def test_only_comm_knows_mpi():
     assert importers("mpi4py") != []
     assert importers("horovod", besides=("integrations/horovod/",)) == []
     for name, tree in MODULES.items():
-        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names = {node.attr for node in nodes_of(tree) if isinstance(node, ast.Attribute)}
         if not name.startswith("comm/"):
             assert not names & {"COMM_WORLD", "COMM_SELF", "Abort", "Finalize", "Init"}, (
                 name
@@ -132,7 +140,7 @@ def test_world_is_only_duplicated_divided_asked_and_aborted():
     lines = [
         ast.unparse(node)
         for name, tree in MODULES.items()
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Attribute) and "COMM_WORLD." in ast.unparse(node)
     ]
     assert set(lines) == {
@@ -191,7 +199,7 @@ def test_pickle_is_used_by_one_state_only_and_between_ranks():
     allow = [
         keyword
         for tree in MODULES.values()
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
         if keyword.arg == "allow_pickle"
@@ -286,12 +294,12 @@ def test_logging_is_never_configured():
         besides=("cli/screen.py",),  # the one module that prints
     )
     assert touched == []
-    printed = {called(n) for n in ast.walk(MODULES["cli/screen.py"])}
+    printed = {called(n) for n in nodes_of(MODULES["cli/screen.py"])}
     assert {one for one in printed if one.endswith("print")} == {
         "self._out.print", "self._err.print",
     }  # fmt: skip
     for name, tree in MODULES.items():
-        for node in ast.walk(tree):
+        for node in nodes_of(tree):
             if called(node) == "logging.getLogger":
                 assert ast.unparse(node) == "logging.getLogger(__name__)", name
 
@@ -313,7 +321,7 @@ def code_lines(function: ast.FunctionDef) -> int:
 
 def test_functions_and_classes_are_small():
     for name, tree in MODULES.items():
-        for node in ast.walk(tree):
+        for node in nodes_of(tree):
             if isinstance(node, ast.FunctionDef):
                 assert code_lines(node) <= 50, f"{name}: {node.name}"
             elif isinstance(node, ast.ClassDef):

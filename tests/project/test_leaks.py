@@ -14,6 +14,7 @@ from tests.leaks import nothing_left
 
 def test_descriptor_and_thread_that_stay_are_found(monkeypatch):
     monkeypatch.setattr(leaks, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(leaks, "_PAUSE_SECONDS", 0.05)
     with pytest.raises(AssertionError, match="/dev/null"), nothing_left():
         file = os.open(os.devnull, os.O_RDONLY)
     os.close(file)

@@ -12,6 +12,7 @@ from importlib import import_module
 import pytest
 
 import mpi_ckpt
+from tests.waiting import limit
 
 
 def test_names_are_sorted_unique_and_few():
@@ -59,7 +60,9 @@ def test_star_import_gives_what_is_public():
 def ask(program: str) -> object:
     """Run a program in a new interpreter; return the JSON it prints."""
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=limit(60)
+    )
     return json.loads(done.stdout)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.jobs import PROGRAMS, Jobs, Training, signal_to
+from tests.jobs import PROGRAMS, Jobs, signal_to
 from tests.launch import environment
+from tests.waiting import limit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,18 +21,15 @@ if TYPE_CHECKING:
 OTHER_MPIRUN = os.environ.get("MPI_CKPT_TEST_OTHER_MPIRUN")
 
 
-def test_rank_of_four_that_finds_itself_alone_is_refused(
-    jobs: Jobs, tmp_path: Path
-) -> None:
-    training = Training(jobs, tmp_path, epochs=1)
+def test_rank_of_four_that_finds_itself_alone_is_refused(tmp_path: Path) -> None:
     # What the mpirun of an MPI other than the one that is loaded leaves behind.
     variables = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
     done = subprocess.run(
-        [sys.executable, *training.command],
+        [sys.executable, PROGRAMS / "steady.py", tmp_path / "root"],
         env=environment(variables),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit(120),
     )
     assert done.returncode not in (0, None), done.stderr
     assert "LaunchError: Open MPI started this process as rank 2 of 4" in done.stderr
@@ -43,14 +41,14 @@ def test_rank_of_four_that_finds_itself_alone_is_refused(
     OTHER_MPIRUN is None,
     reason="MPI_CKPT_TEST_OTHER_MPIRUN does not name the mpirun of the other MPI",
 )
-def test_mpirun_of_the_other_mpi_ends_with_an_error(jobs: Jobs, tmp_path: Path) -> None:
-    training = Training(jobs, tmp_path, epochs=1)
+def test_mpirun_of_the_other_mpi_ends_with_an_error(tmp_path: Path) -> None:
+    command = (sys.executable, PROGRAMS / "steady.py", tmp_path / "root")
     done = subprocess.run(
-        [OTHER_MPIRUN, "-n", "2", sys.executable, *training.command],
+        [OTHER_MPIRUN, "-n", "2", *command],
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit(120),
     )
     assert done.returncode != 0, done.stderr
     # MPICH's library gives up by itself under Open MPI's mpirun, before we are asked.

@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import subprocess
-import time
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.launch import REPOSITORY, environment
+from tests.waiting import limit, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ BATCH = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
 BENCHMARKS = REPOSITORY / "benchmarks" / "slurm.sbatch"
 TIME = "2031-05-01T12:00:00"
 OTHER_ZONE = "Asia/Kolkata"
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = limit(60)
 
 
 def stand_in(folder: Path, name: str, script: str) -> None:
@@ -47,13 +47,6 @@ def job(folder: Path, loop: str, squeue: str = "exit 1", **env: str) -> subproce
         cwd=folder,
         stdin=subprocess.DEVNULL,
     )
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not path.exists():
-        assert time.monotonic() < deadline, path
-        time.sleep(0.01)
 
 
 def is_put_back(folder: Path) -> bool:
@@ -102,7 +95,7 @@ def test_job_comes_back_if_it_was_stopped(tmp_path, asked, ends, code, put_back)
     wait = "touch up; for _ in {1..6000}; do sleep 0.01; done" if asked else ""
     started = job(tmp_path, f"trap 'exit {ends}' USR1\n{wait}\nexit {ends}")
     if asked:
-        wait_for(tmp_path / "up")
+        assert wait_for((tmp_path / "up").exists)
         started.send_signal(signal.SIGTERM)
     assert started.wait(PATIENCE_SECONDS) == code
     assert is_put_back(tmp_path) == put_back
@@ -112,7 +105,7 @@ def test_job_comes_back_if_it_was_stopped(tmp_path, asked, ends, code, put_back)
 def test_job_that_is_asked_before_the_loop_is_there_does_not_begin(tmp_path, asked):
     squeue = "touch asking; for _ in {1..6000}; do [ -e sent ] && break; sleep 0.01; done"
     started = job(tmp_path, "sleep 20; touch trained; exec sleep 60", squeue)
-    wait_for(tmp_path / "asking")
+    assert wait_for((tmp_path / "asking").exists)
     started.send_signal(asked)
     (tmp_path / "sent").touch()
     assert started.wait(PATIENCE_SECONDS) == 128 + signal.SIGKILL
@@ -120,6 +113,7 @@ def test_job_that_is_asked_before_the_loop_is_there_does_not_begin(tmp_path, ask
     assert is_put_back(tmp_path)
 
 
+@pytest.mark.long
 def test_the_batch_script_of_the_benchmarks_measures_and_draws(tmp_path):
     """On a cluster srun starts the ranks, of as many as the job has; here mpirun does."""
     stand_in(
@@ -134,7 +128,7 @@ def test_the_batch_script_of_the_benchmarks_measures_and_draws(tmp_path):
     done = subprocess.run(
         ["bash", BENCHMARKS, "step", "--smoke"],
         env={**environment(), **slurm, **given, "REPEATS": "1", "PATH": path},
-        cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        cwd=tmp_path, capture_output=True, text=True, timeout=limit(280),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--mpi=pmix --kill-on-bad-exit=1" in (tmp_path / "asked").read_text()

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pytest
 from tests.draws import STRESS
 from tests.jobs import PROGRAMS
 from tests.launch import descendants
-from tests.loop import PATIENCE_SECONDS, Loop
+from tests.loop import Loop
 from tests.programs.exact import train_alone
 
 if STRESS:
@@ -32,11 +31,7 @@ class Watched(Loop):
 
     def run_on(self, start: int, steps: int) -> None:
         """Return when the so-manieth start has done some steps."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self._has_done(start, steps):
-            assert self.process.poll() is None, self.told()
-            assert time.monotonic() < deadline, self.told()
-            time.sleep(0.01)
+        self.wait_until(lambda: self._has_done(start, steps))
 
     def _has_done(self, start: int, steps: int) -> bool:
         starts, curve = self.lines("starts"), self.lines("curve.jsonl")

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,6 +25,7 @@ from tests.hosts import installed_mpi
 from tests.jobs import logged
 from tests.launch import REPOSITORY, environment
 from tests.programs.exact import train_alone
+from tests.waiting import limit, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ class Slurm:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=limit(120),
         )
 
 
@@ -146,10 +146,7 @@ class Training:
         return self.curve()[-1]["step"] + 1 - starts[-1][0] if self.curve() else 0
 
     def wait(self, what: str, holds) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not holds():
-            assert time.monotonic() < deadline, f"{what}: {self.told()}"
-            time.sleep(0.2)
+        assert wait_for(holds, PATIENCE_SECONDS, 0.2), f"{what}: {self.told()}"
 
     def run_on(self, start: int, steps: int = 15) -> None:
         """Return when a start has done some steps."""
@@ -253,7 +250,7 @@ def test_cancelled_training_stays_cancelled_with_its_work_saved(slurm, tmp_path)
     assert "JobState=CANCELLED" in training.state()
 
 
-@pytest.mark.skipif(not STRESS, reason="takes five minutes")
+@pytest.mark.long  # takes five minutes
 def test_training_is_stopped_ten_times_in_every_way(slurm, tmp_path):
     # The time limit: a minute, with USR1 half a minute before its end (Slurm takes that
     # for up to a minute, so some ten seconds are left).
@@ -283,7 +280,7 @@ def test_training_is_stopped_ten_times_in_every_way(slurm, tmp_path):
     assert [step for step, _ in starts] == sorted(step for step, _ in starts)
 
 
-@pytest.mark.skipif(not STRESS, reason="takes a time limit of Slurm's")
+@pytest.mark.long  # takes a time limit of Slurm's
 def test_training_saves_before_its_time_without_a_signal(slurm, tmp_path):
     # Else Slurm would end it as TIMEOUT, for good. CONT tells nobody anything.
     limits = ["--time=1", "--signal=B:CONT@1"]
@@ -295,7 +292,7 @@ def test_training_saves_before_its_time_without_a_signal(slurm, tmp_path):
     assert training.starts()[1][0] > 0
 
 
-@pytest.mark.skipif(not STRESS, reason="takes two minutes: Slurm waits for silent nodes")
+@pytest.mark.long  # takes two minutes: Slurm waits for silent nodes
 def test_training_goes_on_elsewhere_when_its_hosts_lose_their_power(
     slurm_of_hosts, tmp_path
 ):

@@ -54,7 +54,7 @@ def test_jobs_on_two_mounts_see_and_exclude_each_other_and_outlive_the_server(gu
     assert all(counts["features"].values()), counts
 
 
-@pytest.mark.skipif(not STRESS, reason="one start of a guest shows it in each run")
+@pytest.mark.long  # one start of a guest shows it in each run
 def test_a_guest_hands_on_output_and_exit_code(guest):
     done = guest("run", "sh", "-c", "echo in $NFS_MOUNTS; exit 3")
     assert (done.returncode, done.stdout) == (3, "in /mnt/one:/mnt/two\n"), done.stderr

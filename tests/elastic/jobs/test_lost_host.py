@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,11 +33,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def wait_for_step(loop: Loop, log: Path, step: int) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not any(one.get("step", 0) >= step for one in logged(log)):
-        assert loop.process.poll() is None, loop.told()
-        assert time.monotonic() < deadline, loop.told()
-        time.sleep(0.02)
+    loop.wait_until(lambda: any(one.get("step", 0) >= step for one in logged(log)))
 
 
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)

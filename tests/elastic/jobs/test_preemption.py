@@ -71,6 +71,31 @@ def stoppable(jobs: Jobs, tmp_path: Path) -> Stoppable:
     return Stoppable(jobs, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        pytest.param(signal.SIGTERM, 1, id="SIGTERM-to-one-rank"),
+        pytest.param(signal.SIGINT, 0, id="SIGINT-to-root"),
+        # What schedulers are told to send, and both MPIs hand on to the ranks.
+        pytest.param(signal.SIGUSR1, None, id="SIGUSR1-to-mpirun"),
+    ],
+)
+def test_a_signal_stops_all_and_no_step_is_lost(
+    stoppable: Stoppable, number: int, rank: int | None
+) -> None:
+    job = stoppable.start(2)
+    stoppable.wait_for_step(job, 7)
+    signal_to(job, number, rank)
+    first = stoppable.finish(job, 2)
+    job = stoppable.start(2)
+    stoppable.wait_for_step(job, 7)
+    signal_to(job, number, rank)
+    second = stoppable.finish(job, 2)
+    assert "resumed at 0" in first.out
+    (stopped,) = re.findall(r"stopped at (\d+)", first.out)
+    assert f"resumed at {stopped}" in second.out, "a step was lost, or done twice"
+
+
 @pytest.mark.parametrize("doing", ["save", "restore"])
 def test_a_signal_in_the_middle(stoppable: Stoppable, doing: str) -> None:
     if doing == "restore":

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.crash.rank_kills import FLAGS, Killing
-from tests.draws import STRESS
 from tests.hosts import installed_mpi
 from tests.jobs import EXAMPLES, PROGRAMS
 from tests.launch import REPOSITORY, environment, mpirun_path
 from tests.loop import Loop
+from tests.waiting import limit
 
 if TYPE_CHECKING:
     from tests.jobs import Jobs
@@ -33,7 +33,8 @@ HEARTBEAT = (
 VALUE = 30 * 66.0
 
 
-stress = pytest.mark.skipif(not STRESS, reason="another of its kind was run")
+# In the default run another of its kind is.
+long = pytest.mark.long
 survives = pytest.mark.skipif(
     installed_mpi() != "openmpi", reason="only Open MPI survives a rank"
 )
@@ -146,8 +147,8 @@ def test_all_but_one_at_once_and_new_ranks_come(
     [
         ("publish", ()),
         ("write", ("replace",)),
-        pytest.param("publish", ("replace",), marks=stress),
-        pytest.param("write", (), marks=stress),
+        pytest.param("publish", ("replace",), marks=long),
+        pytest.param("write", (), marks=long),
     ],
 )
 def test_a_rank_killed_inside_a_save(
@@ -169,8 +170,8 @@ def test_a_rank_killed_inside_a_save(
     [
         ("ours", [4, 3]),
         ("plain", [4, 3]),
-        pytest.param("met", [4, 2], marks=stress),
-        pytest.param("shrink", [4, 2], marks=stress),
+        pytest.param("met", [4, 2], marks=long),
+        pytest.param("shrink", [4, 2], marks=long),
         ("order", [4, 2]),
         ("again", [4, 2]),
         ("stuck", [4, 3]),
@@ -186,7 +187,7 @@ def test_a_rank_killed_in_a_collective_or_in_the_recovery(
 
 
 @survives
-@pytest.mark.parametrize("how", ["order", pytest.param("again", marks=stress)])
+@pytest.mark.parametrize("how", ["order", pytest.param("again", marks=long)])
 def test_a_rank_killed_in_a_recovery_with_new_ranks(
     ulfm: Jobs, tmp_path: Path, how: str
 ) -> None:
@@ -208,7 +209,7 @@ def test_if_no_rank_can_be_started_it_goes_on_with_fewer(
 
 
 @survives
-@stress
+@long
 @pytest.mark.parametrize("how", ["newcomer", "starter"])
 def test_a_rank_killed_while_a_new_one_starts(ulfm: Jobs, tmp_path: Path, how: str) -> None:
     # Takes the 20 s after which the starter, or what it has started, is ended.
@@ -219,7 +220,7 @@ def test_a_rank_killed_while_a_new_one_starts(ulfm: Jobs, tmp_path: Path, how: s
 
 
 @survives
-@stress
+@long
 def test_a_rank_killed_while_a_new_one_is_joined(tmp_path: Path) -> None:
     launcher = tmp_path / "launcher"
     launcher.write_text(f'#!/bin/bash\nexec mpirun {" ".join(FLAGS)} "$@"\n')
@@ -301,6 +302,7 @@ def test_where_a_lost_rank_ends_the_job_that_is_said_once(
 
 
 @survives
+@pytest.mark.long
 def test_recovery_can_be_measured(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     options = ["--smoke", "--json", lines]
@@ -311,7 +313,7 @@ def test_recovery_can_be_measured(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=limit(280),
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -321,7 +323,7 @@ def test_recovery_can_be_measured(tmp_path: Path) -> None:
 
 
 @survives
-@stress
+@long
 @pytest.mark.timeout(1500)
 def test_fifty_kills_in_a_row(tmp_path: Path) -> None:
     killing = Killing(tmp_path, ranks=4, steps=3000, seed=1)

@@ -32,7 +32,9 @@ needs_lightning = pytest.mark.skipif(
 )
 EXAMPLES = [
     pytest.param("ddp_train.py", id="torch.distributed"),
-    pytest.param("lightning_train.py", id="Lightning", marks=needs_lightning),
+    pytest.param(
+        "lightning_train.py", id="Lightning", marks=[needs_lightning, pytest.mark.long]
+    ),
 ]
 
 
@@ -73,6 +75,7 @@ def test_killed_and_stopped_it_ends_bit_equal(
     assert broken.digest == whole.digest
 
 
+@pytest.mark.long
 @needs_lightning
 def test_lightning_goes_on_with_another_number_of_ranks(jobs: Jobs, tmp_path: Path) -> None:
     program = "lightning_train.py"

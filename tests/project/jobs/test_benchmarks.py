@@ -8,6 +8,8 @@ from benchmarks.cases import CASES
 from benchmarks.harness import read_figures
 from tests.launch import run_job
 
+pytestmark = pytest.mark.long
+
 # Without these, which bring torch's modules in, three ranks are quick.
 LIGHT = ["sync", "reuse", "writers", "small"]
 

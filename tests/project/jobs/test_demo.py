@@ -7,8 +7,11 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.jobs import EXAMPLES
 from tests.launch import environment
+from tests.waiting import limit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 ONE_LINE_EACH = ("4 ranks start", "SIGKILL", "SIGTERM", "3 ranks finish", "bit for bit")
 
 
+@pytest.mark.long
 def test_demo_shows_all_it_promises(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = subprocess.run(
@@ -24,7 +28,7 @@ def test_demo_shows_all_it_promises(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=limit(600),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
