@@ -265,7 +265,7 @@ def test_signal_handler_sets_a_flag_and_steps_aside():
     )
     assert {called(node) for node in ast.walk(handler)} - {""} == {
         "self._previous.get", "os.getpid", "self._as_if_absent", "self._note_in_child",
-        "signal.Signals", "callable", "previous",
+        "signal.Signals", "callable", "previous", "suppress", "os.write",
     }  # fmt: skip
     installed = where(lambda node: called(node) == "signal.signal")
     # The restart loop is no part of a training: its handlers only count.

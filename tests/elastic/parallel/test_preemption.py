@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mpi_ckpt import ObjectState, StopWhen
-from mpi_ckpt.elastic import preemption, requests
+from mpi_ckpt.elastic import requests
 from mpi_ckpt.engine.steps import stepping
 from mpi_ckpt.errors import OptionsError, StageError
 from tests.ranks import assert_same, manager, same_error
@@ -19,20 +19,10 @@ LIMIT = 500
 
 
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch):
-    """Require the signal handlers of before to be there after; forget real schedulers.
-
-    But for what asks for a save: that is let pass from then on.
-    """
+def no_scheduler(monkeypatch):
+    """Forget real schedulers."""
     for name in ("MPI_CKPT_DEADLINE", "SLURM_JOB_END_TIME", "PBS_WALLTIME"):
         monkeypatch.delenv(name, raising=False)
-    before = [signal.getsignal(number) for number in SIGNALS]
-    yield
-    for number, handler in zip(SIGNALS, before, strict=True):
-        now = signal.getsignal(number)
-        asks_only = number in (signal.SIGUSR1, signal.SIGUSR2)
-        assert now == handler or (asks_only and now is preemption._let_pass)
-        signal.signal(number, handler)
 
 
 @pytest.fixture(params=["short steps", "long steps"])
