@@ -35,10 +35,16 @@ class Catalog:
     """The published generations of a directory, each manifest read once.
 
     Not thread-safe. Disk is the truth: the catalog only spares reading twice.
+
+    Args:
+        root: The directory.
+
+    Attributes:
+        root: Likewise.
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._told: set[str] = set()
         self._known: dict[int, GenerationInfo] = {}
         self._left: list[int] = []
@@ -65,7 +71,7 @@ class Catalog:
         Raises:
             ReadError: On the calling rank, if the directory cannot be listed.
         """
-        present = sorted(survey(self._root).generations)
+        present = sorted(survey(self.root).generations)
         self._known = {n: info for n, info in self._known.items() if n in present}
         for number in present:
             if number not in self._known:
@@ -112,8 +118,8 @@ class Catalog:
         try:
             while self._left:
                 number = self._left[0]
-                source = self._root / generation_name(number)
-                target = self._root / partial_name(number, job)
+                source = self.root / generation_name(number)
+                target = self.root / partial_name(number, job)
                 filesystem.rename_new(source, target)
                 self._known.pop(number, None)
                 del self._left[0]
@@ -121,7 +127,7 @@ class Catalog:
             if doomed:
                 # CRASH: files may go before the rename is durable; a generation would
                 # be back under its name with files missing.
-                filesystem.sync_directory(self._root)
+                filesystem.sync_directory(self.root)
             for path in doomed:
                 filesystem.remove_tree(path)
         except OSError as error:
@@ -139,7 +145,7 @@ class Catalog:
             self._left = list(self.choose(self._unasked))
         if not self._left:
             return
-        present = survey(self._root).generations
+        present = survey(self.root).generations
         left = [number for number in self._left if number in present]
         if left and present[0] not in left:
             self.remove(left, job)
@@ -161,13 +167,13 @@ class Catalog:
                 "%r keeps nothing: no generation in %s was saved with a metric %r (there "
                 "are: %s), and others are given up now; give it to save(metrics=...)",
                 one,
-                self._root,
+                self.root,
                 one.metric,
                 ", ".join(map(repr, known)) or "none",
             )
 
     def _read(self, number: int) -> None:
-        path = self._root / generation_name(number)
+        path = self.root / generation_name(number)
         try:
             size = (path / MANIFEST).stat().st_size
             self.add(read_manifest(path), path, size)
