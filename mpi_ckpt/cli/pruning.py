@@ -167,7 +167,8 @@ def _policy(
 def _plan(
     screen: Screen, directory: Path, policy: RetentionPolicy, *, verify: bool
 ) -> _PrunePlan:
-    rows = [row for row in look(directory) if row.name.startswith("checkpoint-")]
+    everything = look(directory)
+    rows = [row for row in everything if row.name.startswith("checkpoint-")]
     # A damaged generation must not count as one that stays: the good ones would go.
     good = {
         row.manifest.generation: row
@@ -188,7 +189,7 @@ def _plan(
         removed=removed,
         kept=tuple(number for number in good if number in kept),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
-        freed=_freed([good[number] for number in removed], rows),
+        freed=_freed([good[number] for number in removed], everything),
     )
 
 

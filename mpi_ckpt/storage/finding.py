@@ -143,10 +143,17 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
             str(root / QUARANTINE / name) for name in found.quarantined
         ]
         raise CorruptGenerationError(
-            f"no generation in {root} is good: {'; '.join(named)}. To start "
-            f"anew, move {root / QUARANTINE} and what is left elsewhere",
+            f"no generation in {root} is good: {'; '.join(named)}. To start anew, move "
+            f"{root / QUARANTINE} and what is left elsewhere{_hint(root, found)}",
             path=root,
             problems=named,
+        )
+    if found.rolled_back:
+        raise CorruptGenerationError(
+            f"there is no generation in {root}, but some that a rollback has set aside: "
+            f"{', '.join(found.rolled_back)}. To start anew, move them elsewhere"
+            f"{_hint(root, found)}",
+            path=root,
         )
     if found.unlisted:
         raise CorruptGenerationError(
@@ -207,6 +214,12 @@ def _numbers(catalog: Catalog) -> tuple[int, ...]:
     return survey(catalog.root).generations
 
 
+def _hint(root: Path, found: Survey) -> str:
+    if not found.rolled_back:
+        return ""
+    return f"; mpi-ckpt rollback {root} --undo brings back what a rollback has set aside"
+
+
 def _lacking(choice: Choice) -> str:
     if choice.best is not None:
         return f"generation saved with a metric {choice.best!r} (mode {choice.mode!r})"
@@ -218,10 +231,11 @@ def _lacking(choice: Choice) -> str:
 def _aside(catalog: Catalog, choice: Choice) -> str:
     if choice.generation is None:
         return ""
-    name = generation_name(choice.generation)
-    if name in survey(catalog.root).quarantined:
+    name, found = generation_name(choice.generation), survey(catalog.root)
+    if name in found.quarantined:
         return f"; it was set aside: {catalog.root / QUARANTINE / name}"
-    return ""
+    is_behind = choice.generation in found.rolled_back_numbers
+    return _hint(catalog.root, found) if is_behind else ""
 
 
 def _describe(one: GenerationSummary) -> str:
