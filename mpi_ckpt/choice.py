@@ -115,9 +115,9 @@ class Choice:
         if self.mode is None and len(modes) == 1:
             return modes.pop()
         if self.mode not in ("min", "max"):
-            why = "two of them" if modes else "no KeepBest of that metric in the retention"
+            why = "two of them in the retention" if modes else "no KeepBest of that metric"
             raise OptionsError(
-                f"best={self.best!r}, mode={self.mode!r}: say mode='min' or mode='max', "
+                f"best={self.best!r}, mode={self.mode!r}: say mode='min' or mode='max'; "
                 f"there is {why} to tell which value is the best"
             )
         if modes and self.mode not in modes:

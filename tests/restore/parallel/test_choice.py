@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+import mpi_ckpt
 from mpi_ckpt import ArrayState, CheckpointManager, KeepBest, KeepLast, ObjectState
 from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import (
@@ -243,3 +244,11 @@ def test_one_that_was_set_aside_is_told_with_its_place(comm, saved, job):
         with same_error(comm, NoCheckpointError) as caught:
             one.restore(generation=3)
         assert str(saved / ".quarantine" / "checkpoint-00000003") in str(caught.error)
+
+
+def test_every_rank_may_load_by_itself_while_another_restores(comm, saved, job):
+    with manager(saved, *job.states) as one:
+        with mpi_ckpt.load(saved, 1 + comm.rank) as loaded:  # another on every rank
+            assert (loaded["arrays"]["a"] == loaded.generation).all()
+            assert loaded["other"].value() == loaded.generation
+        assert one.restore(best="loss", mode="min").generation == 2
