@@ -80,7 +80,8 @@ def load(
     if not choice.is_newest:
         return LoadedGeneration(open_chosen(catalog, choice), catalog)
     if (catalog.root / MANIFEST).is_file():
-        return LoadedGeneration(GenerationReader(catalog.root), catalog)
+        beside = Catalog(catalog.root.parent)
+        return LoadedGeneration(GenerationReader(catalog.root), beside)
     return LoadedGeneration(open_newest_there(catalog), catalog)
 
 

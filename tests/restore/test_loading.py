@@ -107,6 +107,12 @@ def test_a_generation_can_be_given_by_its_own_directory(root):
             with mpi_ckpt.load(path) as saved:
                 assert saved.generation == 2
                 assert saved["arrays"]["one"] == 7
+        flip(root / "checkpoint-00000002" / SHARD)
+        with (
+            mpi_ckpt.load(root / "checkpoint-00000002") as saved,
+            pytest.raises(CorruptGenerationError, match=r"there are: 1 \(step 10.* 3 \("),
+        ):
+            saved.verify()
     finally:
         shutil.rmtree(root.parent / "copy")
 

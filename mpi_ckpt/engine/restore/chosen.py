@@ -56,8 +56,10 @@ def go_on_from(session: Session, chosen: Outline | None) -> None:
     if not session.comm.is_root:
         return
     directory = session.directory
-    directory.base = None if chosen is None else chosen.generation
-    directory.forget_newest()
+    base = None if chosen is None else chosen.generation
+    if directory.base != base:
+        directory.base = base
+        directory.forget_newest()
     if chosen is not None:
         logger.info(
             "restored generation %d, step %d, as was asked for%s",

@@ -16,6 +16,7 @@ from mpi_ckpt.errors import (
     NoCheckpointError,
     OptionsError,
 )
+from mpi_ckpt.options import IO
 from tests.ranks import assert_same, manager, same_error
 
 SHARD = "rank-00000.safetensors"
@@ -77,6 +78,12 @@ def test_a_generation_is_chosen_by_number_step_or_metric(comm, saved, job, asked
         assert report.generation == number
         assert_same(comm, (report.generation, report.path))
         assert [info.generation for info in one.generations()] == [1, 2, 3, 4, 5]
+
+
+def test_several_readers_read_the_one_that_was_asked_for(comm, saved, job):
+    with manager(saved, *job.states, io=IO(readers="all")) as one:
+        assert one.restore(generation=3).generation == 3
+        assert job.holds == (3, 3)
 
 
 @pytest.mark.parametrize(("mode", "number"), [("min", 2), ("max", 1)])
