@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.elastic.sampler import ElasticSampler
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.errors import CheckpointError
+    from mpi_ckpt.loading import load
     from mpi_ckpt.manager import CheckpointManager
     from mpi_ckpt.options import IO, Options, StopWhen
     from mpi_ckpt.pacing import AutoInterval
@@ -62,6 +63,7 @@ _MODULES = {
     "StopWhen": "mpi_ckpt.options",
     "SyncReport": "mpi_ckpt.reports",
     "TrainState": "mpi_ckpt.states.train",
+    "load": "mpi_ckpt.loading",
     "remaining_epochs_until": "mpi_ckpt.elastic.epochs",
 }
 
@@ -94,6 +96,7 @@ __all__ = [
     "StopWhen",
     "SyncReport",
     "TrainState",
+    "load",
     "remaining_epochs_until",
 ]
 

@@ -16,6 +16,7 @@
     │  └─ PublishError(OSError)           the last steps of the commit failed
     ├─ RestoreError
     │  ├─ NoCheckpointError(FileNotFoundError)
+    │  ├─ NotSavedError(KeyError)         a generation has no such state or leaf
     │  ├─ ReadError(OSError)              a file is there and cannot be read
     │  ├─ CorruptGenerationError          bytes or names disagree with the manifest
     │  ├─ UnsupportedFormatError          a newer version, or another library
@@ -44,6 +45,7 @@ __all__ = [
     "LaunchError",
     "LockedError",
     "NoCheckpointError",
+    "NotSavedError",
     "OptionsError",
     "PublishError",
     "ReadError",
@@ -188,6 +190,10 @@ class RestoreError(CheckpointError):
 
 class NoCheckpointError(RestoreError, FileNotFoundError):
     """There is nothing to restore from."""
+
+
+class NotSavedError(RestoreError, KeyError):
+    """A generation that was loaded has no state or leaf of that name."""
 
 
 class ReadError(RestoreError, OSError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.choice import Choice
 from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.engine.abort import AbortOnError
 from mpi_ckpt.engine.registry import Registry
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport, SyncReport
+    from mpi_ckpt.retention import Mode
     from mpi_ckpt.state import State
 
 __all__ = ["CheckpointManager"]
@@ -42,12 +44,10 @@ class CheckpointManager:
     """Saves and restores the states of an MPI job.
 
     Collective, as is every method unless it says otherwise: all ranks of the
-    communicator call it, in the same order. Main thread only. A context manager, which
-    closes itself.
+    communicator call it, in the same order. Main thread only. A context manager.
 
     Args:
-        root: Directory of the generations, made when first saved to. Only the root rank
-            touches it; it need not be visible to the others.
+        root: Directory of the generations, made when first saved to. Only root need see it.
         states: The states, with the same names in the same order on every rank.
         comm: Communicator of mpi4py; it is duplicated. None: all ranks of the job.
         options: How to do it; the same on every rank.
@@ -70,21 +70,20 @@ class CheckpointManager:
     ) -> None:
         options = options or Options()
         self._session = Session.begin(root, comm, options, memory)
-        private = self._session.comm
-        self._registry = Registry(private)
+        self._registry = Registry(self._session.comm)
         self._step = 0
         self._pinned: int | None = None
         self._saver = Saver(self._session, self._registry)
         self._guard = PreemptionGuard(options.preemption_signals, tells=private.is_root)
         self._steps = Steps(self._session, self._saver, self._guard)
         aborts = options.abort_on_error
-        self._abort = AbortOnError(private, self._saver.close, enabled=aborts)
+        self._abort = AbortOnError(self._session.comm, self._saver.close, enabled=aborts)
         try:
             self._session.compare_options()
             self._registry.add_all(list(states))
             self._steps.read_environment()
         except CheckpointError:
-            private.close()
+            self._session.comm.close()
             raise
         self._abort.arm()
         self._session.note("started", self._step)
@@ -111,20 +110,15 @@ class CheckpointManager:
         return self._session.options.stop.exit_code if self._steps.must_stop else 0
 
     def add(self, state: State) -> None:
-        """Take in one more state.
-
-        Not collective, but every rank must add the same before the next save.
+        """Take in one more state. Not collective, but all must add it before they save.
 
         Raises:
-            RegistrationError: On the calling rank, if it is no state or its name is
-                taken.
+            RegistrationError: On the calling rank, if it is none, or its name is taken.
         """
         self._registry.add(state)
 
     def remove(self, name: str) -> None:
-        """Forget a state, so that it is no longer saved.
-
-        Not collective, but every rank must remove the same before the next save.
+        """Save a state no longer. Not collective, but all must remove it before they save.
 
         Raises:
             RegistrationError: On the calling rank, if there is no such state.
@@ -142,9 +136,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: On every rank, as `save` does before it writes.
         """
-        comm, options = self._session.comm, self._session.options
         states = self._registry.choose("beginning a sync", only)
-        return sync_states(comm, states, options, forced=True)[1]
+        return sync_states(self._session.comm, states, self._session.options, forced=True)[
+            1
+        ]
 
     def save(
         self,
@@ -164,9 +159,8 @@ class CheckpointManager:
             step: Training step to note; None for the manager's own count.
             metrics: Finite or not; for `KeepBest`, and for you.
             only: Names of the states to save; the others are taken from the newest
-                generation. None saves every state whose ``skip`` is false.
-            carry: With ``only``: tells by name which of the others to take; None for all.
-                Asked on root.
+                generation, or the one restored. None: all whose ``skip`` is false.
+            carry: With ``only``: asked on root, by name, which others go along; None: all.
             sync: Whether to make the replicas equal first; if not, root's are saved.
                 None: as the options say.
 
@@ -208,17 +202,28 @@ class CheckpointManager:
         self._saver.remember(self._step if step is None else step)
 
     def restore(
-        self, only: Collection[str] | None = None, *, on_resize: OnResize | None = None
+        self,
+        only: Collection[str] | None = None,
+        *,
+        generation: int | None = None,
+        step: int | None = None,
+        best: str | None = None,
+        mode: Mode | None = None,
+        on_resize: OnResize | None = None,
     ) -> RestoreReport | None:
-        """Bring the states back to the newest generation that verifies.
+        """Bring the states back to the newest generation that verifies, or to another.
 
         Collective. To a copy in the `Memory` first, if root holds one. A bad generation
-        is set aside, with a warning by root, and the one before it is used. Nothing here
-        draws from random streams.
+        is set aside, with a warning by root, and the one before it is used; in place of
+        one that was asked for none is. Nothing here draws from random streams.
 
         Args:
             only: Names of the states to restore; None for all. Several partial restores
                 in a row use one generation, proven as a whole first.
+            generation: Number of the one to go back to; the newer stay: docs/restart.md.
+            step: Or the step it was saved at; of several the newest.
+            best: Or the metric by which it is the best.
+            mode: Which value of it is: ``"min"`` or ``"max"``; None as a `KeepBest` has it.
             on_resize: Called last, on every rank, if another number of ranks saved: with
                 that number and the one of now. Must not communicate.
 
@@ -226,25 +231,21 @@ class CheckpointManager:
             The report; None, with nothing changed, if nothing was ever saved here.
 
         Raises:
-            StateMismatchError: On every rank, listing every leaf that does not fit;
-                nothing was changed.
-            CorruptGenerationError: On every rank, if no generation is good.
-            UnsupportedFormatError: On every rank, if the newest is of another format.
-            CheckpointError: On every rank, for anything else that went wrong.
+            StateMismatchError: On every rank, listing what does not fit; nothing changed.
+            NoCheckpointError: On every rank, if what was asked for is not there.
+            CorruptGenerationError: On every rank, if no generation is good, or not that.
+            CheckpointError: On every rank, for anything else, such as another format.
         """
         self._saver.finish()
-        pinned = None if only is None else self._pinned
+        args = self._session, self._registry, only, Choice(generation, step, best, mode)
         with self._session.watch("restoring") as clock:
-            restore = Restore(
-                self._session, self._registry, only, pinned=pinned, clock=clock
-            )
+            restore = Restore(*args, pinned=self._pinned, clock=clock)
             while restore.find():
                 with restore.aside_if_bad():
                     restore.match()
                     restore.transfer()
                     restore.adopt()
-        report = restore.report
-        if report is not None:
+        if (report := restore.report) is not None:
             self._step = report.step
             self._pinned = None if only is None else report.generation
             self._steps.restart()
@@ -261,9 +262,8 @@ class CheckpointManager:
             metrics: Given to the save, if there is one.
 
         Returns:
-            Whether to stop: a signal came to some rank, the job is about to end, or
-            ``Options.stop`` has another reason; everything is saved. Leave with
-            ``sys.exit(manager.exit_code)``, on every rank.
+            Whether to stop: a signal came to some rank, the job is about to end, or so says
+            ``Options.stop``; all is saved. Leave by ``sys.exit(manager.exit_code)``.
 
         Raises:
             CheckpointError: On every rank, as `save` does.

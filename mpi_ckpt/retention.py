@@ -20,9 +20,15 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "Mode",
     "RetentionPolicy",
+    "best_first",
+    "best_policies",
     "select_kept",
 ]
+
+Mode = Literal["min", "max"]
+"""Which value of a metric is the best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +107,14 @@ class KeepEvery(RetentionPolicy):
 class KeepBest(RetentionPolicy):
     """Keep the ``count`` generations with the best value of a metric.
 
-    Generations saved without that metric, or with NaN, are never the best.
+    Generations saved without that metric, or with NaN, are never the best. A metric that
+    no save ever had is told once generations are given up without it.
+
+    Args:
+        metric: A name in the ``metrics`` of a save.
+        count: How many stay.
+        mode: Which value is the best, ``"min"`` or ``"max"``: a loss and an accuracy have
+            nothing in common that could be a default.
 
     Raises:
         OptionsError: On every rank that makes it, if ``count`` is below 1 or ``mode``
@@ -110,21 +123,15 @@ class KeepBest(RetentionPolicy):
 
     metric: str
     count: int = 1
-    mode: Literal["min", "max"] = "min"
+    mode: Mode = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, f"KeepBest({self.count}): at least 1 must stay")
-        _require(self.mode in ("min", "max"), f"KeepBest mode {self.mode!r}: min or max")
+        _require(self.mode in ("min", "max"), f"{self}: mode is 'min' or 'max'")
+        _require(self.count >= 1, f"{self}: at least 1 must stay")
 
     def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
         """Return the best. Not collective. Thread-safe."""
-        sign = 1.0 if self.mode == "min" else -1.0
-        ranked = sorted(
-            (sign * one.metrics[self.metric], -one.generation)
-            for one in generations
-            if not math.isnan(one.metrics.get(self.metric, math.nan))
-        )
-        return {-number for _, number in ranked[: self.count]}
+        return set(best_first(self.metric, self.mode, generations)[: self.count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +141,34 @@ class _Either(RetentionPolicy):
 
     def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
         return self.left.keep(generations) | self.right.keep(generations)
+
+
+def best_first(
+    metric: str, mode: Mode, generations: Sequence[GenerationSummary]
+) -> list[int]:
+    """Return the numbers of those that have a metric, the best first, of equals the newest.
+
+    Not collective. Thread-safe.
+
+    Args:
+        metric: Its name; a NaN is as good as no value.
+        mode: Which value is the best.
+        generations: Those to choose from, in any order.
+    """
+    sign = 1.0 if mode == "min" else -1.0
+    ranked = sorted(
+        (sign * one.metrics[metric], -one.generation)
+        for one in generations
+        if not math.isnan(one.metrics.get(metric, math.nan))
+    )
+    return [-number for _, number in ranked]
+
+
+def best_policies(policy: RetentionPolicy) -> list[KeepBest]:
+    """Return every `KeepBest` that a policy is joined of. Not collective. Thread-safe."""
+    if isinstance(policy, _Either):
+        return [*best_policies(policy.left), *best_policies(policy.right)]
+    return [policy] if isinstance(policy, KeepBest) else []
 
 
 def select_kept(

@@ -20,6 +20,7 @@ _COMMANDS = {
     "diff": "diffing:diff",
     "prune": "pruning:prune",
     "quarantine": "quarantining:quarantine",
+    "rollback": "going_back:rollback",
     "export": "exporting:export",
     "import": "importing:import_file",
     "doctor": "doctor:doctor",

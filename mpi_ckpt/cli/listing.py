@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["list_generations"]
 
-_SOUND = ("newest", "ok", "gone", "partial")
+_SOUND = ("newest", "ok", "gone", "partial", "rolled back")
 
 
 @command("ls")
@@ -28,8 +28,8 @@ def list_generations(screen: Screen, directory: Path) -> int:
 
     "shared" is what a generation has in common with others by hard link. States: newest
     (what a restore takes), ok, damaged (names, sizes or headers are wrong; verify looks at
-    every byte), quarantined, partial (being written or removed, or left over), gone (pruned
-    by a job while this looked).
+    every byte), quarantined, rolled back (set aside by a rollback), partial (being written
+    or removed, or left over), gone (pruned by a job while this looked).
     """
     rows = look(directory)
     holder = lock_holder(directory)
@@ -66,6 +66,8 @@ def list_generations(screen: Screen, directory: Path) -> int:
 def _cells(row: Row, metrics: list[str]) -> list[str]:
     manifest = row.manifest
     number = row.name.removeprefix(f"{QUARANTINE}/")
+    if row.state == "rolled back":
+        number = f"checkpoint-{number.rpartition('-')[2]}"
     if number.startswith("checkpoint-"):
         number = number.removeprefix("checkpoint-").lstrip("0") or "0"
     if manifest is None:

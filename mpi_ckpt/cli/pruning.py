@@ -26,6 +26,8 @@ from mpi_ckpt.retention import (
     KeepBest,
     KeepEvery,
     KeepLast,
+    best_first,
+    best_policies,
     select_kept,
 )
 from mpi_ckpt.storage import recovery
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.cli.survey import Row
-    from mpi_ckpt.retention import RetentionPolicy
+    from mpi_ckpt.retention import Mode, RetentionPolicy
 
 __all__ = ["LOCK_PATIENCE_SECONDS", "prune"]
 
@@ -69,9 +71,7 @@ class _PrunePlan:
 @click.option(
     "--mode",
     type=click.Choice(["min", "max"]),
-    default="min",
-    show_default=True,
-    help="Which value of the metric is best.",
+    help="Which value of that metric is the best.",
 )
 @click.option(
     "--verify", is_flag=True, help="Prove what stays first; what is bad does not count."
@@ -83,7 +83,7 @@ def prune(
     keep_last: int | None,
     keep_every: int | None,
     keep_best: str | None,
-    mode: str,
+    mode: Mode | None,
     verify: bool,
     dry_run: bool,
 ) -> int:
@@ -130,7 +130,7 @@ def prune(
 
 
 def _policy(
-    last: int | None, every: int | None, best: str | None, mode: str
+    last: int | None, every: int | None, best: str | None, mode: Mode | None
 ) -> RetentionPolicy:
     policies: list[RetentionPolicy] = []
     if last is not None:
@@ -138,7 +138,19 @@ def _policy(
     if every is not None:
         policies.append(KeepEvery(every))
     if best is not None:
-        policies.append(KeepBest(best, mode="max" if mode == "max" else "min"))
+        if mode is None:
+            raise CommandError(
+                f"--keep-best {best}: which value is best? say --mode min or --mode max",
+                code=MISUSED,
+                kind="usage",
+            )
+        policies.append(KeepBest(best, mode=mode))
+    elif mode is not None:
+        raise CommandError(
+            f"--mode {mode}: of which metric? say --keep-best METRIC as well",
+            code=MISUSED,
+            kind="usage",
+        )
     if not policies:
         raise CommandError(
             "say what stays: --keep-last N, --keep-every STEPS or --keep-best METRIC; a "
@@ -155,7 +167,8 @@ def _policy(
 def _plan(
     screen: Screen, directory: Path, policy: RetentionPolicy, *, verify: bool
 ) -> _PrunePlan:
-    rows = [row for row in look(directory) if row.name.startswith("checkpoint-")]
+    everything = look(directory)
+    rows = [row for row in everything if row.name.startswith("checkpoint-")]
     # A damaged generation must not count as one that stays: the good ones would go.
     good = {
         row.manifest.generation: row
@@ -176,15 +189,24 @@ def _plan(
         removed=removed,
         kept=tuple(number for number in good if number in kept),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
-        freed=_freed([good[number] for number in removed], rows),
+        freed=_freed([good[number] for number in removed], everything),
     )
 
 
 def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
     manifests = [row.manifest for row in good.values() if row.manifest is not None]
-    return select_kept(
-        policy, [GenerationSummary(m.generation, m.step, m.metrics) for m in manifests]
-    )
+    there = [GenerationSummary(m.generation, m.step, m.metrics) for m in manifests]
+    for one in best_policies(policy):
+        # A name spelled wrong would have all be removed that it was to keep.
+        if there and not best_first(one.metric, one.mode, there):
+            known = sorted({name for summary in there for name in summary.metrics})
+            raise CommandError(
+                f"--keep-best {one.metric} --mode {one.mode}: no generation has that "
+                f"metric; there: {', '.join(known) or 'none'}. Nothing was removed",
+                code=MISUSED,
+                kind="absent",
+            )
+    return select_kept(policy, there)
 
 
 def _proves(screen: Screen, path: Path) -> bool:

@@ -52,6 +52,7 @@ _STYLES = {
     "added": "green",
     "removed": "red",
     "quarantined": "magenta",
+    "rolled back": "magenta",
     "wrong": "bold red",
     "damaged": "bold red",
     "unreadable": "bold red",

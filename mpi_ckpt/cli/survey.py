@@ -52,7 +52,7 @@ class Row:
     Attributes:
         name: Its name in the checkpoint directory.
         state: ``newest``, ``ok``, ``damaged``, ``unreadable``, ``unsupported``,
-            ``quarantined``, ``partial`` or ``gone``.
+            ``quarantined``, ``rolled back``, ``partial`` or ``gone``.
         reason: Why, where the state is a bad one.
         manifest: What it says of itself, if that can be read.
         nbytes: Bytes of its files.
@@ -104,6 +104,10 @@ def look(root: Path) -> list[Row]:
         rows.append(row)
     rows.reverse()
     rows += [_look_aside(root / QUARANTINE / name) for name in found.quarantined]
+    rows += [
+        _measured(root / name, name, "rolled back", "", _manifest_of(root / name))
+        for name in found.rolled_back
+    ]
     rows += [_measured(root / name, name, "partial") for name in found.partials]
     return rows
 
@@ -138,10 +142,13 @@ def find_generation(root: Path, wanted: str | None) -> Path:
         return root / generation_name(number)
     listed = ", ".join(map(str, reversed(there[:10]))) or "none"
     more = f" and {len(there) - 10} older" if len(there) > 10 else ""
-    aside = generation_name(number) in found.quarantined
-    hint = f"; it was set aside: {root / QUARANTINE / generation_name(number)}"
+    hint = ""
+    if generation_name(number) in found.quarantined:
+        hint = f"; it was set aside: {root / QUARANTINE / generation_name(number)}"
+    elif number in found.rolled_back_numbers:
+        hint = f"; a rollback has set it aside: mpi-ckpt rollback {root} --undo"
     raise CommandError(
-        f"{root} has no generation {number}{hint if aside else ''}; there: {listed}{more}",
+        f"{root} has no generation {number}{hint}; there: {listed}{more}",
         code=MISUSED,
         kind="absent",
     )

@@ -6,19 +6,17 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.command import CommandError
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.states.leaf_values import KIND
-from mpi_ckpt.states.tree import leaf_nodes, unflatten
+from mpi_ckpt.states.rebuilding import rebuild
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.manifest import STREAM
 from mpi_ckpt.storage.proving import proven_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from _typeshed import ReadableBuffer
@@ -26,9 +24,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.manifest import StoredState
     from mpi_ckpt.storage.reader import GenerationReader
 
-__all__ = ["is_module", "load_file", "module_form", "rebuild", "write_file"]
+__all__ = ["is_module", "load_file", "module_form", "write_file"]
 
-_TRAIN_PART = re.compile(r"module|(?:optimizer|scheduler)\d*|scaler")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # The first in which neither of the known ways around weights_only is left.
 _SAFE_TORCH = (2, 10)
@@ -137,70 +134,6 @@ def module_form(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             ties[name] = source
     kept = {name: one for name, one in tensors.items() if name not in ties}
     return {"ties": ties, "extra": {}}, kept
-
-
-def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any nested value)
-    """Put a state together as its owner would hand it to ``load_state_dict``.
-
-    Args:
-        structure: As saved.
-        values: Tensor for the name of each leaf.
-
-    Returns:
-        What the state was made of where its form is known, else its structure and
-        leaves side by side.
-    """
-    if structure is None:
-        return dict(values)
-    if isinstance(structure, dict) and {"ties", "extra"} <= set(structure):
-        return _module(structure, values)
-    if (
-        isinstance(structure, dict)
-        and "module" in structure
-        and all(map(_TRAIN_PART.fullmatch, structure))
-    ):
-        parts = {}
-        for key, inner in structure.items():
-            prefix = f"{key}/"
-            inside = {
-                name[len(prefix) :]: value
-                for name, value in values.items()
-                if name.startswith(prefix)
-            }
-            parts[key] = rebuild(inner, inside)
-        return parts
-    try:
-        nodes = leaf_nodes(structure)
-        if set(nodes) == set(values):
-            value = unflatten(structure, _as_arrays(nodes, values))
-            holds = isinstance(structure, dict) and {"class", "content"} <= set(structure)
-            return value["content"] if holds else value
-    except StateMismatchError:
-        pass
-    return {"structure": structure, "leaves": dict(values)}
-
-
-def _module(structure: dict[str, Any], values: dict[str, Any]) -> Any:  # noqa: ANN401
-    nodes = leaf_nodes(structure["extra"])
-    module = OrderedDict((k, v) for k, v in values.items() if k not in nodes)
-    try:
-        for name, source in dict(structure["ties"]).items():
-            module[name] = module[source]
-        module.update(unflatten(structure["extra"], _as_arrays(nodes, values)))
-    except (KeyError, TypeError, ValueError, StateMismatchError):
-        return {"structure": structure, "leaves": dict(values)}
-    return module
-
-
-def _as_arrays(
-    nodes: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return tensors as arrays where these stand for text or for lists of numbers."""
-    plain = ("numbers", "bytes", "text")
-    return {
-        name: value.numpy() if nodes.get(name, {}).get(KIND) in plain else value
-        for name, value in values.items()
-    }
 
 
 def _value(

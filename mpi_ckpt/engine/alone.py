@@ -22,6 +22,7 @@ from mpi_ckpt.storage.layout import (
     generation_name,
     generation_number,
     is_partial_name,
+    rolled_back_numbers,
 )
 from mpi_ckpt.storage.proving import proven_blocks
 from mpi_ckpt.storage.reader import GenerationReader
@@ -138,4 +139,5 @@ def _is_ours(name: str) -> bool:
         name in (LOCK, QUARANTINE)
         or generation_number(name) is not None
         or is_partial_name(name)
+        or rolled_back_numbers(name) is not None
     )

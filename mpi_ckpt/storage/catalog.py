@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.reports import GenerationInfo
-from mpi_ckpt.retention import GenerationSummary, RetentionPolicy, select_kept
+from mpi_ckpt.retention import (
+    GenerationSummary,
+    RetentionPolicy,
+    best_first,
+    best_policies,
+    select_kept,
+)
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.reader import read_manifest
 from mpi_ckpt.storage.recovery import is_gone, survey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from mpi_ckpt.storage.manifest import Manifest
@@ -29,10 +35,17 @@ class Catalog:
     """The published generations of a directory, each manifest read once.
 
     Not thread-safe. Disk is the truth: the catalog only spares reading twice.
+
+    Args:
+        root: The directory.
+
+    Attributes:
+        root: Likewise.
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
+        self._told: set[str] = set()
         self._known: dict[int, GenerationInfo] = {}
         self._left: list[int] = []
         self._unasked: RetentionPolicy | None = None
@@ -58,12 +71,23 @@ class Catalog:
         Raises:
             ReadError: On the calling rank, if the directory cannot be listed.
         """
-        present = sorted(survey(self._root).generations)
+        present = sorted(survey(self.root).generations)
         self._known = {n: info for n, info in self._known.items() if n in present}
         for number in present:
             if number not in self._known:
                 self._read(number)
         return [self._known[number] for number in present if number in self._known]
+
+    def summaries(self) -> list[GenerationSummary]:
+        """Return what can be asked about what is there, oldest first. Not collective.
+
+        Raises:
+            ReadError: On the calling rank, if the directory cannot be listed.
+        """
+        return [
+            GenerationSummary(one.generation, one.step, one.metrics)
+            for one in self.generations()
+        ]
 
     def choose(self, policy: RetentionPolicy) -> tuple[int, ...]:
         """Return the numbers that a policy gives up; what fails is logged, and none is.
@@ -73,16 +97,16 @@ class Catalog:
         # The newest is durable: whatever fails from here on must not fail the save.
         self._unasked = policy
         try:
-            there = self.generations()
+            there = self.summaries()
             self._unasked = None
-            kept = select_kept(
-                policy,
-                [GenerationSummary(i.generation, i.step, i.metrics) for i in there],
-            )
+            kept = select_kept(policy, there)
         except Exception:
             logger.exception("retention failed; nothing is removed")
             return ()
-        return tuple(i.generation for i in there if i.generation not in kept)
+        given_up = tuple(one.generation for one in there if one.generation not in kept)
+        if given_up:
+            self._tell_of_unknown_metrics(policy, there)
+        return given_up
 
     def remove(self, numbers: Iterable[int], job: str) -> None:
         """Remove generations; what fails is logged, and tried again by `remove_left`.
@@ -94,8 +118,8 @@ class Catalog:
         try:
             while self._left:
                 number = self._left[0]
-                source = self._root / generation_name(number)
-                target = self._root / partial_name(number, job)
+                source = self.root / generation_name(number)
+                target = self.root / partial_name(number, job)
                 filesystem.rename_new(source, target)
                 self._known.pop(number, None)
                 del self._left[0]
@@ -103,7 +127,7 @@ class Catalog:
             if doomed:
                 # CRASH: files may go before the rename is durable; a generation would
                 # be back under its name with files missing.
-                filesystem.sync_directory(self._root)
+                filesystem.sync_directory(self.root)
             for path in doomed:
                 filesystem.remove_tree(path)
         except OSError as error:
@@ -121,7 +145,7 @@ class Catalog:
             self._left = list(self.choose(self._unasked))
         if not self._left:
             return
-        present = survey(self._root).generations
+        present = survey(self.root).generations
         left = [number for number in self._left if number in present]
         if left and present[0] not in left:
             self.remove(left, job)
@@ -130,8 +154,26 @@ class Catalog:
         """Leave that where it is: a newer one has turned out bad. Not collective."""
         self._left, self._unasked = [], None
 
+    def _tell_of_unknown_metrics(
+        self, policy: RetentionPolicy, there: Sequence[GenerationSummary]
+    ) -> None:
+        # Not before anything is given up: the metric may come with a later save.
+        for one in best_policies(policy):
+            if one.metric in self._told or best_first(one.metric, one.mode, there):
+                continue
+            self._told.add(one.metric)
+            known = sorted({name for summary in there for name in summary.metrics})
+            logger.warning(
+                "%r keeps nothing: no generation in %s was saved with a metric %r (there "
+                "are: %s), and others are given up now; give it to save(metrics=...)",
+                one,
+                self.root,
+                one.metric,
+                ", ".join(map(repr, known)) or "none",
+            )
+
     def _read(self, number: int) -> None:
-        path = self._root / generation_name(number)
+        path = self.root / generation_name(number)
         try:
             size = (path / MANIFEST).stat().st_size
             self.add(read_manifest(path), path, size)

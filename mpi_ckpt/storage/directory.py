@@ -13,17 +13,13 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import (
-    CorruptGenerationError,
-    ReadError,
-    SaveError,
-    UnsupportedFormatError,
-)
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.faults import os_errors_as, read_errors_as_save_errors
-from mpi_ckpt.storage.layout import QUARANTINE, generation_name, is_partial_of
+from mpi_ckpt.storage.finding import explain_absence, open_chosen
+from mpi_ckpt.storage.layout import generation_name, is_partial_of
 from mpi_ckpt.storage.lock import DirectoryLock
 from mpi_ckpt.storage.partial import Partial
 from mpi_ckpt.storage.reader import GenerationReader
@@ -32,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from mpi_ckpt.choice import Choice
     from mpi_ckpt.storage.manifest import Manifest
     from mpi_ckpt.storage.outfile import IOMode
 
@@ -57,6 +54,8 @@ class CheckpointDirectory:
         job: A name for this run of the job, in names of partials and in manifests.
         catalog: The published generations.
         is_told_of_size: Whether it was said that manifests have grown large.
+        base: Number of an older generation that the next save builds upon, as this job
+            has gone back to it; None for the newest. Call `forget_newest` when it changes.
     """
 
     def __init__(self, root: Path, mode: IOMode = "auto") -> None:
@@ -70,6 +69,7 @@ class CheckpointDirectory:
         self._swept = False
         self._aside: dict[int, str] = {}
         self._newest: Manifest | None = None
+        self.base: int | None = None
 
     @property
     def set_aside(self) -> dict[str, str]:
@@ -190,12 +190,26 @@ class CheckpointDirectory:
             elif self._lock is not None or found == before:
                 break
             before = found
-        self._explain_absence(found)
+        explain_absence(self.root, found, self._aside)
         return None
+
+    def open(self, choice: Choice, *, proven: bool = False) -> GenerationReader:
+        """Open the generation that was asked for, and no other in its place.
+
+        Args:
+            choice: What was asked for; not the newest.
+            proven: Whether all its bytes are proven first.
+
+        Raises:
+            LockedError: On the calling rank, if another job holds the directory.
+            RestoreError: On the calling rank, as `open_chosen` does.
+        """
+        self._own_if_writable()
+        return open_chosen(self.catalog, choice, proven=proven)
 
     def note_published(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
         """Remember a generation that this job has just published."""
-        self._newest = manifest
+        self._newest, self.base = manifest, None
         self.catalog.add(manifest, path, manifest_bytes)
 
     def forget_newest(self) -> None:
@@ -203,7 +217,10 @@ class CheckpointDirectory:
         self._newest = None
 
     def newest_manifest(self) -> Manifest | None:
-        """Return the manifest of the newest good generation, None if there is none.
+        """Return the manifest of the generation that the next save builds upon.
+
+        That is the newest good one, None if there is none; or an older one that this job
+        has gone back to: what newer ones hold is not of its past.
 
         Its files may be damaged all the same: only sizes and headers were looked at.
 
@@ -211,7 +228,10 @@ class CheckpointDirectory:
             RestoreError: On the calling rank, if there are generations but no good one.
         """
         if self._newest is None:
-            reader = self.open_newest()
+            if self.base is None:
+                reader = self.open_newest()
+            else:
+                reader = GenerationReader(self.root / generation_name(self.base))
             if reader is not None:
                 with reader:
                     self._newest = reader.manifest
@@ -286,35 +306,3 @@ class CheckpointDirectory:
                     harm,
                     self.root,
                 )
-
-    def _explain_absence(self, found: recovery.Survey) -> None:
-        vanished = [n for n in found.generations if n not in self._aside]
-        if vanished:
-            raise ReadError(
-                f"{self.root} lists generations {vanished}, and none is there: somebody "
-                "deletes them, or this host sees an old listing",
-                path=self.root,
-            )
-        if self._aside or found.quarantined:
-            named = [*self._aside.values()] or [
-                str(self.root / QUARANTINE / name) for name in found.quarantined
-            ]
-            raise CorruptGenerationError(
-                f"no generation in {self.root} is good: {'; '.join(named)}. To start "
-                f"anew, move {self.root / QUARANTINE} and what is left elsewhere",
-                path=self.root,
-                problems=named,
-            )
-        if found.unlisted:
-            raise CorruptGenerationError(
-                f"there is no generation in {self.root}, and whether there ever was is not "
-                f"known: {found.unlisted}. To start anew, move that elsewhere",
-                path=self.root / QUARANTINE,
-            )
-        if found.adaptdl:
-            raise UnsupportedFormatError(
-                f"{self.root} holds checkpoints of adaptdl ({', '.join(found.adaptdl)}), "
-                "which are pickles and are not read; to start anew, use another "
-                "directory or move them away",
-                path=self.root,
-            )

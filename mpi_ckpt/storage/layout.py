@@ -32,6 +32,8 @@ __all__ = [
     "is_partial_of",
     "partial_name",
     "partial_number",
+    "rolled_back_name",
+    "rolled_back_numbers",
     "shard_file_name",
     "stream_file_name",
 ]
@@ -50,6 +52,7 @@ _FAULTS_SHOWN = 50
 _GENERATION = re.compile(r"checkpoint-(\d{8,18})")
 _ADAPTDL = re.compile(r"checkpoint-\d{1,7}")
 _PARTIAL = re.compile(r"\.partial-(\d{8,18})-[0-9a-z]+")
+_ROLLED_BACK = re.compile(r"\.rolled-back-(\d{8,18})-(\d{8,18})")
 _CONDEMNED = "x"  # no name of a job has it: those are hexadecimal
 _FILE = re.compile(r"(?!\.)[A-Za-z0-9._%~+-]{1,255}|\.(?!\.)[A-Za-z0-9._%~+-]{1,254}")
 
@@ -101,6 +104,25 @@ def is_partial_of(name: str, job: str) -> bool:
 def partial_number(name: str) -> int:
     """Return the number in a name that `partial_name` made."""
     return int(name.split("-")[1])
+
+
+def rolled_back_name(number: int, highest: int) -> str:
+    """Return the name of a generation that somebody has gone back behind.
+
+    Args:
+        number: Its number.
+        highest: The highest number that any generation had when that was done: all with
+            the same were set aside since one save.
+    """
+    return f".rolled-back-{highest:08d}-{number:08d}"
+
+
+def rolled_back_numbers(name: str) -> tuple[int, int] | None:
+    """Return the numbers in a name that `rolled_back_name` made; None for any other."""
+    match = _ROLLED_BACK.fullmatch(name)
+    if match is None or rolled_back_name(int(match[2]), int(match[1])) != name:
+        return None
+    return int(match[2]), int(match[1])
 
 
 def shard_file_name(rank: int) -> str:

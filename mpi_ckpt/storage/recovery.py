@@ -27,6 +27,7 @@ from mpi_ckpt.storage.layout import (
     is_partial_name,
     is_partial_of,
     partial_number,
+    rolled_back_numbers,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Survey:
         generations: Numbers of the published generations, newest first.
         partials: Names of leftovers of writes and removals that were cut off.
         quarantined: Names of the generations that were set aside.
+        rolled_back: Names of those that somebody has gone back behind.
         adaptdl: Names of checkpoints in adaptdl's format.
         unlisted: Why it cannot be said what was set aside; empty if it can.
     """
@@ -56,8 +58,27 @@ class Survey:
     generations: tuple[int, ...] = ()
     partials: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
+    rolled_back: tuple[str, ...] = ()
     adaptdl: tuple[str, ...] = ()
     unlisted: str = ""
+
+    @property
+    def highest(self) -> int:
+        """The highest number that a generation or leftover has or had; 0 for none."""
+        aside = [
+            number
+            for name in self.quarantined
+            if (number := generation_number(name.partition("~")[0])) is not None
+        ]
+        left = [partial_number(name) for name in self.partials]
+        back = [n for name in self.rolled_back for n in rolled_back_numbers(name) or ()]
+        return max([0, *self.generations, *aside, *left, *back])
+
+    @property
+    def rolled_back_numbers(self) -> frozenset[int]:
+        """Numbers of the generations that somebody has gone back behind."""
+        pairs = map(rolled_back_numbers, self.rolled_back)
+        return frozenset(pair[0] for pair in pairs if pair)
 
     @property
     def next_generation(self) -> int:
@@ -66,19 +87,12 @@ class Survey:
         Raises:
             SaveError: On the calling rank, if no name is left for one.
         """
-        aside = [
-            number
-            for name in self.quarantined
-            if (number := generation_number(name.partition("~")[0])) is not None
-        ]
-        left = [partial_number(name) for name in self.partials]
-        highest = max([0, *self.generations, *aside, *left])
-        if highest >= GENERATION_MAX:
+        if self.highest >= GENERATION_MAX:
             raise SaveError(
-                f"there is a {generation_name(highest)}, and no higher number has a name: "
-                "nobody saved that often, so move it elsewhere; nothing was published"
+                f"there is a {generation_name(self.highest)}, and no higher number has a "
+                "name: nobody saved that often, so move it elsewhere; nothing was published"
             )
-        return highest + 1
+        return self.highest + 1
 
 
 def survey(root: Path) -> Survey:
@@ -101,6 +115,7 @@ def survey(root: Path) -> Survey:
         generations=tuple(sorted(numbers, reverse=True)),
         partials=tuple(name for name in names if is_partial_name(name)),
         quarantined=tuple(aside),
+        rolled_back=tuple(name for name in names if rolled_back_numbers(name)),
         adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
         unlisted=unlisted,
     )

@@ -31,13 +31,29 @@ def test_prune_keeps_what_is_asked_for(tmp_path):
     [
         (["--keep-every", "200"], [1, 2, 4, 5]),
         (["--keep-best", "loss", "--mode", "max"], [1, 5]),
-        (["--keep-last", "1", "--keep-best", "loss"], [5]),
+        (["--keep-last", "1", "--keep-best", "loss", "--mode", "min"], [5]),
     ],
 )
 def test_policies_are_those_of_options(tmp_path, options, kept):
     root = fill(tmp_path / "c", 5)
     assert ask("prune", root, *options)["kept"] == kept
     assert list(numbers(root)) == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--keep-best", "loss"], "--mode min or --mode max"),
+        (["--keep-last", "1", "--mode", "max"], "of which metric"),
+        (["--keep-best", "lost", "--mode", "min"], "there: loss. Nothing was removed"),
+    ],
+)
+def test_a_best_that_means_nothing_is_refused(tmp_path, options, told):
+    root = fill(tmp_path / "c", 3)
+    result = run("prune", root, *options)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert numbers(root) == (1, 2, 3)
 
 
 def test_a_dry_run_says_the_same_and_does_nothing(tmp_path):

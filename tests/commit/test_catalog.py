@@ -70,9 +70,9 @@ def test_unreadable_generations_are_left_out_and_left_alone(root, caplog):
     [
         (KeepLast(2), (1, 2)),
         (KeepLast(9), ()),
-        (KeepBest("loss"), (1, 3)),
+        (KeepBest("loss", mode="min"), (1, 3)),
         (KeepEvery(20), (3,)),
-        (KeepLast(1) | KeepBest("loss"), (1, 3)),
+        (KeepLast(1) | KeepBest("loss", mode="min"), (1, 3)),
     ],
 )
 def test_policy_chooses_what_is_given_up(root, policy, given_up):
@@ -187,3 +187,23 @@ def test_nothing_is_removed_while_the_directory_cannot_be_listed(unlisted, monke
     assert numbers(unlisted) == [1, 2, 3, 4]
     unlisted.remove_left("job")
     assert numbers(unlisted) == [3, 4]
+
+
+def test_a_metric_that_no_save_ever_had_is_told_once_something_is_given_up(root, caplog):
+    catalog = Catalog(root)
+    assert catalog.choose(KeepLast(4) | KeepBest("accuracy", mode="max")) == ()
+    assert not caplog.records  # it may come with a later save
+    policy = KeepLast(1) | KeepBest("accuracy", mode="max") | KeepBest("loss", mode="min")
+    assert catalog.choose(policy) == (1, 3)
+    assert catalog.choose(policy) == (1, 3)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("metric='accuracy'", "mode='max'", "keeps nothing", "'loss'", str(root)):
+        assert part in record.getMessage()
+
+
+def test_a_metric_that_is_never_a_number_is_told_too(tmp_path, caplog):
+    for step in (1, 2):
+        publish(tmp_path, step=step, metrics={"loss": float("nan")})
+    assert Catalog(tmp_path).choose(KeepBest("loss", mode="min")) == (1,)
+    assert "keeps nothing" in caplog.text

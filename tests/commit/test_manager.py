@@ -68,7 +68,9 @@ def test_asynchronous_save_takes_the_state_of_its_moment(manage):
 
 
 def test_retention_is_applied_and_listed(manage):
-    manager = manage(arrays(), retention=mpi_ckpt.KeepLast(1) | mpi_ckpt.KeepBest("loss"))
+    manager = manage(
+        arrays(), retention=mpi_ckpt.KeepLast(1) | mpi_ckpt.KeepBest("loss", mode="min")
+    )
     pruned = [manager.save(n, metrics={"loss": abs(n - 2)}).pruned for n in range(5)]
     assert pruned == [(), (1,), (2,), (), (4,)]
     assert [info.generation for info in manager.generations()] == [3, 5]

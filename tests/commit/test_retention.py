@@ -15,6 +15,7 @@ from mpi_ckpt.retention import (
     KeepEvery,
     KeepLast,
     RetentionPolicy,
+    best_policies,
     select_kept,
 )
 
@@ -48,10 +49,10 @@ def test_what_keep_every_kept_stays_kept_as_training_goes_on():
 
 def test_best_are_kept_in_either_direction():
     there = generations(1, 2, 3, 4, losses=[0.5, 0.1, 0.3, 0.2])
-    assert KeepBest("loss").keep(there) == {2}
-    assert KeepBest("loss", 2).keep(there) == {2, 4}
-    assert KeepBest("loss", 2, "max").keep(there) == {1, 3}
-    assert KeepBest("accuracy").keep(there) == set()
+    assert KeepBest("loss", mode="min").keep(there) == {2}
+    assert KeepBest("loss", 2, mode="min").keep(there) == {2, 4}
+    assert KeepBest("loss", 2, mode="max").keep(there) == {1, 3}
+    assert KeepBest("accuracy", mode="min").keep(there) == set()
 
 
 def test_newer_of_two_equals_is_the_best():
@@ -63,12 +64,12 @@ def test_newer_of_two_equals_is_the_best():
 
 def test_nan_and_missing_metrics_are_never_the_best():
     there = generations(1, 2, 3, 4, losses=[math.nan, math.inf, 0.0])
-    assert KeepBest("loss", 4).keep(there) == {2, 3}
+    assert KeepBest("loss", 4, mode="min").keep(there) == {2, 3}
     assert KeepBest("loss", mode="max").keep(there) == {2}
 
 
 def test_joined_policies_keep_what_either_keeps():
-    policy = KeepLast(1) | KeepEvery(100) | KeepBest("loss")
+    policy = KeepLast(1) | KeepEvery(100) | KeepBest("loss", mode="min")
     there = generations(0, 50, 100, 150, 160, losses=[9, 1, 5, 4, 3])
     assert policy.keep(there) == {1, 2, 3, 5}
 
@@ -86,7 +87,7 @@ def test_newest_stays_whatever_the_policy_says():
 
 @given(
     steps=st.lists(st.integers(-5, 500), max_size=20),
-    policy=st.sampled_from([KeepLast(3), KeepEvery(50), KeepBest("loss", 2)]),
+    policy=st.sampled_from([KeepLast(3), KeepEvery(50), KeepBest("loss", 2, mode="min")]),
 )
 def test_order_of_listing_does_not_matter(steps, policy):
     there = generations(*steps, losses=[s % 7 for s in steps])
@@ -100,13 +101,27 @@ def test_order_of_listing_does_not_matter(steps, policy):
         lambda: KeepLast(0),
         lambda: KeepLast(-1),
         lambda: KeepEvery(0),
-        lambda: KeepBest("loss", 0),
+        lambda: KeepBest("loss", 0, mode="min"),
         lambda: KeepBest("loss", mode="best"),
     ],
 )
 def test_policies_that_make_no_sense_are_refused(make):
     with pytest.raises(OptionsError):
         make()
+
+
+def test_the_best_has_no_direction_of_its_own():
+    with pytest.raises(TypeError, match="mode"):
+        KeepBest("loss")
+    with pytest.raises(OptionsError, match=r"metric='loss'.*mode='best'.*'min' or 'max'"):
+        KeepBest("loss", mode="best")
+    assert "mode='max'" in repr(KeepLast(1) | KeepBest("accuracy", mode="max"))
+
+
+def test_policies_of_the_best_are_found_among_others():
+    loss, accuracy = KeepBest("loss", mode="min"), KeepBest("accuracy", 2, mode="max")
+    assert best_policies(KeepLast(1) | loss | KeepEvery(5) | accuracy) == [loss, accuracy]
+    assert best_policies(KeepLast(1)) == []
 
 
 def test_policies_show_what_they_are():

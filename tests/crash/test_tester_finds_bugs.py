@@ -135,8 +135,8 @@ def test_prune_without_fsync_of_the_parent(monkeypatch):
     def remove(self, numbers, job):
         # As in the library, but for the fsync between the renames and the deletions.
         for number in numbers:
-            target = self._root / f".partial-{number:08d}-{job}"
-            filesystem.rename_new(self._root / generation_name(number), target)
+            target = self.root / f".partial-{number:08d}-{job}"
+            filesystem.rename_new(self.root / generation_name(number), target)
             filesystem.remove_tree(target)
 
     monkeypatch.setattr(catalog.Catalog, "remove", remove)
@@ -146,7 +146,7 @@ def test_prune_without_fsync_of_the_parent(monkeypatch):
 def test_prune_in_place(monkeypatch):
     def remove(self, numbers, job):
         for number in numbers:
-            filesystem.remove_tree(self._root / generation_name(number))
+            filesystem.remove_tree(self.root / generation_name(number))
 
     monkeypatch.setattr(catalog.Catalog, "remove", remove)
     assert verdicts(scenarios.saves_that_prune(1))["TORN"] > 0

@@ -33,11 +33,13 @@ def test_names_are_told_apart_and_the_unknown_ignored(tmp_path):
         *("checkpoint-00000002", "checkpoint-00000010", "checkpoint-100000000"),
         *("checkpoint-foo", "checkpoint-000000002", "checkpoint-5", "_checkpoint", "other"),
         *(".partial-00000011-abc", ".partial-x", ".quarantine/checkpoint-00000009"),
+        *(".rolled-back-00000013-00000012", ".rolled-back-13-12", ".rolled-back"),
     )
     assert survey(tmp_path) == Survey(
         generations=(100000000, 10, 2),
         partials=(".partial-00000011-abc",),
         quarantined=("checkpoint-00000009",),
+        rolled_back=(".rolled-back-00000013-00000012",),
         adaptdl=("checkpoint-5",),
     )
 
@@ -55,6 +57,7 @@ def test_file_in_place_of_the_directory_is_told(tmp_path):
         (Survey(quarantined=("checkpoint-00000009",)), 10),
         (Survey(quarantined=("checkpoint-00000009~12", "odd")), 10),
         (Survey(generations=(7,), partials=(".partial-00000008-ab",)), 9),
+        (Survey(rolled_back=(".rolled-back-00000011-00000009",)), 12),
         (Survey(adaptdl=("checkpoint-55",)), 1),
     ],
 )

@@ -21,6 +21,7 @@ from mpi_ckpt.storage.reader import GenerationReader
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+    from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.registry import Registry
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
@@ -69,6 +70,7 @@ def open_newest(
     only: Collection[str] | None,
     *,
     pinned: int | None,
+    choice: Choice,
     from_memory: bool,
 ) -> Iterator[OpenGeneration | None]:
     """Find what to restore; root keeps it open within the block.
@@ -81,11 +83,14 @@ def open_newest(
         only: Names of the states to restore; None for all. With some only, all bytes are
             proven here, because later restores will take other states from it.
         pinned: Number of the generation that must be used; None for the newest.
+        choice: What the program has asked for, not checked yet; goes before ``pinned``.
         from_memory: Whether a copy in memory that root holds goes before any file.
 
     Raises:
         RegistrationError: On every rank, if names are unknown or differ between ranks.
-        RestoreError: On every rank, if root finds generations but no good one.
+        OptionsError: On every rank, if the choice makes no sense.
+        RestoreError: On every rank, if root finds generations but no good one, or not the
+            one that was asked for.
     """
     comm, memory = session.comm, session.memory
     copy = memory.copy if memory is not None and from_memory else None
@@ -93,8 +98,10 @@ def open_newest(
         opened: list[GenerationReader] = []
 
         def look(states: list[State]) -> list[State]:
+            wanted = choice.checked(session.options.retention)
             if comm.is_root and copy is None:
-                found = _open(session.directory, pinned, proven=only is not None)
+                proven = only is not None
+                found = _open(session.directory, pinned, wanted, proven=proven)
                 if found is not None:
                     opened.append(stack.enter_context(found))
             return states
@@ -112,7 +119,7 @@ def open_newest(
             return json.dumps(outline.to_json()).encode()
 
         met = registry.begin(
-            "looking for a generation",
+            f"looking for {'a generation' if choice.is_newest else choice}",
             only,
             look,
             error=RestoreError,
@@ -215,10 +222,18 @@ def list_generations(session: Session) -> list[GenerationInfo]:
 
 
 def _open(
-    directory: CheckpointDirectory, pinned: int | None, *, proven: bool
+    directory: CheckpointDirectory, pinned: int | None, choice: Choice, *, proven: bool
 ) -> GenerationReader | None:
+    if not choice.is_newest:
+        return directory.open(choice, proven=proven)
     if pinned is not None:
         return GenerationReader(directory.root / generation_name(pinned))
+    return _open_newest(directory, proven=proven)
+
+
+def _open_newest(
+    directory: CheckpointDirectory, *, proven: bool
+) -> GenerationReader | None:
     while True:
         reader = directory.open_newest()
         if reader is None or not proven:

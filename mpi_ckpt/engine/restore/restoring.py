@@ -13,6 +13,7 @@ import numpy as np
 from mpi_ckpt.comm import Deferred, agree, meet
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
+from mpi_ckpt.engine.restore.chosen import explain_choice, go_on_from
 from mpi_ckpt.engine.restore.dealing import deal_parts, plan_deals
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
@@ -20,7 +21,12 @@ from mpi_ckpt.engine.restore.matching import (
     compare_names,
     match_states,
 )
-from mpi_ckpt.engine.restore.newest import is_lost, open_newest, open_on_readers, reject
+from mpi_ckpt.engine.restore.newest import (
+    is_lost,
+    open_newest,
+    open_on_readers,
+    reject,
+)
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.failures import concerning
@@ -29,6 +35,7 @@ from mpi_ckpt.reports import RestoreReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.registry import Registry
     from mpi_ckpt.engine.restore.dealing import Deal
@@ -49,6 +56,8 @@ _RESTORED = "the states are as they were saved, but for what it has changed itse
 class Restore:
     """Brings states back from memory, else from the newest generation that proves good.
 
+    Or from the one that the program has asked for, and from no other.
+
     Collective, as is every method. Main thread only. ``find`` gives what to try next,
     `aside_if_bad` sets a generation aside that turns out bad on the way::
 
@@ -62,7 +71,8 @@ class Restore:
         session: The manager's.
         registry: The manager's.
         only: Names of the states to restore; None for all.
-        pinned: Number of the generation to use; None for the newest.
+        choice: What the program has asked for; checked when the ranks meet.
+        pinned: Number of the generation that other states came from; None for none.
         clock: Started when the restore was asked for.
 
     Attributes:
@@ -74,14 +84,16 @@ class Restore:
         session: Session,
         registry: Registry,
         only: Collection[str] | None,
+        choice: Choice,
         *,
         pinned: int | None,
         clock: PhaseClock,
     ) -> None:
+        self._choice = choice
         self._session = session
         self._registry = registry
         self._only = only
-        self._pinned = pinned
+        self._pinned = None if only is None else pinned
         self._clock = clock
         self._open = ExitStack()
         self._found: OpenGeneration | None = None
@@ -95,7 +107,9 @@ class Restore:
 
         Raises:
             RegistrationError: On every rank, if names are unknown or differ.
-            RestoreError: On every rank, if root finds generations but no good one.
+            OptionsError: On every rank, if the choice makes no sense.
+            RestoreError: On every rank, if root finds generations but no good one, or not
+                the one that was asked for.
         """
         if self.report is not None:
             return False
@@ -106,7 +120,8 @@ class Restore:
                 self._registry,
                 self._only,
                 pinned=self._pinned,
-                from_memory=self._only is None,
+                choice=self._choice,
+                from_memory=self._only is None and self._choice.is_newest,
             )
         )
         found, memory = self._found, self._session.memory
@@ -126,16 +141,20 @@ class Restore:
                 must be used.
         """
         session, found = self._session, self._generation
+        is_chosen = not self._choice.is_newest
+        is_only_one = is_chosen or self._pinned is not None or found.is_copy
         with self._open:
             try:
                 yield
             # Agreed on: every rank is here, with the same error.
             except CorruptGenerationError as problem:
-                if self._pinned is not None or found.is_copy:
+                if is_chosen:
+                    raise explain_choice(session, found, problem) from problem
+                if is_only_one:
                     raise
                 reject(session, found, problem)
             except ReadError:
-                if self._pinned is not None or found.is_copy or not is_lost(session, found):
+                if is_only_one or not is_lost(session, found):
                     raise
             finally:
                 # What Python would look through when it next collects garbage.
@@ -275,6 +294,8 @@ class Restore:
             unexpected_leaves=match.unexpected_leaves,
             from_memory=found.is_copy,
         )
+        if self._pinned is None or not self._choice.is_newest:
+            go_on_from(session, None if self._choice.is_newest else outline)
         if not found.is_copy:
             session.note("restored", outline.step)
             _warn_of_differences(session, report)

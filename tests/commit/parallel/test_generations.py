@@ -159,9 +159,9 @@ def test_skipped_states_are_restored_but_not_saved(comm, shared_path, counter):
         (KeepLast(1), [8]),
         (KeepLast(3), [6, 7, 8]),
         (KeepEvery(30), [1, 3, 6, 8]),
-        (KeepBest("loss"), [4, 8]),
-        (KeepBest("loss", 2, "max"), [1, 2, 8]),
-        (KeepLast(2) | KeepEvery(40) | KeepBest("loss"), [1, 4, 7, 8]),
+        (KeepBest("loss", mode="min"), [4, 8]),
+        (KeepBest("loss", 2, mode="max"), [1, 2, 8]),
+        (KeepLast(2) | KeepEvery(40) | KeepBest("loss", mode="min"), [1, 4, 7, 8]),
     ],
     ids=lambda value: None if isinstance(value, list) else type(value).__name__,
 )

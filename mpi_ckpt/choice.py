@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which generation is meant: one by its number, by its step, or the best one. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.retention import best_first, best_policies
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.retention import GenerationSummary, Mode, RetentionPolicy
+
+__all__ = ["Choice"]
+
+_BEST = {"min": "lowest", "max": "highest"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What somebody has asked for; nothing at all means the newest.
+
+    Attributes:
+        generation: Its number.
+        step: The training step it was saved at; of several the newest.
+        best: The metric by which it is the best; of equals the newest.
+        mode: Which value of the metric is the best.
+    """
+
+    generation: Any = None
+    step: Any = None
+    best: str | None = None
+    mode: Mode | None = None
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether nothing else is asked for."""
+        return self == Choice()
+
+    def __str__(self) -> str:
+        """Return it in words, also where it makes no sense."""
+        asked = self._asked
+        if len(asked) == 1 and self.best is None and self.mode is None:
+            (text,) = asked.values()
+            return text
+        if asked == {"best": asked.get("best")}:
+            value = _BEST.get(str(self.mode), "best")
+            return f"the generation with the {value} {self.best!r}"
+        return f"the generation of {', '.join(asked.values()) or 'the newest'}"
+
+    def checked(self, retention: RetentionPolicy | None = None) -> Choice:
+        """Return the same, with the mode that retention has for the metric.
+
+        Not collective. Thread-safe.
+
+        Args:
+            retention: A `KeepBest` of the same metric in it tells the mode.
+
+        Raises:
+            OptionsError: On the calling rank, if it makes no sense.
+        """
+        if len(self._asked) > 1:
+            raise OptionsError(
+                f"{' and '.join(self._asked.values())}: say only one of these"
+            )
+        if self.best is None and self.mode is not None:
+            raise OptionsError(f"mode={self.mode!r} says how to compare: say best= as well")
+        if self.best is not None:
+            return replace(self, mode=self._mode_by(retention))
+        try:
+            number = None if self.generation is None else index(self.generation)
+            step = None if self.step is None else index(self.step)
+        except TypeError:
+            raise OptionsError(
+                f"{next(iter(self._asked.values()))}: neither a generation nor a step is "
+                "anything but a number"
+            ) from None
+        return Choice(number, step)
+
+    def pick(self, there: Sequence[GenerationSummary]) -> int | None:
+        """Return the number of the one that is meant; None if there is none such.
+
+        Not collective. Thread-safe.
+
+        Args:
+            there: All that are there, oldest first.
+        """
+        numbers = [one.generation for one in there]
+        if self.best is not None and self.mode is not None:
+            numbers = best_first(self.best, self.mode, there)[:1]
+        elif self.step is not None:
+            numbers = [one.generation for one in there if one.step == self.step]
+        elif self.generation is not None:
+            numbers = [number for number in numbers if number == self.generation]
+        return numbers[-1] if numbers else None
+
+    @property
+    def _asked(self) -> dict[str, str]:
+        texts = {
+            "generation": f"generation {self.generation}",
+            "step": f"the generation of step {self.step}",
+            "best": f"best={self.best!r}",
+        }
+        return {
+            name: text for name, text in texts.items() if getattr(self, name) is not None
+        }
+
+    def _mode_by(self, retention: RetentionPolicy | None) -> Mode:
+        policies = [] if retention is None else best_policies(retention)
+        modes = {one.mode for one in policies if one.metric == self.best}
+        if self.mode is None and len(modes) == 1:
+            return modes.pop()
+        if self.mode not in ("min", "max"):
+            why = "two of them in the retention" if modes else "no KeepBest of that metric"
+            raise OptionsError(
+                f"best={self.best!r}, mode={self.mode!r}: say mode='min' or mode='max'; "
+                f"there is {why} to tell which value is the best"
+            )
+        if modes and self.mode not in modes:
+            raise OptionsError(
+                f"best={self.best!r}, mode={self.mode!r}: the retention keeps the best by "
+                f"{', '.join(map(repr, policies))}; leave mode= out"
+            )
+        return self.mode

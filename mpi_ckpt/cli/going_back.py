@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mpi-ckpt rollback``: sets newer generations aside, so that jobs go on from an older."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import click
+
+from mpi_ckpt.cli.command import (
+    GOOD,
+    MISUSED,
+    CommandError,
+    command,
+    directory_argument,
+    generation_argument,
+)
+from mpi_ckpt.cli.pruning import LOCK_PATIENCE_SECONDS
+from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.survey import find_generation, look, open_generation
+from mpi_ckpt.errors import CheckpointError, SaveError
+from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.layout import generation_number
+from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.rollback import bring_back, last_rolled_back, set_newer_aside
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpi_ckpt.cli.screen import Screen
+
+__all__ = ["rollback"]
+
+
+@command("rollback")
+@directory_argument()
+@generation_argument()
+@click.option("--undo", is_flag=True, help="Bring back what was set aside last.")
+def rollback(
+    screen: Screen,
+    directory: Path,
+    generation: str | None,
+    undo: bool,
+) -> int:
+    """Go back to GENERATION: set all newer ones aside; nothing is deleted.
+
+    Restores, retention and prune see them no more; later saves do not take their numbers.
+    --undo brings back all that was set aside since the last save. Refused while a job uses
+    DIR.
+    """
+    if undo == (generation is not None):
+        raise CommandError(
+            "say the GENERATION to go back to, or --undo", code=MISUSED, kind="usage"
+        )
+    if generation is None:
+        return _undo(screen, directory)
+    return _go_back(screen, directory, generation)
+
+
+def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
+    find_generation(directory, wanted)  # before a lock file is made
+    job = secrets.token_hex(6)
+    with closing(_own(directory, job)):
+        # A job that was cut off may be about to publish: swept, it never will.
+        recovery.sweep(directory, recovery.survey(directory).partials, job)
+        path = find_generation(directory, wanted)
+        number = generation_number(path.name)
+        if number is None:
+            raise CommandError(f"{path} is no published generation")
+        step = _step_of(path)
+        try:
+            aside = set_newer_aside(directory, number)
+        except SaveError as error:
+            raise CommandError(_cut_off(directory, error)) from error
+        following = recovery.survey(directory).next_generation
+    rows = [row for row in look(directory) if row.state == "rolled back"]
+    nbytes = sum(size for _, _, size in frozenset().union(*(row.inodes for row in rows)))
+    screen.data(
+        {
+            "generation": number,
+            "step": step,
+            "set_aside": list(aside),
+            "next_generation": following,
+            "names": [row.name for row in rows],
+        }
+    )
+    if aside:
+        screen.say(f"set aside: {_listed(aside)}")
+    else:
+        screen.say(f"nothing is newer than generation {number}; nothing was done")
+    screen.say(
+        f"a restore takes generation {number}, step {step}; "
+        f"the next save becomes generation {following}"
+    )
+    if rows:
+        screen.say(
+            f"to undo: mpi-ckpt rollback {directory} --undo; to free "
+            f"{bytes_text(nbytes)}: rm -r {directory}/.rolled-back-*",
+            style="dim",
+        )
+    return GOOD
+
+
+def _undo(screen: Screen, directory: Path) -> int:
+    if not last_rolled_back(directory):
+        raise CommandError(
+            f"{directory} holds nothing that a rollback has set aside",
+            code=MISUSED,
+            kind="absent",
+        )
+    with closing(_own(directory, secrets.token_hex(6))):
+        there = set(recovery.survey(directory).generations)
+        taken = sorted(there.intersection(last_rolled_back(directory)))
+        if taken:
+            raise CommandError(
+                f"generations {_listed(taken)} are there and set aside as well: somebody "
+                "has copied them; move one of the two elsewhere. Nothing was changed"
+            )
+        try:
+            back = bring_back(directory)
+        except SaveError as error:
+            raise CommandError(_cut_off(directory, error)) from error
+    left = recovery.survey(directory).rolled_back
+    newest = next((row for row in look(directory) if row.state == "newest"), None)
+    manifest = None if newest is None else newest.manifest
+    screen.data(
+        {
+            "back": list(back),
+            "newest": manifest and manifest.generation,
+            "still_aside": list(left),
+        }
+    )
+    screen.say(f"back: {_listed(back)}")
+    if manifest is not None:
+        since = ", saved since" if manifest.generation > back[-1] else ""
+        screen.say(
+            f"a restore takes generation {manifest.generation}, step {manifest.step}{since}"
+        )
+    if left:
+        screen.say(
+            f"{plural(len(left), 'generation')} of an earlier rollback still set aside: "
+            f"mpi-ckpt rollback {directory} --undo",
+            style="dim",
+        )
+    return GOOD
+
+
+def _own(directory: Path, job: str) -> DirectoryLock:
+    return DirectoryLock(directory, job, patience_seconds=LOCK_PATIENCE_SECONDS)
+
+
+def _step_of(path: Path) -> int:
+    try:
+        with open_generation(path) as reader:
+            return reader.manifest.step
+    except CheckpointError as error:
+        raise CommandError(
+            f"{error}; nobody could go on from it: choose another. Nothing was changed",
+            kind="damaged",
+        ) from error
+
+
+def _cut_off(directory: Path, error: SaveError) -> str:
+    return (
+        f"{error}. Nothing was deleted; some may have been moved, as mpi-ckpt ls "
+        f"{directory} shows. Run this again to go on, or with --undo to go back"
+    )
+
+
+def _listed(numbers: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(map(str, numbers))

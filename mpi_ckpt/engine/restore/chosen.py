@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going back to a generation that the program has asked for: what is said and done then."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import on_root
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
+from mpi_ckpt.storage.finding import describe_others
+from mpi_ckpt.storage.recovery import survey
+
+if TYPE_CHECKING:
+    from mpi_ckpt.engine.outline import Outline
+    from mpi_ckpt.engine.restore.newest import OpenGeneration
+    from mpi_ckpt.engine.session import Session
+
+__all__ = ["explain_choice", "go_on_from"]
+
+logger = logging.getLogger(__name__)
+
+
+def explain_choice(
+    session: Session, found: OpenGeneration, problem: CorruptGenerationError
+) -> CorruptGenerationError:
+    """Return the error for a generation that was asked for and turned out bad.
+
+    Collective. Main thread only. It is not set aside: whoever asks for it by name may
+    want to see what can be saved of it.
+    """
+    number = found.outline.generation
+    others = on_root(
+        session.comm,
+        "listing generations",
+        lambda: describe_others(session.directory.catalog, number),
+        error=RestoreError,
+    )
+    return CorruptGenerationError(
+        f"{problem}. Generation {number} was asked for, so no other is taken for it; "
+        f"{others}",
+        path=problem.path,
+        generation=number,
+        failures=problem.failures,
+    )
+
+
+def go_on_from(session: Session, chosen: Outline | None) -> None:
+    """Have the next save build upon what was restored. Not collective. Works on root only.
+
+    Args:
+        session: The manager's.
+        chosen: The generation that was asked for; None where the newest was taken.
+    """
+    if not session.comm.is_root:
+        return
+    directory = session.directory
+    base = None if chosen is None else chosen.generation
+    if directory.base != base:
+        directory.base = base
+        directory.forget_newest()
+    if chosen is not None:
+        logger.info(
+            "restored generation %d, step %d, as was asked for%s",
+            chosen.generation,
+            chosen.step,
+            _newer(session, chosen.generation),
+        )
+
+
+def _newer(session: Session, chosen: int) -> str:
+    root = session.directory.root
+    newer: list[int] = []
+    with suppress(ReadError):  # the restore is done, and was good
+        newer = [number for number in sorted(survey(root).generations) if number > chosen]
+    if not newer:
+        return ""
+    return (
+        f"; newer ones stay: {', '.join(map(str, newer))}. The next save has a number "
+        "above theirs, and is the newest then; until it is there, a restore that asks for "
+        f"nothing takes generation {newer[-1]}. To set them aside, end this job, then: "
+        f"mpi-ckpt rollback {root} {chosen}"
+    )

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a state was, from its structure and leaves, without the object that saved it."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.states.leaf_values import KIND
+from mpi_ckpt.states.tree import leaf_nodes, unflatten
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["nodes_of", "rebuild"]
+
+_TRAIN_PART = re.compile(r"module|(?:optimizer|scheduler)\d*|scaler")
+_TENSOR = {KIND: "tensor"}
+_ARRAY = {KIND: "array"}
+
+
+def nodes_of(structure: Any, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:  # noqa: ANN401
+    """Return for each leaf the JSON object that says what value it was.
+
+    Not collective.
+
+    Args:
+        structure: As saved; None where a state has none.
+        names: Those of the leaves, as keys.
+    """
+    if _is_module(structure):
+        nodes = leaf_nodes(structure["extra"])
+        return {name: nodes.get(name, _TENSOR) for name in names}
+    if _is_training(structure):
+        return {
+            f"{key}/{name}": node
+            for key, inner in structure.items()
+            for name, node in nodes_of(inner, _inside(key, names)).items()
+        }
+    nodes = leaf_nodes(structure)
+    return {name: nodes.get(name, _ARRAY) for name in names}
+
+
+def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any nested value)
+    """Put a state together as its owner would hand it to ``load_state_dict``.
+
+    Not collective.
+
+    Args:
+        structure: As saved.
+        values: Tensor or array for the name of each leaf.
+
+    Returns:
+        What the state was made of where its form is known, else its structure and
+        leaves side by side.
+    """
+    if structure is None:
+        return dict(values)
+    if _is_module(structure):
+        return _module(structure, values)
+    if _is_training(structure):
+        return {key: rebuild(one, _inside(key, values)) for key, one in structure.items()}
+    try:
+        nodes = leaf_nodes(structure)
+        if set(nodes) == set(values):
+            value = unflatten(structure, _as_arrays(nodes, values))
+            holds = isinstance(structure, dict) and {"class", "content"} <= set(structure)
+            return value["content"] if holds else value
+    except StateMismatchError:
+        pass
+    return {"structure": structure, "leaves": dict(values)}
+
+
+def _module(structure: dict[str, Any], values: dict[str, Any]) -> Any:  # noqa: ANN401
+    nodes = leaf_nodes(structure["extra"])
+    module = OrderedDict((k, v) for k, v in values.items() if k not in nodes)
+    try:
+        for name, source in dict(structure["ties"]).items():
+            module[name] = module[source]
+        module.update(unflatten(structure["extra"], _as_arrays(nodes, values)))
+    except (KeyError, TypeError, ValueError, StateMismatchError):
+        return {"structure": structure, "leaves": dict(values)}
+    return module
+
+
+def _as_arrays(
+    nodes: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return tensors as arrays where these stand for text or for lists of numbers."""
+    plain = ("numbers", "bytes", "text")
+    return {
+        name: np.asarray(value) if nodes.get(name, {}).get(KIND) in plain else value
+        for name, value in values.items()
+    }
+
+
+def _is_module(structure: Any) -> bool:  # noqa: ANN401
+    return isinstance(structure, dict) and {"ties", "extra"} <= set(structure)
+
+
+def _is_training(structure: Any) -> bool:  # noqa: ANN401
+    return (
+        isinstance(structure, dict)
+        and "module" in structure
+        and all(map(_TRAIN_PART.fullmatch, structure))
+    )
+
+
+def _inside(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{key}/"
+    return {
+        name[len(prefix) :]: value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }

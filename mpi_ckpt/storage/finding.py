@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens the generation that somebody has asked for. No lock is needed, nothing changes.
+
+A job may save and prune at the same time: what vanishes between being listed and being
+open is looked for again.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import (
+    CorruptGenerationError,
+    NoCheckpointError,
+    ReadError,
+    UnsupportedFormatError,
+)
+from mpi_ckpt.storage.layout import QUARANTINE, generation_name
+from mpi_ckpt.storage.proving import verify
+from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.recovery import is_gone, survey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from mpi_ckpt.choice import Choice
+    from mpi_ckpt.retention import GenerationSummary
+    from mpi_ckpt.storage.catalog import Catalog
+    from mpi_ckpt.storage.recovery import Survey
+
+__all__ = ["describe_others", "explain_absence", "open_chosen", "open_newest_there"]
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 10
+
+
+def open_chosen(
+    catalog: Catalog, choice: Choice, *, proven: bool = False
+) -> GenerationReader:
+    """Open the generation that a choice means, and no other in its place.
+
+    Not collective.
+
+    Args:
+        catalog: Of the directory.
+        choice: Checked; not the newest.
+        proven: Whether all its bytes are proven first.
+
+    Raises:
+        NoCheckpointError: On the calling rank, if there is none such; it says what is.
+        CorruptGenerationError: On the calling rank, if it is damaged; it says what else
+            there is.
+        UnsupportedFormatError: On the calling rank, if it is of another format.
+        ReadError: On the calling rank, if the operating system cannot read.
+    """
+    tried = None
+    while True:
+        number = _number(catalog, choice)
+        path = catalog.root / generation_name(number)
+        try:
+            return _open(path, proven=proven)
+        except CorruptGenerationError as problem:
+            if not is_gone(path) or number == tried:
+                raise CorruptGenerationError(
+                    f"{problem}. {choice} was asked for, so no other is taken for it; "
+                    f"{describe_others(catalog, number)}",
+                    path=path,
+                    generation=number,
+                ) from problem
+        except ReadError:
+            if not is_gone(path) or number == tried:
+                raise
+        # Listed twice, and never there: an old listing is no reason to turn for ever.
+        tried = number
+
+
+def open_newest_there(catalog: Catalog) -> GenerationReader:
+    """Open the newest generation whose manifest and files look right.
+
+    Not collective. One that is damaged is told in a warning, and left where it is.
+
+    Raises:
+        NoCheckpointError: On the calling rank, if nothing was ever saved there.
+        CorruptGenerationError: On the calling rank, if there are generations and none is
+            good.
+        UnsupportedFormatError: On the calling rank, if the newest is of another format.
+        ReadError: On the calling rank, if the operating system cannot read.
+    """
+    root = catalog.root
+    bad: dict[int, str] = {}  # nothing is said of one that is gone
+    before = None
+    while True:
+        found = survey(root)
+        number = next((n for n in found.generations if n not in bad), None)
+        if number is None:
+            # While its owner renames, a directory may be listed with neither name.
+            if found == before:
+                break
+            before = found
+            continue
+        path = root / generation_name(number)
+        try:
+            return GenerationReader(path)
+        except (CorruptGenerationError, ReadError) as problem:
+            bad[number] = "" if is_gone(path) else str(problem)
+            if bad[number] and isinstance(problem, ReadError):
+                raise
+            if bad[number]:
+                logger.warning("generation %d is not used: %s", number, problem)
+    explain_absence(root, found, {n: text for n, text in bad.items() if text})
+    raise NoCheckpointError(
+        f"{root} holds no generation: is that the directory given to the manager?",
+        path=root,
+    )
+
+
+def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
+    """Raise if there are generations, or were, and none can be used; else do nothing.
+
+    Not collective.
+
+    Args:
+        root: The directory.
+        found: What a look at it found.
+        bad: Number -> reason of those that failed to verify.
+
+    Raises:
+        RestoreError: On the calling rank, saying why nothing can be used.
+    """
+    vanished = [n for n in found.generations if n not in bad]
+    if vanished:
+        raise ReadError(
+            f"{root} lists generations {vanished}, and none is there: somebody "
+            "deletes them, or this host sees an old listing",
+            path=root,
+        )
+    if bad or found.quarantined:
+        named = [*bad.values()] or [
+            str(root / QUARANTINE / name) for name in found.quarantined
+        ]
+        raise CorruptGenerationError(
+            f"no generation in {root} is good: {'; '.join(named)}. To start anew, move "
+            f"{root / QUARANTINE} and what is left elsewhere{_hint(root, found)}",
+            path=root,
+            problems=named,
+        )
+    if found.rolled_back:
+        raise CorruptGenerationError(
+            f"there is no generation in {root}, but some that a rollback has set aside: "
+            f"{', '.join(found.rolled_back)}. To start anew, move them elsewhere"
+            f"{_hint(root, found)}",
+            path=root,
+        )
+    if found.unlisted:
+        raise CorruptGenerationError(
+            f"there is no generation in {root}, and whether there ever was is not "
+            f"known: {found.unlisted}. To start anew, move that elsewhere",
+            path=root / QUARANTINE,
+        )
+    if found.adaptdl:
+        raise UnsupportedFormatError(
+            f"{root} holds checkpoints of adaptdl ({', '.join(found.adaptdl)}), "
+            "which are pickles and are not read; to start anew, use another "
+            "directory or move them away",
+            path=root,
+        )
+
+
+def describe_others(catalog: Catalog, besides: int | None = None) -> str:
+    """Return in words what else there is, and that nothing was changed. Not collective.
+
+    Args:
+        catalog: Of the directory.
+        besides: Number of the generation that is known already.
+
+    Raises:
+        ReadError: On the calling rank, if the directory cannot be listed.
+    """
+    there = [one for one in catalog.summaries() if one.generation != besides]
+    listed = ", ".join(map(_describe, there[-_LISTED:])) or "none"
+    more = f" and {len(there) - _LISTED} older" if len(there) > _LISTED else ""
+    what = "there are" if besides is None else "ask for another; there are"
+    return f"{what}: {listed}{more}. Nothing on disk was changed"
+
+
+def _open(path: Path, *, proven: bool) -> GenerationReader:
+    with ExitStack() as closing:
+        reader = closing.enter_context(GenerationReader(path))
+        if proven:
+            verify(reader)
+        closing.pop_all()
+    return reader
+
+
+def _number(catalog: Catalog, choice: Choice) -> int:
+    if choice.generation is not None and choice.generation in _numbers(catalog):
+        return int(choice.generation)
+    number = choice.pick(catalog.summaries())
+    if number is None:
+        raise NoCheckpointError(
+            f"{catalog.root} has no {_lacking(choice)}{_aside(catalog, choice)}; "
+            f"{describe_others(catalog)}",
+            path=catalog.root,
+            generation=choice.generation,
+        )
+    return number
+
+
+def _numbers(catalog: Catalog) -> tuple[int, ...]:
+    return survey(catalog.root).generations
+
+
+def _hint(root: Path, found: Survey) -> str:
+    if not found.rolled_back:
+        return ""
+    return f"; mpi-ckpt rollback {root} --undo brings back what a rollback has set aside"
+
+
+def _lacking(choice: Choice) -> str:
+    if choice.best is not None:
+        return f"generation saved with a metric {choice.best!r} (mode {choice.mode!r})"
+    if choice.step is not None:
+        return f"generation of step {choice.step}"
+    return f"generation {choice.generation}"
+
+
+def _aside(catalog: Catalog, choice: Choice) -> str:
+    if choice.generation is None:
+        return ""
+    name, found = generation_name(choice.generation), survey(catalog.root)
+    if name in found.quarantined:
+        return f"; it was set aside: {catalog.root / QUARANTINE / name}"
+    is_behind = choice.generation in found.rolled_back_numbers
+    return _hint(catalog.root, found) if is_behind else ""
+
+
+def _describe(one: GenerationSummary) -> str:
+    metrics = "".join(f", {name}={value:.6g}" for name, value in one.metrics.items())
+    return f"{one.generation} (step {one.step}{metrics})"

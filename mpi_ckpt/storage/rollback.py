@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sets newer generations aside under names that nothing looks at, and brings them back.
+
+Each keeps its directory and gets another name beside the old one, by a rename within one
+directory: at any moment it is under one of the two, whole. Nothing is deleted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import SaveError
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.layout import generation_name, rolled_back_name, rolled_back_numbers
+from mpi_ckpt.storage.recovery import survey
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["bring_back", "last_rolled_back", "set_newer_aside"]
+
+
+def set_newer_aside(root: Path, generation: int) -> tuple[int, ...]:
+    """Set all generations aside that are newer than one; durable when it returns.
+
+    Not collective. The caller holds the lock, and has swept what others have left.
+
+    Args:
+        root: The checkpoint directory.
+        generation: The newest that stays.
+
+    Returns:
+        The numbers of those that were set aside, oldest first.
+
+    Raises:
+        ReadError: On the calling rank, if the directory cannot be listed.
+        SaveError: On the calling rank, if it cannot be changed; some may have been set
+            aside, and calling this again goes on with the others.
+    """
+    found = survey(root)
+    newer = [number for number in found.generations if number > generation]
+    # CRASH: the newest goes first, so that what is left is always what was there before
+    # some save. The name tells what was the newest at first: cut off and called again,
+    # it is one rollback all the same.
+    with os_errors_as(SaveError, "setting generations aside", root):
+        for number in newer:
+            target = root / rolled_back_name(number, found.highest)
+            filesystem.rename_new(root / generation_name(number), target)
+        if newer:
+            filesystem.sync_directory(root)
+    return tuple(reversed(newer))
+
+
+def last_rolled_back(root: Path) -> tuple[int, ...]:
+    """Return the numbers of what `bring_back` would bring back, oldest first.
+
+    Not collective.
+
+    Raises:
+        ReadError: On the calling rank, if the directory cannot be listed.
+    """
+    return tuple(sorted(_last(root)))
+
+
+def bring_back(root: Path) -> tuple[int, ...]:
+    """Undo what was set aside since the last save; durable when it returns.
+
+    Not collective. The caller holds the lock.
+
+    Args:
+        root: The checkpoint directory.
+
+    Returns:
+        The numbers of those that are back, oldest first; none if there were none.
+
+    Raises:
+        ReadError: On the calling rank, if the directory cannot be listed.
+        SaveError: On the calling rank, if it cannot be changed; some may be back, and
+            calling this again goes on with the others.
+    """
+    names = _last(root)
+    with os_errors_as(SaveError, "bringing generations back", root):
+        for number in sorted(names):
+            filesystem.rename_new(root / names[number], root / generation_name(number))
+        if names:
+            filesystem.sync_directory(root)
+    return tuple(sorted(names))
+
+
+def _last(root: Path) -> dict[int, str]:
+    aside = {name: rolled_back_numbers(name) for name in survey(root).rolled_back}
+    last = max((pair[1] for pair in aside.values() if pair), default=0)
+    return {pair[0]: name for name, pair in aside.items() if pair and pair[1] == last}
