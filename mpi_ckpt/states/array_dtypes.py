@@ -17,7 +17,7 @@ from mpi_ckpt.errors import StageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of"]
+__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of", "unnamed_part"]
 
 _NAMES = {
     "bool": "BOOL",
@@ -104,6 +104,25 @@ def array_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name.removeprefix("numpy:"))
 
 
+def unnamed_part(dtype: np.dtype[Any]) -> str | None:
+    """Return what a dtype has beside its name, so that one made anew would lack it.
+
+    Not collective. Thread-safe. NumPy takes two that differ in it for equal.
+    """
+    if dtype.metadata:
+        return f"metadata, {dict(dtype.metadata)}"
+    for name in dtype.names or ():
+        assert dtype.fields is not None
+        inner, _, *title = dtype.fields[name]
+        if title:
+            return f"titles of fields, as {title[0]!r} of {name!r}"
+        element, _ = inner.subdtype or (inner, ())
+        found = unnamed_part(element)
+        if found is not None:
+            return f"{found} in {name!r}"
+    return None
+
+
 @lru_cache(maxsize=256)
 def holes_of(dtype: np.dtype[Any]) -> NDArray[np.bool_] | None:
     """Return which bytes of an element belong to no value; None if all do.
@@ -117,7 +136,8 @@ def holes_of(dtype: np.dtype[Any]) -> NDArray[np.bool_] | None:
         is_long = dtype.char in "gG"
         used = 10 if is_long and np.finfo(np.longdouble).nmant == 63 else dtype.itemsize
         part = _LONG if used == 10 else dtype.itemsize
-        for start in range(0, dtype.itemsize, part):
+        skipped = 0 if dtype.isnative else part - used
+        for start in range(skipped, dtype.itemsize, part):
             holes[start : start + used] = False
     for inner, offset, *_ in (dtype.fields or {}).values():
         element, shape = inner.subdtype or (inner, ())
