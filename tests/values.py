@@ -39,7 +39,7 @@ PLAIN_DTYPES = st.one_of(
     hnp.scalar_dtypes().filter(lambda dtype: dtype.itemsize),
     hnp.unicode_string_dtypes(max_len=3),
     hnp.byte_string_dtypes(max_len=3),
-    st.sampled_from([np.dtype(np.longdouble), np.dtype(np.clongdouble)]),
+    st.sampled_from([np.dtype(order + char) for char in "gG" for order in "<>"]),
 )
 RECORDS = st.one_of(
     hnp.array_dtypes(PLAIN_DTYPES, min_size=1, max_size=3, allow_subarrays=True),
@@ -80,7 +80,8 @@ def arrays(draw: Any) -> np.ndarray:
     if draw(st.booleans()) and array.ndim:
         array = np.repeat(array, 2, axis=-1)[..., ::2]
     if dtype.names and draw(st.booleans()):
-        array = array.view(np.recarray)
+        of_records = np.dtype((np.record, array.dtype))
+        array = array.view(draw(st.sampled_from([np.recarray, of_records])))
     elif array.ndim == 2 and not dtype.names and draw(st.booleans()):
         array = array.view(np.matrix)
     array.flags.writeable = draw(st.booleans())
@@ -99,6 +100,8 @@ def tensors(draw: Any) -> torch.Tensor:
         tensor = torch.stack([tensor.contiguous()] * 2, -1)[..., 0]
     if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
         return tensor
+    if dtype.is_complex and draw(st.booleans()):
+        tensor = tensor.conj()
     kind = draw(st.sampled_from(["plain", "grad", "parameter", "frozen"]))
     if kind == "plain":
         return tensor

@@ -240,7 +240,8 @@ def kinds_of_elements() -> Iterator[tuple[str, str, str, Callable[[int], Any]]]:
     for library, what, form, make in drawn:
         try:
             value = make_quietly(make, SAVED)
-        except TypeError:  # NumPy's: not every type has another byte order, or windows
+        except (TypeError, AttributeError):
+            # NumPy's: not every type has another byte order, or windows; or an older torch.
             continue
         # One of objects or texts of any length is no scalar of NumPy's, but Python's.
         if form != "scalar" or isinstance(value, np.generic):
