@@ -74,7 +74,7 @@ class CheckpointManager:
         self._step = 0
         self._pinned: int | None = None
         self._saver = Saver(self._session, self._registry)
-        self._guard = PreemptionGuard(options.preemption_signals, tells=private.is_root)
+        self._guard = PreemptionGuard(options.preemption_signals, tells=self.is_root)
         self._steps = Steps(self._session, self._saver, self._guard)
         aborts = options.abort_on_error
         self._abort = AbortOnError(self._session.comm, self._saver.close, enabled=aborts)

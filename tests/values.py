@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mpi_ckpt.states.array_dtypes import holes_of, is_bare
+from mpi_ckpt.states.array_dtypes import holes_of, unnamed_part
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=4) | st.sampled_from(
     ["~", "leaf", "items", "a", "a/b", "b", "0", "1", "text", "x" * 5000]
@@ -39,17 +39,16 @@ PLAIN_DTYPES = st.one_of(
     hnp.scalar_dtypes().filter(lambda dtype: dtype.itemsize),
     hnp.unicode_string_dtypes(max_len=3),
     hnp.byte_string_dtypes(max_len=3),
-    st.sampled_from([np.dtype(np.longdouble), np.dtype(np.clongdouble)]),
+    st.sampled_from([np.dtype(order + char) for char in "gG" for order in "<>"]),
+)
+RECORDS = st.one_of(
+    hnp.array_dtypes(PLAIN_DTYPES, min_size=1, max_size=3, allow_subarrays=True),
+    hnp.nested_dtypes(PLAIN_DTYPES, max_itemsize=200).filter(lambda dtype: dtype.names),
 )
 NUMPY_DTYPES = st.one_of(
     PLAIN_DTYPES,
     st.sampled_from(ML_DTYPES),
-    hnp.array_dtypes(PLAIN_DTYPES, min_size=1, max_size=3, allow_subarrays=True).filter(
-        is_bare
-    ),
-    hnp.nested_dtypes(PLAIN_DTYPES, max_itemsize=200).filter(
-        lambda dtype: dtype.names and is_bare(dtype)
-    ),
+    RECORDS.filter(lambda dtype: unnamed_part(dtype) is None),  # titles are refused
 )
 
 # All that NumPy makes a tensor's bytes of, and back.
@@ -81,7 +80,8 @@ def arrays(draw: Any) -> np.ndarray:
     if draw(st.booleans()) and array.ndim:
         array = np.repeat(array, 2, axis=-1)[..., ::2]
     if dtype.names and draw(st.booleans()):
-        array = array.view(np.recarray)
+        of_records = np.dtype((np.record, array.dtype))
+        array = array.view(draw(st.sampled_from([np.recarray, of_records])))
     elif array.ndim == 2 and not dtype.names and draw(st.booleans()):
         array = array.view(np.matrix)
     array.flags.writeable = draw(st.booleans())
@@ -100,6 +100,8 @@ def tensors(draw: Any) -> torch.Tensor:
         tensor = torch.stack([tensor.contiguous()] * 2, -1)[..., 0]
     if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
         return tensor
+    if dtype.is_complex and draw(st.booleans()):
+        tensor = tensor.conj()
     kind = draw(st.sampled_from(["plain", "grad", "parameter", "frozen"]))
     if kind == "plain":
         return tensor
@@ -160,11 +162,14 @@ VALUES = st.recursive(
 
 def alike(one: Any, other: Any) -> bool:
     """Compare values: bits, kind, layout and place; also NaNs, and the sign of zero."""
+    if isinstance(one, np.generic) and isinstance(other, np.generic):
+        # NumPy has two classes for one type of integers: longlong, and int64 or intc.
+        return _arrays_alike(one, other)
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
         return _tensors_alike(one, other)
-    if isinstance(one, (np.ndarray, np.generic)):
+    if isinstance(one, np.ndarray):
         return _arrays_alike(one, other)
     if isinstance(one, dict):
         return (
@@ -198,7 +203,7 @@ def canonical(item: Any) -> str:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """Return the elements of a tensor in order, as bytes."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
@@ -213,7 +218,8 @@ def _tensors_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _arrays_alike(one: Any, other: Any) -> bool:
     return (
-        one.dtype == other.dtype
+        (one.dtype, one.dtype.type is np.record)
+        == (other.dtype, other.dtype.type is np.record)
         and one.dtype.byteorder == other.dtype.byteorder
         and one.shape == other.shape
         and values_of(one) == values_of(other)

@@ -17,7 +17,7 @@ from mpi_ckpt.errors import StageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of", "is_bare"]
+__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of", "unnamed_part"]
 
 _NAMES = {
     "bool": "BOOL",
@@ -104,17 +104,23 @@ def array_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name.removeprefix("numpy:"))
 
 
-def is_bare(dtype: np.dtype[Any]) -> bool:
-    """Tell whether a dtype says nothing but how to read bytes.
+def unnamed_part(dtype: np.dtype[Any]) -> str | None:
+    """Return what a dtype has beside its name, so that one made anew would lack it.
 
-    Not collective. Thread-safe. Titles of fields and metadata are for people and other
-    libraries, and no leaf has them.
+    Not collective. Thread-safe. NumPy takes two that differ in it for equal.
     """
-    element = dtype.subdtype[0] if dtype.subdtype else dtype
-    if dtype.metadata or element.metadata:
-        return False
-    fields = (element.fields or {}).values()
-    return all(len(field) == 2 and is_bare(field[0]) for field in fields)
+    if dtype.metadata:
+        return f"metadata, {dict(dtype.metadata)}"
+    for name in dtype.names or ():
+        assert dtype.fields is not None
+        inner, _, *title = dtype.fields[name]
+        if title:
+            return f"titles of fields, as {title[0]!r} of {name!r}"
+        element, _ = inner.subdtype or (inner, ())
+        found = unnamed_part(element)
+        if found is not None:
+            return f"{found} in {name!r}"
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -130,7 +136,8 @@ def holes_of(dtype: np.dtype[Any]) -> NDArray[np.bool_] | None:
         is_long = dtype.char in "gG"
         used = 10 if is_long and np.finfo(np.longdouble).nmant == 63 else dtype.itemsize
         part = _LONG if used == 10 else dtype.itemsize
-        for start in range(0, dtype.itemsize, part):
+        skipped = 0 if dtype.isnative else part - used
+        for start in range(skipped, dtype.itemsize, part):
             holes[start : start + used] = False
     for inner, offset, *_ in (dtype.fields or {}).values():
         element, shape = inner.subdtype or (inner, ())

@@ -83,7 +83,7 @@ class ArrayBuffer:
         if self._array.size:
             new = np.frombuffer(target, self._little()).reshape(self._array.shape)
             np.copyto(new, self._array)
-            holes = holes_of(self._array.dtype)
+            holes = holes_of(new.dtype)
             if holes is not None:
                 np.frombuffer(target, np.uint8).reshape(-1, len(holes))[:, holes] = 0
 
@@ -136,7 +136,10 @@ def array_leaf(name: str, array: NDArray[Any], known: LeafSpec | None = None) ->
     """
     if isinstance(array, np.ma.MaskedArray):
         raise StageError(f"{name or 'the value'} is a masked array: its mask would be lost")
-    dtype, shape = array_dtype_name(array.dtype), array.shape
+    try:
+        dtype, shape = array_dtype_name(array.dtype), array.shape
+    except StageError as error:
+        raise StageError(f"{name or 'the value'}: {error}") from None
     if known is None or known.dtype != dtype or known.shape != shape:
         known = LeafSpec(name, dtype, shape)
     return Leaf(known, ArrayBuffer(array))
@@ -230,7 +233,11 @@ class ArrayState(LeafState):
                 if problem is not None:
                     problems.append(problem)
                     continue
-            leaf = array_leaf(key, array, known.get(key))
+            try:
+                leaf = array_leaf(key, array, known.get(key))
+            except StageError as error:
+                problems.append(str(error))
+                continue
             leaves.append(leaf)
             if leaf.spec is not known.get(key):
                 problem = _not_restorable(key, array)

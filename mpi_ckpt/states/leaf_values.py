@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.states.array_dtypes import is_bare
+from mpi_ckpt.states.array_dtypes import unnamed_part
 from mpi_ckpt.states.arrays import array_leaf, empty_array
 from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
 
@@ -48,16 +48,13 @@ def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN
     """
     if _is_tensor(value):
         return _describe_tensor(name, value)
-    if not is_bare(value.dtype):
-        raise StageError(
-            f"{name or 'the value'} has a dtype with titles of fields or metadata, which "
-            f"would be lost: save a view() of it without ({value.dtype!r})"
-        )
     if isinstance(value, np.generic):
         node = {KIND: "scalar"}
         if isinstance(value, np.record):
             node["class"] = "recarray"
-        return node, array_leaf(name, np.array(value))
+        array = np.array(value)
+        _require_named(name, array.dtype)
+        return node, array_leaf(name, array)
     return _describe_array(name, value)
 
 
@@ -95,6 +92,8 @@ def make_value(
         return array.view(np.recarray), leaf
     if node.get("class") == "matrix":
         return array.view(np.matrix), leaf
+    if node.get("class") == "records":
+        return array.view(np.dtype((np.record, array.dtype))), leaf
     return array, leaf
 
 
@@ -124,12 +123,26 @@ def _describe_array(name: str, array: Any) -> tuple[dict[str, Any], Leaf]:  # no
                 "beside"
             )
         node["class"] = type(array).__name__
+    elif array.dtype.type is np.record:
+        node["class"] = "records"
+    _require_named(name, array.dtype)
     swapped = not array.dtype.isnative and not array.dtype.names
     if swapped or not array.flags.c_contiguous:
         node |= layout_of(array.strides, swapped=swapped).to_json()
     if not array.flags.writeable:
         node["readonly"] = True
     return node, array_leaf(name, array)
+
+
+def _require_named(name: str, dtype: np.dtype[Any]) -> None:
+    if dtype.names is None and dtype.metadata is None:
+        return
+    lost = unnamed_part(dtype)
+    if lost is not None:
+        raise StageError(
+            f"{name or 'the value'}: its dtype {dtype} has {lost}, which would be lost: "
+            "save a view without, or an ArrayState, whose arrays are restored in place"
+        )
 
 
 def _describe_tensor(name: str, tensor: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401

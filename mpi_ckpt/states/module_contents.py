@@ -8,7 +8,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.failures import concerning
 from mpi_ckpt.states.leaf_values import takes_bytes
 from mpi_ckpt.states.tree import Flattened, flatten
 from mpi_ckpt.states.wrappers import inner_names
@@ -75,15 +74,21 @@ class ModuleContents:
             name = inner(outer)
             self.outer[name] = outer
             if _is_tensor(value) and name.rpartition(".")[2] != EXTRA:
-                try:
-                    self._add(name, value)
-                except Exception:
-                    with concerning(f"leaf {name!r}"):
-                        raise
+                self._add_named(name, value)
             else:
                 extra[name] = value
         self.extra_names = tuple(extra)
         self.extra: Flattened = flatten(extra, "#extra")
+
+    def _add_named(self, name: str, value: torch.Tensor) -> None:
+        try:
+            self._add(name, value)
+        except StageError:
+            raise
+        except Exception as error:  # what others have made of a tensor
+            raise StageError(
+                f"{name}, a {type(value).__qualname__}, cannot be saved: {error!r}"
+            ) from error
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         from torch.nn.parameter import is_lazy
@@ -94,12 +99,14 @@ class ModuleContents:
         if is_lazy(value):
             self.lazy.append(name)
             return
+        # First, as it refuses what has no identity either: a nested tensor has no shape.
+        leaf = tensor_leaf(name, value)
         identity = _identity(value)
         source = self._first.setdefault(identity, name)
         if source != name:
             self.ties[name] = source
             return
-        self.leaves[name] = tensor_leaf(name, value)
+        self.leaves[name] = leaf
         if not takes_bytes(value):
             self.fixed[name] = "overlaps itself in memory, as after expand()"
         elif self._memory and value.is_cpu and value.data_ptr() in self._memory:

@@ -94,7 +94,8 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
     """
     if type(tensor) not in _PLAIN:
         _refuse_foreign(name, tensor)
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    if not dense or tensor.is_quantized or tensor.is_meta:
         raise StageError(
             f"tensor {name!r} ({tensor.layout}, {tensor.dtype}, {tensor.device}) cannot be "
             "saved: only dense tensors with memory of their own can"

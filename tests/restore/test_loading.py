@@ -167,7 +167,7 @@ def test_what_is_open_can_be_read_while_a_job_prunes_it(root):
 
 def test_names_that_are_not_there_are_told_with_those_that_are(root):
     with mpi_ckpt.load(root) as saved:
-        with pytest.raises(NotSavedError, match="generation 3 has no state 'arraiz'") as one:
+        with pytest.raises(NotSavedError, match="3 has no state 'arraiz'") as one:
             _ = saved["arraiz"]
         assert "did you mean 'arrays'?" in str(one.value)
         with pytest.raises(NotSavedError, match="there: 'wide', 'narrow', 'none', 'one'"):

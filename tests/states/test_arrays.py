@@ -218,3 +218,24 @@ def test_read_only_arrays_are_a_mismatch_before_anything_moves():
     with pytest.raises(StateMismatchError, match="frozen is read-only"):
         carry(ArrayState("a", {"x": np.ones(3), "frozen": np.ones(3)}), state)
     assert not state.arrays["x"].any()
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_all_bits_of_a_long_double_return_in_either_byte_order(order):
+    values = np.array([1, 2, 3], np.longdouble) / 7
+    source = values.astype(values.dtype.newbyteorder(order))
+    record = np.zeros(3, [("x", source.dtype)])
+    record["x"] = source
+    for one in (source, record):
+        spec = LeafSpec("a", array_dtype_name(one.dtype), one.shape)
+        target = empty_array(spec)
+        target.view(np.uint8)[...] = 0xFF
+        ArrayBuffer(target).write(ArrayBuffer(one).read())
+        assert np.array_equal(target["x"] if target.dtype.names else target, values)
+
+
+def test_every_array_that_is_no_bytes_is_named():
+    arrays = {"ids": np.arange(3), "a": np.array([None]), "b": np.array([None])}
+    with pytest.raises(StageError) as caught:
+        ArrayState("s", arrays).capture()
+    assert [text.partition(":")[0] for text in caught.value.problems] == ["a", "b"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.states.module import ModuleState
 from tests.making import carry
 
@@ -155,6 +155,29 @@ def test_views_of_one_memory_are_not_tied():
 def test_empty_parameters_are_not_taken_for_tied():
     module = nn.ParameterList([torch.zeros(0), torch.zeros(0)])
     assert names(module) == ["0", "1"]
+
+
+class Odd(torch.Tensor):
+    """A tensor whose making did not foresee that anybody asks for its place."""
+
+    def detach(self):
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        lambda: torch.ones(2).as_subclass(Odd),
+    ],
+    ids=["nested", "odd"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_cannot_even_be_looked_at_are_refused_by_name(make):
+    module = nn.Sequential(nn.Linear(1, 1))
+    module[0].register_buffer("ragged", make())
+    with pytest.raises(StageError, match=r"0\.ragged.* cannot be saved"):
+        module_state(module).capture()
 
 
 class WithExtra(nn.Module):
