@@ -203,7 +203,9 @@ def canonical(item: Any) -> str:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """Return the elements of a tensor in order, as bytes."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    # A clone, as a single element of any stride counts as contiguous.
+    flat = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
