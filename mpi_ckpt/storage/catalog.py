@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published generations: listed, chosen by retention, removed. Root alone."""
+"""The published generations: listed, chosen by retention, removed. Root alone.
+
+A listing lies at times: an automount shows nothing yet, a network file system an old
+state, a directory was moved away and is back. Where it shows less than is known, it is
+looked at again, and refused in the end: a job that believed it would begin to number anew,
+and retention would take what was just acknowledged for the oldest.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.errors import CheckpointError, ReadError
 from mpi_ckpt.reports import GenerationInfo
 from mpi_ckpt.retention import (
     GenerationSummary,
@@ -25,10 +32,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.storage.manifest import Manifest
+    from mpi_ckpt.storage.recovery import Survey
 
 __all__ = ["Catalog"]
 
 logger = logging.getLogger(__name__)
+
+_PAUSES_SECONDS = (0.05, 0.2, 1.0)
 
 
 class Catalog:
@@ -41,6 +51,8 @@ class Catalog:
 
     Attributes:
         root: Likewise.
+        is_owned: Whether this job owns the directory, so that it must be there.
+        highest: The highest number of a generation seen in it so far.
     """
 
     def __init__(self, root: Path) -> None:
@@ -49,9 +61,54 @@ class Catalog:
         self._known: dict[int, GenerationInfo] = {}
         self._left: list[int] = []
         self._unasked: RetentionPolicy | None = None
+        self._seen: set[int] = set()
+        self.is_owned = False
+        self.highest = 0
+
+    def look(self) -> Survey:
+        """Look at the directory; again, where it shows less than is known.
+
+        Not collective.
+
+        Raises:
+            ReadError: On the calling rank, if it cannot be listed, or goes on to show less.
+        """
+        for pause in (*_PAUSES_SECONDS, None):
+            found = survey(self.root)
+            hidden = self._hidden(found)
+            if not hidden:
+                break
+            if pause is None:
+                raise ReadError(
+                    f"{self.root} does not show {hidden}; nothing is written there as long "
+                    "as it does not: is the file system there, was the directory moved?",
+                    path=self.root,
+                )
+            logger.warning("%s does not show %s: looking again", self.root, hidden)
+            time.sleep(pause)
+        self._seen = set(found.generations)
+        self.highest = max((self.highest, *found.generations))
+        return found
+
+    def _hidden(self, found: Survey) -> str:
+        """Return in words what is there, as far as is known, and was not shown."""
+        if found.is_missing:
+            return "itself, and this job owns it" if self.is_owned else ""
+        missing = sorted(self._seen - set(found.generations))
+        # One that was removed, by its owner or by hand, has no name; a listing that is
+        # only old shows others of this job still.
+        there = [n for n in missing if not is_gone(self.root / generation_name(n))]
+        if there:
+            return f"generations {there}, which are there"
+        is_empty = not (found.generations or found.quarantined or found.rolled_back)
+        if self.is_owned and missing and is_empty:
+            return f"generations {missing}, nor any other, and this job has seen them"
+        return ""
 
     def add(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
         """Note a generation whose manifest is at hand. Not collective."""
+        self._seen.add(manifest.generation)
+        self.highest = max(self.highest, manifest.generation)
         self._known[manifest.generation] = GenerationInfo(
             generation=manifest.generation,
             path=path,
@@ -71,7 +128,7 @@ class Catalog:
         Raises:
             ReadError: On the calling rank, if the directory cannot be listed.
         """
-        present = sorted(survey(self.root).generations)
+        present = sorted(self.look().generations)
         self._known = {n: info for n, info in self._known.items() if n in present}
         for number in present:
             if number not in self._known:
@@ -122,6 +179,7 @@ class Catalog:
                 target = self.root / partial_name(number, job)
                 filesystem.rename_new(source, target)
                 self._known.pop(number, None)
+                self._seen.discard(number)
                 del self._left[0]
                 doomed.append(target)
             if doomed:
@@ -145,7 +203,7 @@ class Catalog:
             self._left = list(self.choose(self._unasked))
         if not self._left:
             return
-        present = survey(self.root).generations
+        present = self.look().generations
         left = [number for number in self._left if number in present]
         if left and present[0] not in left:
             self.remove(left, job)

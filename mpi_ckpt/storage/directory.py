@@ -18,9 +18,10 @@ from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.faults import os_errors_as, read_errors_as_save_errors
-from mpi_ckpt.storage.finding import explain_absence, open_chosen
+from mpi_ckpt.storage.finding import explain_absence, open_chosen, open_twice
 from mpi_ckpt.storage.layout import generation_name, is_partial_of
 from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.mounts import unmounted_above
 from mpi_ckpt.storage.partial import Partial
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -88,9 +89,9 @@ class CheckpointDirectory:
         """
         if self._lock is not None:
             return
-        with os_errors_as(SaveError, "making", self.root):
-            filesystem.make_directories(self.root)
+        self._make()
         self._lock = DirectoryLock(self.root, self.job)
+        self.catalog.is_owned = True
         self._warn_if_open_to_all()
         self._sweep()
         with suppress(SaveError):  # a disk that was full may have room now
@@ -100,6 +101,7 @@ class CheckpointDirectory:
     def close(self) -> None:
         """Let go of the lock. Callable twice."""
         lock, self._lock = self._lock, None
+        self.catalog.is_owned = False
         if lock is not None:
             lock.close()
 
@@ -124,7 +126,7 @@ class CheckpointDirectory:
             found = self._survey_without_mine()
         return Partial(
             self.root,
-            found.next_generation,
+            max(found.next_generation, self.catalog.highest + 1),
             self.job,
             mode=self._mode,
             staging=self._staging,
@@ -168,18 +170,18 @@ class CheckpointDirectory:
         """
         # Also where nothing was saved yet: of two jobs that start there the second must
         # hear of it now, not when it has trained for hours.
-        self._own_if_writable()
+        refused = self._own_if_writable()
         gone: set[int] = set()
         before = None
         while True:
-            found = recovery.survey(self.root)
+            found = self.catalog.look()
             number = next(
                 (n for n in found.generations if n not in gone and n not in self._aside),
                 None,
             )
             if number is not None:
                 try:
-                    return GenerationReader(self.root / generation_name(number))
+                    return open_twice(self.root / generation_name(number))
                 except CorruptGenerationError as problem:
                     self.reject(number, problem)
                 except ReadError:
@@ -190,6 +192,13 @@ class CheckpointDirectory:
             elif self._lock is not None or found == before:
                 break
             before = found
+        if found.is_missing and refused is not None:
+            raise ReadError(
+                f"{self.root} is not there, and cannot be made: {refused}. To begin anew "
+                "where nobody can save would lose all of it: is the file system mounted, "
+                "does a link lead somewhere, is the path right?",
+                path=self.root,
+            ) from refused
         explain_absence(self.root, found, self._aside)
         return None
 
@@ -273,27 +282,41 @@ class CheckpointDirectory:
 
     def _sweep(self) -> None:
         with read_errors_as_save_errors():
-            partials = recovery.survey(self.root).partials
+            partials = self.catalog.look().partials
         self._swept = recovery.sweep(self.root, partials, self.job)
 
     def _survey_without_mine(self) -> recovery.Survey:
         """Look at the directory, without what this job could not delete before."""
         self.catalog.remove_left(self.job)
-        found = recovery.survey(self.root)
+        found = self.catalog.look()
         # A successor's are not ours to touch.
         mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
         if mine:
             recovery.sweep(self.root, mine, self.job)
-            found = recovery.survey(self.root)
+            found = self.catalog.look()
         return found
 
-    def _own_if_writable(self) -> None:
+    def _make(self) -> None:
+        """Make the directory, unless it would be on another disk than it should be."""
+        if not self.root.exists() and (point := unmounted_above(self.root)) is not None:
+            raise SaveError(
+                f"{self.root} lies under {point}, which this host is told to mount, and "
+                "nothing is mounted there",
+                path=self.root,
+            )
+        with os_errors_as(SaveError, "making", self.root):
+            filesystem.make_directories(self.root)
+
+    def _own_if_writable(self) -> SaveError | None:
+        """Own the directory, if that can be; return why it cannot."""
         try:
             self.own()
         except SaveError as error:
             # A full or failing disk may still be read; a save will say what is wrong.
             level = logging.INFO if error.errno in _NOT_WRITABLE else logging.WARNING
             logger.log(level, "restoring without a lock, as for a reader: %s", error)
+            return error
+        return None
 
     def _warn_if_open_to_all(self) -> None:
         # Group directories are how people work together; the whole world is no group.

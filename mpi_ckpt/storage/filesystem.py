@@ -214,8 +214,17 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name; the target must be free. Not collective."""
+    """Give a file a second name; the target must be free. Not collective.
+
+    Raises:
+        OSError: On the calling rank; EOPNOTSUPP, with nothing left there, where the file
+            system makes a copy, or a link of its own, of what should be one file.
+    """
     os.link(source, target, follow_symlinks=False)
+    one, other = os.lstat(source), os.lstat(target)
+    if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+        os.unlink(target)
+        raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
 
 
 def append(path: Path, data: bytes) -> None:

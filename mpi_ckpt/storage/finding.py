@@ -8,6 +8,7 @@ open is looked for again.
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.catalog import Catalog
     from mpi_ckpt.storage.recovery import Survey
 
-__all__ = ["describe_others", "explain_absence", "open_chosen", "open_newest_there"]
+__all__ = [
+    *("describe_others", "explain_absence", "open_chosen", "open_newest_there"),
+    "open_twice",
+]
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 10
+_PAUSE_SECONDS = 0.05
 
 
 def open_chosen(
@@ -104,7 +109,7 @@ def open_newest_there(catalog: Catalog) -> GenerationReader:
             continue
         path = root / generation_name(number)
         try:
-            return GenerationReader(path)
+            return open_twice(path)
         except (CorruptGenerationError, ReadError) as problem:
             bad[number] = "" if is_gone(path) else str(problem)
             if bad[number] and isinstance(problem, ReadError):
@@ -116,6 +121,24 @@ def open_newest_there(catalog: Catalog) -> GenerationReader:
         f"{root} holds no generation: is that the directory given to the manager?",
         path=root,
     )
+
+
+def open_twice(path: Path) -> GenerationReader:
+    """Open a generation; one that looks bad is looked at again before that is believed.
+
+    Not collective. A network file system that shows an old state for a moment must not
+    have a good generation set aside.
+
+    Raises:
+        RestoreError: On the calling rank, as `GenerationReader` does.
+    """
+    try:
+        return GenerationReader(path)
+    except CorruptGenerationError:
+        if is_gone(path):
+            raise
+        time.sleep(_PAUSE_SECONDS)
+    return GenerationReader(path)
 
 
 def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:

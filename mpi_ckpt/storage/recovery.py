@@ -53,6 +53,7 @@ class Survey:
         rolled_back: Names of those that somebody has gone back behind.
         adaptdl: Names of checkpoints in adaptdl's format.
         unlisted: Why it cannot be said what was set aside; empty if it can.
+        is_missing: Whether the directory itself is not there.
     """
 
     generations: tuple[int, ...] = ()
@@ -61,6 +62,7 @@ class Survey:
     rolled_back: tuple[str, ...] = ()
     adaptdl: tuple[str, ...] = ()
     unlisted: str = ""
+    is_missing: bool = False
 
     @property
     def highest(self) -> int:
@@ -108,7 +110,7 @@ def survey(root: Path) -> Survey:
         try:
             names = filesystem.list_names(root)
         except FileNotFoundError:
-            return Survey()
+            return Survey(is_missing=True)
     aside, unlisted = _set_aside(root / QUARANTINE) if QUARANTINE in names else ([], "")
     numbers = [n for name in names if (n := generation_number(name)) is not None]
     return Survey(

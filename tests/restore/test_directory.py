@@ -14,8 +14,7 @@ from mpi_ckpt.errors import (
     SaveError,
     UnsupportedFormatError,
 )
-from mpi_ckpt.storage import catalog, filesystem, lock, recovery
-from mpi_ckpt.storage import directory as directory_module
+from mpi_ckpt.storage import catalog, filesystem, finding, lock, mounts, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
@@ -326,7 +325,7 @@ def reader_of(root, monkeypatch, on_open):
         on_open(int(path.name[-8:]))
         return GenerationReader(path)
 
-    monkeypatch.setattr(directory_module, "GenerationReader", opening)
+    monkeypatch.setattr(finding, "GenerationReader", opening)
     directory = CheckpointDirectory(root)
     monkeypatch.setattr(directory, "own", refuse)
     return directory
@@ -371,14 +370,14 @@ def test_reader_looks_again_before_it_says_that_nothing_is_there(tmp_path, monke
     """A listing is not taken at one moment: a rename may be missed at both its ends."""
     publish(tmp_path)
     real, lists = recovery.survey, [Survey(partials=(".partial-00000001-a",))]
-    monkeypatch.setattr(recovery, "survey", lambda r: lists.pop() if lists else real(r))
+    monkeypatch.setattr(catalog, "survey", lambda r: lists.pop() if lists else real(r))
     with reader_of(tmp_path, monkeypatch, lambda number: None).open_newest() as reader:
         assert reader.manifest.generation == 1
     assert lists == []
 
 
 def test_a_listing_of_what_is_not_there_is_no_fresh_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(recovery, "survey", lambda root: Survey(generations=(2, 1)))
+    monkeypatch.setattr(catalog, "survey", lambda root: Survey(generations=(2, 1)))
     directory = reader_of(tmp_path, monkeypatch, lambda number: None)
     with pytest.raises(ReadError, match=r"lists generations \[2, 1\], and none is there"):
         directory.open_newest()
@@ -396,3 +395,142 @@ def test_a_retired_generation_is_kept_once_the_newer_one_is_bad(tmp_path, opened
     directory.reject(2, CorruptGenerationError("bad", path=newer.path))
     directory.begin().drop()
     assert (tmp_path / "checkpoint-00000001").is_dir()
+
+
+class Lying:
+    """Has the listing of a directory say something else, some times."""
+
+    def __init__(self, monkeypatch, root, *, times: int, names=None) -> None:
+        self.left = times
+        real = filesystem.list_names
+
+        def list_names(path):
+            if path == root and self.left:
+                self.left -= 1
+                if names is None:
+                    raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+                return names
+            return real(path)
+
+        monkeypatch.setattr(filesystem, "list_names", list_names)
+
+
+@pytest.mark.parametrize("names", [None, [], ["checkpoint-00000001"], [".lock"]])
+def test_a_listing_that_lies_once_is_looked_at_again(tmp_path, monkeypatch, opened, names):
+    directory = opened(tmp_path)
+    directory.own()
+    for _ in range(3):
+        save(directory, some_states())
+    lying = Lying(monkeypatch, tmp_path, times=1, names=names)
+    assert save(directory, some_states()).generation == 4
+    assert lying.left == 0
+    with directory.open_newest() as reader:
+        assert reader.manifest.generation == 4
+
+
+@pytest.mark.parametrize("names", [None, [], [".lock", "checkpoint-00000001"]])
+def test_one_that_goes_on_lying_is_refused(tmp_path, monkeypatch, opened, names):
+    monkeypatch.setattr(catalog, "_PAUSES_SECONDS", (0.0, 0.0))
+    directory = opened(tmp_path)
+    directory.own()
+    for _ in range(2):
+        save(directory, some_states())
+    Lying(monkeypatch, tmp_path, times=100, names=names)
+    with pytest.raises(SaveError, match="does not show"):
+        save(directory, some_states())
+    with pytest.raises(ReadError, match="does not show"):
+        directory.open_newest()
+
+
+def test_a_directory_that_is_moved_away_and_back(tmp_path, monkeypatch, opened):
+    monkeypatch.setattr(catalog, "_PAUSES_SECONDS", (0.0,))
+    root = tmp_path / "run"
+    directory = opened(root)
+    directory.own()
+    save(directory, some_states())
+    root.rename(tmp_path / "elsewhere")
+    with pytest.raises(SaveError):
+        save(directory, some_states())
+    with pytest.raises(ReadError, match="itself, and this job owns it"):
+        directory.open_newest()
+    (tmp_path / "elsewhere").rename(root)
+    assert save(directory, some_states()).generation == 2
+
+
+def test_what_somebody_has_removed_by_hand_is_no_lie(tmp_path, opened):
+    directory = opened(tmp_path)
+    directory.own()
+    for _ in range(3):
+        save(directory, some_states())
+    for number in (1, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-0000000{number}")
+    # The number of one that was seen is never given again.
+    assert save(directory, some_states()).generation == 4
+
+
+@pytest.mark.parametrize("target", ["nothing", "nothing/run"])
+def test_a_link_to_nothing_is_no_fresh_start(tmp_path, opened, target):
+    link = tmp_path / "run"
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(ReadError, match="is not there, and cannot be made"):
+        opened(link).open_newest()
+
+
+def test_an_empty_mount_point_is_no_fresh_start(tmp_path, monkeypatch, opened):
+    point = tmp_path / "scratch"
+    point.mkdir()
+    table = tmp_path / "fstab"
+    table.write_text(f"# disks\nserver:/scratch {point} nfs defaults 0 0\n")
+    monkeypatch.setattr(mounts, "_TABLE", table)
+    with pytest.raises(ReadError, match="nothing is mounted there"):
+        opened(point / "run").open_newest()
+    assert list(point.iterdir()) == []
+    # Whoever has made it there has meant it.
+    (point / "run").mkdir()
+    assert opened(point / "run").open_newest() is None
+
+
+def test_mount_points_are_those_of_the_table(tmp_path, monkeypatch):
+    table = tmp_path / "fstab"
+    monkeypatch.setattr(mounts, "_TABLE", table)
+    assert mounts.unmounted_above(tmp_path) is None
+    table.write_text(f"a / ext4 x 0 0\nb {tmp_path}/with\\040space ext4 x 0 0\nshort\n")
+    assert mounts.unmounted_above(tmp_path / "other") is None
+    spaced = tmp_path / "with space"
+    assert mounts.unmounted_above(spaced / "run") == spaced
+    table.write_bytes(b"\xff\xfe")
+    assert mounts.unmounted_above(spaced) is None
+
+
+def test_one_look_at_a_good_generation_may_fail(tmp_path, monkeypatch, opened):
+    directory = opened(tmp_path)
+    directory.own()
+    save(directory, some_states())
+    real, left = filesystem.open_for_reading, [1]
+
+    def once(path, **how):
+        if left and path.name == "manifest.json":
+            left.pop()
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return real(path, **how)
+
+    monkeypatch.setattr(filesystem, "open_for_reading", once)
+    directory.forget_newest()
+    with directory.open_newest() as reader:
+        assert reader.manifest.generation == 1
+    assert not left
+    assert directory.set_aside == {}
+
+
+@pytest.mark.parametrize("kind", ["copy", "link"])
+def test_a_link_that_is_no_second_name_is_noticed(tmp_path, monkeypatch, kind):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"x")
+    make = shutil.copy if kind == "copy" else os.symlink
+    monkeypatch.setattr(
+        filesystem.os, "link", lambda one, other, follow_symlinks: make(one, other)
+    )
+    with pytest.raises(OSError, match="no second names"):
+        filesystem.link_file(source, target)
+    assert not os.path.lexists(target)
+    assert source.read_bytes() == b"x"

@@ -23,7 +23,7 @@ def make(root, *names: str) -> None:
 
 
 def test_missing_directory_is_empty(tmp_path):
-    assert survey(tmp_path / "missing") == Survey()
+    assert survey(tmp_path / "missing") == Survey(is_missing=True)
     assert Survey().next_generation == 1
 
 

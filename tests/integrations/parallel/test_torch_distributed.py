@@ -50,7 +50,7 @@ def test_starting_twice_is_refused_on_all_ranks(comm, started):
 def test_ranks_are_those_of_torch(comm, reversed_ranks, shared_path):
     ordered = communicator(comm=comm)
     assert (ordered.rank, ordered.size) == (dist.get_rank(), comm.size)
-    value = ObjectState("of-root", [dist.get_rank()])
+    value = ObjectState("of-root", [dist.get_rank()], sync="root")
     with CheckpointManager(shared_path / "checkpoints", [value], comm=ordered) as manager:
         assert manager.is_root == (dist.get_rank() == 0)
         manager.save()
