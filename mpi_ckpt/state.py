@@ -18,14 +18,15 @@ from mpi_ckpt.storage.layout import check_state_name
 from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import BinaryIO
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
 __all__ = [
-    *("Arrival", "Capture", "LeafState", "PartsState", "State", "Structure", "SyncMode"),
+    *("Arrival", "Capture", "Change", "LeafState", "PartsState", "State", "Structure"),
+    "SyncMode",
 ]
 
 Structure = Any
@@ -115,6 +116,19 @@ class Arrival:
     elsewhere: Callable[[int], Leaf | None] = lambda _: None
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What restoring with another number of ranks has changed of a state.
+
+    Attributes:
+        text: In a few words; empty for nothing.
+        is_unusual: Whether it changes what is trained, not only who does how much of it.
+    """
+
+    text: str = ""
+    is_unusual: bool = False
+
+
 class LeafState(State):
     """A state that shows its tensors.
 
@@ -150,6 +164,39 @@ class LeafState(State):
 
     def bind(self, comm: Communicator) -> None:
         """Take the manager's communicator. Not collective. Called by the manager."""
+
+    def join(self, states: Mapping[str, State]) -> None:
+        """Take the manager's states, by name: a view that goes on being true.
+
+        Not collective. Called by the manager, after `bind`.
+        """
+
+    def observe_resize(
+        self,
+        structure: Structure,  # noqa: ARG002
+        saved_size: int,  # noqa: ARG002
+        size: int,  # noqa: ARG002
+    ) -> Callable[[], Change]:
+        """Look at the state before another number of ranks restores it.
+
+        Not collective. Called on every rank before anything is changed.
+
+        Args:
+            structure: What was saved, with which the state has been found to fit.
+            saved_size: Number of ranks that saved.
+            size: Number of ranks now.
+
+        Returns:
+            Called on root once all is restored: says what has changed.
+        """
+        return Change
+
+    def restored(self) -> str:
+        """Return a warning about what was restored, empty for none.
+
+        Not collective. Called on every rank once all states are restored.
+        """
+        return ""
 
     def capture(self) -> Capture:
         """Return the contents by reference: nothing is copied.

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import base64
 import copy
-import json
-import math
-from collections import Counter
+import logging
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mpi_ckpt.comm import collect
+from mpi_ckpt.comm import any_of, collect
+from mpi_ckpt.elastic.sums import Key, Totals, Update, add_all, as_number, from_first_form
 from mpi_ckpt.errors import CheckpointError, StageError, StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
+from mpi_ckpt.states.leaf_values import make_value
+from mpi_ckpt.states.packed import pack, unpack
+from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,24 +27,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Accumulator"]
 
-Key = str | int
-Totals = dict[Key, Any]
+logger = logging.getLogger(__name__)
+
+_REMEMBERED_MAX = 1000
+"""Results of one epoch: each is saved with every save from there on."""
 
 
 class Accumulator(PartsState, MutableMapping[Key, Any]):
     """A dictionary of sums.
 
-    Outside of `synchronized` it takes ``accumulator[key] += value`` and ``-=``, on each
-    rank by itself, and reads as empty. Inside, it holds the sums over all ranks and over
-    all runs and is an ordinary dictionary, changed alike on every rank.
+    Outside of `synchronized` it takes ``accumulator[key] += value`` and ``-=``, and as a
+    whole ``accumulator += {key: value}`` and ``-=``, on each rank by itself, and reads as
+    empty. Inside, it holds the sums over all ranks and over all runs and is an ordinary
+    dictionary, changed alike on every rank. Values are integers, floats of any width and
+    complex numbers, or arrays or tensors of them.
 
     A save folds what is pending on any rank into the sums, so nothing is lost with a
     job. Sums are made on root in rank order: the same every time for the same ranks.
 
     Args:
         initial: Sums to start from, the same on every rank.
-        epochs: The loop the accumulator is used in. What `synchronized` gave is kept
-            for the running epoch and given again to code that a restart runs again.
+        epochs: The loop the accumulator is used in. What `synchronized` gave in the
+            running epoch is kept, and given again to code that a restart runs again.
+            Without it, as in a loop over steps, nothing is ever given again.
         name: As for `mpi_ckpt.State`.
 
     Raises:
@@ -62,11 +67,14 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         self._epochs = epochs
         self._comm: Communicator | None = None
         self._results: Totals = {}
-        _add_all(self._results, initial or {})
+        add_all(self._results, initial or {})
         self._updates: Totals = {}
         self._combined: Totals | None = None
-        self._history: dict[int | None, list[Totals]] = {}
-        self._visits: Counter[int | None] = Counter()
+        # What synchronized() gave in one epoch, in order; None once it was too often.
+        self._history: list[Totals] | None = []
+        self._history_epoch: int | None = None
+        self._visits = 0
+        self._entered = 0
         self._open: Totals | None = None
 
     def bind(self, comm: Communicator) -> None:
@@ -77,11 +85,14 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
     def synchronized(self, *, replayed: bool = True) -> Iterator[Accumulator]:
         """Sum over all ranks; within the block the accumulator holds the sums.
 
-        Collective, unless it is replayed or nested.
+        Collective, unless it is nested. What it gave before a restart it gives again, and
+        drops what was added since, where an `EpochState` tells that the epoch is run
+        again: not outside of its loop, nor amid the batches of an `ElasticSampler` that
+        is a state of the same manager, where a run goes on after the last batch.
 
         Args:
-            replayed: Whether a restart within this epoch runs the block again: true
-                between loops over batches, false inside one whose position is restored.
+            replayed: False where the program itself restores its place in the epoch, and
+                does not run the block again.
 
         Raises:
             CheckpointError: On every rank, if a rank's values cannot be summed, or no
@@ -90,9 +101,9 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         if self._open is not None:
             yield self
             return
+        replayed = replayed and self._is_repeatable()
         past = self._next_replay() if replayed else None
         if past is not None:
-            self._updates.clear()
             self._open = past
         else:
             self._sum_over_ranks()
@@ -114,21 +125,29 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] += value
 
+    def __iadd__(self, other: Mapping[Key, Any]) -> Accumulator:
+        self.update(other)
+        return self
+
+    def __isub__(self, other: Mapping[Key, Any]) -> Accumulator:
+        self.subtract(other)
+        return self
+
     def __getitem__(self, key: Key) -> Any:  # noqa: ANN401
         if self._open is not None:
             return self._open[key]
-        return _Update(key)
+        return Update(key)
 
     def __setitem__(self, key: Key, value: Any) -> None:  # noqa: ANN401
         if self._open is not None:
-            self._open[key] = _plain(key, value)
+            self._open[key] = as_number(key, value)
             return
-        # `a[k] += v` reads an _Update, adds v to it and stores it here.
-        if not isinstance(value, _Update) or value.key != key:
+        # `a[k] += v` reads an Update, adds v to it and stores it here.
+        if not isinstance(value, Update) or value.key != key:
             raise TypeError(
                 f"{self.name}[{key!r}] can only be added to outside of synchronized()"
             )
-        _add_all(self._updates, {key: value.amount})
+        add_all(self._updates, {key: value.amount})
 
     def __delitem__(self, key: Key) -> None:
         del self._visible()[key]
@@ -144,13 +163,13 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
 
     def part(self) -> bytes:
         """See `PartsState`. Not collective."""
-        return _encode(self._updates)
+        return pack(self._updates)
 
     def combine(self, parts: Sequence[bytes]) -> None:
         """See `PartsState`. Root only."""
         totals = dict(self._results)
         for part in parts:
-            _add_all(totals, _decode(part))
+            add_all(totals, unpack(part))
         self._combined = totals
 
     def combined(self) -> None:
@@ -161,68 +180,117 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        history = [
-            [epoch, [_to_json(totals) for totals in entries]]
-            for epoch, entries in self._history.items()
-        ]
-        return Capture({"results": _to_json(self._results), "history": history}, ())
+        content = {
+            "results": self._results,
+            "epoch": self._history_epoch,
+            # As one piece: hundreds of small results would be as many leaves.
+            "history": pack(self._history) if self._history != [] else None,
+        }
+        flattened = flatten(content)
+        return Capture(flattened.structure, tuple(flattened.leaves.values()))
 
     def prepare(
         self,
         structure: Structure,
-        specs: Sequence[LeafSpec],  # noqa: ARG002
+        specs: Sequence[LeafSpec],
         *,
         strict: bool,  # noqa: ARG002
     ) -> Arrival:
         """See `LeafState`. Not collective."""
         try:
-            results, history = _parse(structure)
-        except (TypeError, ValueError, KeyError) as error:
+            if isinstance(structure, dict) and isinstance(structure["history"], list):
+                first = _of_first_form(structure)
+                return Arrival((), lambda: self._take(*first))
+            expected = unflatten(structure, {spec.name: spec for spec in specs})
+            if sorted(expected) != ["epoch", "history", "results"]:
+                raise ValueError
+            expected["results"].items()
+        except (TypeError, ValueError, KeyError, AttributeError, CheckpointError) as error:
             raise StateMismatchError(
                 f"state {self.name!r} was not saved from an accumulator"
             ) from error
+        nodes = leaf_nodes(structure)
+        # Made anew: the program may hold arrays that it has read here.
+        made = [make_value(spec, nodes.get(spec.name, {})) for spec in specs]
+        values = {spec.name: value for spec, (value, _) in zip(specs, made, strict=True)}
 
         def adopt() -> None:
-            self._results, self._history = results, history
-            self._updates.clear()
+            content = unflatten(structure, values)
+            history = [] if content["history"] is None else unpack(content["history"])
+            self._take(content["results"], content["epoch"], history)
 
-        return Arrival((), adopt)
+        return Arrival([leaf for _, leaf in made], adopt)
+
+    def _take(
+        self, results: Totals, epoch: int | None, history: list[Totals] | None
+    ) -> None:
+        self._results, self._history_epoch, self._history = results, epoch, history
+        self._updates.clear()
 
     def _visible(self) -> Totals:
         return {} if self._open is None else self._open
 
-    def _epoch(self) -> int | None:
-        return None if self._epochs is None else self._epochs.current
-
-    def _next_replay(self) -> Totals | None:
-        epoch = self._epoch()
-        # Finished epochs are never run again.
-        self._history = {
-            key: entries
-            for key, entries in self._history.items()
-            if key is None or epoch is None or key >= epoch
-        }
-        visit = self._visits[epoch]
-        self._visits[epoch] += 1
-        entries = self._history.get(epoch, [])
-        # A copy: the block may change it, and a later restart replays it once more.
-        return copy.deepcopy(entries[visit]) if visit < len(entries) else None
-
-    def _remember(self) -> None:
-        entries = self._history.setdefault(self._epoch(), [])
-        entries.append(copy.deepcopy(self._results))
-
-    def _sum_over_ranks(self) -> None:
-        comm = self._comm
-        if comm is None:
+    def _bound(self) -> Communicator:
+        if self._comm is None:
             raise CheckpointError(
                 f"accumulator {self.name!r} belongs to no manager yet: give it to one "
                 "among its states"
             )
+        return self._comm
 
-        def combine(parts: list[bytes]) -> list[Any]:
+    def _is_repeatable(self) -> bool:
+        epochs = self._epochs
+        if epochs is None or epochs.current is None:
+            return False
+        doing = f"looking where accumulator {self.name!r} is summed"
+        # Whether an iteration has ended is for Python to say, on each rank by itself.
+        (unrepeatable,) = any_of(self._bound(), doing, not epochs.is_repeatable)
+        return not unrepeatable
+
+    def _next_replay(self) -> Totals | None:
+        epochs = self._epochs
+        assert epochs is not None
+        if self._history_epoch != epochs.current:
+            # Finished epochs are never run again.
+            self._history_epoch, self._history = epochs.current, []
+        if self._entered != epochs.entered:
+            self._entered, self._visits = epochs.entered, 0
+        visit, history = self._visits, self._history
+        self._visits += 1
+        if history is None or visit >= len(history):
+            return None
+        if self._updates and visit == 0 and self._bound().is_root:
+            logger.warning(
+                "accumulator %r: epoch %d is run again, so synchronized() gives what it "
+                "gave before the restart, without what was added since; where the program "
+                "goes on in mid-epoch by itself, call synchronized(replayed=False)",
+                *(self.name, epochs.current),
+            )
+        self._updates.clear()
+        # A copy: the block may change it, and a later restart replays it once more.
+        return copy.deepcopy(history[visit])
+
+    def _remember(self) -> None:
+        if self._history is None:
+            return
+        if len(self._history) < _REMEMBERED_MAX:
+            self._history.append(copy.deepcopy(self._results))
+            return
+        self._history = None
+        if self._bound().is_root:
+            logger.warning(
+                "accumulator %r: synchronized() more than %d times in epoch %s: should a "
+                "restart run this epoch again, its sums have what it adds twice; where it "
+                "goes on in mid-epoch, call synchronized(replayed=False)",
+                *(self.name, _REMEMBERED_MAX, self._history_epoch),
+            )
+
+    def _sum_over_ranks(self) -> None:
+        comm = self._bound()
+
+        def combine(parts: list[bytes]) -> str:
             self.combine(parts)
-            return _to_json(self._combined or {})
+            return base64.b64encode(pack(self._combined)).decode()
 
         totals = collect(
             comm,
@@ -232,90 +300,15 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
             error=StageError,
             safe="nothing was added",
         )
-        self._combined = self._combined if comm.is_root else _from_json(totals)
+        if not comm.is_root:
+            self._combined = unpack(base64.b64decode(totals))
         self.combined()
 
 
-class _Update:
-    """Stands for an entry that is being added to."""
-
-    __slots__ = ("amount", "key")
-
-    def __init__(self, key: Key) -> None:
-        self.key = key
-        self.amount: Any = 0
-
-    def __add__(self, value: Any) -> _Update:  # noqa: ANN401
-        self.amount = self.amount + _plain(self.key, value)
-        return self
-
-    def __sub__(self, value: Any) -> _Update:  # noqa: ANN401
-        self.amount = self.amount - _plain(self.key, value)
-        return self
-
-
-def _parse(structure: Structure) -> tuple[Totals, dict[int | None, list[Totals]]]:
-    history = {
-        epoch: [_from_json(totals) for totals in entries]
-        for epoch, entries in structure["history"]
-    }
-    return _from_json(structure["results"]), history
-
-
-def _plain(key: object, value: Any) -> Any:  # noqa: ANN401
-    """Return an int, float or array for anything number-like, tensors included."""
-    if not isinstance(key, (str, int)):
-        raise TypeError(f"key {key!r}: an accumulator's keys are text or integers")
-    if isinstance(value, _Update):
-        raise TypeError("an accumulator's entries can only be read inside synchronized()")
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
-        value = value.item()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return value
-    if isinstance(value, (int, float)):
-        return value
-    raise TypeError(
-        f"accumulator[{key!r}]: {type(value).__name__} is no number or array of them"
-    )
-
-
-def _add_all(totals: Totals, updates: Mapping[Key, Any]) -> None:
-    for key, value in updates.items():
-        amount = _plain(key, value)
-        totals[key] = totals[key] + amount if key in totals else amount
-
-
-def _to_json(totals: Totals) -> list[Any]:
-    return [[key, _value_to_json(value)] for key, value in totals.items()]
-
-
-def _value_to_json(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, np.ndarray):
-        data = base64.b64encode(value.tobytes()).decode()
-        return {"array": data, "dtype": value.dtype.str, "shape": value.shape}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}  # JSON has no NaN, and a loss may well be one
-    return value
-
-
-def _from_json(pairs: Any) -> Totals:  # noqa: ANN401 (JSON)
-    return {key: _value_from_json(value) for key, value in pairs}
-
-
-def _value_from_json(value: Any) -> Any:  # noqa: ANN401
-    if not isinstance(value, dict):
-        return value
-    if "float" in value:
-        return float(value["float"])
-    array = np.frombuffer(base64.b64decode(value["array"]), np.dtype(value["dtype"]))
-    return array.reshape(value["shape"]).copy()
-
-
-def _encode(totals: Totals) -> bytes:
-    return json.dumps(_to_json(totals)).encode()
-
-
-def _decode(data: bytes) -> Totals:
-    return _from_json(json.loads(data))
+def _of_first_form(structure: Structure) -> tuple[Totals, int | None, list[Totals]]:
+    """Read what a release saved that had arrays and history within the JSON."""
+    epoch, history = None, []
+    for number, entries in structure["history"]:
+        if number is not None and (epoch is None or number > epoch):
+            epoch, history = number, [from_first_form(totals) for totals in entries]
+    return from_first_form(structure["results"]), epoch, history

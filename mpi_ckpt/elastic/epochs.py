@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.elastic.sampler import ElasticSampler
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.state import State
 
 __all__ = ["EpochState", "remaining_epochs_until"]
 
@@ -20,7 +22,8 @@ class EpochState(LeafState):
     """How many epochs are finished, and which one is running.
 
     The running epoch is not saved as such: after a restart it is entered again, and an
-    `ElasticSampler` says where in it.
+    `ElasticSampler` says where in it. A save at the end of the loop's body, when all of
+    the epoch's work is done, is told so by `done` before it.
 
     Args:
         name: As for `mpi_ckpt.State`.
@@ -28,6 +31,7 @@ class EpochState(LeafState):
     Attributes:
         finished: Number of finished epochs.
         current: Number of the running epoch, None outside of the loop.
+        entered: How often this process has entered an epoch.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name is illegal.
@@ -37,6 +41,51 @@ class EpochState(LeafState):
         super().__init__(name)
         self.finished = 0
         self.current: int | None = None
+        self.entered = 0
+        self._states: Mapping[str, State] = {}
+
+    def done(self) -> None:
+        """Say that the running epoch is done: a save from here on does not repeat it.
+
+        Not collective, but every rank must call it alike. The last line of a loop's body,
+        or the one before its save; called twice in an epoch it counts once.
+
+        Raises:
+            RuntimeError: On every rank that calls, if no loop over the epochs is running.
+        """
+        if self.current is None:
+            raise RuntimeError(f"no loop over {self.name!r} is running: no epoch to end")
+        self.finished = max(self.finished, self.current + 1)
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a restart from here would run again what this rank runs now.
+
+        Not so outside of an epoch, in one that is `done`, and in a loop over batches,
+        whose position an `ElasticSampler` restores.
+        """
+        is_open = self.current is not None and self.current >= self.finished
+        return is_open and not any(sampler.is_within for sampler in self._samplers())
+
+    def join(self, states: Mapping[str, State]) -> None:
+        """See `LeafState`. Not collective."""
+        self._states = states
+
+    def restored(self) -> str:
+        """See `LeafState`. Not collective."""
+        at_end = [
+            sampler.name
+            for sampler in self._samplers()
+            if sampler.is_exhausted and sampler.epoch == self.finished
+        ]
+        if not at_end:
+            return ""
+        return (
+            f"epoch {self.finished} is about to be repeated: it was saved after the last "
+            f"batch of {', '.join(map(repr, at_end))}, so no batch of it is left, and what "
+            "the body does after its batches is done again, if it was done before the "
+            f"save; a save at the end of the body comes after {self.name}.done()"
+        )
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
@@ -59,13 +108,16 @@ class EpochState(LeafState):
 
         return Arrival((), adopt)
 
+    def _samplers(self) -> list[ElasticSampler]:
+        return [one for one in self._states.values() if isinstance(one, ElasticSampler)]
+
 
 def remaining_epochs_until(limit: int, epochs: EpochState) -> Iterator[int]:
     """Iterate over the epochs that are left.
 
     Not collective: every rank iterates by itself, to the same numbers. An epoch counts
     as finished when its body ends in any way, as in adaptdl; a save inside the body has
-    it unfinished.
+    it unfinished, unless `EpochState.done` was called before.
 
     Args:
         limit: Number of the first epoch that is not wanted.
@@ -78,8 +130,9 @@ def remaining_epochs_until(limit: int, epochs: EpochState) -> Iterator[int]:
         raise RuntimeError(f"a loop over {epochs.name!r} is running already")
     while epochs.finished < limit:
         epochs.current = epochs.finished
+        epochs.entered += 1
         try:
             yield epochs.current
         finally:
-            epochs.finished += 1
+            epochs.done()
             epochs.current = None

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpi_ckpt.errors import CheckpointError, OptionsError, StateMismatchError
-from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
+from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import LeafSpec
 
-__all__ = ["ElasticSampler", "epoch_order", "global_batches"]
+__all__ = ["ElasticSampler", "count_batches", "epoch_order", "global_batches"]
+
+logger = logging.getLogger(__name__)
 
 
 class ElasticSampler(LeafState):
@@ -37,7 +40,12 @@ class ElasticSampler(LeafState):
     Use as ``DataLoader(dataset, batch_sampler=sampler)``, and call `record_batch` when a
     batch was trained on: a loader with workers asks for batches ahead of that. A loader
     draws a seed from torch's global stream whenever it is iterated, also when resumed in
-    mid-epoch; for a run that is the same bit for bit, give it a ``generator`` of its own.
+    mid-epoch; for a run that is the same bit for bit, give it a ``generator`` of its own,
+    as ``torch.Generator().manual_seed(epoch)``.
+
+    Its length, and so the loader's, is that of a whole epoch, wherever in it the run is:
+    schedules are computed from it before anything is restored. Where it is, say
+    `batch_index` and `remaining`.
 
     Args:
         length: Samples in the data set.
@@ -75,6 +83,10 @@ class ElasticSampler(LeafState):
         self._shuffle = shuffle
         self._seed = seed
         self._comm: Communicator | None = None
+        self._told_length: int | None = None
+        self._iterating = 0
+        self._given = 0
+        self._recorded = 0
         self.epoch = 0
         self.consumed = 0
 
@@ -91,11 +103,19 @@ class ElasticSampler(LeafState):
                 f"{min(self._length, self._batch_size)} samples"
             )
         self._comm = comm
+        if self._told_length not in (None, len(self)) and comm.is_root:
+            logger.warning(
+                "sampler %r: an epoch has %d batches with %d ranks, not %d, as it said "
+                "before it knew of them: ask for its length when the manager is made",
+                *(self.name, len(self), comm.size, self._told_length),
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch; does nothing if that epoch is being sampled. Not collective.
 
-        So a resumed loop that calls it first keeps its position.
+        So a resumed loop that calls it first keeps its position. Called with the next
+        epoch at the end of a loop's body, before a save there, it says that this one is
+        done: it will not be entered again.
         """
         if epoch != self.epoch:
             self.epoch = epoch
@@ -107,29 +127,61 @@ class ElasticSampler(LeafState):
         Not collective, but every rank must call it equally often: before
         ``manager.step()``, so that a save knows of the batch.
         """
-        batches = self._batches(self._ranks())
+        batches = self._batches(self.consumed, self._ranks().size)
         _, self.consumed = next(batches, (self.consumed, self._length))
+        self._recorded += 1
 
     def __len__(self) -> int:
-        """Return the number of batches left in this epoch. Not collective."""
-        return sum(1 for _ in self._batches(self._ranks()))
+        """Return the number of batches of a whole epoch. Not collective.
+
+        Known before the sampler knows of its ranks, if a batch has two samples for each.
+        """
+        whole = self._count(0)
+        if self._comm is None:
+            self._told_length = whole
+        return whole
 
     @property
-    def batches_in_epoch(self) -> int:
-        """The number of batches of a whole epoch."""
-        size = self._ranks().size
-        return sum(1 for _ in global_batches(self._length, self._batch_size, 0, size))
+    def remaining(self) -> int:
+        """The number of batches left in this epoch."""
+        return self._count(self.consumed)
+
+    @property
+    def batch_index(self) -> int:
+        """The number, from 0, of the next batch: for ``enumerate(loader, batch_index)``."""
+        return self._count(0) - self._count(self.consumed)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether every sample of this epoch was trained on."""
+        return self.consumed >= self._length
+
+    @property
+    def is_within(self) -> bool:
+        """Whether a loop over batches is under way on this rank, as far as can be told.
+
+        It is until all batches were asked for and, as a loader with workers asks ahead,
+        recorded; in a loop that records none, until all were asked for.
+        """
+        return self._iterating > 0 or 0 < self._recorded < self._given
 
     def __iter__(self) -> Iterator[list[int]]:
         """Give this rank's part of each batch left in this epoch. Not collective."""
         order = epoch_order(self._length, self.epoch, self._seed, shuffle=self._shuffle)
         comm = self._ranks()
-        for start, end in self._batches(comm):
-            yield order[start + comm.rank : end : comm.size].tolist()
+        self._given = self._recorded = 0
+        self._iterating += 1
+        try:
+            for start, end in self._batches(self.consumed, comm.size):
+                self._given += 1
+                yield order[start + comm.rank : end : comm.size].tolist()
+        finally:
+            self._iterating -= 1
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        structure = {**self._identity(), "epoch": self.epoch, "consumed": self.consumed}
+        position = {"epoch": self.epoch, "consumed": self.consumed}
+        structure = {**self._identity(), **position, "batch_size": self._batch_size}
         return Capture(structure, ())
 
     def prepare(
@@ -162,6 +214,20 @@ class ElasticSampler(LeafState):
 
         return Arrival((), adopt)
 
+    def observe_resize(
+        self, structure: Structure, saved_size: int, size: int
+    ) -> Callable[[], Change]:
+        """See `LeafState`. Not collective."""
+        saved, now = structure.get("batch_size"), self._batch_size
+        told = f"{self.name}: a batch of {now} samples is {_share(now, size)} a rank"
+        if type(saved) is not int:  # of a release that did not save it
+            return lambda: Change(told)
+        was = _share(saved, saved_size)
+        if saved == now:
+            return lambda: Change(f"{told}, no longer {was}")
+        told = f"{told}; it was saved with batches of {saved}, {was} a rank"
+        return lambda: Change(told, is_unusual=True)
+
     def _identity(self) -> dict[str, int | bool]:
         return {"length": self._length, "shuffle": self._shuffle, "seed": self._seed}
 
@@ -174,8 +240,17 @@ class ElasticSampler(LeafState):
             )
         return self._comm
 
-    def _batches(self, comm: Communicator) -> Iterator[tuple[int, int]]:
-        return global_batches(self._length, self._batch_size, self.consumed, comm.size)
+    def _batches(self, consumed: int, size: int) -> Iterator[tuple[int, int]]:
+        return global_batches(self._length, self._batch_size, consumed, size)
+
+    def _count(self, consumed: int) -> int:
+        size = 1 if self._comm is None else self._comm.size
+        return count_batches(self._length - consumed, self._batch_size, size)
+
+
+def _share(batch: int, size: int) -> str:
+    least, more = divmod(batch, size)
+    return f"{least} to {least + 1}" if more else str(least)
 
 
 def epoch_order(
@@ -190,6 +265,23 @@ def epoch_order(
         return np.arange(length)
     generator = np.random.RandomState([seed, epoch])
     return generator.permutation(length)
+
+
+def count_batches(left: int, batch_size: int, size: int) -> int:
+    """Return how many batches `global_batches` gives, without making them.
+
+    Not collective. Thread-safe.
+
+    Args:
+        left: Samples not done with.
+        batch_size: Samples in a global batch, at least ``size``.
+        size: Number of ranks.
+    """
+    whole = max(left // batch_size - 1, 0)
+    last = left - whole * batch_size
+    if last <= 0:
+        return whole
+    return whole + (1 if last <= batch_size or last // 2 < size else 2)
 
 
 def global_batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from mpi_ckpt.comm import agree, compare_texts, meet
@@ -39,6 +40,7 @@ class Registry:
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self._states: dict[str, State] = {}
+        self._view = MappingProxyType(self._states)
 
     @property
     def names(self) -> list[str]:
@@ -74,6 +76,7 @@ class Registry:
         check_names_apart([*self._states, state.name])
         if isinstance(state, LeafState):
             state.bind(self._comm)
+            state.join(self._view)
         self._states[state.name] = state
 
     def remove(self, name: str) -> None:

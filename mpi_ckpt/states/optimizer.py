@@ -6,14 +6,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError
-from mpi_ckpt.state import Arrival, Capture
+from mpi_ckpt.state import Arrival, Capture, Change
 from mpi_ckpt.states.nested import NestedState
 from mpi_ckpt.states.optimizer_params import SavedParams, describe_params
 from mpi_ckpt.states.scheduler import is_stateful
 from mpi_ckpt.states.wrappers import parameter_names
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -90,6 +90,24 @@ class OptimizerState(NestedState):
         order = saved.order_for(self._described())
         moved, renamed = saved.reordered(order, specs)
         return super().prepare(moved, renamed, strict=strict)
+
+    def observe_resize(
+        self,
+        structure: Structure,  # noqa: ARG002
+        saved_size: int,  # noqa: ARG002
+        size: int,  # noqa: ARG002
+    ) -> Callable[[], Change]:
+        """See `LeafState`. Not collective."""
+        made = self._rates()
+
+        def look() -> Change:
+            now = self._rates()
+            if now == made:
+                return Change()
+            text = f"{self.name}: the learning rate is {_listed(now)}"
+            return Change(f"{text}, the program had {_listed(made)}", is_unusual=True)
+
+        return look
 
     def nested(self) -> Any:  # noqa: ANN401
         """See `NestedState`. Not collective."""
@@ -171,12 +189,20 @@ class OptimizerState(NestedState):
             or bool(getattr(optimizer, "_optimizer_load_state_dict_post_hooks", None))
         )
 
+    def _rates(self) -> list[float]:
+        rates = [group.get("lr") for group in self._optimizer.param_groups]
+        return [float(rate) for rate in rates if rate is not None]
+
     def _params(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _described(self) -> tuple[list[list[list[int]]], list[list[str | None]]]:
         known = {} if self._module is None else parameter_names(self._module)
         return describe_params(self._optimizer.param_groups, known)
+
+
+def _listed(rates: list[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in dict.fromkeys(rates)) or "none"
 
 
 def is_optimizer(value: object) -> bool:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
 from mpi_ckpt.leaf import Gate, Leaf
-from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.optimizer import OptimizerState, is_optimizer
 from mpi_ckpt.states.scheduler import SchedulerState, is_off
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -145,6 +145,22 @@ class TrainState(LeafState):
             return leaf and Leaf(spec, leaf.buffer)
 
         return Arrival(leaves, adopt, tuple(missing), tuple(unexpected), elsewhere)
+
+    def observe_resize(
+        self, structure: Structure, saved_size: int, size: int
+    ) -> Callable[[], Change]:
+        """See `LeafState`. Not collective."""
+        parts = [(key, part) for key, part in self._parts.items() if key in structure]
+        watches = [
+            part.observe_resize(structure[key], saved_size, size) for key, part in parts
+        ]
+
+        def look() -> Change:
+            changes = [change for watch in watches if (change := watch()).text]
+            text = "; ".join(f"{self.name}/{change.text}" for change in changes)
+            return Change(text, any(change.is_unusual for change in changes))
+
+        return look
 
     def _let_steps_wait(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import mpi_ckpt
+from mpi_ckpt import EpochState, remaining_epochs_until
+from mpi_ckpt.elastic import accumulator
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     LockedError,
@@ -123,21 +125,55 @@ def test_sums_nest_and_need_not_be_replayed(manage):
         assert sums["n"] == 13
 
 
-def test_sums_are_replayed_once_after_a_restart(manage):
-    def run(manager, sums, batches):
-        for _ in range(batches):
-            sums["n"] += 1
-        with sums.synchronized():
-            return sums["n"]
+def test_sums_are_replayed_once_after_a_restart(manage, caplog):
+    def run(told, manager, epochs, sums, *, save):
+        for _ in remaining_epochs_until(1, epochs):
+            for number in range(3):
+                sums["n"] += 3
+                with sums.synchronized():
+                    told.append(sums["n"])
+                if number == save:
+                    manager.save()
+                    return
 
-    sums = mpi_ckpt.Accumulator()
-    with manage(sums) as manager:
-        assert [run(manager, sums, 3), run(manager, sums, 3)] == [3, 6]
-        manager.save()
-    again = mpi_ckpt.Accumulator()
-    manager = manage(again)
+    told, again = [], []
+    epochs = EpochState()
+    with manage(epochs, sums := mpi_ckpt.Accumulator(epochs=epochs)) as manager:
+        run(told, manager, epochs, sums, save=1)
+    epochs = EpochState()
+    manager = manage(epochs, sums := mpi_ckpt.Accumulator(epochs=epochs))
     manager.restore()
-    assert [run(manager, again, 3) for _ in range(3)] == [3, 6, 9]
+    run(again, manager, epochs, sums, save=None)
+    assert (told, again) == ([3, 6], [3, 6, 9])
+    (record,) = caplog.records  # once, though two blocks were
+    assert "epoch 0 is run again" in record.getMessage()
+
+
+def test_sums_in_a_loop_over_steps_are_never_replayed(manage):
+    for start in (0, 20, 40):
+        manager = manage(sums := mpi_ckpt.Accumulator())
+        manager.restore()
+        for step in range(start + 1, start + 21):
+            sums["n"] += 1
+            if step % 5 == 0:
+                with sums.synchronized():
+                    assert sums["n"] == step
+        manager.save()
+        assert sums._history == []
+        manager.close()
+
+
+def test_results_that_are_remembered_have_a_bound(manage, monkeypatch, caplog):
+    monkeypatch.setattr(accumulator, "_REMEMBERED_MAX", 10)
+    epochs = EpochState()
+    manage(epochs, sums := mpi_ckpt.Accumulator(epochs=epochs))
+    for epoch in remaining_epochs_until(2, epochs):
+        for _ in range(10 + 3 * epoch):
+            with sums.synchronized():
+                pass
+        assert sums._history is None if epoch else len(sums._history) == 10
+    (record,) = caplog.records
+    assert "more than 10 times in epoch 1" in record.getMessage()
 
 
 @pytest.mark.parametrize("step", [1.5, "7", 2**63])

@@ -9,6 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpi_ckpt.elastic.accumulator import Accumulator
 from mpi_ckpt.errors import CheckpointError, StateMismatchError
@@ -102,7 +104,15 @@ def test_outside_it_reads_as_empty_and_takes_only_sums():
     assert totals(folded(one)) == {"n": 5}
 
 
-@pytest.mark.parametrize("value", ["text", None, [1], {}, np.array(["x"]), np.array([1j])])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("text", None, [1], {}, np.array(["x"]), np.datetime64("2030-01-01")),
+        # More than their numbers, which is lost in a sum.
+        *(np.ma.masked_array([1.0], [True]), np.ones((1, 1)).view(np.matrix)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_number_is_refused_naming_the_key(value):
     with pytest.raises(TypeError, match="'n'"):
         Accumulator()["n"] += value
@@ -150,8 +160,118 @@ def test_capture_and_part_change_nothing():
         {"results": []},
         {"results": [[1]], "history": []},
         {"results": [["x", {"array": "", "dtype": "O", "shape": [1]}]], "history": []},
+        {"results": {}, "history": None},
+        {"results": [], "history": None, "epoch": 0},
+        {"results": {"~": "nothing known"}, "history": None, "epoch": 0},
     ],
 )
 def test_contents_of_another_state_are_a_mismatch(structure):
     with pytest.raises(StateMismatchError, match="not saved from an accumulator"):
         Accumulator().prepare(structure, [], strict=True)
+
+
+ELEMENTS = ["?", "b", "B", "h", "H", "i", "I", "l", "L", "e", "f", "d", "g", "F", "D", "G"]
+
+
+@given(st.data())
+def test_sums_of_every_kind_of_number_come_back_as_they_were(data):
+    one, expected = Accumulator(), {}
+    for key in range(data.draw(st.integers(1, 4))):
+        dtype = np.dtype(data.draw(st.sampled_from(ELEMENTS)))
+        shape = data.draw(st.sampled_from([(), (1,), (0,), (2, 3)]))
+        value = np.full(shape, data.draw(st.integers(0, 1)), dtype) + dtype.type(1)
+        if dtype.kind == "c":
+            value = value * dtype.type(1j)
+        for _ in range(data.draw(st.integers(1, 3))):
+            one[key] += value
+            number = value if value.ndim else value.item()
+            expected[key] = expected.get(key, 0) + number
+    found = totals(folded(one))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert type(found[key]) is type(value)
+        assert np.asarray(found[key]).dtype == np.asarray(value).dtype
+        assert np.array_equal(found[key], value)  # a long double has bytes of no meaning
+
+
+@pytest.mark.parametrize("value", [np.longdouble(1) / 3, np.clongdouble(1j) / 3, 1 + 2j])
+def test_wide_and_complex_numbers_keep_every_bit(value):
+    one = Accumulator()
+    one["x"] += value
+    one["y"] += np.array([value, value])
+    found = totals(folded(one))
+    assert found["x"] == value
+    assert found["y"].dtype == np.array([value]).dtype
+    assert (found["y"] == value).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sums"),
+    [
+        (torch.bfloat16, np.float32),
+        (torch.float8_e5m2, np.float32),
+        (torch.complex64, np.complex64),
+        (torch.float16, np.float16),
+    ],
+)
+def test_tensors_that_numpy_has_no_kind_for_are_summed_exactly(dtype, sums):
+    one = Accumulator()
+    for _ in range(300):  # in bfloat16 the sum would stand still at 256
+        one["x"] += torch.ones(3).to(dtype)
+        one["n"] += torch.tensor(1.0).to(dtype)
+    found = totals(folded(one))
+    assert found["x"].dtype == sums
+    assert found["x"].tolist() == [300] * 3
+    assert found["n"] == 300
+
+
+def test_numbers_of_ml_dtypes_are_taken():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    one = Accumulator()
+    one["x"] += np.full(2, 1.5, ml_dtypes.bfloat16)
+    one["n"] += ml_dtypes.bfloat16(0.25)
+    found = totals(folded(one))
+    assert (found["x"].dtype, found["x"].tolist()) == (np.float32, [1.5, 1.5])
+    assert found["n"] == 0.25
+
+
+def test_a_mapping_is_added_and_subtracted_as_a_whole():
+    one = Accumulator({"n": 1})
+    one += {"n": 2, "x": np.ones(2)}
+    one -= {"n": 1}
+    assert isinstance(one, Accumulator)
+    found = totals(folded(one))
+    assert found["n"] == 2
+    assert found["x"].tolist() == [1, 1]
+
+
+def test_arrays_and_history_are_leaves():
+    one = Accumulator({"big": np.zeros(100_000), "n": 1})
+    one._history_epoch, one._history = 3, [{"loss": n / 7} for n in range(400)]
+    captured = one.capture()
+    assert sorted(leaf.spec.name for leaf in captured.leaves) == ["history", "results/big"]
+    assert len(json.dumps(captured.structure)) < 1000
+    other = Accumulator()
+    carry(one, other)
+    assert (other._history_epoch, other._history) == (3, one._history)
+
+
+def test_what_was_read_is_not_written_to_by_a_restore():
+    one, other = Accumulator({"x": np.ones(3)}), Accumulator({"x": np.zeros(3)})
+    read = other._results["x"]
+    carry(one, other)
+    assert read.tolist() == [0, 0, 0]
+    assert other._results["x"].tolist() == [1, 1, 1]
+
+
+def test_sums_of_the_first_form_are_read():
+    array = {"array": "AQI=", "dtype": "|u1", "shape": [2]}
+    structure = {
+        "results": [["x", array], [3, {"float": "nan"}]],
+        "history": [[None, [[["x", 1]]]], [4, [[["x", 2]], [["x", 3]]]], [3, []]],
+    }
+    one = Accumulator()
+    one.prepare(structure, [], strict=True).adopt()
+    assert one._results["x"].tolist() == [1, 2]
+    assert math.isnan(one._results[3])
+    assert (one._history_epoch, one._history) == (4, [{"x": 2}, {"x": 3}])

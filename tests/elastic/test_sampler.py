@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.elastic.sampler import ElasticSampler, epoch_order, global_batches
+from mpi_ckpt.elastic.sampler import (
+    ElasticSampler,
+    count_batches,
+    epoch_order,
+    global_batches,
+)
 from mpi_ckpt.errors import CheckpointError, OptionsError, StateMismatchError
 from tests.making import Ranks, carry
 
@@ -68,7 +73,7 @@ def test_parts_are_even_and_never_empty(length, batch, size):
         lengths = [len(part) for part in parts]
         assert min(lengths) >= 1
         assert max(lengths) - min(lengths) <= 1
-    assert all(len(sampler) == 0 for sampler in samplers)
+    assert all(sampler.remaining == 0 for sampler in samplers)
 
 
 @given(st.integers(0, 50), st.integers(1, 20), st.integers(0, 50), st.integers(1, 20))
@@ -123,13 +128,76 @@ def test_part_is_empty_only_where_a_restart_finds_fewer_samples_than_ranks():
     assert [len(part) for part in train(samplers)[0]] == [1, 1, 1, 0]
 
 
-def test_length_is_the_number_of_batches_left_on_every_rank():
-    samplers = job(3, 20, 6)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.data())
+def test_length_stays_that_of_an_epoch_and_the_rest_has_names(length, batch, size, data):
+    size = min(size, batch, length)
+    samplers = job(size, length, batch)
     total = len(samplers[0])
-    for done in range(total):
-        assert {len(sampler) for sampler in samplers} == {total - done}
-        assert len(list(samplers[1])) == total - done
+    assert total == len(list(samplers[0]))
+    restart = data.draw(st.integers(0, total))
+    for done in range(total + 1):
+        if done == restart:
+            fresh = job(size, length, batch)
+            for sampler, saved in zip(fresh, samplers, strict=True):
+                carry(saved, sampler)
+            samplers = fresh
+        for sampler in samplers:
+            assert len(sampler) == total
+            assert (sampler.batch_index, sampler.remaining) == (done, total - done)
+            assert len(list(sampler)) == sampler.remaining
+            assert sampler.is_exhausted == (done == total)
         train(samplers, 1)
+
+
+@given(st.integers(-3, 300), st.integers(1, 20), st.integers(1, 20))
+def test_batches_are_counted_as_they_are_cut(left, batch, size):
+    batches = global_batches(max(left, 0), batch, 0, min(size, batch))
+    assert count_batches(left, batch, min(size, batch)) == len(list(batches))
+
+
+@given(
+    *(st.integers(1, 80), st.integers(1, 20), st.integers(1, 20)),
+    *(st.integers(1, 8), st.integers(1, 8), st.integers(0, 80)),
+)
+def test_the_index_is_sound_after_another_batch_size(length, old, new, n, m, batches):
+    (saved,) = job(1, length, old)
+    train([saved], batches)
+    sampler = job(min(m, new, length), length, new)[0]
+    carry(saved, sampler)
+    assert 0 <= sampler.batch_index <= len(sampler)
+    assert sampler.batch_index + sampler.remaining == len(sampler)
+
+
+def test_length_is_known_before_the_ranks_are():
+    sampler = ElasticSampler(103, 12)
+    assert len(sampler) == len(job(4, 103, 12)[0]) == 9
+    assert (sampler.batch_index, sampler.remaining) == (0, 9)
+
+
+def test_a_length_that_changes_with_the_ranks_is_told(caplog):
+    for rank in range(2):
+        sampler = ElasticSampler(25, 12)
+        assert len(sampler) == 3
+        sampler.bind(Ranks(rank, 7))
+        assert len(sampler) == 2
+    (record,) = caplog.records  # root's
+    assert "an epoch has 2 batches with 7 ranks, not 3" in record.getMessage()
+
+
+def test_a_loop_over_batches_is_known_to_be_under_way():
+    (sampler,) = job(1, 20, 4)
+    assert not sampler.is_within
+    for _ in sampler:
+        assert sampler.is_within
+        sampler.record_batch()
+        assert sampler.is_within
+    assert not sampler.is_within
+    sampler.set_epoch(1)
+    ahead = list(sampler)  # as a loader with workers asks
+    assert not sampler.is_within
+    for number, _ in enumerate(ahead, 1):
+        sampler.record_batch()
+        assert sampler.is_within == (number < len(ahead))
 
 
 def test_iterating_moves_nothing_until_a_batch_is_recorded():
@@ -175,7 +243,7 @@ def test_same_epoch_keeps_the_position_and_another_starts_anew():
     assert (sampler.epoch, sampler.consumed) == (1, 0)
 
 
-def test_position_is_two_numbers():
+def test_position_is_two_numbers_beside_what_the_sampler_is():
     (saved,) = job(1, 10, 4, seed=3)
     saved.set_epoch(2)
     saved.record_batch()
@@ -183,6 +251,7 @@ def test_position_is_two_numbers():
     assert captured.leaves == ()
     assert captured.structure == {
         "length": 10, "shuffle": True, "seed": 3, "epoch": 2, "consumed": 4,
+        "batch_size": 4,
     }  # fmt: skip
     live = ElasticSampler(10, 6, seed=3)
     carry(saved, live)
@@ -241,7 +310,7 @@ def test_replicas_that_disagree_about_the_position_are_an_error():
 
 def test_a_sampler_that_does_not_know_its_rank_gives_no_batch():
     sampler = ElasticSampler(10, 4)
-    for use in (len, list, ElasticSampler.record_batch):
+    for use in (list, ElasticSampler.record_batch):
         with pytest.raises(CheckpointError, match="belongs to no manager"):
             use(sampler)
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documents name what there is."""
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mpi4py import MPI  # noqa: F401 (a test would leave what starting it opens)
 
+import mpi_ckpt
 from mpi_ckpt import PerRankState
 from mpi_ckpt.options import ENVIRONMENT, IO, Options, StopWhen
 
@@ -49,9 +54,14 @@ def test_the_first_pages_stay_short():
 
 def block_of(document, function):
     """Return the example in which a page defines a function."""
+    return block_with(document, f"def {function}(")
+
+
+def block_with(document, part):
+    """Return the one example of a page that has this part."""
     text = (REPOSITORY / "docs" / document).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (block,) = (one for one in blocks if f"def {function}(" in one)
+    (block,) = (one for one in blocks if part in one)
     return block
 
 
@@ -96,13 +106,109 @@ print(len(trained), manager.steps)
 """
 
 
-@pytest.mark.full
-def test_example_of_the_readme_trains_saves_and_goes_on(tmp_path):
+def example_of_the_readme():
     text = (REPOSITORY / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return example
+
+
+@pytest.mark.full
+def test_example_of_the_readme_trains_saves_and_goes_on(tmp_path):
+    example = example_of_the_readme()
     program = AROUND_THE_README.format(example=example)
     for batches in (20, 0):  # the second time nothing is left to train
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.stdout.split() == [str(batches), "20"], done.stderr
+
+
+DISTURBED_README = """
+import os, random, signal, sys
+import numpy as np
+import torch
+
+stop_at, how = int(sys.argv[1]), int(sys.argv[2])
+for seed in (random.seed, np.random.seed, torch.manual_seed):
+    seed(1)
+dataset = torch.randn(60 * 256, 4)
+parts = torch.nn.Linear(4, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1)
+model = torch.nn.Sequential(*parts)
+optimizer = torch.optim.Adam(model.parameters())
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=600)
+
+def train(batch):
+    loss = model(batch + np.random.rand() + random.random()).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    if manager.steps + 1 == stop_at:
+        os.kill(os.getpid(), how)
+{example}
+weights = [p.detach().numpy().tobytes().hex() for p in model.parameters()]
+rates = [group["lr"] for group in optimizer.param_groups]
+print(manager.steps, weights, rates, torch.rand(2), np.random.rand(), random.random())
+"""
+
+
+def test_example_of_the_readme_resumes_bit_for_bit(tmp_path):
+    program = tmp_path / "train.py"
+    program.write_text(DISTURBED_README.format(example=example_of_the_readme()))
+
+    def run(folder, stop_at, how):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, str(program), str(stop_at), str(int(how))]
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env=environment
+        )
+
+    undisturbed = run(tmp_path / "undisturbed", 0, 0)
+    assert undisturbed.stdout.startswith("600 "), undisturbed.stderr
+    # Asked to stop in mid-epoch; killed in mid-epoch, after the save of step 500.
+    stopped = run(tmp_path / "disturbed", 130, signal.SIGTERM)
+    assert stopped.returncode == 143, stopped.stderr
+    killed = run(tmp_path / "disturbed", 550, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = run(tmp_path / "disturbed", 0, 0)
+    assert resumed.stdout == undisturbed.stdout, resumed.stderr
+
+
+def test_recipe_of_epochs_resumes_with_the_next_one(tmp_path):
+    torch = pytest.importorskip("torch")
+    block = block_with("elastic.md", "epochs.done()")
+
+    def run(until):
+        evaluated, steps = [], []
+
+        def evaluate(epoch):
+            evaluated.append(epoch)
+            if epoch == until:
+                raise InterruptedError  # ends this run, not having saved its epoch
+
+        module = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        sampler = mpi_ckpt.ElasticSampler(8, 4)
+        found = {
+            **vars(mpi_ckpt),
+            **{name: getattr(mpi_ckpt, name) for name in mpi_ckpt.__all__},
+            "training": mpi_ckpt.TrainState(
+                module=module, optimizer=optimizer, scheduler=scheduler
+            ),
+            "scheduler": scheduler,
+            "sampler": sampler,
+            "loader": sampler,
+            "directory": tmp_path,
+            "train": steps.append,
+            "evaluate": evaluate,
+        }
+        optimizer.step()  # a scheduler wants one before it
+        with contextlib.suppress(InterruptedError):
+            exec(block, found)
+        return evaluated, len(steps), scheduler.last_epoch
+
+    assert run(3) == ([0, 1, 2, 3], 8, 4)
+    assert run(None) == ([3, 4, 5, 6, 7, 8, 9], 14, 10)
+    assert run(None) == ([], 0, 10)

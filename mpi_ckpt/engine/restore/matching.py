@@ -79,6 +79,18 @@ class StateMatch:
         found = {one.state.name: one.arrival.unexpected for one in self.states}
         return {state: names for state, names in found.items() if names}
 
+    def warnings(self) -> list[str]:
+        """Return what the states have to say once all are restored.
+
+        Not collective.
+        """
+        told = []
+        for one in self.states:
+            if isinstance(one.state, LeafState):
+                with concerning(f"state {one.state.name!r}"):
+                    told.append(one.state.restored())
+        return [text for text in told if text]
+
     def name_of(self, index: int) -> str:
         """Return what messages call a leaf. Not collective."""
         for one in self.states:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -27,6 +26,11 @@ from mpi_ckpt.engine.restore.newest import (
     open_on_readers,
     reject,
 )
+from mpi_ckpt.engine.restore.telling import (
+    ResizeWatch,
+    warn_of_differences,
+    warn_of_restored,
+)
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.failures import concerning
@@ -44,8 +48,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import PhaseClock
 
 __all__ = ["OnResize", "Restore"]
-
-logger = logging.getLogger(__name__)
 
 OnResize: TypeAlias = "Callable[[int, int], object]"
 """Given the number of ranks that saved, and that of now."""
@@ -100,6 +102,7 @@ class Restore:
         self._match: StateMatch | None = None
         self._deals: Mapping[str, Deal] = {}
         self._deferred = Deferred()
+        self._resize = ResizeWatch()
         self.report: RestoreReport | None = None
 
     def find(self) -> bool:
@@ -181,6 +184,8 @@ class Restore:
             matched = StateMatch(states, missing, unexpected)
             self._deals = plan_deals(session, found, matched)
             overlaps.extend(find_overlaps(matched.leaves))
+            if session.comm.is_root:
+                self._resize = ResizeWatch.begin(found.outline, matched, session.comm.size)
             return matched
 
         what = "a copy in memory" if found.is_copy else "a generation"
@@ -221,12 +226,14 @@ class Restore:
             CheckpointError: On every rank, if a state's load fails on any.
         """
         session, matched = self._session, self._matched
+        warnings: list[str] = []
 
         def take_over() -> None:
             self._deferred.raise_failure()
             for one in matched.states:
                 with concerning(f"state {one.state.name!r}"):
                     one.arrival.adopt()
+            warnings.extend(matched.warnings())
 
         with self._clock.phase("adopt"):
             agree(
@@ -237,6 +244,7 @@ class Restore:
                 safe=OVERWRITTEN,
             )
         self.report = self._make_report()
+        warn_of_restored(session, self._generation.outline, warnings)
 
     def tell_of_resize(self, callback: OnResize | None) -> None:
         """Let the program adapt to another number of ranks than the one that saved.
@@ -254,6 +262,7 @@ class Restore:
         def tell() -> None:
             if callback is not None:
                 callback(report.saved_size, report.size)
+            self._resize.tell(report)
 
         agree(self._session.comm, "on_resize()", tell, error=RestoreError, safe=_RESTORED)
 
@@ -298,7 +307,7 @@ class Restore:
             go_on_from(session, None if self._choice.is_newest else outline)
         if not found.is_copy:
             session.note("restored", outline.step)
-            _warn_of_differences(session, report)
+            warn_of_differences(session, report)
         return report
 
     def _count_bytes(self) -> int:
@@ -306,17 +315,3 @@ class Restore:
         mine = np.array([0 if reader is None else reader.bytes_read])
         counted = self._session.comm.all_reduce(mine, "sum", "counting what was read")
         return int(counted[0])
-
-
-def _warn_of_differences(session: Session, report: RestoreReport) -> None:
-    differences = {
-        "only the program has": [*report.missing, *_paths(report.missing_leaves)],
-        "only the generation has": [*report.unexpected, *_paths(report.unexpected_leaves)],
-    }
-    for side, names in differences.items():
-        if names and session.comm.is_root:
-            logger.warning("generation %d: %s %s", report.generation, side, names)
-
-
-def _paths(leaves: Mapping[str, tuple[str, ...]]) -> list[str]:
-    return [f"{state}/{leaf}" for state, names in leaves.items() for leaf in names]

@@ -14,9 +14,9 @@ from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.request import Begun, SaveRequest
 from mpi_ckpt.engine.save.saving import Save, Workshop
 from mpi_ckpt.engine.steps.interval import Costs
+from mpi_ckpt.engine.sync.announcing import SyncTeller
 from mpi_ckpt.engine.sync.parts import combine_parts, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
-from mpi_ckpt.engine.sync.telling import SyncTeller
 from mpi_ckpt.errors import OptionsError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.state import LeafState

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.steps.interval import Costs
-    from mpi_ckpt.engine.sync.telling import SyncTeller
+    from mpi_ckpt.engine.sync.announcing import SyncTeller
     from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, meet, on_root
+from mpi_ckpt.engine.sync.announcing import tell_of_sync
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
     capture_states,
@@ -21,7 +22,6 @@ from mpi_ckpt.engine.sync.comparing import (
 )
 from mpi_ckpt.engine.sync.deliveries import deliver
 from mpi_ckpt.engine.sync.parts import combine_parts
-from mpi_ckpt.engine.sync.telling import tell_of_sync
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.state import LeafState

@@ -202,11 +202,11 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
         # A loader with workers asks for batches before Lightning tells it the epoch.
         self._sampler.set_epoch(loops["epoch_progress"]["current"]["processed"])
         done = loops["epoch_loop.batch_progress"]["current"]["ready"]
-        whole = self._sampler.batches_in_epoch
-        if self._sampler.consumed and done + len(self._sampler) != whole:
+        whole, left = len(self._sampler), self._sampler.remaining
+        if self._sampler.consumed and done + left != whole:
             raise StateMismatchError(
                 f"Lightning has counted {done} batches of epoch {self._sampler.epoch}, and "
-                f"{len(self._sampler)} are left of {whole}: batch_size must not change in "
+                f"{left} are left of {whole}: batch_size must not change in "
                 "mid-epoch"
             )
 

@@ -16,8 +16,7 @@ __all__ = ["ElasticLoader"]
 class ElasticLoader:
     """A torch ``DataLoader`` over an `ElasticSampler`, as Lightning wants to see it.
 
-    Lightning counts the batches of whole epochs, the sampler those that are left; and it
-    would put a sampler of its own into a plain ``DataLoader``. Give this one to the
+    It would put a sampler of its own into a plain ``DataLoader``. Give this one to the
     trainer and to `MPICheckpoint`, which saves its position.
 
     Args:
@@ -57,7 +56,7 @@ class ElasticLoader:
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch. Not collective."""
-        return self.sampler.batches_in_epoch
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
         """Give this rank's part of each batch left in this epoch. Not collective."""

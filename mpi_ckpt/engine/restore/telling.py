@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What root says of a restore, in the log: what differs, what follows from it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.state import LeafState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from mpi_ckpt.engine.outline import Outline
+    from mpi_ckpt.engine.restore.matching import StateMatch
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import RestoreReport
+    from mpi_ckpt.state import Change
+
+__all__ = ["ResizeWatch", "warn_of_differences", "warn_of_restored"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeWatch:
+    """What states know of a change of the number of ranks, before they are restored.
+
+    Attributes:
+        observed: For each state what says how it was changed.
+    """
+
+    observed: Sequence[Callable[[], Change]] = ()
+
+    @classmethod
+    def begin(cls, outline: Outline, matched: StateMatch, size: int) -> ResizeWatch:
+        """Look at states that are about to be restored. Root only.
+
+        Args:
+            outline: Of the generation.
+            matched: Its states and the program's.
+            size: Number of ranks now.
+        """
+        if outline.size == size:
+            return cls()
+        observed = []
+        for one in matched.states:
+            if isinstance(one.state, LeafState):
+                with concerning(f"state {one.state.name!r}"):
+                    watch = one.state.observe_resize(
+                        one.saved.structure, outline.size, size
+                    )
+                observed.append(watch)
+        return cls(observed)
+
+    def tell(self, report: RestoreReport) -> None:
+        """Say in one line what has changed, if this is root. Not collective."""
+        changes = [change for watch in self.observed if (change := watch()).text]
+        if not self.observed:
+            return
+        unusual = any(change.is_unusual for change in changes)
+        logger.log(
+            logging.WARNING if unusual else logging.INFO,
+            "restored with %d ranks what %d have saved%s",
+            report.size,
+            report.saved_size,
+            "".join(f"; {change.text}" for change in changes),
+        )
+
+
+def warn_of_restored(session: Session, outline: Outline, warnings: Sequence[str]) -> None:
+    """Log what states have to say of what they were given. Root only, elsewhere nothing."""
+    for text in warnings if session.comm.is_root else ():
+        logger.warning("%s: %s", outline.title, text)
+
+
+def warn_of_differences(session: Session, report: RestoreReport) -> None:
+    """Log what only one side has. Root only, elsewhere nothing."""
+    differences = {
+        "only the program has": [*report.missing, *_paths(report.missing_leaves)],
+        "only the generation has": [*report.unexpected, *_paths(report.unexpected_leaves)],
+    }
+    for side, names in differences.items():
+        if names and session.comm.is_root:
+            logger.warning("generation %d: %s %s", report.generation, side, names)
+
+
+def _paths(leaves: Mapping[str, tuple[str, ...]]) -> list[str]:
+    return [f"{state}/{leaf}" for state, names in leaves.items() for leaf in names]
