@@ -80,7 +80,7 @@ class CheckpointManager:
         self._abort = AbortOnError(self._session.comm, self._saver.close, enabled=aborts)
         try:
             self._session.compare_options()
-            self._registry.add_all(list(states))
+            self._registry.add_all(states)
             self._steps.read_environment()
         except CheckpointError:
             self._session.comm.close()

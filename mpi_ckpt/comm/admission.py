@@ -38,6 +38,13 @@ def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 
         LaunchError: On every rank.
     """
     check_finalized(mpi)
+    if comm is not None and comm == mpi.COMM_NULL:
+        raise LaunchError("the communicator is COMM_NULL: it was freed, or never made")
+    if comm is not None and comm.Is_inter():
+        raise LaunchError(
+            "an intercommunicator joins two groups of ranks, and a manager has one: give "
+            "it comm.Merge(), or each group a communicator of its own"
+        )
     # Whoever passes COMM_SELF means a job of one rank.
     if comm is None or comm != mpi.COMM_SELF:
         name, version = mpi.get_vendor()

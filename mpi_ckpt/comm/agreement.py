@@ -122,6 +122,7 @@ def meet(
             lowest failing rank, naming all of them.
         CollectiveError: On every live rank, if one never arrives or does other work.
     """
+    comm.require_usable()  # before work that only makes sense if all ranks meet
     failure: BaseException | None = None
     mine, told = _NO_DIGEST, b""
     try:

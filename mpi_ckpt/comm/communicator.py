@@ -7,6 +7,9 @@ MPI_THREAD_FUNNELED is enough.
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Communicator", "open_communicators"]
 
+logger = logging.getLogger(__name__)
+
+_WARNED_SECONDS = 30.0
 _ADVICE = "published generations are untouched, end this job and start it again"
 
 # MPI: a survivor of a lost rank may wait in any of them for one who waits elsewhere.
@@ -67,6 +73,7 @@ class Communicator:
         node: Communicator of the ranks on this host, in order; None where all are on
             one, or each on its own.
         confusions: How often all ranks have heard that they do different things.
+        call: The public call that is under way, told to whoever waits in it.
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
@@ -88,7 +95,9 @@ class Communicator:
         self.message_bytes = message_bytes
         self.root = ROOT
         self.confusions = 0
+        self.call = "CheckpointManager()"
         self.completed = 0
+        self._owner = (os.getpid(), threading.get_ident())
         self.is_waiting = False
         self._broken: str | None = None
         self._cause: BaseException | None = None
@@ -130,6 +139,29 @@ class Communicator:
         """Whether it can still carry messages: not freed or given up, MPI not finalized."""
         freed = self._is_given_up or self._mpi.Is_finalized()
         return not freed and self.handle != self._mpi.COMM_NULL
+
+    def require_usable(self) -> None:
+        """Refuse at once what could only wait for ever. Not collective.
+
+        Raises:
+            CollectiveError: On the calling rank, in a process that was forked, in another
+                thread than the one that made it, or if it is closed.
+        """
+        process, thread = self._owner
+        if os.getpid() != process:
+            raise CollectiveError(
+                f"{self.call}: this process was forked from rank {self.rank}, and has no "
+                "part in MPI: leave all that is collective to its parent"
+            )
+        if threading.get_ident() != thread:
+            raise CollectiveError(
+                f"{self.call}: called in another thread than the one that made the "
+                "manager: all collective calls of a rank must be made there"
+            )
+        if self.handle == self._mpi.COMM_NULL:
+            raise CollectiveError(
+                f"{self.call}: this manager is closed; make another to save or restore"
+            )
 
     def close(self) -> None:
         """Free the duplicate. Collective. May be called twice.
@@ -217,7 +249,11 @@ class Communicator:
             values: 1-d, the same length and dtype on every rank.
             result: Of the same form; set once the request is done.
             operation: ``"min"``, ``"max"``, ``"sum"`` or ``"bor"`` (bitwise or).
+
+        Raises:
+            CollectiveError: On the calling rank, as `require_usable` does.
         """
+        self.require_usable()
         return self.handle.Iallreduce(
             values, result, op=getattr(self._mpi, operation.upper())
         )
@@ -264,6 +300,7 @@ class Communicator:
 
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
         patience = Patience(self.deadline_seconds, streaming=streaming)
+        warn_at: float | None = time.monotonic() + _WARNED_SECONDS
         # One request at a time: a test moves all of them on, and one costs least.
         for request in pending:
             while not request.Test():
@@ -274,7 +311,21 @@ class Communicator:
                     self._refuse_if_late(doing)
                 elif patience.is_over or is_called(self.handle):
                     self._give_up(doing)
+                elif warn_at is not None and time.monotonic() > warn_at:
+                    warn_at = None
+                    self._warn_of_wait(doing)
             self.completed += 1
+
+    def _warn_of_wait(self, doing: str) -> None:
+        # Root, or the next where it is root that does not come: no others, or there would
+        # be a line for each of a thousand ranks.
+        if self.rank <= 1 and self.size > 1:
+            logger.warning(
+                "%s waits for other ranks since %.0f s, in %s (%s): it is collective, so "
+                "every rank must call it; an error names the absent after %g s "
+                "(Options.deadline_seconds)",
+                *(self.name, _WARNED_SECONDS, self.call, doing, self.deadline_seconds),
+            )
 
     def isend(self, data: NDArray[np.uint8], to: int) -> MPI.Request:
         """Start sending bytes to a rank. Not collective. Main thread only."""
@@ -320,7 +371,8 @@ class Communicator:
         named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in absent)
         if absent:
             self._broken = (
-                f"{named} of {self.size} did not arrive within {self.deadline_seconds:g} s"
+                f"{named} of {self.size} did not arrive within {self.deadline_seconds:g} s "
+                f"(Options.deadline_seconds) in {self.call}, which every rank must call"
             )
         else:
             self._broken = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Presence"]
+__all__ = ["Presence", "host_name"]
 
 _HOST_BYTES = 64
 _NUMBER_BYTES = 24
@@ -24,6 +24,12 @@ _STATES = {
     "Z": "has died",
     "X": "has died",
 }
+
+
+def host_name() -> str:
+    """Return the name of this host, as text that can be sent: any bytes may be one."""
+    name = socket.gethostname().encode(errors="surrogateescape")
+    return name[:_HOST_BYTES].decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ class Presence:
         """Describe this process. Not collective."""
         process = os.getpid()
         _, started = _look_up(process) or ("", 0)
-        return cls(socket.gethostname(), process, started, objects)
+        return cls(host_name(), process, started, objects)
 
     def encode(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """Return it as bytes of a fixed length. Not collective."""
@@ -68,7 +74,7 @@ class Presence:
     @property
     def is_visible(self) -> bool:
         """Whether the process can be seen from here: no other host, no other container."""
-        if self.host != socket.gethostname():
+        if self.host != host_name():
             return False
         found = _look_up(self.process)
         return found is not None and found[1] == self.started

@@ -29,6 +29,13 @@ ADVICE = (
     "ranks; what each rank has of its own goes into a PerRankState"
 )
 
+_CALLS = {
+    "beginning a save": "save()",
+    "beginning a sync": "sync()",
+    "beginning to remember the states": "remember()",
+}
+"""What a program has called, where the ranks meet for it first."""
+
 
 class Registry:
     """States in saving order. Not thread-safe.
@@ -47,7 +54,7 @@ class Registry:
         """The names, in saving order."""
         return list(self._states)
 
-    def add_all(self, states: Sequence[State]) -> None:
+    def add_all(self, states: Iterable[State]) -> None:
         """Take in the states of a manager that begins.
 
         Collective. Main thread only.
@@ -133,6 +140,7 @@ class Registry:
             CheckpointError: On every rank, if the work failed on any.
         """
         chosen: list[State] = []
+        self._comm.call = _CALLS.get(doing, self._comm.call)
 
         def begin() -> Result:
             chosen.extend(self._pick(only, skipped=skipped))

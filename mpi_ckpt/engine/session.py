@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
-from mpi_ckpt.comm import Communicator, compare_texts, is_rank_failure
+from mpi_ckpt.comm import Communicator, agree, compare_texts, is_rank_failure
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
@@ -62,9 +62,21 @@ class Session:
 
         Raises:
             LaunchError: On every rank, if launcher and MPI disagree about the job.
+            OptionsError: On every rank, if the directory is none on any.
         """
         communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
-        directory = CheckpointDirectory(Path(root).absolute(), options.io.mode)
+
+        def find() -> CheckpointDirectory:
+            # A relative path has no meaning on a rank whose working directory is gone.
+            return CheckpointDirectory(Path(root).absolute(), options.io.mode)
+
+        try:
+            directory = agree(
+                communicator, "finding the directory", find, error=OptionsError
+            )
+        except CheckpointError:
+            communicator.close()
+            raise
         return cls(communicator, directory, options, memory)
 
     def note(self, event: str, step: int) -> None:
@@ -99,8 +111,12 @@ class Session:
         Raises:
             OptionsError: On every rank, if they differ.
         """
-        texts = [f"{name}={value}" for name, value in self.options.describe().items()]
-        texts.append(f"memory={self.memory and self.memory.describe()}")
+
+        def describe() -> list[str]:
+            texts = [f"{name}={value}" for name, value in self.options.describe().items()]
+            return [*texts, f"memory={self.memory and self.memory.describe()}"]
+
+        texts = agree(self.comm, "reading the options", describe, error=OptionsError)
         problems = compare_texts(self.comm, "comparing options", texts)
         if problems:
             raise OptionsError(

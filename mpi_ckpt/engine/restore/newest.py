@@ -93,6 +93,7 @@ def open_newest(
             one that was asked for.
     """
     comm, memory = session.comm, session.memory
+    comm.call = "restore()"
     copy = memory.copy if memory is not None and from_memory else None
     with ExitStack() as stack:
         opened: list[GenerationReader] = []
@@ -212,6 +213,7 @@ def list_generations(session: Session) -> list[GenerationInfo]:
         CheckpointError: On every rank, if root cannot list the directory.
     """
     catalog = session.directory.catalog
+    session.comm.call = "generations()"
     told = on_root(
         session.comm,
         "listing generations",

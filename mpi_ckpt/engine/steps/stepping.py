@@ -137,6 +137,7 @@ class Steps:
         """
         self._saver.costs.note_step(time.monotonic())
         self._guard.is_heeded = True
+        self._session.comm.call = "step()"
         if self._vote.is_posted:
             flags, turn = self._vote.take().flags, self._posted_in
         else:
@@ -184,6 +185,7 @@ class Steps:
             CollectiveError: On every live rank, if one never arrives or is elsewhere.
         """
         self._guard.is_heeded = True
+        self._session.comm.call = "should_stop()"
         wish = bool(self._flags() & _STOP)
         (stop,) = any_of(self._session.comm, "should_stop()", wish)
         if self._agree_to_stop(wanted=stop) and self._session.comm.is_root:
