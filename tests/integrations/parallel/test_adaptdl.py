@@ -247,6 +247,27 @@ def test_an_accumulator_sums_over_ranks(comm, directory):
         assert sums["n"] == comm.size
 
 
+def test_whole_mappings_are_added(comm, directory):
+    sums = Accumulator()
+    sums += {"loss": 0.5, "n": 2}
+    sums -= {"n": 1}
+    assert isinstance(sums, Accumulator)
+    with sums.synchronized():
+        assert dict(sums) == {"loss": 0.5 * comm.size, "n": comm.size}
+
+
+def test_a_loop_over_steps_goes_on_summing(comm, directory, restart):
+    for run in range(3):
+        sums = Accumulator()
+        for step in range(10 * run + 1, 10 * run + 11):
+            sums["n"] += 1
+            if step % 5 == 0:
+                with sums.synchronized():
+                    assert sums["n"] == step * comm.size
+        save_all_states()
+        restart()
+
+
 def epoch_of(comm, interrupted=False):
     """Run what is left of three epochs; return what the accumulators said."""
     told = []
