@@ -95,7 +95,7 @@ class Setting:
         }
         manager = CheckpointManager(
             root,
-            [ArrayState("adam", self.state)] if states is None else states,
+            [ArrayState("adam", self.state, sync="root")] if states is None else states,
             comm=self.comm,
             options=Options(**chosen),
         )

@@ -45,7 +45,7 @@ def _small_object(setting: Setting) -> Group:
     for name, array in setting.state.items():
         if not part or sum(a.nbytes for a in part.values()) + array.nbytes <= _OBJECT_BYTES:
             part[name] = array
-    manager = setting.manager("object", [ArrayState("part", part)])
+    manager = setting.manager("object", [ArrayState("part", part, sync="root")])
     contenders = [
         Contender(names.ONE_COPY, setting.on_root(lambda: _copy(part)), ceiling=True),
         Contender(names.SYNC, manager.sync, setting.differ),

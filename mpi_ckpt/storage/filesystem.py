@@ -221,10 +221,13 @@ def link_file(source: Path, target: Path) -> None:
             system makes a copy, or a link of its own, of what should be one file.
     """
     os.link(source, target, follow_symlinks=False)
-    one, other = os.lstat(source), os.lstat(target)
-    if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+    try:
+        one, other = os.lstat(source), os.lstat(target)
+        if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+            raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
+    except OSError:
         os.unlink(target)
-        raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
+        raise
 
 
 def append(path: Path, data: bytes) -> None:

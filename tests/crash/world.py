@@ -58,7 +58,7 @@ class Arrays(ArrayState):
     def __init__(
         self, name: str, arrays: Mapping[str, np.ndarray], *, overlap: bool
     ) -> None:
-        super().__init__(name, arrays)
+        super().__init__(name, arrays, sync="root")
         self._gate = Gate()
         self._overlap = overlap
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.state import LeafState
+from mpi_ckpt.state import LeafState, PartsState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,9 +40,12 @@ class SyncTeller:
             states: Those that were synced.
             step: The training step of the save.
         """
-        if not report.differing:
+        # What ranks hold parts of differs until root has put them together.
+        parts = {one.name for one in states if isinstance(one, PartsState)}
+        differing = {k: leaves for k, leaves in report.differing.items() if k not in parts}
+        if not differing:
             return
-        for name, leaves in report.differing.items():
+        for name, leaves in differing.items():
             if name not in self._told:
                 self._told.add(name)
                 logger.warning(
@@ -53,7 +56,7 @@ class SyncTeller:
                 )
         logger.info(
             "step %d: %s differed between ranks, and were made equal",
-            *(step, _counted(report.differing)),
+            *(step, _counted(differing)),
         )
 
 

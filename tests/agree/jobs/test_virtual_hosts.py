@@ -29,7 +29,7 @@ def received():
 folder, world = Path(sys.argv[1]), Communicator()
 weights = np.random.default_rng(world.rank).random({VALUES})
 before = received()
-states = [ArrayState("a", {{"w": weights}})]
+states = [ArrayState("a", {{"w": weights}}, sync="root")]
 with CheckpointManager(folder / "checkpoints", states) as manager:
     restored = manager.restore()
     if restored is None:
