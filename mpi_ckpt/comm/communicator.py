@@ -7,20 +7,20 @@ MPI_THREAD_FUNNELED is enough.
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpi_ckpt.comm import absence
+from mpi_ckpt.comm.absence import LastMeeting, name_absent, whereabouts
 from mpi_ckpt.comm.admission import (
     Objection,
     check_before,
     duplicate_within,
     meet_first,
 )
+from mpi_ckpt.comm.home import Home
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import (
     ROUNDS_A_LOOK,
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Communicator", "open_communicators"]
 
-logger = logging.getLogger(__name__)
-
-_WARNED_SECONDS = 30.0
 _ADVICE = "published generations are untouched, end this job and start it again"
 
 # MPI: a survivor of a lost rank may wait in any of them for one who waits elsewhere.
@@ -64,7 +61,7 @@ class Communicator:
         message_bytes: Largest message in bytes, at most 1 GiB.
 
     Attributes:
-        rank, size, root: This rank, their number, the one that decides; see `set_root`.
+        rank, size, root: This rank, their number, the one that decides, alike on all.
         deadline_seconds, message_bytes: As given, or set by `set_limits`.
         hosts: Host name of every rank.
         completed: How many requests have been waited for; grows as long as ranks meet.
@@ -97,12 +94,12 @@ class Communicator:
         self.confusions = 0
         self.call = "CheckpointManager()"
         self.completed = 0
-        self._owner = (os.getpid(), threading.get_ident())
+        self._home = Home()
         self.is_waiting = False
         self._broken: str | None = None
         self._cause: BaseException | None = None
         self._is_given_up = False
-        self._last_met: tuple[str, float] | None = None
+        self._last_met = LastMeeting()
         self.handle: MPI.Intracomm = duplicate_within(parent, deadline_seconds)
         self.node: MPI.Comm | None = None
         _OPEN[id(self)] = self
@@ -147,17 +144,7 @@ class Communicator:
             CollectiveError: On the calling rank, in a process that was forked, in another
                 thread than the one that made it, or if it is closed.
         """
-        process, thread = self._owner
-        if os.getpid() != process:
-            raise CollectiveError(
-                f"{self.call}: this process was forked from rank {self.rank}, and has no "
-                "part in MPI: leave all that is collective to its parent"
-            )
-        if threading.get_ident() != thread:
-            raise CollectiveError(
-                f"{self.call}: called in another thread than the one that made the "
-                "manager: all collective calls of a rank must be made there"
-            )
+        self._home.require(self.call, self.rank)
         if self.handle == self._mpi.COMM_NULL:
             raise CollectiveError(
                 f"{self.call}: this manager is closed; make another to save or restore"
@@ -192,14 +179,6 @@ class Communicator:
             self.deadline_seconds = deadline_seconds
         if message_bytes is not None:
             self.message_bytes = message_bytes
-
-    def set_root(self, rank: int) -> None:
-        """Let another rank decide from now on. Not collective, but alike on every rank."""
-        self.root = rank
-
-    def note_confusion(self) -> None:
-        """Note that all ranks have heard that they do different things. Not collective."""
-        self.confusions += 1
 
     def can_meet(self) -> bool:
         """Return whether no deadline was missed yet. Not collective."""
@@ -236,7 +215,7 @@ class Communicator:
 
     def note_meeting(self, doing: str) -> None:
         """Remember that all ranks have given their part for something. Not collective."""
-        self._last_met = (doing, time.monotonic())
+        self._last_met.note(doing)
 
     def start_all_reduce(
         self, values: NDArray[Any], result: NDArray[Any], operation: str
@@ -300,7 +279,7 @@ class Communicator:
 
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
         patience = Patience(self.deadline_seconds, streaming=streaming)
-        warn_at: float | None = time.monotonic() + _WARNED_SECONDS
+        warn_at = time.monotonic() + absence.WARNED_SECONDS
         # One request at a time: a test moves all of them on, and one costs least.
         for request in pending:
             while not request.Test():
@@ -311,21 +290,10 @@ class Communicator:
                     self._refuse_if_late(doing)
                 elif patience.is_over or is_called(self.handle):
                     self._give_up(doing)
-                elif warn_at is not None and time.monotonic() > warn_at:
-                    warn_at = None
-                    self._warn_of_wait(doing)
+                elif warn_at and time.monotonic() > warn_at:
+                    warn_at = 0.0
+                    absence.warn_of_wait(self, doing)
             self.completed += 1
-
-    def _warn_of_wait(self, doing: str) -> None:
-        # Root, or the next where it is root that does not come: no others, or there would
-        # be a line for each of a thousand ranks.
-        if self.rank <= 1 and self.size > 1:
-            logger.warning(
-                "%s waits for other ranks since %.0f s, in %s (%s): it is collective, so "
-                "every rank must call it; an error names the absent after %g s "
-                "(Options.deadline_seconds)",
-                *(self.name, _WARNED_SECONDS, self.call, doing, self.deadline_seconds),
-            )
 
     def isend(self, data: NDArray[np.uint8], to: int) -> MPI.Request:
         """Start sending bytes to a rank. Not collective. Main thread only."""
@@ -353,9 +321,7 @@ class Communicator:
 
     def _refuse_if_late(self, doing: str) -> None:
         if self.size > 1 and is_called(self.handle):
-            self._broken = (
-                f"the others gave up waiting for this rank{self._since_last_met()}"
-            )
+            self._broken = f"the others gave up waiting for this rank{self._last_met}"
             self._refuse_if_broken(doing)
 
     def _refuse_if_broken(self, doing: str) -> None:
@@ -368,33 +334,17 @@ class Communicator:
     def _give_up(self, doing: str) -> None:
         present = call_roll(self.handle)
         absent = [rank for rank in range(self.size) if rank not in present]
-        named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in absent)
-        if absent:
-            self._broken = (
-                f"{named} of {self.size} did not arrive within {self.deadline_seconds:g} s "
-                f"(Options.deadline_seconds) in {self.call}, which every rank must call"
-            )
-        else:
-            self._broken = (
-                f"no progress within {self.deadline_seconds:g} s, though all "
-                f"{self.size} ranks are waiting: they disagree about what comes next"
-            )
-        problems = [self._whereabouts(rank) for rank in absent]
+        self._broken = name_absent(absent, self.hosts, self.deadline_seconds)
+        late = f"every rank must call {self.call} within Options.deadline_seconds; "
+        problems = [
+            whereabouts(rank, self.hosts, self._visible, self._last_met) for rank in absent
+        ]
         raise CollectiveError(
-            "\n  ".join([f"{doing}: {self._broken}; {_ADVICE}", *problems]),
+            "\n  ".join(
+                [f"{doing}: {self._broken}; {late if absent else ''}{_ADVICE}", *problems]
+            ),
             problems=problems,
         )
-
-    def _whereabouts(self, rank: int) -> str:
-        # Each rank's own view: a process on another host cannot be seen.
-        seen = f": {self._visible[rank].describe()}" if rank in self._visible else ""
-        return f"rank {rank} on {self.hosts[rank]}{seen}{self._since_last_met()}"
-
-    def _since_last_met(self) -> str:
-        if self._last_met is None:
-            return ""
-        doing, at = self._last_met
-        return f"; all ranks last met {time.monotonic() - at:.0f} s ago (for: {doing})"
 
 
 def open_communicators() -> list[Communicator]:

@@ -130,7 +130,7 @@ class Vote:
 
     def _refuse_confusion(self) -> None:
         comm, doing = self._comm, self._doing
-        comm.note_confusion()
+        comm.confusions += 1
         texts = [one.decode() for one in gather_bytes(comm, doing.encode(), doing)]
         lines = [f"rank {r} on {comm.hosts[r]}: {text}" for r, text in enumerate(texts)]
         told = bcast_json(comm, lines, doing)

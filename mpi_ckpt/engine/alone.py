@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import logging
+import os
+import secrets
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.sync.captured import capture_states
-from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError, SaveError
+from mpi_ckpt.errors import (
+    CheckpointError,
+    CorruptGenerationError,
+    NoCheckpointError,
+    SaveError,
+)
 from mpi_ckpt.leaf import Target
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
@@ -24,6 +32,7 @@ from mpi_ckpt.storage.layout import (
     is_partial_name,
     rolled_back_numbers,
 )
+from mpi_ckpt.storage.lock import DirectoryLock
 from mpi_ckpt.storage.proving import proven_blocks
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -35,11 +44,14 @@ if TYPE_CHECKING:
 
 __all__ = ["load_alone", "remove_alone", "save_alone"]
 
+logger = logging.getLogger(__name__)
+
 
 def save_alone(path: Path, state: LeafState, step: int) -> None:
     """Write a state as the one generation of a directory; replace an older one.
 
-    Not collective. Main thread only. Durable when it returns.
+    Not collective. Main thread only. Durable when it returns. At any moment the directory
+    is not there, or holds a whole generation.
 
     Args:
         path: The directory; made if it is missing.
@@ -49,6 +61,26 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
     Raises:
         SaveError: On the calling rank; what was there before is untouched.
     """
+    if os.path.lexists(path):
+        _save_into(path, state, step)
+        return
+    with os_errors_as(SaveError, "making", path.parent):
+        filesystem.make_directories(path.parent)
+    _sweep_beside(path)
+    building = _beside(path)
+    try:
+        _save_into(building, state, step)
+        with os_errors_as(SaveError, "publishing", path):
+            # CRASH: before this rename there is nothing of that name; all in it is durable.
+            filesystem.rename_new(building, path)
+            filesystem.sync_directory(path.parent)
+    except BaseException:
+        with suppress(SaveError, OSError):
+            _delete(building)
+        raise
+
+
+def _save_into(path: Path, state: LeafState, step: int) -> None:
     options = Options(retention=KeepLast(1), io=IO(reuse=False))
     with closing(CheckpointDirectory(path)) as directory:
         directory.own()
@@ -107,9 +139,41 @@ def remove_alone(path: Path) -> None:
                 f"{path} is not removed: it holds {foreign}, which is not of our making",
                 path=path,
             )
+        # CRASH: one rename takes the name from all of it; half of it has none.
+        doomed = _beside(path)
+        filesystem.rename_new(path, doomed)
+        filesystem.sync_directory(path.parent)
+        _delete(doomed)
+
+
+def _beside(path: Path) -> Path:
+    """Return a new name beside a path, for what is not there yet, or no longer."""
+    return path.with_name(f"{_prefix(path)}{secrets.token_hex(6)}")
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.unfinished-"
+
+
+def _sweep_beside(path: Path) -> None:
+    """Delete what a save or removal that was cut off has left beside a path."""
+    with suppress(OSError):
+        names = filesystem.list_names(path.parent)
         for name in names:
-            filesystem.remove_tree(path / name)
-        filesystem.remove_tree(path)
+            if not name.startswith(_prefix(path)):
+                continue
+            left = path.with_name(name)
+            try:
+                DirectoryLock(left, "sweep", patience_seconds=0.0).close()
+                _delete(left)
+            except (CheckpointError, OSError) as error:  # in use, or no longer there
+                logger.info("%s is left alone: %s", left, error)
+
+
+def _delete(path: Path) -> None:
+    for name in filesystem.list_names(path):
+        filesystem.remove_tree(path / name)
+    filesystem.remove_tree(path)
 
 
 def _read(reader: GenerationReader, state: LeafState) -> None:

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.storage.layout import LOCK
+
 if TYPE_CHECKING:
     import random
     from collections.abc import Iterable, Iterator, Sequence
@@ -172,6 +174,8 @@ class Model:
         elif op.kind == "link":
             self._change([(*self._find_parent(op.target), self._find(op.path))])
         elif op.kind in ("unlink", "rmdir"):
+            if op.path.rpartition("/")[2] == LOCK:
+                return  # nobody recorded how it came: it holds no data
             self._change([(*self._find_parent(op.path), None)])
         elif op.kind != "mark":
             raise AssertionError(f"unknown operation {op}")

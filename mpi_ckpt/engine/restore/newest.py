@@ -188,10 +188,17 @@ def reject(
     Raises:
         RestoreError: On every rank, if root cannot.
     """
+    # What was found alone: what the states are like once another generation has been
+    # restored is not for its reason to say.
+    reason = CorruptGenerationError(
+        "; ".join(dict.fromkeys(one.message for one in problem.failures)) or str(problem),
+        path=problem.path,
+        generation=problem.generation,
+    )
     on_root(
         session.comm,
         "setting a generation aside",
-        lambda: session.directory.reject(found.outline.generation, problem),
+        lambda: session.directory.reject(found.outline.generation, reason),
         error=RestoreError,
     )
 

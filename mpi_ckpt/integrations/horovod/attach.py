@@ -77,7 +77,7 @@ def attached(
     if is_new:
         found.Free()
     try:
-        private.set_root(_root(private, root_rank, process_set))
+        private.root = _root(private, root_rank, process_set)
         yield private
     except CheckpointError:
         # They are agreed on: every rank is here.

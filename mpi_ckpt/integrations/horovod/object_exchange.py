@@ -93,7 +93,7 @@ def allgather_object(
     first = 0 if process_set is None else process_set.ranks[0]
     with attached(first, process_set, comm, deadline_seconds) as private:
         for rank in range(private.size):
-            private.set_root(rank)
+            private.root = rank
             gathered.append(_broadcast(private, obj, name))
     return gathered
 

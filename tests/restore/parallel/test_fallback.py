@@ -193,6 +193,9 @@ def test_the_older_one_is_used(comm, saved, job, how):
             reason = json.loads((aside / "reason.json").read_text())
             assert reason["generation"] == 3
             assert reason["reason"] == report.quarantined[str(bad)]
+            # The states hold the generation before it, and may be trained on.
+            assert "mixture" not in reason["reason"]
+            assert "do not train" not in reason["reason"]
 
 
 def test_two_bad_ones_in_a_row(comm, saved, job):

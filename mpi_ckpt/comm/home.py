@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where collective calls of a rank may be made: in the process and thread of its MPI."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+
+from mpi_ckpt.errors import CollectiveError
+
+__all__ = ["Home"]
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The process and the thread that have made a communicator."""
+
+    process: int = field(default_factory=os.getpid)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def require(self, call: str, rank: int) -> None:
+        """Refuse what is called elsewhere, and could only wait for ever. Not collective.
+
+        Args:
+            call: The public call, told in the error.
+            rank: Of the process.
+
+        Raises:
+            CollectiveError: On the calling rank.
+        """
+        if os.getpid() != self.process:
+            raise CollectiveError(
+                f"{call}: this process was forked from rank {rank}, and has no part in "
+                "MPI: leave all that is collective to its parent"
+            )
+        if threading.get_ident() != self.thread:
+            raise CollectiveError(
+                f"{call}: called in another thread than the one that made the manager: "
+                "all collective calls of a rank must be made there"
+            )
