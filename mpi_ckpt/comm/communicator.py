@@ -339,12 +339,8 @@ class Communicator:
         problems = [
             whereabouts(rank, self.hosts, self._visible, self._last_met) for rank in absent
         ]
-        raise CollectiveError(
-            "\n  ".join(
-                [f"{doing}: {self._broken}; {late if absent else ''}{_ADVICE}", *problems]
-            ),
-            problems=problems,
-        )
+        text = f"{doing}: {self._broken}; {late if absent else ''}{_ADVICE}"
+        raise CollectiveError("\n  ".join([text, *problems]), problems=problems)
 
 
 def open_communicators() -> list[Communicator]:
