@@ -104,6 +104,9 @@ class Buffer(Protocol):
     def place(self) -> Place | None:
         """Return which live memory it is; None for memory that nobody else can have."""
 
+    def span(self) -> tuple[int, int]:
+        """Return that of its place, which this finds faster; two zeros for none."""
+
 
 class Place(NamedTuple):
     """Where elements lie in memory: of the first the address, then sizes and steps.
@@ -223,6 +226,10 @@ class MemoryBuffer:
     def place(self) -> Place | None:
         """Return nothing: it belongs to nobody else. Not collective."""
         return None
+
+    def span(self) -> tuple[int, int]:
+        """Return nothing: it belongs to nobody else. Not collective."""
+        return 0, 0
 
 
 class Target:

@@ -142,6 +142,9 @@ class _FileBuffer:
     def place(self) -> Place | None:
         return None
 
+    def span(self) -> tuple[int, int]:
+        return 0, 0
+
 
 def _read_header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
     length = bytearray(8)

@@ -9,9 +9,9 @@ they may stay together.
 
 from __future__ import annotations
 
-import ctypes
 import json
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -64,8 +64,9 @@ def find_overlaps(leaves: Sequence[Leaf | None]) -> list[Overlap]:
     Args:
         leaves: Where bytes would arrive; None for one that goes nowhere.
     """
-    spans = [(0, 0) if leaf is None else _span(leaf) for leaf in leaves]
-    starts, ends = np.array(spans, np.uint64).reshape(-1, 2).T
+    spans = [(0, 0) if leaf is None else leaf.buffer.span() for leaf in leaves]
+    flat = np.fromiter(chain.from_iterable(spans), np.uint64, 2 * len(spans))
+    starts, ends = flat.reshape(-1, 2).T
     order = np.lexsort((ends, starts))
     order = order[starts[order] < ends[order]]
     starts, ends = starts[order], ends[order]
@@ -206,18 +207,6 @@ def _within(image: np.ndarray, base: int, place: Place) -> np.ndarray:
         place.strides,
     )
     return found
-
-
-def _span(leaf: Leaf) -> tuple[int, int]:
-    view = leaf.buffer.view()
-    if view is not None:
-        if not len(view):
-            return 0, 0
-        # Asking NumPy for the address takes three times as long.
-        start = ctypes.addressof(ctypes.c_char.from_buffer(view))
-        return start, start + len(view)
-    place = leaf.buffer.place()
-    return (0, 0) if place is None else place.span
 
 
 def _place(leaf: Leaf | None) -> Place | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,10 +97,19 @@ class ArrayBuffer:
         """Return nothing of interest: an array notices no change."""
         return 0
 
-    def place(self) -> Place | None:
+    def place(self) -> Place:
         """Return where the array lies."""
         array = self._array
         return Place(array.ctypes.data, array.itemsize, array.shape, array.strides)
+
+    def span(self) -> tuple[int, int]:
+        """Return its first byte and one past the last."""
+        array = self._array
+        if array.flags.c_contiguous and array.dtype in LITTLE and array.size:
+            # Asking NumPy for the address takes three times as long.
+            start = ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+            return start, start + array.nbytes
+        return self.place().span
 
     def _direct(self) -> memoryview | None:
         array = self._array

@@ -9,21 +9,25 @@ where the node could not tell another all of it.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.states.array_dtypes import unnamed_part
+from mpi_ckpt.states.array_dtypes import LITTLE, unnamed_part
 from mpi_ckpt.states.arrays import array_leaf, empty_array
 from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
 
 if TYPE_CHECKING:
     from collections.abc import Container
+    from types import ModuleType
 
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
 __all__ = ["KIND", "describe", "is_leaf_value", "make_value", "takes_bytes"]
+
+_NUMPY = (np.ndarray, np.generic)
 
 KIND = "~"
 """The key that tells a node from a dict of the user's."""
@@ -31,7 +35,8 @@ KIND = "~"
 
 def is_leaf_value(value: object) -> bool:
     """Tell whether a value is an array, a scalar of NumPy or a tensor. Not collective."""
-    return isinstance(value, (np.ndarray, np.generic)) or _is_tensor(value)
+    kind = type(value)
+    return kind is np.ndarray or isinstance(value, _NUMPY) or _is_tensor(value)
 
 
 def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401
@@ -46,6 +51,11 @@ def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN
     Raises:
         StageError: On the calling rank, if it could not be made again as it is.
     """
+    if type(value) is np.ndarray and value.flags.carray:
+        dtype = value.dtype
+        if dtype in LITTLE and dtype.metadata is None:
+            # As nearly all are: nothing but its bytes has to be told of it.
+            return {KIND: "array"}, array_leaf(name, value)
     if _is_tensor(value):
         return _describe_tensor(name, value)
     if isinstance(value, np.generic):
@@ -106,6 +116,8 @@ def takes_bytes(value: Any, memory: Container[int] = ()) -> bool:  # noqa: ANN40
         value: An array or a tensor.
         memory: Addresses that may only be read.
     """
+    if type(value) is np.ndarray and value.flags.carray:
+        return True
     if _is_tensor(value):
         return not _repeats(value) and not (value.is_cpu and value.data_ptr() in memory)
     if not isinstance(value, np.ndarray) or not value.flags.writeable:
@@ -146,23 +158,22 @@ def _require_named(name: str, dtype: np.dtype[Any]) -> None:
 
 
 def _describe_tensor(name: str, tensor: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401
-    from mpi_ckpt.states.tensors import tensor_leaf
-
     torch = sys.modules["torch"]
     node: dict[str, Any] = {KIND: "tensor"}
-    leaf = tensor_leaf(name, tensor)
-    if isinstance(tensor, torch.nn.Parameter):
+    leaf = _tensors().tensor_leaf(name, tensor)
+    if type(tensor) is torch.Tensor:
+        if tensor.requires_grad and tensor.is_leaf:
+            node["grad"] = True
+    elif isinstance(tensor, torch.nn.Parameter):
         node["parameter"] = tensor.requires_grad
-    elif type(tensor) is not torch.Tensor:
+    else:
         raise StageError(
             f"{name or 'the value'} is a {_class_of(tensor)}, of which only the numbers "
             "would come back: save them as a plain tensor"
         )
-    elif tensor.requires_grad and tensor.is_leaf:
-        node["grad"] = True
     if not tensor.is_contiguous():
         node |= layout_of(tensor.stride()).to_json()
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         node["device"] = tensor.device.type
     return node, leaf
 
@@ -191,6 +202,14 @@ def _repeats(tensor: Any) -> bool:  # noqa: ANN401
         return False
     width = tensor.element_size()
     return overlaps_itself(tensor.shape, [width * s for s in tensor.stride()], width)
+
+
+@cache
+def _tensors() -> ModuleType:
+    # Once: an import statement takes a microsecond, of each of thousands of leaves.
+    from mpi_ckpt.states import tensors
+
+    return tensors
 
 
 def _class_of(value: object) -> str:

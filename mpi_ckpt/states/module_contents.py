@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StageError
@@ -52,6 +53,12 @@ class ModuleContents:
     def __init__(
         self, module: torch.nn.Module, memory: ReadonlyMemory | None = None
     ) -> None:
+        # Once: an import statement takes a microsecond, of each of thousands of leaves.
+        from torch.nn.parameter import is_lazy
+
+        from mpi_ckpt.states.tensors import tensor_leaf
+
+        self._is_lazy, self._tensor_leaf = is_lazy, tensor_leaf
         self._memory = memory
         self.leaves: dict[str, Leaf] = {}
         self.ties: dict[str, str] = {}
@@ -91,16 +98,12 @@ class ModuleContents:
             ) from error
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        from torch.nn.parameter import is_lazy
-
-        from mpi_ckpt.states.tensors import tensor_leaf
-
         self.values[name] = value
-        if is_lazy(value):
+        if self._is_lazy(value):
             self.lazy.append(name)
             return
         # First, as it refuses what has no identity either: a nested tensor has no shape.
-        leaf = tensor_leaf(name, value)
+        leaf = self._tensor_leaf(name, value)
         identity = _identity(value)
         source = self._first.setdefault(identity, name)
         if source != name:
@@ -111,9 +114,9 @@ class ModuleContents:
             self.fixed[name] = "overlaps itself in memory, as after expand()"
         elif self._memory and value.is_cpu and value.data_ptr() in self._memory:
             self.fixed[name] = "lies in memory that may only be read, as of a mapped file"
-        if {id(value), identity} & self._parameters:
+        if id(value) in self._parameters or identity in self._parameters:
             self.parameters.add(name)
-        elif not {id(value), identity} & self._live:
+        elif id(value) not in self._live and identity not in self._live:
             self.computed.append(name)
 
     def require_savable(self) -> None:
@@ -228,9 +231,9 @@ def _is_tensor(value: object) -> bool:
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return what is equal for two tensors over the very same memory."""
-    from torch.nn.parameter import is_lazy
-
-    if is_lazy(tensor) or tensor.layout != _strided() or tensor.numel() == 0:
+    torch = sys.modules["torch"]
+    is_lazy = torch.nn.parameter.is_lazy
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
         return (id(tensor),)
     return (
         tensor.device,
@@ -239,9 +242,3 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
         tuple(tensor.shape),
         tensor.stride(),
     )
-
-
-def _strided() -> torch.layout:
-    import torch
-
-    return torch.strided

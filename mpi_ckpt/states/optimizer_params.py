@@ -170,6 +170,7 @@ class SavedParams:
                 )
             return list(range(len(saved)))
         place_of = {name: place for place, name in enumerate(live)}
+        known = set(saved)
         problems += [
             f"group {group}: {name} is saved, the program has no such parameter there"
             for name in saved
@@ -178,7 +179,7 @@ class SavedParams:
         problems += [
             f"group {group}: {name} is in the program, not in the checkpoint"
             for name in live
-            if name not in saved
+            if name not in known
         ]
         return [place_of.get(name, count) for name in saved]
 

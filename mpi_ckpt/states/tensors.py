@@ -192,19 +192,27 @@ class TensorBuffer:
     def _is_direct(self) -> bool:
         tensor = self._tensor
         lazy = tensor.is_conj() or tensor.is_neg()
-        return tensor.device.type == "cpu" and not lazy and tensor.is_contiguous()
+        return tensor.is_contiguous() and tensor.is_cpu and not lazy
 
     def stamp(self) -> int:
         """Return torch's count of changes in place; those through ``.data`` escape it."""
         # Inference tensors count nothing.
         return 0 if self._tensor.is_inference() else self._tensor._version  # noqa: SLF001
 
-    def place(self) -> Place | None:
+    def place(self) -> Place:
         """Return where the tensor lies."""
         tensor = self._tensor
         width = tensor.element_size()
         strides = tuple(width * step for step in tensor.stride())
         return Place(tensor.data_ptr(), width, tuple(tensor.shape), strides)
+
+    def span(self) -> tuple[int, int]:
+        """Return its first byte and one past the last."""
+        tensor = self._tensor
+        if tensor.is_contiguous():
+            start: int = tensor.data_ptr()
+            return start, start + tensor.nbytes
+        return self.place().span
 
 
 def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
-from mpi_ckpt.leaf import Gate, Leaf
+from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.states.scheduler import Stateful
 
 __all__ = ["TrainState"]
@@ -112,7 +110,8 @@ class TrainState(LeafState):
                 continue
             prefix = f"{key}/"
             ours = [
-                replace(spec, name=spec.name.removeprefix(prefix))
+                # Not dataclasses.replace, which takes ten times as long.
+                LeafSpec(spec.name.removeprefix(prefix), spec.dtype, spec.shape)
                 for spec in specs
                 if spec.name.startswith(prefix)
             ]

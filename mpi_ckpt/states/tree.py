@@ -170,10 +170,11 @@ def leaf_nodes(structure: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401 (JS
     while stack:
         node = stack.pop()
         # A user's own dict may have a key "leaf": only the kind tells.
-        if isinstance(node, dict) and node.get(KIND) in _LEAF_KINDS and "leaf" in node:
-            nodes[str(node["leaf"])] = node
-        elif isinstance(node, dict):
-            stack.extend(node.values())
+        if type(node) is dict:
+            if KIND in node and "leaf" in node and node[KIND] in _LEAF_KINDS:
+                nodes[str(node["leaf"])] = node
+            else:
+                stack.extend(node.values())
         elif isinstance(node, list):
             stack.extend(node)
     return nodes
@@ -291,6 +292,8 @@ def _unflatten(node: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
     kind = node.get(KIND)
     if kind is None:
         return {key: _unflatten(item, values) for key, item in node.items()}
+    if (kind == "tensor" or kind == "array") and "readonly" not in node:
+        return values[node["leaf"]]
     if kind in _LEAF_KINDS and "leaf" in node:
         return _from_leaf(node, values[node["leaf"]])
     if kind in _SEQUENCES:

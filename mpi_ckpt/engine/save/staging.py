@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import Digest
-from mpi_ckpt.engine.sync.captured import CapturedState, copy_leaf
+from mpi_ckpt.engine.sync.captured import CapturedState, read_leaf
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.memory import round_up
@@ -159,7 +159,11 @@ def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
         for number, leaf in enumerate(one.leaves):
             place = memory[offset : offset + leaf.spec.nbytes]
             if leaf.gate is None:
-                copy_leaf(one, leaf, place)
+                try:
+                    leaf.buffer.copy_to(place)
+                except Exception:
+                    read_leaf(one, leaf)  # which most often fails too, and says whose it is
+                    raise
             else:
                 late.add(leaf, place, one.digests[number] if one.digests else None)
             leaves.append(Leaf(leaf.spec, MemoryBuffer(place)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import LeafState, Structure
 
 __all__ = [
-    *("CapturedState", "capture_states", "copy_leaf", "digest_of", "digest_states"),
+    *("CapturedState", "capture_states", "digest_of", "digest_states"),
     *("pick_leaves", "read_leaf"),
 ]
 
@@ -92,8 +91,14 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
         threads: Threads that hash.
     """
     todo = [(one, leaf) for one in captured if one.digests is None for leaf in one.leaves]
-    reads = [partial(read_leaf, one, leaf) for one, leaf in todo]
-    digests = iter(digest_many(reads, [leaf.spec.nbytes for _, leaf in todo], threads))
+    reads = [leaf.buffer.read for _, leaf in todo]
+    try:
+        taken = digest_many(reads, [leaf.spec.nbytes for _, leaf in todo], threads)
+    except Exception:
+        for one, leaf in todo:
+            read_leaf(one, leaf)  # the first that fails says which it is
+        raise
+    digests = iter(taken)
     return [
         one
         if one.digests is not None
@@ -107,21 +112,8 @@ def read_leaf(captured: CapturedState, leaf: Leaf) -> memoryview:
     try:
         return leaf.buffer.read()
     except Exception:
-        with concerning(f"state {captured.name!r}"), concerning(_named(leaf)):
+        with concerning(f"state {captured.name!r}"), concerning(f"leaf {leaf.spec.name!r}"):
             raise
-
-
-def copy_leaf(captured: CapturedState, leaf: Leaf, target: memoryview) -> None:
-    """Copy the bytes of a leaf; an error says which one it was. Not collective."""
-    try:
-        leaf.buffer.copy_to(target)
-    except Exception:
-        with concerning(f"state {captured.name!r}"), concerning(_named(leaf)):
-            raise
-
-
-def _named(leaf: Leaf) -> str:
-    return f"leaf {leaf.spec.name!r}"
 
 
 def digest_of(captured: Iterable[CapturedState]) -> bytes:
