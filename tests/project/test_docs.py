@@ -112,7 +112,7 @@ def example_of_the_readme():
     return example
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_example_of_the_readme_trains_saves_and_goes_on(tmp_path):
     example = example_of_the_readme()
     program = AROUND_THE_README.format(example=example)

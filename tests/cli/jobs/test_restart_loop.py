@@ -72,6 +72,7 @@ def slots_in_turn(folder: Path) -> Path:
     return script
 
 
+@pytest.mark.long
 def test_killed_again_and_again_it_ends_with_the_weights_of_a_run_that_was_not(tmp_path):
     kills = ["rank", "launcher", "ranks"]
     if STRESS:

@@ -16,8 +16,16 @@ pytest.importorskip(
 from tests.conformance.subjects import FRESH, SAVED, require_same
 from tests.conformance.table import CASES, reason
 
+# What takes longest comes with the long run: the values of both are tried alone as well.
+LONG = ("modules", "elements")
 
-@pytest.fixture(scope="module", params=list(CASES))
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(one, marks=pytest.mark.long if one in LONG else ()) for one in CASES
+    ],
+)
 def savable(request):
     """Return what can be saved by name, a case and a subject that has gone a step.
 

@@ -36,6 +36,7 @@ def wait_for_step(loop: Loop, log: Path, step: int) -> None:
     loop.wait_until(lambda: any(one.get("step", 0) >= step for one in logged(log)))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
 def test_lost_rank_is_survived_in_place_and_a_lost_host_by_the_loop(hosts, tmp_path):
     known = f"export VIRTUAL_HOSTS={hosts} MPI=openmpi"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_terminated_worker_is_not_noticed(jobs: Jobs, tmp_path: Path, method: str) -> None:
     program = ("-m", "mpi4py", PROGRAMS / "loader_worker.py", tmp_path / "root", method)
     outcome = jobs.run(2, "-W", "default", *program)

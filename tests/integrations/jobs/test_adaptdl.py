@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.jobs import EXAMPLES, Jobs
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ SAVES_AN_EPOCH = 10
 EPOCHS = 4
 
 
+@pytest.mark.long
 def test_program_for_adaptdl_survives_a_kill_with_other_ranks(
     jobs: Jobs, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def digest(module_jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(end["digest"])
 
 
+@pytest.mark.long
 def test_killed_at_random_points_it_ends_with_the_same_weights(
     jobs: Jobs, tmp_path: Path, digest: str
 ) -> None:

@@ -32,12 +32,11 @@ needs_lightning = pytest.mark.skipif(
 )
 EXAMPLES = [
     pytest.param("ddp_train.py", id="torch.distributed"),
-    pytest.param(
-        "lightning_train.py", id="Lightning", marks=[needs_lightning, pytest.mark.long]
-    ),
+    pytest.param("lightning_train.py", id="Lightning", marks=needs_lightning),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", EXAMPLES)
 def test_killed_and_stopped_it_ends_bit_equal(
     jobs: Jobs, tmp_path: Path, program: str
