@@ -144,7 +144,7 @@ def array_leaf(name: str, array: NDArray[Any], known: LeafSpec | None = None) ->
     Raises:
         StageError: On the calling rank, if the array is more than plain bytes.
     """
-    if isinstance(array, np.ma.MaskedArray):
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise StageError(f"{name or 'the value'} is a masked array: its mask would be lost")
     try:
         dtype, shape = array_dtype_name(array.dtype), array.shape
@@ -243,13 +243,14 @@ class ArrayState(LeafState):
                 if problem is not None:
                     problems.append(problem)
                     continue
+            spec = known.get(key)
             try:
-                leaf = array_leaf(key, array, known.get(key))
+                leaf = array_leaf(key, array, spec)
             except StageError as error:
                 problems.append(str(error))
                 continue
             leaves.append(leaf)
-            if leaf.spec is not known.get(key):
+            if leaf.spec is not spec:
                 problem = _not_restorable(key, array)
                 problems += [problem] if problem else []
         return leaves, problems
