@@ -219,7 +219,10 @@ def _flatten_container(value: Any, path: str, out: Flattened, depth: int) -> Any
             node["maxlen"] = value.maxlen
         return node
     if kind is dict and KIND not in value and all(type(key) is str for key in value):
-        return {checked(key, path): child(key, item) for key, item in value.items()}
+        if not "".join(value).isascii():  # one look at all of them: most are names
+            for key in value:
+                checked(key, path)
+        return {key: child(key, item) for key, item in value.items()}
     if kind in _MAPPING_KINDS:
         pairs = [[child(f"{k}#key", k), child(k, item)] for k, item in value.items()]
         node = {KIND: _MAPPING_KINDS[kind], "items": pairs}
@@ -310,8 +313,7 @@ def _unflatten(node: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
     if kind == "complex":
         if "text" in node:
             return complex(node["text"])
-        real, imaginary = map(float_of, node["parts"])
-        return complex(real, imaginary)
+        return complex(*map(float_of, node["parts"]))
     if kind == "bytes":
         return base64.b64decode(node["text"])
     if kind == "torch.device":
