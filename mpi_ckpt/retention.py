@@ -24,7 +24,9 @@ __all__ = [
     "RetentionPolicy",
     "best_first",
     "best_policies",
+    "metric_names",
     "select_kept",
+    "unmet_policies",
 ]
 
 Mode = Literal["min", "max"]
@@ -162,6 +164,25 @@ def best_first(
         if not math.isnan(one.metrics.get(metric, math.nan))
     )
     return [-number for _, number in ranked]
+
+
+def unmet_policies(
+    policy: RetentionPolicy, generations: Sequence[GenerationSummary]
+) -> list[KeepBest]:
+    """Return every `KeepBest` of a policy whose metric no generation has.
+
+    Not collective. Thread-safe.
+    """
+    return [
+        one
+        for one in best_policies(policy)
+        if not best_first(one.metric, one.mode, generations)
+    ]
+
+
+def metric_names(generations: Sequence[GenerationSummary]) -> list[str]:
+    """Return the metrics that generations have, sorted. Not collective. Thread-safe."""
+    return sorted({name for one in generations for name in one.metrics})
 
 
 def best_policies(policy: RetentionPolicy) -> list[KeepBest]:

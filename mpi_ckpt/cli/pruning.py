@@ -26,9 +26,9 @@ from mpi_ckpt.retention import (
     KeepBest,
     KeepEvery,
     KeepLast,
-    best_first,
-    best_policies,
+    metric_names,
     select_kept,
+    unmet_policies,
 )
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.catalog import Catalog
@@ -196,16 +196,14 @@ def _plan(
 def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
     manifests = [row.manifest for row in good.values() if row.manifest is not None]
     there = [GenerationSummary(m.generation, m.step, m.metrics) for m in manifests]
-    for one in best_policies(policy):
-        # A name spelled wrong would have all be removed that it was to keep.
-        if there and not best_first(one.metric, one.mode, there):
-            known = sorted({name for summary in there for name in summary.metrics})
-            raise CommandError(
-                f"--keep-best {one.metric} --mode {one.mode}: no generation has that "
-                f"metric; there: {', '.join(known) or 'none'}. Nothing was removed",
-                code=MISUSED,
-                kind="absent",
-            )
+    # A name spelled wrong would have all be removed that it was to keep.
+    for one in unmet_policies(policy, there) if there else ():
+        raise CommandError(
+            f"--keep-best {one.metric} --mode {one.mode}: no generation has that metric; "
+            f"there: {', '.join(metric_names(there)) or 'none'}. Nothing was removed",
+            code=MISUSED,
+            kind="absent",
+        )
     return select_kept(policy, there)
 
 

@@ -14,9 +14,8 @@ from mpi_ckpt.comm import any_of, collect
 from mpi_ckpt.elastic.sums import Key, Totals, Update, add_all, as_number, from_first_form
 from mpi_ckpt.errors import CheckpointError, StageError, StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
-from mpi_ckpt.states.leaf_values import make_value
-from mpi_ckpt.states.packed import pack, unpack
-from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
+from mpi_ckpt.states.packed import make_values, pack, unpack
+from mpi_ckpt.states.tree import flatten, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -209,17 +208,15 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
             raise StateMismatchError(
                 f"state {self.name!r} was not saved from an accumulator"
             ) from error
-        nodes = leaf_nodes(structure)
         # Made anew: the program may hold arrays that it has read here.
-        made = [make_value(spec, nodes.get(spec.name, {})) for spec in specs]
-        values = {spec.name: value for spec, (value, _) in zip(specs, made, strict=True)}
+        values, leaves = make_values(structure, specs)
 
         def adopt() -> None:
             content = unflatten(structure, values)
             history = [] if content["history"] is None else unpack(content["history"])
             self._take(content["results"], content["epoch"], history)
 
-        return Arrival([leaf for _, leaf in made], adopt)
+        return Arrival(leaves, adopt)
 
     def _take(
         self, results: Totals, epoch: int | None, history: list[Totals] | None

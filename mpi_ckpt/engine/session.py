@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
-from mpi_ckpt.comm import Communicator, agree, compare_texts, is_rank_failure
+from mpi_ckpt.comm import Communicator, agree, compare_texts, is_rank_failure, meet
+from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
@@ -116,9 +117,14 @@ class Session:
             texts = [f"{name}={value}" for name, value in self.options.describe().items()]
             return [*texts, f"memory={self.memory and self.memory.describe()}"]
 
-        texts = agree(self.comm, "reading the options", describe, error=OptionsError)
-        problems = compare_texts(self.comm, "comparing options", texts)
-        if problems:
+        def digest(texts: list[str]) -> bytes:
+            return digest_bytes("\n".join(texts).encode())
+
+        met = meet(
+            self.comm, "reading the options", describe, error=OptionsError, digest=digest
+        )
+        if not met.is_alike:
+            problems = compare_texts(self.comm, "comparing options", met.result)
             raise OptionsError(
                 "the ranks were given different options:\n  " + "\n  ".join(problems),
                 problems=problems,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.states.mismatch import raise_mismatch
+from mpi_ckpt.states.wrappers import bare_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ Shapes = list[list[list[int]]]
 Names = list[list["str | None"]]
 
 _STATE = "content/state/"
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def describe_params(
@@ -41,17 +41,11 @@ def describe_params(
         given = group.get("param_names") or [None] * len(group["params"])
         names.append(
             [
-                known.get(id(p)) or _bare(name)
+                known.get(id(p)) or (name and bare_name(name))
                 for p, name in zip(group["params"], given, strict=False)
             ]
         )
     return shapes, names
-
-
-def _bare(name: str | None) -> str | None:
-    while name is not None and name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
 
 
 class SavedParams:

@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
 from mpi_ckpt.storage.stream import fill_leaves, read_form, write_leaves
 
-__all__ = ["pack", "unpack"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.state import Structure
+
+__all__ = ["make_values", "pack", "unpack"]
 
 
 def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
@@ -34,8 +40,32 @@ def unpack(data: bytes) -> Any:  # noqa: ANN401 (any nested value)
     """
     stream = io.BytesIO(data)
     structure, specs = read_form(stream)
-    nodes = leaf_nodes(structure)
-    made = [make_value(spec, nodes.get(spec.name, {})) for spec in specs]
-    fill_leaves(stream, specs, [leaf for _, leaf in made])
-    values = {spec.name: value for spec, (value, _) in zip(specs, made, strict=True)}
+    values, leaves = make_values(structure, specs)
+    fill_leaves(stream, specs, leaves)
     return unflatten(structure, values)
+
+
+def make_values(
+    structure: Structure, specs: Sequence[LeafSpec]
+) -> tuple[dict[str, Any], list[Leaf]]:
+    """Make the tensors and arrays of a nested value, and the leaves to fill them by.
+
+    Not collective.
+
+    Args:
+        structure: What `flatten` made.
+        specs: Of its leaves.
+
+    Returns:
+        Each by the name of its leaf, and the leaves in order.
+
+    Raises:
+        StateMismatchError: On the calling rank, if one cannot be made here.
+    """
+    nodes = leaf_nodes(structure)
+    values: dict[str, Any] = {}
+    leaves = []
+    for spec in specs:
+        values[spec.name], leaf = make_value(spec, nodes.get(spec.name, {}))
+        leaves.append(leaf)
+    return values, leaves

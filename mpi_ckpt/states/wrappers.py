@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["inner_names", "is_sharded", "parameter_names", "unwrapped"]
+__all__ = ["bare_name", "inner_names", "is_sharded", "parameter_names", "unwrapped"]
 
 # Class -> the attribute under which it keeps the module it wraps. Each puts a prefix
 # before all names: what is saved with it would not fit a program without it.
@@ -22,6 +22,7 @@ _TRANSPARENT = (
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
 )
+_PREFIXES = tuple({f"{attribute}." for _, _, attribute in _TRANSPARENT})
 _FSDP = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
@@ -83,6 +84,16 @@ def inner_names(module: torch.nn.Module) -> Callable[[str], str]:
         return name
 
     return inner
+
+
+def bare_name(name: str) -> str:
+    """Return the name of a parameter without those of wrappers around the whole module.
+
+    Not collective. Thread-safe. For names alone, where the module is not at hand.
+    """
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def parameter_names(module: torch.nn.Module) -> dict[int, str]:

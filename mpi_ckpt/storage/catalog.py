@@ -18,9 +18,9 @@ from mpi_ckpt.reports import GenerationInfo
 from mpi_ckpt.retention import (
     GenerationSummary,
     RetentionPolicy,
-    best_first,
-    best_policies,
+    metric_names,
     select_kept,
+    unmet_policies,
 )
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
@@ -216,18 +216,17 @@ class Catalog:
         self, policy: RetentionPolicy, there: Sequence[GenerationSummary]
     ) -> None:
         # Not before anything is given up: the metric may come with a later save.
-        for one in best_policies(policy):
-            if one.metric in self._told or best_first(one.metric, one.mode, there):
+        for one in unmet_policies(policy, there):
+            if one.metric in self._told:
                 continue
             self._told.add(one.metric)
-            known = sorted({name for summary in there for name in summary.metrics})
             logger.warning(
                 "%r keeps nothing: no generation in %s was saved with a metric %r (there "
                 "are: %s), and others are given up now; give it to save(metrics=...)",
                 one,
                 self.root,
                 one.metric,
-                ", ".join(map(repr, known)) or "none",
+                ", ".join(map(repr, metric_names(there))) or "none",
             )
 
     def _read(self, number: int) -> None:

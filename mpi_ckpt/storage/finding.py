@@ -21,7 +21,7 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.storage.layout import QUARANTINE, generation_name
 from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
-from mpi_ckpt.storage.recovery import is_gone, survey
+from mpi_ckpt.storage.recovery import is_gone
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +99,7 @@ def open_newest_there(catalog: Catalog) -> GenerationReader:
     bad: dict[int, str] = {}  # nothing is said of one that is gone
     before = None
     while True:
-        found = survey(root)
+        found = catalog.look()
         number = next((n for n in found.generations if n not in bad), None)
         if number is None:
             # While its owner renames, a directory may be listed with neither name.
@@ -220,7 +220,7 @@ def _open(path: Path, *, proven: bool) -> GenerationReader:
 
 
 def _number(catalog: Catalog, choice: Choice) -> int:
-    if choice.generation is not None and choice.generation in _numbers(catalog):
+    if choice.generation is not None and choice.generation in catalog.look().generations:
         return int(choice.generation)
     number = choice.pick(catalog.summaries())
     if number is None:
@@ -231,10 +231,6 @@ def _number(catalog: Catalog, choice: Choice) -> int:
             generation=choice.generation,
         )
     return number
-
-
-def _numbers(catalog: Catalog) -> tuple[int, ...]:
-    return survey(catalog.root).generations
 
 
 def _hint(root: Path, found: Survey) -> str:
@@ -254,7 +250,7 @@ def _lacking(choice: Choice) -> str:
 def _aside(catalog: Catalog, choice: Choice) -> str:
     if choice.generation is None:
         return ""
-    name, found = generation_name(choice.generation), survey(catalog.root)
+    name, found = generation_name(choice.generation), catalog.look()
     if name in found.quarantined:
         return f"; it was set aside: {catalog.root / QUARANTINE / name}"
     is_behind = choice.generation in found.rolled_back_numbers

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import on_root
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.storage.finding import describe_others
-from mpi_ckpt.storage.recovery import survey
 
 if TYPE_CHECKING:
     from mpi_ckpt.engine.outline import Outline
@@ -73,7 +72,8 @@ def _newer(session: Session, chosen: int) -> str:
     root = session.directory.root
     newer: list[int] = []
     with suppress(ReadError):  # the restore is done, and was good
-        newer = [number for number in sorted(survey(root).generations) if number > chosen]
+        there = sorted(session.directory.catalog.look().generations)
+        newer = [number for number in there if number > chosen]
     if not newer:
         return ""
     return (

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
-from mpi_ckpt.engine.sync.captured import read_leaf
+from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.storage.layout import shard_file_name
 from mpi_ckpt.storage.manifest import Extent, StoredFile, StoredLeaf
 from mpi_ckpt.storage.tensorfile import encode_header
@@ -93,7 +93,8 @@ def write_shard(
             try:
                 data = one.leaves[leaf].buffer.read()
             except Exception:
-                data = read_leaf(one, one.leaves[leaf])  # fails again, and says whose it is
+                with about_leaf(one, one.leaves[leaf]):
+                    raise
             if one.digests:
                 digests.append(one.digests[leaf])
                 yield data

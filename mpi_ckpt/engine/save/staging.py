@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import Digest
-from mpi_ckpt.engine.sync.captured import CapturedState, read_leaf
+from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.memory import round_up
@@ -162,8 +162,8 @@ def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
                 try:
                     leaf.buffer.copy_to(place)
                 except Exception:
-                    read_leaf(one, leaf)  # which most often fails too, and says whose it is
-                    raise
+                    with about_leaf(one, leaf):
+                        raise
             else:
                 late.add(leaf, place, one.digests[number] if one.digests else None)
             leaves.append(Leaf(leaf.spec, MemoryBuffer(place)))

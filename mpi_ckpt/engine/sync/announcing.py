@@ -45,6 +45,7 @@ class SyncTeller:
         differing = {k: leaves for k, leaves in report.differing.items() if k not in parts}
         if not differing:
             return
+        modes = _modes(states)
         for name, leaves in differing.items():
             if name not in self._told:
                 self._told.add(name)
@@ -52,7 +53,7 @@ class SyncTeller:
                     "state %r differed between ranks at step %d, and the save has made it "
                     "equal: all ranks have %s of %s now. From here on this is told in "
                     "numbers (INFO, and SaveReport.sync)",
-                    *(name, step, _source(states, name), _listed(leaves)),
+                    *(name, step, _source(modes[name]), _listed(leaves)),
                 )
         logger.info(
             "step %d: %s differed between ranks, and were made equal",
@@ -72,11 +73,11 @@ def tell_of_sync(report: SyncReport, states: Sequence[State]) -> None:
     """
     modes = _modes(states)
     for name, leaves in report.differing.items():
-        level = logging.WARNING if modes.get(name) == "check" else logging.INFO
+        level = logging.WARNING if modes[name] == "check" else logging.INFO
         logger.log(
             level,
             "sync(): state %r differed between ranks: all have %s of %s now",
-            *(name, _source(states, name), _listed(leaves)),
+            *(name, _source(modes[name]), _listed(leaves)),
         )
 
 
@@ -84,8 +85,8 @@ def _modes(states: Sequence[State]) -> dict[str, str]:
     return {one.name: one.sync_mode for one in states if isinstance(one, LeafState)}
 
 
-def _source(states: Sequence[State], name: str) -> str:
-    if _modes(states).get(name) == "mean":
+def _source(mode: str) -> str:
+    if mode == "mean":
         return "the average (of what cannot be averaged root's)"
     return "root's values"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,14 +14,14 @@ from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Form
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import LeafState, Structure
 
 __all__ = [
     *("CapturedState", "capture_states", "digest_of", "digest_states"),
-    *("pick_leaves", "read_leaf"),
+    *("pick_leaves", "about_leaf"),
 ]
 
 
@@ -95,8 +96,10 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
     try:
         taken = digest_many(reads, [leaf.spec.nbytes for _, leaf in todo], threads)
     except Exception:
+        # Side by side nobody knows which it was: the first that fails by itself says so.
         for one, leaf in todo:
-            read_leaf(one, leaf)  # the first that fails says which it is
+            with about_leaf(one, leaf):
+                leaf.buffer.read()
         raise
     digests = iter(taken)
     return [
@@ -107,13 +110,14 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
     ]
 
 
-def read_leaf(captured: CapturedState, leaf: Leaf) -> memoryview:
-    """Return the bytes of a leaf; an error says which one it was. Not collective."""
-    try:
-        return leaf.buffer.read()
-    except Exception:
-        with concerning(f"state {captured.name!r}"), concerning(f"leaf {leaf.spec.name!r}"):
-            raise
+@contextmanager
+def about_leaf(captured: CapturedState, leaf: Leaf) -> Iterator[None]:
+    """Let an error that leaves the block say which leaf it concerns. Not collective.
+
+    For the rare case: entered for each of thousands of leaves it would take its time.
+    """
+    with concerning(f"state {captured.name!r}"), concerning(f"leaf {leaf.spec.name!r}"):
+        yield
 
 
 def digest_of(captured: Iterable[CapturedState]) -> bytes:
