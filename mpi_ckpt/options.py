@@ -16,12 +16,15 @@ from mpi_ckpt.retention import KeepLast, RetentionPolicy
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["ENVIRONMENT", "IO", "ROOT", "Options", "Ranks", "StopWhen"]
+__all__ = ["ENVIRONMENT", "IO", "ROOT", "Locking", "Options", "Ranks", "StopWhen"]
 
 Ranks = Literal["root", "node", "all"]
 """Who does a work: root alone, one rank of every host, or every rank."""
 
 _RANKS = ("root", "node", "all")
+
+Locking = Literal["flock", "lease", "none"]
+"""How a second job is kept out of the directory."""
 
 ROOT = 0
 """The rank that decides, reads and commits, where none else is named."""
@@ -34,6 +37,11 @@ def _require(complaint: str, requirements: Sequence[tuple[bool, str]]) -> None:
     faults = [text for holds, text in requirements if not holds]
     if faults:
         raise OptionsError(f"{complaint}:\n  " + "\n  ".join(faults), problems=faults)
+
+
+def _one_of(name: str, value: object, *allowed: object) -> tuple[bool, str]:
+    *first, last = map(str, allowed)
+    return value in allowed, f"{name} is {value!r}: {', '.join(first)} or {last}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +106,9 @@ class IO:
             stays complete by itself, but one bad sector can then spoil several.
         full_every: Files older than so many generations are not shared any further, so
             that everything is written anew at least that often. Default: 10.
+        sync_directories: Whether a file system that cannot fsync directories (CIFS, some
+            FUSE) is refused (default). If not, names become durable when it pleases: a
+            power cut may take back saves that were acknowledged, though nothing else does.
         readers: Who reads in a restore, each a share that is sent to the others:
             ``"root"`` (default), ``"node"`` or ``"all"``, as for ``Options.writers``.
             More are faster where the file system gives one host less than the network.
@@ -115,6 +126,7 @@ class IO:
     mode: Literal["auto", "direct", "buffered"] = "auto"
     reuse: bool = True
     full_every: int = 10
+    sync_directories: bool = True
     readers: Ranks = "root"
     window_bytes: int = 64 << 20
     message_bytes: int = 8 << 20
@@ -124,15 +136,9 @@ class IO:
         _require(
             "bytes cannot be moved so",
             [
-                (
-                    self.mode in ("auto", "direct", "buffered"),
-                    f"mode is {self.mode!r}: auto, direct or buffered",
-                ),
+                _one_of("mode", self.mode, "auto", "direct", "buffered"),
                 (self.full_every >= 1, f"full_every is {self.full_every}: at least 1"),
-                (
-                    self.readers in _RANKS,
-                    f"readers is {self.readers!r}: root, node or all",
-                ),
+                _one_of("readers", self.readers, *_RANKS),
                 (
                     self.window_bytes >= 1,
                     f"window_bytes is {self.window_bytes}: must be above 0",
@@ -181,6 +187,13 @@ class Options:
         deadline_seconds: How long the ranks wait for one another before every live one
             raises an error that names the absent. Must exceed the longest save.
             Default: 600.
+        lock: How a second job is kept out of the directory: by flock (default); by a
+            ``"lease"`` as well, a file that root rewrites every 5 s, where the file system
+            has no flock: a job that was killed is then waited for 30 s; or by you
+            (``"none"``): whoever starts last is the owner.
+        read_only: Whether the directory is only restored from, without a lock (True); or
+            must be writable when it is restored from (False). None (default): if it is
+            not, `restore` warns that a save will fail.
         io: How bytes get to disk, back from it, and between ranks.
 
     Raises:
@@ -202,6 +215,8 @@ class Options:
     stop: StopWhen = StopWhen()
     abort_on_error: bool = True
     deadline_seconds: float = 600.0
+    lock: Locking = "flock"
+    read_only: bool | None = None
     io: IO = IO()
 
     def __post_init__(self) -> None:
@@ -216,18 +231,18 @@ class Options:
                     _is_interval(self.interval),
                     f"interval is {self.interval!r}: at least 1 step, a time, or 'auto'",
                 ),
-                (
-                    self.asynchronous in (False, True, "skip", "raise"),
-                    f"asynchronous is {self.asynchronous!r}: True, False, skip or raise",
-                ),
-                (
-                    self.writers in _RANKS,
-                    f"writers is {self.writers!r}: root, node or all",
-                ),
+                _one_of("asynchronous", self.asynchronous, True, False, "skip", "raise"),
+                _one_of("writers", self.writers, *_RANKS),
                 (isinstance(self.stop, StopWhen), f"stop is {self.stop!r}, not a StopWhen"),
                 (
                     self.deadline_seconds > 0,
                     f"deadline_seconds is {self.deadline_seconds}: must be above 0",
+                ),
+                _one_of("lock", self.lock, "flock", "lease", "none"),
+                _one_of("read_only", self.read_only, None, True, False),
+                (
+                    not (self.read_only and self.interval is not None),
+                    f"interval is {self.interval!r}, and read_only=True: nothing is saved",
                 ),
                 (isinstance(self.io, IO), f"io is {self.io!r}, not an IO"),
             ],
@@ -305,6 +320,13 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
         "deadline_seconds",
         float,
         "how long ranks wait for one another",
+    ),
+    "MPI_CKPT_LOCK": ("lock", str, "flock, lease or none"),
+    "MPI_CKPT_READ_ONLY": ("read_only", _parse_flag, "restore only, or fail if unwritable"),
+    "MPI_CKPT_SYNC_DIRECTORIES": (
+        "io.sync_directories",
+        _parse_flag,
+        "refuse a file system without fsync of directories",
     ),
     "MPI_CKPT_IO": ("io.mode", str, "auto, direct or buffered"),
     "MPI_CKPT_REUSE": ("io.reuse", _parse_flag, "share unchanged leaves"),

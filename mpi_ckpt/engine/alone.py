@@ -33,6 +33,7 @@ from mpi_ckpt.storage.layout import (
     rolled_back_numbers,
 )
 from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.ownership import Ownership
 from mpi_ckpt.storage.proving import proven_blocks
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -73,7 +74,7 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
         with os_errors_as(SaveError, "publishing", path):
             # CRASH: before this rename there is nothing of that name; all in it is durable.
             filesystem.rename_new(building, path)
-            filesystem.sync_directory(path.parent)
+            filesystem.sync_directory(path.parent, if_possible=True)
     except BaseException:
         with suppress(SaveError, OSError):
             _delete(building)
@@ -82,7 +83,9 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
 
 def _save_into(path: Path, state: LeafState, step: int) -> None:
     options = Options(retention=KeepLast(1), io=IO(reuse=False))
-    with closing(CheckpointDirectory(path)) as directory:
+    # Nobody can be asked for options: what the file system lacks is done without.
+    ownership = Ownership(locking="lease", sync_names=False)
+    with closing(CheckpointDirectory(path, ownership=ownership)) as directory:
         directory.own()
         request = SaveRequest(states=capture_states([state]), step=step, size=1)
         with Draft.begin(directory, request, options) as draft:
@@ -142,7 +145,7 @@ def remove_alone(path: Path) -> None:
         # CRASH: one rename takes the name from all of it; half of it has none.
         doomed = _beside(path)
         filesystem.rename_new(path, doomed)
-        filesystem.sync_directory(path.parent)
+        filesystem.sync_directory(path.parent, if_possible=True)
         _delete(doomed)
 
 
@@ -164,7 +167,8 @@ def _sweep_beside(path: Path) -> None:
                 continue
             left = path.with_name(name)
             try:
-                DirectoryLock(left, "sweep", patience_seconds=0.0).close()
+                lock = DirectoryLock(left, "sweep", 0.0, locking="lease")
+                lock.close()
                 _delete(left)
             except (CheckpointError, OSError) as error:  # in use, or no longer there
                 logger.info("%s is left alone: %s", left, error)

@@ -16,6 +16,7 @@ from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.notes import Notes
+from mpi_ckpt.storage.ownership import Ownership
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +70,15 @@ class Session:
 
         def find() -> CheckpointDirectory:
             # A relative path has no meaning on a rank whose working directory is gone.
-            return CheckpointDirectory(Path(root).absolute(), options.io.mode)
+            return CheckpointDirectory(
+                Path(root).absolute(),
+                options.io.mode,
+                Ownership(
+                    locking=options.lock,
+                    read_only=options.read_only,
+                    sync_names=options.io.sync_directories,
+                ),
+            )
 
         try:
             directory = agree(

@@ -185,7 +185,7 @@ class Catalog:
             if doomed:
                 # CRASH: files may go before the rename is durable; a generation would
                 # be back under its name with files missing.
-                filesystem.sync_directory(self.root)
+                filesystem.sync_directory(self.root, if_possible=True)
             for path in doomed:
                 filesystem.remove_tree(path)
         except OSError as error:

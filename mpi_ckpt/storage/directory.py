@@ -6,22 +6,19 @@ Used by root alone, but for `CheckpointDirectory.join`.
 
 from __future__ import annotations
 
-import errno
 import logging
 import secrets
-import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.storage import filesystem, recovery
+from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.faults import os_errors_as, read_errors_as_save_errors
+from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.finding import explain_absence, open_chosen, open_twice
 from mpi_ckpt.storage.layout import generation_name, is_partial_of
-from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.mounts import unmounted_above
+from mpi_ckpt.storage.ownership import Ownership
 from mpi_ckpt.storage.partial import Partial
 from mpi_ckpt.storage.reader import GenerationReader
 
@@ -30,14 +27,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.choice import Choice
+    from mpi_ckpt.storage.lock import DirectoryLock
     from mpi_ckpt.storage.manifest import Manifest
     from mpi_ckpt.storage.outfile import IOMode
 
 __all__ = ["CheckpointDirectory"]
 
 logger = logging.getLogger(__name__)
-
-_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CheckpointDirectory:
@@ -49,6 +45,7 @@ class CheckpointDirectory:
     Args:
         root: The directory; it and its parents need not exist.
         mode: How files are written; see `create_out_file`.
+        ownership: How this job owns it.
 
     Attributes:
         root: The directory.
@@ -59,9 +56,15 @@ class CheckpointDirectory:
             has gone back to it; None for the newest. Call `forget_newest` when it changes.
     """
 
-    def __init__(self, root: Path, mode: IOMode = "auto") -> None:
+    def __init__(
+        self,
+        root: Path,
+        mode: IOMode = "auto",
+        ownership: Ownership = Ownership(),  # noqa: B008 (frozen)
+    ) -> None:
         self.root = root
         self._mode: IOMode = mode
+        self._ownership = ownership
         self._staging = Arena()
         self.job = secrets.token_hex(6)
         self.catalog = Catalog(root)
@@ -71,6 +74,11 @@ class CheckpointDirectory:
         self._aside: dict[int, str] = {}
         self._newest: Manifest | None = None
         self.base: int | None = None
+
+    @property
+    def owner(self) -> str:
+        """Name of this job where it owns the directory; else empty."""
+        return "" if self._lock is None else self.job
 
     @property
     def set_aside(self) -> dict[str, str]:
@@ -85,14 +93,14 @@ class CheckpointDirectory:
 
         Raises:
             LockedError: On the calling rank, if another job holds it.
+            OptionsError: On the calling rank, if it is to be read only, or the file system
+                has no locks, or no fsync of directories, and the options ask for them.
             SaveError: On the calling rank, if it cannot be written to, or listed.
         """
         if self._lock is not None:
             return
-        self._make()
-        self._lock = DirectoryLock(self.root, self.job)
+        self._lock = self._ownership.take(self.root, self.job)
         self.catalog.is_owned = True
-        self._warn_if_open_to_all()
         self._sweep()
         with suppress(SaveError):  # a disk that was full may have room now
             if self._lock.sign():
@@ -131,6 +139,7 @@ class CheckpointDirectory:
             mode=self._mode,
             staging=self._staging,
             check=lock.check,
+            sync_names=self._ownership.sync_names,
         )
 
     def remove(self, numbers: Iterable[int]) -> None:
@@ -152,6 +161,7 @@ class CheckpointDirectory:
             mode=self._mode,
             staging=self._staging,
             joined=True,
+            sync_names=self._ownership.sync_names,
         )
 
     def open_newest(self) -> GenerationReader | None:
@@ -296,36 +306,13 @@ class CheckpointDirectory:
             found = self.catalog.look()
         return found
 
-    def _make(self) -> None:
-        """Make the directory, unless it would be on another disk than it should be."""
-        if not self.root.exists() and (point := unmounted_above(self.root)) is not None:
-            raise SaveError(
-                f"{self.root} lies under {point}, which this host is told to mount, and "
-                "nothing is mounted there",
-                path=self.root,
-            )
-        with os_errors_as(SaveError, "making", self.root):
-            filesystem.make_directories(self.root)
-
     def _own_if_writable(self) -> SaveError | None:
         """Own the directory, if that can be; return why it cannot."""
+        if self._ownership.read_only:
+            return SaveError("Options(read_only=True)")
         try:
             self.own()
         except SaveError as error:
-            # A full or failing disk may still be read; a save will say what is wrong.
-            level = logging.INFO if error.errno in _NOT_WRITABLE else logging.WARNING
-            logger.log(level, "restoring without a lock, as for a reader: %s", error)
+            self._ownership.read_without(error)
             return error
         return None
-
-    def _warn_if_open_to_all(self) -> None:
-        # Group directories are how people work together; the whole world is no group.
-        with suppress(OSError):
-            mode = self.root.stat().st_mode
-            if mode & stat.S_IWOTH:
-                harm = "add" if mode & stat.S_ISVTX else "add, change and remove"
-                logger.warning(
-                    "everybody on this system may %s generations in %s: chmod o-w",
-                    harm,
-                    self.root,
-                )

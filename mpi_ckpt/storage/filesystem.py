@@ -15,7 +15,6 @@ import fcntl
 import os
 import stat
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,10 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "FreeSpace",
+    "NO_DIRECTORY_SYNC",
     "append",
     "create_file",
-    "free_space",
     "leave_direct",
     "link_file",
     "list_names",
@@ -39,12 +37,22 @@ __all__ = [
     "remove_tree",
     "rename_new",
     "reserve",
+    "rewrite_file",
     "set_length",
     "start_writeback",
     "sync_directory",
     "sync_file",
     "write_all",
 ]
+
+NO_DIRECTORY_SYNC = (
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EISDIR,
+)
+"""What fsync of an open directory says where the file system has no such operation."""
 
 # One system call writes at most this much: Linux stops at 2 GiB - 4 KiB anyway.
 _CALL_BYTES = 1 << 30
@@ -68,12 +76,12 @@ def make_directories(path: Path) -> None:
         probe = probe.parent
     # CRASH: a job killed between its mkdir and the fsync left a name that can be gone.
     with suppress(PermissionError):  # a directory we may not read is not of our making
-        sync_directory(probe.parent)
+        sync_directory(probe.parent, if_possible=True)
     for directory in reversed(missing):
         with suppress(FileExistsError):  # another job may be first: that is as good
             os.mkdir(directory, 0o777)
         # CRASH: without this the directory, and all that is in it, can be gone.
-        sync_directory(directory.parent)
+        sync_directory(directory.parent, if_possible=True)
 
 
 @contextmanager
@@ -143,30 +151,14 @@ def reserve(descriptor: int, nbytes: int) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class FreeSpace:
-    """What a file system still takes; infinite where it does not say."""
-
-    nbytes: float
-    files: float
-
-
-def free_space(path: Path) -> FreeSpace:
-    """Ask a file system how much it still takes from this user.
-
-    Not collective. Thread-safe.
-    """
+def rewrite_file(path: Path, data: bytes) -> None:
+    """Overwrite the start of a file that must exist, durably. Not collective."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        status = os.statvfs(path)
-    except OSError:  # whatever is wrong, the first write will say it
-        return FreeSpace(float("inf"), float("inf"))
-    # Blocks held back for root are root's to use. Some file systems in user space, and on
-    # the network, answer 0 to what they do not know.
-    blocks = status.f_bavail if os.geteuid() else status.f_bfree
-    return FreeSpace(
-        nbytes=blocks * status.f_frsize if status.f_blocks else float("inf"),
-        files=status.f_favail or float("inf"),
-    )
+        write_all(descriptor, data, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def set_length(descriptor: int, nbytes: int) -> None:
@@ -193,11 +185,22 @@ def sync_file(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable. Not collective."""
+def sync_directory(path: Path, *, if_possible: bool = False) -> None:
+    """Make the names in a directory durable.
+
+    Not collective.
+
+    Args:
+        path: The directory.
+        if_possible: Whether a file system that cannot do so for any directory is no
+            failure.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (if_possible and error.errno in NO_DIRECTORY_SYNC):
+            raise
     finally:
         os.close(descriptor)
 

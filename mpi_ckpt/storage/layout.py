@@ -30,6 +30,8 @@ __all__ = [
     "is_condemned_name",
     "is_partial_name",
     "is_partial_of",
+    "lease_name",
+    "leased_job",
     "partial_name",
     "partial_number",
     "rolled_back_name",
@@ -53,6 +55,7 @@ _GENERATION = re.compile(r"checkpoint-(\d{8,18})")
 _ADAPTDL = re.compile(r"checkpoint-\d{1,7}")
 _PARTIAL = re.compile(r"\.partial-(\d{8,18})-[0-9a-z]+")
 _ROLLED_BACK = re.compile(r"\.rolled-back-(\d{8,18})-(\d{8,18})")
+_LEASE = re.compile(r"\.lease-([0-9a-z]+)")
 _CONDEMNED = "x"  # no name of a job has it: those are hexadecimal
 _FILE = re.compile(r"(?!\.)[A-Za-z0-9._%~+-]{1,255}|\.(?!\.)[A-Za-z0-9._%~+-]{1,254}")
 
@@ -104,6 +107,17 @@ def is_partial_of(name: str, job: str) -> bool:
 def partial_number(name: str) -> int:
     """Return the number in a name that `partial_name` made."""
     return int(name.split("-")[1])
+
+
+def lease_name(job: str) -> str:
+    """Return the name of the file by which a job shows that it is alive."""
+    return f".lease-{job}"
+
+
+def leased_job(name: str) -> str | None:
+    """Return the job in a name that `lease_name` made; None for any other."""
+    match = _LEASE.fullmatch(name)
+    return None if match is None else match[1]
 
 
 def rolled_back_name(number: int, highest: int) -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One job owns a checkpoint directory: an flock, held by root while the job lives.
 
+Where a file system has no flock, a lease says whether a job lives.
+
 A lock can be lost without its holder's knowing: a node is cut off, the file server gives
 the lock to a successor, and the old job lives on. So the file also names its owner. The
 last to sign it is the owner; whoever finds another name there is fenced off.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 import time
@@ -18,39 +21,60 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import FencedError, LockedError, SaveError
+from mpi_ckpt.errors import FencedError, LockedError, OptionsError, SaveError
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.layout import LOCK
+from mpi_ckpt.storage.lease import Lease, remove_other_leases, wait_for_end
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["DirectoryLock"]
+    from mpi_ckpt.options import Locking
+
+__all__ = ["DirectoryLock", "signed_job"]
 
 PATIENCE_SECONDS = 5.0
 """A job that was just killed may take this long to die and let go."""
+
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What flock says where the file system, or its mount, has no locks."""
+
+_SETTLE_SECONDS = 1.0
+"""Of two jobs that find a dead lease at one moment, both have signed after this long."""
 
 
 class DirectoryLock:
     """Exclusive ownership of a checkpoint directory.
 
     Root only. Not thread-safe. The kernel lets go when the process dies, so a dead job
-    never blocks its successor.
+    never blocks its successor; a lease does for one term.
 
     Args:
         root: The checkpoint directory; must exist.
         job: Name of this job, told to whoever is refused.
         patience_seconds: How long to wait for another owner to end.
+        locking: How another job is known to live: by its flock; by its flock, where there
+            is one, and its lease; or not at all: then whoever comes last is the owner.
 
     Raises:
         LockedError: On the calling rank, if another job holds the directory.
+        OptionsError: On the calling rank, if the file system has no flock and one is asked
+            for.
         SaveError: On the calling rank, if the lock file cannot be used.
     """
 
     def __init__(
-        self, root: Path, job: str, patience_seconds: float = PATIENCE_SECONDS
+        self,
+        root: Path,
+        job: str,
+        patience_seconds: float = PATIENCE_SECONDS,
+        *,
+        locking: Locking = "flock",
     ) -> None:
+        self._root = root
+        self._job = job
         self._path = root / LOCK
+        self._lease: Lease | None = None
         where = f"process {os.getpid()} on {socket.gethostname()}"
         self._signature = f"job {job}, {where}\n".encode()
         self._signed = False
@@ -59,12 +83,19 @@ class DirectoryLock:
             self._descriptor = os.open(self._path, flags, 0o666)
         try:
             self._require_file()
-            self._acquire(patience_seconds)
+            is_locked = locking != "none" and self._acquire(patience_seconds, locking)
+            if locking != "none":
+                self._outlast_lease(patience_seconds)
+            if locking == "lease":
+                # Before the signature, which tells others which lease to look at.
+                self._lease = Lease(root, job)
+            with suppress(SaveError):  # a full disk must not keep us from owning it
+                self.sign()
+                if locking == "lease" and not is_locked:
+                    self._settle()
         except BaseException:
-            os.close(self._descriptor)
+            self.close()
             raise
-        with suppress(SaveError):  # a full disk must not keep us from owning it
-            self.sign()
         _HELD.add(self)
 
     def _require_file(self) -> None:
@@ -102,6 +133,7 @@ class DirectoryLock:
             # Also what shows it to other hosts: a network file system may hold it back.
             os.fsync(self._descriptor)
         self._signed = True
+        remove_other_leases(self._root, self._job)
         return True
 
     def check(self) -> None:
@@ -115,7 +147,7 @@ class DirectoryLock:
             SaveError: On the calling rank, if it cannot be read.
         """
         with os_errors_as(SaveError, "reading the lock", self._path):
-            found = self._read()
+            found = _read_signature(self._path)
         if found != self._signature:
             now = found.decode(errors="replace").strip() or "nobody: no lock file"
             raise FencedError(
@@ -125,45 +157,62 @@ class DirectoryLock:
                 path=self._path,
             )
 
-    def _read(self) -> bytes:
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open(self._path, flags)
-        except FileNotFoundError:
-            return b""
-        try:
-            # Linux's NFS client keeps the bytes it has of a file that it has open for
-            # writing, as ours is to be locked, whatever others have written since.
-            with suppress(OSError):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            return os.pread(descriptor, 500, 0)
-        finally:
-            os.close(descriptor)
-
-    def _acquire(self, patience_seconds: float) -> None:
+    def _acquire(self, patience_seconds: float, locking: Locking) -> bool:
+        """Wait for the flock; return whether the file system has given it."""
         deadline = time.monotonic() + patience_seconds
         while True:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise LockedError(
-                        f"{self._path.parent} belongs to another running job "
-                        f"({self._owner()}); two jobs would overwrite each other's "
-                        "checkpoints: end that job, or give this one a directory of "
-                        "its own",
-                        path=self._path,
-                    ) from None
+                    raise self._refusal(self._owner()) from None
                 time.sleep(0.05)
             except OSError as error:
-                raise SaveError(
+                if error.errno not in _NO_FLOCK:
+                    raise SaveError(
+                        f"{self._path} cannot be locked: {in_words(error)}",
+                        path=self._path,
+                        errno=error.errno,
+                    ) from error
+                if locking == "lease":
+                    return False
+                raise OptionsError(
                     f"{self._path} cannot be locked: {in_words(error)}; the file system "
-                    "must support flock",
+                    "must support flock (Lustre does when mounted with -o flock), or the "
+                    "job be told to do without: Options(lock='lease') keeps a second job "
+                    "out by a file that root rewrites every few seconds; lock='none' "
+                    "leaves it to you that one job runs at a time; read_only=True is for "
+                    "a job that only restores",
                     path=self._path,
                     errno=error.errno,
                 ) from error
             else:
-                return
+                return True
+
+    def _outlast_lease(self, patience_seconds: float) -> None:
+        """Refuse to take the directory from a job whose lease is being renewed."""
+        owner = self._owner()
+        signed = _SIGNED.match(owner)
+        if signed and not wait_for_end(self._root, signed[1], patience_seconds):
+            raise self._refusal(owner)
+
+    def _settle(self) -> None:
+        """Leave the directory to the last of several jobs that took it at one moment."""
+        time.sleep(_SETTLE_SECONDS)
+        try:
+            self.check()
+        except FencedError as error:
+            with os_errors_as(SaveError, "reading the lock", self._path):
+                owner = _read_signature(self._path).decode(errors="replace").strip()
+            raise self._refusal(owner) from error
+
+    def _refusal(self, owner: str) -> LockedError:
+        return LockedError(
+            f"{self._path.parent} belongs to another running job ({owner}); two jobs "
+            "would overwrite each other's checkpoints: end that job, or give this one a "
+            "directory of its own",
+            path=self._path,
+        )
 
     def _owner(self) -> str:
         with suppress(OSError):
@@ -172,9 +221,41 @@ class DirectoryLock:
 
     def close(self) -> None:
         """Let go of the directory; in a forked child, only forget it. Callable twice."""
+        if self._lease is not None:
+            self._lease.close()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+_SIGNED = re.compile(r"job ([0-9a-z]+), ")
+
+
+def signed_job(root: Path) -> str | None:
+    """Return the job that has signed a directory, as this host sees it.
+
+    Not collective. None for nobody, and where it cannot be read.
+    """
+    with suppress(OSError):
+        found = _SIGNED.match(_read_signature(root / LOCK).decode(errors="replace"))
+        return found[1] if found else None
+    return None
+
+
+def _read_signature(path: Path) -> bytes:
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        return b""
+    try:
+        # Linux's NFS client keeps the bytes it has of a file that it has open for
+        # writing, as ours is to be locked, whatever others have written since.
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.pread(descriptor, 500, 0)
+    finally:
+        os.close(descriptor)
 
 
 _HELD: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File systems that this host is told to mount, and has not: what lies there is not there.
+"""What this host has mounted, and what it is told to mount and has not.
 
 A directory made under an empty mount point is on another disk; a job that begins anew
 there has lost sight of all it saved (fstab(5)).
@@ -8,12 +8,16 @@ there has lost sight of all it saved (fstab(5)).
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["unmounted_above"]
+__all__ = ["local_file_system", "unmounted_above"]
 
 _TABLE = Path("/etc/fstab")
+_MOUNTED = Path("/proc/self/mountinfo")
+
+_LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ramfs", "overlay")
 
 
 def unmounted_above(path: Path) -> Path | None:
@@ -31,7 +35,32 @@ def unmounted_above(path: Path) -> Path | None:
         fields = line.split()
         if len(fields) < 4 or fields[0].startswith("#") or not fields[1].startswith("/"):
             continue
-        point = Path(fields[1].replace("\\040", " "))
+        point = Path(_unescaped(fields[1]))
         if point in (path, *path.parents) and not os.path.ismount(point):
             return point
     return None
+
+
+def local_file_system(path: Path) -> str | None:
+    """Return the kind of the file system that a path is on, if it is this host's own.
+
+    Not collective. Thread-safe. None where it may be shared, or cannot be told (proc(5)).
+
+    Args:
+        path: Absolute; it need not exist.
+    """
+    kinds: dict[str, str] = {}
+    with suppress(OSError, UnicodeDecodeError):
+        for line in _MOUNTED.read_text().splitlines():
+            place, _, source = line.partition(" - ")
+            # The last one mounted at a place is the one that is seen there.
+            kinds[_unescaped(place.split()[4])] = source.split()[0]
+    real = Path(os.path.realpath(path))
+    for above in (real, *real.parents):
+        if (kind := kinds.get(str(above))) is not None:
+            return kind if kind in _LOCAL else None
+    return None
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

@@ -55,6 +55,7 @@ class Partial:
         check: Raises `FencedError` if another job has taken the directory over. Asked
             before the commit point, and when anything fails: a successor deletes what
             it finds, and that is what a job cut off should hear of.
+        sync_names: Whether directories must be fsynced; if not, they are where they can.
 
     Raises:
         WriteError: On the calling rank, if its directory cannot be made, or is not there.
@@ -72,9 +73,11 @@ class Partial:
         staging: Arena | None = None,
         joined: bool = False,
         check: Callable[[], None] | None = None,
+        sync_names: bool = True,
     ) -> None:
         self._root = root
         self._check = check or _nobody_else
+        self._sync_names = sync_names
         self._mode: IOMode = mode
         self._staging = staging or Arena()
         self.generation = generation
@@ -123,7 +126,7 @@ class Partial:
             # CRASH: root fsyncs the directory too, but on some network file systems only
             # the host that made an entry can make it durable.
             with self._errors_as(WriteError, "writing", self.path):
-                filesystem.sync_directory(self.path)
+                self._sync(self.path)
         self.bytes_written += nbytes
 
     def write_stream(
@@ -188,7 +191,7 @@ class Partial:
         self.bytes_written += len(manifest)
         target = self._root / generation_name(self.generation)
         with self._errors_as(PublishError, "publishing", self.path):
-            filesystem.sync_directory(self.path)
+            self._sync(self.path)
             # INVARIANT: a successor signs the lock first and sweeps then. Had it swept
             # before this partial was made, we see its name here; if it sweeps later, the
             # rename below finds nothing to rename, or comes first and is seen by it.
@@ -197,7 +200,7 @@ class Partial:
             # needs is durable, so after it the generation is whole.
             filesystem.rename_new(self.path, target)
             try:
-                filesystem.sync_directory(self._root)
+                self._sync(self._root)
             except OSError as cause:
                 self._withdraw(target, cause)
                 raise
@@ -225,6 +228,9 @@ class Partial:
                 path=self.path,
                 errno=error.errno,
             ) from error
+
+    def _sync(self, directory: Path) -> None:
+        filesystem.sync_directory(directory, if_possible=not self._sync_names)
 
     def _withdraw(self, target: Path, cause: OSError) -> None:
         # Nobody knows whether the name is durable. Withdraw it, so that what is raised

@@ -169,7 +169,7 @@ def sweep(root: Path, partials: tuple[str, ...], job: str) -> bool:
     try:
         # CRASH: a leftover may be a generation on its way out. If its files went before
         # that rename is durable, it would be back under its name with files missing.
-        filesystem.sync_directory(root)
+        filesystem.sync_directory(root, if_possible=True)
     except OSError as error:
         logger.warning("leftovers in %s are not removed: %s", root, error)
         return False
@@ -226,8 +226,8 @@ def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> 
             target = shelf / f"{source.name}~{attempt}"
         reason = json.dumps({"generation": generation, "reason": str(problem)})
         filesystem.rename_new(source, target)
-        filesystem.sync_directory(shelf)
-        filesystem.sync_directory(root)
+        filesystem.sync_directory(shelf, if_possible=True)
+        filesystem.sync_directory(root, if_possible=True)
         _leave_reason(target, reason.encode())
     except OSError as error:
         logger.warning("%s could not be set aside: %s", source, error)

@@ -48,7 +48,7 @@ def set_newer_aside(root: Path, generation: int) -> tuple[int, ...]:
             target = root / rolled_back_name(number, found.highest)
             filesystem.rename_new(root / generation_name(number), target)
         if newer:
-            filesystem.sync_directory(root)
+            filesystem.sync_directory(root, if_possible=True)
     return tuple(reversed(newer))
 
 
@@ -84,7 +84,7 @@ def bring_back(root: Path) -> tuple[int, ...]:
         for number in sorted(names):
             filesystem.rename_new(root / names[number], root / generation_name(number))
         if names:
-            filesystem.sync_directory(root)
+            filesystem.sync_directory(root, if_possible=True)
     return tuple(sorted(names))
 
 

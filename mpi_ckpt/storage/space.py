@@ -9,7 +9,9 @@ it is believed the file system is asked to reserve the space, which makes it loo
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import WriteError
@@ -19,9 +21,35 @@ from mpi_ckpt.storage.faults import in_words
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["require_space"]
+__all__ = ["FreeSpace", "free_space", "require_space"]
 
 _PROBE = "reserve"
+
+
+@dataclass(frozen=True, slots=True)
+class FreeSpace:
+    """What a file system still takes; infinite where it does not say."""
+
+    nbytes: float
+    files: float
+
+
+def free_space(path: Path) -> FreeSpace:
+    """Ask a file system how much it still takes from this user.
+
+    Not collective. Thread-safe.
+    """
+    try:
+        status = os.statvfs(path)
+    except OSError:  # whatever is wrong, the first write will say it
+        return FreeSpace(float("inf"), float("inf"))
+    # Blocks held back for root are root's to use. Some file systems in user space, and on
+    # the network, answer 0 to what they do not know.
+    blocks = status.f_bavail if os.geteuid() else status.f_bfree
+    return FreeSpace(
+        nbytes=blocks * status.f_frsize if status.f_blocks else float("inf"),
+        files=status.f_favail or float("inf"),
+    )
 
 
 def require_space(directory: Path, what: Path, *, nbytes: int, files: int) -> None:
@@ -41,7 +69,7 @@ def require_space(directory: Path, what: Path, *, nbytes: int, files: int) -> No
         WriteError: On the calling rank, with ENOSPC, if that does not fit; it says how
             much is needed and how much there is.
     """
-    free = filesystem.free_space(directory)
+    free = free_space(directory)
     if files <= free.files and (
         nbytes <= free.nbytes or _can_reserve(directory / _PROBE, nbytes)
     ):

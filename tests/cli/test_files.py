@@ -318,7 +318,7 @@ def test_adaptdl_is_taken_on_the_users_word_only(tmp_path):
 
 def test_a_running_job_refuses_an_import(tmp_path, monkeypatch):
     hasty = partial(DirectoryLock, patience_seconds=0.1)
-    monkeypatch.setattr("mpi_ckpt.storage.directory.DirectoryLock", hasty)
+    monkeypatch.setattr("mpi_ckpt.storage.ownership.DirectoryLock", hasty)
     safetensors.numpy.save_file({"w": np.ones(2)}, tmp_path / "m.safetensors")
     job = CheckpointDirectory(tmp_path / "c")
     with closing(job):

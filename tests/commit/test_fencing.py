@@ -218,9 +218,10 @@ def test_old_owner_that_cannot_make_its_publication_durable_leaves_it(
     partial = old.begin()
     real = filesystem.sync_directory
 
-    def fail_after_taking_over(path):
-        real(path)
-        if path == old.root:
+    def fail_after_taking_over(path, **how):
+        real(path, **how)
+        if path == old.root and new.owner == "":
+            monkeypatch.undo()
             new.own()
             raise OSError(5, "Input/output error")
 
@@ -242,7 +243,7 @@ def test_lock_file_that_cannot_be_read_fails_the_save_only(old, monkeypatch):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryLock, "_read", refuse)
+        patch.setattr(lock, "_read_signature", refuse)
         with pytest.raises(SaveError, match="reading the lock") as caught:
             save(old, some_states())
         assert not isinstance(caught.value, FencedError)

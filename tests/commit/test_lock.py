@@ -12,7 +12,7 @@ from contextlib import closing
 
 import pytest
 
-from mpi_ckpt.errors import FencedError, LockedError, SaveError
+from mpi_ckpt.errors import FencedError, LockedError, OptionsError, SaveError
 from mpi_ckpt.storage import lock
 from mpi_ckpt.storage.lock import DirectoryLock
 from tests.waiting import limit
@@ -85,9 +85,21 @@ def test_file_system_without_locks_is_told(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
-    with pytest.raises(SaveError, match="must support flock") as caught:
+    with pytest.raises(OptionsError, match="must support flock") as caught:
         DirectoryLock(tmp_path, "a")
     assert caught.value.errno == errno.ENOLCK
+    assert "lock='lease'" in str(caught.value)
+    DirectoryLock(tmp_path, "a", locking="none").close()
+
+
+def test_lock_that_fails_is_not_taken_for_a_file_system_without(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(lock.fcntl, "flock", fail)
+    for locking in ("flock", "lease"):
+        with pytest.raises(SaveError, match="cannot be locked: EIO"):
+            DirectoryLock(tmp_path, "a", locking=locking)
 
 
 def test_full_disk_keeps_nobody_from_owning(tmp_path, monkeypatch):

@@ -14,10 +14,9 @@ from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import SaveError, WriteError
 from mpi_ckpt.options import Options
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage import filesystem, space
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.filesystem import FreeSpace, free_space
-from mpi_ckpt.storage.space import require_space
+from mpi_ckpt.storage.space import FreeSpace, free_space, require_space
 from tests.making import Stream, save
 
 PLENTY = {"f_frsize": 1024, "f_blocks": 900, "f_bfree": 500, "f_bavail": 400}
@@ -53,7 +52,8 @@ class Disk:
 def disk(monkeypatch):
     def put(status, **options):
         disk = Disk(status, **options)
-        monkeypatch.setattr(filesystem, "os", disk)
+        for module in (filesystem, space):
+            monkeypatch.setattr(module, "os", disk)
         return disk
 
     return put
@@ -85,7 +85,7 @@ def test_file_systems_that_cannot_say_refuse_nothing(monkeypatch, tmp_path):
         def statvfs(self, path):
             raise OSError(errno.ENOSYS, "no")
 
-    monkeypatch.setattr(filesystem, "os", Broken({}))
+    monkeypatch.setattr(space, "os", Broken({}))
     require_space(tmp_path, tmp_path, nbytes=1 << 60, files=1 << 40)
 
 

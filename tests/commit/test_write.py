@@ -215,9 +215,9 @@ def test_what_can_be_shared_is_where_there_is_no_room_for_all(
     save(directory, [state], options=REUSE)
     for n in range(0, 40, 2):
         state.arrays[f"x{n:02d}"] += 1
-    free = filesystem.free_space(directory.root)
+    free = space.free_space(directory.root)
     little = replace(free, nbytes=200_000)
-    monkeypatch.setattr(filesystem, "free_space", lambda _: little)
+    monkeypatch.setattr(space, "free_space", lambda _: little)
     monkeypatch.setattr(space, "_can_reserve", lambda *_: False)
     monkeypatch.setattr(draft, "_SAMPLES", 1)
     assert save(directory, [state], options=REUSE).bytes_reused == 20 * 8000

@@ -120,7 +120,7 @@ def test_acknowledged_saves_are_on_the_disk(way, folder, device):
 @pytest.mark.parametrize("missing", ["sync_file", "sync_directory"])
 def test_a_missing_flush_is_found(missing, folder, device, monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr(filesystem, missing, lambda _: None)
+        without.setattr(filesystem, missing, lambda *_, **__: None)
         saves = saves_of(device, "blocking")
     records = device.records()
     first = next(i for i, one in enumerate(records) if one.kind == ACKNOWLEDGED)
@@ -154,13 +154,13 @@ class Syncs:
             monkeypatch.setattr(filesystem, name, self._noted(getattr(filesystem, name)))
 
     def _noted(self, sync):
-        def call(target):
+        def call(target, **how):
             self.count += 1
             if self.count == self._fail_at:
                 self._device.fail()
             if self._fail_at and self.count >= self._fail_at and isinstance(target, int):
                 self.files.append(os.fstat(target).st_ino)
-            sync(target)
+            sync(target, **how)
 
         return call
 

@@ -48,7 +48,7 @@ def test_acknowledged_saves_survive_power_cuts(disk):
 
 def test_power_cuts_find_a_missing_fsync(disk, monkeypatch):
     monkeypatch.setattr(filesystem, "sync_file", lambda _: None)
-    monkeypatch.setattr(filesystem, "sync_directory", lambda _: None)
+    monkeypatch.setattr(filesystem, "sync_directory", lambda *_, **__: None)
     after_all = Moment(count_changes(disk, "blocking"), "after")
     for how in SHUTDOWNS:
         assert cut_and_judge(disk, Cut("blocking", how, after_all)), how

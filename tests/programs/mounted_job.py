@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ckpt.errors import CheckpointError, SaveError
-from mpi_ckpt.storage import directory as directory_module
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage import filesystem, ownership
 from tests.crash.faults import quiet
 from tests.crash.moments import Changes, Moment
 from tests.crash.recorder import in_place_of_os
@@ -109,14 +108,14 @@ def features(folder: Path) -> dict[str, bool]:
     return found
 
 
-def refuse(*_: Any) -> None:
+def refuse(*_: Any, **__: Any) -> None:
     raise SaveError("as if the directory were mounted read-only")
 
 
 def main() -> None:
     role, root = sys.argv[1], Path(sys.argv[2])
     if role == "reader":
-        directory_module.DirectoryLock = refuse  # type: ignore[assignment,misc]
+        ownership.DirectoryLock = refuse  # type: ignore[assignment,misc]
     with quiet():
         worker = Worker(root)
         for line in sys.stdin:

@@ -119,9 +119,9 @@ def test_files_are_opened_in_two_modules_only():
     assert importers("shutil", "tempfile") == []
 
 
-def test_fsync_is_called_in_three_functions():
-    # Of a file, of a directory, and of the lock file.
-    assert len(where(lambda node: called(node) in ("os.fsync", "os.fdatasync"))) == 3
+def test_fsync_is_called_in_four_functions():
+    # Of a file, of a directory, of the lock file, and of the lease.
+    assert len(where(lambda node: called(node) in ("os.fsync", "os.fdatasync"))) == 4
 
 
 def test_only_comm_knows_mpi():
@@ -233,7 +233,7 @@ def test_threads_are_started_where_no_mpi_is():
     modules = {one.partition(":")[0] for one in starters}
     assert modules == {
         "comm/guard.py", "digest.py", "engine/save/background.py", "engine/watchdog.py",
-        "storage/outfile.py", "storage/prefetch.py",
+        "storage/lease.py", "storage/outfile.py", "storage/prefetch.py",
     }  # fmt: skip
     for name in modules:
         imported = {module for _, module in imports(MODULES[name])}

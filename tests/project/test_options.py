@@ -124,6 +124,9 @@ def test_every_variable_sets_its_field():
         "MPI_CKPT_WRITERS": "all",
         "MPI_CKPT_READERS": "node",
         "MPI_CKPT_DIGEST_THREADS": "3",
+        "MPI_CKPT_LOCK": "lease",
+        "MPI_CKPT_READ_ONLY": "0",
+        "MPI_CKPT_SYNC_DIRECTORIES": "0",
     }
     assert set(given) == set(ENVIRONMENT)
     assert Options.from_env(given) == Options(
@@ -132,8 +135,11 @@ def test_every_variable_sets_its_field():
         abort_on_error=False,
         deadline_seconds=5.5,
         writers="all",
+        lock="lease",
+        read_only=False,
         io=IO(
             mode="buffered",
+            sync_directories=False,
             reuse=False,
             readers="node",
             window_bytes=8192,

@@ -4,18 +4,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
+from contextlib import closing
 
 import pytest
 
+from mpi_ckpt.choice import Choice
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     LockedError,
+    OptionsError,
     ReadError,
     SaveError,
     UnsupportedFormatError,
 )
 from mpi_ckpt.storage import catalog, filesystem, finding, lock, mounts, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.ownership import Ownership
 from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from mpi_ckpt.storage.recovery import Survey
@@ -249,6 +254,92 @@ def test_directory_of_a_full_disk_can_be_restored_from_with_a_warning(
     assert "restoring without a lock" in caplog.text
     with pytest.raises(SaveError, match="ENOSPC"):
         directory.own()
+
+
+def test_directory_that_must_be_writable_is_refused_at_once(tmp_path, monkeypatch):
+    publish(tmp_path)
+    monkeypatch.setattr(lock, "os", ReadOnly(errno.EROFS))
+    with closing(
+        CheckpointDirectory(tmp_path, ownership=Ownership(read_only=False))
+    ) as one:
+        with pytest.raises(SaveError, match="EROFS"):
+            one.open_newest()
+        with pytest.raises(SaveError, match="EROFS"):
+            one.open(Choice(generation=1))
+
+
+def test_directory_that_is_only_read_is_left_as_it_is(tmp_path, opened, caplog):
+    publish(tmp_path)
+    opened(tmp_path).own()  # of another job: no lock is asked for
+    (tmp_path / ".partial-00000003-dead").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    with closing(CheckpointDirectory(tmp_path, ownership=Ownership(read_only=True))) as one:
+        assert newest(one) == 1
+        with pytest.raises(OptionsError, match="read_only=True"):
+            one.own()
+        damage(tmp_path / "checkpoint-00000001")
+    assert sorted(os.listdir(tmp_path)) == before
+    assert caplog.text == ""
+
+
+def test_directory_that_is_only_read_and_not_there_is_no_fresh_start(tmp_path):
+    root = tmp_path / "missing"
+    reader = CheckpointDirectory(root, ownership=Ownership(read_only=True))
+    with closing(reader), pytest.raises(ReadError, match="is not there"):
+        reader.open_newest()
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("code", filesystem.NO_DIRECTORY_SYNC)
+def test_file_system_without_fsync_of_directories_is_told_at_the_start(
+    tmp_path, monkeypatch, caplog, code
+):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with closing(CheckpointDirectory(tmp_path / "a")) as one:
+        with pytest.raises(OptionsError, match="no fsync of directories") as caught:
+            one.open_newest()
+        assert caught.value.errno == code
+        assert "sync_directories=False" in str(caught.value)
+    without = Ownership(sync_names=False)
+    for root in (tmp_path / "a", tmp_path / "made" / "now"):
+        with closing(CheckpointDirectory(root, ownership=without)) as one:
+            assert newest(one) is None
+            for number in (1, 2):
+                assert save(one, some_states()).generation == number
+            one.remove([1])
+            assert newest(one) == 2
+    assert caplog.text.count("has no fsync of directories: after a power cut") == 2
+
+
+def test_fsync_of_a_directory_that_fails_is_not_taken_for_none(tmp_path, monkeypatch):
+    without = Ownership(sync_names=False)
+    with closing(CheckpointDirectory(tmp_path, ownership=without)) as one:
+        one.own()
+        monkeypatch.setattr(filesystem, "os", FailingFsync(errno.EIO))
+        with pytest.raises(SaveError, match="EIO"):
+            save(one, some_states())
+
+
+class FailingFsync:
+    """An ``os`` whose fsync of a directory fails."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def fsync(self, descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(self.code, os.strerror(self.code))
+        os.fsync(descriptor)
 
 
 def test_file_in_place_of_the_directory_is_told(tmp_path, opened):

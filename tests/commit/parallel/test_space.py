@@ -8,15 +8,13 @@ import pytest
 
 from mpi_ckpt import ArrayState
 from mpi_ckpt.errors import WriteError
-from mpi_ckpt.storage import filesystem, space
+from mpi_ckpt.storage import space
 from tests.ranks import manager, same_error
 
 
 def fill_disk(monkeypatch, nbytes):
     """Let the disk of this rank have so much room."""
-    monkeypatch.setattr(
-        filesystem, "free_space", lambda path: filesystem.FreeSpace(nbytes, 100)
-    )
+    monkeypatch.setattr(space, "free_space", lambda path: space.FreeSpace(nbytes, 100))
     monkeypatch.setattr(space, "_can_reserve", lambda probe, nbytes: False)
 
 

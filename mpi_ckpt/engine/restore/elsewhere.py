@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is root's directory really new, or does each host have one of its own of that name?
+
+A job whose directory is on a disk of one host, and whose root comes to another host, would
+find nothing, begin anew, and write a second history under the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import collect, on_root
+from mpi_ckpt.errors import ReadError, RestoreError
+from mpi_ckpt.storage.lock import signed_job
+from mpi_ckpt.storage.mounts import local_file_system
+from mpi_ckpt.storage.recovery import Survey, survey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpi_ckpt.engine.session import Session
+
+__all__ = ["look_elsewhere"]
+
+logger = logging.getLogger(__name__)
+
+_DOING = "looking for generations on other hosts"
+_BATCH = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "COBALT_JOBID")
+"""Set within jobs that a scheduler may start on another host next time."""
+
+
+def look_elsewhere(session: Session) -> None:
+    """Before a fresh start, ask the other hosts what they have under the directory's name.
+
+    Collective. Main thread only. Root warns where a later job could miss what this one
+    saves.
+
+    Raises:
+        ReadError: On every rank, if another host has generations where root's has none.
+    """
+    comm, directory = session.comm, session.directory
+    if len(comm.topology.nodes) < 2:
+        _warn_of_one_host(session, os.environ)
+        return
+    job = on_root(comm, _DOING, lambda: directory.owner, error=RestoreError)
+
+    def look() -> bytes:
+        if comm.is_root or comm.rank not in comm.topology.leaders:
+            return b""
+        found = Survey()
+        with suppress(ReadError):
+            found = survey(directory.root)
+        is_same = bool(job) and signed_job(directory.root) == job
+        newest = max(found.generations, default=0)
+        return json.dumps([len(found.generations), newest, is_same]).encode()
+
+    def judge(parts: Sequence[bytes]) -> None:
+        seen = {
+            comm.hosts[rank]: json.loads(part) for rank, part in enumerate(parts) if part
+        }
+        held = [
+            f"{count} on {host}, the newest {newest}"
+            for host, (count, newest, _) in seen.items()
+            if count
+        ]
+        mine = comm.hosts[comm.root]
+        if held:
+            raise ReadError(
+                f"root, on {mine}, finds no generation in {directory.root}, and other "
+                f"hosts have some under that name: {'; '.join(held)}. If the "
+                "directory is one of each host's own, start the job so that root is there, "
+                "or copy them to where all hosts see them; if all see it, root is shown an "
+                "old state: start again. Nothing was changed",
+                path=directory.root,
+            )
+        unseen = [host for host, (_, _, is_same) in seen.items() if not is_same]
+        if job and unseen:
+            _warn(session, f"{len(unseen)} other hosts do not see it, {unseen[0]} first")
+
+    collect(comm, _DOING, look, judge, error=RestoreError)
+
+
+def _warn_of_one_host(session: Session, environ: Mapping[str, str]) -> None:
+    if not session.comm.is_root or not any(environ.get(name) for name in _BATCH):
+        return
+    kind = local_file_system(session.directory.root)
+    if kind:
+        _warn(session, f"it is on {kind}, which no other host sees")
+
+
+def _warn(session: Session, why: str) -> None:
+    comm, root = session.comm, session.directory.root
+    logger.warning(
+        "nothing was saved yet in %s, and it seems to be a directory of %s alone: %s. A "
+        "later job whose root is on another host would not find what this one saves "
+        "(docs/hosts.md)",
+        root,
+        comm.hosts[comm.root],
+        why,
+    )

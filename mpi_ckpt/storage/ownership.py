@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking a checkpoint directory into possession, and what a job asks of it for that.
+
+All that is found out here is found out at the start, before anybody trains for hours: a
+place that cannot be written to, a file system without locks or without durable names.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import OptionsError, SaveError
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.mounts import unmounted_above
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mpi_ckpt.options import Locking
+
+__all__ = ["Ownership"]
+
+logger = logging.getLogger(__name__)
+
+_LOST = (
+    "after a power cut the last saves may be gone or damaged, though they were "
+    "acknowledged, and an older one is then restored"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ownership:
+    """How a job owns its directory.
+
+    Attributes:
+        locking: How a second job is kept out; see `DirectoryLock`.
+        read_only: Whether it is only read (True), must be writable (False), or is read
+            where it is not (None).
+        sync_names: Whether a file system that cannot fsync directories is refused.
+    """
+
+    locking: Locking = "flock"
+    read_only: bool | None = None
+    sync_names: bool = True
+
+    def take(self, root: Path, job: str) -> DirectoryLock:
+        """Make a directory if it is missing, and lock it.
+
+        Not collective.
+
+        Raises:
+            LockedError: On the calling rank, if another job holds it.
+            OptionsError: On the calling rank, if it is to be read only, or the file system
+                has no locks, or no fsync of directories, and the options ask for them.
+            SaveError: On the calling rank, if it cannot be written to.
+        """
+        if self.read_only:
+            raise OptionsError(
+                f"{root} is not saved to: Options(read_only=True)", path=root
+            )
+        _make(root)
+        self._require_synced_names(root)
+        lock = DirectoryLock(root, job, locking=self.locking)
+        _warn_if_open_to_all(root)
+        return lock
+
+    def read_without(self, refusal: SaveError) -> None:
+        """Say that the directory is read without being owned, and why; or refuse that.
+
+        Not collective.
+
+        Raises:
+            SaveError: On the calling rank, if it must be writable.
+        """
+        if self.read_only is False:
+            raise refusal
+        # A full or failing disk may still be read, and have room later.
+        logger.warning(
+            "restoring without a lock, as a reader does: %s. A save would fail as well: "
+            "Options(read_only=True) if none is meant, read_only=False to have this fail "
+            "at once",
+            refusal,
+        )
+
+    def _require_synced_names(self, root: Path) -> None:
+        try:
+            with os_errors_as(SaveError, "making names durable in", root):
+                filesystem.sync_directory(root)
+        except SaveError as error:
+            if error.errno not in filesystem.NO_DIRECTORY_SYNC:
+                raise
+            if self.sync_names:
+                raise OptionsError(
+                    f"{error}: this file system has no fsync of directories (CIFS and some "
+                    "FUSE have none), so nothing makes the name of a save durable: "
+                    f"{_LOST}. "
+                    "Options(io=IO(sync_directories=False)) saves here all the same",
+                    path=root,
+                    errno=error.errno,
+                ) from error
+            logger.warning("%s has no fsync of directories: %s", root, _LOST)
+
+
+def _make(root: Path) -> None:
+    """Make the directory, unless it would be on another disk than it should be."""
+    if not root.exists() and (point := unmounted_above(root)) is not None:
+        raise SaveError(
+            f"{root} lies under {point}, which this host is told to mount, and nothing is "
+            "mounted there",
+            path=root,
+        )
+    with os_errors_as(SaveError, "making", root):
+        filesystem.make_directories(root)
+
+
+def _warn_if_open_to_all(root: Path) -> None:
+    # Group directories are how people work together; the whole world is no group.
+    with suppress(OSError):
+        mode = root.stat().st_mode
+        if mode & stat.S_IWOTH:
+            harm = "add" if mode & stat.S_ISVTX else "add, change and remove"
+            logger.warning(
+                "everybody on this system may %s generations in %s: chmod o-w", harm, root
+            )
