@@ -534,3 +534,25 @@ def test_a_link_that_is_no_second_name_is_noticed(tmp_path, monkeypatch, kind):
         filesystem.link_file(source, target)
     assert not os.path.lexists(target)
     assert source.read_bytes() == b"x"
+
+
+def test_a_link_that_fails_and_is_there_all_the_same_is_in_nobodys_way(
+    tmp_path, monkeypatch
+):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"x")
+
+    def make(one, other, follow_symlinks):
+        os.symlink(one, other)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(one), None, str(other))
+
+    monkeypatch.setattr(filesystem.os, "link", make)
+    with pytest.raises(OSError, match="Input/output error"):
+        filesystem.link_file(source, target)
+    assert not os.path.lexists(target)
+    # What was there before is somebody's.
+    target.write_bytes(b"y")
+    monkeypatch.undo()
+    with pytest.raises(FileExistsError):
+        filesystem.link_file(source, target)
+    assert target.read_bytes() == b"y"
