@@ -86,7 +86,12 @@ class Catalog:
                 )
             logger.warning("%s does not show %s: looking again", self.root, hidden)
             time.sleep(pause)
-        self._seen = set(found.generations)
+        # What an old listing shows and is gone would be missed as long as the job lives.
+        self._seen = {
+            n
+            for n in found.generations
+            if n in self._seen or not is_gone(self.root / generation_name(n))
+        }
         self.highest = max((self.highest, *found.generations))
         return found
 

@@ -442,6 +442,17 @@ def test_one_that_goes_on_lying_is_refused(tmp_path, monkeypatch, opened, names)
         directory.open_newest()
 
 
+def test_what_an_old_listing_shows_is_not_missed_for_ever(tmp_path, monkeypatch, opened):
+    """Somebody has emptied the directory, and this host is shown how it was, once."""
+    monkeypatch.setattr(catalog, "_PAUSES_SECONDS", (0.0,))
+    directory = opened(tmp_path)
+    directory.own()
+    Lying(monkeypatch, tmp_path, times=1, names=[".lock", "checkpoint-00000004"])
+    assert newest(directory) is None
+    # The number of one that was seen is never given again.
+    assert save(directory, some_states()).generation == 5
+
+
 def test_a_directory_that_is_moved_away_and_back(tmp_path, monkeypatch, opened):
     monkeypatch.setattr(catalog, "_PAUSES_SECONDS", (0.0,))
     root = tmp_path / "run"
