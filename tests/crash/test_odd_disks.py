@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import random
 import time
+from pathlib import Path
 
 import pytest
 
 from mpi_ckpt.storage import filesystem
+from tests.crash.crashes import quiet_scratch
+from tests.draws import COUNTS, SEED, STRESS, TIMES
+from tests.launch import run_job
+from tests.odd_disk import LIFETIME
+
+PROGRAM = str(Path(__file__).parent / "programs" / "on_odd_disk.py")
 
 
 def failing(act, *args, **kwargs):
@@ -161,3 +170,120 @@ def test_one_file_is_not_there_for_a_moment(disk, lie, times):
     assert failing((disk.path / "b").read_text) == lie
     assert (disk.path / "b").read_text() == "b"
     assert disk.fired() == [f"open {lie} b"] * times
+
+
+# What the library makes of it.
+
+WAYS = [
+    {},
+    {"asynchronous": True},
+    {"writers": "all", "io": {"readers": "all"}},
+    {"io": {"mode": "direct"}},
+]
+
+# Where nothing may be refused, and where all or nothing is.
+COMPLETE = [
+    {},
+    *({"link": how} for how in ("EPERM", "ENOTSUP", "EMLINK")),
+    *({"link": how} for how in ("copy", "symlink", "posing symlink")),
+    {"fallocate": "EOPNOTSUPP"},
+    {"direct": "EINVAL"},
+    {"direct": "EINVAL", "fallocate": "ENOSYS", "link": "EPERM"},
+    {"sync_seconds": 0.01},
+]
+LACKING = [
+    *({"flock": how} for how in ("ENOSYS", "ENOTSUP", "ENOLCK", "ignored")),
+    *({"sync_dir": how} for how in ("EINVAL", "ENOTSUP", "EBADF", "EIO")),
+    *({"open_dir": how} for how in ("EBADF", "EISDIR", "EACCES")),
+    {"sync_file": "EIO"},
+]
+
+LISTINGS = [{"lie": lie} for lie in ("ENOENT", "ESTALE", "EMFILE", "EIO", "empty", "short")]
+LISTINGS += [{"lie": "old", "back": back} for back in (1, 2, 4)]
+OPENINGS = [{"lie": lie, "times": 1 + (lie == "ESTALE")} for lie in ("ENOENT", "ESTALE")]
+SOME_LISTINGS = 22
+SOME_OPENINGS = 60
+
+pytestmark = pytest.mark.timeout(300 if not STRESS else 3000)
+
+
+@pytest.fixture
+def backing():
+    """A directory in memory: what is odd about a disk does not lie below it."""
+    with quiet_scratch() as folder:
+        yield folder
+
+
+def go_through(odd_disks, backing, tmp_path, cases, *, seconds=100):
+    """Run one job of two ranks through disks; give what was refused on each, in order."""
+    disk = odd_disks(seconds=2000 if STRESS else LIFETIME, backing=backing)
+    asked, told = tmp_path / "asked", tmp_path / "told"
+    asked.write_text(json.dumps(cases))
+    command = [PROGRAM, str(disk.path.parent), str(backing), str(asked), str(told)]
+    outcome = run_job(2, command, timeout=2500 if STRESS else seconds)
+    assert outcome.code == 0, outcome.text
+    for line in told.read_text().splitlines():
+        report = json.loads(line)
+        assert not report["wrong"], report
+        assert report["told"][0] == report["told"][1], report
+        errors = [error for _, error in report["told"][0] if error is not None]
+        # Each says where: the file, and what the system said or what was seen.
+        assert all(str(disk.path) in error for error in errors), report
+        COUNTS["stories on odd disks"] += 1
+        yield report, errors
+
+
+def in_every_way(disks):
+    """Give disks with a way to save, drawn by the seed; with all ways if all is tried."""
+    rng = random.Random(f"{SEED} odd disks")
+    for disk in disks:
+        for way in WAYS if STRESS else rng.sample(WAYS, 1):
+            yield disk, way
+
+
+@pytest.mark.mpi
+def test_what_a_disk_lacks_is_done_otherwise(odd_disks, backing, tmp_path):
+    cases = list(in_every_way(COMPLETE))
+    for report, errors in go_through(odd_disks, backing, tmp_path, cases):
+        switches, options = report["case"]
+        if "direct" in switches and options.get("io", {}).get("mode") == "direct":
+            # Insisted on: every save is refused, and says by which error.
+            assert len(errors) >= 4
+            assert all("EINVAL" in error for error in errors), report
+        else:
+            assert errors == [], report
+
+
+@pytest.mark.mpi
+def test_what_cannot_be_done_otherwise_is_refused_by_name(odd_disks, backing, tmp_path):
+    cases = list(in_every_way(LACKING))
+    if not STRESS:
+        cases = random.Random(f"{SEED} lacking").sample(cases, min(4 * TIMES, len(cases)))
+    for report, errors in go_through(odd_disks, backing, tmp_path, cases):
+        ((_, how),) = report["case"][0].items()
+        assert all(how in error for error in errors), report
+        # A save or none: no disk takes some saves and refuses others.
+        assert len(errors) in (0, 4), report
+
+
+@pytest.mark.mpi
+def test_a_disk_that_lies_once(odd_disks, backing, tmp_path):
+    """At most one act fails, on all ranks alike, and nothing is lost."""
+    rng = random.Random(f"{SEED} lies")
+    if STRESS:
+        cases = [[{"listing": {**how, "at": 0}}, way] for how in LISTINGS for way in WAYS]
+        turns = range(1, SOME_OPENINGS, 3)
+        cases += [[{"open": {**how, "at": at}}, {}] for how in OPENINGS for at in turns]
+    else:
+        cases = []
+        for _ in range(6 * TIMES):
+            kind, how = rng.choice(
+                [("listing", one) for one in LISTINGS] + [("open", one) for one in OPENINGS]
+            )
+            at = rng.randint(1, SOME_LISTINGS if kind == "listing" else SOME_OPENINGS // 2)
+            cases.append([{kind: {**how, "at": at}}, rng.choice(WAYS)])
+    fired = 0
+    for report, errors in go_through(odd_disks, backing, tmp_path, cases):
+        fired += bool(report["fired"])
+        assert len(errors) <= 1, report
+    assert fired > len(cases) // 2
