@@ -7,9 +7,12 @@ The folder says how a test runs: in ``parallel`` on every rank of a job (see
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +23,7 @@ import mpi_ckpt
 from tests.draws import STRESS
 from tests.jobs import Jobs, jobs_of_a_test
 from tests.leaks import nothing_left
+from tests.odd_disk import NotHereError, OddDisk, odd_disk
 from tests.uncompiled import leave_out_compiler
 
 if TYPE_CHECKING:
@@ -83,6 +87,25 @@ def manage(tmp_path):
     yield make
     for manager in reversed(made):
         manager.close()
+
+
+@pytest.fixture
+def odd_disks(tmp_path):
+    """Mount file systems that lack something, or lie; skip where none can be had.
+
+    Give a function that takes what `tests.odd_disk.odd_disk` does; all are unmounted when
+    the test ends. In tests that may not wait for a disk, no fsync comes to it.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def mount(**switches: object) -> OddDisk:
+            folder = Path(tempfile.mkdtemp(prefix="odd-", dir=tmp_path))
+            try:
+                return stack.enter_context(odd_disk(folder, **switches))
+            except NotHereError as error:
+                pytest.skip(str(error))
+
+        yield mount
 
 
 @pytest.fixture

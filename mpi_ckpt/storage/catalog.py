@@ -25,7 +25,7 @@ from mpi_ckpt.retention import (
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.reader import read_manifest
-from mpi_ckpt.storage.recovery import is_gone, survey
+from mpi_ckpt.storage.recovery import is_gone, settled_survey, survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ class Catalog:
     Attributes:
         root: Likewise.
         is_owned: Whether this job owns the directory, so that it must be there.
-        highest: The highest number of a generation seen in it so far.
+        highest: The highest number of a generation seen in it so far, set aside or not.
     """
 
     def __init__(self, root: Path) -> None:
@@ -62,6 +62,7 @@ class Catalog:
         self._left: list[int] = []
         self._unasked: RetentionPolicy | None = None
         self._seen: set[int] = set()
+        self._looked = False
         self.is_owned = False
         self.highest = 0
 
@@ -74,7 +75,8 @@ class Catalog:
             ReadError: On the calling rank, if it cannot be listed, or goes on to show less.
         """
         for pause in (*_PAUSES_SECONDS, None):
-            found = survey(self.root)
+            found = survey(self.root) if self._looked else settled_survey(self.root)
+            self._looked = True
             hidden = self._hidden(found)
             if not hidden:
                 break
@@ -86,8 +88,13 @@ class Catalog:
                 )
             logger.warning("%s does not show %s: looking again", self.root, hidden)
             time.sleep(pause)
-        self._seen = set(found.generations)
-        self.highest = max((self.highest, *found.generations))
+        # What an old listing shows and is gone would be missed as long as the job lives.
+        self._seen = {
+            n
+            for n in found.generations
+            if n in self._seen or not is_gone(self.root / generation_name(n))
+        }
+        self.highest = max(self.highest, found.highest_published)
         return found
 
     def _hidden(self, found: Survey) -> str:

@@ -223,7 +223,15 @@ def link_file(source: Path, target: Path) -> None:
         OSError: On the calling rank; EOPNOTSUPP, with nothing left there, where the file
             system makes a copy, or a link of its own, of what should be one file.
     """
-    os.link(source, target, follow_symlinks=False)
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Some fail, and have made a link of their own all the same: in the way of a copy.
+        with suppress(OSError):
+            os.unlink(target)
+        raise
     try:
         one, other = os.lstat(source), os.lstat(target)
         if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):

@@ -7,6 +7,7 @@ open is looked for again.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from contextlib import ExitStack
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 10
 _PAUSE_SECONDS = 0.05
+# What a network file system says for a moment of a file that is there.
+_PASSING = (errno.ENOENT, errno.ESTALE)
 
 
 def open_chosen(
@@ -134,8 +137,9 @@ def open_twice(path: Path) -> GenerationReader:
     """
     try:
         return GenerationReader(path)
-    except CorruptGenerationError:
-        if is_gone(path):
+    except (CorruptGenerationError, ReadError) as problem:
+        passing = isinstance(problem, CorruptGenerationError) or problem.errno in _PASSING
+        if is_gone(path) or not passing:
             raise
         time.sleep(_PAUSE_SECONDS)
     return GenerationReader(path)

@@ -229,13 +229,23 @@ class GenerationReader:
         return _corrupt_unless_readable(self.path / name, self.manifest.generation)
 
 
+def _is_listed(where: Path, code: int) -> bool:
+    """Tell whether a file that is said not to be there is: then nobody knows."""
+    if code != errno.ENOENT:
+        return False
+    try:
+        return where.name in filesystem.list_names(where.parent)
+    except OSError:
+        return False
+
+
 @contextmanager
 def _corrupt_unless_readable(where: Path, generation: int | None) -> Iterator[None]:
     try:
         with os_errors_as(ReadError, "reading", where):
             yield
     except ReadError as error:
-        if error.errno not in _NOT_THERE:
+        if error.errno not in _NOT_THERE or _is_listed(where, error.errno):
             raise
         raise CorruptGenerationError(
             f"{error}", path=where, generation=generation

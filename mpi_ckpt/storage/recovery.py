@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.errors import CorruptGenerationError
 
-__all__ = ["Survey", "is_gone", "quarantine", "survey", "sweep"]
+__all__ = ["Survey", "is_gone", "quarantine", "settled_survey", "survey", "sweep"]
 
 logger = logging.getLogger(__name__)
 
 _REASON = "reason.json"
+_LOOKS_MORE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +66,21 @@ class Survey:
     is_missing: bool = False
 
     @property
-    def highest(self) -> int:
-        """The highest number that a generation or leftover has or had; 0 for none."""
+    def highest_published(self) -> int:
+        """The highest number that a generation has or had; 0 for none."""
         aside = [
             number
             for name in self.quarantined
             if (number := generation_number(name.partition("~")[0])) is not None
         ]
-        left = [partial_number(name) for name in self.partials]
         back = [n for name in self.rolled_back for n in rolled_back_numbers(name) or ()]
-        return max([0, *self.generations, *aside, *left, *back])
+        return max([0, *self.generations, *aside, *back])
+
+    @property
+    def highest(self) -> int:
+        """The highest number that a generation or leftover has or had; 0 for none."""
+        left = [partial_number(name) for name in self.partials]
+        return max([self.highest_published, *left])
 
     @property
     def rolled_back_numbers(self) -> frozenset[int]:
@@ -121,6 +127,22 @@ def survey(root: Path) -> Survey:
         adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
         unlisted=unlisted,
     )
+
+
+def settled_survey(root: Path) -> Survey:
+    """Look at a checkpoint directory until two looks agree, some times at most.
+
+    Not collective. For who has nothing to compare a listing with, which may be an old one.
+
+    Raises:
+        ReadError: On the calling rank, if it cannot be listed.
+    """
+    found = survey(root)
+    for _ in range(_LOOKS_MORE):  # beside a job that saves no two may agree
+        before, found = found, survey(root)
+        if found == before:
+            break
+    return found
 
 
 def is_gone(path: Path) -> bool:
@@ -199,6 +221,8 @@ def _condemn(root: Path, partials: tuple[str, ...], job: str) -> list[str | None
                 filesystem.rename_new(root / name, root / target)
             moved.append(target)
         except FileNotFoundError:
+            if not is_gone(root / name):
+                moved.append(None)  # said once, and not so: it stays for the next sweep
             logger.info("%s was published, or removed, at the last moment", root / name)
         except OSError as error:
             moved.append(None)

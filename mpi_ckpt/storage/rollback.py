@@ -13,7 +13,7 @@ from mpi_ckpt.errors import SaveError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import generation_name, rolled_back_name, rolled_back_numbers
-from mpi_ckpt.storage.recovery import survey
+from mpi_ckpt.storage.recovery import settled_survey
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ def set_newer_aside(root: Path, generation: int) -> tuple[int, ...]:
         SaveError: On the calling rank, if it cannot be changed; some may have been set
             aside, and calling this again goes on with the others.
     """
-    found = survey(root)
+    found = settled_survey(root)
     newer = [number for number in found.generations if number > generation]
     # CRASH: the newest goes first, so that what is left is always what was there before
     # some save. The name tells what was the newest at first: cut off and called again,
@@ -89,6 +89,6 @@ def bring_back(root: Path) -> tuple[int, ...]:
 
 
 def _last(root: Path) -> dict[int, str]:
-    aside = {name: rolled_back_numbers(name) for name in survey(root).rolled_back}
+    aside = {name: rolled_back_numbers(name) for name in settled_survey(root).rolled_back}
     last = max((pair[1] for pair in aside.values() if pair), default=0)
     return {pair[0]: name for name, pair in aside.items() if pair and pair[1] == last}

@@ -24,6 +24,7 @@ from mpi_ckpt.storage.ownership import Ownership
 from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
 from mpi_ckpt.storage.recovery import Survey
+from mpi_ckpt.storage.rollback import last_rolled_back, set_newer_aside
 from tests.making import document_of, publish, save, sealed_document, some_states
 from tests.recording import RecordingOS
 
@@ -461,7 +462,8 @@ def test_reader_looks_again_before_it_says_that_nothing_is_there(tmp_path, monke
     """A listing is not taken at one moment: a rename may be missed at both its ends."""
     publish(tmp_path)
     real, lists = recovery.survey, [Survey(partials=(".partial-00000001-a",))]
-    monkeypatch.setattr(catalog, "survey", lambda r: lists.pop() if lists else real(r))
+    for module in (catalog, recovery):
+        monkeypatch.setattr(module, "survey", lambda r: lists.pop() if lists else real(r))
     with reader_of(tmp_path, monkeypatch, lambda number: None).open_newest() as reader:
         assert reader.manifest.generation == 1
     assert lists == []
@@ -531,6 +533,60 @@ def test_one_that_goes_on_lying_is_refused(tmp_path, monkeypatch, opened, names)
         save(directory, some_states())
     with pytest.raises(ReadError, match="does not show"):
         directory.open_newest()
+
+
+@pytest.mark.parametrize("names", [[], ["checkpoint-00000001"], [".lock"]])
+def test_the_first_listing_is_not_believed_alone(tmp_path, monkeypatch, opened, names):
+    """Who has just come has nothing to compare it with: a job, a reader, a rollback."""
+    for step in (1, 2, 3):
+        publish(tmp_path, step=step)
+    set_newer_aside(tmp_path, 2)
+    left = tmp_path / ".partial-00000004-dead"
+    left.mkdir()
+    Lying(monkeypatch, tmp_path, times=1, names=names)
+    with reader_of(tmp_path, monkeypatch, lambda number: None).open_newest() as reader:
+        assert reader.manifest.generation == 2
+    monkeypatch.undo()
+    Lying(monkeypatch, tmp_path, times=1, names=names)
+    assert last_rolled_back(tmp_path) == (3,)
+    Lying(monkeypatch, tmp_path, times=1, names=names)
+    directory = opened(tmp_path)
+    directory.own()
+    assert not left.exists()
+    Lying(monkeypatch, tmp_path, times=1, names=names)
+    assert set_newer_aside(tmp_path, 1) == (2,)
+
+
+def test_the_number_of_one_that_was_set_aside_is_not_given_again(
+    tmp_path, monkeypatch, opened
+):
+    """Also where the listing of the quarantine is empty, or it is not listed itself."""
+    publish(tmp_path)
+    directory = opened(tmp_path)
+    directory.own()
+    directory.reject(save(directory, some_states()).generation, CorruptGenerationError("x"))
+    directory.close()
+    for where, names in (
+        (tmp_path / ".quarantine", []),
+        (tmp_path, [".lock", "checkpoint-00000001"]),
+    ):
+        directory = opened(tmp_path)
+        directory.own()
+        Lying(monkeypatch, where, times=1, names=names)
+        assert save(directory, some_states()).generation == 3
+        shutil.rmtree(tmp_path / "checkpoint-00000003")
+        directory.close()
+
+
+def test_what_an_old_listing_shows_is_not_missed_for_ever(tmp_path, monkeypatch, opened):
+    """Somebody has emptied the directory, and this host is shown how it was, once."""
+    monkeypatch.setattr(catalog, "_PAUSES_SECONDS", (0.0,))
+    directory = opened(tmp_path)
+    directory.own()
+    Lying(monkeypatch, tmp_path, times=1, names=[".lock", "checkpoint-00000004"])
+    assert newest(directory) is None
+    # The number of one that was seen is never given again.
+    assert save(directory, some_states()).generation == 5
 
 
 def test_a_directory_that_is_moved_away_and_back(tmp_path, monkeypatch, opened):
@@ -613,6 +669,53 @@ def test_one_look_at_a_good_generation_may_fail(tmp_path, monkeypatch, opened):
     assert directory.set_aside == {}
 
 
+def test_a_file_that_is_listed_and_not_there_is_no_reason_to_give_up(
+    tmp_path, monkeypatch, opened
+):
+    """A host that sees an old state for long must not have good generations set aside."""
+    directory = opened(tmp_path)
+    directory.own()
+    good = save(directory, some_states()).path
+    real = filesystem.open_for_reading
+
+    def never(path, **how):
+        if path.parent == good:
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return real(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "open_for_reading", never)
+        directory.forget_newest()
+        with pytest.raises(ReadError, match="ENOENT"):
+            directory.open_newest()
+    assert newest(directory) == 1
+    assert directory.set_aside == {}
+    # One that is not listed is missing.
+    (good / "stream.bin").unlink()
+    with pytest.raises(CorruptGenerationError, match="no generation in"):
+        directory.open_newest()
+
+
+def test_a_leftover_that_is_said_not_to_be_there_is_swept_next(
+    tmp_path, monkeypatch, opened
+):
+    left = tmp_path / ".partial-00000003-dead"
+    left.mkdir()
+    real = filesystem.rename_new
+
+    def absent(source, target):
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(source))
+
+    directory = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "rename_new", absent)
+        directory.own()
+    assert left.exists()
+    assert filesystem.rename_new is real
+    save(directory, some_states())
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("kind", ["copy", "link"])
 def test_a_link_that_is_no_second_name_is_noticed(tmp_path, monkeypatch, kind):
     source, target = tmp_path / "a", tmp_path / "b"
@@ -625,3 +728,25 @@ def test_a_link_that_is_no_second_name_is_noticed(tmp_path, monkeypatch, kind):
         filesystem.link_file(source, target)
     assert not os.path.lexists(target)
     assert source.read_bytes() == b"x"
+
+
+def test_a_link_that_fails_and_is_there_all_the_same_is_in_nobodys_way(
+    tmp_path, monkeypatch
+):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"x")
+
+    def make(one, other, follow_symlinks):
+        os.symlink(one, other)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(one), None, str(other))
+
+    monkeypatch.setattr(filesystem.os, "link", make)
+    with pytest.raises(OSError, match="Input/output error"):
+        filesystem.link_file(source, target)
+    assert not os.path.lexists(target)
+    # What was there before is somebody's.
+    target.write_bytes(b"y")
+    monkeypatch.undo()
+    with pytest.raises(FileExistsError):
+        filesystem.link_file(source, target)
+    assert target.read_bytes() == b"y"
