@@ -9,11 +9,14 @@ import json
 import os
 import random
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.errors import FencedError, LockedError
+from mpi_ckpt.storage import filesystem, lease
+from mpi_ckpt.storage.lock import DirectoryLock
 from tests.crash.crashes import quiet_scratch
 from tests.draws import COUNTS, SEED, STRESS, TIMES
 from tests.launch import run_job
@@ -191,17 +194,27 @@ COMPLETE = [
     {"direct": "EINVAL", "fallocate": "ENOSYS", "link": "EPERM"},
     {"sync_seconds": 0.01},
 ]
+UNLOCKED = ("ENOSYS", "ENOTSUP", "ENOLCK")
+UNSYNCED = ("EINVAL", "ENOTSUP", "EBADF")
 LACKING = [
-    *({"flock": how} for how in ("ENOSYS", "ENOTSUP", "ENOLCK", "ignored")),
-    *({"sync_dir": how} for how in ("EINVAL", "ENOTSUP", "EBADF", "EIO")),
+    *({"flock": how} for how in (*UNLOCKED, "ignored")),
+    *({"sync_dir": how} for how in (*UNSYNCED, "EIO")),
     *({"open_dir": how} for how in ("EBADF", "EISDIR", "EACCES")),
     {"sync_file": "EIO"},
+]
+
+# Each with the option that does without.
+WITHOUT = [
+    ({"flock": "ENOSYS"}, {"lock": "lease"}),
+    ({"flock": "ENOTSUP"}, {"lock": "none"}),
+    *(({"sync_dir": how}, {"io": {"sync_directories": False}}) for how in UNSYNCED),
 ]
 
 LISTINGS = [{"lie": lie} for lie in ("ENOENT", "ESTALE", "EMFILE", "EIO", "empty", "short")]
 LISTINGS += [{"lie": "old", "back": back} for back in (1, 2, 4)]
 OPENINGS = [{"lie": lie, "times": 1 + (lie == "ESTALE")} for lie in ("ENOENT", "ESTALE")]
 SOME_LISTINGS = 22
+AFTERWARDS = 3  # acts once the disk is a good one again
 SOME_OPENINGS = 60
 
 pytestmark = pytest.mark.timeout(300 if not STRESS else 3000)
@@ -260,10 +273,42 @@ def test_what_cannot_be_done_otherwise_is_refused_by_name(odd_disks, backing, tm
     if not STRESS:
         cases = random.Random(f"{SEED} lacking").sample(cases, min(4 * TIMES, len(cases)))
     for report, errors in go_through(odd_disks, backing, tmp_path, cases):
-        ((_, how),) = report["case"][0].items()
+        ((switch, how),) = report["case"][0].items()
         assert all(how in error for error in errors), report
+        if how in (UNLOCKED if switch == "flock" else UNSYNCED) and switch != "open_dir":
+            # Found out before anything was done, with the option that does without.
+            assert all("OptionsError" in error for error in errors), report
+            assert len(errors) == len(report["told"][0]) - AFTERWARDS, report
+            continue
         # A save or none: no disk takes some saves and refuses others.
         assert len(errors) in (0, 4), report
+
+
+@pytest.mark.mpi
+def test_what_a_disk_lacks_is_done_without_where_that_is_asked_for(
+    odd_disks, backing, tmp_path
+):
+    for report, errors in go_through(odd_disks, backing, tmp_path, WITHOUT):
+        assert errors == [], report
+
+
+def test_a_lease_keeps_out_a_job_of_another_host(odd_disks, tmp_path, monkeypatch):
+    """Each host grants flock to its own, or to nobody, and sees what the other renews."""
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "TERM_SECONDS", 2.0)
+    one, other = [
+        odd_disks(backing=tmp_path / "server", locks="kernel", **how).path
+        for how in ({}, {"flock": "ENOTSUP"})
+    ]
+    held = DirectoryLock(one, "first", locking="lease")
+    with pytest.raises(LockedError, match="job first"):
+        DirectoryLock(other, "second", 0.2, locking="lease")
+    held._lease.close()  # as if its host was off: what it has signed stays
+    with closing(DirectoryLock(other, "second", 0.2, locking="lease")) as successor:
+        with pytest.raises(FencedError, match="job second"):
+            held.check()
+        successor.check()
+    held.close()
 
 
 @pytest.mark.mpi
