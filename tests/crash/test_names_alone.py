@@ -8,7 +8,11 @@ import random
 import numpy as np
 import pytest
 
-from mpi_ckpt.engine.alone import load_alone, remove_alone, save_alone
+from mpi_ckpt.integrations.lightning.single_state import (
+    load_alone,
+    remove_alone,
+    save_alone,
+)
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage import filesystem
 from tests.crash.crashes import ROOT, Run, Scenario, quiet_scratch, record, saved_image

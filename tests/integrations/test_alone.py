@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ObjectState
-from mpi_ckpt.engine.alone import load_alone, remove_alone, save_alone
 from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError, SaveError, StageError
+from mpi_ckpt.integrations.lightning.single_state import (
+    load_alone,
+    remove_alone,
+    save_alone,
+)
 
 BLOCK = 16 << 20
 

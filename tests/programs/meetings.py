@@ -58,9 +58,20 @@ def counted_frames():
 def count(comm, root):
     """Return what a save and a restore of equal replicas meet for, and the deepest fsync.
 
-    Collective. The states are those of a training: model, optimizer, random streams and
-    a sampler.
+    Collective.
     """
+    options = Options(preemption_signals=())
+    states = training_states()
+    with CheckpointManager(root, states, comm=comm, options=options) as manager:
+        with counted_meetings() as saving, counted_frames() as stacks:
+            manager.save()
+        with counted_meetings() as restoring:
+            manager.restore()
+    return saving, restoring, max(stacks, key=len, default=[])
+
+
+def training_states():
+    """Return the states of a training: model, optimizer, random streams, a sampler."""
     model = torch.nn.Linear(100, 100)
     with torch.no_grad():
         model.weight.fill_(0.1)
@@ -69,14 +80,7 @@ def count(comm, root):
     model(torch.ones(1, 100)).sum().backward()
     optimizer.step()
     sampler = ElasticSampler(1000, 10, seed=1)
-    states = [TrainState(module=model, optimizer=optimizer), RNGState(), sampler]
-    options = Options(preemption_signals=())
-    with CheckpointManager(root, states, comm=comm, options=options) as manager:
-        with counted_meetings() as saving, counted_frames() as stacks:
-            manager.save()
-        with counted_meetings() as restoring:
-            manager.restore()
-    return saving, restoring, max(stacks, key=len, default=[])
+    return [TrainState(module=model, optimizer=optimizer), RNGState(), sampler]
 
 
 def main():

@@ -6,9 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpi_ckpt.engine.alone import load_alone, remove_alone, save_alone
 from mpi_ckpt.errors import NoCheckpointError, OptionsError, StageError
 from mpi_ckpt.integrations.lightning.package import classes
+from mpi_ckpt.integrations.lightning.single_state import (
+    load_alone,
+    remove_alone,
+    save_alone,
+)
 from mpi_ckpt.states.objects import ObjectState
 from mpi_ckpt.storage import filesystem
 
