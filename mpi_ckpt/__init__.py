@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import State
     from mpi_ckpt.states.arrays import ArrayState
     from mpi_ckpt.states.module import ModuleState
-    from mpi_ckpt.states.objects import ObjectState
+    from mpi_ckpt.states.nested import ObjectState, SchedulerState
     from mpi_ckpt.states.optimizer import OptimizerState
-    from mpi_ckpt.states.per_rank import PerRankState
+    from mpi_ckpt.states.ranked import PerRankState
     from mpi_ckpt.states.rng import RNGState
-    from mpi_ckpt.states.scheduler import SchedulerState
     from mpi_ckpt.states.train import TrainState
 
 __version__ = "0.1.0"
@@ -49,16 +48,16 @@ _MODULES = {
     "KeepEvery": "mpi_ckpt.retention",
     "KeepLast": "mpi_ckpt.retention",
     "ModuleState": "mpi_ckpt.states.module",
-    "ObjectState": "mpi_ckpt.states.objects",
+    "ObjectState": "mpi_ckpt.states.nested",
     "OptimizerState": "mpi_ckpt.states.optimizer",
     "Options": "mpi_ckpt.options",
     "PendingSave": "mpi_ckpt.engine.save.pending",
-    "PerRankState": "mpi_ckpt.states.per_rank",
+    "PerRankState": "mpi_ckpt.states.ranked",
     "PreemptionGuard": "mpi_ckpt.elastic.preemption",
     "RNGState": "mpi_ckpt.states.rng",
     "RestoreReport": "mpi_ckpt.reports",
     "SaveReport": "mpi_ckpt.reports",
-    "SchedulerState": "mpi_ckpt.states.scheduler",
+    "SchedulerState": "mpi_ckpt.states.nested",
     "State": "mpi_ckpt.state",
     "StopWhen": "mpi_ckpt.options",
     "SyncReport": "mpi_ckpt.reports",

@@ -14,7 +14,7 @@ from mpi_ckpt.cli.app import cli
 from mpi_ckpt.options import Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from tests.making import Stream, save
 

@@ -18,7 +18,7 @@ from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.state import LeafState, State
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.manifest_codec import decode
 

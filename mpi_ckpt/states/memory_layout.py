@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the elements of an array or tensor lie in memory. Pure."""
+"""How the elements of an array or tensor lie in memory, and whether they may be written.
+
+NumPy marks an array over a file that was mapped to be read; a tensor made of one has no
+such mark, and writing there kills the process. The kernel knows (proc(5), /proc/pid/maps).
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Layout", "layout_of", "overlaps_itself"]
+__all__ = ["Layout", "ReadonlyMemory", "layout_of", "overlaps_itself"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +101,29 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int)
     bytes_of = np.lib.stride_tricks.as_strided(image, (*counts, itemsize), (*steps, 1))
     bytes_of[...] = 1
     return int(image.sum()) < bytes_of.size
+
+
+class ReadonlyMemory:
+    """The memory of this process that may only be read, as it is when first asked for.
+
+    Not collective. Nothing, where the kernel does not tell. It is a millisecond's work.
+    """
+
+    @cached_property
+    def _spans(self) -> tuple[list[int], list[int]]:
+        starts: list[int] = []
+        ends: list[int] = []
+        with suppress(OSError):
+            for line in Path("/proc/self/maps").read_text().splitlines():
+                span, permissions = line.split(maxsplit=2)[:2]
+                if permissions.startswith("r-"):
+                    start, end = span.split("-")
+                    starts.append(int(start, 16))
+                    ends.append(int(end, 16))
+        return starts, ends
+
+    def __contains__(self, address: object) -> bool:
+        assert isinstance(address, int)
+        starts, ends = self._spans
+        place = bisect_right(starts, address) - 1
+        return place >= 0 and address < ends[place]

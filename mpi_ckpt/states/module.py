@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
 from mpi_ckpt.states.leaf_values import KIND, make_value
+from mpi_ckpt.states.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module_contents import (
     EXTRA,
@@ -17,7 +18,6 @@ from mpi_ckpt.states.module_contents import (
     owners,
     try_loading,
 )
-from mpi_ckpt.states.readonly_memory import ReadonlyMemory
 from mpi_ckpt.states.tree import check_structure, leaf_nodes, unflatten
 from mpi_ckpt.states.wrappers import unwrapped
 

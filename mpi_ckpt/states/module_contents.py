@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpi_ckpt.leaf import Leaf
-    from mpi_ckpt.states.readonly_memory import ReadonlyMemory
+    from mpi_ckpt.states.memory_layout import ReadonlyMemory
 
 __all__ = ["EXTRA", "ModuleContents", "loads_itself", "owners", "try_loading"]
 

@@ -1,21 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States whose contents are one nested value: objects, optimizers, schedulers."""
+"""States whose contents are one nested value: objects, schedulers, optimizers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import pickle
+from typing import TYPE_CHECKING, Any, Protocol
 
+from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
-from mpi_ckpt.states.leaf_values import make_value, takes_bytes
-from mpi_ckpt.states.readonly_memory import ReadonlyMemory
+from mpi_ckpt.states.leaf_values import KIND, make_value, takes_bytes
+from mpi_ckpt.states.memory_layout import ReadonlyMemory
+from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.state import SyncMode
 
-__all__ = ["NestedState"]
+__all__ = [
+    "NestedState",
+    "ObjectState",
+    "SchedulerState",
+    "Stateful",
+    "is_off",
+    "is_stateful",
+]
 
 
 class NestedState(LeafState):
@@ -93,3 +104,163 @@ def _is_alike(live: dict[str, Any], saved: dict[str, Any]) -> bool:
     if live == saved:
         return True
     return {**live, "device": None} == {**saved, "device": None}
+
+
+_PICKLED = "pickled"
+
+
+class ObjectState(NestedState):
+    """A Python value, saved as JSON with tensors and arrays beside it.
+
+    Args:
+        name: As for `mpi_ckpt.State`.
+        value: None, numbers, text, bytes, tensors, arrays, and lists, tuples, sets and
+            dicts of them.
+        pickle: Save any picklable value instead, and allow unpickling **for this state**:
+            whoever can write to the checkpoint directory can then run code in your job.
+        sync: As for `LeafState`; by default replicas that differ are refused, as one
+            rank's value would be lost with no error.
+
+    Attributes:
+        value: The live value. Assign to it freely between saves.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name or mode is illegal.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        value: Any = None,  # noqa: ANN401 (any nested value)
+        *,
+        pickle: bool = False,
+        sync: SyncMode = "check",
+    ) -> None:
+        super().__init__(name, sync=sync)
+        self.value = value
+        self._pickle = pickle
+
+    def capture(self) -> Capture:
+        """See `LeafState`. Not collective."""
+        captured = super().capture()
+        if not self._pickle and _is_pickled(captured.structure):
+            raise StageError(
+                f"state {self.name!r}: a value with nothing but bytes under the key "
+                f"{_PICKLED!r} would be taken for a pickled one: rename the key"
+            )
+        return captured
+
+    def nested(self) -> Any:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        if not self._pickle:
+            return self.value
+        try:
+            return {_PICKLED: pickle.dumps(self.value, protocol=5)}
+        except Exception as error:
+            raise StageError(f"state {self.name!r} cannot be pickled: {error}") from error
+
+    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:  # noqa: ARG002
+        """See `NestedState`. Not collective."""
+        if _is_pickled(structure) != self._pickle:
+            was, now = ("with", "without") if not self._pickle else ("without", "with")
+            raise StateMismatchError(
+                f"state {self.name!r} was saved {was} pickle=True and is made {now} it"
+            )
+
+    def accept(self, value: Any) -> None:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        if self._pickle:
+            # The user opted in for this state, by name.
+            value = pickle.loads(value[_PICKLED])  # noqa: S301
+        self.value = value
+
+
+def _is_pickled(structure: Structure) -> bool:
+    inner = structure.get(_PICKLED) if isinstance(structure, dict) else None
+    return isinstance(inner, dict) and len(structure) == 1 and inner.get(KIND) == "bytes"
+
+
+class Stateful(Protocol):
+    """What a `SchedulerState` can hold: also gradient scalers and data loaders.
+
+    Not collective: neither method may communicate.
+    """
+
+    def state_dict(self) -> Any:  # noqa: ANN401
+        """Return the state as nested plain values and tensors."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:  # noqa: ANN401
+        """Take over what `state_dict` returned."""
+
+
+class SchedulerState(NestedState):
+    """A learning-rate scheduler, or anything else with a state dict of plain values.
+
+    Args:
+        name: As for `mpi_ckpt.State`.
+        scheduler: Its ``state_dict()`` holds plain values, tensors and arrays only. Of
+            the same class as when it was saved.
+        sync: As for `LeafState`.
+
+    Raises:
+        RegistrationError: On every rank that makes it, if the name or mode is illegal, or
+            it has no such methods.
+    """
+
+    def __init__(self, name: str, scheduler: Stateful, *, sync: SyncMode = "root") -> None:
+        super().__init__(name, sync=sync)
+        if not is_stateful(scheduler):
+            raise RegistrationError(
+                f"state {name!r}: a {type(scheduler).__name__} has no state_dict() and "
+                "load_state_dict(): take an ObjectState for plain values, or a State of "
+                "your own"
+            )
+        self._scheduler = scheduler
+
+    def nested(self) -> Any:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        return {
+            "class": type(self._scheduler).__name__,
+            "off": is_off(self._scheduler),
+            "content": self._scheduler.state_dict(),
+        }
+
+    def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:  # noqa: ARG002
+        """See `NestedState`. Not collective."""
+        if not isinstance(structure, dict) or not {"class", "content"} <= set(structure):
+            raise StateMismatchError(
+                f"state {self.name!r} was not saved from a scheduler or the like"
+            )
+        saved, live = structure["class"], type(self._scheduler).__name__
+        problems = []
+        if saved != live:
+            problems.append(f"it was saved from a {saved}, the program has a {live}")
+        was_off, now_off = bool(structure.get("off")), is_off(self._scheduler)
+        if was_off != now_off:
+            told = ["enabled", "switched off"]
+            problems.append(
+                f"the {live} was {told[was_off]} when it was saved, and is {told[now_off]}"
+            )
+        raise_mismatch(self.name, problems)
+
+    def accept(self, value: Any) -> None:  # noqa: ANN401
+        """See `NestedState`. Not collective."""
+        self._scheduler.load_state_dict(value["content"])
+
+
+def is_stateful(value: object) -> bool:
+    """Tell whether a value has ``state_dict()`` and ``load_state_dict()``.
+
+    Not collective.
+    """
+    methods = ("state_dict", "load_state_dict")
+    return all(callable(getattr(value, one, None)) for one in methods)
+
+
+def is_off(value: object) -> bool:
+    """Tell whether it is something switched off, as a scaler of gradients can be.
+
+    Not collective. Such a one has nothing to save, and takes nothing.
+    """
+    asked = getattr(value, "is_enabled", None)
+    return callable(asked) and not asked()

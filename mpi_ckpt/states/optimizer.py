@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import Arrival, Capture, Change
-from mpi_ckpt.states.nested import NestedState
+from mpi_ckpt.states.nested import NestedState, is_stateful
 from mpi_ckpt.states.optimizer_params import SavedParams, describe_params
-from mpi_ckpt.states.scheduler import is_stateful
 from mpi_ckpt.states.wrappers import parameter_names
 
 if TYPE_CHECKING:

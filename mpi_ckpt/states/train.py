@@ -11,15 +11,15 @@ from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
+from mpi_ckpt.states.nested import SchedulerState, is_off
 from mpi_ckpt.states.optimizer import OptimizerState, is_optimizer
-from mpi_ckpt.states.scheduler import SchedulerState, is_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
 
-    from mpi_ckpt.states.scheduler import Stateful
+    from mpi_ckpt.states.nested import Stateful
 
 __all__ = ["TrainState"]
 

@@ -22,13 +22,14 @@ from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.states.leaf_values import KIND, describe, is_leaf_value
-from mpi_ckpt.states.number_lists import as_numbers, from_numbers
 from mpi_ckpt.states.plain import (
     FACTORIES,
+    as_numbers,
     checked,
     factory_name,
     float_node,
     float_of,
+    from_numbers,
     rank_of,
 )
 
@@ -41,7 +42,6 @@ __all__ = ["Flattened", "check_structure", "flatten", "leaf_nodes", "unflatten"]
 
 _LEAF_KINDS = ("tensor", "array", "scalar", "numbers", "bytes", "text")
 _DEPTH_MAX = 100
-_SMALL = 1 << 62
 # Longer ones become leaves: the manifest is read whole, and has a limit.
 _INLINE_BYTES_MAX = 4096
 
@@ -284,7 +284,7 @@ def _too_deep(path: str) -> StageError:
 
 def _is_small(value: Any) -> bool:  # noqa: ANN401
     """Whether a value stays as it is, which most values in long lists do."""
-    return type(value) is int and -_SMALL <= value <= _SMALL
+    return type(value) is int and abs(value) <= 1 << 62
 
 
 def _unflatten(node: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401

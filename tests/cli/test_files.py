@@ -18,7 +18,7 @@ import torch
 
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.module import ModuleState
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.states.rng import RNGState
 from mpi_ckpt.states.train import TrainState
 from mpi_ckpt.storage.directory import CheckpointDirectory

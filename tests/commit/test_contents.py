@@ -8,7 +8,7 @@ from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.sync.captured import capture_states, digest_states
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 
 
 def state(**changed) -> ArrayState:

@@ -19,7 +19,7 @@ from mpi_ckpt import dtypes
 from mpi_ckpt.errors import CheckpointError, RegistrationError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage import layout
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.proving import verify

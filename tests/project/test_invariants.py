@@ -189,7 +189,7 @@ def test_torch_is_imported_by_states_only_and_late_but_for_one():
 def test_pickle_is_used_by_one_state_only_and_between_ranks():
     unsafe = ("pickle", "dill", "cloudpickle", "shelve", "marshal")
     between_ranks = "integrations/horovod/packing.py"
-    assert importers(*unsafe, besides=("states/objects.py", between_ranks)) == []
+    assert importers(*unsafe, besides=("states/nested.py", between_ranks)) == []
     # What comes from a rank of the same job, and from no file.
     found = {module for _, module in imports(MODULES[between_ranks])}
     assert not any(module.startswith("mpi_ckpt") for module in found)

@@ -11,7 +11,7 @@ from mpi_ckpt.engine.restore.matching import match_states
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.leaf import LeafSpec, Target
 from mpi_ckpt.states.arrays import ArrayState, array_leaf
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage.reader import read_manifest
 from tests.making import Stream, publish, some_states
 

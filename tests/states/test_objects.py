@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 from tests.making import carry
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mpi_ckpt.errors import StageError, StateMismatchError
+from mpi_ckpt.states.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.module import ModuleState
-from mpi_ckpt.states.objects import ObjectState
-from mpi_ckpt.states.readonly_memory import ReadonlyMemory
+from mpi_ckpt.states.nested import ObjectState
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from torch.optim import lr_scheduler as lr
 
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.states.nested import SchedulerState
 from mpi_ckpt.states.optimizer import OptimizerState
-from mpi_ckpt.states.scheduler import SchedulerState
 from tests.making import carry
 
 

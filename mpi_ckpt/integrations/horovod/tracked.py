@@ -11,9 +11,8 @@ from mpi_ckpt.integrations.horovod.elastic_sampler import HorovodSampler
 from mpi_ckpt.state import State
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
-from mpi_ckpt.states.nested import NestedState
+from mpi_ckpt.states.nested import NestedState, SchedulerState
 from mpi_ckpt.states.optimizer import OptimizerState
-from mpi_ckpt.states.scheduler import SchedulerState
 from mpi_ckpt.states.tree import flatten
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from mpi_ckpt.integrations.lightning.single_state import (
     remove_alone,
     save_alone,
 )
-from mpi_ckpt.states.objects import ObjectState
+from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage import filesystem
 
 __all__ = ["MPICheckpointIO"]

@@ -18,7 +18,7 @@ from mpi_ckpt import (
 from mpi_ckpt.errors import DivergedError, SaveError, StageError, StateMismatchError
 from mpi_ckpt.options import IO
 from mpi_ckpt.states.arrays import ArrayBuffer
-from mpi_ckpt.states.objects import NestedState
+from mpi_ckpt.states.nested import NestedState
 from tests.ranks import RecordingHandle, assert_same, manager, plain, same_error
 
 torch = pytest.importorskip("torch")
