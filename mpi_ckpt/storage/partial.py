@@ -23,8 +23,7 @@ from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.outfile import create_out_file
-from mpi_ckpt.storage.outstream import OutStream
+from mpi_ckpt.storage.outfile import OutStream, create_out_file
 from mpi_ckpt.storage.space import require_space
 
 if TYPE_CHECKING:

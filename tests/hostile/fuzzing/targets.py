@@ -26,8 +26,7 @@ from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.storage.manifest_codec import decode, encode
 from mpi_ckpt.storage.proving import verify
 from mpi_ckpt.storage.reader import GenerationReader
-from mpi_ckpt.storage.stream import fill_leaves, read_form
-from mpi_ckpt.storage.tensorfile import parse_header
+from mpi_ckpt.storage.tensorfile import fill_leaves, parse_header, read_form
 
 if TYPE_CHECKING:
     from collections.abc import Callable
