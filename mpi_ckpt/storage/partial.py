@@ -22,7 +22,7 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
-from mpi_ckpt.storage.layout import MANIFEST, generation_name, partial_name
+from mpi_ckpt.storage.layout import LOCK, MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.outfile import OutStream, create_out_file
 from mpi_ckpt.storage.space import require_space
 
@@ -53,7 +53,8 @@ class Partial:
             writes one file into it.
         check: Raises `FencedError` if another job has taken the directory over. Asked
             before the commit point, and when anything fails: a successor deletes what
-            it finds, and that is what a job cut off should hear of.
+            it finds, and that is what a job cut off should hear of. Who has joined reads
+            the name in the lock file when anything fails.
         sync_names: Whether directories must be fsynced; if not, they are where they can.
 
     Raises:
@@ -75,7 +76,8 @@ class Partial:
         sync_names: bool = True,
     ) -> None:
         self._root = root
-        self._check = check or _nobody_else
+        self._job = job
+        self._check = check or (self._check_signature if joined else _nobody_else)
         self._sync_names = sync_names
         self._mode: IOMode = mode
         self._staging = staging or Arena()
@@ -215,18 +217,32 @@ class Partial:
                 filesystem.remove_tree(self.path)
 
     def _require_visible(self) -> None:
-        try:
-            with os_errors_as(WriteError, "joining", self.path):
+        with self._errors_as(WriteError, "joining", self.path):
+            try:
                 filesystem.list_names(self.path)
-        except WriteError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            raise WriteError(
-                f"{self.path}: root has made it, and this host does not see it. Several "
-                "writers need a directory that all see; Options(writers='root') does not",
-                path=self.path,
-                errno=error.errno,
-            ) from error
+            except FileNotFoundError as error:
+                raise WriteError(
+                    f"{self.path}: root has made it, and this host does not see it. "
+                    "Several writers need a directory that all see; "
+                    "Options(writers='root') does not",
+                    path=self.path,
+                    errno=error.errno or errno.ENOENT,
+                ) from error
+
+    def _check_signature(self) -> None:
+        """Look whether another job has signed the lock, which root alone holds open."""
+        path = self._root / LOCK
+        try:
+            found = filesystem.read_start(path, 500).decode(errors="replace").strip()
+        except (OSError, ValueError):
+            return  # root looks before it publishes, and tells why it cannot
+        if found.startswith("job ") and not found.startswith(f"job {self._job},"):
+            raise FencedError(
+                f"{self._root} has been taken over from this job; it now belongs to "
+                f"{found}. This job was cut off from the directory; it may not save here "
+                "any more: end it",
+                path=path,
+            )
 
     def _sync(self, directory: Path) -> None:
         filesystem.sync_directory(directory, if_possible=not self._sync_names)

@@ -236,7 +236,7 @@ def _is_listed(where: Path, code: int) -> bool:
     try:
         return where.name in filesystem.list_names(where.parent)
     except OSError:
-        return False
+        return where.parent.is_dir()  # there, and cannot be listed
 
 
 @contextmanager

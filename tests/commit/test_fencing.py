@@ -8,7 +8,13 @@ from contextlib import closing, suppress
 
 import pytest
 
-from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, FencedError, SaveError
+from mpi_ckpt.errors import (
+    CheckpointError,
+    CorruptGenerationError,
+    FencedError,
+    SaveError,
+    WriteError,
+)
 from mpi_ckpt.storage import filesystem, lock, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.layout import generation_number, partial_number
@@ -279,3 +285,31 @@ def test_owner_that_could_not_sign_does_so_before_it_saves(tmp_path, monkeypatch
 def test_nothing_is_begun_in_a_directory_that_is_not_owned(tmp_path):
     with pytest.raises(SaveError, match="own"):
         CheckpointDirectory(tmp_path).begin()
+
+
+def test_another_writer_of_a_job_that_was_cut_off_hears_of_it_as_root_does(old, new):
+    """It wakes first, and finds that the successor has swept what it was to write into."""
+    partial = old.begin()
+    writer = CheckpointDirectory(old.root)
+    joined = writer.join(partial.generation, old.job)
+    new.own()
+    refused = f"taken over from this job; it now belongs to job {new.job}"
+    with pytest.raises(FencedError, match=refused):
+        joined.write_shard("rank-00001.safetensors", [memoryview(b"x")], 1)
+    with pytest.raises(FencedError, match=refused):
+        writer.join(partial.generation, old.job)
+    assert generations(new) == [1]
+
+
+@pytest.mark.parametrize("signature", [None, b"", b"half a na"])
+def test_another_writer_takes_no_other_trouble_for_a_take_over(old, signature):
+    """Of a lock file that is gone, or not written to its end, root tells."""
+    partial = old.begin()
+    writer = CheckpointDirectory(old.root)
+    partial.drop()
+    path = old.root / ".lock"
+    path.unlink()
+    if signature is not None:
+        path.write_bytes(signature)
+    with pytest.raises(WriteError, match="this host does not see it"):
+        writer.join(partial.generation, old.job)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import IO
 from mpi_ckpt.errors import CheckpointError, RestoreError, SaveError
+from mpi_ckpt.storage.layout import QUARANTINE, generation_number
 from tests.crash.recorder import in_place_of_os
 from tests.crash.replay import PIECE, write_image
 from tests.crash.scenarios import ROOT, saved_image
@@ -61,6 +62,8 @@ ERRNOS = (
     errno.ESTALE,
     errno.EFBIG,
     errno.EINTR,
+    errno.ENOENT,
+    errno.EMFILE,
 )
 
 
@@ -86,11 +89,75 @@ class Fault:
             f"{self.call} no. {self.nth} fails with {errno.errorcode[self.errno]} {often}"
         )
 
+    @property
+    def hides_all(self) -> bool:
+        """Whether no listing is true: to the C library ENOENT is the end of one."""
+        return self.forever and (self.call, self.errno) == ("getdents64", errno.ENOENT)
+
+    def untold(self, error: CheckpointError) -> str | None:
+        """Return what an error that came of it does not say; None if it says all."""
+        # What is not there is told in words that say what it means.
+        if self.errno == errno.ENOENT and any(text in str(error) for text in NOT_THERE):
+            return None
+        name = errno.errorcode[self.errno]
+        if name not in str(error) or error.errno != self.errno:
+            return f"{name} is not told: {error}"
+        return None
+
+
+NOT_THERE = (
+    "does not show",
+    "no lock file",
+    "this host does not see it",
+    "is not there, and cannot be made",
+)
+"""What errors say of a directory, a lock file, a partial and a root that are missing."""
+
+LIES = ("empty", "short", "old")
+
+
+@dataclass(frozen=True)
+class Lie(Fault):
+    """A listing that is not true, and fails with no error.
+
+    Attributes:
+        kind: ``"empty"``; ``"short"``: the newer half of the names is missing; ``"old"``:
+            as it was when this was made, or empty.
+        before: What was in each directory when this was made.
+    """
+
+    kind: str = "empty"
+    before: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        often = "from then on" if self.forever else "once"
+        return f"listing no. {self.nth} is {self.kind} {often}"
+
+    @property
+    def hides_all(self) -> bool:
+        """Whether no listing is true."""
+        return self.forever
+
+    def untold(self, error: CheckpointError) -> str | None:
+        """It has no name; that a file is named is required of all errors."""
+        return None
+
+    def listing(self, path: Any, names: list[str]) -> list[str]:
+        """Return what is shown in place of the truth."""
+        if self.kind == "short":
+            return sorted(names)[: len(names) // 2]
+        return self.before.get(str(path), []) if self.kind == "old" else []
+
 
 class Faulty:
     """An ``os`` of which one call fails, in place of a real one or a recorder."""
 
-    def __init__(self, fault: Fault, inner: Any = os) -> None:
+    def __init__(
+        self, fault: Fault, inner: Any = os, *, sandbox: Path | None = None
+    ) -> None:
+        if isinstance(fault, Lie) and sandbox is not None:
+            found = {folder: [*dirs, *files] for folder, dirs, files in os.walk(sandbox)}
+            fault = replace(fault, before=found)
         self.fault = fault
         self.fired = 0
         self.retried: list[str] = []
@@ -121,6 +188,8 @@ class Faulty:
         number = next(self._calls)
         if number == fault.nth or (fault.forever and number > fault.nth):
             self.fired += 1
+            if isinstance(fault, Lie):
+                return fault.listing(args[0], function(*args, **kwargs))
             if fault.call == "fsync":
                 self._note_failure(args[0])
             paths = [str(path) for path in args[:2] if not isinstance(path, int)]
@@ -362,6 +431,14 @@ def workloads() -> list[Workload]:
         Workload(
             "restore after a crash", crashed, Saved.of(2), Saved.of(2), Training.restore
         ),
+        Workload(
+            "save after a fallback",
+            damaged,
+            Saved.of(1),
+            Saved.of(5),
+            lambda t: t.save(5),
+            Training.restore,
+        ),
         Workload("fallback", damaged, Saved.of(1), Saved.of(1), Training.restore),
     ]
 
@@ -389,7 +466,7 @@ def attempt(
     sandbox: Path,
     comm: Any = None,
     victim: int = 0,
-    make: Callable[[Fault], Any] = Faulty,
+    make: Callable[[Fault, Path], Any] | None = None,
     **options: Any,
 ) -> Outcome:
     """Run a workload with a fault on one rank; check all that must hold after.
@@ -400,12 +477,14 @@ def attempt(
     is_root = comm is None or comm.rank == 0
     _lay_out(workload, sandbox, comm)
     is_victim = comm is None or comm.rank == victim
-    faulty: Any = make(fault) if is_victim else None
+    make = make or (lambda fault, sandbox: Faulty(fault, sandbox=sandbox))
     bystander = in_place_of_os(os if workload.joint else Untouched())
     root = sandbox / workload.root
     options = {**workload.options, **options}
     with Training(root, keep=workload.keep, comm=comm, **options) as training:
         workload.prepare(training)
+        seen = numbers_in(root) if is_root else []
+        faulty: Any = make(fault, sandbox) if is_victim else None
         place = faulty.in_place() if is_victim else bystander
         outcome = _act(workload, training, place, fault, str(sandbox))
         if is_victim:
@@ -413,12 +492,39 @@ def attempt(
             outcome.wrong += [f"fsync again after it failed: {f}" for f in faulty.retried]
             faulty.close_kept()
         expected = workload.before if outcome.error else workload.after
-        _go_on(training, root, expected, outcome, is_root=is_root)
+        _go_on(training, expected, outcome)
+        # A sweep cannot find what no listing has shown to it.
+        if is_root and leftovers(root) and not fault.hides_all:
+            outcome.wrong.append(f"left behind: {leftovers(root)}")
+        if is_root:
+            outcome.wrong += misnumbered(seen, numbers_in(root))
     with Training(root, comm=comm, **options) as training:
         found = training.restore()
         if found != Saved.of(7):
             outcome.wrong.append(f"a new job restored {found} after the next save")
+        if is_root and leftovers(root):
+            outcome.wrong.append(f"left behind by a new job: {leftovers(root)}")
     return outcome
+
+
+def misnumbered(seen: Sequence[int], now: Sequence[int]) -> list[str]:
+    """Say which numbers are given twice, or after a higher one was seen."""
+    late = [
+        number for number in now if number not in seen and number < max(seen, default=0)
+    ]
+    twice = [number for number, times in Counter(now).items() if times > 1]
+    return [f"number {n} was given again, {seen} were seen" for n in {*late, *twice}]
+
+
+def numbers_in(root: Path) -> list[int]:
+    """Return the numbers of all generations that are there, or were set aside."""
+    names = [
+        name.partition("~")[0]
+        for place in (root, root / QUARANTINE)
+        if place.is_dir()
+        for name in os.listdir(place)
+    ]
+    return [n for name in names if (n := generation_number(name)) is not None]
 
 
 def count_calls(
@@ -482,14 +588,17 @@ def _act(
     start = time.perf_counter()
     try:
         with place:
-            workload.act(training)
+            found = workload.act(training)
+        restores = workload.act is Training.restore
+        if restores and found != workload.after and not fault.hides_all:
+            outcome.wrong.append(f"{found} came back under the fault")
     except CheckpointError as error:
         outcome.error = (type(error).__name__, str(error))
         if not isinstance(error, workload.family):
             outcome.wrong.append(f"no {workload.family.__name__}: {error!r}")
-        name = errno.errorcode[fault.errno]
-        if name not in str(error) or error.errno != fault.errno:
-            outcome.wrong.append(f"{name} is not told: {error}")
+        untold = fault.untold(error)
+        if untold is not None:
+            outcome.wrong.append(untold)
         # The directory that holds the sandbox is fsynced as well.
         if os.path.dirname(sandbox) not in str(error):
             outcome.wrong.append(f"no file is named: {error}")
@@ -497,14 +606,7 @@ def _act(
     return outcome
 
 
-def _go_on(
-    training: Training,
-    root: Path,
-    expected: Saved | None,
-    outcome: Outcome,
-    *,
-    is_root: bool,
-) -> None:
+def _go_on(training: Training, expected: Saved | None, outcome: Outcome) -> None:
     """The fault is gone: the right generation is there, and the next save works."""
     wrong = outcome.wrong
     try:
@@ -512,8 +614,6 @@ def _go_on(
         if found != expected:
             wrong.append(f"restored {found}, expected {expected}")
         training.save(7)
-        if is_root and leftovers(root):
-            wrong.append(f"left behind: {leftovers(root)}")
         training.plain.value = b""
         found = training.restore()
         if found != Saved.of(7):
@@ -577,6 +677,22 @@ def run_table(
                 for code in errnos:
                     first = Fault(call, 1, code, forever)
                     last = _until_none_fires(table, workload, sandbox, first, last)
+    finally:
+        shutil.rmtree(sandbox)
+    return table
+
+
+def run_lies(
+    workload: Workload, kinds: Sequence[str] = LIES, *, forever: bool = False
+) -> Table:
+    """Let every listing lie, in every way, until none is left."""
+    table = Table()
+    sandbox = scratch()
+    try:
+        with quiet():
+            for kind in kinds:
+                first = Lie("listdir", 1, 0, forever, kind)
+                _until_none_fires(table, workload, sandbox, first, None)
     finally:
         shutil.rmtree(sandbox)
     return table

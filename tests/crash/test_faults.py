@@ -14,9 +14,19 @@ from types import SimpleNamespace
 import pytest
 
 from mpi_ckpt.errors import OptionsError, SaveError
-from mpi_ckpt.storage import lock
+from mpi_ckpt.storage import catalog, lock
 from tests.crash import faults
-from tests.crash.faults import CALLS, ERRNOS, Fault, Short, assert_soon, run_table
+from tests.crash.faults import (
+    CALLS,
+    ERRNOS,
+    LIES,
+    Fault,
+    Lie,
+    Short,
+    assert_soon,
+    run_lies,
+    run_table,
+)
 from tests.crash.recorder import in_place_of_os
 from tests.crash.world import Saved, Training
 from tests.draws import COUNTS, SEED, STRESS, TIMES
@@ -35,11 +45,19 @@ USES = {
     "asynchronous save": {"open", "pwrite", "fsync", "rename", "unlink"},
     "overlapped save": {"open", "pwrite", "fsync", "mkdir", "rename", "unlink", "rmdir"},
     "restore after a crash": {"open", "preadv", "listdir", "unlink", "rmdir", "lstat"},
+    "save after a fallback": {"open", "pwrite", "fsync", "mkdir", "rename", "listdir"},
     "fallback": {"open", "preadv", "mkdir", "rename", "pwrite", "fsync"},
 }
 
-# The others get two errors, drawn by the seed, in a default run.
-WITH_EVERY_ERROR = ("first save", "save with prune", "restore after a crash")
+# These get eight errors, drawn by the seed, in a default run, and the others two.
+WITH_MOST_ERRORS = ("first save", "save with prune", "restore after a crash")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """A listing that goes on lying is looked at again, after pauses that show nothing."""
+    monkeypatch.setattr(catalog, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+
 
 PROGRAM = str(Path(__file__).parent / "programs" / "fault_table.py")
 
@@ -47,14 +65,29 @@ PROGRAM = str(Path(__file__).parent / "programs" / "fault_table.py")
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_any_call_may_fail(name, forever):
-    errnos = ERRNOS
-    if not STRESS and (forever or name not in WITH_EVERY_ERROR):
-        errnos = random.Random(f"{SEED} {name}").sample(ERRNOS, min(2 * TIMES, len(ERRNOS)))
+    number = len(ERRNOS)
+    if not STRESS:
+        few = forever or name not in WITH_MOST_ERRORS
+        number = min(number, (2 if few else 8) * TIMES)
+    errnos = random.Random(f"{SEED} {name}").sample(ERRNOS, number)
     table = run_table(WORKLOADS[name], errnos, forever=forever)
     assert not table.wrong, str(table)
     assert table.calls >= USES[name]
     # Most faults are told; what is tolerated on purpose is a minority of no small size.
     assert 0 < table.raised <= table.fired
+
+
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_any_listing_may_lie(name, forever):
+    """It is empty, an old one, or lacks names: right result, or one refusal."""
+    rng = random.Random(f"{SEED} {name} {forever}")
+    kinds = LIES if STRESS else rng.sample(LIES, min(TIMES, len(LIES)))
+    table = run_lies(WORKLOADS[name], kinds, forever=forever)
+    assert not table.wrong, str(table)
+    assert table.fired >= 3 * len(kinds)
+    # One that lies once is looked at again.
+    assert forever or table.raised == 0
 
 
 def test_faults_of_a_prune_do_not_fail_the_save():
@@ -150,6 +183,11 @@ def test_all_ranks_hear_of_a_fault(ranks, tmp_path):
         for number in (1, 2, 3)
         for code, forever in [(rng.choice(ERRNOS), rng.random() < 0.5)]
     ]
+    drawn += [
+        [name, 0, "listdir", number, rng.choice(LIES), rng.random() < 0.5]
+        for name in WORKLOADS
+        for number in (1, 2, 3, 4)
+    ]
     rng.shuffle(drawn)
     fired = fired_faults(ranks, drawn, 240, tmp_path)
     assert fired > 60
@@ -208,3 +246,4 @@ def test_a_state_that_fails_on_one_rank_fails_on_all(tmp_path):
 def test_faults_have_names():
     told = str(Fault("fsync", 2, errno.EIO, forever=True))
     assert told == "fsync no. 2 fails with EIO from then on"
+    assert str(Lie("listdir", 3, 0, kind="old")) == "listing no. 3 is old once"

@@ -18,9 +18,10 @@ from mpi_ckpt.errors import FencedError, LockedError
 from mpi_ckpt.storage import filesystem, lease
 from mpi_ckpt.storage.lock import DirectoryLock
 from tests.crash.crashes import quiet_scratch
+from tests.crash.world import empty
 from tests.draws import COUNTS, SEED, STRESS, TIMES
 from tests.launch import run_job
-from tests.odd_disk import LIFETIME
+from tests.odd_disk import LIFETIME, NotHereError, odd_disk
 
 PROGRAM = str(Path(__file__).parent / "programs" / "on_odd_disk.py")
 
@@ -37,12 +38,23 @@ def failing(act, *args, **kwargs):
 # The disk does what it is asked to.
 
 
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory):
+    try:
+        with odd_disk(tmp_path_factory.mktemp("odd")) as disk:
+            yield disk
+    except NotHereError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
-def disk(odd_disks):
-    disk = odd_disks()
+def disk(mounted):
+    """One that is mounted once, as new: with three files, and nothing odd about it."""
+    mounted.be(**dict.fromkeys(path.name for path in mounted.switches.iterdir()))
+    empty(mounted.backing)
     for name in ("a", "b", "c"):
-        (disk.path / name).write_text(name)
-    return disk
+        (mounted.path / name).write_text(name)
+    return mounted
 
 
 def test_what_is_written_is_in_the_directory_behind_the_disk(disk):

@@ -13,7 +13,15 @@ import pytest
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.leaf import Gate
 from mpi_ckpt.states.arrays import ArrayBuffer
-from mpi_ckpt.storage import catalog, filesystem, partial, recovery
+from mpi_ckpt.storage import (
+    catalog,
+    directory,
+    filesystem,
+    finding,
+    partial,
+    reader,
+    recovery,
+)
 from mpi_ckpt.storage.layout import generation_name
 from mpi_ckpt.storage.ownership import Ownership
 from tests.crash import faults, scenarios
@@ -257,6 +265,46 @@ def test_fault_table_sees_a_prune_that_fails_a_save(monkeypatch):
 def test_fault_table_sees_leftovers(monkeypatch):
     monkeypatch.setattr(recovery, "sweep", lambda *_: None)
     assert any("left behind" in line for line in table("save after a crash"))
+
+
+# Listings that lie.
+
+
+def lies(name, kind):
+    return faults.run_lies(workload(name), (kind,)).wrong
+
+
+def test_catalog_that_believes_any_listing(monkeypatch):
+    monkeypatch.setattr(catalog.Catalog, "_hidden", lambda *_: "")
+    assert any("came back under the fault" in line for line in lies("fallback", "short"))
+    assert any("came back under" in line for line in lies("restore after a crash", "empty"))
+
+
+def test_catalog_that_believes_the_first_listing(monkeypatch):
+    monkeypatch.setattr(catalog, "settled_survey", catalog.survey)
+    assert any("left behind" in line for line in lies("save after a crash", "empty"))
+
+
+def test_numbers_that_are_those_of_one_listing(monkeypatch):
+    """One that was set aside is given again, as the quarantine shows nothing."""
+    real = catalog.Catalog.look
+
+    def forgetful(self):
+        found = real(self)
+        self.highest = 0
+        return found
+
+    monkeypatch.setattr(catalog.Catalog, "look", forgetful)
+    wrong = lies("save after a fallback", "empty")
+    assert any("number 2 was given again" in line for line in wrong)
+
+
+def test_generations_that_are_set_aside_at_the_first_look(monkeypatch):
+    monkeypatch.setattr(finding, "_PASSING", ())
+    monkeypatch.setattr(reader, "_is_listed", lambda *_: False)
+    monkeypatch.setattr(directory, "open_twice", reader.GenerationReader)
+    wrong = table("restore after a crash", (errno.ENOENT,))
+    assert any("came back under the fault" in line for line in wrong)
 
 
 def test_training_that_does_not_wait_for_a_late_copy(monkeypatch, tmp_path):

@@ -55,6 +55,8 @@ ERRNOS = (
     errno.EACCES,
     errno.ESTALE,
     errno.EINTR,
+    errno.ENOENT,
+    errno.EMFILE,
 )
 
 _ATTACH_SECONDS = 30

@@ -33,7 +33,6 @@ from tests.crash.killing import (
     fail_on_problem,
     kill,
     kill_some,
-    own_sessions,
     remove_shared_memory,
     thread_states,
 )
@@ -79,7 +78,6 @@ class Rounds:
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
         self._started: list[Job] = []
-        self._environment: dict[str, str] = {}
         self._owner: Job | None = None
         self._acked: list[tuple[int, int, str]] = []
         self._saves: Counter[str] = Counter()
@@ -95,18 +93,17 @@ class Rounds:
         self.directory.mkdir()
         end = time.monotonic() + (seconds or 0)
         drawn: list[Callable[[], None]] = []
-        with own_sessions() as self._environment:
-            try:
-                while time.monotonic() < end if scenes is None else scenes > 0:
-                    if not drawn:  # all before any comes again
-                        drawn = self._rng.sample(every, len(every))
-                    scenes = None if scenes is None else scenes - 1
-                    drawn.pop()()
-                    self.counts["rounds"] += 1
-                    fail_on_problem(self.directory)
-                    self.look_at_numbers()
-            finally:
-                self.end_all()
+        try:
+            while time.monotonic() < end if scenes is None else scenes > 0:
+                if not drawn:  # all before any comes again
+                    drawn = self._rng.sample(every, len(every))
+                scenes = None if scenes is None else scenes - 1
+                drawn.pop()()
+                self.counts["rounds"] += 1
+                fail_on_problem(self.directory)
+                self.look_at_numbers()
+        finally:
+            self.end_all()
         self.look_at_the_end()
 
     # Rounds. Each begins with no job, or with one that saves, and ends so.
@@ -186,7 +183,9 @@ class Rounds:
         self.counts["jobs"] += 1
         name = f"{self.counts['jobs']}"
         command = [PROGRAM, str(self.directory), name, str(patience)]
-        job = Job(name, start_job(self.ranks, command, env=self._environment))
+        # Its session is in a directory of its own: no mpirun of the same process id that
+        # was killed has left one there.
+        job = Job(name, start_job(self.ranks, command))
         self._started.append(job)
         return job
 
@@ -293,7 +292,13 @@ class Rounds:
         fail_on_problem(self.directory)
         if not condition():
             ends = [path.read_text() for path in self.directory.glob(f"end-{job.name}-*")]
-            raise AssertionError(f"job {job.name} does not go on: {ends}")
+            ended = job.process.poll()
+            self._started.remove(job)
+            end_tree(job.process.pid)
+            said = finish_job(job.process).text
+            raise AssertionError(
+                f"job {job.name} does not go on: ended with {ended}, {ends}, {said}"
+            )
 
 
 def main() -> None:

@@ -234,3 +234,50 @@ def test_recipe_of_epochs_resumes_with_the_next_one(tmp_path):
     assert run(3) == ([0, 1, 2, 3], 8, 4)
     assert run(None) == ([3, 4, 5, 6, 7, 8, 9], 14, 10)
     assert run(None) == ([], 0, 10)
+
+
+NAMED = re.compile(r"`[^`\n]*?([\w./*-]*\btest_\w+\.py)[^`\n]*`")
+"""A file of tests, in a document."""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_of_tests_that_a_document_names_is_there(document):
+    there = [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.rglob("test_*.py")]
+    named = NAMED.findall(document.read_text())
+    assert [
+        n for n in named if not any(f"/{path}".endswith(f"/{n}") for path in there)
+    ] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_folder_and_script_that_a_document_names_is_there(document):
+    named = re.findall(r"`(?:[^`\n]* )?((?:tests|scripts)/[\w./*-]+)", document.read_text())
+    assert [n for n in named if not list(REPOSITORY.glob(n))] == []
+
+
+def section(text, title):
+    """Return what stands under a title, up to the next of its kind or above."""
+    level = title.split()[0]
+    rest = text.partition(f"\n{title}\n")[2]
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, flags=re.MULTILINE)[0]
+
+
+def first_cells(text):
+    """Return the first cell of each row of a table, but for its head."""
+    rows = re.findall(r"^\| (.*?) \| .*\|$", text, re.MULTILINE)
+    return [row for row in rows if row not in ("what happens", "claim")]
+
+
+def test_every_guarantee_names_its_tests():
+    text = (REPOSITORY / "docs" / "guarantees.md").read_text()
+    proven = section(text, "### Claim by claim")
+    numbered = re.findall(r"^(\d)\. \*\*(.*?)\.?\*\*", text, re.MULTILINE)
+    claims = [f"{number} {words[0].lower()}{words[1:]}" for number, words in numbered]
+    claims += first_cells(
+        section(text, "## What you can rely on when something goes wrong")
+    )
+    assert len(claims) > 30
+    assert first_cells(proven) == claims
+    for row in proven.splitlines():
+        if row.startswith("| ") and not row.startswith("| claim |"):
+            assert NAMED.search(row), row

@@ -669,22 +669,30 @@ def test_one_look_at_a_good_generation_may_fail(tmp_path, monkeypatch, opened):
     assert directory.set_aside == {}
 
 
+@pytest.mark.parametrize("listed", [True, False])
 def test_a_file_that_is_listed_and_not_there_is_no_reason_to_give_up(
-    tmp_path, monkeypatch, opened
+    tmp_path, monkeypatch, opened, listed
 ):
     """A host that sees an old state for long must not have good generations set aside."""
     directory = opened(tmp_path)
     directory.own()
     good = save(directory, some_states()).path
-    real = filesystem.open_for_reading
+    real, real_list = filesystem.open_for_reading, filesystem.list_names
 
     def never(path, **how):
         if path.parent == good:
             raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
         return real(path, **how)
 
+    def unlisted(path):
+        if path == good:
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return real_list(path)
+
     with monkeypatch.context() as patch:
         patch.setattr(filesystem, "open_for_reading", never)
+        if not listed:
+            patch.setattr(filesystem, "list_names", unlisted)
         directory.forget_newest()
         with pytest.raises(ReadError, match="ENOENT"):
             directory.open_newest()

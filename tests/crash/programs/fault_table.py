@@ -2,7 +2,9 @@
 """Goes through faults of any rank, one after the other, in one job.
 
 Two ranks at most share a host, or so they say. Arguments: file with the faults as JSON,
-file for what came of them, a line for each. Faults that cannot happen are left out.
+file for what came of them, a line for each. A fault is: workload, rank, call, number, errno
+or how a listing lies, and whether all later calls fail as well. Faults that cannot happen
+are left out.
 """
 
 import json
@@ -13,8 +15,10 @@ from pathlib import Path
 
 from mpi4py import MPI
 
+from mpi_ckpt.storage import catalog
 from tests.crash.faults import (
     Fault,
+    Lie,
     attempt,
     count_calls,
     joint_workloads,
@@ -24,6 +28,17 @@ from tests.crash.faults import (
 from tests.crash.world import pretend_hosts, scratch
 
 DEADLINE = {"deadline_seconds": 60}
+
+# A listing that goes on lying is looked at again, after pauses that show nothing here.
+catalog._PAUSES_SECONDS = (0.0, 0.0, 0.0)
+
+
+def fault_of(call, number, how, forever):
+    """Return a fault with an error, or of a listing that lies."""
+    if isinstance(how, str):
+        return Lie(call, number, 0, forever, how)
+    return Fault(call, number, how, forever)
+
 
 asked, told = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
@@ -40,11 +55,12 @@ with quiet(), told.open("w") if comm.rank == 0 else open(os.devnull, "w") as lin
         call, number, *_ = fault
         if number > calls[name][victim][call]:
             continue
-        outcome = attempt(known[name], Fault(*fault), sandbox, comm, victim, **DEADLINE)
+        drawn = fault_of(*fault)
+        outcome = attempt(known[name], drawn, sandbox, comm, victim, **DEADLINE)
         gathered = comm.gather(outcome)
         if comm.rank == 0:
             report = {
-                "fault": f"{name}, rank {victim}: {Fault(*fault)}",
+                "fault": f"{name}, rank {victim}: {drawn}",
                 "fired": any(one.fired for one in gathered),
                 "errors": [one.error for one in gathered],
                 "wrong": [line for one in gathered for line in one.wrong],

@@ -30,8 +30,8 @@ def report_of(workload, victim, fault):
     """Return what came of a fault, on every rank; whether it hit anything comes first."""
     made = []
 
-    def make(wanted):
-        made.append(Traced(wanted, sandbox))
+    def make(wanted, place):
+        made.append(Traced(wanted, place))
         return made[-1]
 
     outcome = attempt(workload, fault, sandbox, comm, victim, make, deadline_seconds=60)
