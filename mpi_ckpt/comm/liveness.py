@@ -58,6 +58,7 @@ class Tag(IntEnum):
     FAREWELL = 7003
     GREETING = 7004
     GROUP = 7005
+    BUSY = 7006
 
 
 class Patience:
@@ -76,10 +77,16 @@ class Patience:
     """
 
     def __init__(self, seconds: float | None, *, streaming: bool = False) -> None:
+        self._seconds = seconds
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._streaming = streaming
         self._pause = 0.0
         self.rounds = 0
+        self.is_over = False
+
+    def renew(self) -> None:
+        """Let the time count anew from now."""
+        self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
         self.is_over = False
 
     def go_round(self) -> bool:

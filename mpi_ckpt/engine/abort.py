@@ -50,17 +50,15 @@ class AbortOnError:
         comm: The manager's communicator.
         settle: Lets a pending save of this rank come to its end, for a limited time. Held
             weakly.
-        enabled: Whether to do anything.
+        how: As `Options.abort_on_error`: whether to do anything.
     """
 
-    def __init__(
-        self, comm: Communicator, settle: Callable[[], object], *, enabled: bool
-    ) -> None:
+    def __init__(self, comm: Communicator, settle: Callable[[], object], how: bool) -> None:
         self.comm = comm
         self.exit_code = 0
         self._farewell: Farewell | None = None
         self._settle = weakref.WeakMethod(settle)
-        self._enabled = enabled and comm.size > 1 and "mpi4py.run" not in sys.modules
+        self._enabled = how and comm.size > 1 and "mpi4py.run" not in sys.modules
 
     def arm(self) -> None:
         """Watch from now on. Not collective. Callable twice."""

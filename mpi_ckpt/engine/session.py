@@ -133,6 +133,15 @@ class Session:
         self.comm.set_limits(message_bytes=self.options.io.message_bytes)
 
     @contextmanager
+    def let_go_of_if_refused(self) -> Iterator[None]:
+        """Close the communicator if what is agreed on in the block fails. Collective."""
+        try:
+            yield
+        except CheckpointError:
+            self.comm.close()
+            raise
+
+    @contextmanager
     def watch(self, doing: str) -> Iterator[PhaseClock]:
         """Time an operation of all ranks, and warn if this one makes no progress in it.
 

@@ -72,9 +72,9 @@ def uncaught(monkeypatch):
     return call
 
 
-def guard(comm=None, settling=None, *, enabled=True):
+def guard(comm=None, settling=None, *, how=True):
     settling = settling or Settling()
-    one = AbortOnError(comm or Comm(), settling.close, enabled=enabled)
+    one = AbortOnError(comm or Comm(), settling.close, how)
     one.kept = settling  # held weakly otherwise
     return one
 
@@ -115,7 +115,7 @@ def test_there_is_no_hook_where_none_is_needed(monkeypatch, reason):
     if reason == "mpi4py":
         monkeypatch.setitem(sys.modules, "mpi4py.run", abort)
     comm = Comm(size=1 if reason == "one rank" else 3)
-    guard(comm, enabled=reason != "option").arm()
+    guard(comm, how=reason != "option").arm()
     assert sys.excepthook is sys.__excepthook__
 
 
@@ -226,7 +226,7 @@ def test_farewell_is_said_before_a_save_is_waited_for(uncaught, aborted):
 
 
 def test_who_is_not_armed_says_nothing():
-    guard(enabled=False).note(SystemExit(7), expected=0)
+    guard(how=False).note(SystemExit(7), expected=0)
     assert Farewell.said == 0
 
 
