@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import CollectiveError
+from mpi_ckpt.errors import CollectiveError, Telling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,4 +111,8 @@ def missed_deadline(
             seen += f"; it {said}"
         problems.append(f"rank {rank} on {comm.hosts[rank]}{seen}{comm.last_met}")
     text = "\n  ".join([f"{doing}: {what}; {advice}", *problems])
-    return CollectiveError(text, problems=problems)
+    error = CollectiveError(text, problems=problems)
+    # Each tells what it sees of the absent; one of them tells where in the program.
+    is_first = comm.rank == min(set(range(comm.size)).difference(absent))
+    error.telling = Telling(comm.name, "" if is_first else f"CollectiveError: {error}")
+    return error
