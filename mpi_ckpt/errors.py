@@ -28,9 +28,10 @@ A failure on any rank is raised on every rank, as the same class with the same m
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +58,29 @@ __all__ = [
     "UnsupportedFormatError",
     "WriteError",
 ]
+
+
+_LINES_MAX = 24
+_MORE = re.compile(r" *and ([\d,]+) more: `problems` of the error has them")
+
+
+def cut_lines(text: str, most: int = _LINES_MAX) -> str:
+    """Return the first lines of a text, and in words how many more there are. Pure.
+
+    Args:
+        text: May have been cut before.
+        most: How many lines, at least one; one more is kept rather than counted.
+    """
+    lines = text.split("\n")
+    if len(lines) <= most + 1:
+        return text
+    more = len(lines) - most
+    before = _MORE.fullmatch(lines[-1])
+    if before is not None:
+        more += int(before[1].replace(",", "")) - 1
+    return "\n".join(
+        [*lines[:most], f"    and {more:,} more: `problems` of the error has them"]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +128,25 @@ class RankFailure:
         return f"{text} ({self.kind})"
 
 
+class Telling(NamedTuple):
+    """How a rank tells an error that all ranks raise, if nobody catches it.
+
+    Attributes:
+        name: Of this rank.
+        brief: Said in place of the traceback, as another rank prints that; empty where
+            this one does.
+    """
+
+    name: str
+    brief: str
+
+
 class CheckpointError(Exception):
     """Base of every error of this package.
 
     Args:
-        message: What failed, where, what was expected and found, what is still safe.
+        message: What failed, where, what was expected and found, what is still safe. Of
+            more than 25 lines `str` gives the first 24, and how many there are.
         path: File or directory concerned.
         generation: Generation concerned.
         errno: Error number of the operating system, where there is one.
@@ -133,9 +171,10 @@ class CheckpointError(Exception):
         self.errno = errno
         self.failures = tuple(failures)
         self.problems = tuple(problems)
+        self.telling: Telling | None = None
 
     def __str__(self) -> str:
-        return self.message
+        return cut_lines(self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # OSError's own would lose errno, and with it what launchers and pools are told.

@@ -14,20 +14,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt import errors
-from mpi_ckpt.errors import CheckpointError, RankFailure
+from mpi_ckpt.errors import CheckpointError, RankFailure, cut_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 __all__ = [
     *("AlikeFailures", "RemoteTraceback", "capture_failure", "concerning"),
-    *("group_failures", "merge_failures"),
+    *("group_failures", "merge_failures", "name_ranks"),
 ]
 
 _TEXT_CHARACTERS_MAX = 8 << 10
 _PROBLEMS_MAX = 1000
 _PROBLEM_CHARACTERS_MAX = 500
-_LINES_MAX = 24
+_LINES_MAX = 20
+"""Of all failures together; each has its share, at least one line."""
 _GROUPS_MAX = 16
 _UNTOLD = "failed in yet another way; its own output has it"
 
@@ -75,7 +76,7 @@ def capture_failure(
         host=socket.gethostname(),
         operation=operation,
         kind=type(error).__name__,
-        message=_cut_lines(_message_of(error)),
+        message=_cut(cut_lines(_message_of(error))),
         errno=known.errno if known else None,
         path=_path_of(error),
         generation=ours.generation if ours else None,
@@ -104,11 +105,22 @@ class AlikeFailures:
         """
         if len(self.ranks) == 1:
             return str(self.first)
-        where = sorted({hosts[rank] for rank in self.ranks})
-        on = ", ".join(where) if len(where) <= 2 else f"{len(where):,} hosts"
-        who = f"ranks {_ranges(self.ranks)} ({len(self.ranks):,} of {self.first.size:,})"
         alone = f"rank {self.first.rank} of {self.first.size} on {self.first.host}"
-        return f"{who} on {on}{str(self.first).removeprefix(alone)}"
+        return f"{name_ranks(self.ranks, hosts)}{str(self.first).removeprefix(alone)}"
+
+
+def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Return in words which ranks are meant, and where they are. Pure.
+
+    Args:
+        ranks: At least one, in ascending order.
+        hosts: Of all ranks.
+    """
+    where = sorted({hosts[rank] for rank in ranks})
+    on = ", ".join(where) if len(where) <= 2 else f"{len(where):,} hosts"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} on {on}"
+    return f"ranks {_ranges(ranks)} ({len(ranks):,} of {len(hosts):,}) on {on}"
 
 
 def group_failures(failures: Sequence[RankFailure]) -> list[AlikeFailures]:
@@ -161,7 +173,8 @@ def merge_failures(
         for rank in group.ranks
     ]
     failures.sort(key=lambda failure: failure.rank)
-    lines = [group.text(hosts) for group in groups]
+    share = max(1, _LINES_MAX // len(groups) - 1)
+    lines = [cut_lines(group.text(hosts), share) for group in groups]
     error = _class_of(first.kind, default)(
         "\n  ".join([f"{first.operation} failed; {safe}", *lines]),
         path=first.path,
@@ -206,14 +219,6 @@ def _cut(text: str) -> str:
     half = _TEXT_CHARACTERS_MAX // 2
     left_out = len(text) - 2 * half
     return f"{text[:half]}\n[{left_out:,} characters left out]\n{text[-half:]}"
-
-
-def _cut_lines(text: str) -> str:
-    lines = text.split("\n")
-    if len(lines) > _LINES_MAX + 1:
-        more = len(lines) - _LINES_MAX
-        lines[_LINES_MAX:] = [f"    and {more:,} more: `problems` of the error has them"]
-    return _cut("\n".join(lines))
 
 
 def _cut_list(problems: Sequence[str]) -> list[str]:

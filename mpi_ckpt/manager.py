@@ -9,10 +9,10 @@ restore   find the newest good generation, match it with the states, transfer it
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.choice import Choice
-from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.engine.abort import AbortOnError
 from mpi_ckpt.engine.registry import Registry
 from mpi_ckpt.engine.restore.newest import list_generations
@@ -21,7 +21,6 @@ from mpi_ckpt.engine.save.saver import Saver
 from mpi_ckpt.engine.session import Session
 from mpi_ckpt.engine.steps.stepping import Steps
 from mpi_ckpt.engine.sync.replicas import sync_states
-from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.options import Options
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointManager"]
 
 
-class CheckpointManager:
+class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     """Saves and restores the states of an MPI job.
 
     Collective, as is every method unless it says otherwise: all ranks of the
@@ -69,24 +68,19 @@ class CheckpointManager:
         memory: Memory | None = None,
     ) -> None:
         options = options or Options()
-        self._session = Session.begin(root, comm, options, memory)
-        self._registry = Registry(self._session.comm)
+        session = self._session = Session.begin(root, comm, options, memory)
+        self._registry = Registry(session.comm)
         self._step = 0
         self._pinned: int | None = None
-        self._saver = Saver(self._session, self._registry)
-        self._guard = PreemptionGuard(options.preemption_signals, tells=self.is_root)
-        self._steps = Steps(self._session, self._saver, self._guard)
-        aborts = options.abort_on_error
-        self._abort = AbortOnError(self._session.comm, self._saver.close, enabled=aborts)
-        try:
-            self._session.compare_options()
+        self._saver = Saver(session, self._registry)
+        self._steps = Steps(session, self._saver)
+        self._abort = AbortOnError(session.comm, self._saver.close, options.abort_on_error)
+        with session.let_go_of_if_refused():
+            session.compare_options()
             self._registry.add_all(states)
             self._steps.read_environment()
-        except CheckpointError:
-            self._session.comm.close()
-            raise
         self._abort.arm()
-        self._session.note("started", self._step)
+        session.note("started", self._step)
         self._steps.watch_signals()
 
     @property
@@ -137,9 +131,8 @@ class CheckpointManager:
             CheckpointError: On every rank, as `save` does before it writes.
         """
         states = self._registry.choose("beginning a sync", only)
-        return sync_states(self._session.comm, states, self._session.options, forced=True)[
-            1
-        ]
+        comm, options = self._session.comm, self._session.options
+        return sync_states(comm, states, options, forced=True)[1]
 
     def save(
         self,
@@ -168,8 +161,7 @@ class CheckpointManager:
             SaveError: On every rank, if any failed; nothing was published.
             CheckpointError: On every rank, for anything else that went wrong.
         """
-        instead = self._saver.make_way()
-        if instead is not None:
+        if (instead := self._saver.make_way()) is not None:
             return instead
         step = self._step if step is None else step
         with self._session.watch("saving") as clock:
@@ -275,13 +267,12 @@ class CheckpointManager:
         if actions.stop:
             # The last save is of this very step, and durable.
             self._steps.note_stop(self.save(metrics=metrics).wait())
-            return True
-        if actions.save:
+        elif actions.save:
             self.save(metrics=metrics)
         elif actions.remember:
             self.remember()
         self._steps.go_on()
-        return False
+        return actions.stop
 
     def should_stop(self) -> bool:
         """Return whether somebody asked to stop; count no step and save nothing.
@@ -293,6 +284,23 @@ class CheckpointManager:
             CollectiveError: On every live rank, if one never arrives.
         """
         return self._steps.should_stop()
+
+    def busy(
+        self, reason: str, *, at_most_seconds: float = 3600.0
+    ) -> AbstractContextManager[None]:
+        """Say that this rank comes late, and why: the others wait for it. Not collective.
+
+        ``with manager.busy("writing VTK"):`` around what takes long, on the ranks that do
+        it: no deadline passes meanwhile. Costs a short message to each rank at either end.
+
+        Args:
+            reason: Told by those who wait.
+            at_most_seconds: After so long it is missed all the same, or once seen to die.
+
+        Raises:
+            CheckpointError: On the calling rank, in another thread or a forked process.
+        """
+        return self._session.comm.busy_ranks.occupied(reason, at_most_seconds)
 
     def wait(self) -> None:
         """Return when no save is pending. Collective.
@@ -325,26 +333,18 @@ class CheckpointManager:
             self._session.note_end(self._step)
         finally:
             # The error, if any, was agreed on: every rank is here.
-            self._let_go()
+            self._steps.retire()
+            self._saver.let_go()
             self._steps.settle()
             self._session.comm.close()
             self._abort.disarm()
 
-    def __enter__(self) -> CheckpointManager:
-        return self
-
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if error is None:
             self.close()
-        else:
-            # INVARIANT: one rank alone may be here, so nothing collective: the
-            # communicator is left to MPI_Finalize.
-            self._abort.note(error, expected=self.exit_code)
-            unsaved = self._saver.pending is not None
-            self._session.note_end(self._step, error, unsaved=unsaved)
-            self._let_go()
-
-    def _let_go(self) -> None:
-        self._guard.retire()
-        if self._saver.close():
-            self._session.directory.close()
+            return
+        # INVARIANT: one rank alone may be here: nothing collective, MPI_Finalize frees all.
+        self._abort.note(error, expected=self.exit_code)
+        self._session.note_end(self._step, error, unsaved=bool(self._saver.pending))
+        self._steps.retire()
+        self._saver.let_go()

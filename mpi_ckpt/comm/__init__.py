@@ -15,6 +15,7 @@ from mpi_ckpt.comm.agreement import (
     meet,
     on_root,
 )
+from mpi_ckpt.comm.alike import told_by
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.collectives import (
     bcast_bytes,
@@ -70,5 +71,6 @@ __all__ = [
     "on_root",
     "repair",
     "scatter_bytes",
+    "told_by",
     "why_lost_ranks_end_the_job",
 ]

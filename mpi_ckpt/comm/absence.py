@@ -7,17 +7,22 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.errors import CollectiveError, Telling
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from mpi_ckpt.comm.communicator import Communicator
-    from mpi_ckpt.comm.presence import Presence
 
-__all__ = ["WARNED_SECONDS", "LastMeeting", "name_absent", "warn_of_wait", "whereabouts"]
+__all__ = [
+    *("WARNED_SECONDS", "LastMeeting", "missed_deadline", "name_absent", "warn_of_wait"),
+]
 
 logger = logging.getLogger(__name__)
 
 WARNED_SECONDS = 30.0
+
+REASON = "what takes so long"
 
 
 class LastMeeting:
@@ -40,19 +45,24 @@ class LastMeeting:
 def warn_of_wait(comm: Communicator, doing: str) -> None:
     """Say that a rank has waited for a while; only two of them do.
 
-    Not collective. Root says so, or the next where it is root that does not come: no
-    others, or there would be a line for each of a thousand ranks.
+    Not collective. Main thread only. Root says so, or the next where it is root that does
+    not come: no others, or there would be a line for each of a thousand ranks.
 
     Args:
         comm: Of the rank that waits.
         doing: What the ranks meet for.
     """
     if comm.size > 1 and comm.rank <= 1:
+        comm.busy_ranks.listen()
+        known = comm.busy_ranks.describe()
         logger.warning(
             "%s waits for other ranks since %.0f s, in %s (%s): it is collective, so every "
-            "rank must call it; an error names the absent after %g s "
+            "rank must call it; %s",
+            *(comm.name, WARNED_SECONDS, comm.call, doing),
+            "; ".join(known)
+            if known
+            else f"an error names the absent after {comm.deadline_seconds:g} s "
             "(Options.deadline_seconds)",
-            *(comm.name, WARNED_SECONDS, comm.call, doing, comm.deadline_seconds),
         )
 
 
@@ -73,18 +83,36 @@ def name_absent(absent: Sequence[int], hosts: Sequence[str], deadline: float) ->
     return f"{named} of {len(hosts)} did not arrive within {deadline:g} s"
 
 
-def whereabouts(
-    rank: int, hosts: Sequence[str], visible: Mapping[int, Presence], met: LastMeeting
-) -> str:
-    """Return what this rank can see of another. Not collective.
+def missed_deadline(
+    comm: Communicator, absent: Sequence[int], doing: str, advice: str
+) -> CollectiveError:
+    """Return the error of a rank whose deadline has passed. Not collective.
 
-    Each rank's own view: a process on another host cannot be seen.
+    What this rank can see of the absent is its own view: a process on another host cannot
+    be seen.
 
     Args:
-        rank: The other.
-        hosts: Of all ranks.
-        visible: The processes that could be seen from here at the start.
-        met: What all ranks last met for.
+        comm: Of the rank that waited.
+        absent: The ranks that have not come; none if they disagree.
+        doing: What the ranks meet for.
+        advice: What is still safe, and what to do.
     """
-    seen = f": {visible[rank].describe()}" if rank in visible else ""
-    return f"rank {rank} on {hosts[rank]}{seen}{met}"
+    comm.busy_ranks.listen()  # another may have been the first to give up
+    what = name_absent(absent, comm.hosts, comm.deadline_seconds)
+    if absent:
+        what += (
+            f"; every rank must call {comm.call} within Options.deadline_seconds, or say "
+            f"that it comes late: `with manager.busy({REASON!r}):`"
+        )
+    problems = []
+    for rank in absent:
+        seen = f": {comm.visible[rank].describe()}" if rank in comm.visible else ""
+        if said := comm.busy_ranks.tell_of(rank):
+            seen += f"; it {said}"
+        problems.append(f"rank {rank} on {comm.hosts[rank]}{seen}{comm.last_met}")
+    text = "\n  ".join([f"{doing}: {what}; {advice}", *problems])
+    error = CollectiveError(text, problems=problems)
+    # Each tells what it sees of the absent; one of them tells where in the program.
+    is_first = comm.rank == min(set(range(comm.size)).difference(absent))
+    error.telling = Telling(comm.name, "" if is_first else f"CollectiveError: {error}")
+    return error

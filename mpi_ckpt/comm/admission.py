@@ -11,9 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, is_horovods
 from mpi_ckpt.comm.launch import check_launch, load_mpi
 from mpi_ckpt.comm.liveness import is_done_within, keep
+from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.survival import why_lost_ranks_end_the_job
 from mpi_ckpt.errors import CollectiveError, LaunchError
 
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-__all__ = ["Objection", "check_before", "duplicate_within", "meet_first"]
+__all__ = [
+    *("Objection", "check_before", "duplicate_within", "exchange_presences", "meet_first"),
+]
 
 
 def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 (a module)
@@ -130,6 +135,28 @@ def duplicate_within(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intr
     made, request = parent.Idup()
     meet_first(parent, request, deadline_seconds, buffers=made)
     return made
+
+
+def exchange_presences(
+    handle: MPI.Intracomm, objection: Objection, deadline_seconds: float
+) -> tuple[Presence, ...]:
+    """Return where each rank runs, and whether it has something against the job.
+
+    Collective. Main thread only.
+
+    Args:
+        handle: Communicator that was just made.
+        objection: This rank's.
+        deadline_seconds: How long the others may take.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives, or MPI fails.
+    """
+    mine = Presence.own(objects=objection.is_raised).encode()
+    everyone = np.zeros((handle.size, Presence.nbytes), np.uint8)
+    request = handle.Iallgather(mine, everyone)
+    meet_first(handle, request, deadline_seconds)
+    return tuple(Presence.decode(row.tobytes()) for row in everyone)
 
 
 def meet_first(

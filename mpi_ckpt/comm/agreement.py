@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from mpi_ckpt.comm.alike import told_by
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.vote import UNTOUCHED, Vote
@@ -29,6 +30,7 @@ from mpi_ckpt.failures import (
     capture_failure,
     group_failures,
     merge_failures,
+    name_ranks,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ __all__ = [
 Result = TypeVar("Result")
 
 _FAILED = 1
+_DIFFERENCES_MAX = 16
+_CHARACTERS_MAX = 2000
 _NO_DIGEST = bytes(DIGEST_BYTES)
 
 
@@ -252,7 +256,7 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
         texts: This rank's list.
 
     Returns:
-        One line for each rank whose list is not root's; the same on every rank.
+        One line for each list that is not root's, of 16 at most; the same on every rank.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
@@ -261,13 +265,33 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
     if not differing_digests(comm, [digest_bytes(encoded)], doing).any():
         return []
     gathered = [json.loads(one) for one in gather_bytes(comm, encoded, doing)]
-    lines = [
-        f"rank {rank} on {comm.hosts[rank]} has {theirs}, root has {gathered[comm.root]}"
-        for rank, theirs in enumerate(gathered)
-        if theirs != gathered[comm.root]
-    ]
-    found: list[str] = bcast_json(comm, lines, doing)
+    found: list[str] = bcast_json(comm, _differences(comm, gathered), doing)
     return found
+
+
+def _differences(comm: Communicator, gathered: Sequence[Any]) -> list[str]:
+    """Return in a line each how lists differ from root's; on root, elsewhere nothing."""
+    if not gathered:
+        return []
+    roots = _shortened(gathered[comm.root])
+    found: dict[str, list[int]] = {}
+    for rank, theirs in enumerate(gathered):
+        if theirs != gathered[comm.root]:
+            found.setdefault(json.dumps(theirs), []).append(rank)
+    lines = [
+        f"{name_ranks(ranks, comm.hosts)} {'has' if len(ranks) == 1 else 'have'} "
+        f"{_shortened(json.loads(theirs))}, root has {roots}"
+        for theirs, ranks in found.items()
+    ]
+    more = len(lines) - _DIFFERENCES_MAX
+    return [*lines[:_DIFFERENCES_MAX], *([f"and {more:,} more"] if more > 0 else [])]
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    text = str(texts)
+    if len(text) <= _CHARACTERS_MAX:
+        return text
+    return f"{text[:_CHARACTERS_MAX]}... ({len(texts):,} in all)"
 
 
 def differing_digests(
@@ -315,7 +339,8 @@ def _exchange(
     groups = group_failures(failed) if failed else []
     told = bcast_json(comm, [[g.first.to_json(), g.ranks] for g in groups], doing)
     agreed = [AlikeFailures(RankFailure(**first), tuple(ranks)) for first, ranks in told]
-    return merge_failures(agreed, default, safe, comm.hosts)
+    error = merge_failures(agreed, default, safe, comm.hosts)
+    return told_by(comm, error, error.failures[0].rank, comm.root)
 
 
 def _encode(value: Any) -> bytes:  # noqa: ANN401 (JSON)

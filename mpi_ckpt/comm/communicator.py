@@ -7,19 +7,21 @@ MPI_THREAD_FUNNELED is enough.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpi_ckpt.comm import absence
-from mpi_ckpt.comm.absence import LastMeeting, name_absent, whereabouts
+from mpi_ckpt.comm.absence import LastMeeting
 from mpi_ckpt.comm.admission import (
     Objection,
     check_before,
     duplicate_within,
-    meet_first,
+    exchange_presences,
 )
+from mpi_ckpt.comm.busy import BusyRanks
 from mpi_ckpt.comm.home import Home
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import (
@@ -30,7 +32,6 @@ from mpi_ckpt.comm.liveness import (
     is_called,
     keep,
 )
-from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
 from mpi_ckpt.options import ROOT
@@ -71,6 +72,10 @@ class Communicator:
             one, or each on its own.
         confusions: How often all ranks have heard that they do different things.
         call: The public call that is under way, told to whoever waits in it.
+        home: The process and thread in which it was made.
+        visible: The processes of ranks that can be seen from here.
+        busy_ranks: Who of the others is busy, by its own word.
+        last_met: What all ranks last met for, in words.
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
@@ -94,24 +99,25 @@ class Communicator:
         self.confusions = 0
         self.call = "CheckpointManager()"
         self.completed = 0
-        self._home = Home()
+        self.home = Home()
         self.is_waiting = False
         self._broken: str | None = None
         self._cause: BaseException | None = None
         self._is_given_up = False
-        self._last_met = LastMeeting()
+        self.last_met = LastMeeting()
         self.handle: MPI.Intracomm = duplicate_within(parent, deadline_seconds)
         self.node: MPI.Comm | None = None
         _OPEN[id(self)] = self
         self.rank: int = self.handle.rank
         self.size: int = self.handle.size
-        presences = self._exchange_presences(objects=objection.is_raised)
+        self.busy_ranks = BusyRanks(self)
+        presences = exchange_presences(self.handle, objection, deadline_seconds)
         try:
             objection.settle(self.handle, [one.objects for one in presences])
         except LaunchError:
             self.close()  # on every rank, as all have raised
             raise
-        self._visible = {rank: one for rank, one in enumerate(presences) if one.is_visible}
+        self.visible = {rank: one for rank, one in enumerate(presences) if one.is_visible}
         self.hosts = tuple(one.host for one in presences)
         self.topology = Topology.of(self.hosts)
         self.node = self._split()
@@ -144,7 +150,7 @@ class Communicator:
             CollectiveError: On the calling rank, in a process that was forked, in another
                 thread than the one that made it, or if it is closed.
         """
-        self._home.require(self.call, self.rank)
+        self.home.require(self.call, self.rank)
         if self.handle == self._mpi.COMM_NULL:
             raise CollectiveError(
                 f"{self.call}: this manager is closed; make another to save or restore"
@@ -155,7 +161,7 @@ class Communicator:
 
         After a missed deadline nothing is freed: that would wait for the absent.
         """
-        if self.is_open and self.can_meet():
+        if self.is_open and self.can_meet() and self.busy_ranks.settle():
             _OPEN.pop(id(self), None)
             if self.node is not None:
                 self.node.Free()
@@ -215,7 +221,9 @@ class Communicator:
 
     def note_meeting(self, doing: str) -> None:
         """Remember that all ranks have given their part for something. Not collective."""
-        self._last_met.note(doing)
+        self.last_met.note(doing)
+        if self.size > 1:
+            self.busy_ranks.listen()  # nothing that nobody looks at piles up
 
     def start_all_reduce(
         self, values: NDArray[Any], result: NDArray[Any], operation: str
@@ -276,22 +284,28 @@ class Communicator:
             raise CollectiveError(f"{doing}: {self._broken}; {_ADVICE}") from error
         finally:
             self.is_waiting = False
+            self.busy_ranks.resume()
 
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
         patience = Patience(self.deadline_seconds, streaming=streaming)
-        warn_at = time.monotonic() + absence.WARNED_SECONDS
+        began, busy = time.monotonic(), self.busy_ranks
+        warn_after = absence.WARNED_SECONDS
         # One request at a time: a test moves all of them on, and one costs least.
         for request in pending:
             while not request.Test():
                 if not patience.go_round():
                     continue
+                waited = time.monotonic() - began
                 if patience.rounds == ROUNDS_A_LOOK:
                     # Whoever came too late sees by now that the others gave up.
                     self._refuse_if_late(doing)
-                elif patience.is_over or is_called(self.handle):
+                elif is_called(self.handle) or (
+                    (patience.is_over or busy.is_any)
+                    and not busy.excuse(patience, waited, doing)
+                ):
                     self._give_up(doing)
-                elif warn_at and time.monotonic() > warn_at:
-                    warn_at = 0.0
+                elif waited > warn_after:
+                    warn_after = math.inf
                     absence.warn_of_wait(self, doing)
             self.completed += 1
 
@@ -302,13 +316,6 @@ class Communicator:
     def irecv(self, into: NDArray[np.uint8], source: int) -> MPI.Request:
         """Start receiving bytes from a rank. Not collective. Main thread only."""
         return self.handle.Irecv(into, source=source, tag=Tag.DATA)
-
-    def _exchange_presences(self, *, objects: bool) -> tuple[Presence, ...]:
-        mine = Presence.own(objects=objects).encode()
-        everyone = np.zeros((self.size, Presence.nbytes), np.uint8)
-        request = self.handle.Iallgather(mine, everyone)
-        meet_first(self.handle, request, self.deadline_seconds)
-        return tuple(Presence.decode(row.tobytes()) for row in everyone)
 
     def _split(self) -> MPI.Comm | None:
         if len(self.topology.nodes) in (1, self.size):
@@ -321,7 +328,7 @@ class Communicator:
 
     def _refuse_if_late(self, doing: str) -> None:
         if self.size > 1 and is_called(self.handle):
-            self._broken = f"the others gave up waiting for this rank{self._last_met}"
+            self._broken = f"the others gave up waiting for this rank{self.last_met}"
             self._refuse_if_broken(doing)
 
     def _refuse_if_broken(self, doing: str) -> None:
@@ -334,13 +341,8 @@ class Communicator:
     def _give_up(self, doing: str) -> None:
         present = call_roll(self.handle)
         absent = [rank for rank in range(self.size) if rank not in present]
-        self._broken = name_absent(absent, self.hosts, self.deadline_seconds)
-        late = f"every rank must call {self.call} within Options.deadline_seconds; "
-        problems = [
-            whereabouts(rank, self.hosts, self._visible, self._last_met) for rank in absent
-        ]
-        text = f"{doing}: {self._broken}; {late if absent else ''}{_ADVICE}"
-        raise CollectiveError("\n  ".join([text, *problems]), problems=problems)
+        self._broken = absence.name_absent(absent, self.hosts, self.deadline_seconds)
+        raise absence.missed_deadline(self, absent, doing, _ADVICE)
 
 
 def open_communicators() -> list[Communicator]:

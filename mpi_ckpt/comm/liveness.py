@@ -46,6 +46,7 @@ _PAUSE_SECONDS_MAX = 1e-3
 # The clock is read once in so many rounds: reading it costs more than a round.
 ROUNDS_A_LOOK = 64
 _ROLL_CALL_SECONDS = 3.0
+_NO_WORDS = bytes(16)
 # MPI: MPICH's launcher drops at an abort what a rank has written and it has not passed on.
 _LAST_WORDS_SECONDS = 0.5
 
@@ -58,6 +59,7 @@ class Tag(IntEnum):
     FAREWELL = 7003
     GREETING = 7004
     GROUP = 7005
+    BUSY = 7006
 
 
 class Patience:
@@ -76,10 +78,16 @@ class Patience:
     """
 
     def __init__(self, seconds: float | None, *, streaming: bool = False) -> None:
+        self._seconds = seconds
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._streaming = streaming
         self._pause = 0.0
         self.rounds = 0
+        self.is_over = False
+
+    def renew(self) -> None:
+        """Let the time count anew from now."""
+        self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
         self.is_over = False
 
     def go_round(self) -> bool:
@@ -157,28 +165,30 @@ def call_roll(handle: MPI.Intracomm) -> set[int]:
     Not collective. Main thread only. Takes some seconds if one is silent.
     """
     sends = _tell_all(handle, Tag.ROLL_CALL)
-    present = {handle.rank}
-    _hear(handle, Tag.ROLL_CALL, present, _ROLL_CALL_SECONDS)
+    present = {handle.rank: _NO_WORDS}
+    everybody = set(range(handle.size))
+    _hear(handle, Tag.ROLL_CALL, present, everybody, _ROLL_CALL_SECONDS)
     # To a rank that never looked: nobody may ever receive it.
     keep([send for send in sends if not send.Test()])
-    return present
+    return set(present)
 
 
 class Farewell:
     """Tells all ranks that this one leaves, and hears who else does.
 
-    Not collective: a byte to every rank and from every rank that leaves as well, which no
+    Not collective: 16 bytes to every rank and from every rank that leaves as well, which no
     other wait on the communicator can mistake for its own. Main thread only.
 
     Args:
         comm: The communicator; it may have missed a deadline.
+        words: 16 bytes that say why; another that leaves for the same reason says the same.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, words: bytes = _NO_WORDS) -> None:
         self._handle = comm.handle
-        self._heard = {comm.rank}
+        self._heard = {comm.rank: words}
         # MPI: to a rank that never looks. So little is on its way at once all the same.
-        keep(_tell_all(self._handle, Tag.FAREWELL))
+        keep(_tell_all(self._handle, Tag.FAREWELL, words))
 
     def missing(self, seconds: float) -> list[int]:
         """Wait for the farewells of all others; return the ranks that do not leave.
@@ -188,8 +198,21 @@ class Farewell:
         Args:
             seconds: How long to wait.
         """
-        _hear(self._handle, Tag.FAREWELL, self._heard, seconds)
-        return [rank for rank in range(self._handle.size) if rank not in self._heard]
+        everybody = set(range(self._handle.size))
+        _hear(self._handle, Tag.FAREWELL, self._heard, everybody, seconds)
+        return sorted(everybody.difference(self._heard))
+
+    def words_of(self, rank: int, seconds: float) -> bytes:
+        """Wait for the farewell of a rank; return its words, or none in time.
+
+        Not collective. Main thread only.
+
+        Args:
+            rank: The rank.
+            seconds: How long to wait.
+        """
+        _hear(self._handle, Tag.FAREWELL, self._heard, {rank}, seconds)
+        return self._heard.get(rank, b"")
 
 
 def abort_job(code: int) -> None:
@@ -198,21 +221,29 @@ def abort_job(code: int) -> None:
     load_mpi().COMM_WORLD.Abort(code)
 
 
-def _tell_all(handle: MPI.Intracomm, tag: Tag) -> list[MPI.Request]:
-    """Start sending a byte to every other rank."""
-    token = np.zeros(1, np.uint8)
+def _tell_all(
+    handle: MPI.Intracomm, tag: Tag, words: bytes = _NO_WORDS
+) -> list[MPI.Request]:
+    """Start sending a few words to every other rank."""
+    token = np.frombuffer(bytearray(words), np.uint8)
     others = [rank for rank in range(handle.size) if rank != handle.rank]
     return [handle.Isend(token, dest=rank, tag=tag) for rank in others]
 
 
-def _hear(handle: MPI.Intracomm, tag: Tag, heard: set[int], seconds: float) -> None:
-    """Add to ``heard`` who sends a byte, until it is everybody or the time is over."""
+def _hear(
+    handle: MPI.Intracomm,
+    tag: Tag,
+    heard: dict[int, bytes],
+    wanted: set[int],
+    seconds: float,
+) -> None:
+    """Add to ``heard`` who sends words, until all that are wanted have, or it is late."""
     mpi: Any = load_mpi()
-    status, token = mpi.Status(), np.zeros(1, np.uint8)
+    status, token = mpi.Status(), np.zeros(len(_NO_WORDS), np.uint8)
     patience = Patience(seconds)
-    while len(heard) < handle.size and not patience.is_over:
+    while wanted.difference(heard) and not patience.is_over:
         if handle.Iprobe(mpi.ANY_SOURCE, tag, status):
             handle.Recv(token, source=status.source, tag=tag)
-            heard.add(status.source)
+            heard[status.source] = token.tobytes()
         else:
             patience.go_round()

@@ -16,6 +16,7 @@ __all__ = ["Presence", "host_name"]
 _HOST_BYTES = 64
 _NUMBER_BYTES = 24
 
+_DEAD = ("Z", "X")
 _STATES = {
     "T": "is stopped by a signal",
     "t": "is stopped by a debugger",
@@ -78,6 +79,12 @@ class Presence:
             return False
         found = _look_up(self.process)
         return found is not None and found[1] == self.started
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether a process that was visible once has died."""
+        found = _look_up(self.process)
+        return found is None or found[1] != self.started or found[0] in _DEAD
 
     def describe(self) -> str:
         """Tell what a process is at that was visible once, in words. Not collective."""

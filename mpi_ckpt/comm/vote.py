@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mpi_ckpt.comm.alike import told_by
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.liveness import hold, let_go_of
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import CollectiveError
+from mpi_ckpt.failures import name_ranks
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -132,10 +134,14 @@ class Vote:
         comm, doing = self._comm, self._doing
         comm.confusions += 1
         texts = [one.decode() for one in gather_bytes(comm, doing.encode(), doing)]
-        lines = [f"rank {r} on {comm.hosts[r]}: {text}" for r, text in enumerate(texts)]
+        groups: dict[str, list[int]] = {}
+        for rank, text in enumerate(texts):
+            groups.setdefault(text, []).append(rank)
+        lines = [f"{name_ranks(one, comm.hosts)}: {text}" for text, one in groups.items()]
         told = bcast_json(comm, lines, doing)
-        raise CollectiveError(
+        error = CollectiveError(
             f"the ranks do different things; {UNTOUCHED}. Each collective call must "
             "be made by all ranks, in the same order:\n  " + "\n  ".join(told),
             problems=told,
         )
+        raise told_by(comm, error)

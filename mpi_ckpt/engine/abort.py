@@ -14,13 +14,14 @@ import logging
 import os
 import sys
 import threading
-import traceback
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import Farewell, abort_job, is_rank_failure
-from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.tracebacks import in_full
+from mpi_ckpt.errors import CheckpointError, Telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
 
-__all__ = ["AbortOnError"]
+__all__ = ["AbortOnError", "watch_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +51,15 @@ class AbortOnError:
         comm: The manager's communicator.
         settle: Lets a pending save of this rank come to its end, for a limited time. Held
             weakly.
-        enabled: Whether to do anything.
+        how: As `Options.abort_on_error`: whether to do anything.
     """
 
-    def __init__(
-        self, comm: Communicator, settle: Callable[[], object], *, enabled: bool
-    ) -> None:
+    def __init__(self, comm: Communicator, settle: Callable[[], object], how: bool) -> None:
         self.comm = comm
         self.exit_code = 0
         self._farewell: Farewell | None = None
         self._settle = weakref.WeakMethod(settle)
-        self._enabled = enabled and comm.size > 1 and "mpi4py.run" not in sys.modules
+        self._enabled = how and comm.size > 1 and "mpi4py.run" not in sys.modules
 
     def arm(self) -> None:
         """Watch from now on. Not collective. Callable twice."""
@@ -92,14 +91,37 @@ class AbortOnError:
         # A lost rank may be recovered from further up: then nobody leaves.
         if self not in _HOOK.armed or is_rank_failure(error):
             return
-        self._say_farewell()
+        self._say_farewell(error)
         code = _code_of(error) if isinstance(error, SystemExit) else 0
         self.exit_code = 0 if code == expected else code
 
-    def leave(self) -> None:
-        """Say farewell, and let a pending save of this rank end. Not collective."""
+    def is_told_by_root(self, error: BaseException) -> bool:
+        """Say farewell with an error; return whether root leaves by the same.
+
+        Not collective. What ranks have raised without a word to one another may be the
+        same on all of them.
+
+        Args:
+            error: What nobody has caught on this rank.
+        """
+        self._say_farewell(error)
+        if self._farewell is None or self.comm.is_root:
+            return False
+        try:
+            said = self._farewell.words_of(self.comm.root, _ERROR_SECONDS)
+        except Exception:
+            logger.exception("what root leaves by cannot be found out")
+            return False
+        return said == _words_of(error)
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Say farewell, and let a pending save of this rank end. Not collective.
+
+        Args:
+            error: What nobody has caught; None for no such thing.
+        """
         # In this order: a save takes longer than the others wait.
-        self._say_farewell()
+        self._say_farewell(error)
         settle = self._settle()
         if settle is not None:
             settle()
@@ -112,10 +134,10 @@ class AbortOnError:
             logger.exception("how the other ranks fare cannot be found out")
             return True
 
-    def _say_farewell(self) -> None:
+    def _say_farewell(self, error: BaseException | None) -> None:
         if self._farewell is None:
             try:
-                self._farewell = Farewell(self.comm)
+                self._farewell = Farewell(self.comm, _words_of(error))
             except Exception:  # MPI may be what has failed
                 logger.exception("the other ranks cannot be told that this one leaves")
 
@@ -146,15 +168,21 @@ class _Hook:
         error: BaseException,
         trace: TracebackType | None,
     ) -> None:
-        armed = [] if _is_printed_only() else self._in_reach()
+        is_printed_only = _is_printed_only()
+        armed = [] if is_printed_only else self._in_reach()
         if not armed:
-            self._previous(kind, error, trace)
+            # A manager that could not be made was closed on all ranks.
+            name = "" if is_printed_only else _telling_of(error).name
+            if name:
+                self._tell(name, kind, error, trace)
+            else:
+                self._previous(kind, error, trace)
             return
-        self._tell(armed[0].comm, kind, error, trace)
+        self._tell(armed[0].comm.name, kind, error, trace, armed[0])
         if is_rank_failure(error):  # nobody can take leave of the dead
             _abort(armed[0].comm, 1)
         for one in armed:
-            one.leave()
+            one.leave(error)
         if any(one.is_alone(_ERROR_SECONDS) for one in armed):
             _abort(armed[0].comm, _INTERRUPTED if kind is KeyboardInterrupt else 1)
         self.armed.clear()
@@ -177,28 +205,56 @@ class _Hook:
 
     def _tell(
         self,
-        comm: Communicator,
+        name: str,
         kind: type[BaseException],
         error: BaseException,
         trace: TracebackType | None,
+        armed: AbortOnError | None = None,
     ) -> None:
-        name = comm.name
-        if isinstance(error, CheckpointError) and error.failures:
-            first = error.failures[0].rank
-            if comm.rank not in (comm.root, first):
-                # Every rank has this error: a thousand times the same text helps nobody.
-                _write(f"{name}: {kind.__name__}, as told by rank {first}\n")
-                return
-        if self._previous is not sys.__excepthook__:
+        telling = _telling_of(error)
+        brief = telling.brief
+        is_unsaid = isinstance(error, CheckpointError) and not telling.name
+        if is_unsaid and armed is not None and armed.is_told_by_root(error):
+            brief = f"{kind.__name__}: {error}".partition("\n")[0]
+            brief += f" (rank {armed.comm.root} tells it in full)"
+        if brief:
+            # Every rank has this error: a thousand times the same text helps nobody.
+            _write(f"{name}: {brief}\n")
+        elif self._previous is not sys.__excepthook__:
             _write(f"{name}:\n")
             self._previous(kind, error, trace)
-            return
-        # At once, so that lines of other ranks do not come between.
-        lines = traceback.format_exception(kind, error, trace)
-        _write("".join([f"{name}:\n", *lines]))
+        else:
+            # At once, so that lines of other ranks do not come between.
+            _write(f"{name}:\n{in_full(error)}")
 
 
 _HOOK = _Hook()
+
+
+def watch_errors() -> None:
+    """Have errors that all ranks raise told by one of them. Not collective.
+
+    From before a manager is made: all ranks raise what it cannot be made by.
+    """
+    if "mpi4py.run" not in sys.modules:
+        _HOOK.install()
+
+
+def _words_of(error: BaseException | None) -> bytes:
+    return digest_bytes(f"{type(error).__name__}: {error}".encode(errors="replace"))
+
+
+def _telling_of(error: BaseException) -> Telling:
+    """Return how this rank tells an error of the package, or what it was made from."""
+    one: BaseException | None = error
+    seen: set[int] = set()
+    while isinstance(one, CheckpointError) and id(one) not in seen:
+        if one.telling is not None:
+            brief = one.telling.brief.replace(type(one).__name__, type(error).__name__, 1)
+            return Telling(one.telling.name, brief)
+        seen.add(id(one))
+        one = one.__cause__ or one.__context__
+    return Telling("", "")
 
 
 def _is_printed_only() -> bool:

@@ -8,7 +8,7 @@ import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.comm import agree, compare_texts, meet
+from mpi_ckpt.comm import agree, compare_texts, meet, told_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import LeafState, State
@@ -166,14 +166,15 @@ class Registry:
 
     def _refuse_differences(self, names: Sequence[str]) -> None:
         problems = compare_texts(self._comm, "comparing the states' names", names)
-        theirs, _, roots = problems[0].partition(" has ")[2].partition(", root has ")
-        hint = f"\n{ADVICE}" if _differ_in_numbers(theirs, roots) else ""
-        raise RegistrationError(
+        lists = re.search(r" ha(?:s|ve) (.*), root has (.*)", problems[0])
+        hint = f"\n{ADVICE}" if lists and _differ_in_numbers(*lists.groups()) else ""
+        error = RegistrationError(
             "the ranks have different states, or another order:\n  "
             + "\n  ".join(problems)
             + hint,
             problems=problems,
         )
+        raise told_by(self._comm, error)
 
 
 def numbered_alike(some: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:

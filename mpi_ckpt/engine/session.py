@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
-from mpi_ckpt.comm import Communicator, agree, compare_texts, is_rank_failure, meet
+from mpi_ckpt.comm import (
+    Communicator,
+    agree,
+    compare_texts,
+    is_rank_failure,
+    meet,
+    told_by,
+)
 from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.abort import watch_errors
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
@@ -66,6 +74,8 @@ class Session:
             LaunchError: On every rank, if launcher and MPI disagree about the job.
             OptionsError: On every rank, if the directory is none on any.
         """
+        if options.abort_on_error:
+            watch_errors()
         communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
 
         def find() -> CheckpointDirectory:
@@ -134,12 +144,22 @@ class Session:
         )
         if not met.is_alike:
             problems = compare_texts(self.comm, "comparing options", met.result)
-            raise OptionsError(
+            error = OptionsError(
                 "the ranks were given different options:\n  " + "\n  ".join(problems),
                 problems=problems,
             )
+            raise told_by(self.comm, error)
         # Not before: ranks that cut messages differently could not even tell of it.
         self.comm.set_limits(message_bytes=self.options.io.message_bytes)
+
+    @contextmanager
+    def let_go_of_if_refused(self) -> Iterator[None]:
+        """Close the communicator if what is agreed on in the block fails. Collective."""
+        try:
+            yield
+        except CheckpointError:
+            self.comm.close()
+            raise
 
     @contextmanager
     def watch(self, doing: str) -> Iterator[PhaseClock]:

@@ -65,7 +65,11 @@ class Ownership:
                 f"{root} is not saved to: Options(read_only=True)", path=root
             )
         _make(root)
-        self._require_synced_names(root)
+        try:
+            with os_errors_as(SaveError, "making names durable in", root):
+                filesystem.sync_directory(root)
+        except SaveError as error:
+            self._do_without_synced_names(root, error)
         lock = DirectoryLock(root, job, locking=self.locking)
         _warn_if_open_to_all(root)
         return lock
@@ -88,23 +92,19 @@ class Ownership:
             refusal,
         )
 
-    def _require_synced_names(self, root: Path) -> None:
-        try:
-            with os_errors_as(SaveError, "making names durable in", root):
-                filesystem.sync_directory(root)
-        except SaveError as error:
-            if error.errno not in filesystem.NO_DIRECTORY_SYNC:
-                raise
-            if self.sync_names:
-                raise OptionsError(
-                    f"{error}: this file system has no fsync of directories (CIFS and some "
-                    "FUSE have none), so nothing makes the name of a save durable: "
-                    f"{_LOST}. "
-                    "Options(io=IO(sync_directories=False)) saves here all the same",
-                    path=root,
-                    errno=error.errno,
-                ) from error
-            logger.warning("%s has no fsync of directories: %s", root, _LOST)
+    def _do_without_synced_names(self, root: Path, failure: SaveError) -> None:
+        if failure.errno not in filesystem.NO_DIRECTORY_SYNC:
+            raise failure
+        if self.sync_names:
+            raise OptionsError(
+                f"{failure}: this file system has no fsync of directories (CIFS and some "
+                "FUSE have none), so nothing makes the name of a save durable: "
+                f"{_LOST}. "
+                "Options(io=IO(sync_directories=False)) saves here all the same",
+                path=root,
+                errno=failure.errno,
+            ) from failure
+        logger.warning("%s has no fsync of directories: %s", root, _LOST)
 
 
 def _make(root: Path) -> None:

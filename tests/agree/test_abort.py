@@ -8,6 +8,7 @@ import pytest
 
 from mpi_ckpt.engine import abort
 from mpi_ckpt.engine.abort import AbortOnError
+from mpi_ckpt.errors import OptionsError, RegistrationError, Telling
 
 
 class Comm:
@@ -15,6 +16,8 @@ class Comm:
 
     def __init__(self, size=3):
         self.rank, self.size, self.name = 1, size, f"rank 1 of {size} on h"
+        self.root = 0
+        self.is_root = False
         self.is_broken = False
         self.is_open = True
 
@@ -24,10 +27,15 @@ class Farewell:
 
     staying = ()
     said = 0
+    root_says_the_same = False
 
-    def __init__(self, comm):
+    def __init__(self, comm, words):
         assert comm.is_open
+        self.words = words
         Farewell.said += 1
+
+    def words_of(self, rank, seconds):
+        return self.words if Farewell.root_says_the_same else b""
 
     def missing(self, seconds):
         return list(self.staying)
@@ -72,9 +80,9 @@ def uncaught(monkeypatch):
     return call
 
 
-def guard(comm=None, settling=None, *, enabled=True):
+def guard(comm=None, settling=None, *, how=True):
     settling = settling or Settling()
-    one = AbortOnError(comm or Comm(), settling.close, enabled=enabled)
+    one = AbortOnError(comm or Comm(), settling.close, how)
     one.kept = settling  # held weakly otherwise
     return one
 
@@ -115,7 +123,7 @@ def test_there_is_no_hook_where_none_is_needed(monkeypatch, reason):
     if reason == "mpi4py":
         monkeypatch.setitem(sys.modules, "mpi4py.run", abort)
     comm = Comm(size=1 if reason == "one rank" else 3)
-    guard(comm, enabled=reason != "option").arm()
+    guard(comm, how=reason != "option").arm()
     assert sys.excepthook is sys.__excepthook__
 
 
@@ -226,13 +234,13 @@ def test_farewell_is_said_before_a_save_is_waited_for(uncaught, aborted):
 
 
 def test_who_is_not_armed_says_nothing():
-    guard(enabled=False).note(SystemExit(7), expected=0)
+    guard(how=False).note(SystemExit(7), expected=0)
     assert Farewell.said == 0
 
 
 @pytest.mark.parametrize("what", ["__init__", "missing"])
 def test_mpi_that_fails_ends_the_job_too(monkeypatch, aborted, uncaught, what):
-    def fail(self, argument):
+    def fail(self, *arguments):
         raise RuntimeError("MPI_ERR_OTHER")
 
     monkeypatch.setattr(Farewell, what, fail)
@@ -256,4 +264,27 @@ def test_a_manager_that_is_gone_has_nothing_to_settle(aborted, uncaught):
     one.arm()
     del one.kept
     uncaught(ValueError("no luck"))
+    assert aborted == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_error_that_root_leaves_by_as_well(monkeypatch, capsys, aborted, uncaught, same):
+    monkeypatch.setattr(Farewell, "root_says_the_same", same)
+    guard().arm()
+    uncaught(RegistrationError("'a' is taken:\n  twice"))
+    told = capsys.readouterr().err
+    brief = "rank 1 of 3 on h: RegistrationError: 'a' is taken: (rank 0 tells it in full)\n"
+    assert (told == brief) == same
+    assert same or told.endswith("RegistrationError: 'a' is taken:\n  twice\n")
+
+
+@pytest.mark.parametrize("brief", ["", "OptionsError, as told by rank 0"])
+def test_a_manager_that_could_not_be_made_on_any_rank(capsys, aborted, uncaught, brief):
+    error = OptionsError("they differ")
+    error.telling = Telling("rank 1 of 3 on h", brief)
+    abort.watch_errors()
+    uncaught(error)
+    told = capsys.readouterr().err
+    assert told.startswith("rank 1 of 3 on h:")
+    assert (told == f"rank 1 of 3 on h: {brief}\n") == bool(brief)
     assert aborted == []

@@ -24,8 +24,15 @@ from mpi_ckpt.errors import (
     SaveError,
     StateMismatchError,
     WriteError,
+    cut_lines,
 )
-from mpi_ckpt.failures import capture_failure, concerning, group_failures, merge_failures
+from mpi_ckpt.failures import (
+    AlikeFailures,
+    capture_failure,
+    concerning,
+    group_failures,
+    merge_failures,
+)
 
 CLASSES = [
     cls
@@ -221,6 +228,45 @@ def test_what_a_thousand_ranks_have_to_say_is_bounded():
     assert "2,977 more: `problems` of the error has them" in str(error)
     assert error.problems[-1] == "and 2,000 more"
     assert len(error.failures) == 1000
+
+
+def test_a_hundred_thousand_ranks_take_no_more_room():
+    size = 100_000
+    problems = [f"leaf {n} does not fit" for n in range(3000)]
+    one = failure(StateMismatchError("no fit:\n" + "\n".join(problems), problems=problems))
+    hosts = [f"host{rank // 100}" for rank in range(size)]
+    alike = AlikeFailures(replace(one, size=size), tuple(range(size)))
+    told = json.dumps([[alike.first.to_json(), alike.ranks]])
+    assert len(told) < 1 << 20
+    error = merge_failures([alike], SaveError, "safe", hosts)
+    assert len(str(error).splitlines()) <= 25
+    assert len(str(error)) < 2 << 10
+    assert "ranks 0 to 99999 (100,000 of 100,000) on 1,000 hosts" in str(error)
+    assert len(error.failures) == size
+    odd = AlikeFailures(alike.first, tuple(range(0, size, 2)))
+    assert "49,984 more ranges" in odd.text(hosts)
+
+
+def test_a_text_that_is_cut_again_counts_all():
+    text = "\n".join(["no fit:", *(f"leaf {n}" for n in range(1000))])
+    once = cut_lines(text)
+    assert len(once.splitlines()) == 25
+    assert once.splitlines()[-1].strip().startswith("and 977 more")
+    assert cut_lines(once, 10).splitlines()[-1].strip().startswith("and 991 more")
+    assert cut_lines(once, 24) == once
+    assert cut_lines("a\nb", 1) == "a\nb"
+
+
+def test_of_several_kinds_each_has_its_share_of_the_lines():
+    problems = [f"leaf {n}" for n in range(1000)]
+    failures = [
+        replace(failure(StateMismatchError(f"kind {rank}:\n" + "\n".join(problems)), rank))
+        for rank in range(4)
+    ]
+    text = str(merged(failures, SaveError, "safe"))
+    assert len(text.splitlines()) <= 25
+    assert text.count("more: `problems` of the error has them") == 4
+    assert all(f"kind {rank}:" in text for rank in range(4))
 
 
 def test_of_very_many_kinds_some_are_told_and_all_are_counted():

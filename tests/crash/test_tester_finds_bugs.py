@@ -7,6 +7,7 @@ import contextlib
 import errno
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,12 +19,12 @@ from mpi_ckpt.storage import (
     directory,
     filesystem,
     finding,
+    ownership,
     partial,
     reader,
     recovery,
 )
 from mpi_ckpt.storage.layout import generation_name
-from mpi_ckpt.storage.ownership import Ownership
 from tests.crash import faults, scenarios
 from tests.crash.crashes import judge_crashes
 from tests.crash.recorder import in_place_of_os
@@ -169,7 +170,8 @@ def test_sweep_without_fsync_of_the_parent(monkeypatch):
 
     monkeypatch.setattr(recovery, "sweep", sweep)
     # Whether directories can be fsynced is found out by doing so, before the sweep.
-    monkeypatch.setattr(Ownership, "_require_synced_names", lambda *_: None)
+    unsynced = {**vars(filesystem), "sync_directory": lambda *_, **__: None}
+    monkeypatch.setattr(ownership, "filesystem", SimpleNamespace(**unsynced))
     first = scenarios.saves_that_prune(1)
     renamed = [
         number

@@ -2,7 +2,7 @@
 """One rank does not come: hanging.py FOLDER HOW RANK DEADLINE
 
 The rank stops itself, reads a FIFO that nobody writes, computes without end, or hangs in
-an fsync; the others wait for it in a save.
+an fsync, or dies while it says that it is busy; the others wait for it in a save.
 """
 
 import logging
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from mpi_ckpt import ArrayState, CheckpointManager, Options, State
 from mpi_ckpt.comm import liveness
 from mpi_ckpt.engine import abort
 from mpi_ckpt.storage import filesystem
+from tests.launch import launchers_of
 
 logging.basicConfig(format="%(levelname)s %(message)s")
 folder, how, rank, deadline = sys.argv[1:]
@@ -46,6 +48,22 @@ def stay_away() -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     while how == "compute":
         pass
+    if how == "busy":
+        with manager.busy("writing VTK"):
+            die_unseen()
+
+
+def die_unseen() -> None:
+    """Die while the launcher, which would end the job, has no turn."""
+    launcher = launchers_of(os.getppid())
+    for process in launcher:
+        os.kill(process, signal.SIGSTOP)
+    if os.fork() == 0:
+        time.sleep(2.5 * float(deadline))
+        for process in reversed(launcher):
+            os.kill(process, signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 options = Options(deadline_seconds=float(deadline), asynchronous=how == "behind")

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
@@ -20,6 +19,7 @@ from mpi_ckpt import ArrayState, CheckpointManager, Options
 from mpi_ckpt.engine import abort
 from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
+from tests.launch import launchers_of
 
 SIZE = 1 << 17  # doubles; written by a pool of threads, as all that goes direct
 
@@ -110,13 +110,6 @@ def raise_unheard() -> None:
 
     abort._write = write_unheard
     raise_outside()
-
-
-def launchers_of(process: int) -> list[int]:
-    """Return a process and those it was started by, as far as they belong to the job."""
-    name, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
-    ours = any(one in name for one in ("mpi", "hydra", "prte"))
-    return [process, *launchers_of(int(rest.split()[1]))] if ours else []
 
 
 def agreed_error() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.engine.overlaps import Overlap, move_apart
 from mpi_ckpt.engine.registry import ADVICE, numbered_alike
-from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.errors import StateMismatchError, cut_lines
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Arrival, LeafState, State
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.manifest import Extent
 
 __all__ = ["OVERWRITTEN", "MatchedState", "StateMatch", "compare_names", "match_states"]
+
+_PROBLEMS_MAX = 18
+"""Of a list that advice follows."""
 
 OVERWRITTEN = (
     "published generations are untouched, but states in memory may hold a mixture: do "
@@ -164,7 +167,7 @@ def compare_names(
         raise StateMismatchError(
             f"{outline.title} has other states than the program; nothing "
             "was changed (Options(strict=False) restores what both have):\n  "
-            + "\n  ".join(problems)
+            + cut_lines("\n  ".join(problems), _PROBLEMS_MAX)
             + hint,
             generation=outline.generation,
             problems=problems,

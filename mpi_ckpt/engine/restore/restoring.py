@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mpi_ckpt.comm import Deferred, agree, meet
+from mpi_ckpt.comm import Deferred, agree, meet, told_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.chosen import explain_choice, go_on_from
@@ -32,7 +32,12 @@ from mpi_ckpt.engine.restore.telling import (
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
-from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
+from mpi_ckpt.errors import (
+    CorruptGenerationError,
+    ReadError,
+    RestoreError,
+    StateMismatchError,
+)
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.reports import RestoreReport
 
@@ -173,9 +178,12 @@ class Restore:
         """
         session, found = self._session, self._generation
         strict, partial = session.options.strict, self._only is not None
-        missing, unexpected = compare_names(
-            found.outline, found.states, partial=partial, strict=strict
-        )
+        try:
+            missing, unexpected = compare_names(
+                found.outline, found.states, partial=partial, strict=strict
+            )
+        except StateMismatchError as error:
+            raise told_by(session.comm, error) from None
 
         overlaps: list[Overlap] = []
 

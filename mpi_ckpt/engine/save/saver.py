@@ -210,6 +210,11 @@ class Saver:
         self._workshop.arena.close()
         return True
 
+    def let_go(self) -> None:
+        """Close, and leave the directory unless it is still written to. Not collective."""
+        if self.close():
+            self._session.directory.close()
+
 
 def _end_job() -> None:
     logger.critical(

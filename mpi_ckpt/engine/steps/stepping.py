@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import Vote, any_of, collect, on_root
+from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.elastic.requests import StopRequests
 from mpi_ckpt.engine.steps.interval import Interval
 from mpi_ckpt.errors import CheckpointError, CollectiveError, OptionsError
 from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
 
 if TYPE_CHECKING:
-    from mpi_ckpt.elastic.preemption import PreemptionGuard
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import SaveReport
@@ -62,13 +62,13 @@ class Steps:
     Args:
         session: The manager's.
         saver: Knows what is being written, and what saves cost.
-        guard: This rank's signals.
     """
 
-    def __init__(self, session: Session, saver: Saver, guard: PreemptionGuard) -> None:
+    def __init__(self, session: Session, saver: Saver) -> None:
         self._session = session
         self._saver = saver
-        self._guard = guard
+        signals = session.options.preemption_signals
+        self._guard = PreemptionGuard(signals, tells=session.comm.is_root)
         self._vote = Vote(session.comm, "step()")
         self._requests: StopRequests | None = None
         if session.comm.is_root:
@@ -84,7 +84,7 @@ class Steps:
         self._reason = ""
         self._why = ""
         self._is_told_of_displaced = False
-        guard.is_heeded = False
+        self._guard.is_heeded = False
 
     @property
     def must_stop(self) -> bool:
@@ -95,6 +95,10 @@ class Steps:
         """Hear of signals from now on, if any are to be watched. Not collective."""
         if self._session.options.preemption_signals and not self._guard.install():
             logger.warning("signals are not watched: this is not the main thread")
+
+    def retire(self) -> None:
+        """Hear of signals no more. Not collective."""
+        self._guard.retire()
 
     def read_environment(self) -> None:
         """Find out when the job ends.
@@ -156,12 +160,12 @@ class Steps:
         )
 
     def go_on(self) -> None:
-        """Post the vote for the next step, unless it is to be held at once.
+        """Post the vote for the next step, unless it is held at once, or there is none.
 
         Collective. Returns at once.
         """
         self._saver.costs.restart_step(time.monotonic())
-        if not self._is_long:
+        if not self._is_long and not self._is_agreed:
             self._vote.post(self._flags())
             self._posted_in = self._turn
 

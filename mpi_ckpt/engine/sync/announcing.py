@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import SyncReport
     from mpi_ckpt.state import State
 
-__all__ = ["SyncTeller", "tell_of_sync"]
+__all__ = ["SyncTeller", "listed", "tell_of_sync"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class SyncTeller:
                     "state %r differed between ranks at step %d, and the save has made it "
                     "equal: all ranks have %s of %s now. From here on this is told in "
                     "numbers (INFO, and SaveReport.sync)",
-                    *(name, step, _source(modes[name]), _listed(leaves)),
+                    *(name, step, _source(modes[name]), listed(leaves)),
                 )
         logger.info(
             "step %d: %s differed between ranks, and were made equal",
@@ -77,7 +77,7 @@ def tell_of_sync(report: SyncReport, states: Sequence[State]) -> None:
         logger.log(
             level,
             "sync(): state %r differed between ranks: all have %s of %s now",
-            *(name, _source(modes[name]), _listed(leaves)),
+            *(name, _source(modes[name]), listed(leaves)),
         )
 
 
@@ -91,10 +91,11 @@ def _source(mode: str) -> str:
     return "root's values"
 
 
-def _listed(leaves: Sequence[str]) -> str:
+def listed(leaves: Sequence[str]) -> str:
+    """Return names of leaves in words: 12, and how many more. Not collective."""
     more = len(leaves) - _NAMES_MAX
     shown = ", ".join(leaves[:_NAMES_MAX]) or "nothing but its form"
-    return f"{shown} and {more} more" if more > 0 else shown
+    return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 def _counted(differing: Mapping[str, Sequence[str]]) -> str:

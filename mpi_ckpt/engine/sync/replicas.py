@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
-from mpi_ckpt.comm import agree, meet, on_root
-from mpi_ckpt.engine.sync.announcing import tell_of_sync
+from mpi_ckpt.comm import agree, meet, on_root, told_by
+from mpi_ckpt.engine.sync.announcing import listed, tell_of_sync
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
     capture_states,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["capture_on_root", "sync_states"]
 
+_STATES_MAX = 12
 _CAPTURING = "capturing the states"
 _WAYS = (
     "if each rank has a value of its own, take a PerRankState; if root's is right for all, "
@@ -82,7 +83,7 @@ def sync_states(
     comparison, apart = _compare(comm, leaf_states, options, forced=forced)
     captured = comparison.captured
     if not forced:
-        _refuse_divergence(captured, comparison.differences)
+        _refuse_divergence(comm, captured, comparison.differences)
     delivered = deliver(comm, captured, comparison.differences, options)
     report = SyncReport(
         differing=delivered.names,
@@ -166,18 +167,24 @@ def _is_apart(comm: Communicator, state: LeafState, *, forced: bool) -> bool:
 
 
 def _refuse_divergence(
-    captured: Sequence[CapturedState], differences: Sequence[StateDifference]
+    comm: Communicator,
+    captured: Sequence[CapturedState],
+    differences: Sequence[StateDifference],
 ) -> None:
-    problems = []
+    lines, problems = [], []
     for one in differences:
         own = captured[one.index]
         if own.state.sync_mode in ("check", "none"):
             # Leaves of another form on each rank have no names that all know.
             names = one.names(() if one.leaves is None else own.specs)
             problems.append(f"state {own.name!r}: {', '.join(names)} differ between ranks")
+            lines.append(f"state {own.name!r}: {listed(names)} differ between ranks")
     # The differences were agreed on, so this is reached by all ranks or by none.
     if problems:
-        raise DivergedError(
-            "\n  ".join(["replicas have diverged, nothing was saved:", *problems, _WAYS]),
+        more = len(lines) - _STATES_MAX
+        lines[_STATES_MAX:] = [f"and {more:,} more states"] if more > 0 else []
+        error = DivergedError(
+            "\n  ".join(["replicas have diverged, nothing was saved:", *lines, _WAYS]),
             problems=problems,
         )
+        raise told_by(comm, error)

@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 DEADLINE_SECONDS = 6
 
 
-def hang(jobs: Jobs, folder: Path, how: str, *, ranks: int, absent: int) -> str:
+def hang(
+    jobs: Jobs,
+    folder: Path,
+    how: str,
+    *,
+    ranks: int,
+    absent: int,
+    deadline: float = DEADLINE_SECONDS,
+) -> str:
     """Run a job one rank of which hangs; return what was said."""
     program = PROGRAMS / "hanging.py"
-    outcome = jobs.run(ranks, program, folder, how, absent, DEADLINE_SECONDS)
+    outcome = jobs.run(ranks, program, folder, how, absent, deadline)
     assert outcome.code not in (0, 124), outcome.text
     text = outcome.err
     named = rf"CollectiveError: [^\n]+: rank {absent} on \S+ of {ranks} did not arrive"
@@ -43,6 +51,12 @@ def test_a_rank_outside_of_the_library(
     jobs: Jobs, tmp_path: Path, how: str, where: str
 ) -> None:
     assert where in hang(jobs, tmp_path, how, ranks=3, absent=1)
+
+
+def test_a_rank_that_dies_while_it_is_busy(jobs: Jobs, tmp_path: Path) -> None:
+    text = hang(jobs, tmp_path, "busy", ranks=3, absent=1, deadline=3)
+    said = r"process \d+ has died; it has been busy for \d+ s: writing VTK; all ranks last"
+    assert re.search(said, text), text
 
 
 def test_a_rank_that_reads_what_nobody_writes(jobs: Jobs, tmp_path: Path) -> None:

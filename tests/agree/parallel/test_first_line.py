@@ -58,6 +58,8 @@ def test_options_that_cannot_be_read_on_one_rank(comm, shared_path):
     class Odd:
         deadline_seconds = 60.0
         io = Options().io
+        lock = "flock"
+        read_only = None
         preemption_signals = ()
         stop = Options().stop
         interval = None

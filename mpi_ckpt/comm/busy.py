@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that have said that they come late, and why: the others wait for them.
+
+Who is busy makes no calls of MPI, and cannot be asked. So it tells all others before it
+begins and when it has ended, in one short message each; they look for it when a deadline
+has passed, and at each meeting, so that nothing piles up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.liveness import Patience, Tag, keep
+from mpi_ckpt.errors import OptionsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mpi4py import MPI
+    from numpy.typing import NDArray
+
+    from mpi_ckpt.comm.communicator import Communicator
+
+__all__ = ["BusyRanks", "Occupation", "in_words"]
+
+logger = logging.getLogger(__name__)
+
+_REASON_BYTES = 240
+_NUMBERS = 2
+_LETTER_BYTES = 8 * _NUMBERS + _REASON_BYTES
+# MPI: a message is under way by itself once its request is done. The first to a rank of
+# another host waits for that rank to take up the connection, perhaps in vain.
+_SENDING_SECONDS = 3.0
+
+
+def in_words(seconds: float) -> str:
+    """Return a time as people say it: seconds, from two minutes on minutes. Pure."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+@dataclass(frozen=True, slots=True)
+class Occupation:
+    """What a rank is busy with.
+
+    Attributes:
+        reason: In words, on one line; empty for none, which is how the end is told.
+        since: When it began, by the wall clock of its host.
+        at_most_seconds: After so long nobody believes it any more.
+    """
+
+    reason: str
+    since: float
+    at_most_seconds: float
+
+    @classmethod
+    def begin(cls, reason: str, at_most_seconds: float) -> Occupation:
+        """Return one that begins now. Not collective. Thread-safe.
+
+        Raises:
+            OptionsError: On the calling rank, if nobody could make sense of it.
+        """
+        text = " ".join(str(reason).split())
+        if not text:
+            raise OptionsError(f"busy({reason!r}): say in a few words with what")
+        if not 0 < at_most_seconds < math.inf:
+            raise OptionsError(
+                f"busy({reason!r}): at_most_seconds is {at_most_seconds}: above 0, and not "
+                "without end, as nobody would miss this rank if it had died"
+            )
+        return cls(text, time.time(), at_most_seconds)
+
+    def encode(self) -> NDArray[np.uint8]:
+        """Return it as bytes of a fixed length. Not collective."""
+        numbers = np.array([self.since, self.at_most_seconds], np.float64).tobytes()
+        reason = self.reason.encode(errors="replace")[:_REASON_BYTES]
+        letter = bytearray(numbers + reason.ljust(_REASON_BYTES, b"\0"))
+        return np.frombuffer(letter, np.uint8)
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Occupation:
+        """Return what `encode` was called on. Not collective."""
+        since, most = np.frombuffer(encoded[: 8 * _NUMBERS], np.float64).tolist()
+        reason = encoded[8 * _NUMBERS :].rstrip(b"\0").decode(errors="replace")
+        return cls(reason, since, most)
+
+
+_ENDED = Occupation("", 0.0, 0.0)
+
+# What this process is busy with, the innermost last. One list for all communicators: a
+# rank that is busy comes late to whatever manager its peers wait in.
+_OWN: list[Occupation] = []
+_OPEN: weakref.WeakSet[BusyRanks] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """What another rank has said, with its beginning by this rank's own clock."""
+
+    occupation: Occupation
+    began: float
+
+    @property
+    def is_believed(self) -> bool:
+        return time.monotonic() - self.began <= self.occupation.at_most_seconds
+
+
+class BusyRanks:
+    """Who of a communicator's ranks is busy, by its own word. Main thread only.
+
+    Not collective.
+
+    Args:
+        comm: The communicator.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._heard: dict[int, _Heard] = {}
+        self._listened = time.monotonic()
+        self._sends: list[tuple[MPI.Request, object]] = []
+        self._is_told = False  # that this rank is busy
+        self._is_withdrawn = False
+        self._is_late_told = False
+        _OPEN.add(self)
+
+    @property
+    def is_any(self) -> bool:
+        """Whether any other rank was busy when last listened to."""
+        return bool(self._heard)
+
+    @contextmanager
+    def occupied(self, reason: str, at_most_seconds: float) -> Iterator[None]:
+        """Tell other ranks that this one is busy while the block runs.
+
+        Those of every open communicator are told: whichever they wait in.
+
+        Args:
+            reason: What it is busy with.
+            at_most_seconds: After so long it is missed all the same.
+
+        Raises:
+            OptionsError: On the calling rank, if either makes no sense.
+            CollectiveError: On the calling rank, in another thread or a forked process.
+        """
+        comm = self._comm
+        comm.home.require("busy()", comm.rank)
+        own = Occupation.begin(reason, at_most_seconds)
+        _OWN.append(own)
+        try:
+            for one in list(_OPEN):
+                one.tell(own)
+            yield
+        finally:
+            _OWN[:] = [one for one in _OWN if one is not own]
+            for one in list(_OPEN):
+                one.tell(_OWN[-1] if _OWN else _ENDED)
+
+    def tell(self, occupation: Occupation) -> None:
+        """Tell all others what this rank is busy with. Returns within some seconds."""
+        comm = self._comm
+        if comm.size == 1 or not comm.is_open or not comm.can_meet():
+            return
+        self._is_told = bool(occupation.reason)
+        letter = occupation.encode()
+        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        try:
+            for rank in others:
+                self._sends.append((comm.handle.Isend(letter, rank, Tag.BUSY), letter))
+            patience = Patience(_SENDING_SECONDS)
+            while self._is_sending() and not patience.is_over:
+                patience.go_round()
+        except load_mpi().Exception as error:
+            # What MPI cannot do, the next meeting fails by; this is only a notice.
+            logger.info("the others cannot be told that this rank is busy: %s", error)
+            keep(*self._sends)
+            self._sends.clear()
+
+    def listen(self) -> None:
+        """Take in what other ranks have said."""
+        mpi, handle, now = load_mpi(), self._comm.handle, time.monotonic()
+        status, letter = mpi.Status(), np.zeros(_LETTER_BYTES, np.uint8)
+        silent = 0
+        while silent < 2:  # MPI: as `is_called` has it
+            if not handle.Iprobe(mpi.ANY_SOURCE, Tag.BUSY, status):
+                silent += 1
+                continue
+            rank = status.source
+            handle.Recv(letter, rank, Tag.BUSY)
+            said = Occupation.decode(letter.tobytes())
+            if said.reason:
+                # Clocks of two hosts may differ; but it is new since last listened to.
+                age = min(max(time.time() - said.since, 0.0), now - self._listened)
+                known = self._heard.get(rank)
+                is_new = known is None or known.occupation != said
+                began = now - age if is_new or known is None else known.began
+                self._heard[rank] = _Heard(said, began)
+            else:
+                self._heard.pop(rank, None)
+        self._listened = now
+
+    def excuse(self, patience: Patience, waited_seconds: float, doing: str) -> bool:
+        """Let a wait go on as long as somebody is busy; return whether it may.
+
+        Args:
+            patience: Of the wait; its time counts anew from now if somebody is busy.
+            waited_seconds: How long this rank has waited.
+            doing: What the ranks meet for.
+
+        Returns:
+            False if the time is over, or one that was busy has died.
+        """
+        self.listen()
+        if waited_seconds > self._comm.deadline_seconds:
+            self.withdraw()
+        if any(self._has_died(rank) for rank in self._heard):
+            return False
+        if not any(one.is_believed for one in self._heard.values()):
+            return not patience.is_over
+        patience.renew()
+        if waited_seconds > self._comm.deadline_seconds and not self._is_late_told:
+            self._is_late_told = True
+            self._tell_of_lateness(doing)
+        return True
+
+    def withdraw(self) -> None:
+        """Say that this rank is not busy after all: it waits for others itself."""
+        if self._is_told:
+            self.tell(_ENDED)
+            self._is_withdrawn = True
+
+    def resume(self) -> None:
+        """Say again what was withdrawn, at the end of the wait."""
+        self._is_late_told = False
+        if self._is_withdrawn:
+            self._is_withdrawn = False
+            if _OWN:
+                self.tell(_OWN[-1])
+
+    def describe(self) -> list[str]:
+        """Return in words who is busy, since when and with what."""
+        return [f"{self._name(rank)} {self.tell_of(rank)}" for rank in sorted(self._heard)]
+
+    def tell_of(self, rank: int) -> str:
+        """Return in words what a rank has said of itself; empty for nothing."""
+        if rank not in self._heard:
+            return ""
+        one = self._heard[rank]
+        text = (
+            f"has been busy for {in_words(time.monotonic() - one.began)}: "
+            f"{one.occupation.reason}"
+        )
+        if one.is_believed:
+            return text
+        return f"{text} (it had said at most {in_words(one.occupation.at_most_seconds)})"
+
+    def settle(self) -> bool:
+        """Receive what is on its way, before the communicator is freed.
+
+        Returns:
+            Whether nothing is any more, as far as can be known.
+        """
+        if self._comm.size == 1:
+            return True
+        # MPI: a message that was not received when its communicator was freed may turn
+        # up in the next. Each rank that is known to be busy has one more to send, at the
+        # latest when it comes here itself.
+        if self._is_told:
+            self.tell(_ENDED)
+        patience = Patience(self._comm.deadline_seconds)
+        self.listen()
+        while (self._heard or self._is_sending()) and not patience.is_over:
+            if patience.go_round():
+                self.listen()
+            if any(self._has_died(rank) for rank in self._heard):
+                break
+        return not self._heard and not self._is_sending()
+
+    def _is_sending(self) -> bool:
+        self._sends = [one for one in self._sends if not one[0].Test()]
+        return bool(self._sends)
+
+    def _has_died(self, rank: int) -> bool:
+        seen = self._comm.visible.get(rank)
+        return seen is not None and seen.is_gone
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on {self._comm.hosts[rank]}"
+
+    def _tell_of_lateness(self, doing: str) -> None:
+        comm: Any = self._comm
+        if comm.rank <= 1:
+            logger.warning(
+                "%s waits beyond the deadline of %g s, in %s (%s): %s",
+                *(comm.name, comm.deadline_seconds, comm.call, doing),
+                "; ".join(self.describe()),
+            )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an error of this package is printed: in full, but no longer than a screen. No MPI."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.failures import RemoteTraceback
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["in_full"]
+
+_LINES_MAX = 20
+_FRAMES_MAX = 4
+_LEVELS_MAX = 3
+_PACKAGE = str(Path(__file__).parents[1])
+_LED_TO = "which led to:\n"
+
+
+def in_full(error: BaseException) -> str:
+    """Return the text of an exception as Python prints it.
+
+    Not collective. An error of this package that would take more than 20 lines has what
+    the program did in it, and not what this package did.
+
+    Args:
+        error: With its traceback.
+    """
+    text = "".join(traceback.format_exception(error))
+    if text.count("\n") <= _LINES_MAX or not isinstance(error, CheckpointError):
+        return text
+    levels = list(_chain(error))
+    told = [_LED_TO.join(_level(one, is_last=one is error) for one in levels)]
+    return "".join(["Traceback, without what mpi_ckpt itself did:\n", *told])
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Give the first causes of an exception, and itself last."""
+    chain: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in chain:
+        chain.append(one)
+        hidden = one.__suppress_context__ or one.__cause__ is not None
+        one = one.__cause__ if hidden else one.__context__
+    # What another rank has met, that one tells.
+    causes = [one for one in chain[:0:-1] if not isinstance(one, RemoteTraceback)]
+    yield from [*causes[: _LEVELS_MAX - 1], error]
+
+
+def _level(error: BaseException, *, is_last: bool) -> str:
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_PACKAGE)
+    ]
+    half = _FRAMES_MAX // 2
+    if len(frames) > _FRAMES_MAX:
+        frames = frames[:half] + frames[-half:]
+    places = [
+        f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}\n'
+        + (f"    {frame.line}\n" if frame.line else "")
+        for frame in frames
+    ]
+    told = "".join(traceback.format_exception_only(error))
+    if not is_last:
+        told = told.split("\n")[0] + "\n"
+    return "".join([*places, told])
