@@ -64,7 +64,9 @@ class Ownership:
             raise OptionsError(
                 f"{root} is not saved to: Options(read_only=True)", path=root
             )
-        _make(root)
+        _refuse_unmounted(root)
+        with os_errors_as(SaveError, "making", root):
+            filesystem.make_directories(root)
         try:
             with os_errors_as(SaveError, "making names durable in", root):
                 filesystem.sync_directory(root)
@@ -107,16 +109,14 @@ class Ownership:
         logger.warning("%s has no fsync of directories: %s", root, _LOST)
 
 
-def _make(root: Path) -> None:
-    """Make the directory, unless it would be on another disk than it should be."""
+def _refuse_unmounted(root: Path) -> None:
+    # A directory made there would be on another disk than it should be.
     if not root.exists() and (point := unmounted_above(root)) is not None:
         raise SaveError(
             f"{root} lies under {point}, which this host is told to mount, and nothing is "
             "mounted there",
             path=root,
         )
-    with os_errors_as(SaveError, "making", root):
-        filesystem.make_directories(root)
 
 
 def _warn_if_open_to_all(root: Path) -> None:
