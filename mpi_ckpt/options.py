@@ -7,7 +7,7 @@ import os
 import signal
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mpi_ckpt.errors import OptionsError
 from mpi_ckpt.pacing import AutoInterval
@@ -16,10 +16,15 @@ from mpi_ckpt.retention import KeepLast, RetentionPolicy
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["ENVIRONMENT", "IO", "ROOT", "Locking", "Options", "Ranks", "StopWhen"]
+__all__ = [
+    *("ENVIRONMENT", "IO", "ROOT", "AbortOn", "Locking", "Options", "Ranks", "StopWhen"),
+]
 
 Ranks = Literal["root", "node", "all"]
 """Who does a work: root alone, one rank of every host, or every rank."""
+
+AbortOn: TypeAlias = bool | Literal["communicator"]
+"""Whether an error that nobody catches on one rank ends the job, or its communicator."""
 
 _RANKS = ("root", "node", "all")
 
@@ -183,7 +188,9 @@ class Options:
         abort_on_error: Whether an exception that nobody catches on one rank alone ends the
             job, as ``python -m mpi4py`` does; else the ranks wait for one another for ever.
             So does ``sys.exit`` with an error code out of the manager's ``with`` block.
-            Default: yes. Without effect in a job of one rank.
+            Default: yes. Without effect in a job of one rank. ``"communicator"``, for
+            members of an ensemble that have a manager each: ends those of the manager's
+            communicator, and the job when all other members have ended; on every rank.
         deadline_seconds: How long the ranks wait for one another before every live one
             raises an error that names the absent. Must exceed the longest save.
             Default: 600.
@@ -213,7 +220,7 @@ class Options:
         signal.SIGINT,
     )
     stop: StopWhen = StopWhen()
-    abort_on_error: bool = True
+    abort_on_error: AbortOn = True
     deadline_seconds: float = 600.0
     lock: Locking = "flock"
     read_only: bool | None = None
@@ -233,6 +240,7 @@ class Options:
                 ),
                 _one_of("asynchronous", self.asynchronous, True, False, "skip", "raise"),
                 _one_of("writers", self.writers, *_RANKS),
+                _one_of("abort_on_error", self.abort_on_error, True, False, "communicator"),
                 (isinstance(self.stop, StopWhen), f"stop is {self.stop!r}, not a StopWhen"),
                 (
                     self.deadline_seconds > 0,
@@ -299,6 +307,10 @@ def _parse_flag(text: str) -> bool:
     return bool(int(text))
 
 
+def _parse_abort(text: str) -> AbortOn:
+    return "communicator" if text == "communicator" else _parse_flag(text)
+
+
 ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MPI_CKPT_KEEP_LAST": (
         "retention",
@@ -313,8 +325,8 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MPI_CKPT_WRITERS": ("writers", str, "root, node or all"),
     "MPI_CKPT_ABORT_ON_ERROR": (
         "abort_on_error",
-        _parse_flag,
-        "end the job when one rank fails",
+        _parse_abort,
+        "end the job when one rank fails, or its communicator",
     ),
     "MPI_CKPT_DEADLINE_SECONDS": (
         "deadline_seconds",

@@ -25,7 +25,8 @@ from mpi_ckpt.comm.collectives import (
 )
 from mpi_ckpt.comm.communicator import Communicator
 from mpi_ckpt.comm.leaving import Departure
-from mpi_ckpt.comm.liveness import Farewell, abort_job
+from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
+from mpi_ckpt.comm.members import Member, member_of
 from mpi_ckpt.comm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair
 from mpi_ckpt.comm.scatter import scatter_bytes
 from mpi_ckpt.comm.spawning import greet, is_spawned, join
@@ -44,6 +45,7 @@ __all__ = [
     "Departure",
     "Farewell",
     "Meeting",
+    "Member",
     "Repaired",
     "Topology",
     "Vote",
@@ -60,6 +62,7 @@ __all__ = [
     "duplicate",
     "gather_bytes",
     "greet",
+    "is_mpi_running",
     "is_rank_failure",
     "is_sign_of_loss",
     "is_spawned",
@@ -68,6 +71,7 @@ __all__ = [
     "mean_buffers",
     "meet",
     "meet_at_the_end",
+    "member_of",
     "on_root",
     "repair",
     "scatter_bytes",

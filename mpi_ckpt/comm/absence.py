@@ -7,6 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.comm.liveness import has_left
 from mpi_ckpt.errors import CollectiveError, Telling
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("WARNED_SECONDS", "LastMeeting", "missed_deadline", "name_absent", "warn_of_wait"),
+    *("what_is_missing", "why_called_off"),
 ]
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,34 @@ def name_absent(absent: Sequence[int], hosts: Sequence[str], deadline: float) ->
     return f"{named} of {len(hosts)} did not arrive within {deadline:g} s"
 
 
+def what_is_missing(comm: Communicator, absent: Sequence[int]) -> str:
+    """Return in words why ranks cannot meet. Not collective. Main thread only.
+
+    Args:
+        comm: Of the rank that waited.
+        absent: The ranks that have not answered.
+    """
+    return (not absent and _who_has_left(comm)) or name_absent(
+        absent, comm.hosts, comm.deadline_seconds
+    )
+
+
+def why_called_off(comm: Communicator) -> str:
+    """Return in words why the others wait no longer. Not collective. Main thread only.
+
+    Args:
+        comm: Of a rank that comes to a meeting which is called off.
+    """
+    late = f"the others gave up waiting for this rank{comm.last_met}"
+    return _who_has_left(comm) or late
+
+
+def _who_has_left(comm: Communicator) -> str:
+    left = has_left(comm.handle)
+    named = ", ".join(f"rank {rank} on {comm.hosts[rank]}" for rank in left)
+    return named and f"{named} has left by an error, which its own output tells"
+
+
 def missed_deadline(
     comm: Communicator, absent: Sequence[int], doing: str, advice: str
 ) -> CollectiveError:
@@ -98,7 +128,7 @@ def missed_deadline(
         advice: What is still safe, and what to do.
     """
     comm.busy_ranks.listen()  # another may have been the first to give up
-    what = name_absent(absent, comm.hosts, comm.deadline_seconds)
+    what = what_is_missing(comm, absent)
     if absent:
         what += (
             f"; every rank must call {comm.call} within Options.deadline_seconds, or say "

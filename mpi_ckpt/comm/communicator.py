@@ -328,7 +328,7 @@ class Communicator:
 
     def _refuse_if_late(self, doing: str) -> None:
         if self.size > 1 and is_called(self.handle):
-            self._broken = f"the others gave up waiting for this rank{self.last_met}"
+            self._broken = absence.why_called_off(self)
             self._refuse_if_broken(doing)
 
     def _refuse_if_broken(self, doing: str) -> None:
@@ -341,7 +341,7 @@ class Communicator:
     def _give_up(self, doing: str) -> None:
         present = call_roll(self.handle)
         absent = [rank for rank in range(self.size) if rank not in present]
-        self._broken = absence.name_absent(absent, self.hosts, self.deadline_seconds)
+        self._broken = absence.what_is_missing(self, absent)
         raise absence.missed_deadline(self, absent, doing, _ADVICE)
 
 

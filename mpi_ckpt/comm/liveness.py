@@ -31,10 +31,13 @@ __all__ = [
     "Patience",
     "Tag",
     "abort_job",
+    "call_off",
     "call_roll",
+    "has_left",
     "hold",
     "is_called",
     "is_done_within",
+    "is_mpi_running",
     "keep",
     "let_go_of",
 ]
@@ -60,6 +63,8 @@ class Tag(IntEnum):
     GREETING = 7004
     GROUP = 7005
     BUSY = 7006
+    FAILED = 7007
+    DONE = 7008
 
 
 class Patience:
@@ -173,6 +178,23 @@ def call_roll(handle: MPI.Intracomm) -> set[int]:
     return set(present)
 
 
+def call_off(handle: MPI.Intracomm) -> None:
+    """Let all that wait in a communicator give up. Not collective. Main thread only."""
+    # MPI: to a rank that never looks.
+    keep(_tell_all(handle, Tag.ROLL_CALL))
+
+
+def has_left(handle: MPI.Intracomm) -> list[int]:
+    """Return the first rank that has said farewell, if any. Not collective.
+
+    Main thread only. The farewell stays where it is.
+    """
+    mpi: Any = load_mpi()
+    status = mpi.Status()
+    found = any(handle.Iprobe(mpi.ANY_SOURCE, Tag.FAREWELL, status) for _ in range(2))
+    return [status.source] if found else []
+
+
 class Farewell:
     """Tells all ranks that this one leaves, and hears who else does.
 
@@ -219,6 +241,11 @@ def abort_job(code: int) -> None:
     """End all ranks of the job at once. Not collective. Does not return."""
     time.sleep(_LAST_WORDS_SECONDS)
     load_mpi().COMM_WORLD.Abort(code)
+
+
+def is_mpi_running() -> bool:
+    """Return whether MPI was not finalized yet. Not collective. Starts MPI."""
+    return not load_mpi().Is_finalized()
 
 
 def _tell_all(

@@ -18,7 +18,13 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import Farewell, abort_job, is_rank_failure
+from mpi_ckpt.comm import (
+    Farewell,
+    abort_job,
+    is_mpi_running,
+    is_rank_failure,
+    member_of,
+)
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.tracebacks import in_full
 from mpi_ckpt.errors import CheckpointError, Telling
@@ -27,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
-    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.comm import Communicator, Member
+    from mpi_ckpt.options import AbortOn
 
 __all__ = ["AbortOnError", "watch_errors"]
 
@@ -51,21 +58,33 @@ class AbortOnError:
         comm: The manager's communicator.
         settle: Lets a pending save of this rank come to its end, for a limited time. Held
             weakly.
-        how: As `Options.abort_on_error`: whether to do anything.
+        how: As `Options.abort_on_error`.
     """
 
-    def __init__(self, comm: Communicator, settle: Callable[[], object], how: bool) -> None:
+    def __init__(
+        self, comm: Communicator, settle: Callable[[], object], how: AbortOn
+    ) -> None:
         self.comm = comm
         self.exit_code = 0
         self._farewell: Farewell | None = None
         self._settle = weakref.WeakMethod(settle)
-        self._enabled = how and comm.size > 1 and "mpi4py.run" not in sys.modules
+        self.member = member_of(comm, how)
+        peers = comm.size > 1 or self.member is not None
+        self._enabled = bool(how) and peers and "mpi4py.run" not in sys.modules
+
+    @property
+    def name(self) -> str:
+        """This rank, as its errors are headed."""
+        name = self.comm.name
+        return name if self.member is None else f"{name}, {self.member.name}"
 
     def arm(self) -> None:
         """Watch from now on. Not collective. Callable twice."""
         if self._enabled and self not in _HOOK.armed:
             _HOOK.armed.append(self)
             _HOOK.install()
+            # Also when this manager is closed: others may fail later.
+            _HOOK.member = self.member or _HOOK.member
 
     def disarm(self) -> None:
         """Watch no more, unless ranks are missing: MPI_Finalize would wait for them.
@@ -147,6 +166,7 @@ class _Hook:
 
     def __init__(self) -> None:
         self.armed: list[AbortOnError] = []
+        self.member: Member | None = None
         self._previous = sys.excepthook
         self._owner = 0
 
@@ -154,10 +174,12 @@ class _Hook:
         self._owner = os.getpid()
         if sys.excepthook != self.uncaught:
             self._previous, sys.excepthook = sys.excepthook, self.uncaught
+            atexit.unregister(self.at_exit)
             atexit.register(self.at_exit)
 
     def uninstall(self) -> None:
-        atexit.unregister(self.at_exit)
+        if self.member is None:
+            atexit.unregister(self.at_exit)
         # Somebody who took it after us keeps it, and finds nothing armed here.
         if sys.excepthook == self.uncaught:
             sys.excepthook = self._previous
@@ -178,13 +200,14 @@ class _Hook:
             else:
                 self._previous(kind, error, trace)
             return
-        self._tell(armed[0].comm.name, kind, error, trace, armed[0])
+        self._tell(armed[0].name, kind, error, trace, armed[0])
         if is_rank_failure(error):  # nobody can take leave of the dead
-            _abort(armed[0].comm, 1)
+            _abort(armed[0], 1)
         for one in armed:
             one.leave(error)
-        if any(one.is_alone(_ERROR_SECONDS) for one in armed):
-            _abort(armed[0].comm, _INTERRUPTED if kind is KeyboardInterrupt else 1)
+        for one in armed:
+            if one.is_alone(_ERROR_SECONDS):
+                _abort(one, _INTERRUPTED if kind is KeyboardInterrupt else 1)
         self.armed.clear()
 
     def at_exit(self) -> None:
@@ -195,7 +218,11 @@ class _Hook:
             # Nobody can leave while a rank that missed a deadline stays where it is.
             code = one.exit_code or int(one.comm.is_broken)
             if code and one.is_alone(_EXIT_SECONDS):
-                _abort(one.comm, code)
+                _abort(one, code)
+        if self.member is not None and os.getpid() == self._owner and is_mpi_running():
+            with suppress(OSError, ValueError, AttributeError):
+                sys.stdout.flush()  # this may be the end
+            self.member.leave()
 
     def _in_reach(self) -> list[AbortOnError]:
         # A forked process has no part in MPI.
@@ -269,11 +296,17 @@ def _is_printed_only() -> bool:
     return frame is not None
 
 
-def _abort(comm: Communicator, code: int) -> None:
+def _abort(one: AbortOnError, code: int) -> None:
+    """End the job, once the other members of it, if it has any, have come to their end."""
+    end = f"the job is aborted with code {code}"
+    if one.member is not None:
+        end = f"this member is given up, and when all others have ended {end}"
     _write(
-        f"{comm.name}: this rank leaves the job by an error and others do not; they would "
-        f"wait for one another without end, so the job is aborted with code {code}\n"
+        f"{one.name}: this rank leaves the job by an error and others do not; they would "
+        f"wait for one another without end, so {end}\n"
     )
+    if one.member is not None:
+        one.member.outlive()
     abort_job(code)
 
 

@@ -97,6 +97,16 @@ def test_values_at_the_border_are_taken(given):
     Options(**given)
 
 
+def test_an_error_may_end_the_job_or_the_communicator():
+    assert Options(abort_on_error="communicator").abort_on_error == "communicator"
+    variable = {"MPI_CKPT_ABORT_ON_ERROR": "communicator"}
+    assert Options.from_env(variable).abort_on_error == "communicator"
+    with pytest.raises(OptionsError, match="abort_on_error is 'world'"):
+        Options(abort_on_error="world")
+    with pytest.raises(OptionsError, match="MPI_CKPT_ABORT_ON_ERROR='world'"):
+        Options.from_env({"MPI_CKPT_ABORT_ON_ERROR": "world"})
+
+
 def test_all_faults_are_told_at_once():
     with pytest.raises(OptionsError) as caught:
         Options(interval=0, writers="some", deadline_seconds=0)

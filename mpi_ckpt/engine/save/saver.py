@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import abort_job
+from mpi_ckpt.comm import abort_job, member_of
 from mpi_ckpt.engine.save.background import Background
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
@@ -24,6 +25,7 @@ from mpi_ckpt.state import LeafState
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from mpi_ckpt.comm import Member
     from mpi_ckpt.engine.registry import Registry
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, SaveReport
@@ -53,9 +55,9 @@ class Saver:
         self._session = session
         self._registry = registry
         options = session.options
-        background = Background(
-            options.deadline_seconds, _end_job if options.abort_on_error else None
-        )
+        how = options.abort_on_error
+        end_job = partial(_end_job, member_of(session.comm, how)) if how else None
+        background = Background(options.deadline_seconds, end_job)
         self.costs = Costs()
         self._workshop = Workshop(Arena(), background, self.costs, SyncTeller())
         self.pending: PendingSave | None = None
@@ -216,8 +218,12 @@ class Saver:
             self._session.directory.close()
 
 
-def _end_job() -> None:
+def _end_job(member: Member | None) -> None:
     logger.critical(
-        "the program is at its end, but a save is not and makes it wait: the job is aborted"
+        "the program is at its end, but a save is not and makes it wait: the job is "
+        "aborted%s",
+        "" if member is None else " when the other members of it have ended",
     )
+    if member is not None:
+        member.outlive()
     abort_job(1)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one of several trainings in a job ends without the others: in their time.
+
+MPI: MPI_Abort on any communicator ends the whole job, as does a process that exits before
+MPI_Finalize (Open MPI 5.0, MPICH 5.0); and MPI_Finalize waits for all. So a rank that has
+failed waits until the ranks of the other members are done, and ends the job then. Whether
+they are they tell when they are asked; nobody is spoken to on the world but by a failure,
+or when a rank does not wait any longer to be asked.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.liveness import Patience, Tag, call_off, keep
+
+if TYPE_CHECKING:
+    from mpi_ckpt.comm.communicator import Communicator
+    from mpi_ckpt.options import AbortOn
+
+__all__ = ["Member", "member_of"]
+
+
+def member_of(comm: Communicator, how: AbortOn) -> Member | None:
+    """Return the member of an ensemble that a communicator is; None for no such thing.
+
+    Not collective.
+
+    Args:
+        comm: The communicator.
+        how: As `Options.abort_on_error`.
+    """
+    member = Member(comm) if how == "communicator" else None
+    return member if member is not None and member.others else None
+
+
+class Member:
+    """One member of an ensemble: the ranks of a communicator. Main thread only.
+
+    Not collective.
+
+    Args:
+        comm: The member's communicator.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._mpi: Any = load_mpi()
+        self._comm = comm
+        world = self._mpi.COMM_WORLD
+        self._me, self._size = world.rank, world.size
+        ours, everybody = comm.handle.Get_group(), world.Get_group()
+        self._ranks = ours.Translate_ranks(None, everybody)
+        ours.Free()
+        everybody.Free()
+
+    @property
+    def name(self) -> str:
+        """This member, as messages name it."""
+        first, last = min(self._ranks), max(self._ranks)
+        if last - first + 1 == len(self._ranks):
+            named = f"ranks {first} to {last}" if last > first else f"rank {first}"
+        else:
+            named = "ranks " + ", ".join(map(str, sorted(self._ranks)))
+        return f"the member of {named} of {self._size}"
+
+    @property
+    def others(self) -> set[int]:
+        """The ranks of the job that are no part of it."""
+        return set(range(self._size)).difference(self._ranks)
+
+    def outlive(self) -> None:
+        """Wait until all other members are done, or have failed as well."""
+        with suppress(self._mpi.Exception):  # a member may have lost ranks
+            if self._comm.is_open:
+                call_off(self._comm.handle)
+        self._tell(Tag.FAILED, np.array(self._ranks, np.int64))
+        waited_for, patience = self.others, Patience(None)
+        while waited_for:
+            while (heard := self._hear(Tag.FAILED)) is not None:
+                waited_for.difference_update(heard[1].tolist())
+            while (heard := self._hear(Tag.DONE)) is not None:
+                waited_for.discard(heard[0])
+            patience.go_round()
+
+    def leave(self) -> None:
+        """Tell those that have failed that this rank is done, as long as it makes sense.
+
+        Called at the end of the program. It waits for all ranks of the job, but no longer
+        than the deadline; later it tells all that it is done, and leaves it to
+        MPI_Finalize to wait.
+        """
+        request = self._mpi.COMM_WORLD.Ibarrier()
+        patience, nothing = Patience(self._comm.deadline_seconds), np.zeros(0, np.int64)
+        while not request.Test():
+            while (heard := self._hear(Tag.FAILED)) is not None:
+                keep(self._mpi.COMM_WORLD.Isend(nothing, heard[0], Tag.DONE), nothing)
+            patience.go_round()
+            if patience.is_over:
+                keep(request)
+                self._tell(Tag.DONE, nothing)
+                return
+
+    def _tell(self, tag: Tag, words: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        world = self._mpi.COMM_WORLD
+        keep(words, [world.Isend(words, rank, tag) for rank in sorted(self.others)])
+
+    def _hear(self, tag: Tag) -> tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None:
+        """Receive one message of a kind; return its sender and it, or None for none."""
+        mpi, status = self._mpi, self._mpi.Status()
+        if not mpi.COMM_WORLD.Iprobe(mpi.ANY_SOURCE, tag, status):
+            return None
+        words = np.zeros(status.Get_count(mpi.INT64_T), np.int64)
+        mpi.COMM_WORLD.Recv(words, status.source, tag)
+        return status.source, words
