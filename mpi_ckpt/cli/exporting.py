@@ -22,7 +22,8 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
-from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.directory_kinds import directory_to_look_at
+from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.showing import pick_states
 from mpi_ckpt.cli.survey import open_wanted
 from mpi_ckpt.errors import WriteError
@@ -86,6 +87,7 @@ def export(
     parameters, as other tools expect them. A safetensors file also carries what is no
     tensor, so that import gives the same generation back, bit for bit.
     """
+    directory = directory_to_look_at(directory, generation, "export")
     form = form or _FORMATS.get(target.suffix.lower())
     if form is None:
         raise CommandError(

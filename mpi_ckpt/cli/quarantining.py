@@ -16,6 +16,7 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
+from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.cli.survey import find_generation, look
 from mpi_ckpt.errors import CorruptGenerationError
@@ -42,6 +43,7 @@ def quarantine(screen: Screen, directory: Path, generation: str, reason: str) ->
 
     Restores then take the newest good one that is left. Refused while a job uses DIR.
     """
+    directory = directory_of_all(directory, "quarantine")
     find_generation(directory, generation)  # before a lock file is made
     lock = DirectoryLock(
         directory, secrets.token_hex(6), patience_seconds=LOCK_PATIENCE_SECONDS

@@ -15,6 +15,7 @@ from mpi_ckpt.cli.hosting import HostBook, ask_hosts_script, parse_hosts
 from mpi_ckpt.cli.launching import find_launcher
 from mpi_ckpt.cli.looping import LOG, Loop, Plan, Requests
 from mpi_ckpt.cli.machine import which
+from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.screen import Screen
 
 __all__ = ["run"]
+
+_COLUMNS = (
+    Column("attempt", right=True),
+    Column("np", right=True, spare=4),
+    Column("hosts", names=True, spare=6),
+    Column("seconds", right=True, spare=5),
+    Column("code", right=True, spare=1),
+    Column("outcome", states=True),
+    Column("from", right=True, spare=3),
+    Column("to", right=True, spare=2),
+    Column("error", names=True, spare=7),
+)
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=True)
 _SECONDS = click.FloatRange(min=0)
@@ -177,17 +190,7 @@ def _report(screen: Screen, loop: Loop, log: Path) -> None:
         }
     )
     screen.table(
-        [
-            ">attempt",
-            ">np",
-            "hosts",
-            ">seconds",
-            ">code",
-            "outcome",
-            ">from",
-            ">to",
-            "error",
-        ],
+        _COLUMNS,
         [
             (
                 one.attempt,
