@@ -7,6 +7,7 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,22 +50,23 @@ class _Group(click.Group):
         **extra: Any,  # noqa: ANN401 (click's)
     ) -> Any:  # noqa: ANN401 (click's)
         """Run a command, and answer for all that can go wrong, as JSON if that is asked."""
-        words = list(sys.argv[1:] if args is None else args)
+        words = _in_order(list(sys.argv[1:] if args is None else args))
         if not standalone_mode or _COMPLETION in os.environ:
             return super().main(words, prog_name, complete_var, standalone_mode, **extra)
         with Screen(as_json=_wants_json(words)) as screen:
+            extra = {"obj": screen, "terminal_width": screen.help_width, **extra}
             code = self._answer(screen, words, prog_name, extra)
         raise SystemExit(code) from screen.fault
 
     def _answer(
         self, screen: Screen, words: list[str], prog_name: str | None, extra: dict[str, Any]
     ) -> int:
+        named = words != ["--json"]
         try:
             code = super().main(
-                words or ["--help"],
+                (words or ["--help"]) if named else [],
                 prog_name,
                 standalone_mode=False,
-                obj=screen,
                 **extra,
             )
         except click.ClickException as error:
@@ -107,6 +109,13 @@ def _wants_json(words: Sequence[str]) -> bool:
     ours = _own_words(words)
     asked = any(word == "--json" or word.startswith("--json=") for word in ours)
     return asked and not {"-h", "--help", "--version"} & set(ours)
+
+
+def _in_order(words: list[str]) -> list[str]:
+    """Move options of all commands that stand before the command's name behind it."""
+    flags = list(takewhile(("--json", "--iso").__contains__, words))
+    rest = words[len(flags) :]
+    return [rest[0], *flags, *rest[1:]] if rest else flags
 
 
 def _own_words(words: Sequence[str]) -> Sequence[str]:

@@ -54,12 +54,13 @@ class CommandError(Exception):
 
 
 def command(
-    name: str, *, trouble: int = BAD, dates: bool = False
+    name: str, short: str, *, trouble: int = BAD, dates: bool = False
 ) -> Callable[[Callable[..., int]], click.Command]:
     """Make a command of a function that takes a screen and returns an exit code.
 
     Args:
         name: Name of the command.
+        short: What it does, for the list of all commands.
         trouble: Exit code for files that are damaged or cannot be read, and for faults.
         dates: Whether it shows dates, and takes ``--iso``.
     """
@@ -68,7 +69,7 @@ def command(
         @functools.wraps(function)
         def run(*, as_json: bool, iso: bool = False, **given: Any) -> None:  # noqa: ANN401 (click's)
             screen = _screen()
-            screen.as_json, screen.iso = as_json, iso
+            screen.as_json, screen.iso = screen.as_json or as_json, iso
             try:
                 code = function(screen, **given)
             except CommandError as error:
@@ -88,9 +89,12 @@ def command(
             "--json", "as_json", is_flag=True, help="Answer with one JSON object."
         )
         iso_option = click.option(
-            "--iso", is_flag=True, help="Dates as in ISO 8601, UTC, instead of ages."
+            "--iso",
+            is_flag=True,
+            help="Show dates as in ISO 8601, in UTC, instead of ages.",
         )
-        return click.command(name)(json_option(iso_option(run) if dates else run))
+        options = iso_option(run) if dates else run
+        return click.command(name, short_help=short)(json_option(options))
 
     return decorate
 

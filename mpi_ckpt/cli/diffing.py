@@ -46,9 +46,11 @@ _COLUMNS = (
 _Values = dict[str, list[tuple[str, Any, Any]]]
 
 
-@command("diff", trouble=MISUSED)
+@command("diff", "Compare two generations.", trouble=MISUSED)
 @click.argument("where", metavar="[DIR] A B", nargs=-1, required=True)
-@click.option("--all", "everything", is_flag=True, help="Also the leaves that are equal.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Also show the leaves that are equal."
+)
 def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
     """Compare two generations leaf by leaf.
 

@@ -58,8 +58,10 @@ def kind_of(path: Path) -> Kind:
     """
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return "missing"
+    except NotADirectoryError:  # nor could it be made: it lies in a file
+        return "file"
     except (OSError, ValueError) as error:
         why = in_words(error) if isinstance(error, OSError) else str(error)
         raise CommandError(

@@ -26,9 +26,9 @@ __all__ = ["doctor"]
 _COLUMNS = (Column("", states=True), Column(""), Column(""), Column(""))
 
 
-@command("doctor")
+@command("doctor", "Examine this machine and a directory.")
 @directory_argument(required=False)
-@click.option("--no-mpi", is_flag=True, help="Leave MPI alone.")
+@click.option("--no-mpi", is_flag=True, help="Do not start MPI.")
 def doctor(screen: Screen, directory: Path | None, no_mpi: bool) -> int:
     """Examine this machine, and DIR if it is given.
 
@@ -57,10 +57,14 @@ def doctor(screen: Screen, directory: Path | None, no_mpi: bool) -> int:
 
 
 def _show(screen: Screen, checks: list[Check]) -> None:
-    """Show checks as a table, or where that has no room each on lines of its own."""
+    """Show checks as a table, or where that has no room on more lines."""
     rows = [[check.verdict, check.name, check.found, check.advice] for check in checks]
     if screen.has_room(_COLUMNS, rows, indent=2):
         screen.table(_COLUMNS, rows, indent=2)
+        return
+    few, short = _COLUMNS[:3], [row[:3] for row in rows]
+    if screen.has_room(few, short, indent=2):
+        screen.table(few, short, indent=2, notes=[check.advice for check in checks])
         return
     for check in checks:
         screen.state(check.verdict, check.name, indent=2)

@@ -55,7 +55,7 @@ _FORMATS = {
 }
 
 
-@command("export")
+@command("export", "Write a generation to one file.")
 @directory_argument()
 @generation_argument()
 @click.option(
@@ -70,9 +70,15 @@ _FORMATS = {
     "--format",
     "form",
     type=click.Choice(["safetensors", "torch"]),
-    help="Default: by the end of FILE's name.",
+    help="Of the file; by default the end of its name tells.",
 )
-@click.option("--state", "names", multiple=True, metavar="NAME", help="Only this state.")
+@click.option(
+    "--state",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Write this state only.",
+)
 def export(
     screen: Screen,
     directory: Path,

@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 __all__ = ["rollback"]
 
 
-@command("rollback")
+@command("rollback", "Go back to an older generation.")
 @directory_argument()
 @generation_argument()
-@click.option("--undo", is_flag=True, help="Bring back what was set aside last.")
+@click.option(
+    "--undo", is_flag=True, help="Bring back what the last rollback has set aside."
+)
 def rollback(
     screen: Screen,
     directory: Path,

@@ -40,7 +40,7 @@ __all__ = ["import_file"]
 _OWN_OF_ADAPTDL = "adaptdl-"
 
 
-@command("import")
+@command("import", "Make a generation of a file.")
 @click.argument("source", metavar="FILE", type=DirectoryPath())
 @click.option(
     "--into",

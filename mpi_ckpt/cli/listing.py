@@ -23,7 +23,7 @@ __all__ = ["list_generations"]
 _SOUND = ("newest", "ok", "gone", "partial", "rolled back")
 
 
-@command("ls", dates=True)
+@command("ls", "List the generations in a directory.", dates=True)
 @directory_argument()
 def list_generations(screen: Screen, directory: Path) -> int:
     """List the generations in DIR: step, age, size, ranks, state.

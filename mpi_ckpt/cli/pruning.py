@@ -64,25 +64,29 @@ class _PrunePlan:
     rankings: list[Ranking]
 
 
-@command("prune")
+@command("prune", "Remove generations that are not to be kept.")
 @directory_argument()
-@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="The N newest.")
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest."
+)
 @click.option(
     "--keep-every",
     type=click.IntRange(min=1),
     metavar="STEPS",
-    help="The first of every STEPS steps.",
+    help="Keep the first of every STEPS steps.",
 )
-@click.option("--keep-best", metavar="METRIC", help="The one with the best metric.")
+@click.option(
+    "--keep-best", metavar="METRIC", help="Keep the one with the best value of METRIC."
+)
 @click.option(
     "--mode",
     type=click.Choice(["min", "max"]),
-    help="Which value of that metric is the best.",
+    help="Whether its lowest or its highest value is the best.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Prove what stays first; what is bad does not count."
+    "--verify", is_flag=True, help="Prove what stays first; what is bad is not counted."
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go, and why.")
 def prune(
     screen: Screen,
     directory: Path,
@@ -96,7 +100,8 @@ def prune(
     """Remove generations that no --keep option keeps.
 
     The newest good one always stays, and damaged ones are left alone: quarantine those.
-    Damage inside of files is seen with --verify only. Refused while a job uses DIR.
+    Damage inside of files is seen with --verify only. Before anything goes it says what
+    each rule ranks by, which way, and with which values. Refused while a job uses DIR.
     Leftovers of writes that were cut off go as well.
     """
     # Not even a lock file is left in a directory that is somebody else's.

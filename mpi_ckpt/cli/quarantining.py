@@ -32,11 +32,14 @@ if TYPE_CHECKING:
 __all__ = ["quarantine"]
 
 
-@command("quarantine")
+@command("quarantine", "Set a bad generation aside.")
 @directory_argument()
 @generation_argument(required=True)
 @click.option(
-    "--reason", default="set aside by hand", show_default=True, help="Kept beside it."
+    "--reason",
+    default="set aside by hand",
+    show_default=True,
+    help="Why; kept beside it.",
 )
 def quarantine(screen: Screen, directory: Path, generation: str, reason: str) -> int:
     """Set a generation aside in DIR/.quarantine; nothing is deleted.

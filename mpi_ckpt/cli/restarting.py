@@ -41,64 +41,88 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=Tru
 _SECONDS = click.FloatRange(min=0)
 
 
-@command("run")
+@command("run", "Start a job, again until it has finished.")
 @click.option(
-    "--np", "size", type=click.IntRange(min=1), required=True, help="Ranks to start."
+    "--np",
+    "size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    required=True,
+    help="How many ranks to start.",
 )
 @click.option(
-    "--min-np", "least", type=click.IntRange(min=1), help="With fewer hosts, at least."
+    "--min-np",
+    "least",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Start fewer ranks, down to so many, if hosts are missing.",
 )
 @click.option(
     "--max-restarts",
+    metavar="N",
     type=click.IntRange(min=0),
     default=20,
     show_default=True,
-    help="Attempts after the first.",
+    help="How many attempts there may be after the first.",
 )
-@click.option("--hostfile", type=_FILE, help="Lines of host, host:slots or host slots=N.")
-@click.option("--hosts-script", type=_FILE, help="Prints such lines; asked each time.")
+@click.option("--hostfile", type=_FILE, help="A file of lines such as host:slots.")
+@click.option(
+    "--hosts-script",
+    type=_FILE,
+    help="A script that prints such lines.",
+)
 @click.option(
     "--script-timeout",
+    metavar="SECONDS",
     type=_SECONDS,
     default=60,
     show_default=True,
-    help="Seconds for the hosts script.",
+    help="How long the hosts script may take.",
 )
 @click.option(
-    "--launcher", metavar="COMMAND", help="Default: mpirun of the PATH, else srun."
+    "--launcher",
+    metavar="COMMAND",
+    help="By default mpirun, else srun.",
 )
 @click.option(
     "--backoff",
+    metavar="SECONDS",
     type=_SECONDS,
     default=1,
     show_default=True,
-    help="Seconds after a first failure; doubled with each without progress.",
+    help="How long to wait after a failure; doubled while nothing new is saved.",
 )
 @click.option(
     "--timeout",
+    metavar="SECONDS",
     type=_SECONDS,
     default=0,
-    help="End an attempt that has saved nothing for so many seconds.",
+    help="End an attempt that has recorded nothing for so long; 0: never.",
 )
 @click.option(
     "--patience",
+    metavar="SECONDS",
     type=_SECONDS,
     default=600,
     show_default=True,
-    help="Seconds to wait for hosts.",
+    help="How long to wait for hosts.",
 )
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("mpi-ckpt-run"),
     show_default=True,
-    help="For notes and log; every host must see it.",
+    help="Where notes and log go; every host must see it.",
 )
 @click.option(
-    "--trust-exit-code", is_flag=True, help="Take 0 for success if nothing was recorded."
+    "--trust-exit-code",
+    is_flag=True,
+    help="Take 0 for success if nothing is recorded.",
 )
 @click.option(
-    "--stop-when-preempted", is_flag=True, help="A scheduler starts us again after that."
+    "--stop-when-preempted",
+    is_flag=True,
+    help="End then: a scheduler starts this again.",
 )
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(

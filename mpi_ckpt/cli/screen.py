@@ -71,6 +71,7 @@ _STYLES = {
 _COLUMNS = 80
 _LEAST_CELLS = 14
 _LEFT_OUT_NAMED = 8
+_NOTE_SPACE = " " * 5
 _BAR_COLUMNS, _BAR_COLUMNS_FEW = 90, 60
 # For a terminal that knows no more than ASCII.
 _IN_ASCII = str.maketrans({"─": "-", "…": "~"})
@@ -119,6 +120,11 @@ class Screen:
         if self._answer:
             self._write_lines(self._out, self._answer.split("\n"))
 
+    @property
+    def help_width(self) -> int:
+        """How many cells the lines of a help text may take."""
+        return min(_width(self._out) or _COLUMNS, _COLUMNS) - 1
+
     def say(self, text: str = "", style: str = "", *, whole: bool = False) -> None:
         """Print a line for people; one that is too long for the terminal goes on below.
 
@@ -145,7 +151,11 @@ class Screen:
         return iso_date(then) if self.iso else age(then)
 
     def table(
-        self, columns: Sequence[Column], rows: Sequence[Sequence[object]], indent: int = 0
+        self,
+        columns: Sequence[Column],
+        rows: Sequence[Sequence[object]],
+        indent: int = 0,
+        notes: Sequence[str] = (),
     ) -> None:
         """Print a table for people, as much of it as there is room for.
 
@@ -153,6 +163,7 @@ class Screen:
             columns: What its columns are.
             rows: A cell of a column of states gets its colour.
             indent: Cells left free before it.
+            notes: What stands on a line below each row, if anything does.
         """
         if self.as_json or not rows:
             return
@@ -167,12 +178,14 @@ class Screen:
         if any(column.heading for column in columns):
             lines.append([(f"{space}{gap.join(heading)}".rstrip(), "bold")])
             lines.append([(space + "─" * layout.width, "")])
-        for row in texts:
+        for number, row in enumerate(texts):
             parts = [(space, "")]
             for place, cell in zip(layout.shown, layout.cells(columns, row), strict=True):
                 style = _STYLES.get(row[place], "") if columns[place].states else ""
                 parts += [(cell, style), (gap, "")]
             lines.append(_without_end(parts))
+            if notes and notes[number]:
+                lines += _lines(f"{space}{_NOTE_SPACE}{notes[number]}", "", width)
         self._write(self._out, lines)
         if layout.left_out:
             self._say_left_out(layout.left_out, space)

@@ -33,12 +33,18 @@ _LEAVES_SHOWN = 40
 _DIGITS = 12
 
 
-@command("show", dates=True)
+@command("show", "Show what is in one generation.", dates=True)
 @directory_argument()
 @generation_argument()
-@click.option("--state", "names", multiple=True, metavar="NAME", help="Only this state.")
-@click.option("--all", "everything", is_flag=True, help="All leaves, however many.")
-@click.option("--structure", is_flag=True, help="Also what of a state is no tensor.")
+@click.option(
+    "--state",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Show this state only.",
+)
+@click.option("--all", "everything", is_flag=True, help="Show all leaves, however many.")
+@click.option("--structure", is_flag=True, help="Show also what is no tensor.")
 def show(
     screen: Screen,
     directory: Path,

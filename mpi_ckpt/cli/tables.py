@@ -7,6 +7,7 @@ middle, then its least needed column left out, and so on. Numbers are never cut.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,11 @@ __all__ = ["Column", "TableLayout", "cut_middle", "lay_out", "wrap_words"]
 _GAP, _NARROW_GAP = 3, 2
 # Of a cut name so much is left, before another column is left out for it; of a heading
 # that is a name, so much.
-_NAME_CELLS, _HEADING_CELLS = 16, 8
+_NAME_CELLS, _HEADING_CELLS = 20, 8
 _LAST_CELLS = 4
+_MARK = "…"
+# Tried in turn: names of leaves differ at their beginning, middle or end.
+_HEADS = (0.5, 0.7, 0.85, 0.95, 0.3, 0.15, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,14 @@ class TableLayout:
         widths: How many cells each of them takes.
         gap: Cells between two columns.
         left_out: Headings of the others.
+        heads: Of each, which share of a cut name's rest is its beginning.
     """
 
     shown: tuple[int, ...]
     widths: tuple[int, ...]
     gap: int
     left_out: tuple[str, ...] = ()
+    heads: tuple[float, ...] = ()
 
     @property
     def width(self) -> int:
@@ -69,8 +75,9 @@ class TableLayout:
     def cells(self, columns: Sequence[Column], row: Sequence[str]) -> list[str]:
         """Return the cells of a row, each as wide as its column, cut where need be."""
         cells = []
-        for place, width in zip(self.shown, self.widths, strict=True):
-            text = cut_middle(row[place], width)
+        heads = self.heads or (_HEADS[0],) * len(self.shown)
+        for place, width, head in zip(self.shown, self.widths, heads, strict=True):
+            text = cut_middle(row[place], width, head)
             space = " " * (width - cell_len(text))
             cells.append(space + text if columns[place].right else text + space)
         return cells
@@ -111,10 +118,13 @@ def lay_out(
                 min(one, _LAST_CELLS) if columns[i].names else one
                 for i, one in zip(shown, least, strict=True)
             ]
+        widths = _shrink(widths, least, room)
         out = [c.heading for i, c in enumerate(columns) if i not in shown]
-        return TableLayout(
-            tuple(shown), tuple(_shrink(widths, least, room)), gap, tuple(out)
-        )
+        heads = [
+            _head([row[i] for row in rows], width) if columns[i].names else _HEADS[0]
+            for i, width in zip(shown, widths, strict=True)
+        ]
+        return TableLayout(tuple(shown), tuple(widths), gap, tuple(out), tuple(heads))
 
 
 def _least(column: Column, widest: int, full: int) -> int:
@@ -122,6 +132,16 @@ def _least(column: Column, widest: int, full: int) -> int:
     heading = cell_len(column.heading)
     return min(
         full, max(least, min(heading, _HEADING_CELLS) if column.foreign else heading)
+    )
+
+
+def _head(names: list[str], width: int) -> float:
+    """Return where to cut names, so that as many as can be still differ."""
+    cut = list({name for name in names if cell_len(name) > width})
+    if len(cut) < 2:
+        return _HEADS[0]
+    return max(
+        _HEADS, key=lambda head: len({cut_middle(name, width, head) for name in cut})
     )
 
 
@@ -136,17 +156,24 @@ def _shrink(widths: list[int], least: list[int], room: int) -> list[int]:
     return widths
 
 
-def cut_middle(text: str, width: int, mark: str = "…") -> str:
-    """Return text in at most so many cells, with a mark where its middle is missing."""
+def cut_middle(text: str, width: int, head: float = 0.5) -> str:
+    """Return text in at most so many cells, with a mark where its middle is missing.
+
+    Args:
+        text: One line.
+        width: Cells that there are.
+        head: Which share of what is left is its beginning.
+    """
     if cell_len(text) <= width:
         return text
-    room = width - cell_len(mark)
+    room = width - cell_len(_MARK)
     if room < 2:
         return set_cell_size(text, max(width, 0)).rstrip()
-    head = set_cell_size(text, (room + 1) // 2).rstrip()
+    before = min(room - 1, math.ceil(room * head))
+    start = set_cell_size(text, before).rstrip()
     # Cut from the end by cells: the text is turned round, cut, and turned back.
-    tail = set_cell_size(text[::-1], room // 2).rstrip()[::-1]
-    return head + mark + tail
+    end = set_cell_size(text[::-1], room - before).rstrip()[::-1]
+    return start + _MARK + end
 
 
 def wrap_words(text: str, width: int | None) -> list[str]:

@@ -65,10 +65,10 @@ class _Verdict:
         }
 
 
-@command("verify")
+@command("verify", "Prove every byte of a generation.")
 @directory_argument()
 @generation_argument()
-@click.option("--all", "everything", is_flag=True, help="All generations, newest first.")
+@click.option("--all", "everything", is_flag=True, help="Prove all, newest first.")
 def verify(
     screen: Screen, directory: Path, generation: str | None, everything: bool
 ) -> int:
