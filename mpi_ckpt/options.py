@@ -335,19 +335,11 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     ),
     "MPI_CKPT_LOCK": ("lock", str, "flock, lease or none"),
     "MPI_CKPT_READ_ONLY": ("read_only", _parse_flag, "restore only, or fail if unwritable"),
-    "MPI_CKPT_SYNC_DIRECTORIES": (
-        "io.sync_directories",
-        _parse_flag,
-        "refuse a file system without fsync of directories",
-    ),
+    "MPI_CKPT_SYNC_DIRECTORIES": ("io.sync_directories", _parse_flag, "insist on it"),
     "MPI_CKPT_IO": ("io.mode", str, "auto, direct or buffered"),
     "MPI_CKPT_REUSE": ("io.reuse", _parse_flag, "share unchanged leaves"),
     "MPI_CKPT_READERS": ("io.readers", str, "root, node or all"),
-    "MPI_CKPT_WINDOW_BYTES": (
-        "io.window_bytes",
-        int,
-        "memory a restore streams through",
-    ),
+    "MPI_CKPT_WINDOW_BYTES": ("io.window_bytes", int, "memory of a restore"),
     "MPI_CKPT_MESSAGE_BYTES": ("io.message_bytes", int, "largest MPI message"),
     "MPI_CKPT_DIGEST_THREADS": ("io.digest_threads", int, "hashing threads per rank"),
 }

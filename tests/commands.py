@@ -29,8 +29,11 @@ COLUMNS = {"COLUMNS": "120"}
 def run(*words: object) -> Result:
     """Run a command; anything but an exit is a failure of the test."""
     result = CliRunner().invoke(cli, [str(word) for word in words], env=COLUMNS)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    error = result.exception
+    if error is not None and not isinstance(error, SystemExit):
+        raise error
+    if error is not None and error.__cause__ is not None:
+        raise error.__cause__  # what the command answered for as a fault of its own
     return result
 
 

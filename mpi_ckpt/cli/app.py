@@ -3,12 +3,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import click
+from click import Abort
 
 from mpi_ckpt import __version__
+from mpi_ckpt.cli.command import BAD, MISUSED
+from mpi_ckpt.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["cli"]
 
@@ -25,10 +35,54 @@ _COMMANDS = {
     "import": "importing:import_file",
     "doctor": "doctor:doctor",
 }
+_COMPLETION = "_MPI_CKPT_COMPLETE"
 
 
 class _Group(click.Group):
     """Knows its commands by name, so that ``ls`` does not pay for ``diff``."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,  # noqa: ANN401 (click's)
+    ) -> Any:  # noqa: ANN401 (click's)
+        """Run a command, and answer for all that can go wrong, as JSON if that is asked."""
+        words = _in_order(list(sys.argv[1:] if args is None else args))
+        if not standalone_mode or _COMPLETION in os.environ:
+            return super().main(words, prog_name, complete_var, standalone_mode, **extra)
+        with Screen(as_json=_wants_json(words)) as screen:
+            extra = {"obj": screen, "terminal_width": screen.help_width, **extra}
+            code = self._answer(screen, words, prog_name, extra)
+        raise SystemExit(code) from screen.fault
+
+    def _answer(
+        self, screen: Screen, words: list[str], prog_name: str | None, extra: dict[str, Any]
+    ) -> int:
+        named = words != ["--json"]
+        try:
+            code = super().main(
+                (words or ["--help"]) if named else [],
+                prog_name,
+                standalone_mode=False,
+                **extra,
+            )
+        except click.ClickException as error:
+            text = error.format_message()
+            context = getattr(error, "ctx", None)
+            if context is not None:
+                text += f"\nhow it is used: {context.command_path} --help"
+            screen.fail(error, text, kind="usage", code=error.exit_code)
+            return error.exit_code
+        except (Abort, KeyboardInterrupt) as error:
+            screen.fail(error, "interrupted", kind="interrupted", code=BAD)
+            return BAD
+        except Exception as error:  # a fault of ours
+            screen.crash(error, BAD)
+            return BAD
+        return int(code or 0) if words else MISUSED
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(_COMMANDS)
@@ -50,11 +104,46 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def _wants_json(words: Sequence[str]) -> bool:
+    """Whether JSON is asked for, as far as one can tell of words that may be wrong."""
+    ours = _own_words(words)
+    asked = any(word == "--json" or word.startswith("--json=") for word in ours)
+    return asked and not {"-h", "--help", "--version"} & set(ours)
+
+
+def _in_order(words: list[str]) -> list[str]:
+    """Move options of all commands that stand before the command's name behind it."""
+    flags = list(takewhile(("--json", "--iso").__contains__, words))
+    rest = words[len(flags) :]
+    return [rest[0], *flags, *rest[1:]] if rest else flags
+
+
+def _own_words(words: Sequence[str]) -> Sequence[str]:
+    """Leave out what follows ``--``, and the program of ``run`` with its options."""
+    if "--" in words:
+        words = words[: words.index("--")]
+    if words[:1] != ["run"]:
+        return words
+    from mpi_ckpt.cli.restarting import run
+
+    valued = {
+        name
+        for option in run.params
+        if isinstance(option, click.Option) and not option.is_flag
+        for name in option.opts
+    }
+    place = 1
+    while place < len(words) and words[place].startswith("-"):
+        place += 2 if words[place] in valued else 1
+    return words[:place]
+
+
 @click.command(
     "mpi-ckpt",
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 good, 1 bad, 2 wrongly used. Every command takes --json.",
+    no_args_is_help=False,
 )
 @click.version_option(__version__, message="mpi_ckpt %(version)s")
 def cli() -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "GOOD",
     "MISUSED",
     "CommandError",
+    "DirectoryPath",
     "command",
     "directory_argument",
     "generation_argument",
@@ -53,52 +54,70 @@ class CommandError(Exception):
 
 
 def command(
-    name: str, *, trouble: int = BAD
+    name: str, short: str, *, trouble: int = BAD, dates: bool = False
 ) -> Callable[[Callable[..., int]], click.Command]:
     """Make a command of a function that takes a screen and returns an exit code.
 
     Args:
         name: Name of the command.
-        trouble: Exit code for files that are damaged or cannot be read.
+        short: What it does, for the list of all commands.
+        trouble: Exit code for files that are damaged or cannot be read, and for faults.
+        dates: Whether it shows dates, and takes ``--iso``.
     """
 
     def decorate(function: Callable[..., int]) -> click.Command:
         @functools.wraps(function)
-        def run(*, as_json: bool, **given: Any) -> None:  # noqa: ANN401 (click's)
-            screen = Screen(as_json=as_json)
+        def run(*, as_json: bool, iso: bool = False, **given: Any) -> None:  # noqa: ANN401 (click's)
+            screen = _screen()
+            screen.as_json, screen.iso = screen.as_json or as_json, iso
             try:
                 code = function(screen, **given)
             except CommandError as error:
-                screen.fail(error.kind, str(error))
                 code = error.code
-            except CheckpointError as error:
-                screen.fail(type(error).__name__, str(error))
+                screen.fail(error, str(error), kind=error.kind, code=code)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                    raise  # somebody's `| head`
                 code = trouble
-            except OSError as error:
-                if error.errno == errno.EPIPE:  # somebody's `| head`
-                    raise
-                screen.fail("OSError", _text_of(error))
+                _tell(screen, error, code)
+            except KeyboardInterrupt as error:
                 code = trouble
-            except MemoryError as error:
-                screen.fail("memory", f"there is not enough memory: {error}")
-                code = trouble
-            except RecursionError:
-                screen.fail("damaged", "the structure of a state is nested too deeply")
-                code = trouble
+                screen.fail(error, "interrupted", kind="interrupted", code=code)
             click.get_current_context().exit(code)
 
-        option = click.option("--json", "as_json", is_flag=True, help="Answer with JSON.")
-        return click.command(name)(option(run))
+        json_option = click.option(
+            "--json", "as_json", is_flag=True, help="Answer with one JSON object."
+        )
+        iso_option = click.option(
+            "--iso",
+            is_flag=True,
+            help="Show dates as in ISO 8601, in UTC, instead of ages.",
+        )
+        options = iso_option(run) if dates else run
+        return click.command(name, short_help=short)(json_option(options))
 
     return decorate
+
+
+class DirectoryPath(click.Path):
+    """A path that somebody has given; what is there is looked at later."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:  # noqa: ANN401 (click's)
+        """Refuse an empty word: as a path it would be the working directory."""
+        if not value:
+            self.fail("it is empty: was a variable not set?", param, ctx)
+        return Path(value)
 
 
 def directory_argument(
     name: str = "directory", *, required: bool = True
 ) -> Callable[[Function], Function]:
-    """Return the argument for a checkpoint directory that must be there."""
-    kind = click.Path(exists=True, file_okay=False, path_type=Path)
-    return click.argument(name, metavar="DIR", type=kind, required=required)
+    """Return the argument for a checkpoint directory."""
+    metavar = "DIR" if required else "[DIR]"
+    return click.argument(name, metavar=metavar, type=DirectoryPath(), required=required)
 
 
 def generation_argument(*, required: bool = False) -> Callable[[Function], Function]:
@@ -126,6 +145,24 @@ def _complete(
     return [word for word in words if word.startswith(incomplete)]
 
 
-def _text_of(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{in_words(error)}"
+def _screen() -> Screen:
+    found = click.get_current_context().find_object(Screen)
+    assert found is not None
+    return found
+
+
+def _tell(screen: Screen, error: Exception, code: int) -> None:
+    """Say what an exception means that came out of a command."""
+    if isinstance(error, CheckpointError):
+        screen.fail(error, str(error), kind=type(error).__name__, code=code)
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        screen.fail(error, f"{where}{in_words(error)}", kind="OSError", code=code)
+    elif isinstance(error, MemoryError):
+        text = f"there is not enough memory: {error}"
+        screen.fail(error, text, kind="memory", code=code)
+    elif isinstance(error, RecursionError):
+        text = "the structure of a state is nested too deeply"
+        screen.fail(error, text, kind="damaged", code=code)
+    else:
+        screen.crash(error, code)

@@ -13,10 +13,15 @@ import click
 
 from mpi_ckpt.cli.changes import compare_generations, structure_changes
 from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
-from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.directory_kinds import (
+    directory_of_all,
+    directory_to_look_at,
+    kind_of,
+)
+from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.showing import shape_text
 from mpi_ckpt.cli.survey import find_generation, open_generation
-from mpi_ckpt.storage.layout import MANIFEST
+from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
     from mpi_ckpt.cli.changes import LeafChange
@@ -28,12 +33,24 @@ __all__ = ["diff"]
 _VALUES_SHOWN = 20
 _VALUE_CHARACTERS = 30
 
+_COLUMNS = (
+    Column("leaf", names=True),
+    Column("", states=True),
+    Column("dtype", spare=5),
+    Column("shape", spare=4),
+    Column("differing", right=True, spare=1),
+    Column("max abs", right=True, spare=2),
+    Column("max rel", right=True, spare=3),
+)
+
 _Values = dict[str, list[tuple[str, Any, Any]]]
 
 
-@command("diff", trouble=MISUSED)
+@command("diff", "Compare two generations.", trouble=MISUSED)
 @click.argument("where", metavar="[DIR] A B", nargs=-1, required=True)
-@click.option("--all", "everything", is_flag=True, help="Also the leaves that are equal.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Also show the leaves that are equal."
+)
 def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
     """Compare two generations leaf by leaf.
 
@@ -82,26 +99,31 @@ def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
 
 
 def _places(where: tuple[str, ...]) -> tuple[Path, Path]:
+    if "" in where:
+        text = "one of the arguments is empty: was a variable not set?"
+        raise CommandError(text, code=MISUSED, kind="usage")
     if len(where) == 3:
-        root = Path(where[0])
-        if not root.is_dir():
-            raise CommandError(f"{root} is no directory", code=MISUSED, kind="usage")
+        root = directory_of_all(Path(where[0]), "diff DIR A B")
         return find_generation(root, where[1]), find_generation(root, where[2])
     if len(where) == 2:
-        for name in where:
-            if not (Path(name) / MANIFEST).is_file():
-                raise CommandError(
-                    f"{name} is not the directory of a generation; to compare two of one "
-                    "directory: mpi-ckpt diff DIR A B",
-                    code=MISUSED,
-                    kind="usage",
-                )
-        return Path(where[0]), Path(where[1])
+        return _own_directory(where[0]), _own_directory(where[1])
     raise CommandError(
         f"diff takes DIR A B, or two directories of generations; {len(where)} given",
         code=MISUSED,
         kind="usage",
     )
+
+
+def _own_directory(name: str) -> Path:
+    path = directory_to_look_at(Path(name), None, "diff")
+    if kind_of(path) != "generation":
+        raise CommandError(
+            f"{name} is not the directory of a generation; to compare two of one "
+            "directory: mpi-ckpt diff DIR A B",
+            code=MISUSED,
+            kind="usage",
+        )
+    return path
 
 
 def _values(left: Manifest, right: Manifest) -> _Values:
@@ -127,7 +149,7 @@ def _show(
         count = f": {differing} of {plural(len(inside), 'leaf')} changed"
         screen.say(state + (count if inside else ""), style="bold")
         screen.table(
-            ["leaf", "", "dtype", "shape", ">differing", ">max abs", ">max rel"],
+            _COLUMNS,
             [_cells(one) for one in shown if one.state == state],
             indent=2,
         )

@@ -22,7 +22,8 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
-from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.directory_kinds import directory_to_look_at
+from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.showing import pick_states
 from mpi_ckpt.cli.survey import open_wanted
 from mpi_ckpt.errors import WriteError
@@ -54,7 +55,7 @@ _FORMATS = {
 }
 
 
-@command("export")
+@command("export", "Write a generation to one file.")
 @directory_argument()
 @generation_argument()
 @click.option(
@@ -69,9 +70,15 @@ _FORMATS = {
     "--format",
     "form",
     type=click.Choice(["safetensors", "torch"]),
-    help="Default: by the end of FILE's name.",
+    help="Of the file; by default the end of its name tells.",
 )
-@click.option("--state", "names", multiple=True, metavar="NAME", help="Only this state.")
+@click.option(
+    "--state",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Write this state only.",
+)
 def export(
     screen: Screen,
     directory: Path,
@@ -86,6 +93,7 @@ def export(
     parameters, as other tools expect them. A safetensors file also carries what is no
     tensor, so that import gives the same generation back, bit for bit.
     """
+    directory = directory_to_look_at(directory, generation, "export")
     form = form or _FORMATS.get(target.suffix.lower())
     if form is None:
         raise CommandError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import closing
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -17,8 +18,9 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
+from mpi_ckpt.cli.directory_kinds import directory_of_all
+from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.pruning import LOCK_PATIENCE_SECONDS
-from mpi_ckpt.cli.screen import bytes_text, plural
 from mpi_ckpt.cli.survey import find_generation, look, open_generation
 from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.storage import recovery
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
 __all__ = ["rollback"]
 
 
-@command("rollback")
+@command("rollback", "Go back to an older generation.")
 @directory_argument()
 @generation_argument()
-@click.option("--undo", is_flag=True, help="Bring back what was set aside last.")
+@click.option(
+    "--undo", is_flag=True, help="Bring back what the last rollback has set aside."
+)
 def rollback(
     screen: Screen,
     directory: Path,
@@ -50,6 +54,7 @@ def rollback(
     --undo brings back all that was set aside since the last save. Refused while a job uses
     DIR.
     """
+    directory = directory_of_all(directory, "rollback")
     if undo == (generation is not None):
         raise CommandError(
             "say the GENERATION to go back to, or --undo", code=MISUSED, kind="usage"
@@ -95,11 +100,11 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         f"the next save becomes generation {following}"
     )
     if rows:
-        screen.say(
-            f"to undo: mpi-ckpt rollback {directory} --undo; to free "
-            f"{bytes_text(nbytes)}: rm -r {directory}/.rolled-back-*",
-            style="dim",
-        )
+        # To be copied: never broken over two lines.
+        where = quote(str(directory))
+        screen.say(f"to undo: mpi-ckpt rollback {where} --undo", "dim", whole=True)
+        free = f"to free {bytes_text(nbytes)}: rm -r {where}/.rolled-back-*"
+        screen.say(free, "dim", whole=True)
     return GOOD
 
 
@@ -141,7 +146,7 @@ def _undo(screen: Screen, directory: Path) -> int:
     if left:
         screen.say(
             f"{plural(len(left), 'generation')} of an earlier rollback still set aside: "
-            f"mpi-ckpt rollback {directory} --undo",
+            f"mpi-ckpt rollback {quote(str(directory))} --undo",
             style="dim",
         )
     return GOOD
@@ -165,7 +170,7 @@ def _step_of(path: Path) -> int:
 def _cut_off(directory: Path, error: SaveError) -> str:
     return (
         f"{error}. Nothing was deleted; some may have been moved, as mpi-ckpt ls "
-        f"{directory} shows. Run this again to go on, or with --undo to go back"
+        f"{quote(str(directory))} shows. Run this again to go on, or with --undo to go back"
     )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack, closing
-from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, command
+from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, DirectoryPath, command
+from mpi_ckpt.cli.directory_kinds import kind_of, require_target
 from mpi_ckpt.cli.foreign import Content, FileStream, FixedState, open_safetensors
-from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.sync.captured import capture_states
@@ -27,6 +28,7 @@ from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.engine.save.request import Published
@@ -38,13 +40,13 @@ __all__ = ["import_file"]
 _OWN_OF_ADAPTDL = "adaptdl-"
 
 
-@command("import")
-@click.argument("source", metavar="FILE", type=click.Path(exists=True, path_type=Path))
+@command("import", "Make a generation of a file.")
+@click.argument("source", metavar="FILE", type=DirectoryPath())
 @click.option(
     "--into",
     required=True,
     metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=DirectoryPath(),
     help="Checkpoint directory; made if it is missing.",
 )
 @click.option("--state", "name", metavar="NAME", help="Name of the state; default: FILE's.")
@@ -77,6 +79,8 @@ def import_file(
     named tensors as ModuleState wants them, of anything else as ObjectState does. Files
     of torch.save are loaded without running code; what needs that is refused.
     """
+    require_target(into)
+    _require_source(source)
     source = source.resolve()
     left_out: list[str] = []
     with ExitStack() as stack:
@@ -116,6 +120,20 @@ def import_file(
             "job starts these anew"
         )
     return GOOD
+
+
+def _require_source(source: Path) -> None:
+    kind = kind_of(source)
+    if kind == "missing":
+        raise CommandError(f"{source} does not exist", code=MISUSED, kind="absent")
+    if kind in ("checkpoints", "generation"):
+        raise CommandError(
+            f"{source} is of mpi_ckpt already: to take one generation into another "
+            f"directory, mpi-ckpt export {quote(str(source))} --to FILE.safetensors, and "
+            "import that",
+            code=MISUSED,
+            kind="usage",
+        )
 
 
 def _publish(

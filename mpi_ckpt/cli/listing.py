@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import GOOD, command, directory_argument
-from mpi_ckpt.cli.screen import age, bytes_text, plural
+from mpi_ckpt.cli.directory_kinds import directory_of_all
+from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.survey import lock_holder, look
+from mpi_ckpt.cli.tables import Column
 from mpi_ckpt.storage.layout import QUARANTINE
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ __all__ = ["list_generations"]
 _SOUND = ("newest", "ok", "gone", "partial", "rolled back")
 
 
-@command("ls")
+@command("ls", "List the generations in a directory.", dates=True)
 @directory_argument()
 def list_generations(screen: Screen, directory: Path) -> int:
     """List the generations in DIR: step, age, size, ranks, state.
@@ -31,6 +33,7 @@ def list_generations(screen: Screen, directory: Path) -> int:
     every byte), quarantined, rolled back (set aside by a rollback), partial (being written
     or removed, or left over), gone (pruned by a job while this looked).
     """
+    directory = directory_of_all(directory, "ls")
     rows = look(directory)
     holder = lock_holder(directory)
     on_disk = sum(size for _, _, size in frozenset().union(*(r.inodes for r in rows)))
@@ -43,27 +46,32 @@ def list_generations(screen: Screen, directory: Path) -> int:
         }
     )
     metrics = sorted({name for r in rows if r.manifest for name in r.manifest.metrics})
-    screen.table(
-        ["generation", ">step", ">saved", ">size", ">shared", ">ranks"]
-        + [f">{name}" for name in metrics]
-        + ["state"],
-        [_cells(row, metrics) for row in rows],
-    )
+    screen.table(_columns(metrics), [_cells(screen, row, metrics) for row in rows])
     for row in rows:
         if row.reason and row.state not in _SOUND:
             screen.say(f"{row.name}: {row.reason}", style="red")
     there = [r for r in rows if r.name.startswith("checkpoint-") and r.state != "gone"]
-    if not rows:
-        screen.say(f"{directory} holds no generation")
-    else:
-        text = f"{plural(len(there), 'generation')}, {bytes_text(on_disk)} on disk"
-        screen.say(text, style="dim")
+    text = f"{plural(len(there), 'generation')}, {bytes_text(on_disk)} on disk"
+    screen.say(text, style="dim")
     if holder is not None:
         screen.say(f"in use by {holder}", style="dim")
     return GOOD
 
 
-def _cells(row: Row, metrics: list[str]) -> list[str]:
+def _columns(metrics: list[str]) -> list[Column]:
+    return [
+        Column("generation", names=True),
+        Column("step", right=True, spare=1),
+        Column("saved", right=True, spare=3),
+        Column("size", right=True, spare=2),
+        Column("shared", right=True, spare=6),
+        Column("ranks", right=True, spare=5),
+        *(Column(name, right=True, foreign=True, spare=4) for name in metrics),
+        Column("state", states=True),
+    ]
+
+
+def _cells(screen: Screen, row: Row, metrics: list[str]) -> list[str]:
     manifest = row.manifest
     number = row.name.removeprefix(f"{QUARANTINE}/")
     if row.state == "rolled back":
@@ -75,6 +83,6 @@ def _cells(row: Row, metrics: list[str]) -> list[str]:
     else:
         values = [manifest.metrics.get(name) for name in metrics]
         shown = ["" if value is None else f"{value:.5g}" for value in values]
-        said = [str(manifest.step), age(manifest.time), str(manifest.size), *shown]
+        said = [str(manifest.step), screen.saved(manifest.time), str(manifest.size), *shown]
     size, shared = bytes_text(row.nbytes), bytes_text(row.shared)
     return [number, said[0], said[1], size, shared, *said[2:], row.state]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import signal
 import time
@@ -14,6 +13,7 @@ from mpi_ckpt.cli.child import Child
 from mpi_ckpt.cli.hosting import suspects
 from mpi_ckpt.cli.launching import Host, Launcher, launch_command, place
 from mpi_ckpt.cli.outcome import PREEMPTED_CODE, Ending, judge, next_move
+from mpi_ckpt.cli.plain_text import json_text
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.notes import VARIABLE, read_notes, remove_notes
 
@@ -265,7 +265,7 @@ class Loop:
 
     def _log(self, attempt: Attempt) -> None:
         self.attempts.append(attempt)
-        line = json.dumps(attempt.to_json()) + "\n"
+        line = json_text(attempt.to_json(), indent=None) + "\n"
         try:
             filesystem.append(self._plan.folder / LOG, line.encode())
         except OSError as error:

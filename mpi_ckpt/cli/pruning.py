@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import click
@@ -18,7 +20,9 @@ from mpi_ckpt.cli.command import (
     command,
     directory_argument,
 )
-from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.directory_kinds import directory_of_all
+from mpi_ckpt.cli.plain_text import bytes_text, plural
+from mpi_ckpt.cli.ranking import rank
 from mpi_ckpt.cli.survey import look
 from mpi_ckpt.cli.verifying import find_problems
 from mpi_ckpt.retention import (
@@ -38,6 +42,7 @@ from mpi_ckpt.storage.reader import GenerationReader
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mpi_ckpt.cli.ranking import Ranking
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.cli.survey import Row
     from mpi_ckpt.retention import Mode, RetentionPolicy
@@ -50,33 +55,38 @@ LOCK_PATIENCE_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _PrunePlan:
-    """What goes, what stays, what is left alone; how many bytes that frees."""
+    """What goes, what stays, what is left alone; bytes that frees; what it goes by."""
 
     removed: tuple[int, ...]
     kept: tuple[int, ...]
     left_alone: tuple[str, ...]
     freed: int
+    rankings: list[Ranking]
 
 
-@command("prune")
+@command("prune", "Remove generations that are not to be kept.")
 @directory_argument()
-@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="The N newest.")
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest."
+)
 @click.option(
     "--keep-every",
     type=click.IntRange(min=1),
     metavar="STEPS",
-    help="The first of every STEPS steps.",
+    help="Keep the first of every STEPS steps.",
 )
-@click.option("--keep-best", metavar="METRIC", help="The one with the best metric.")
+@click.option(
+    "--keep-best", metavar="METRIC", help="Keep the one with the best value of METRIC."
+)
 @click.option(
     "--mode",
     type=click.Choice(["min", "max"]),
-    help="Which value of that metric is the best.",
+    help="Whether its lowest or its highest value is the best.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Prove what stays first; what is bad does not count."
+    "--verify", is_flag=True, help="Prove what stays first; what is bad is not counted."
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go, and why.")
 def prune(
     screen: Screen,
     directory: Path,
@@ -90,22 +100,23 @@ def prune(
     """Remove generations that no --keep option keeps.
 
     The newest good one always stays, and damaged ones are left alone: quarantine those.
-    Damage inside of files is seen with --verify only. Refused while a job uses DIR.
+    Damage inside of files is seen with --verify only. Before anything goes it says what
+    each rule ranks by, which way, and with which values. Refused while a job uses DIR.
     Leftovers of writes that were cut off go as well.
     """
-    policy = _policy(keep_last, keep_every, keep_best, mode)
-    found = recovery.survey(directory)
-    if not found.generations and not found.partials:
-        # Not even a lock file is left in a directory that is somebody else's.
-        raise CommandError(f"{directory} holds no generation", code=MISUSED, kind="absent")
+    # Not even a lock file is left in a directory that is somebody else's.
+    directory = directory_of_all(directory, "prune")
+    policies = _policies(keep_last, keep_every, keep_best, mode)
     if dry_run:
-        plan = _plan(screen, directory, policy, verify=verify)
+        plan = _plan(screen, directory, policies, verify=verify)
+        _say_ranking(screen, plan)
         leftovers = recovery.survey(directory).partials
     else:
         job = secrets.token_hex(6)
         lock = DirectoryLock(directory, job, patience_seconds=LOCK_PATIENCE_SECONDS)
         with closing(lock):
-            plan = _plan(screen, directory, policy, verify=verify)
+            plan = _plan(screen, directory, policies, verify=verify)
+            _say_ranking(screen, plan)
             leftovers = recovery.survey(directory).partials
             recovery.sweep(directory, leftovers, job)
             Catalog(directory).remove(plan.removed, job)
@@ -115,6 +126,7 @@ def prune(
     screen.data(
         {
             "dry_run": dry_run,
+            "ranked_by": [one.to_json() for one in plan.rankings],
             "removed": [number for number in plan.removed if number not in failed],
             "kept": list(plan.kept),
             "left_alone": list(plan.left_alone),
@@ -129,9 +141,9 @@ def prune(
     return BAD if failed else GOOD
 
 
-def _policy(
+def _policies(
     last: int | None, every: int | None, best: str | None, mode: Mode | None
-) -> RetentionPolicy:
+) -> list[RetentionPolicy]:
     policies: list[RetentionPolicy] = []
     if last is not None:
         policies.append(KeepLast(last))
@@ -158,15 +170,13 @@ def _policy(
             code=MISUSED,
             kind="usage",
         )
-    policy = policies[0]
-    for one in policies[1:]:
-        policy = policy | one
-    return policy
+    return policies
 
 
 def _plan(
-    screen: Screen, directory: Path, policy: RetentionPolicy, *, verify: bool
+    screen: Screen, directory: Path, policies: list[RetentionPolicy], *, verify: bool
 ) -> _PrunePlan:
+    policy = reduce(operator.or_, policies)
     everything = look(directory)
     rows = [row for row in everything if row.name.startswith("checkpoint-")]
     # A damaged generation must not count as one that stays: the good ones would go.
@@ -188,14 +198,14 @@ def _plan(
     return _PrunePlan(
         removed=removed,
         kept=tuple(number for number in good if number in kept),
+        rankings=rank(policies, _summaries(good)),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
         freed=_freed([good[number] for number in removed], everything),
     )
 
 
 def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
-    manifests = [row.manifest for row in good.values() if row.manifest is not None]
-    there = [GenerationSummary(m.generation, m.step, m.metrics) for m in manifests]
+    there = _summaries(good)
     # A name spelled wrong would have all be removed that it was to keep.
     for one in unmet_policies(policy, there) if there else ():
         raise CommandError(
@@ -205,6 +215,21 @@ def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
             kind="absent",
         )
     return select_kept(policy, there)
+
+
+def _summaries(good: dict[int, Row]) -> list[GenerationSummary]:
+    manifests = [row.manifest for row in good.values() if row.manifest is not None]
+    return [GenerationSummary(m.generation, m.step, m.metrics) for m in manifests]
+
+
+def _say_ranking(screen: Screen, plan: _PrunePlan) -> None:
+    for ranking in plan.rankings:
+        for line in ranking.lines():
+            screen.say(line)
+    kept = {number for ranking in plan.rankings for number in ranking.kept}
+    besides = [number for number in plan.kept if number not in kept]
+    if besides:
+        screen.say(f"kept besides, as the newest good one: {_listed(besides)}")
 
 
 def _proves(screen: Screen, path: Path) -> bool:

@@ -16,6 +16,7 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
+from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.cli.survey import find_generation, look
 from mpi_ckpt.errors import CorruptGenerationError
@@ -31,17 +32,21 @@ if TYPE_CHECKING:
 __all__ = ["quarantine"]
 
 
-@command("quarantine")
+@command("quarantine", "Set a bad generation aside.")
 @directory_argument()
 @generation_argument(required=True)
 @click.option(
-    "--reason", default="set aside by hand", show_default=True, help="Kept beside it."
+    "--reason",
+    default="set aside by hand",
+    show_default=True,
+    help="Why; kept beside it.",
 )
 def quarantine(screen: Screen, directory: Path, generation: str, reason: str) -> int:
     """Set a generation aside in DIR/.quarantine; nothing is deleted.
 
     Restores then take the newest good one that is left. Refused while a job uses DIR.
     """
+    directory = directory_of_all(directory, "quarantine")
     find_generation(directory, generation)  # before a lock file is made
     lock = DirectoryLock(
         directory, secrets.token_hex(6), patience_seconds=LOCK_PATIENCE_SECONDS

@@ -15,6 +15,7 @@ from mpi_ckpt.cli.hosting import HostBook, ask_hosts_script, parse_hosts
 from mpi_ckpt.cli.launching import find_launcher
 from mpi_ckpt.cli.looping import LOG, Loop, Plan, Requests
 from mpi_ckpt.cli.machine import which
+from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,68 +25,104 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_COLUMNS = (
+    Column("attempt", right=True),
+    Column("np", right=True, spare=4),
+    Column("hosts", names=True, spare=6),
+    Column("seconds", right=True, spare=5),
+    Column("code", right=True, spare=1),
+    Column("outcome", states=True),
+    Column("from", right=True, spare=3),
+    Column("to", right=True, spare=2),
+    Column("error", names=True, spare=7),
+)
+
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=True)
 _SECONDS = click.FloatRange(min=0)
 
 
-@command("run")
+@command("run", "Start a job, again until it has finished.")
 @click.option(
-    "--np", "size", type=click.IntRange(min=1), required=True, help="Ranks to start."
+    "--np",
+    "size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    required=True,
+    help="How many ranks to start.",
 )
 @click.option(
-    "--min-np", "least", type=click.IntRange(min=1), help="With fewer hosts, at least."
+    "--min-np",
+    "least",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Start fewer ranks, down to so many, if hosts are missing.",
 )
 @click.option(
     "--max-restarts",
+    metavar="N",
     type=click.IntRange(min=0),
     default=20,
     show_default=True,
-    help="Attempts after the first.",
+    help="How many attempts there may be after the first.",
 )
-@click.option("--hostfile", type=_FILE, help="Lines of host, host:slots or host slots=N.")
-@click.option("--hosts-script", type=_FILE, help="Prints such lines; asked each time.")
+@click.option("--hostfile", type=_FILE, help="A file of lines such as host:slots.")
+@click.option(
+    "--hosts-script",
+    type=_FILE,
+    help="A script that prints such lines.",
+)
 @click.option(
     "--script-timeout",
+    metavar="SECONDS",
     type=_SECONDS,
     default=60,
     show_default=True,
-    help="Seconds for the hosts script.",
+    help="How long the hosts script may take.",
 )
 @click.option(
-    "--launcher", metavar="COMMAND", help="Default: mpirun of the PATH, else srun."
+    "--launcher",
+    metavar="COMMAND",
+    help="By default mpirun, else srun.",
 )
 @click.option(
     "--backoff",
+    metavar="SECONDS",
     type=_SECONDS,
     default=1,
     show_default=True,
-    help="Seconds after a first failure; doubled with each without progress.",
+    help="How long to wait after a failure; doubled while nothing new is saved.",
 )
 @click.option(
     "--timeout",
+    metavar="SECONDS",
     type=_SECONDS,
     default=0,
-    help="End an attempt that has saved nothing for so many seconds.",
+    help="End an attempt that has recorded nothing for so long; 0: never.",
 )
 @click.option(
     "--patience",
+    metavar="SECONDS",
     type=_SECONDS,
     default=600,
     show_default=True,
-    help="Seconds to wait for hosts.",
+    help="How long to wait for hosts.",
 )
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("mpi-ckpt-run"),
     show_default=True,
-    help="For notes and log; every host must see it.",
+    help="Where notes and log go; every host must see it.",
 )
 @click.option(
-    "--trust-exit-code", is_flag=True, help="Take 0 for success if nothing was recorded."
+    "--trust-exit-code",
+    is_flag=True,
+    help="Take 0 for success if nothing is recorded.",
 )
 @click.option(
-    "--stop-when-preempted", is_flag=True, help="A scheduler starts us again after that."
+    "--stop-when-preempted",
+    is_flag=True,
+    help="End then: a scheduler starts this again.",
 )
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
@@ -177,17 +214,7 @@ def _report(screen: Screen, loop: Loop, log: Path) -> None:
         }
     )
     screen.table(
-        [
-            ">attempt",
-            ">np",
-            "hosts",
-            ">seconds",
-            ">code",
-            "outcome",
-            ">from",
-            ">to",
-            "error",
-        ],
+        _COLUMNS,
         [
             (
                 one.attempt,

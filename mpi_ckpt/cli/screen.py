@@ -1,38 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that is printed goes through here: tables for people, JSON for programs.
 
-Names found in files are somebody else's text: they are shown without what a terminal
-would obey, and never as markup.
+INVARIANT: whatever reaches a terminal is written by `Screen._write`, which cleans it: what
+commands say, what click, Python's warnings, the log and tracebacks print, and JSON.
 """
 
 from __future__ import annotations
 
-import json
+import io
+import logging
 import os
-import time
-import unicodedata
-from contextlib import contextmanager
+import sys
+import traceback
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import click
-from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
+
+from mpi_ckpt.cli.gates import LogGate, StreamGate
+from mpi_ckpt.cli.plain_text import age, clean, iso_date, json_text
+from mpi_ckpt.cli.tables import cut_middle, lay_out, wrap_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import TextIO
 
-__all__ = ["Screen", "age", "bytes_text", "clean", "plural"]
+    from mpi_ckpt.cli.tables import Column
+
+    Parts = Sequence[tuple[object, str]]
+
+__all__ = ["Screen"]
 
 _STYLES = {
     "newest": "bold green",
@@ -58,129 +68,189 @@ _STYLES = {
     "unreadable": "bold red",
     "unsupported": "bold red",
 }
-# Wide enough for any table where nobody looks: a pipe should not cut names off.
-_PIPE_COLUMNS = 400
-
-
-def clean(text: object) -> str:
-    """Return text with all that a terminal would obey written out instead."""
-    return "".join(
-        character
-        if unicodedata.category(character)[0] != "C"
-        and unicodedata.category(character) not in ("Zl", "Zp")
-        else character.encode("unicode_escape", "replace").decode()
-        for character in str(text)
-    )
-
-
-def bytes_text(count: int) -> str:
-    """Return a number of bytes for people, such as ``12.3 MiB``."""
-    if count < 1024:
-        return f"{count} B"
-    value = float(count)
-    units = ["TiB", "GiB", "MiB", "KiB"]
-    unit = ""
-    while units and value >= 1023.95:
-        value, unit = value / 1024, units.pop()
-    return f"{value:.1f} {unit}"
-
-
-def age(then: float, now: float | None = None) -> str:
-    """Return how long ago something was, such as ``3 min``."""
-    seconds = (time.time() if now is None else now) - then
-    if seconds < 0:
-        return "in future"
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun, such as ``1 leaf``."""
-    many = noun[:-1] + "ves" if noun.endswith("leaf") else noun + "s"
-    return f"{count} {noun if count == 1 else many}"
+_COLUMNS = 80
+_LEAST_CELLS = 14
+_LEFT_OUT_NAMED = 8
+_NOTE_SPACE = " " * 5
+_BAR_COLUMNS, _BAR_COLUMNS_FEW = 90, 60
+# For a terminal that knows no more than ASCII.
+_IN_ASCII = str.maketrans({"─": "-", "…": "~"})
 
 
 class Screen:
     """Where a command says what it found.
+
+    A context manager: within it, what others print on standard output and standard error,
+    and what they log, goes the same way; at its end the JSON object is printed.
 
     Args:
         as_json: Whether the answer is one JSON object on standard output.
 
     Attributes:
         as_json: Likewise.
+        iso: Whether dates are those of ISO 8601, not ages.
+        fault: The exception that nobody expected, if there was one.
     """
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self._out = _console(stderr=False)
-        self._err = _console(stderr=True)
+        self.iso = False
+        self.fault: BaseException | None = None
+        self._out = _console(sys.stdout)
+        self._err = _console(sys.stderr)
+        self._answer = ""
 
-    def say(self, text: str = "", style: str = "") -> None:
-        """Print a line for people."""
+    def __enter__(self) -> Screen:
+        self._before = sys.stdout, sys.stderr
+        # Standard output is for the JSON object alone.
+        self._gates = [
+            StreamGate(console.file, partial(self._write_lines, console))  # type: ignore[arg-type]
+            for console in (self._err if self.as_json else self._out, self._err)
+        ]
+        sys.stdout, sys.stderr = self._gates
+        self._log = LogGate(self.notice)
+        logging.root.addHandler(self._log)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.root.removeHandler(self._log)
+        sys.stdout, sys.stderr = self._before
+        for gate in self._gates:
+            gate.finish()
+        if self._answer:
+            self._write_lines(self._out, self._answer.split("\n"))
+
+    @property
+    def help_width(self) -> int:
+        """How many cells the lines of a help text may take."""
+        return min(_width(self._out) or _COLUMNS, _COLUMNS) - 1
+
+    def say(self, text: str = "", style: str = "", *, whole: bool = False) -> None:
+        """Print a line for people; one that is too long for the terminal goes on below.
+
+        Args:
+            text: The line.
+            style: Its colour.
+            whole: Whether it is never broken, as it is there to be copied.
+        """
         if not self.as_json:
-            self._out.print(Text(clean(text), style=style), soft_wrap=True)
+            width = None if whole else _width(self._out)
+            self._write(self._out, _lines(text, style, width))
 
     def warn(self, text: str) -> None:
         """Print a line for people on standard error."""
         if not self.as_json:
-            self._err.print(Text(clean(text), style="yellow"), soft_wrap=True)
+            self.notice(text)
+
+    def notice(self, text: str, style: str = "yellow") -> None:
+        """Print lines on standard error, for programs that want JSON too."""
+        self._write(self._err, _lines(text, style, _width(self._err)))
+
+    def saved(self, then: float) -> str:
+        """Return when something was saved, as it was asked for."""
+        return iso_date(then) if self.iso else age(then)
 
     def table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[object]], indent: int = 0
+        self,
+        columns: Sequence[Column],
+        rows: Sequence[Sequence[object]],
+        indent: int = 0,
+        notes: Sequence[str] = (),
     ) -> None:
-        """Print a table for people.
+        """Print a table for people, as much of it as there is room for.
 
         Args:
-            columns: Headings; one that starts with ``>`` is that of numbers. None is
-                shown where all are empty.
-            rows: A cell that is a state gets its colour.
-            indent: Columns left free before it.
+            columns: What its columns are.
+            rows: A cell of a column of states gets its colour.
+            indent: Cells left free before it.
+            notes: What stands on a line below each row, if anything does.
         """
         if self.as_json or not rows:
             return
-        table = Table(
-            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold"
-        )
-        for heading in columns:
-            table.add_column(
-                heading.lstrip(">"),
-                justify="right" if heading.startswith(">") else "left",
-                overflow="fold",
-                no_wrap=heading.startswith(">"),
-            )
-        for row in rows:
-            cells = [clean(cell) for cell in row]
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in cells))
-        table.show_header = any(columns)
-        self._out.print(Padding(table, (0, 0, 0, indent), expand=False))
+        # Some headings are names of metrics.
+        columns = [replace(column, heading=clean(column.heading)) for column in columns]
+        texts = [[clean(cell) for cell in row] for row in rows]
+        width = _width(self._out)
+        layout = lay_out(columns, texts, None if width is None else width - indent)
+        space, gap = " " * indent, " " * layout.gap
+        heading = layout.cells(columns, [column.heading for column in columns])
+        lines: list[Parts] = []
+        if any(column.heading for column in columns):
+            lines.append([(f"{space}{gap.join(heading)}".rstrip(), "bold")])
+            lines.append([(space + "─" * layout.width, "")])
+        for number, row in enumerate(texts):
+            parts = [(space, "")]
+            for place, cell in zip(layout.shown, layout.cells(columns, row), strict=True):
+                style = _STYLES.get(row[place], "") if columns[place].states else ""
+                parts += [(cell, style), (gap, "")]
+            lines.append(_without_end(parts))
+            if notes and notes[number]:
+                lines += _lines(f"{space}{_NOTE_SPACE}{notes[number]}", "", width)
+        self._write(self._out, lines)
+        if layout.left_out:
+            self._say_left_out(layout.left_out, space)
+
+    def has_room(
+        self, columns: Sequence[Column], rows: Sequence[Sequence[object]], indent: int = 0
+    ) -> bool:
+        """Return whether a table would be shown as it is, nothing cut or left out."""
+        width = _width(self._out)
+        if width is None:
+            return True
+        texts = [[clean(cell) for cell in row] for row in rows]
+        return lay_out(columns, texts, None).width + indent <= width
+
+    def state(self, state: str, text: str, indent: int = 0) -> None:
+        """Print a line for people that begins with a state, in its colour."""
+        if not self.as_json:
+            head = (f"{' ' * indent}{state:6}", _STYLES.get(state, ""))
+            self._write(self._out, [[head, (text, "")]])
 
     def facts(self, pairs: Sequence[tuple[str, object]]) -> None:
         """Print names and values for people, one pair a line."""
         if self.as_json:
             return
-        grid = Table.grid(padding=(0, 3, 0, 0))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
+        width = _width(self._out)
+        broad = max(len(clean(name)) for name, _ in pairs)
+        if width is not None:
+            broad = min(broad, max(_LEAST_CELLS, width // 3))
         for name, value in pairs:
-            grid.add_row(Text(name, style="dim"), Text(clean(value)))
-        self._out.print(grid)
+            start = f"{cut_middle(clean(name), broad):{broad}}   "
+            first, *rest = wrap_words(start + clean(value), width)
+            lines: list[Parts] = [[(first[: len(start)], "dim"), (first[len(start) :], "")]]
+            lines += [[(f"  {line.strip()}", "")] for line in rest]
+            self._write(self._out, lines)
 
     def data(self, value: dict[str, Any]) -> None:
-        """Print the JSON object for programs."""
+        """Keep the JSON object for programs, to be printed at the end."""
         if self.as_json:
-            click.echo(json.dumps(value, indent=2, allow_nan=False))
+            self._answer = json_text(value)
 
-    def fail(self, kind: str, message: str) -> None:
-        """Say what went wrong, on standard error, or as the JSON object."""
+    def fail(self, error: BaseException, message: str, *, kind: str, code: int) -> None:
+        """Say what went wrong, on standard error, or as the JSON object.
+
+        Args:
+            error: The exception.
+            message: What it means and what to do.
+            kind: A word for programs.
+            code: The exit code.
+        """
         if self.as_json:
-            self.data({"error": message, "kind": kind})
+            name = type(error).__name__
+            told = {"message": message, "class": name, "kind": kind, "exit_code": code}
+            self.data({"error": told})
             return
-        text = Text("error: ", style="bold red")
-        lines = [clean(line) for line in message.splitlines()]
-        text.append("\n".join(lines), style="not bold default")
-        self._err.print(text, soft_wrap=True)
+        first, *rest = _lines(f"error: {message}", "", _width(self._err))
+        text = str(first[0][0])
+        head: Parts = [(text[:7], "bold red"), (text[7:], "")]
+        self._write(self._err, [head, *rest])
+
+    def crash(self, error: BaseException, code: int) -> None:
+        """Say that something happened which nobody expected, and where."""
+        self.fault = error
+        self.notice("".join(traceback.format_exception(error)).rstrip(), style="")
+        message = f"{type(error).__name__}: {error}\nthis is a fault of mpi-ckpt: report it"
+        self.fail(error, message, kind="unexpected", code=code)
 
     @contextmanager
     def progress(self, doing: str, nbytes: int) -> Iterator[Callable[[int], None]]:
@@ -188,23 +258,90 @@ class Screen:
 
         Nothing is shown for programs, nor where standard error is no terminal.
         """
+        name = TextColumn("{task.description}", markup=False)
+        columns: list[ProgressColumn] = [name, TaskProgressColumn()]
+        if self._err.width >= _BAR_COLUMNS_FEW:
+            columns = [name, BarColumn(), DownloadColumn(binary_units=True)]
+        if self._err.width >= _BAR_COLUMNS:
+            columns += [TransferSpeedColumn(), TimeRemainingColumn()]
         bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            *columns,
             console=self._err,
             transient=True,
             disable=self.as_json or not self._err.is_terminal,
+            # What others print meanwhile comes through a gate, and is cleaned.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         with bar:
             task = bar.add_task(clean(doing), total=nbytes)
             yield lambda count: bar.advance(task, count)
 
+    def _say_left_out(self, headings: Sequence[str], space: str) -> None:
+        named = ", ".join(headings[:_LEFT_OUT_NAMED])
+        if len(headings) > _LEFT_OUT_NAMED:
+            named += f" and {len(headings) - _LEFT_OUT_NAMED} more"
+        many = "columns" if len(headings) > 1 else "column"
+        self.say(
+            f"{space}{many} left out: {named}; a wider terminal or --json shows them",
+            style="dim",
+        )
 
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _PIPE_COLUMNS
+    def _write_lines(self, console: Console, lines: Sequence[str]) -> None:
+        self._write(console, [[(line, "")] for line in lines])
+
+    def _write(self, console: Console, lines: Sequence[Parts]) -> None:
+        """Print lines made of texts with their styles; the one place that prints."""
+        encoding = (console.encoding or "").lower()
+        table = {} if encoding.startswith("utf") else _IN_ASCII
+        text = Text()
+        for line in lines:
+            for part, style in line:
+                text.append(clean(part).translate(table), style)
+            text.append("\n")
+        console.print(text, soft_wrap=True, end="")
+
+
+def _console(stream: TextIO) -> Console:
+    with suppress(AttributeError, ValueError, io.UnsupportedOperation):
+        # A name that the terminal's encoding lacks is no reason to end.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+    console = Console(file=stream, highlight=False, emoji=False, markup=False)
+    console.width = _width(console) or console.width
     return console
+
+
+def _width(console: Console) -> int | None:
+    """Return how many cells a terminal has; None where there is none: nothing is cut."""
+    if not console.file.isatty():
+        return None
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdecimal() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(console.file.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        return _COLUMNS
+
+
+def _lines(text: str, style: str, width: int | None) -> list[Parts]:
+    """Cut text into lines; only the first stands at the left.
+
+    So a line end in a name, wherever it came from, never looks like a line of ours.
+    """
+    first, *rest = text.split("\n")
+    shown = wrap_words(clean(first), width)
+    for line in rest:
+        cleaned = clean(line)
+        indented = cleaned if cleaned.startswith("  ") else f"  {cleaned}"
+        shown += wrap_words(indented, width)
+    return [[(line.rstrip(), style)] for line in shown]
+
+
+def _without_end(parts: list[tuple[str, str]]) -> Parts:
+    """Leave out the spaces at the end of a row."""
+    while parts and not parts[-1][0].strip():
+        parts.pop()
+    if parts:
+        parts[-1] = (parts[-1][0].rstrip(), parts[-1][1])
+    return parts

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,8 +16,10 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
-from mpi_ckpt.cli.screen import age, bytes_text, plural
+from mpi_ckpt.cli.directory_kinds import directory_to_look_at
+from mpi_ckpt.cli.plain_text import age, bytes_text, iso_date, plural
 from mpi_ckpt.cli.survey import open_wanted
+from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,12 +33,18 @@ _LEAVES_SHOWN = 40
 _DIGITS = 12
 
 
-@command("show")
+@command("show", "Show what is in one generation.", dates=True)
 @directory_argument()
 @generation_argument()
-@click.option("--state", "names", multiple=True, metavar="NAME", help="Only this state.")
-@click.option("--all", "everything", is_flag=True, help="All leaves, however many.")
-@click.option("--structure", is_flag=True, help="Also what of a state is no tensor.")
+@click.option(
+    "--state",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Show this state only.",
+)
+@click.option("--all", "everything", is_flag=True, help="Show all leaves, however many.")
+@click.option("--structure", is_flag=True, help="Show also what is no tensor.")
 def show(
     screen: Screen,
     directory: Path,
@@ -50,6 +57,7 @@ def show(
 
     Without GENERATION it is the newest good one. DIR may be a generation's own directory.
     """
+    directory = directory_to_look_at(directory, generation, "show")
     with open_wanted(directory, generation) as reader:
         path = reader.path
         manifest = reader.manifest
@@ -89,7 +97,10 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 
 def _show_head(screen: Screen, path: Path, manifest: Manifest) -> None:
-    saved = datetime.fromtimestamp(_sane(manifest.time), timezone.utc)
+    saved = iso_date(manifest.time)
+    if not screen.iso:
+        date, clock = saved.rstrip("Z").split("T")
+        saved = f"{date} {clock} UTC, {age(manifest.time)} ago"
     shared = [f for f in manifest.files if f.generation != manifest.generation]
     total = sum(file.nbytes for file in manifest.files)
     files = f"{plural(len(manifest.files), 'file')}, {bytes_text(total)}"
@@ -100,7 +111,7 @@ def _show_head(screen: Screen, path: Path, manifest: Manifest) -> None:
         ("generation", manifest.generation),
         ("path", path),
         ("step", manifest.step),
-        ("saved", f"{saved:%Y-%m-%d %H:%M:%S} UTC, {age(manifest.time)} ago"),
+        ("saved", saved),
         ("by", f"job {manifest.job}, {plural(manifest.size, 'rank')}"),
         ("files", files),
     ]
@@ -120,7 +131,13 @@ def _show_state(screen: Screen, state: StoredState, limit: int | None) -> None:
         return
     screen.say(f"{state.name}: {plural(len(state.leaves), 'leaf')}, {total}", style="bold")
     screen.table(
-        ["leaf", "dtype", "shape", ">bytes", "digest"],
+        [
+            Column("leaf", names=True),
+            Column("dtype", spare=2),
+            Column("shape", spare=1),
+            Column("bytes", right=True, spare=3),
+            Column("digest", spare=4),
+        ],
         [
             [
                 leaf.spec.name,
@@ -146,9 +163,10 @@ def _document(
         "generation": manifest.generation,
         "step": manifest.step,
         "time": manifest.time,
+        "saved": iso_date(manifest.time),
         "job": manifest.job,
         "ranks": manifest.size,
-        "metrics": {k: str(v) if v - v != 0 else v for k, v in manifest.metrics.items()},
+        "metrics": dict(manifest.metrics),
         "files": [
             {"name": file.name, "bytes": file.nbytes, "generation": file.generation}
             for file in manifest.files
@@ -178,8 +196,3 @@ def _state_document(state: StoredState, *, structure: bool) -> dict[str, Any]:
         for leaf in state.leaves
     ]
     return document
-
-
-def _sane(seconds: float) -> float:
-    # A manifest may hold any number; a date has four digits for its year.
-    return min(max(seconds, 0.0), 253_402_300_799.0)

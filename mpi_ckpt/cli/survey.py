@@ -12,14 +12,16 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.command import BAD, MISUSED, CommandError
+from mpi_ckpt.cli.directory_kinds import kind_of
+from mpi_ckpt.cli.plain_text import iso_date
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, UnsupportedFormatError
 from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.layout import (
     LOCK,
-    MANIFEST,
     QUARANTINE,
     generation_name,
     generation_number,
@@ -78,12 +80,10 @@ class Row:
             "generation": manifest and manifest.generation,
             "step": manifest and manifest.step,
             "time": manifest and manifest.time,
+            "saved": manifest and iso_date(manifest.time),
             "ranks": manifest and manifest.size,
             "job": manifest and manifest.job,
-            "metrics": {
-                k: v if abs(v) < float("inf") else str(v)
-                for k, v in (manifest.metrics if manifest else {}).items()
-            },
+            "metrics": dict(manifest.metrics) if manifest else {},
             "bytes": self.nbytes,
             "bytes_shared": self.shared,
         }
@@ -131,7 +131,7 @@ def find_generation(root: Path, wanted: str | None) -> Path:
     Raises:
         CommandError: If there is none such; it says which there are.
     """
-    if wanted is None and (root / MANIFEST).is_file():
+    if wanted is None and kind_of(root) == "generation":
         return root
     found = recovery.survey(root)
     there = found.generations
@@ -146,7 +146,7 @@ def find_generation(root: Path, wanted: str | None) -> Path:
     if generation_name(number) in found.quarantined:
         hint = f"; it was set aside: {root / QUARANTINE / generation_name(number)}"
     elif number in found.rolled_back_numbers:
-        hint = f"; a rollback has set it aside: mpi-ckpt rollback {root} --undo"
+        hint = f"; a rollback has set it aside: mpi-ckpt rollback {quote(str(root))} --undo"
     raise CommandError(
         f"{root} has no generation {number}{hint}; there: {listed}{more}",
         code=MISUSED,

@@ -19,8 +19,10 @@ from mpi_ckpt.cli.command import (
     directory_argument,
     generation_argument,
 )
-from mpi_ckpt.cli.screen import bytes_text, plural
+from mpi_ckpt.cli.directory_kinds import directory_of_all, directory_to_look_at
+from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.survey import find_generation, state_after
+from mpi_ckpt.cli.tables import Column
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.layout import generation_name, generation_number
@@ -63,10 +65,10 @@ class _Verdict:
         }
 
 
-@command("verify")
+@command("verify", "Prove every byte of a generation.")
 @directory_argument()
 @generation_argument()
-@click.option("--all", "everything", is_flag=True, help="All generations, newest first.")
+@click.option("--all", "everything", is_flag=True, help="Prove all, newest first.")
 def verify(
     screen: Screen, directory: Path, generation: str | None, everything: bool
 ) -> int:
@@ -75,6 +77,10 @@ def verify(
     Without GENERATION it is the newest. Reads around the page cache where that is
     possible, so that it is the disk that is proven. Exit code 0: all good; 1: some bad.
     """
+    if everything:
+        directory = directory_of_all(directory, "verify --all")
+    else:
+        directory = directory_to_look_at(directory, generation, "verify")
     if everything and generation is not None:
         raise CommandError(
             "give a generation or --all, not both", code=MISUSED, kind="usage"
@@ -189,7 +195,14 @@ def _worse(state: str, error: CheckpointError) -> str:
 
 def _show(screen: Screen, verdicts: list[_Verdict]) -> None:
     screen.table(
-        ["generation", ">step", ">proven", ">time", ">rate", "state"],
+        [
+            Column("generation", names=True),
+            Column("step", right=True, spare=1),
+            Column("proven", right=True, spare=2),
+            Column("time", right=True, spare=3),
+            Column("rate", right=True, spare=4),
+            Column("state", states=True),
+        ],
         [
             [
                 generation_number(one.path.name) or one.path.name,

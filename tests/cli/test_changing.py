@@ -56,6 +56,40 @@ def test_a_best_that_means_nothing_is_refused(tmp_path, options, told):
     assert numbers(root) == (1, 2, 3)
 
 
+def test_prune_says_what_it_ranks_by_before_anything_goes(tmp_path, monkeypatch):
+    root = fill(tmp_path / "c", 4)
+    rules = ["--keep-last", 1, "--keep-every", 200, "--keep-best", "loss", "--mode", "max"]
+    told = [
+        "keep-last: by generation, newest first; keeps the first",
+        "  in that order: 4, 3, 2, 1",
+        "keep-every: by step, oldest first; keeps the first of every 200 steps",
+        "  in that order: 1 (100), 2 (200), 3 (300), 4 (400)",
+        "keep-best: by metric loss, highest (mode max) first; keeps the first",
+        "  in that order: 1 (1), 2 (0.5), 3 (0.333333), 4 (0.25)",
+    ]
+    planned = run("prune", root, *rules, "--dry-run").stdout.splitlines()
+    assert planned[:6] == told
+    assert planned[6] == "would go: 3"
+    *_, best = ask("prune", root, *rules, "--dry-run")["ranked_by"]
+    assert (best["by"], best["direction"]) == ("metric loss", "highest (mode max)")
+    assert best["order"][0] == {"generation": 1, "value": 1.0}
+    assert best["kept"] == [1]
+
+    def cut_off(*_):
+        raise OSError(5, "cut off")
+
+    monkeypatch.setattr(pruning.Catalog, "remove", cut_off)
+    result = run("prune", root, *rules)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == told
+
+
+def test_what_is_kept_by_no_rule_but_as_the_newest_is_said(tmp_path):
+    root = fill(tmp_path / "c", 3)
+    text = run("prune", root, "--keep-best", "loss", "--mode", "max", "--dry-run").stdout
+    assert "kept besides, as the newest good one: 3" in text
+
+
 def test_a_dry_run_says_the_same_and_does_nothing(tmp_path):
     root = fill(tmp_path / "c", 4)
     (root / ".partial-00000009-abc").mkdir()

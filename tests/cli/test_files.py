@@ -265,7 +265,7 @@ def test_exports_prove_every_byte_and_leave_nothing_behind(tmp_path):
     flip(path, path.stat().st_size - 1)
     for name in ("x.safetensors", "x.pt"):
         answer = ask("export", root, "3", "--to", tmp_path / name, code=1)
-        assert answer["kind"] == "CorruptGenerationError"
+        assert answer["error"]["kind"] == "CorruptGenerationError"
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
@@ -291,10 +291,13 @@ def test_without_torch_the_message_says_what_to_do(tmp_path, monkeypatch):
     root = fill(tmp_path / "c", 1)
     monkeypatch.setitem(sys.modules, "torch", None)
     answer = ask("export", root, "--to", tmp_path / "x.pt", code=1)
-    assert "pip install 'mpi_ckpt[torch]'" in answer["error"]
+    assert "pip install 'mpi_ckpt[torch]'" in answer["error"]["message"]
     assert run("export", root, "--to", tmp_path / "x.safetensors").exit_code == 0
     (tmp_path / "y.pt").write_bytes(b"PK\x03\x04")
-    assert ask("import", tmp_path / "y.pt", "--into", root, code=1)["kind"] == "missing"
+    assert (
+        ask("import", tmp_path / "y.pt", "--into", root, code=1)["error"]["kind"]
+        == "missing"
+    )
 
 
 def test_adaptdl_is_taken_on_the_users_word_only(tmp_path):

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kind of directory somebody has given: one rule for all commands.
+
+======================  ==================  ===================  =====================
+given                   looks at one        works on all         is written into
+                        generation          generations
+======================  ==================  ===================  =====================
+a checkpoint directory  yes                 yes                  yes
+one generation's own    yes                 refused              refused
+empty, or of others     refused             refused              yes
+not there               refused             refused              made
+a file, of adaptdl,     refused             refused              refused
+a quarantine, leftover
+======================  ==================  ===================  =====================
+
+What is refused is wrong usage, with one exit code and the advice what to give instead.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.cli.command import MISUSED, CommandError
+from mpi_ckpt.errors import ReadError
+from mpi_ckpt.storage import filesystem, recovery
+from mpi_ckpt.storage.faults import in_words, os_errors_as
+from mpi_ckpt.storage.layout import (
+    LOCK,
+    MANIFEST,
+    QUARANTINE,
+    generation_number,
+    is_adaptdl_name,
+    is_partial_name,
+    rolled_back_numbers,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Literal
+
+    Kind = Literal[
+        "checkpoints", "generation", "leftover", "quarantine", "adaptdl", "empty",
+        "foreign", "missing", "file",
+    ]  # fmt: skip
+
+__all__ = ["directory_of_all", "directory_to_look_at", "kind_of", "require_target"]
+
+
+def kind_of(path: Path) -> Kind:
+    """Return which kind of directory a path leads to.
+
+    Raises:
+        CommandError: If the operating system cannot say what is there.
+        ReadError: If the directory cannot be listed.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "missing"
+    except NotADirectoryError:  # nor could it be made: it lies in a file
+        return "file"
+    except (OSError, ValueError) as error:
+        why = in_words(error) if isinstance(error, OSError) else str(error)
+        raise CommandError(
+            f"{path} cannot be looked at: {why}", code=MISUSED, kind="usage"
+        ) from error
+    return _kind_of_directory(path) if stat.S_ISDIR(mode) else "file"
+
+
+def directory_of_all(path: Path, command: str) -> Path:
+    """Return a directory that a command on all its generations can work on.
+
+    Args:
+        path: What was given.
+        command: Name of the command.
+
+    Raises:
+        CommandError: If it is none; it says what is meant or missing.
+    """
+    kind = kind_of(path)
+    if kind == "generation":
+        raise _misused(
+            f"{path} is the directory of one generation; {command} works on the one that "
+            f"it lies in: {_around(path)}"
+        )
+    if kind != "checkpoints":
+        raise _refusal(path, kind)
+    return path
+
+
+def directory_to_look_at(path: Path, wanted: str | None, command: str) -> Path:
+    """Return a checkpoint directory, or a generation's own where that is enough.
+
+    Args:
+        path: What was given.
+        wanted: What else was given to say which generation; None for nothing.
+        command: Name of the command.
+
+    Raises:
+        CommandError: If it is neither, or says twice which generation is meant.
+    """
+    kind = kind_of(path)
+    if kind == "generation" and wanted is not None:
+        raise _misused(
+            f"{path} is the directory of one generation, and {wanted} says which as well: "
+            f"mpi-ckpt {command} {quote(str(path))}, or mpi-ckpt {command} "
+            f"{quote(str(_around(path)))} {quote(wanted)}"
+        )
+    if kind not in ("checkpoints", "generation"):
+        raise _refusal(path, kind)
+    # Below a checkpoint directory no link is followed; this one somebody has named.
+    return path.resolve() if kind == "generation" and path.is_symlink() else path
+
+
+def require_target(path: Path) -> None:
+    """Refuse a directory that nobody should save in; it need not be there.
+
+    Raises:
+        CommandError: Saying why.
+    """
+    kind = kind_of(path)
+    if kind == "generation":
+        raise _misused(
+            f"{path} is the directory of one generation, in which nothing is saved: give "
+            f"the one that it lies in: {_around(path)}"
+        )
+    if kind in ("leftover", "quarantine", "adaptdl", "file"):
+        raise _refusal(path, kind)
+
+
+def _kind_of_directory(path: Path) -> Kind:
+    name = path.resolve().name
+    found = recovery.survey(path)
+    with os_errors_as(ReadError, "listing", path):
+        names = filesystem.list_names(path)
+    aside = found.quarantined or found.rolled_back or found.partials
+    kinds: list[tuple[Kind, object]] = [
+        ("quarantine", name == QUARANTINE),
+        ("leftover", is_partial_name(name.partition("~")[0])),
+        ("generation", _names_generation(name) and not found.generations),
+        ("checkpoints", found.generations),
+        ("generation", MANIFEST in names),
+        ("checkpoints", aside),
+        ("adaptdl", found.adaptdl or is_adaptdl_name(name)),
+        ("empty", not set(names) - {LOCK}),
+    ]
+    return next((kind for kind, holds in kinds if holds), "foreign")
+
+
+def _names_generation(name: str) -> bool:
+    # Set aside twice, a generation's name ends with "~2".
+    plain = re.sub(r"~\d+$", "", name)
+    return generation_number(plain) is not None or rolled_back_numbers(name) is not None
+
+
+def _around(path: Path) -> Path:
+    """Return the directory that a generation's own lies in."""
+    parent = path.parent if path.name not in ("", "..") else path.resolve().parent
+    return parent.parent if parent.resolve().name == QUARANTINE else parent
+
+
+def _refusal(path: Path, kind: Kind) -> CommandError:
+    told = {
+        "missing": f"{path} does not exist",
+        "file": f"{path} is no directory",
+        "leftover": f"{path} is a leftover: being written or removed, or cut off; never "
+        f"a whole generation. Give the directory that it lies in: {path.resolve().parent}",
+        "quarantine": f"{path} holds what was set aside; give the directory that it lies "
+        f"in: {path.resolve().parent}, or that of one generation in it",
+        "adaptdl": f"{path} holds checkpoints as adaptdl names them, and no generation of "
+        f"mpi_ckpt; to take over the newest: mpi-ckpt import {quote(str(path))} --into NEW",
+        "empty": f"{path} holds no generation: nothing was saved there",
+        "foreign": f"{path} holds no generation of mpi_ckpt, only files of others",
+    }
+    absent = kind in ("missing", "empty", "foreign")
+    return CommandError(told[kind], code=MISUSED, kind="absent" if absent else "usage")
+
+
+def _misused(message: str) -> CommandError:
+    return CommandError(message, code=MISUSED, kind="usage")

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that a terminal only shows, never obeys; no MPI, and neither click nor rich.
+
+Names of states, files, hosts and metrics, and all that messages quote, are somebody else's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import unicodedata
+from datetime import datetime, timezone
+from typing import Any
+
+__all__ = ["age", "bytes_text", "clean", "iso_date", "json_text", "plural"]
+
+# Drawn as nothing, though Unicode counts them among letters and marks.
+_INVISIBLE = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
+    + "".join(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))))
+    + "".join(map(chr, range(0xE0100, 0xE01F0)))
+)
+# No script needs more marks on one letter; a hundred of them cover the lines around.
+_MARKS_MAX = 4
+# 9999-12-31: a date has four digits for its year, and a manifest may hold any number.
+_SECONDS_MAX = 253_402_300_799.0
+
+
+def clean(text: object) -> str:
+    """Return one line of text with all that is not simply shown written out instead.
+
+    That is: control characters (line ends and tabs too), what turns the direction of
+    writing, what has no width, line separators, tags, halves of surrogate pairs (bytes
+    that are no text), and whatever this Python's Unicode does not know.
+    """
+    given = str(text)
+    if given.isascii() and given.isprintable():
+        return given
+    shown: list[str] = []
+    marks = _MARKS_MAX  # one that comes first would join what stands before the name
+    for character in given:
+        kind = unicodedata.category(character)
+        marks = marks + 1 if kind[0] == "M" else 0
+        hidden = kind[0] == "C" or kind in ("Zl", "Zp") or character in _INVISIBLE
+        if hidden or marks > _MARKS_MAX:
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
+    return "".join(shown)
+
+
+def json_text(value: dict[str, Any], *, indent: int | None = 2) -> str:
+    """Return JSON in printable ASCII; reading it gives the same strings again.
+
+    Numbers that JSON lacks, such as those that are infinite, become strings.
+    """
+    try:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), indent=indent, allow_nan=False)
+    # The one control character that stands in JSON as it is.
+    return text.replace("\x7f", "\\u007f")
+
+
+def bytes_text(count: int) -> str:
+    """Return a number of bytes for people, such as ``12.3 MiB``."""
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    units = ["TiB", "GiB", "MiB", "KiB"]
+    unit = ""
+    while units and value >= 1023.95:
+        value, unit = value / 1024, units.pop()
+    return f"{value:.1f} {unit}"
+
+
+def age(then: float, now: float | None = None) -> str:
+    """Return how long ago something was, such as ``3 min``."""
+    seconds = (time.time() if now is None else now) - then
+    if seconds < 0:
+        return "in future"
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def iso_date(then: float) -> str:
+    """Return a time as ISO 8601 has it, such as ``2026-11-24T01:53:55Z``."""
+    sane = min(max(then, 0.0), _SECONDS_MAX)
+    return f"{datetime.fromtimestamp(sane, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, such as ``1 leaf``."""
+    many = noun[:-1] + "ves" if noun.endswith("leaf") else noun + "s"
+    return f"{count} {noun if count == 1 else many}"
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 (JSON)
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    lost = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if lost else value
