@@ -7,6 +7,7 @@ read take no lock and change nothing, so a job may save and prune meanwhile.
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 
@@ -19,10 +20,15 @@ def main() -> None:
     """Run the command line; exits with 0 (good), 1 (bad) or 2 (wrongly used)."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        sys.stderr.write(
+        message = (
             f"mpi-ckpt needs {' and '.join(missing)}, which training itself does not: "
-            "pip install 'mpi_ckpt[cli]'\n"
+            "pip install 'mpi_ckpt[cli]'"
         )
+        if "--json" in sys.argv:
+            told = {"class": "ImportError", "kind": "usage", "exit_code": 2}
+            sys.stdout.write(json.dumps({"error": {"message": message, **told}}) + "\n")
+        else:
+            sys.stderr.write(f"{message}\n")
         raise SystemExit(2)
     from mpi_ckpt.cli.app import cli
 

@@ -149,7 +149,7 @@ def _new_file(target: Path) -> Iterator[int]:
                 yield descriptor
                 filesystem.sync_file(descriptor)
             filesystem.rename_new(partial, parent / target.name)
-            filesystem.sync_directory(parent)
+            filesystem.sync_directory(parent, if_possible=True)
     finally:
         filesystem.remove_file(partial)
 

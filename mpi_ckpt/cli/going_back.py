@@ -153,7 +153,7 @@ def _undo(screen: Screen, directory: Path) -> int:
 
 
 def _own(directory: Path, job: str) -> DirectoryLock:
-    return DirectoryLock(directory, job, patience_seconds=LOCK_PATIENCE_SECONDS)
+    return DirectoryLock(directory, job, LOCK_PATIENCE_SECONDS, locking="either")
 
 
 def _step_of(path: Path) -> int:

@@ -24,6 +24,7 @@ from mpi_ckpt.storage import filesystem, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.layout import is_adaptdl_name
+from mpi_ckpt.storage.ownership import Ownership
 from mpi_ckpt.storage.reader import GenerationReader
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ def _publish(
         size=content.size,
         metrics=content.metrics,
     )
-    directory = CheckpointDirectory(into)
+    ownership = Ownership(locking="either", sync_names=False)
+    directory = CheckpointDirectory(into, ownership=ownership)
     with closing(directory):
         directory.own()
         try:

@@ -183,8 +183,8 @@ def _locks(shop: Path) -> Check:
                 advice = "flock does not exclude: two jobs could write into one directory"
                 return _check("flock", "of no effect", "wrong", advice)
     except OSError as error:
-        advice = "jobs refuse to save here; mount the file system with locks"
-        return _check("flock", in_words(error), "wrong", advice)
+        advice = "jobs refuse to save here without Options(lock='lease'); or mount it with"
+        return _check("flock", in_words(error), "wrong", f"{advice} locks")
     return _check("flock", "excludes", "ok", "a second job is refused")
 
 
@@ -195,8 +195,13 @@ def _sync(shop: Path) -> Check:
             filesystem.write_all(descriptor, bytes(_BLOCK_BYTES), number * _BLOCK_BYTES)
             start = time.perf_counter()
             filesystem.sync_file(descriptor)
-            filesystem.sync_directory(shop)
+            filesystem.sync_directory(shop, if_possible=True)
             times.append(time.perf_counter() - start)
+    try:
+        filesystem.sync_directory(shop)
+    except OSError as error:
+        advice = "jobs refuse to save here without IO(sync_directories=False)"
+        return _check("fsync", f"of directories: {in_words(error)}", "wrong", advice)
     taken = statistics.median(times)
     found = f"{1000 * taken:.2f} ms for a file and its directory"
     if taken > _SLOW_FSYNC_SECONDS:
@@ -210,7 +215,7 @@ def _rename(shop: Path) -> Check:
     filesystem.make_directory(source)
     start = time.perf_counter()
     filesystem.rename_new(source, target)
-    filesystem.sync_directory(shop)
+    filesystem.sync_directory(shop, if_possible=True)
     taken = time.perf_counter() - start
     if source.is_dir() or not target.is_dir():
         return _check("rename", "of no effect", "wrong", "no save can be published here")

@@ -113,7 +113,7 @@ def prune(
         leftovers = recovery.survey(directory).partials
     else:
         job = secrets.token_hex(6)
-        lock = DirectoryLock(directory, job, patience_seconds=LOCK_PATIENCE_SECONDS)
+        lock = DirectoryLock(directory, job, LOCK_PATIENCE_SECONDS, locking="either")
         with closing(lock):
             plan = _plan(screen, directory, policies, verify=verify)
             _say_ranking(screen, plan)

@@ -49,7 +49,7 @@ def quarantine(screen: Screen, directory: Path, generation: str, reason: str) ->
     directory = directory_of_all(directory, "quarantine")
     find_generation(directory, generation)  # before a lock file is made
     lock = DirectoryLock(
-        directory, secrets.token_hex(6), patience_seconds=LOCK_PATIENCE_SECONDS
+        directory, secrets.token_hex(6), LOCK_PATIENCE_SECONDS, locking="either"
     )
     with closing(lock):
         path = find_generation(directory, generation)

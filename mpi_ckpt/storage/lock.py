@@ -19,7 +19,7 @@ import stat
 import time
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import FencedError, LockedError, OptionsError, SaveError
 from mpi_ckpt.storage.faults import in_words, os_errors_as
@@ -54,7 +54,8 @@ class DirectoryLock:
         job: Name of this job, told to whoever is refused.
         patience_seconds: How long to wait for another owner to end.
         locking: How another job is known to live: by its flock; by its flock, where there
-            is one, and its lease; or not at all: then whoever comes last is the owner.
+            is one, and its lease; by ``"either"``, its flock, or a lease where there is
+            none; or not at all: then whoever comes last is the owner.
 
     Raises:
         LockedError: On the calling rank, if another job holds the directory.
@@ -69,7 +70,7 @@ class DirectoryLock:
         job: str,
         patience_seconds: float = PATIENCE_SECONDS,
         *,
-        locking: Locking = "flock",
+        locking: Locking | Literal["either"] = "flock",
     ) -> None:
         self._root = root
         self._job = job
@@ -86,12 +87,12 @@ class DirectoryLock:
             is_locked = locking != "none" and self._acquire(patience_seconds, locking)
             if locking != "none":
                 self._outlast_lease(patience_seconds)
-            if locking == "lease":
+            if locking == "lease" or (locking == "either" and not is_locked):
                 # Before the signature, which tells others which lease to look at.
                 self._lease = Lease(root, job)
             with suppress(SaveError):  # a full disk must not keep us from owning it
                 self.sign()
-                if locking == "lease" and not is_locked:
+                if self._lease is not None and not is_locked:
                     self._settle()
         except BaseException:
             self.close()
@@ -157,7 +158,7 @@ class DirectoryLock:
                 path=self._path,
             )
 
-    def _acquire(self, patience_seconds: float, locking: Locking) -> bool:
+    def _acquire(self, patience_seconds: float, locking: str) -> bool:
         """Wait for the flock; return whether the file system has given it."""
         deadline = time.monotonic() + patience_seconds
         while True:
@@ -174,7 +175,7 @@ class DirectoryLock:
                         path=self._path,
                         errno=error.errno,
                     ) from error
-                if locking == "lease":
+                if locking != "flock":
                     return False
                 raise OptionsError(
                     f"{self._path} cannot be locked: {in_words(error)}; the file system "

@@ -11,7 +11,7 @@ import logging
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import OptionsError, SaveError
 from mpi_ckpt.storage import filesystem
@@ -45,7 +45,7 @@ class Ownership:
         sync_names: Whether a file system that cannot fsync directories is refused.
     """
 
-    locking: Locking = "flock"
+    locking: Locking | Literal["either"] = "flock"
     read_only: bool | None = None
     sync_names: bool = True
 

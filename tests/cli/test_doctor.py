@@ -96,6 +96,19 @@ def test_locks_that_do_not_hold_are_wrong(tmp_path, monkeypatch):
     assert verdicts(place.check_directory(tmp_path))["flock"] == "wrong"
 
 
+def test_directories_that_cannot_be_fsynced_are_wrong(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checks = place.check_directory(tmp_path)
+    assert verdicts(checks)["fsync"] == "wrong"
+    assert verdicts(checks)["rename"] == "ok"
+    (advice,) = [one.advice for one in checks if one.name == "fsync"]
+    assert "IO(sync_directories=False)" in advice
+
+
 def test_a_directory_in_use_and_open_to_all_is_said(tmp_path):
     job = CheckpointDirectory(tmp_path / "c")
     job.own()

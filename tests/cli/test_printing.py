@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from mpi_ckpt.states.objects import ObjectState
 
 import mpi_ckpt.cli
 from mpi_ckpt.cli import listing, looping
@@ -23,6 +22,7 @@ from mpi_ckpt.cli.app import cli
 from mpi_ckpt.cli.plain_text import clean, json_text
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.states.arrays import ArrayState
+from mpi_ckpt.states.nested import ObjectState
 from tests.cli.terminals import plain, shown_in_terminal
 from tests.commands import ask, fill, run
 from tests.making import publish

@@ -82,13 +82,16 @@ def test_without_click_and_rich_it_says_what_to_install():
         "importlib.util.find_spec = lambda name: None\n"
         "from mpi_ckpt.cli import main\nmain()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=limit(60),
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "pip install 'mpi_ckpt[cli]'" in done.stderr
-    assert "Traceback" not in done.stderr
+    for arguments in ([], ["ls", "run", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env=ENVIRONMENT, capture_output=True, text=True, timeout=limit(60),
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        told = json.loads(done.stdout)["error"] if arguments else {"message": done.stderr}
+        assert "pip install 'mpi_ckpt[cli]'" in told["message"]
+        assert told.get("exit_code", 2) == 2
 
 
 def test_every_command_has_help_and_json():

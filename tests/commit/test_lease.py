@@ -146,6 +146,18 @@ def test_of_many_that_find_a_dead_job_one_gets_the_directory(tmp_path, job):
     assert sorted(words) == ["owned\n", *["refused\n"] * 3]
 
 
+def test_either_takes_a_lease_only_where_there_is_no_flock(tmp_path, monkeypatch):
+    with closing(DirectoryLock(tmp_path, "first", 0.2, locking="either")):
+        assert (tmp_path / ".lease-first").exists()
+        with pytest.raises(LockedError, match="job first"):
+            hold(tmp_path, "second")
+    monkeypatch.undo()
+    with closing(DirectoryLock(tmp_path, "third", 0.2, locking="either")):
+        assert os.listdir(tmp_path) == [".lock"]
+        with pytest.raises(LockedError, match="job third"):
+            DirectoryLock(tmp_path, "fourth", 0.2, locking="either")
+
+
 @pytest.mark.parametrize("first", ["flock", "lease"])
 @pytest.mark.parametrize("second", ["flock", "lease"])
 def test_jobs_with_different_options_keep_each_other_out(

@@ -84,7 +84,7 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
 def _save_into(path: Path, state: LeafState, step: int) -> None:
     options = Options(retention=KeepLast(1), io=IO(reuse=False))
     # Nobody can be asked for options: what the file system lacks is done without.
-    ownership = Ownership(locking="lease", sync_names=False)
+    ownership = Ownership(locking="either", sync_names=False)
     with closing(CheckpointDirectory(path, ownership=ownership)) as directory:
         directory.own()
         request = SaveRequest(states=capture_states([state]), step=step, size=1)
@@ -167,7 +167,7 @@ def _sweep_beside(path: Path) -> None:
                 continue
             left = path.with_name(name)
             try:
-                lock = DirectoryLock(left, "sweep", 0.0, locking="lease")
+                lock = DirectoryLock(left, "sweep", 0.0, locking="either")
                 lock.close()
                 _delete(left)
             except (CheckpointError, OSError) as error:  # in use, or no longer there
