@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["cli"]
 
 _COMMANDS = {
-    "run": "restarting:run",
-    "ls": "listing:list_generations",
-    "show": "showing:show",
-    "verify": "verifying:verify",
-    "diff": "diffing:diff",
-    "prune": "pruning:prune",
-    "quarantine": "quarantining:quarantine",
-    "rollback": "going_back:rollback",
-    "export": "exporting:export",
-    "import": "importing:import_file",
-    "doctor": "doctor:doctor",
+    "run": "restart.restarting:run",
+    "ls": "inspect.listing:list_generations",
+    "show": "inspect.showing:show",
+    "verify": "inspect.verifying:verify",
+    "diff": "inspect.diffing:diff",
+    "prune": "inspect.pruning:prune",
+    "quarantine": "inspect.quarantining:quarantine",
+    "rollback": "inspect.going_back:rollback",
+    "export": "convert.exporting:export",
+    "import": "convert.importing:import_file",
+    "doctor": "doctor.examining:doctor",
 }
 _COMPLETION = "_MPI_CKPT_COMPLETE"
 
@@ -90,9 +90,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        module, _, name = _COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(import_module(f"mpi_ckpt.cli.{module}"), name)
-        return command
+        return _load(cmd_name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -118,14 +116,19 @@ def _in_order(words: list[str]) -> list[str]:
     return [rest[0], *flags, *rest[1:]] if rest else flags
 
 
+def _load(command: str) -> click.Command:
+    module, _, name = _COMMANDS[command].partition(":")
+    found: click.Command = getattr(import_module(f"mpi_ckpt.cli.{module}"), name)
+    return found
+
+
 def _own_words(words: Sequence[str]) -> Sequence[str]:
     """Leave out what follows ``--``, and the program of ``run`` with its options."""
     if "--" in words:
         words = words[: words.index("--")]
     if words[:1] != ["run"]:
         return words
-    from mpi_ckpt.cli.restarting import run
-
+    run = _load("run")
     valued = {
         name
         for option in run.params

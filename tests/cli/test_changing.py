@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from mpi_ckpt.cli import pruning
+from mpi_ckpt.cli.inspect import pruning
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from tests.commands import ask, fill, flip, run

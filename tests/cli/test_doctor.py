@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from mpi_ckpt.cli import machine, place
+from mpi_ckpt.cli.doctor import machine, place
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from tests.commands import ask, fill, run

@@ -6,8 +6,14 @@ import os
 import pytest
 
 from mpi_ckpt.cli.command import CommandError
-from mpi_ckpt.cli.hosting import HostBook, ask_hosts_script, parse_hosts, suspects
-from mpi_ckpt.cli.launching import Host, Launcher, find_launcher, launch_command, place
+from mpi_ckpt.cli.restart.hosting import HostBook, ask_hosts_script, parse_hosts, suspects
+from mpi_ckpt.cli.restart.launching import (
+    Host,
+    Launcher,
+    find_launcher,
+    launch_command,
+    place,
+)
 
 
 def test_hosts_are_read_in_the_forms_of_both_mpis_and_horovod():

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpi_ckpt.cli.outcome import Ending, judge, next_move
+from mpi_ckpt.cli.restart.outcome import Ending, judge, next_move
 from mpi_ckpt.storage.notes import Note
 
 

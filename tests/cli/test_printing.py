@@ -17,9 +17,10 @@ import pytest
 from click.testing import CliRunner
 
 import mpi_ckpt.cli
-from mpi_ckpt.cli import listing, looping
 from mpi_ckpt.cli.app import cli
+from mpi_ckpt.cli.inspect import listing
 from mpi_ckpt.cli.plain_text import clean, json_text
+from mpi_ckpt.cli.restart import looping
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState

@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from mpi_ckpt.cli import survey, verifying
+from mpi_ckpt.cli import generations as survey
+from mpi_ckpt.cli.inspect import verifying
 from mpi_ckpt.cli.plain_text import age, bytes_text, clean, plural
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.states.arrays import ArrayState

@@ -181,7 +181,7 @@ def test_importing_mpi_is_left_to_a_function():
 
 
 def test_torch_is_imported_by_states_only_and_late_but_for_one():
-    users = ("states/", "integrations/", "cli/torchfile.py")
+    users = ("states/", "integrations/", "cli/convert/torchfile.py")
     assert importers("torch", besides=users) == []
     for name, tree in MODULES.items():
         top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
@@ -214,7 +214,10 @@ def test_nothing_forks_or_starts_processes():
     starters = ("multiprocessing", "subprocess", "pty", "popen2")
     # The doctor asks MPI in a process of its own, and the restart loop starts launchers; no
     # training imports those modules.
-    assert importers(*starters, besides=("cli/machine.py", "cli/child.py")) == []
+    assert (
+        importers(*starters, besides=("cli/doctor/machine.py", "cli/restart/child.py"))
+        == []
+    )
     assert (
         where(
             lambda node: re.fullmatch(
@@ -273,7 +276,7 @@ def test_signal_handler_sets_a_flag_and_steps_aside():
     installed = where(lambda node: called(node) == "signal.signal")
     # The restart loop is no part of a training: its handlers only count.
     assert {one.partition(":")[0] for one in installed} == {
-        "elastic/preemption.py", "cli/looping.py",
+        "elastic/preemption.py", "cli/restart/looping.py",
     }  # fmt: skip
 
 

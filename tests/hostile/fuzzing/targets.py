@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.cli.foreign import open_safetensors
+from mpi_ckpt.cli.convert.foreign import open_safetensors
 from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer

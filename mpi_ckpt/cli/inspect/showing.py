@@ -17,8 +17,8 @@ from mpi_ckpt.cli.command import (
     generation_argument,
 )
 from mpi_ckpt.cli.directory_kinds import directory_to_look_at
+from mpi_ckpt.cli.generations import open_wanted
 from mpi_ckpt.cli.plain_text import age, bytes_text, iso_date, plural
-from mpi_ckpt.cli.survey import open_wanted
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:

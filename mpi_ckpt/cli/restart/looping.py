@@ -9,11 +9,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.cli.child import Child
-from mpi_ckpt.cli.hosting import suspects
-from mpi_ckpt.cli.launching import Host, Launcher, launch_command, place
-from mpi_ckpt.cli.outcome import PREEMPTED_CODE, Ending, judge, next_move
 from mpi_ckpt.cli.plain_text import json_text
+from mpi_ckpt.cli.restart.child import Child
+from mpi_ckpt.cli.restart.hosting import suspects
+from mpi_ckpt.cli.restart.launching import Host, Launcher, launch_command, place
+from mpi_ckpt.cli.restart.outcome import PREEMPTED_CODE, Ending, judge, next_move
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.notes import VARIABLE, read_notes, remove_notes
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from mpi_ckpt.cli.hosting import HostBook
+    from mpi_ckpt.cli.restart.hosting import HostBook
 
 __all__ = ["LOG", "Attempt", "Loop", "Plan", "Requests"]
 

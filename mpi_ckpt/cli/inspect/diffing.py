@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpi_ckpt.cli.changes import compare_generations, structure_changes
 from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
 from mpi_ckpt.cli.directory_kinds import (
     directory_of_all,
     directory_to_look_at,
     kind_of,
 )
+from mpi_ckpt.cli.generations import find_generation, open_generation
+from mpi_ckpt.cli.inspect.changes import compare_generations, structure_changes
+from mpi_ckpt.cli.inspect.showing import shape_text
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.cli.showing import shape_text
-from mpi_ckpt.cli.survey import find_generation, open_generation
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
-    from mpi_ckpt.cli.changes import LeafChange
+    from mpi_ckpt.cli.inspect.changes import LeafChange
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.storage.manifest import Manifest
 

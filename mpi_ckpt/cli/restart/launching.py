@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import MISUSED, CommandError
-from mpi_ckpt.cli.machine import ask, family_of, which
+from mpi_ckpt.cli.doctor.machine import ask, family_of, which
 from mpi_ckpt.storage.notes import VARIABLE
 
 if TYPE_CHECKING:

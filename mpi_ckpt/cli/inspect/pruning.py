@@ -21,10 +21,10 @@ from mpi_ckpt.cli.command import (
     directory_argument,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
+from mpi_ckpt.cli.generations import look
+from mpi_ckpt.cli.inspect.ranking import rank
+from mpi_ckpt.cli.inspect.verifying import find_problems
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.cli.ranking import rank
-from mpi_ckpt.cli.survey import look
-from mpi_ckpt.cli.verifying import find_problems
 from mpi_ckpt.retention import (
     GenerationSummary,
     KeepBest,
@@ -42,9 +42,9 @@ from mpi_ckpt.storage.reader import GenerationReader
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mpi_ckpt.cli.ranking import Ranking
+    from mpi_ckpt.cli.generations import Row
+    from mpi_ckpt.cli.inspect.ranking import Ranking
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.cli.survey import Row
     from mpi_ckpt.retention import Mode, RetentionPolicy
 
 __all__ = ["LOCK_PATIENCE_SECONDS", "prune"]

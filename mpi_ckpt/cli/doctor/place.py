@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.cli.checks import Check
+from mpi_ckpt.cli.doctor.checks import Check
+from mpi_ckpt.cli.generations import lock_holder, look
 from mpi_ckpt.cli.plain_text import bytes_text
-from mpi_ckpt.cli.survey import lock_holder, look
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import click
 
 from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
-from mpi_ckpt.cli.hosting import HostBook, ask_hosts_script, parse_hosts
-from mpi_ckpt.cli.launching import find_launcher
-from mpi_ckpt.cli.looping import LOG, Loop, Plan, Requests
-from mpi_ckpt.cli.machine import which
+from mpi_ckpt.cli.doctor.machine import which
+from mpi_ckpt.cli.restart.hosting import HostBook, ask_hosts_script, parse_hosts
+from mpi_ckpt.cli.restart.launching import find_launcher
+from mpi_ckpt.cli.restart.looping import LOG, Loop, Plan, Requests
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mpi_ckpt.cli.launching import Host
+    from mpi_ckpt.cli.restart.launching import Host
     from mpi_ckpt.cli.screen import Screen
 
 __all__ = ["run"]

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import GOOD, command, directory_argument
 from mpi_ckpt.cli.directory_kinds import directory_of_all
+from mpi_ckpt.cli.generations import lock_holder, look
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.cli.survey import lock_holder, look
 from mpi_ckpt.cli.tables import Column
 from mpi_ckpt.storage.layout import QUARANTINE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mpi_ckpt.cli.generations import Row
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.cli.survey import Row
 
 __all__ = ["list_generations"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.cli.numeric import Difference, is_numeric
+from mpi_ckpt.cli.inspect.numeric import Difference, is_numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable

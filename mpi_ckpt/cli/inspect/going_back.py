@@ -19,9 +19,9 @@ from mpi_ckpt.cli.command import (
     generation_argument,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
+from mpi_ckpt.cli.generations import find_generation, look, open_generation
+from mpi_ckpt.cli.inspect.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.cli.pruning import LOCK_PATIENCE_SECONDS
-from mpi_ckpt.cli.survey import find_generation, look, open_generation
 from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.layout import generation_number

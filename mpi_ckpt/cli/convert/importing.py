@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, DirectoryPath, command
+from mpi_ckpt.cli.convert.foreign import Content, FileStream, FixedState, open_safetensors
 from mpi_ckpt.cli.directory_kinds import kind_of, require_target
-from mpi_ckpt.cli.foreign import Content, FileStream, FixedState, open_safetensors
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.request import SaveRequest
@@ -180,7 +180,7 @@ def _one_state(name: str, form: str | None, leaves: list[Leaf]) -> FixedState:
 
 
 def _from_torch(source: Path, name: str, form: str | None, *, split: bool) -> Content:
-    from mpi_ckpt.cli.torchfile import load_file
+    from mpi_ckpt.cli.convert.torchfile import load_file
 
     value = load_file(source)
     if not split:
@@ -195,7 +195,7 @@ def _from_torch(source: Path, name: str, form: str | None, *, split: bool) -> Co
 
 
 def _state_of(name: str, form: str | None, value: Any) -> FixedState:  # noqa: ANN401
-    from mpi_ckpt.cli.torchfile import is_module, module_form
+    from mpi_ckpt.cli.convert.torchfile import is_module, module_form
     from mpi_ckpt.states.tensors import tensor_leaf
     from mpi_ckpt.states.tree import flatten
 

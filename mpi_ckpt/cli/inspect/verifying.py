@@ -20,8 +20,8 @@ from mpi_ckpt.cli.command import (
     generation_argument,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all, directory_to_look_at
+from mpi_ckpt.cli.generations import find_generation, state_after
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.cli.survey import find_generation, state_after
 from mpi_ckpt.cli.tables import Column
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError
 from mpi_ckpt.storage import recovery

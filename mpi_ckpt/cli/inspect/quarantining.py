@@ -17,8 +17,8 @@ from mpi_ckpt.cli.command import (
     generation_argument,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
-from mpi_ckpt.cli.pruning import LOCK_PATIENCE_SECONDS
-from mpi_ckpt.cli.survey import find_generation, look
+from mpi_ckpt.cli.generations import find_generation, look
+from mpi_ckpt.cli.inspect.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.layout import QUARANTINE, generation_number

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.cli.checks import Check
+from mpi_ckpt.cli.doctor.checks import Check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -23,9 +23,9 @@ from mpi_ckpt.cli.command import (
     generation_argument,
 )
 from mpi_ckpt.cli.directory_kinds import directory_to_look_at
+from mpi_ckpt.cli.generations import open_wanted
+from mpi_ckpt.cli.inspect.showing import pick_states
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.cli.showing import pick_states
-from mpi_ckpt.cli.survey import open_wanted
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage import filesystem
@@ -110,7 +110,7 @@ def export(
         alone = len(names) == 1
         with _new_file(target) as descriptor, screen.progress("exporting", total) as done:
             if form == "torch":
-                from mpi_ckpt.cli.torchfile import write_file
+                from mpi_ckpt.cli.convert.torchfile import write_file
 
                 write_file(descriptor, reader, states, alone=alone, done=done)
             else:

@@ -10,15 +10,15 @@ import click
 
 from mpi_ckpt.cli.command import BAD, GOOD, command, directory_argument
 from mpi_ckpt.cli.directory_kinds import require_target
-from mpi_ckpt.cli.machine import check_launcher, check_mpi, check_software
-from mpi_ckpt.cli.place import check_directory
+from mpi_ckpt.cli.doctor.machine import check_launcher, check_mpi, check_software
+from mpi_ckpt.cli.doctor.place import check_directory
 from mpi_ckpt.cli.plain_text import plural
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mpi_ckpt.cli.checks import Check
+    from mpi_ckpt.cli.doctor.checks import Check
     from mpi_ckpt.cli.screen import Screen
 
 __all__ = ["doctor"]

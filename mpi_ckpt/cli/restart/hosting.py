@@ -8,8 +8,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import CommandError
-from mpi_ckpt.cli.launching import Host
-from mpi_ckpt.cli.machine import ask_apart
+from mpi_ckpt.cli.doctor.machine import ask_apart
+from mpi_ckpt.cli.restart.launching import Host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
