@@ -17,11 +17,14 @@ from tests.jobs import PATIENCE_SECONDS
 from tests.waiting import limit
 
 APART = {
+    "tests/agree/jobs/test_ensemble.py",
     "tests/agree/jobs/test_failures.py",
+    "tests/agree/jobs/test_few_lines.py",
     "tests/agree/jobs/test_hangs.py",
     "tests/agree/jobs/test_leaving.py",
     "tests/crash/test_faults.py",
     "tests/crash/test_kills.py",
+    "tests/crash/test_stops.py",
     "tests/elastic/jobs/test_preemption.py",
 }
 """Files whose tests share nothing and take long: workers take them one by one."""

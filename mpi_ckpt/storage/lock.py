@@ -36,6 +36,8 @@ __all__ = ["DirectoryLock", "signed_job"]
 PATIENCE_SECONDS = 5.0
 """A job that was just killed may take this long to die and let go."""
 
+_PAUSES_SECONDS = (0.05, 0.2)
+
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What flock says where the file system, or its mount, has no locks."""
 
@@ -149,6 +151,13 @@ class DirectoryLock:
         """
         with os_errors_as(SaveError, "reading the lock", self._path):
             found = _read_signature(self._path)
+            for pause in _PAUSES_SECONDS:
+                # A network file system may not find for a moment what is there; what a
+                # successor has signed it goes on to show.
+                if found == self._signature:
+                    return
+                time.sleep(pause)
+                found = _read_signature(self._path)
         if found != self._signature:
             now = found.decode(errors="replace").strip() or "nobody: no lock file"
             raise FencedError(

@@ -177,6 +177,27 @@ def test_forked_child_that_outlives_the_owner_blocks_nobody(tmp_path, owner):
     os.kill(child, signal.SIGKILL)
 
 
+def test_lock_file_that_is_not_found_once_is_looked_for_again(tmp_path, monkeypatch):
+    class Forgetful:
+        left = 2
+
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def open(self, path, *given):
+            self.left -= 1
+            if self.left >= 0:
+                raise FileNotFoundError(errno.ENOENT, "not there", str(path))
+            return os.open(path, *given)
+
+    with closing(DirectoryLock(tmp_path, "a")) as held:
+        monkeypatch.setattr(lock, "os", Forgetful())
+        held.check()
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(FencedError, match="no lock file"):
+            held.check()
+
+
 def test_half_a_signature_is_no_signature(tmp_path, monkeypatch):
     """A short write once; the next try names this job, which is not shut out."""
 

@@ -46,6 +46,7 @@ def test_the_other_member_trains_to_its_end(
         assert re.search(told, outcome.err), outcome.text
 
 
+@pytest.mark.long
 def test_all_ranks_of_a_member_fail(jobs: Jobs, tmp_path: Path) -> None:
     outcome = jobs.run(4, ENSEMBLE, tmp_path, "agreed", STEPS)
     # MPICH's launcher kills what is still on its way out behind MPI_Finalize, and says so.
@@ -55,6 +56,7 @@ def test_all_ranks_of_a_member_fail(jobs: Jobs, tmp_path: Path) -> None:
     assert steps_of(tmp_path, 1)[-1] == STEPS
 
 
+@pytest.mark.long
 def test_both_members_fail(jobs: Jobs, tmp_path: Path) -> None:
     outcome = jobs.run(4, ENSEMBLE, tmp_path, "both", STEPS)
     assert outcome.code == 1, outcome.text

@@ -28,12 +28,12 @@ _LAUNCHERS = (
 
 ALWAYS = [
     ("constructor", "alike", "RegistrationError"),
-    ("options", "different", "OptionsError"),
-    ("stream", "alike", "StageError"),
     ("mismatch", "different", "StateMismatchError"),
     ("diverged", "different", "DivergedError"),
 ]
 LONG = [
+    ("stream", "alike", "StageError"),
+    ("options", "different", "OptionsError"),
     ("constructor", "different", "RegistrationError"),
     ("other_names", "alike", "RegistrationError"),
     ("other_names", "different", "RegistrationError"),

@@ -55,11 +55,11 @@ def call_of(made, call):
 
 LONG = [
     pytest.param(one, marks=pytest.mark.long)
-    for one in ("sync", "restore", "should_stop", "generations")
+    for one in ("save", "sync", "restore", "should_stop", "generations")
 ]
 
 
-@pytest.mark.parametrize("call", ["step", "save", *LONG])
+@pytest.mark.parametrize("call", ["step", *LONG])
 def test_every_call_waits_for_a_busy_rank(peers, one, call):
     last = peers.size - 1
     call_of(one, call)()  # step() posts the vote that it reads in the next
