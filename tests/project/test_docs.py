@@ -51,7 +51,7 @@ def test_the_first_pages_stay_short():
         for p in ("README.md", "ARCHITECTURE.md")
     }
     assert lines["README.md"] <= 130
-    assert lines["ARCHITECTURE.md"] <= 240
+    assert lines["ARCHITECTURE.md"] <= 245
 
 
 def test_the_picture_of_the_rooms_is_of_today():
@@ -270,7 +270,8 @@ def first_cells(text):
 
 def test_every_guarantee_names_its_tests():
     text = (REPOSITORY / "docs" / "guarantees.md").read_text()
-    proven = section(text, "### Claim by claim")
+    tested = (REPOSITORY / "docs" / "tested.md").read_text()
+    proven = section(tested, "## Claim by claim")
     numbered = re.findall(r"^(\d)\. \*\*(.*?)\.?\*\*", text, re.MULTILINE)
     claims = [f"{number} {words[0].lower()}{words[1:]}" for number, words in numbered]
     claims += first_cells(
