@@ -19,7 +19,7 @@ import numpy as np
 
 from mpi_ckpt import ArrayState, CheckpointManager, Options, elastic
 from mpi_ckpt.comm import vote
-from mpi_ckpt.comm.guard import Guard
+from mpi_ckpt.comm.ulfm.guard import Guard
 from mpi_ckpt.elastic import running
 from mpi_ckpt.errors import CollectiveError
 from mpi_ckpt.storage import filesystem
@@ -30,7 +30,7 @@ STEPS = 30
 STARTING = ("merge", "newcomer", "starter", "unstartable")
 
 # The package has a function of that name.
-repair = sys.modules["mpi_ckpt.comm.repair"]
+repair = sys.modules["mpi_ckpt.comm.ulfm.repair"]
 spawning = repair.spawning
 
 

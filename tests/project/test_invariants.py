@@ -238,7 +238,8 @@ def test_threads_are_started_where_no_mpi_is():
     )
     modules = {one.partition(":")[0] for one in starters}
     assert modules == {
-        "comm/guard.py", "digest.py", "engine/save/background.py", "engine/watchdog.py",
+        "comm/ulfm/guard.py", "digest.py",
+        "engine/save/background.py", "engine/watchdog.py",
         "storage/lease.py", "storage/outfile.py", "storage/proving.py",
     }  # fmt: skip
     for name in modules:
