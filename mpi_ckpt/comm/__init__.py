@@ -32,20 +32,15 @@ from mpi_ckpt.comm.survival import (
     why_lost_ranks_end_the_job,
 )
 from mpi_ckpt.comm.topology import Topology, choose_ranks
-from mpi_ckpt.comm.ulfm.leaving import Departure
-from mpi_ckpt.comm.ulfm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair
-from mpi_ckpt.comm.ulfm.spawning import greet, is_spawned, join
 from mpi_ckpt.comm.vote import UNTOUCHED, Vote, told_by
 
 __all__ = [
     "UNTOUCHED",
     "Communicator",
     "Deferred",
-    "Departure",
     "Farewell",
     "Meeting",
     "Member",
-    "Repaired",
     "Topology",
     "Vote",
     "abort_job",
@@ -58,21 +53,14 @@ __all__ = [
     "collect",
     "compare_texts",
     "differing_digests",
-    "duplicate",
     "gather_bytes",
-    "greet",
     "is_mpi_running",
     "is_rank_failure",
     "is_sign_of_loss",
-    "is_spawned",
-    "join",
-    "let_go",
     "mean_buffers",
     "meet",
-    "meet_at_the_end",
     "member_of",
     "on_root",
-    "repair",
     "scatter_bytes",
     "told_by",
     "why_lost_ranks_end_the_job",

@@ -5,7 +5,7 @@ With them meet two digests. One is of what each rank is doing: ranks that call d
 things are told so, where MPI would hang or crash. The other is of anything that should be
 the same on all ranks: whether it is costs nothing more.
 
-An error that every rank raises then is told in full by one of them, and named by the others:
+An error that every rank raises then is told in full by one of them and named by the others:
 with a thousand ranks the same text would otherwise be printed a thousand times.
 """
 
