@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mpi_ckpt.comm.pieces import chain_piece_bytes
+from mpi_ckpt.comm.topology import chain_piece_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

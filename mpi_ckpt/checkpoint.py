@@ -24,7 +24,7 @@ from mpi_ckpt.elastic import accumulator, epochs
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.manager import CheckpointManager
 from mpi_ckpt.options import Options, StopWhen
-from mpi_ckpt.storage.layout import check_names_apart
+from mpi_ckpt.storage.format.layout import check_names_apart
 from mpi_ckpt.storage.notes import Notes
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from mpi_ckpt.states.leaf_values import KIND, make_value
 from mpi_ckpt.states.rebuilding import nodes_of, rebuild
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.finding import describe_others, open_chosen, open_newest_there
-from mpi_ckpt.storage.layout import MANIFEST
-from mpi_ckpt.storage.manifest import STREAM
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format.layout import MANIFEST
+from mpi_ckpt.storage.format.manifest import STREAM
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.recovery import is_gone
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from mpi_ckpt.retention import Mode
-    from mpi_ckpt.storage.manifest import StoredLeaf, StoredState
+    from mpi_ckpt.storage.format.manifest import StoredLeaf, StoredState
 
 __all__ = ["LoadedGeneration", "LoadedState", "load"]
 

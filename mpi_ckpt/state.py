@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import RegistrationError, StageError
 from mpi_ckpt.leaf import Form
-from mpi_ckpt.storage.layout import check_state_name
-from mpi_ckpt.storage.tensorfile import fill_leaves, read_form, write_leaves
+from mpi_ckpt.storage.format.layout import check_state_name
+from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

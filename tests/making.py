@@ -20,7 +20,7 @@ from mpi_ckpt.state import LeafState, State
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.manifest_codec import decode
+from mpi_ckpt.storage.format.manifest_codec import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

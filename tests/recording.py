@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for ``os`` in storage/filesystem.py: notes changes, and fails on demand."""
+"""Stands in for ``os`` in filesystem.py: notes changes, and fails on demand."""
 
 from __future__ import annotations
 

@@ -19,17 +19,18 @@ from mpi_ckpt.cli.command import BAD, MISUSED, CommandError
 from mpi_ckpt.cli.directory_kinds import kind_of
 from mpi_ckpt.cli.plain_text import iso_date
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, UnsupportedFormatError
-from mpi_ckpt.storage import filesystem, recovery
-from mpi_ckpt.storage.layout import (
+from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.format.layout import (
     LOCK,
     QUARANTINE,
     generation_name,
     generation_number,
 )
-from mpi_ckpt.storage.reader import GenerationReader, read_manifest
+from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 
 if TYPE_CHECKING:
-    from mpi_ckpt.storage.manifest import Manifest
+    from mpi_ckpt.storage.format.manifest import Manifest
 
 __all__ = [
     "Row",

@@ -15,7 +15,6 @@ from mpi_ckpt.comm.agreement import (
     meet,
     on_root,
 )
-from mpi_ckpt.comm.alike import told_by
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.collectives import (
     bcast_bytes,
@@ -24,29 +23,24 @@ from mpi_ckpt.comm.collectives import (
     mean_buffers,
 )
 from mpi_ckpt.comm.communicator import Communicator
-from mpi_ckpt.comm.leaving import Departure
 from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
 from mpi_ckpt.comm.members import Member, member_of
-from mpi_ckpt.comm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair
 from mpi_ckpt.comm.scatter import scatter_bytes
-from mpi_ckpt.comm.spawning import greet, is_spawned, join
 from mpi_ckpt.comm.survival import (
     is_rank_failure,
     is_sign_of_loss,
     why_lost_ranks_end_the_job,
 )
 from mpi_ckpt.comm.topology import Topology, choose_ranks
-from mpi_ckpt.comm.vote import UNTOUCHED, Vote
+from mpi_ckpt.comm.vote import UNTOUCHED, Vote, told_by
 
 __all__ = [
     "UNTOUCHED",
     "Communicator",
     "Deferred",
-    "Departure",
     "Farewell",
     "Meeting",
     "Member",
-    "Repaired",
     "Topology",
     "Vote",
     "abort_job",
@@ -59,21 +53,14 @@ __all__ = [
     "collect",
     "compare_texts",
     "differing_digests",
-    "duplicate",
     "gather_bytes",
-    "greet",
     "is_mpi_running",
     "is_rank_failure",
     "is_sign_of_loss",
-    "is_spawned",
-    "join",
-    "let_go",
     "mean_buffers",
     "meet",
-    "meet_at_the_end",
     "member_of",
     "on_root",
-    "repair",
     "scatter_bytes",
     "told_by",
     "why_lost_ranks_end_the_job",

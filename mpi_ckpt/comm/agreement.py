@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from mpi_ckpt.comm.alike import told_by
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
-from mpi_ckpt.comm.vote import UNTOUCHED, Vote
+from mpi_ckpt.comm.vote import UNTOUCHED, Vote, told_by
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import RankFailure
 from mpi_ckpt.failures import (

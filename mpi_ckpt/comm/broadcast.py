@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm.pieces import chain_piece_bytes, plan_messages
+from mpi_ckpt.comm.topology import chain_piece_bytes, plan_messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm.communicator import Communicator
-    from mpi_ckpt.comm.pieces import Piece
+    from mpi_ckpt.comm.topology import Piece
 
 __all__ = ["bcast_buffers"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm.broadcast import bcast_buffers
-from mpi_ckpt.comm.pieces import plan_messages
+from mpi_ckpt.comm.topology import plan_messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm.agreement import agree
-from mpi_ckpt.comm.pieces import plan_messages
+from mpi_ckpt.comm.topology import plan_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

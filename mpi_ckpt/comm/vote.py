@@ -4,19 +4,21 @@
 With them meet two digests. One is of what each rank is doing: ranks that call different
 things are told so, where MPI would hang or crash. The other is of anything that should be
 the same on all ranks: whether it is costs nothing more.
+
+An error that every rank raises then is told in full by one of them and named by the others:
+with a thousand ranks the same text would otherwise be printed a thousand times.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from mpi_ckpt.comm.alike import told_by
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.liveness import hold, let_go_of
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
-from mpi_ckpt.errors import CollectiveError
+from mpi_ckpt.errors import CheckpointError, CollectiveError, Telling
 from mpi_ckpt.failures import name_ranks
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm.communicator import Communicator
 
-__all__ = ["UNTOUCHED", "Joined", "Vote"]
+__all__ = ["UNTOUCHED", "Joined", "Vote", "told_by"]
+
 
 UNTOUCHED = "published generations are untouched"
 
@@ -145,3 +148,22 @@ class Vote:
             problems=told,
         )
         raise told_by(comm, error)
+
+
+Error = TypeVar("Error", bound=CheckpointError)
+
+
+def told_by(comm: Communicator, error: Error, *tellers: int) -> Error:
+    """Return an error that all ranks are about to raise, with who of them tells it.
+
+    Not collective.
+
+    Args:
+        comm: The communicator.
+        error: The same on every rank.
+        tellers: The ranks that print it in full if nobody catches it; none for root.
+    """
+    by = tellers or (comm.root,)
+    brief = f"{type(error).__name__}, as told by rank {by[0]}"
+    error.telling = Telling(comm.name, "" if comm.rank in by else brief)
+    return error

@@ -10,17 +10,16 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from mpi_ckpt.comm import (
+from mpi_ckpt.comm import is_sign_of_loss, why_lost_ranks_end_the_job
+from mpi_ckpt.comm.ulfm import (
     Departure,
     duplicate,
     greet,
-    is_sign_of_loss,
     is_spawned,
     join,
     let_go,
     meet_at_the_end,
     repair,
-    why_lost_ranks_end_the_job,
 )
 from mpi_ckpt.elastic.world import World
 from mpi_ckpt.errors import CollectiveError, LaunchError

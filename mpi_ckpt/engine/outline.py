@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage.manifest import STREAM, Extent
+from mpi_ckpt.storage.format.manifest import STREAM, Extent
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.state import Structure
-    from mpi_ckpt.storage.manifest import Manifest, StoredState
+    from mpi_ckpt.storage.format.manifest import Manifest, StoredState
 
 __all__ = ["Outline", "StateOutline"]
 

@@ -12,7 +12,7 @@ from mpi_ckpt.comm import agree, compare_texts, meet, told_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import LeafState, State
-from mpi_ckpt.storage.layout import check_names_apart
+from mpi_ckpt.storage.format.layout import check_names_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence

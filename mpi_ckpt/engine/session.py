@@ -24,7 +24,7 @@ from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.reports import PhaseClock
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.notes import Notes
-from mpi_ckpt.storage.ownership import Ownership
+from mpi_ckpt.storage.owning.ownership import Ownership
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

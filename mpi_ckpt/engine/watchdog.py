@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.storage.layout import generation_number, is_partial_name
+from mpi_ckpt.storage.format.layout import generation_number, is_partial_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
-from mpi_ckpt.storage.tensorfile import fill_leaves, read_form, write_leaves
+from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

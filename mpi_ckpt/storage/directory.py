@@ -15,21 +15,21 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.faults import read_errors_as_save_errors
+from mpi_ckpt.storage.files.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.finding import explain_absence, open_chosen, open_twice
-from mpi_ckpt.storage.layout import generation_name, is_partial_of
-from mpi_ckpt.storage.ownership import Ownership
-from mpi_ckpt.storage.partial import Partial
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format.layout import generation_name, is_partial_of
+from mpi_ckpt.storage.owning.ownership import Ownership
+from mpi_ckpt.storage.reading.reader import GenerationReader
+from mpi_ckpt.storage.writing.partial import Partial
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
     from mpi_ckpt.choice import Choice
-    from mpi_ckpt.storage.lock import DirectoryLock
-    from mpi_ckpt.storage.manifest import Manifest
-    from mpi_ckpt.storage.outfile import IOMode
+    from mpi_ckpt.storage.format.manifest import Manifest
+    from mpi_ckpt.storage.owning.lock import DirectoryLock
+    from mpi_ckpt.storage.writing.outfile import IOMode
 
 __all__ = ["CheckpointDirectory"]
 

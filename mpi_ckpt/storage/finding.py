@@ -19,9 +19,9 @@ from mpi_ckpt.errors import (
     ReadError,
     UnsupportedFormatError,
 )
-from mpi_ckpt.storage.layout import QUARANTINE, generation_name
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format.layout import QUARANTINE, generation_name
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.recovery import is_gone
 
 if TYPE_CHECKING:

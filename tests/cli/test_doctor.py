@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from mpi_ckpt.cli.doctor import machine, place
-from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.files import filesystem
 from tests.commands import ask, fill, run
 
 

@@ -22,9 +22,9 @@ from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.states.rng import RNGState
 from mpi_ckpt.states.train import TrainState
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.owning.lock import DirectoryLock
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.commands import ask, fill, flip, run
 from tests.making import Stream, publish, save, some_states
 
@@ -321,7 +321,7 @@ def test_adaptdl_is_taken_on_the_users_word_only(tmp_path):
 
 def test_a_running_job_refuses_an_import(tmp_path, monkeypatch):
     hasty = partial(DirectoryLock, patience_seconds=0.1)
-    monkeypatch.setattr("mpi_ckpt.storage.ownership.DirectoryLock", hasty)
+    monkeypatch.setattr("mpi_ckpt.storage.owning.ownership.DirectoryLock", hasty)
     safetensors.numpy.save_file({"w": np.ones(2)}, tmp_path / "m.safetensors")
     job = CheckpointDirectory(tmp_path / "c")
     with closing(job):

@@ -11,9 +11,10 @@ import pytest
 from mpi_ckpt.choice import Choice
 from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError
 from mpi_ckpt.retention import KeepLast
-from mpi_ckpt.storage import filesystem, recovery
+from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.catalog import Catalog
 from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.files import filesystem
 from mpi_ckpt.storage.finding import open_chosen, open_newest_there
 from tests.commands import ask, fill, flip, run
 from tests.making import publish

@@ -15,12 +15,14 @@ from mpi_ckpt.errors import (
     SaveError,
     WriteError,
 )
-from mpi_ckpt.storage import filesystem, lock, recovery
+from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.layout import generation_number, partial_number
-from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.format.layout import generation_number, partial_number
+from mpi_ckpt.storage.owning import lock
+from mpi_ckpt.storage.owning.lock import DirectoryLock
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.making import save, some_states
 from tests.recording import RecordingOS
 

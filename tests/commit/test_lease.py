@@ -15,11 +15,11 @@ from contextlib import closing
 import pytest
 
 from mpi_ckpt.errors import FencedError, LockedError, SaveError
-from mpi_ckpt.storage import lease, lock
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.lease import Lease
-from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.ownership import Ownership
+from mpi_ckpt.storage.owning import lease, lock
+from mpi_ckpt.storage.owning.lease import Lease
+from mpi_ckpt.storage.owning.lock import DirectoryLock
+from mpi_ckpt.storage.owning.ownership import Ownership
 from tests.making import save, some_states
 from tests.waiting import limit, wait_for
 
@@ -27,7 +27,8 @@ TERM = 1.0
 PROGRAM = """
 import errno, os, sys, time
 from pathlib import Path
-from mpi_ckpt.storage import lease, lock
+from mpi_ckpt.storage.owning import lease
+from mpi_ckpt.storage.owning import lock
 
 lease.RENEW_SECONDS, lease.TERM_SECONDS, lock._SETTLE_SECONDS = 0.05, 1.0, 0.3
 

@@ -13,8 +13,8 @@ from contextlib import closing
 import pytest
 
 from mpi_ckpt.errors import FencedError, LockedError, OptionsError, SaveError
-from mpi_ckpt.storage import lock
-from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.owning import lock
+from mpi_ckpt.storage.owning.lock import DirectoryLock
 from tests.waiting import limit
 
 
@@ -117,7 +117,7 @@ def test_full_disk_keeps_nobody_from_owning(tmp_path, monkeypatch):
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.owning.lock import DirectoryLock
 
 held = DirectoryLock(Path(sys.argv[1]), "owner")
 if sys.argv[2] == "fork" and os.fork() == 0:

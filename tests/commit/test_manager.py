@@ -21,7 +21,7 @@ from mpi_ckpt.errors import (
     StateMismatchError,
 )
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage import lock
+from mpi_ckpt.storage.owning import lock
 
 
 def arrays(**given) -> mpi_ckpt.ArrayState:

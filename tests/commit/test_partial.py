@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from mpi_ckpt.digest import Digest
 from mpi_ckpt.errors import CheckpointError, PublishError, SaveError, WriteError
-from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.partial import Partial
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
+from mpi_ckpt.storage.writing.partial import Partial
 from tests.making import save, some_states
 from tests.recording import RecordingOS
 
@@ -134,7 +134,7 @@ def test_carried_file_is_shared(tmp_path):
 
 @pytest.mark.parametrize("nbytes", [0, 10, 48])
 def test_carried_file_is_copied_where_links_fail(tmp_path, recorder, monkeypatch, nbytes):
-    monkeypatch.setattr("mpi_ckpt.storage.partial._COPY_BYTES", 16)
+    monkeypatch.setattr("mpi_ckpt.storage.writing.partial._COPY_BYTES", 16)
     partial = Partial(tmp_path, 2, "job")
     source = tmp_path / "old"
     source.write_bytes(os.urandom(nbytes))

@@ -11,7 +11,7 @@ from safetensors.numpy import load
 from mpi_ckpt import dtypes
 from mpi_ckpt.engine.save.shard import plan_shard
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage.tensorfile import DATA_ALIGNMENT
+from mpi_ckpt.storage.format.tensorfile import DATA_ALIGNMENT
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 DTYPES = st.sampled_from(

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from mpi_ckpt.engine.save.reuse import plan_reuse, sample
 from mpi_ckpt.engine.sync.captured import capture_states, digest_states
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage.reader import read_manifest
+from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.making import Stream, publish
 
 if TYPE_CHECKING:
-    from mpi_ckpt.storage.manifest import Manifest
+    from mpi_ckpt.storage.format.manifest import Manifest
 
 SHARD = "rank-00000.safetensors"
 

@@ -14,9 +14,10 @@ from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import SaveError, WriteError
 from mpi_ckpt.options import Options
-from mpi_ckpt.storage import filesystem, space
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.space import FreeSpace, free_space, require_space
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.writing import space
+from mpi_ckpt.storage.writing.space import FreeSpace, free_space, require_space
 from tests.making import Stream, save
 
 PLENTY = {"f_frsize": 1024, "f_blocks": 900, "f_bfree": 500, "f_bavail": 400}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import IO
 from mpi_ckpt.errors import CheckpointError, RestoreError, SaveError
-from mpi_ckpt.storage.layout import QUARANTINE, generation_number
+from mpi_ckpt.storage.format.layout import QUARANTINE, generation_number
 from tests.crash.recorder import in_place_of_os
 from tests.crash.replay import PIECE, write_image
 from tests.crash.scenarios import ROOT, saved_image

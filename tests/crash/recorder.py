@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for ``os`` in ``mpi_ckpt.storage.filesystem``: does it, and writes it down.
+"""Stands in for ``os`` in the module ``filesystem``: does it, and writes it down.
 
 ``filesystem`` is the one module that changes a file system, and it does so through ``os``
 alone, so what is recorded here is all that a save, a restore or a sweep does to a disk.
@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.files import filesystem
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.storage.layout import LOCK
+from mpi_ckpt.storage.format.layout import LOCK
 
 if TYPE_CHECKING:
     import random

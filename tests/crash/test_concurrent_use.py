@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpi_ckpt.errors import LockedError
-from mpi_ckpt.storage import lock
+from mpi_ckpt.storage.owning import lock
 from tests.crash.killing import kill, wait_for_death
 from tests.crash.world import Saved, Training, leftovers
 from tests.draws import COUNTS, STRESS

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from mpi_ckpt.errors import OptionsError, SaveError
-from mpi_ckpt.storage import catalog, lock
+from mpi_ckpt.storage import catalog
+from mpi_ckpt.storage.owning import lock
 from tests.crash import faults
 from tests.crash.faults import (
     CALLS,

@@ -16,9 +16,9 @@ import pytest
 
 from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.storage import catalog
-from mpi_ckpt.storage.layout import generation_number
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format.layout import generation_number
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.crash import faults
 from tests.crash.crashes import quiet_scratch
 from tests.crash.faults import CALLS, misnumbered, numbers_in
@@ -176,7 +176,9 @@ def test_a_directory_that_is_moved_while_a_job_saves(name, kind):
 
 def test_a_job_that_makes_its_directory_anew_is_found(monkeypatch):
     """The tester is tested: one that takes what has the name for its own."""
-    monkeypatch.setattr("mpi_ckpt.storage.lock.DirectoryLock.check", lambda self: None)
+    monkeypatch.setattr(
+        "mpi_ckpt.storage.owning.lock.DirectoryLock.check", lambda self: None
+    )
     monkeypatch.setattr(catalog.Catalog, "_hidden", lambda *_: "")
     with quiet_scratch() as sandbox:
         found = [

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from mpi_ckpt.errors import FencedError, LockedError
-from mpi_ckpt.storage import filesystem, lease
-from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.owning import lease
+from mpi_ckpt.storage.owning.lock import DirectoryLock
 from tests.crash.crashes import quiet_scratch
 from tests.crash.world import empty
 from tests.draws import COUNTS, SEED, STRESS, TIMES

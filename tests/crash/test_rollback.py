@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.rollback import bring_back, set_newer_aside
 from tests.commands import run as run_command
 from tests.crash.crashes import (

@@ -14,17 +14,12 @@ import pytest
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.leaf import Gate
 from mpi_ckpt.states.arrays import ArrayBuffer
-from mpi_ckpt.storage import (
-    catalog,
-    directory,
-    filesystem,
-    finding,
-    ownership,
-    partial,
-    reader,
-    recovery,
-)
-from mpi_ckpt.storage.layout import generation_name
+from mpi_ckpt.storage import catalog, directory, finding, recovery
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.format.layout import generation_name
+from mpi_ckpt.storage.owning import ownership
+from mpi_ckpt.storage.reading import reader
+from mpi_ckpt.storage.writing import partial
 from tests.crash import faults, scenarios
 from tests.crash.crashes import judge_crashes
 from tests.crash.recorder import in_place_of_os

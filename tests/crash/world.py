@@ -18,9 +18,9 @@ from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, State
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.leaf import Gate
 from mpi_ckpt.state import Arrival, Capture, Structure
-from mpi_ckpt.storage.layout import generation_number, is_partial_name
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format.layout import generation_number, is_partial_name
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.crash.replay import image_digest, read_image
 
 if TYPE_CHECKING:

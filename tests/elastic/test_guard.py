@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import sys, time
-from mpi_ckpt.comm.guard import Guard
+from mpi_ckpt.comm.ulfm.guard import Guard
 code = int(sys.argv[1]) if sys.argv[1:] else None
 with Guard("what is quick", 60):
     pass

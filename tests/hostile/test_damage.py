@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from mpi_ckpt import IO, ArrayState, CheckpointManager, KeepLast, Options
 from mpi_ckpt.errors import CorruptGenerationError
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.crash.world import scratch
 from tests.draws import SEED, STRESS, TIMES
 from tests.hostile.world import MANIFEST

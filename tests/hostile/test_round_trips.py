@@ -20,11 +20,11 @@ from mpi_ckpt.errors import CheckpointError, RegistrationError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.storage import layout
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
-from mpi_ckpt.storage.tensorfile import encode_header, parse_header
+from mpi_ckpt.storage.format import layout
+from mpi_ckpt.storage.format.tensorfile import encode_header, parse_header
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.crash.world import scratch
 from tests.making import Stream, save
 from tests.restore import stranger

@@ -168,7 +168,9 @@ def test_a_partial_that_somebody_made_first_is_not_written_into(
         monkeypatch.setattr("mpi_ckpt.storage.recovery.sweep", lambda *_: None)
         partial = root / ".partial-00000003-foreseen"
         KINDS[kind](partial, elsewhere)
-        monkeypatch.setattr("mpi_ckpt.storage.layout.is_partial_name", lambda _: False)
+        monkeypatch.setattr(
+            "mpi_ckpt.storage.format.layout.is_partial_name", lambda _: False
+        )
         monkeypatch.setattr("mpi_ckpt.storage.recovery.is_partial_name", lambda _: False)
         with watched(root), pytest.raises(SaveError, match="EEXIST"):
             save(directory, Program(3).states)
@@ -254,7 +256,7 @@ def test_a_link_in_place_of_a_generation_is_not_counted_nor_pruned(root, elsewhe
 @pytest.mark.parametrize("step", ["manifest", "header"])
 def test_a_file_that_changes_between_check_and_read_is_found(root, monkeypatch, step):
     """Bytes are proven in the memory from which they are sent on."""
-    from mpi_ckpt.storage.reader import GenerationReader
+    from mpi_ckpt.storage.reading.reader import GenerationReader
 
     opened = GenerationReader.__init__
 

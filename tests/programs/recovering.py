@@ -19,10 +19,10 @@ import numpy as np
 
 from mpi_ckpt import ArrayState, CheckpointManager, Options, elastic
 from mpi_ckpt.comm import vote
-from mpi_ckpt.comm.guard import Guard
+from mpi_ckpt.comm.ulfm.guard import Guard
 from mpi_ckpt.elastic import running
 from mpi_ckpt.errors import CollectiveError
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.files import filesystem
 
 ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 REPLACE = "replace" in sys.argv
@@ -30,7 +30,7 @@ STEPS = 30
 STARTING = ("merge", "newcomer", "starter", "unstartable")
 
 # The package has a function of that name.
-repair = sys.modules["mpi_ckpt.comm.repair"]
+repair = sys.modules["mpi_ckpt.comm.ulfm.repair"]
 spawning = repair.spawning
 
 

@@ -93,14 +93,14 @@ CHANGES = re.compile(
 def test_one_module_changes_the_file_system():
     changes = where(
         lambda node: CHANGES.fullmatch(called(node)),
-        besides=("storage/filesystem.py", "storage/lock.py"),
+        besides=("storage/files/filesystem.py", "storage/owning/lock.py"),
     )
     assert changes == []
     assert where(lambda node: called(node) == "os.rename") != []
 
 
 def test_lock_changes_nothing_but_its_own_file():
-    tree = MODULES["storage/lock.py"]
+    tree = MODULES["storage/owning/lock.py"]
     used = {called(n) for n in nodes_of(tree) if re.fullmatch(r"os\.\w+", called(n))}
     assert used == {
         "os.open", "os.close", "os.fstat", "os.fsync", "os.ftruncate", "os.pread",
@@ -112,7 +112,7 @@ def test_files_are_opened_in_two_modules_only():
     assert (
         where(
             lambda node: called(node) in ("open", "os.open", "io.open", "path.open"),
-            besides=("storage/filesystem.py", "storage/lock.py"),
+            besides=("storage/files/filesystem.py", "storage/owning/lock.py"),
         )
         == []
     )
@@ -238,8 +238,10 @@ def test_threads_are_started_where_no_mpi_is():
     )
     modules = {one.partition(":")[0] for one in starters}
     assert modules == {
-        "comm/guard.py", "digest.py", "engine/save/background.py", "engine/watchdog.py",
-        "storage/lease.py", "storage/outfile.py", "storage/proving.py",
+        "comm/ulfm/guard.py", "digest.py",
+        "engine/save/background.py", "engine/watchdog.py",
+        "storage/owning/lease.py", "storage/reading/proving.py",
+        "storage/writing/outfile.py",
     }  # fmt: skip
     for name in modules:
         imported = {module for _, module in imports(MODULES[name])}

@@ -18,11 +18,13 @@ from mpi_ckpt.errors import (
     SaveError,
     UnsupportedFormatError,
 )
-from mpi_ckpt.storage import catalog, filesystem, finding, lock, mounts, recovery
+from mpi_ckpt.storage import catalog, finding, recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.ownership import Ownership
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.owning import lock, mounts
+from mpi_ckpt.storage.owning.ownership import Ownership
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.recovery import Survey
 from mpi_ckpt.storage.rollback import last_rolled_back, set_newer_aside
 from tests.making import document_of, publish, save, sealed_document, some_states

@@ -12,7 +12,7 @@ from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.leaf import LeafSpec, Target
 from mpi_ckpt.states.arrays import ArrayState, array_leaf
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.storage.reader import read_manifest
+from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.making import Stream, publish, some_states
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpi_ckpt.errors import RegistrationError
-from mpi_ckpt.storage import layout
+from mpi_ckpt.storage.format import layout
 
 names = st.text(min_size=1, max_size=30)
 

@@ -34,9 +34,9 @@ from mpi_ckpt.errors import (
     RestoreError,
     UnsupportedFormatError,
 )
-from mpi_ckpt.storage import layout
-from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format import layout
+from mpi_ckpt.storage.owning.lock import DirectoryLock
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.making import Ranks, publish, some_states
 
 SHARD = "rank-00000.safetensors"

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import UnsupportedFormatError
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage.manifest import (
+from mpi_ckpt.storage.format.manifest import (
     Extent,
     Manifest,
     StoredFile,
     StoredLeaf,
     StoredState,
 )
-from mpi_ckpt.storage.manifest_codec import decode, encode
+from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from tests.making import sealed, sealed_document
 
 HEADER = digest_bytes(b"header")

@@ -8,10 +8,11 @@ from contextlib import closing
 import pytest
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
-from mpi_ckpt.storage import filesystem, proving
-from mpi_ckpt.storage.proving import Prefetcher
-from mpi_ckpt.storage.read_plan import Window
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.reading import proving
+from mpi_ckpt.storage.reading.proving import Prefetcher
+from mpi_ckpt.storage.reading.read_plan import Window
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.making import Stream, publish
 
 DATA = os.urandom(50_000)

@@ -4,8 +4,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.storage.manifest import Extent
-from mpi_ckpt.storage.read_plan import plan_reads
+from mpi_ckpt.storage.format.manifest import Extent
+from mpi_ckpt.storage.reading.read_plan import plan_reads
 
 FILES = ("c", "a", "b")
 """In the order in which they are read, which is not that of their names."""

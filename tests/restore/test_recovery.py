@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.files import filesystem
 from mpi_ckpt.storage.recovery import Survey, quarantine, survey, sweep
 from tests.making import publish
 from tests.recording import RecordingOS

@@ -13,7 +13,12 @@ from safetensors.numpy import load
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.states.arrays import array_leaf
-from mpi_ckpt.storage.tensorfile import encode_header, fill_leaves, read_form, write_leaves
+from mpi_ckpt.storage.format.tensorfile import (
+    encode_header,
+    fill_leaves,
+    read_form,
+    write_leaves,
+)
 
 
 def written(structure, *leaves: Leaf) -> bytes:

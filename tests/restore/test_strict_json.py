@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.storage.strict_json import read_json, shown
+from mpi_ckpt.storage.format.strict_json import read_json, shown
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 values = st.recursive(

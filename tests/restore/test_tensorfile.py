@@ -7,8 +7,8 @@ import pytest
 
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage import tensorfile
-from mpi_ckpt.storage.tensorfile import encode_header, parse_header
+from mpi_ckpt.storage.format import tensorfile
+from mpi_ckpt.storage.format.tensorfile import encode_header, parse_header
 
 
 def test_header_gives_its_length_and_is_padded_with_spaces():

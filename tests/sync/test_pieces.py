@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.comm.pieces import Piece, chain_piece_bytes, plan_messages
+from mpi_ckpt.comm.topology import Piece, chain_piece_bytes, plan_messages
 
 LENGTHS = st.lists(
     st.integers(0, 300) | st.sampled_from([0, 1, 16, 64, 128, 129]), max_size=20

@@ -28,17 +28,17 @@ from mpi_ckpt.cli.inspect.showing import pick_states
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import os_errors_as
-from mpi_ckpt.storage.proving import proven_blocks
-from mpi_ckpt.storage.tensorfile import encode_header
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage.format.tensorfile import encode_header
+from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.manifest import Manifest, StoredLeaf, StoredState
-    from mpi_ckpt.storage.reader import GenerationReader
+    from mpi_ckpt.storage.format.manifest import Manifest, StoredLeaf, StoredState
+    from mpi_ckpt.storage.reading.reader import GenerationReader
 
 __all__ = ["METADATA_KEY", "STREAM_NAME", "export"]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.cli.command import CommandError
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.states.rebuilding import rebuild
-from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.manifest import STREAM
-from mpi_ckpt.storage.proving import proven_blocks
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.format.manifest import STREAM
+from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer
 
-    from mpi_ckpt.storage.manifest import StoredState
-    from mpi_ckpt.storage.reader import GenerationReader
+    from mpi_ckpt.storage.format.manifest import StoredState
+    from mpi_ckpt.storage.reading.reader import GenerationReader
 
 __all__ = ["is_module", "load_file", "module_form", "write_file"]
 

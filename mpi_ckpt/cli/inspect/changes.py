@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpi_ckpt.leaf import LeafSpec
-    from mpi_ckpt.storage.manifest import StoredLeaf, StoredState
-    from mpi_ckpt.storage.reader import GenerationReader
+    from mpi_ckpt.storage.format.manifest import StoredLeaf, StoredState
+    from mpi_ckpt.storage.reading.reader import GenerationReader
 
 __all__ = ["STREAM", "LeafChange", "compare_generations", "structure_changes"]
 

@@ -26,7 +26,7 @@ from mpi_ckpt.cli.tables import Column
 if TYPE_CHECKING:
     from mpi_ckpt.cli.inspect.changes import LeafChange
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.manifest import Manifest
+    from mpi_ckpt.storage.format.manifest import Manifest
 
 __all__ = ["diff"]
 

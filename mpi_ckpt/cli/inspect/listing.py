@@ -10,7 +10,7 @@ from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import lock_holder, look
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.tables import Column
-from mpi_ckpt.storage.layout import QUARANTINE
+from mpi_ckpt.storage.format.layout import QUARANTINE
 
 if TYPE_CHECKING:
     from pathlib import Path

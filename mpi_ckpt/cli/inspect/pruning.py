@@ -36,8 +36,8 @@ from mpi_ckpt.retention import (
 )
 from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.owning.lock import DirectoryLock
+from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
     from pathlib import Path

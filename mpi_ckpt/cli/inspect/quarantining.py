@@ -21,8 +21,8 @@ from mpi_ckpt.cli.generations import find_generation, look
 from mpi_ckpt.cli.inspect.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.layout import QUARANTINE, generation_number
-from mpi_ckpt.storage.lock import DirectoryLock
+from mpi_ckpt.storage.format.layout import QUARANTINE, generation_number
+from mpi_ckpt.storage.owning.lock import DirectoryLock
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.manifest import Manifest, StoredState
+    from mpi_ckpt.storage.format.manifest import Manifest, StoredState
 
 __all__ = ["pick_states", "shape_text", "show"]
 

@@ -25,16 +25,16 @@ from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.tables import Column
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError
 from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.layout import generation_name, generation_number
-from mpi_ckpt.storage.proving import proven_blocks
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format.layout import generation_name, generation_number
+from mpi_ckpt.storage.reading.proving import proven_blocks
+from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.read_plan import Block
+    from mpi_ckpt.storage.reading.read_plan import Block
 
 __all__ = ["verify"]
 

@@ -12,7 +12,7 @@ from mpi_ckpt.comm import scatter_bytes
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.states.ranked import RankedState
-from mpi_ckpt.storage.proving import proven_blocks
+from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.state import Arrival
-    from mpi_ckpt.storage.reader import GenerationReader
+    from mpi_ckpt.storage.reading.reader import GenerationReader
 
 __all__ = ["Deal", "deal_parts", "plan_deals"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mpi_ckpt.engine.outline import Outline, StateOutline
-    from mpi_ckpt.storage.manifest import Extent
+    from mpi_ckpt.storage.format.manifest import Extent
 
 __all__ = ["OVERWRITTEN", "MatchedState", "StateMatch", "compare_names", "match_states"]
 

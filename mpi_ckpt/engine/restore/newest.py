@@ -15,9 +15,9 @@ from mpi_ckpt.engine.restore.elsewhere import look_elsewhere
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.reports import GenerationInfo
 from mpi_ckpt.states.ranked import RankedState
-from mpi_ckpt.storage.layout import generation_name
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.format.layout import generation_name
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

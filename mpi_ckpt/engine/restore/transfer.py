@@ -14,8 +14,8 @@ from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Leaf, MemoryBuffer, Target, copy_bytes
-from mpi_ckpt.storage.proving import proven_windows
-from mpi_ckpt.storage.read_plan import plan_reads
+from mpi_ckpt.storage.reading.proving import proven_windows
+from mpi_ckpt.storage.reading.read_plan import plan_reads
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
-    from mpi_ckpt.storage.manifest import StoredLeaf
-    from mpi_ckpt.storage.read_plan import Block, Window
+    from mpi_ckpt.storage.format.manifest import StoredLeaf
+    from mpi_ckpt.storage.reading.read_plan import Block, Window
 
 __all__ = ["SavedBytes", "transfer_copy", "transfer_files"]
 

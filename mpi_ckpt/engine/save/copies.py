@@ -17,7 +17,7 @@ from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Form, Leaf, MemoryBuffer
 from mpi_ckpt.memory import MemoryCopy
 from mpi_ckpt.state import LeafState, PartsState, State
-from mpi_ckpt.storage.tensorfile import fill_leaves, read_form, write_leaves
+from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

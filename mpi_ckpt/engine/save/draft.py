@@ -17,14 +17,14 @@ from mpi_ckpt.engine.save.shard import LeafKey, write_shard
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.options import ROOT
-from mpi_ckpt.storage.faults import read_errors_as_save_errors
-from mpi_ckpt.storage.layout import (
+from mpi_ckpt.storage.files.faults import read_errors_as_save_errors
+from mpi_ckpt.storage.format.layout import (
     carried_file_name,
     generation_name,
     stream_file_name,
 )
-from mpi_ckpt.storage.manifest import Extent, Manifest, StoredFile, StoredState
-from mpi_ckpt.storage.manifest_codec import MANIFEST_BYTES_MAX, encode, largest_state
+from mpi_ckpt.storage.format.manifest import Extent, Manifest, StoredFile, StoredState
+from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX, encode, largest_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
-    from mpi_ckpt.storage.partial import Partial
+    from mpi_ckpt.storage.writing.partial import Partial
 
 __all__ = ["Draft"]
 

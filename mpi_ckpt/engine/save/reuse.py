@@ -14,7 +14,12 @@ from mpi_ckpt.engine.sync.captured import CapturedState, pick_leaves
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpi_ckpt.storage.manifest import Manifest, StoredFile, StoredLeaf, StoredState
+    from mpi_ckpt.storage.format.manifest import (
+        Manifest,
+        StoredFile,
+        StoredLeaf,
+        StoredState,
+    )
 
 __all__ = ["SharedLeaves", "has_unchanged", "plan_reuse", "sample"]
 

@@ -11,16 +11,16 @@ from urllib.parse import quote
 from mpi_ckpt import dtypes
 from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
 from mpi_ckpt.engine.sync.captured import about_leaf
-from mpi_ckpt.storage.layout import shard_file_name
-from mpi_ckpt.storage.manifest import Extent, StoredFile, StoredLeaf
-from mpi_ckpt.storage.tensorfile import encode_header
+from mpi_ckpt.storage.format.layout import shard_file_name
+from mpi_ckpt.storage.format.manifest import Extent, StoredFile, StoredLeaf
+from mpi_ckpt.storage.format.tensorfile import encode_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.leaf import Form, LeafSpec
-    from mpi_ckpt.storage.partial import Partial
+    from mpi_ckpt.storage.writing.partial import Partial
 
 __all__ = ["LeafKey", "Shard", "ShardPlan", "foresee_shard", "plan_shard", "write_shard"]
 

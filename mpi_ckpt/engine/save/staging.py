@@ -13,7 +13,7 @@ from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.state import State
-from mpi_ckpt.storage.manifest import STREAM
+from mpi_ckpt.storage.format.manifest import STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ from mpi_ckpt.integrations.lightning.single_state import (
     save_alone,
 )
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.files import filesystem
 
 __all__ = ["MPICheckpointIO"]
 

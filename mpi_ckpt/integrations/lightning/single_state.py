@@ -21,10 +21,11 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.leaf import Target
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
-from mpi_ckpt.storage import filesystem, recovery
+from mpi_ckpt.storage import recovery
 from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.faults import os_errors_as
-from mpi_ckpt.storage.layout import (
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage.format.layout import (
     LOCK,
     QUARANTINE,
     generation_name,
@@ -32,16 +33,16 @@ from mpi_ckpt.storage.layout import (
     is_partial_name,
     rolled_back_numbers,
 )
-from mpi_ckpt.storage.lock import DirectoryLock
-from mpi_ckpt.storage.ownership import Ownership
-from mpi_ckpt.storage.proving import proven_blocks
-from mpi_ckpt.storage.reader import GenerationReader
+from mpi_ckpt.storage.owning.lock import DirectoryLock
+from mpi_ckpt.storage.owning.ownership import Ownership
+from mpi_ckpt.storage.reading.proving import proven_blocks
+from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.state import LeafState
-    from mpi_ckpt.storage.manifest import StoredState
+    from mpi_ckpt.storage.format.manifest import StoredState
 
 __all__ = ["load_alone", "remove_alone", "save_alone"]
 

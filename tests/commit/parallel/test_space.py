@@ -8,7 +8,7 @@ import pytest
 
 from mpi_ckpt import ArrayState
 from mpi_ckpt.errors import WriteError
-from mpi_ckpt.storage import space
+from mpi_ckpt.storage.writing import space
 from tests.ranks import manager, same_error
 
 

@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from mpi_ckpt import IO
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.storage import lock
+from mpi_ckpt.storage.owning import lock
 from tests.crash.faults import quiet
 from tests.crash.programs.saver import note
 from tests.crash.world import Saved, Training

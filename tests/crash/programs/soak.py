@@ -28,7 +28,7 @@ from mpi4py import MPI
 
 from mpi_ckpt import IO, ArrayState, CheckpointManager, KeepLast, ObjectState, Options
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.storage.layout import generation_number, is_partial_name
+from mpi_ckpt.storage.format.layout import generation_number, is_partial_name
 from tests.crash.faults import CALLS, ERRNOS, Fault, Faulty, quiet
 from tests.crash.recorder import in_place_of_os
 

@@ -23,10 +23,10 @@ from mpi_ckpt.cli.convert.foreign import open_safetensors
 from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
-from mpi_ckpt.storage.manifest_codec import decode, encode
-from mpi_ckpt.storage.proving import verify
-from mpi_ckpt.storage.reader import GenerationReader
-from mpi_ckpt.storage.tensorfile import fill_leaves, parse_header, read_form
+from mpi_ckpt.storage.format.manifest_codec import decode, encode
+from mpi_ckpt.storage.format.tensorfile import fill_leaves, parse_header, read_form
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

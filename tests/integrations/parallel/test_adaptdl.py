@@ -19,7 +19,7 @@ from mpi_ckpt.checkpoint import (
     save_state,
 )
 from mpi_ckpt.errors import RegistrationError, StageError
-from mpi_ckpt.storage.reader import read_manifest
+from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.ranks import assert_same, same_error
 
 torch = pytest.importorskip("torch")

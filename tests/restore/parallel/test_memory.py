@@ -20,7 +20,7 @@ from mpi_ckpt import (
 )
 from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import OptionsError, StageError, StateMismatchError
-from mpi_ckpt.storage.layout import generation_name
+from mpi_ckpt.storage.format.layout import generation_name
 from tests.ranks import assert_same, same_error
 
 

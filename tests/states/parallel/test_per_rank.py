@@ -214,7 +214,7 @@ def test_parts_larger_than_the_window_and_than_a_block(
     comm, shared_path, window_bytes, monkeypatch
 ):
     from mpi_ckpt import digest
-    from mpi_ckpt.storage import manifest
+    from mpi_ckpt.storage.format import manifest
 
     for function in (digest.Digest.of.__func__, digest.BlockHasher.__init__):
         monkeypatch.setattr(function, "__defaults__", (512,))

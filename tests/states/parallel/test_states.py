@@ -23,8 +23,8 @@ from mpi_ckpt import (
     remaining_epochs_until,
 )
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.reader import read_manifest
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.ranks import assert_same, manager, plain
 from tests.sync.parallel.test_sync import contents, make_model, train
 
@@ -233,7 +233,7 @@ def test_root_reads_each_byte_once(comm, shared_path, monkeypatch):
 def test_windows_of_any_size(comm, shared_path, window_bytes, monkeypatch):
     # Blocks of a manifest of our own making: a leaf of many blocks need not be large.
     from mpi_ckpt import digest
-    from mpi_ckpt.storage import manifest
+    from mpi_ckpt.storage.format import manifest
 
     for function in (digest.Digest.of.__func__, digest.BlockHasher.__init__):
         monkeypatch.setattr(function, "__defaults__", (64,))

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mpi_ckpt.comm import bcast_buffers, bcast_bytes, broadcast, gather_bytes, pieces
+from mpi_ckpt.comm import bcast_buffers, bcast_bytes, broadcast, gather_bytes, topology
 from tests.ranks import RecordingHandle, groupings, randoms
 
 # Pieces, buckets and the window scaled down by a thousand.
@@ -28,8 +28,8 @@ LENGTHS = {
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "_CHAIN_PIECE_BYTES", PIECE)
-    monkeypatch.setattr(pieces, "_CHAIN_PIECE_BYTES_LEAST", LEAST)
+    monkeypatch.setattr(topology, "_CHAIN_PIECE_BYTES", PIECE)
+    monkeypatch.setattr(topology, "_CHAIN_PIECE_BYTES_LEAST", LEAST)
 
 
 def check_bcast(one, contents, source):

@@ -20,11 +20,11 @@ from mpi_ckpt.errors import (
     WriteError,
 )
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import in_words, os_errors_as
-from mpi_ckpt.storage.layout import LOCK, MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.outfile import OutStream, create_out_file
-from mpi_ckpt.storage.space import require_space
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.files.faults import in_words, os_errors_as
+from mpi_ckpt.storage.format.layout import LOCK, MANIFEST, generation_name, partial_name
+from mpi_ckpt.storage.writing.outfile import OutStream, create_out_file
+from mpi_ckpt.storage.writing.space import require_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from mpi_ckpt.digest import Digest
-    from mpi_ckpt.storage.outfile import IOMode, OutFile
+    from mpi_ckpt.storage.writing.outfile import IOMode, OutFile
 
 __all__ = ["Partial"]
 

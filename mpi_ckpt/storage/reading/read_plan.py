@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.storage.manifest import Extent
+    from mpi_ckpt.storage.format.manifest import Extent
 
 __all__ = ["Block", "Window", "plan_reads"]
 

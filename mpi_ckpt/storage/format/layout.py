@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mpi_ckpt.errors import RegistrationError
-from mpi_ckpt.storage.strict_json import shown
+from mpi_ckpt.storage.format.strict_json import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,10 +16,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm.communicator import open_communicators
-from mpi_ckpt.comm.guard import Guard
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import is_done_within
-from mpi_ckpt.comm.spawning import is_spawned, made
+from mpi_ckpt.comm.ulfm.guard import Guard
+from mpi_ckpt.comm.ulfm.spawning import is_spawned, made
 
 if TYPE_CHECKING:
     from mpi4py import MPI

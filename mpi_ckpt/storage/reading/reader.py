@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import BlockHasher, digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, UnsupportedFormatError
-from mpi_ckpt.storage import filesystem, manifest_codec
-from mpi_ckpt.storage.faults import os_errors_as
-from mpi_ckpt.storage.layout import MANIFEST, generation_number
-from mpi_ckpt.storage.open_files import OpenFiles
-from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX
+from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage.format import manifest_codec
+from mpi_ckpt.storage.format.layout import MANIFEST, generation_number
+from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
+from mpi_ckpt.storage.reading.open_files import OpenFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from mpi_ckpt.storage.manifest import Manifest, StoredFile, StoredLeaf
+    from mpi_ckpt.storage.format.manifest import Manifest, StoredFile, StoredLeaf
 
 __all__ = ["GenerationReader", "read_manifest"]
 
@@ -117,7 +118,7 @@ class GenerationReader:
         self.close()
 
     def read_block(self, leaf: StoredLeaf, block: int) -> memoryview:
-        """Return one block of a leaf, proven; `mpi_ckpt.storage.proving` reads many.
+        """Return one block of a leaf, proven; `proven_blocks` reads many.
 
         Not collective. Thread-safe.
 

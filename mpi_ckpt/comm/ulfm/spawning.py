@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm.guard import Guard, end_as_lost
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import Tag, keep
+from mpi_ckpt.comm.ulfm.guard import Guard, end_as_lost
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

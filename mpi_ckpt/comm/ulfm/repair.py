@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpi_ckpt.comm import spawning
 from mpi_ckpt.comm.communicator import open_communicators
-from mpi_ckpt.comm.guard import Guard
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import is_done_within
+from mpi_ckpt.comm.ulfm import spawning
+from mpi_ckpt.comm.ulfm.guard import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

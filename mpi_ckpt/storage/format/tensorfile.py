@@ -15,7 +15,7 @@ from mpi_ckpt import dtypes
 from mpi_ckpt.errors import CorruptGenerationError, SaveError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.memory import round_up
-from mpi_ckpt.storage.strict_json import read_json, shown
+from mpi_ckpt.storage.format.strict_json import read_json, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -17,20 +17,20 @@ from mpi_ckpt import dtypes
 from mpi_ckpt.digest import ALGORITHM, DIGEST_BYTES, Digest, digest_bytes
 from mpi_ckpt.errors import UnsupportedFormatError
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage.layout import (
+from mpi_ckpt.storage.format.layout import (
     check_file_name,
     check_names_apart,
     check_state_name,
 )
-from mpi_ckpt.storage.manifest import (
+from mpi_ckpt.storage.format.manifest import (
     Extent,
     Manifest,
     StoredFile,
     StoredLeaf,
     StoredState,
 )
-from mpi_ckpt.storage.strict_json import read_json, shown
-from mpi_ckpt.storage.tensorfile import HEADER_BYTES_MAX
+from mpi_ckpt.storage.format.strict_json import read_json, shown
+from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
 
 __all__ = [
     *("FORMAT", "MANIFEST_BYTES_MAX", "VERSION", "decode", "encode", "largest_state"),

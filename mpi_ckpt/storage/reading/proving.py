@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.memory import Arena, round_up
-from mpi_ckpt.storage.read_plan import plan_reads
+from mpi_ckpt.storage.reading.read_plan import plan_reads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from concurrent.futures import Future
 
-    from mpi_ckpt.storage.manifest import StoredLeaf
-    from mpi_ckpt.storage.read_plan import Block, Window
-    from mpi_ckpt.storage.reader import GenerationReader
+    from mpi_ckpt.storage.format.manifest import StoredLeaf
+    from mpi_ckpt.storage.reading.read_plan import Block, Window
+    from mpi_ckpt.storage.reading.reader import GenerationReader
 
 __all__ = ["Prefetcher", "Refuse", "proven_blocks", "proven_windows", "verify"]
 

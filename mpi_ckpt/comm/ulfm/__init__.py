@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recovery in place: what only a ULFM of Open MPI 5 can do, and what it takes to use it."""
+
+from mpi_ckpt.comm.ulfm.leaving import Departure
+from mpi_ckpt.comm.ulfm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair
+from mpi_ckpt.comm.ulfm.spawning import greet, is_spawned, join
+
+__all__ = [
+    "Departure",
+    "Repaired",
+    "duplicate",
+    "greet",
+    "is_spawned",
+    "join",
+    "let_go",
+    "meet_at_the_end",
+    "repair",
+]
