@@ -97,6 +97,7 @@ class Session:
         except CheckpointError:
             communicator.close()
             raise
+        communicator.busy_ranks.open()
         return cls(communicator, directory, options, memory)
 
     def note(self, event: str, step: int) -> None:

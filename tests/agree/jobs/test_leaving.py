@@ -95,6 +95,14 @@ def test_sys_exit_with_an_error_code(jobs: Jobs, root: Path, who: str) -> None:
     assert ("aborted with code 7" in outcome.err) == (who == "1"), outcome.text
 
 
+def test_sys_exit_of_one_rank_that_is_done_keeps_nobody(jobs: Jobs, root: Path) -> None:
+    """The others close the manager, which is collective, without it."""
+    outcome = jobs.run(3, LEAVING, root, "exit_early", 1)
+    assert outcome.code == 0, outcome.text
+    assert outcome.seconds < limit(25), outcome.text
+    assert outcome.err == "", outcome.text
+
+
 def test_printing_by_the_hook_ends_nothing(jobs: Jobs, root: Path) -> None:
     outcome = jobs.run(2, LEAVING, root, "print_only", "all")
     assert outcome.code == 0, outcome.text

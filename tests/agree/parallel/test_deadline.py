@@ -20,6 +20,7 @@ from mpi_ckpt.comm import (
     liveness,
 )
 from mpi_ckpt.errors import CollectiveError, SaveError
+from mpi_ckpt.failures import name_ranks
 from mpi_ckpt.integrations import horovod
 from mpi_ckpt.integrations.horovod import parameters
 from tests.ranks import coming_late, manager, same_error
@@ -259,7 +260,7 @@ def test_ranks_that_do_different_things_are_told(peers, make_communicator):
         peers,
         CollectiveError,
         "the ranks do different things; published generations are untouched",
-        f"rank 0 on {HOST}: saving",
+        f"{name_ranks(range(last), one.hosts)}: saving",
         f"rank {last} on {HOST}: loading",
     ):
         agree(one, doing, int, error=SaveError)
