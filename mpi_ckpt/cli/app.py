@@ -20,8 +20,6 @@ from mpi_ckpt.cli.screen import Screen
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["cli"]
-
 _COMMANDS = {
     "run": "restart.restarting:run",
     "ls": "inspect.listing:list_generations",

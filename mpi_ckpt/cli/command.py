@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 
     from click.shell_completion import CompletionItem
 
-__all__ = [
-    "BAD",
-    "GOOD",
-    "MISUSED",
-    "CommandError",
-    "DirectoryPath",
-    "command",
-    "directory_argument",
-    "generation_argument",
-]
-
 Function = TypeVar("Function", bound="Callable[..., Any]")
 
 GOOD, BAD, MISUSED = 0, 1, 2

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
         "foreign", "missing", "file",
     ]  # fmt: skip
 
-__all__ = ["directory_of_all", "directory_to_look_at", "kind_of", "require_target"]
-
 
 def kind_of(path: Path) -> Kind:
     """Return which kind of directory a path leads to.

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TextIO
 
-__all__ = ["LogGate", "StreamGate"]
-
 
 class StreamGate(io.TextIOBase):
     """Stands for standard output or standard error.

@@ -32,18 +32,6 @@ from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 if TYPE_CHECKING:
     from mpi_ckpt.storage.format.manifest import Manifest
 
-__all__ = [
-    "Row",
-    "find_generation",
-    "lock_holder",
-    "look",
-    "open_generation",
-    "open_wanted",
-    "parse_generation",
-    "reason_of",
-    "state_after",
-]
-
 _NOTE_BYTES_MAX = 64 << 10
 _LOCKS_BYTES = 4 << 20
 

@@ -13,8 +13,6 @@ import unicodedata
 from datetime import datetime, timezone
 from typing import Any
 
-__all__ = ["age", "bytes_text", "clean", "iso_date", "json_text", "plural"]
-
 # Drawn as nothing, though Unicode counts them among letters and marks.
 _INVISIBLE = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"

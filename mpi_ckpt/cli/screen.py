@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
     Parts = Sequence[tuple[object, str]]
 
-__all__ = ["Screen"]
-
 _STYLES = {
     "newest": "bold green",
     "finished": "bold green",

@@ -16,8 +16,6 @@ from rich.cells import cell_len, set_cell_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Column", "TableLayout", "cut_middle", "lay_out", "wrap_words"]
-
 _GAP, _NARROW_GAP = 3, 2
 # Of a cut name so much is left, before another column is left out for it; of a heading
 # that is a name, so much.

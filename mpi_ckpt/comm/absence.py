@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm.communicator import Communicator
 
-__all__ = [
-    *("WARNED_SECONDS", "LastMeeting", "missed_deadline", "name_absent", "warn_of_wait"),
-    *("what_is_missing", "why_called_off"),
-]
-
 logger = logging.getLogger(__name__)
 
 WARNED_SECONDS = 30.0

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-__all__ = [
-    *("Objection", "check_before", "duplicate_within", "exchange_presences", "meet_first"),
-]
-
 
 def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 (a module)
     """Refuse what every rank sees the same way.

@@ -38,18 +38,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm.communicator import Communicator
     from mpi_ckpt.errors import CheckpointError
 
-__all__ = [
-    "Deferred",
-    "Meeting",
-    "agree",
-    "any_of",
-    "collect",
-    "compare_texts",
-    "differing_digests",
-    "meet",
-    "on_root",
-]
-
 Result = TypeVar("Result")
 
 _FAILED = 1

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm.communicator import Communicator
     from mpi_ckpt.comm.topology import Piece
 
-__all__ = ["bcast_buffers"]
-
 # Larger messages overlap less and leave the caches.
 _PIECE_BYTES = 8 << 20
 

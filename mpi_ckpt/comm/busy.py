@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm.communicator import Communicator
 
-__all__ = ["BusyRanks", "Occupation", "in_words"]
-
 logger = logging.getLogger(__name__)
 
 _REASON_BYTES = 240

@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm.communicator import Communicator
 
-__all__ = [
-    "bcast_bytes",
-    "bcast_json",
-    "gather_bytes",
-    "mean_buffers",
-]
-
 
 def mean_buffers(comm: Communicator, arrays: Sequence[NDArray[Any]], doing: str) -> None:
     """Replace arrays by their average over all ranks, in place.

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-__all__ = ["Communicator", "open_communicators"]
-
 _ADVICE = "published generations are untouched, end this job and start it again"
 
 # MPI: a survivor of a lost rank may wait in any of them for one who waits elsewhere.

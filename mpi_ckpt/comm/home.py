@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 from mpi_ckpt.errors import CollectiveError
 
-__all__ = ["Home"]
-
 
 @dataclass(frozen=True, slots=True)
 class Home:

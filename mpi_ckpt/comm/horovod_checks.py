@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-__all__ = [
-    *("check_finalized", "check_horovod", "find_horovod", "is_horovods", "mark_horovods"),
-]
-
 _FRONT_ENDS = ("horovod.torch", "horovod.tensorflow", "horovod.keras", "horovod.mxnet")
 
 _FIRST = (

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-__all__ = ["find_communicator"]
-
 _NAME = "mpi_ckpt.communicator"
 
 

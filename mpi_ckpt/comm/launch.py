@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType
 
-__all__ = ["LauncherView", "check_launch", "launcher_view", "load_mpi"]
-
 # Launcher -> its variables for size and rank; a missing size means no claim.
 _LAUNCHERS = (
     ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),

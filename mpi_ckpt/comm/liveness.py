@@ -25,23 +25,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm.communicator import Communicator
 
-__all__ = [
-    "ROUNDS_A_LOOK",
-    "Farewell",
-    "Patience",
-    "Tag",
-    "abort_job",
-    "call_off",
-    "call_roll",
-    "has_left",
-    "hold",
-    "is_called",
-    "is_done_within",
-    "is_mpi_running",
-    "keep",
-    "let_go_of",
-]
-
 # A rank that waits yields its core this often before it starts to sleep, so a short wait
 # costs no latency and a long one (root writes) no core.
 _YIELDS = 2000

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm.communicator import Communicator
     from mpi_ckpt.options import AbortOn
 
-__all__ = ["Member", "member_of"]
-
 
 def member_of(comm: Communicator, how: AbortOn) -> Member | None:
     """Return the member of an ensemble that a communicator is; None for no such thing.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-__all__ = ["Claim", "find_contradictions", "order_ranks"]
-
 
 @dataclass(frozen=True, slots=True)
 class Claim:

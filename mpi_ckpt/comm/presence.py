@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Presence", "host_name"]
-
 _HOST_BYTES = 64
 _NUMBER_BYTES = 24
 

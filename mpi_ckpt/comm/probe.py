@@ -16,8 +16,6 @@ from typing import Any
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.errors import LaunchError
 
-__all__ = ["main"]
-
 _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm.communicator import Communicator
     from mpi_ckpt.errors import CheckpointError
 
-__all__ = ["scatter_bytes"]
-
 _NOTHING = np.empty(0, np.uint8)
 
 

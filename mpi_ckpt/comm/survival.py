@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-__all__ = ["is_rank_failure", "is_sign_of_loss", "why_lost_ranks_end_the_job"]
-
 _CLASSES = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
 # MPI: what `mpirun --with-ft ulfm` sets for its ranks, spawned ones too. Without it Open
 # MPI has all of the calls, and ends the job all the same.

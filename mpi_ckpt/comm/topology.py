@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.options import Ranks
 
-__all__ = [
-    "Link",
-    "Piece",
-    "Topology",
-    "chain_piece_bytes",
-    "choose_ranks",
-    "plan_messages",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Link:

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm.communicator import Communicator
 
-__all__ = ["UNTOUCHED", "Joined", "Vote", "told_by"]
-
-
 UNTOUCHED = "published generations are untouched"
 
 _NOTHING = bytes(DIGEST_BYTES)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.options import StopWhen
 
-__all__ = ["StopRequests"]
-
 logger = logging.getLogger(__name__)
 
 # A look at a shared file system, or at what a user's function asks, is not for every step.

@@ -11,8 +11,6 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Key", "Totals", "Update", "add_all", "as_number", "from_first_form"]
-
 Key = str | int
 Totals = dict[Key, Any]
 

@@ -30,15 +30,6 @@ from mpi_ckpt.errors import OptionsError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "DEADLINE",
-    "JobEnd",
-    "WallTime",
-    "end_of_job",
-    "must_save_now",
-    "parse_deadline",
-]
-
 DEADLINE = "MPI_CKPT_DEADLINE"
 """The variable by which a job's script tells when the job ends."""
 

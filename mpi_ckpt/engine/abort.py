@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator, Member
     from mpi_ckpt.options import AbortOn
 
-__all__ = ["AbortOnError", "watch_errors"]
-
 logger = logging.getLogger(__name__)
 
 # Ranks that fail by the same error do so within moments.

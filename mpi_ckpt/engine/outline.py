@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import Structure
     from mpi_ckpt.storage.format.manifest import Manifest, StoredState
 
-__all__ = ["Outline", "StateOutline"]
-
 
 @dataclass(frozen=True, slots=True)
 class StateOutline:

@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.leaf import Leaf
 
-__all__ = [
-    *("Overlap", "Source", "differing_overlaps", "find_overlaps", "hold_both"),
-    "move_apart",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Overlap:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator, Meeting
     from mpi_ckpt.errors import CheckpointError
 
-__all__ = ["ADVICE", "Registry", "numbered_alike"]
-
 Result = TypeVar("Result")
 
 ADVICE = (

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.options import Options
 
-__all__ = ["Session"]
-
 _QUIET_SECONDS_MAX = 60.0
 _QUIET_SHARE = 0.1
 """Of the deadline: the rank that stands still says so well before the others give up."""

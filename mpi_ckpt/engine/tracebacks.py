@@ -13,8 +13,6 @@ from mpi_ckpt.failures import RemoteTraceback
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["in_full"]
-
 _LINES_MAX = 20
 _FRAMES_MAX = 4
 _LEVELS_MAX = 3

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-__all__ = ["Watchdog"]
-
 logger = logging.getLogger(__name__)
 
 _NAME = "mpi_ckpt-watch"

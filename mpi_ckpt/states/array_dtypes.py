@@ -17,8 +17,6 @@ from mpi_ckpt.errors import StageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LITTLE", "array_dtype", "array_dtype_name", "holes_of", "unnamed_part"]
-
 _NAMES = {
     "bool": "BOOL",
     "uint8": "U8",

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
-__all__ = ["KIND", "describe", "is_leaf_value", "make_value", "takes_bytes"]
-
 _NUMPY = (np.ndarray, np.generic)
 
 KIND = "~"

@@ -19,8 +19,6 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Layout", "ReadonlyMemory", "layout_of", "overlaps_itself"]
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.leaf import LeafSpec
 
-__all__ = ["compare_specs", "raise_mismatch"]
-
 
 def compare_specs(
     state: str,

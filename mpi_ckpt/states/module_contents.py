@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf
     from mpi_ckpt.states.memory_layout import ReadonlyMemory
 
-__all__ = ["EXTRA", "ModuleContents", "loads_itself", "owners", "try_loading"]
-
 EXTRA = "_extra_state"
 
 

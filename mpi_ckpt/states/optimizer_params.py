@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.state import Structure
 
-__all__ = ["SavedParams", "describe_params"]
-
 Shapes = list[list[list[int]]]
 Names = list[list["str | None"]]
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import Structure
 
-__all__ = ["make_values", "pack", "unpack"]
-
 
 def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
     """Return the bytes of a nested value. Not collective.

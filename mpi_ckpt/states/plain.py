@@ -20,18 +20,6 @@ from mpi_ckpt.states.leaf_values import KIND
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "FACTORIES",
-    "as_numbers",
-    "checked",
-    "factory_name",
-    "float_node",
-    "float_of",
-    "from_numbers",
-    "rank_of",
-]
-
-
 # Python reads and writes integers of up to 4300 decimal digits.
 _INTEGER_BITS_MAX = 13_000
 

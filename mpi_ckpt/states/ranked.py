@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
 
-__all__ = ["PerRankState", "RankedState"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -16,8 +16,6 @@ from mpi_ckpt.states.tree import leaf_nodes, unflatten
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["nodes_of", "rebuild"]
-
 _TRAIN_PART = re.compile(r"module|(?:optimizer|scheduler)\d*|scaler")
 _TENSOR = {KIND: "tensor"}
 _ARRAY = {KIND: "array"}

@@ -13,8 +13,6 @@ from numpy.random import SeedSequence
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Stream", "built_in_streams", "is_of_device", "stream_of", "wake_devices"]
-
 _ACCELERATORS = ("cuda", "xpu")
 
 

@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = [
-    *("TensorBuffer", "device_here", "empty_tensor", "ordinary", "tensor_leaf"),
-    "tensor_spec",
-]
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _function_modes = torch._C._len_torch_function_stack  # noqa: SLF001 (as torch.overrides)
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001

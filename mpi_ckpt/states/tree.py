@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.leaf import Leaf
 
-__all__ = ["Flattened", "check_structure", "flatten", "leaf_nodes", "unflatten"]
-
 _LEAF_KINDS = ("tensor", "array", "scalar", "numbers", "bytes", "text")
 _DEPTH_MAX = 100
 # Longer ones become leaves: the manifest is read whole, and has a limit.

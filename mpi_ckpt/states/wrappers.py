@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["bare_name", "inner_names", "is_sharded", "parameter_names", "unwrapped"]
-
 # Class -> the attribute under which it keeps the module it wraps. Each puts a prefix
 # before all names: what is saved with it would not fit a program without it.
 _TRANSPARENT = (

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.format.manifest import Manifest
     from mpi_ckpt.storage.recovery import Survey
 
-__all__ = ["Catalog"]
-
 logger = logging.getLogger(__name__)
 
 _PAUSES_SECONDS = (0.05, 0.2, 1.0)

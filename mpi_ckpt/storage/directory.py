@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.owning.lock import DirectoryLock
     from mpi_ckpt.storage.writing.outfile import IOMode
 
-__all__ = ["CheckpointDirectory"]
-
 logger = logging.getLogger(__name__)
 
 

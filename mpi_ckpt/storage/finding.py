@@ -33,11 +33,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.catalog import Catalog
     from mpi_ckpt.storage.recovery import Survey
 
-__all__ = [
-    *("describe_others", "explain_absence", "open_chosen", "open_newest_there"),
-    "open_twice",
-]
-
 logger = logging.getLogger(__name__)
 
 _LISTED = 10

@@ -22,8 +22,6 @@ from mpi_ckpt.storage.files import filesystem
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["VARIABLE", "Note", "Notes", "read_notes", "remove_notes"]
-
 logger = logging.getLogger(__name__)
 
 VARIABLE = "MPI_CKPT_NOTES"

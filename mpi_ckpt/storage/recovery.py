@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.errors import CorruptGenerationError
 
-__all__ = ["Survey", "is_gone", "quarantine", "settled_survey", "survey", "sweep"]
-
 logger = logging.getLogger(__name__)
 
 _REASON = "reason.json"

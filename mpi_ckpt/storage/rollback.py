@@ -22,8 +22,6 @@ from mpi_ckpt.storage.recovery import settled_survey
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["bring_back", "last_rolled_back", "set_newer_aside"]
-
 
 def set_newer_aside(root: Path, generation: int) -> tuple[int, ...]:
     """Set all generations aside that are newer than one; durable when it returns.

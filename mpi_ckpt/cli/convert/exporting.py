@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.format.manifest import Manifest, StoredLeaf, StoredState
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
-__all__ = ["METADATA_KEY", "STREAM_NAME", "export"]
-
 METADATA_KEY = "mpi_ckpt"
 """Where in a safetensors file the import finds states, structures and step."""
 

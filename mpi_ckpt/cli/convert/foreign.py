@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.state import Structure
 
-__all__ = ["Content", "FileStream", "FixedState", "open_safetensors"]
-
 # The manifest of what it names must be readable too, and says twice as much of a tensor.
 _HEADER_BYTES_MAX = MANIFEST_BYTES_MAX // 2
 _COPY_BYTES = 4 << 20

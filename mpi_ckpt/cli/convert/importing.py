@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf
     from mpi_ckpt.state import State
 
-__all__ = ["import_file"]
-
 _OWN_OF_ADAPTDL = "adaptdl-"
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.format.manifest import StoredState
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
-__all__ = ["is_module", "load_file", "module_form", "write_file"]
-
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # The first in which neither of the known ways around weights_only is left.
 _SAFE_TORCH = (2, 10)

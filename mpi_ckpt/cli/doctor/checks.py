@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Literal
 
-__all__ = ["Check"]
-
 
 @dataclass(frozen=True, slots=True)
 class Check:

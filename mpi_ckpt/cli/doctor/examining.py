@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.doctor.checks import Check
     from mpi_ckpt.cli.screen import Screen
 
-__all__ = ["doctor"]
-
 _COLUMNS = (Column("", states=True), Column(""), Column(""), Column(""))
 
 

@@ -23,16 +23,6 @@ from mpi_ckpt.cli.doctor.checks import Check
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = [
-    "ask",
-    "ask_apart",
-    "check_launcher",
-    "check_mpi",
-    "check_software",
-    "family_of",
-    "which",
-]
-
 _MPI_SECONDS = 30.0
 _MPIRUN_SECONDS = 10.0
 

@@ -28,8 +28,6 @@ from mpi_ckpt.storage.files.faults import in_words
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["check_directory", "mount_of"]
-
 _BLOCK_BYTES = 4096
 _FSYNCS = 5
 _SLOW_FSYNC_SECONDS = 0.1

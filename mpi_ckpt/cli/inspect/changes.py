@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.format.manifest import StoredLeaf, StoredState
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
-__all__ = ["STREAM", "LeafChange", "compare_generations", "structure_changes"]
-
 STREAM = "(stream)"
 _CHANGES_MAX = 1000
 

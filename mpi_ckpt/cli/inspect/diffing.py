@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.storage.format.manifest import Manifest
 
-__all__ = ["diff"]
-
 _VALUES_SHOWN = 20
 _VALUE_CHARACTERS = 30
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.cli.screen import Screen
 
-__all__ = ["rollback"]
-
 
 @command("rollback", "Go back to an older generation.")
 @directory_argument()

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.generations import Row
     from mpi_ckpt.cli.screen import Screen
 
-__all__ = ["list_generations"]
-
 _SOUND = ("newest", "ok", "gone", "partial", "rolled back")
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Difference", "is_numeric"]
-
 # Widened copies of so many elements are small beside the block they come from.
 _ELEMENTS = 1 << 18
 

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.retention import Mode, RetentionPolicy
 
-__all__ = ["LOCK_PATIENCE_SECONDS", "prune"]
-
 LOCK_PATIENCE_SECONDS = 0.5
 """Somebody waits at the keyboard, and a running job will not end in five seconds."""
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.cli.screen import Screen
 
-__all__ = ["quarantine"]
-
 
 @command("quarantine", "Set a bad generation aside.")
 @directory_argument()

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.retention import GenerationSummary, RetentionPolicy
 
-__all__ = ["Ranking", "rank"]
-
 _SHOWN = 8
 
 

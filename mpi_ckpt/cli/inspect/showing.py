@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.storage.format.manifest import Manifest, StoredState
 
-__all__ = ["pick_states", "shape_text", "show"]
-
 _LEAVES_SHOWN = 40
 _DIGITS = 12
 

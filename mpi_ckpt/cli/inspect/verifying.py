@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.storage.reading.read_plan import Block
 
-__all__ = ["verify"]
-
 _PROBLEMS_SHOWN = 20
 _PROBLEMS_MAX = 1000
 

@@ -18,8 +18,6 @@ from mpi_ckpt.storage.files.faults import in_words
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Child"]
-
 GRACE_SECONDS = 10.0
 """A launcher that is told to end needs this to end what it has started elsewhere."""
 

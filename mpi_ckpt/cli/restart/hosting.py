@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["HostBook", "ask_hosts_script", "parse_hosts", "suspects"]
-
 FAILURES_FORGIVEN = 1
 """One loss may be the job's own doing, or an accident; the second shows the host."""
 

@@ -15,8 +15,6 @@ from mpi_ckpt.storage.notes import VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Host", "Launcher", "find_launcher", "launch_command", "place"]
-
 _VERSION_SECONDS = 30.0
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.cli.restart.hosting import HostBook
 
-__all__ = ["LOG", "Attempt", "Loop", "Plan", "Requests"]
-
 LOG = "attempts.jsonl"
 
 _POLL_SECONDS = 0.1

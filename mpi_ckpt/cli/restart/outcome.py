@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.storage.notes import Note
 
-__all__ = ["PREEMPTED_CODE", "Ending", "Move", "judge", "next_move"]
-
 PREEMPTED_CODE = 143
 SAME_FAILURES = 3
 """A failure that comes back so often at the same step is not the machine's."""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.restart.launching import Host
     from mpi_ckpt.cli.screen import Screen
 
-__all__ = ["run"]
-
 _COLUMNS = (
     Column("attempt", right=True),
     Column("np", right=True, spare=4),

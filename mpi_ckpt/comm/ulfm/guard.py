@@ -9,8 +9,6 @@ import sys
 import threading
 from typing import NoReturn
 
-__all__ = ["Guard", "end_as_lost"]
-
 
 def end_as_lost() -> NoReturn:
     """End this process in a way that the other ranks are told of. Not collective.

@@ -24,8 +24,6 @@ from mpi_ckpt.comm.ulfm.spawning import is_spawned, made
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Departure"]
-
 logger = logging.getLogger(__name__)
 
 _MEETING_SECONDS = 10.0

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-__all__ = ["Repaired", "duplicate", "let_go", "meet_at_the_end", "repair"]
-
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")

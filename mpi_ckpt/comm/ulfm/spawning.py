@@ -20,17 +20,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-__all__ = [
-    "Start",
-    "choose_starter",
-    "greet",
-    "is_spawned",
-    "join",
-    "made",
-    "merge",
-    "remember",
-]
-
 _CONNECT_SECONDS = 15.0
 _STAGGER_SECONDS = 3.0
 _LETTER_BYTES = 2048

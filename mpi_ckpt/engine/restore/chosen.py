@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
 
-__all__ = ["explain_choice", "go_on_from"]
-
 logger = logging.getLogger(__name__)
 
 

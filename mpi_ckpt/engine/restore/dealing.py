@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import Arrival
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
-__all__ = ["Deal", "deal_parts", "plan_deals"]
-
 
 @dataclass(frozen=True, slots=True)
 class Deal:

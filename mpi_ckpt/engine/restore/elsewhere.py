@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.session import Session
 
-__all__ = ["look_elsewhere"]
-
 logger = logging.getLogger(__name__)
 
 _DOING = "looking for generations on other hosts"

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.outline import Outline, StateOutline
     from mpi_ckpt.storage.format.manifest import Extent
 
-__all__ = ["OVERWRITTEN", "MatchedState", "StateMatch", "compare_names", "match_states"]
-
 _PROBLEMS_MAX = 18
 """Of a list that advice follows."""
 

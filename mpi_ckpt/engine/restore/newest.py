@@ -29,15 +29,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
 
-__all__ = [
-    "OpenGeneration",
-    "is_lost",
-    "list_generations",
-    "open_newest",
-    "open_on_readers",
-    "reject",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class OpenGeneration:

@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock
 
-__all__ = ["OnResize", "Restore"]
-
 OnResize: TypeAlias = "Callable[[int, int], object]"
 """Given the number of ranks that saved, and that of now."""
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import RestoreReport
     from mpi_ckpt.state import Change
 
-__all__ = ["ResizeWatch", "warn_of_differences", "warn_of_restored"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.format.manifest import StoredLeaf
     from mpi_ckpt.storage.reading.read_plan import Block, Window
 
-__all__ = ["SavedBytes", "transfer_copy", "transfer_files"]
-
 _COPYING = "bringing back a copy in memory"
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.request import SaveRequest
     from mpi_ckpt.memory import Memory
 
-__all__ = ["copy_into"]
-
 _DOING = "remembering the states"
 
 

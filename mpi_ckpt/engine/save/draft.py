@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.directory import CheckpointDirectory
     from mpi_ckpt.storage.writing.partial import Partial
 
-__all__ = ["Draft"]
-
 logger = logging.getLogger(__name__)
 
 _NO_HEADER = digest_bytes(b"")

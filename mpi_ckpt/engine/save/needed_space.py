@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.state import State
 
-__all__ = ["SpaceNeeded", "foresee_space"]
-
 # What the manifest, and the header of a file, say of a leaf takes at least this much and
 # its name. Less than it takes is foreseen on purpose: nothing that fits may be refused.
 _MANIFEST_ENTRY_BYTES = 100

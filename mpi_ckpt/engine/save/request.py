@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.state import State
 
-__all__ = ["Begun", "Published", "SaveRequest"]
-
 
 @dataclass(frozen=True, slots=True)
 class Begun:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
         StoredState,
     )
 
-__all__ = ["SharedLeaves", "has_unchanged", "plan_reuse", "sample"]
-
 # A file of whose data less than this share is still in use is not shared any further: the
 # rest of it would stay on disk for nothing.
 _LIVE_SHARE_MIN = 0.5

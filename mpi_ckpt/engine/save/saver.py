@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
 
-__all__ = ["Saver"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
 
-__all__ = ["Save", "Workshop"]
-
 
 @dataclass(frozen=True, slots=True)
 class Workshop:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Form, LeafSpec
     from mpi_ckpt.storage.writing.partial import Partial
 
-__all__ = ["LeafKey", "Shard", "ShardPlan", "foresee_shard", "plan_shard", "write_shard"]
-
 
 class LeafKey(NamedTuple):
     """Names of a state and of a leaf in it."""

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.sync.captured import CapturedState
 
-__all__ = ["Share", "Task", "deal_tasks", "pick_share", "share_out", "split_by_bytes"]
-
 Key = TypeVar("Key", bound="Hashable")
 
 Share = dict[str, list[int]]

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Gate
     from mpi_ckpt.memory import Arena
 
-__all__ = ["LateCopies", "Staged", "StagedStream", "stage"]
-
 # Each leaf starts at a multiple of this: copies of cache lines, aligned elements.
 _ALIGNMENT = 64
 

@@ -11,8 +11,6 @@ from statistics import median
 
 from mpi_ckpt.pacing import ASSUMED, AutoInterval, best_interval
 
-__all__ = ["Costs", "Interval"]
-
 logger = logging.getLogger(__name__)
 
 # The first save of a run tells what one costs: soon, but not of a state just begun.

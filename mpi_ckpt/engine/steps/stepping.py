@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import SaveReport
 
-__all__ = ["StepActions", "Steps"]
-
 logger = logging.getLogger(__name__)
 
 _STOP, _DUE, _WRITING, _LONG = 1, 2, 4, 8

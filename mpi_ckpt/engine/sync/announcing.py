@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import SyncReport
     from mpi_ckpt.state import State
 
-__all__ = ["SyncTeller", "listed", "tell_of_sync"]
-
 logger = logging.getLogger(__name__)
 
 _NAMES_MAX = 12

@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import LeafState, Structure
 
-__all__ = [
-    *("CapturedState", "capture_states", "digest_of", "digest_states"),
-    *("pick_leaves", "about_leaf"),
-]
-
 
 @dataclass(frozen=True, slots=True)
 class CapturedState:

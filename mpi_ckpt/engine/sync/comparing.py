@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import Leaf, LeafSpec
 
-__all__ = ["STRUCTURE", "Comparison", "StateDifference", "compare", "compare_heads_first"]
-
 STRUCTURE = "(structure)"
 """Stands in reports for what of a state is not a tensor."""
 

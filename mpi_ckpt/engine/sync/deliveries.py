@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import Arrival, Structure
 
-__all__ = ["Delivered", "deliver"]
-
 _FITTING = "fitting root's states"
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.state import State
 
-__all__ = ["combine_parts", "take_parts"]
-
 _DOING = "collecting the parts of states"
 
 

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
 
-__all__ = ["capture_on_root", "sync_states"]
-
 _STATES_MAX = 12
 _CAPTURING = "capturing the states"
 _WAYS = (

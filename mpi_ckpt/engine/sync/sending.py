@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator, Deferred
     from mpi_ckpt.leaf import Leaf
 
-__all__ = ["average_leaves", "from_summable", "send_leaves", "to_summable"]
-
 _NATIVE = {"F64": "<f8", "F32": "<f4", "C64": "<c8", "C128": "<c16"}
 # A complex half is two of them side by side, and so is the sum of several.
 _HALVES = ("F16", "C32")

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.integrations.horovod.tracked import Tracked
     from mpi_ckpt.state import State
 
-__all__ = ["Commits"]
-
 
 class Commits:
     """The manager behind an elastic state, made when the ranks first meet.

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.leaf import LeafSpec
 
-__all__ = ["raise_differences", "spec_differences"]
-
 
 def spec_differences(root: Sequence[LeafSpec], own: Sequence[LeafSpec]) -> list[str]:
     """Return how tensors of the same name differ in form. Not collective. Thread-safe.

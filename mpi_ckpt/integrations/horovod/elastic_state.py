@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-__all__ = ["HorovodState", "TorchState", "commits_of"]
-
 
 class HorovodState:
     """Attributes that are committed together, and brought back together.

@@ -11,10 +11,6 @@ from typing import Any
 
 from mpi_ckpt.errors import CollectiveError
 
-__all__ = [
-    *("HostsUpdatedInterrupt", "RollBackError", "hosts_updated", "roll_backs", "updates"),
-]
-
 _EXCEPTIONS = "horovod.common.exceptions"
 
 

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Packed", "pack", "unpack"]
-
 
 @dataclass(frozen=True, slots=True)
 class Packed:

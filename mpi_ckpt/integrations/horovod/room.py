@@ -19,8 +19,6 @@ from mpi_ckpt.memory import Arena, round_up
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["make_room"]
-
 # A small array that outlives the rest of its object keeps no more than this.
 _BLOCK_BYTES = 16 << 20
 _KEPT_BYTES_MAX = 256 << 20

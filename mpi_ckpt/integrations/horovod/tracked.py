@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.state import Structure
 
-__all__ = ["Tracked"]
-
 _VALUES = ".attributes"
 _ORDER = (ModuleState, OptimizerState)
 """A module comes before the optimizer over it, that before what sets its rates."""

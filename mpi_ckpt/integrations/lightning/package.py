@@ -9,8 +9,6 @@ from typing import Any
 
 from mpi_ckpt.errors import LaunchError
 
-__all__ = ["classes"]
-
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 
 

@@ -16,8 +16,6 @@ from mpi_ckpt.integrations.lightning.single_state import (
 from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage.files import filesystem
 
-__all__ = ["MPICheckpointIO"]
-
 _NAME = "lightning"
 
 

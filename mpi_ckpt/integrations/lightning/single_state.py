@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import LeafState
     from mpi_ckpt.storage.format.manifest import StoredState
 
-__all__ = ["load_alone", "remove_alone", "save_alone"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,8 +11,6 @@ from mpi_ckpt.states.nested import NestedState
 if TYPE_CHECKING:
     from mpi_ckpt.state import Capture, SyncMode
 
-__all__ = ["TrainerState"]
-
 
 class TrainerState(NestedState):
     """A Lightning trainer: module, optimizers, schedulers, loops, callbacks, hooks' own.

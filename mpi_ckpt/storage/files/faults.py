@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["in_words", "os_errors_as", "read_errors_as_save_errors"]
-
 _ADVICE = {
     errno.ENOSPC: "the file system is full",
     errno.EDQUOT: "the quota is used up, which free space says nothing of",

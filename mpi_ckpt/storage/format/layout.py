@@ -14,32 +14,6 @@ from mpi_ckpt.storage.format.strict_json import shown
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = [
-    "GENERATION_MAX",
-    "LOCK",
-    "MANIFEST",
-    "QUARANTINE",
-    "carried_file_name",
-    "check_file_name",
-    "check_names_apart",
-    "check_state_name",
-    "condemned_name",
-    "generation_name",
-    "generation_number",
-    "is_adaptdl_name",
-    "is_condemned_name",
-    "is_partial_name",
-    "is_partial_of",
-    "lease_name",
-    "leased_job",
-    "partial_name",
-    "partial_number",
-    "rolled_back_name",
-    "rolled_back_numbers",
-    "shard_file_name",
-    "stream_file_name",
-]
-
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 QUARANTINE = ".quarantine"

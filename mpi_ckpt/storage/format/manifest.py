@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.digest import Digest
 
-__all__ = ["STREAM", "Extent", "Manifest", "StoredFile", "StoredLeaf", "StoredState"]
-
 STREAM = "stream"
 """Name of the one leaf of what a state wrote itself."""
 

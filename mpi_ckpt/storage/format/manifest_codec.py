@@ -32,10 +32,6 @@ from mpi_ckpt.storage.format.manifest import (
 from mpi_ckpt.storage.format.strict_json import read_json, shown
 from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
 
-__all__ = [
-    *("FORMAT", "MANIFEST_BYTES_MAX", "VERSION", "decode", "encode", "largest_state"),
-]
-
 FORMAT = "mpi_ckpt"
 VERSION = 1
 MANIFEST_BYTES_MAX = 64 << 20

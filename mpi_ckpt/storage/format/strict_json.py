@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["read_json", "shown"]
-
 # Python converts 4300 digits, and in some versions any number, in quadratic time.
 _DIGITS_MAX = 4000
 # A lone surrogate can only be written as an escape, which our own writers never use.

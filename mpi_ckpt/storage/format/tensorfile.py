@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.leaf import Leaf
 
-__all__ = [
-    "DATA_ALIGNMENT",
-    "HEADER_BYTES_MAX",
-    "encode_header",
-    "fill_leaves",
-    "parse_header",
-    "read_form",
-    "write_leaves",
-]
-
-
 DATA_ALIGNMENT = 4096
 HEADER_BYTES_MAX = 100_000_000
 """The safetensors package reads no larger header."""

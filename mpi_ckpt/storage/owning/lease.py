@@ -27,8 +27,6 @@ from mpi_ckpt.storage.format.layout import lease_name, leased_job
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["TERM_SECONDS", "Lease", "remove_other_leases", "wait_for_end"]
-
 logger = logging.getLogger(__name__)
 
 RENEW_SECONDS = 5.0

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.options import Locking
 
-__all__ = ["DirectoryLock", "signed_job"]
-
 PATIENCE_SECONDS = 5.0
 """A job that was just killed may take this long to die and let go."""
 

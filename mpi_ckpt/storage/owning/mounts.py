@@ -12,8 +12,6 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["local_file_system", "unmounted_above"]
-
 _TABLE = Path("/etc/fstab")
 _MOUNTED = Path("/proc/self/mountinfo")
 

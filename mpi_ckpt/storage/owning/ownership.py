@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.options import Locking
 
-__all__ = ["Ownership"]
-
 logger = logging.getLogger(__name__)
 
 _LOST = (

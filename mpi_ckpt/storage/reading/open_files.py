@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["OpenFile", "OpenFiles"]
-
 # Processes are often limited to 1024 descriptors, and most of those are the program's.
 _OPEN_MAX = 128
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.reading.read_plan import Block, Window
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
-__all__ = ["Prefetcher", "Refuse", "proven_blocks", "proven_windows", "verify"]
-
-
 _WINDOW_BYTES = 32 << 20
 
 Refuse: TypeAlias = "Callable[[Block, CorruptGenerationError], None]"

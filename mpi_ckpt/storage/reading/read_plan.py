@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.storage.format.manifest import Extent
 
-__all__ = ["Block", "Window", "plan_reads"]
-
 # Bytes between two leaves that are read along rather than skipped.
 _GAP_BYTES = 1 << 20
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.storage.format.manifest import Manifest, StoredFile, StoredLeaf
 
-__all__ = ["GenerationReader", "read_manifest"]
-
 # What open says when a generation is not what it should be, rather than out of reach.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _HEADER_PIECE_BYTES = 1 << 20

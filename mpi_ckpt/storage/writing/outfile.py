@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.digest import Digest
     from mpi_ckpt.memory import Arena
 
-__all__ = ["IOMode", "OutFile", "OutStream", "create_out_file"]
-
-
 IOMode = Literal["auto", "direct", "buffered"]
 
 _ALIGNMENT = 4096

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.digest import Digest
     from mpi_ckpt.storage.writing.outfile import IOMode, OutFile
 
-__all__ = ["Partial"]
-
 _STREAM_BUFFER_BYTES = 1 << 20
 _COPY_BYTES = 16 << 20
 

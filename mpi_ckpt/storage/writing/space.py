@@ -21,8 +21,6 @@ from mpi_ckpt.storage.files.faults import in_words
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FreeSpace", "free_space", "require_space"]
-
 _PROBE = "reserve"
 
 
