@@ -2,7 +2,7 @@
 """Counts what each rank sends and does to the file system: no clock, so no noise.
 
 MPI is seen through a communicator that counts and passes on, given to the manager in
-place of the user's; files through ``mpi_ckpt.storage.files.filesystem``, the one seam.
+place of the user's; files through ``mpi_ckpt.storage.filesystem``, the one seam.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpi4py import MPI
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, RNGState
 from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -18,13 +18,17 @@ from mpi_ckpt.errors import CorruptGenerationError, NotSavedError, ReadError, Re
 from mpi_ckpt.leaf import Target
 from mpi_ckpt.states.leaf_values import KIND, make_value
 from mpi_ckpt.states.rebuilding import nodes_of, rebuild
-from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.finding import describe_others, open_chosen, open_newest_there
+from mpi_ckpt.storage.directory.catalog import Catalog
+from mpi_ckpt.storage.directory.finding import (
+    describe_others,
+    open_chosen,
+    open_newest_there,
+)
+from mpi_ckpt.storage.directory.recovery import is_gone
 from mpi_ckpt.storage.format.layout import MANIFEST
 from mpi_ckpt.storage.format.manifest import STREAM
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
-from mpi_ckpt.storage.recovery import is_gone
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

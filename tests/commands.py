@@ -15,7 +15,7 @@ from mpi_ckpt.options import Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from tests.making import Stream, save
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.state import LeafState, State
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.format.manifest_codec import decode
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import click
 
 from mpi_ckpt.cli.screen import Screen
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import in_words
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words
 from mpi_ckpt.storage.format.layout import generation_number
 
 if TYPE_CHECKING:

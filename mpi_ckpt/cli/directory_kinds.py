@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import MISUSED, CommandError
 from mpi_ckpt.errors import ReadError
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import in_words, os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import (
     LOCK,
     MANIFEST,

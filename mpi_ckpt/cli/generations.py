@@ -19,8 +19,8 @@ from mpi_ckpt.cli.command import BAD, MISUSED, CommandError
 from mpi_ckpt.cli.directory_kinds import kind_of
 from mpi_ckpt.cli.plain_text import iso_date
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, UnsupportedFormatError
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.format.layout import (
     LOCK,
     QUARANTINE,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.elastic.epochs import EpochState
     from mpi_ckpt.leaf import LeafSpec
 
+__all__ = ["Accumulator"]
+
 logger = logging.getLogger(__name__)
 
 _REMEMBERED_MAX = 1000

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+__all__ = ["ElasticCollate"]
+
 
 class ElasticCollate:
     """Puts samples together to a batch, also where a rank has none.

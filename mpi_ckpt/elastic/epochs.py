@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.state import State
 
+__all__ = ["EpochState", "remaining_epochs_until"]
+
 
 class EpochState(LeafState):
     """How many epochs are finished, and which one is running.

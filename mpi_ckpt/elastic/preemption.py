@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType, TracebackType
 
+__all__ = ["PreemptionGuard"]
+
 _ASK_ONLY = (signal.SIGUSR1, signal.SIGUSR2)
 _INTERRUPTED = (
     b"\nmpi_ckpt: Ctrl-C: saves at the next step() and stops; press again to stop now\n"

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+__all__ = ["run"]
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")

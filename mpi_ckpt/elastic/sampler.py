@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import LeafSpec
 
+__all__ = ["ElasticSampler", "count_batches", "epoch_order", "global_batches"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.memory import Memory
 
+__all__ = ["World"]
+
 AnyComm = TypeVar("AnyComm", bound="MPI.Comm")
 
 

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+__all__ = [
+    "ArrayBuffer",
+    "ArrayState",
+    "array_leaf",
+    "empty_array",
+]
+
 _C_ORDER = Layout()
 # What is more than its numbers would lose that, or get another's: a unit, a mask.
 _TAKEN = (np.ndarray, np.memmap, np.matrix, np.recarray, np.ma.MaskedArray)

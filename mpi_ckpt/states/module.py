@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
 
+__all__ = ["ModuleState"]
+
 
 class ModuleState(LeafState):
     """The parameters, persistent buffers and extra state of a module.

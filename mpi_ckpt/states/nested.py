@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import SyncMode
 
+__all__ = [
+    "NestedState",
+    "ObjectState",
+    "SchedulerState",
+    "Stateful",
+    "is_off",
+    "is_stateful",
+]
+
 
 class NestedState(LeafState):
     """A leaf state that gives and takes a nested value.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Gate, LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
 
+__all__ = ["OptimizerState", "is_optimizer"]
+
 _STATE = "content/state/"
 
 

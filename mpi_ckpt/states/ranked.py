@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
 
+__all__ = ["PerRankState", "RankedState"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import Structure
     from mpi_ckpt.states.streams import Stream
 
+__all__ = ["RNGState"]
+
 logger = logging.getLogger(__name__)
 
 _OWN = "generator/"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.states.nested import Stateful
 
+__all__ = ["TrainState"]
+
 
 class TrainState(LeafState):
     """Module, optimizer, scheduler and gradient scaler as one state.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from mpi_ckpt.cli.inspect import pruning
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from tests.commands import ask, fill, flip, run
 
 

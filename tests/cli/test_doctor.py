@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from mpi_ckpt.cli.doctor import machine, place
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from tests.commands import ask, fill, run
 
 

@@ -21,7 +21,7 @@ from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.states.rng import RNGState
 from mpi_ckpt.states.train import TrainState
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader

@@ -11,11 +11,11 @@ import pytest
 from mpi_ckpt.choice import Choice
 from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError
 from mpi_ckpt.retention import KeepLast
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.finding import open_chosen, open_newest_there
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.catalog import Catalog
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.finding import open_chosen, open_newest_there
 from tests.commands import ask, fill, flip, run
 from tests.making import publish
 from tests.recording import RecordingOS

@@ -165,7 +165,9 @@ def test_what_others_print_and_log_is_cleaned_too(tmp_path, monkeypatch):
     fill(tmp_path, 1)
 
     def noisy(root):
-        logging.getLogger("mpi_ckpt.storage.recovery").warning("log %s\nforged", TEXT)
+        logging.getLogger("mpi_ckpt.storage.directory.recovery").warning(
+            "log %s\nforged", TEXT
+        )
         sys.stderr.write(warnings.formatwarning(f"warned {TEXT}", UserWarning, TEXT, 1))
         sys.stdout.write(f"printed {TEXT}")
         sys.stderr.write(f"said {TEXT}\n")

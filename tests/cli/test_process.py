@@ -125,7 +125,7 @@ import numpy as np
 from mpi_ckpt.options import Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from tests.making import save
 directory = CheckpointDirectory(Path(sys.argv[1]))
 values = np.zeros(20_000)

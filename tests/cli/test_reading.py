@@ -13,7 +13,7 @@ from mpi_ckpt.cli.inspect import verifying
 from mpi_ckpt.cli.plain_text import age, bytes_text, clean, plural
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.commands import ask, fill, flip, run
 from tests.making import document_of, publish, sealed_document

@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from mpi_ckpt.retention import KeepBest, KeepEvery, KeepLast
-from mpi_ckpt.storage import catalog as module
-from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import catalog as module
+from mpi_ckpt.storage.directory.catalog import Catalog
 from tests.making import Stream, publish
 from tests.recording import RecordingOS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpi_ckpt.errors import LockedError, ReadError, SaveError, WriteError
-from mpi_ckpt.storage.files.faults import os_errors_as, read_errors_as_save_errors
+from mpi_ckpt.storage.faults import os_errors_as, read_errors_as_save_errors
 
 PATH = Path("/data/run")
 

@@ -15,9 +15,9 @@ from mpi_ckpt.errors import (
     SaveError,
     WriteError,
 )
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.format.layout import generation_number, partial_number
 from mpi_ckpt.storage.owning import lock
 from mpi_ckpt.storage.owning.lock import DirectoryLock

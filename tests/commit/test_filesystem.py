@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.recording import RecordingOS
 
 

@@ -15,7 +15,7 @@ from contextlib import closing
 import pytest
 
 from mpi_ckpt.errors import FencedError, LockedError, SaveError
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.owning import lease, lock
 from mpi_ckpt.storage.owning.lease import Lease
 from mpi_ckpt.storage.owning.lock import DirectoryLock

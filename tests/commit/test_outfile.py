@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.writing import outfile
 from mpi_ckpt.storage.writing.outfile import create_out_file
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mpi_ckpt.digest import Digest
 from mpi_ckpt.errors import CheckpointError, PublishError, SaveError, WriteError
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.writing.partial import Partial

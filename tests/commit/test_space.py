@@ -14,8 +14,8 @@ from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import SaveError, WriteError
 from mpi_ckpt.options import Options
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.writing import space
 from mpi_ckpt.storage.writing.space import FreeSpace, free_space, require_space
 from tests.making import Stream, save

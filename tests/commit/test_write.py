@@ -19,8 +19,8 @@ from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 from mpi_ckpt.state import Capture, LeafState
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 from mpi_ckpt.storage.writing import space

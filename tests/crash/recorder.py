@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 
 if TYPE_CHECKING:
     from pathlib import Path

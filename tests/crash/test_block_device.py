@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpi_ckpt.errors import PublishError, SaveError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.crash.block_device import LIFETIME, BlockDevice, NotHereError, mounted
 from tests.crash.block_log import (
     ACKNOWLEDGED,

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from mpi_ckpt.errors import OptionsError, SaveError
-from mpi_ckpt.storage import catalog
+from mpi_ckpt.storage.directory import catalog
 from mpi_ckpt.storage.owning import lock
 from tests.crash import faults
 from tests.crash.faults import (

@@ -15,7 +15,7 @@ import shutil
 import pytest
 
 from mpi_ckpt.errors import CheckpointError, SaveError
-from mpi_ckpt.storage import catalog
+from mpi_ckpt.storage.directory import catalog
 from mpi_ckpt.storage.format.layout import generation_number
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader

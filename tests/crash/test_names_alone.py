@@ -14,7 +14,7 @@ from mpi_ckpt.integrations.lightning.single_state import (
     save_alone,
 )
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.crash.crashes import ROOT, Run, Scenario, quiet_scratch, record, saved_image
 from tests.crash.replay import crash_images, write_image
 from tests.crash.world import empty

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mpi_ckpt.errors import FencedError, LockedError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.owning import lease
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 from tests.crash.crashes import quiet_scratch

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.crash.crashes import quiet_scratch
 from tests.crash.moments import Moment
 from tests.crash.power_cuts import (

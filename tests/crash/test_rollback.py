@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.rollback import bring_back, set_newer_aside
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
-from mpi_ckpt.storage.rollback import bring_back, set_newer_aside
 from tests.commands import run as run_command
 from tests.crash.crashes import (
     ROOT,

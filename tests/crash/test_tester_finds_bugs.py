@@ -14,8 +14,9 @@ import pytest
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.leaf import Gate
 from mpi_ckpt.states.arrays import ArrayBuffer
-from mpi_ckpt.storage import catalog, directory, finding, recovery
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import catalog, finding, recovery
+from mpi_ckpt.storage.directory import checkpoint_directory as directory
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.owning import ownership
 from mpi_ckpt.storage.reading import reader

@@ -20,7 +20,7 @@ from mpi_ckpt.errors import CheckpointError, RegistrationError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.format import layout
 from mpi_ckpt.storage.format.tensorfile import encode_header, parse_header
 from mpi_ckpt.storage.reading.proving import verify

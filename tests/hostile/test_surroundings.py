@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, SaveError
-from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.catalog import Catalog
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from tests.commands import run
 from tests.hostile.watch import watched
 from tests.hostile.world import NEWEST, STREAM, Program, copy_of, make_root, make_socket
@@ -165,13 +165,15 @@ def test_a_partial_that_somebody_made_first_is_not_written_into(
     with closing(directory):
         directory.own()
         # Between the sweep and the save, by somebody who knows the job's random name.
-        monkeypatch.setattr("mpi_ckpt.storage.recovery.sweep", lambda *_: None)
+        monkeypatch.setattr("mpi_ckpt.storage.directory.recovery.sweep", lambda *_: None)
         partial = root / ".partial-00000003-foreseen"
         KINDS[kind](partial, elsewhere)
         monkeypatch.setattr(
             "mpi_ckpt.storage.format.layout.is_partial_name", lambda _: False
         )
-        monkeypatch.setattr("mpi_ckpt.storage.recovery.is_partial_name", lambda _: False)
+        monkeypatch.setattr(
+            "mpi_ckpt.storage.directory.recovery.is_partial_name", lambda _: False
+        )
         with watched(root), pytest.raises(SaveError, match="EEXIST"):
             save(directory, Program(3).states)
     assert Program().restore(root).generation == 2

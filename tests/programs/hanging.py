@@ -19,7 +19,7 @@ from mpi4py import MPI
 from mpi_ckpt import ArrayState, CheckpointManager, Options, State
 from mpi_ckpt.comm import liveness
 from mpi_ckpt.engine import abort
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.launch import launchers_of
 
 logging.basicConfig(format="%(levelname)s %(message)s")

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from mpi_ckpt import ArrayState, CheckpointManager, Options
 from mpi_ckpt.engine import abort
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.launch import launchers_of
 
 SIZE = 1 << 17  # doubles; written by a pool of threads, as all that goes direct

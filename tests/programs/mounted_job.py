@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ckpt.errors import CheckpointError, SaveError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.owning import ownership
 from tests.crash.faults import quiet
 from tests.crash.moments import Changes, Moment

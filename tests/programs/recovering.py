@@ -22,7 +22,7 @@ from mpi_ckpt.comm import vote
 from mpi_ckpt.comm.ulfm.guard import Guard
 from mpi_ckpt.elastic import running
 from mpi_ckpt.errors import CollectiveError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 
 ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 REPLACE = "replace" in sys.argv

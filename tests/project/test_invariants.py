@@ -93,7 +93,7 @@ CHANGES = re.compile(
 def test_one_module_changes_the_file_system():
     changes = where(
         lambda node: CHANGES.fullmatch(called(node)),
-        besides=("storage/files/filesystem.py", "storage/owning/lock.py"),
+        besides=("storage/filesystem.py", "storage/owning/lock.py"),
     )
     assert changes == []
     assert where(lambda node: called(node) == "os.rename") != []
@@ -112,7 +112,7 @@ def test_files_are_opened_in_two_modules_only():
     assert (
         where(
             lambda node: called(node) in ("open", "os.open", "io.open", "path.open"),
-            besides=("storage/files/filesystem.py", "storage/owning/lock.py"),
+            besides=("storage/filesystem.py", "storage/owning/lock.py"),
         )
         == []
     )

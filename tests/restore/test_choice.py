@@ -6,9 +6,9 @@ import pytest
 from mpi_ckpt.choice import Choice
 from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError, ReadError
 from mpi_ckpt.retention import GenerationSummary, KeepBest
-from mpi_ckpt.storage import finding
-from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.finding import open_chosen, open_newest_there
+from mpi_ckpt.storage.directory import finding
+from mpi_ckpt.storage.directory.catalog import Catalog
+from mpi_ckpt.storage.directory.finding import open_chosen, open_newest_there
 from tests.making import publish
 
 NAN = float("nan")

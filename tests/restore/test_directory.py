@@ -18,15 +18,15 @@ from mpi_ckpt.errors import (
     SaveError,
     UnsupportedFormatError,
 )
-from mpi_ckpt.storage import catalog, finding, recovery
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import catalog, finding, recovery
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.recovery import Survey
+from mpi_ckpt.storage.directory.rollback import last_rolled_back, set_newer_aside
 from mpi_ckpt.storage.owning import lock, mounts
 from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
-from mpi_ckpt.storage.recovery import Survey
-from mpi_ckpt.storage.rollback import last_rolled_back, set_newer_aside
 from tests.making import document_of, publish, save, sealed_document, some_states
 from tests.recording import RecordingOS
 

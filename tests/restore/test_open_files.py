@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.reading.open_files import OpenFiles
 
 NAMES = [f"{number}.bin" for number in range(10)]

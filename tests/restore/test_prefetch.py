@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.reading import proving
 from mpi_ckpt.storage.reading.proving import Prefetcher
 from mpi_ckpt.storage.reading.read_plan import Window

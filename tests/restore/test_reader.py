@@ -17,7 +17,7 @@ from mpi_ckpt.errors import (
     UnsupportedFormatError,
 )
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.reading import proving
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 from tests.making import Stream, document_of, publish, sealed_document

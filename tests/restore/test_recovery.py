@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.recovery import Survey, quarantine, survey, sweep
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.recovery import Survey, quarantine, survey, sweep
 from tests.making import publish
 from tests.recording import RecordingOS
 

@@ -28,8 +28,8 @@ from mpi_ckpt.cli.inspect.showing import pick_states
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.tensorfile import encode_header
 from mpi_ckpt.storage.reading.proving import proven_blocks
 

@@ -15,8 +15,8 @@ from mpi_ckpt.cli.convert.exporting import METADATA_KEY
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
 from mpi_ckpt.leaf import Leaf, LeafSpec, Place, copy_bytes
 from mpi_ckpt.state import Capture, LeafState, State
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX
 from mpi_ckpt.storage.format.strict_json import read_json, shown
 from mpi_ckpt.storage.format.tensorfile import parse_header

@@ -20,10 +20,9 @@ from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, ReadError
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.state import LeafState
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import CheckpointDirectory, recovery
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.layout import is_adaptdl_name
 from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.reader import GenerationReader

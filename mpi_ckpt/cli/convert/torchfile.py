@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.cli.command import CommandError
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.states.rebuilding import rebuild
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.manifest import STREAM
 from mpi_ckpt.storage.reading.proving import proven_blocks
 

@@ -22,8 +22,8 @@ from mpi_ckpt.cli.doctor.checks import Check
 from mpi_ckpt.cli.generations import lock_holder, look
 from mpi_ckpt.cli.plain_text import bytes_text
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import in_words
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -23,10 +23,14 @@ from mpi_ckpt.cli.generations import find_generation, look, open_generation
 from mpi_ckpt.cli.inspect.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.errors import CheckpointError, SaveError
-from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.rollback import (
+    bring_back,
+    last_rolled_back,
+    set_newer_aside,
+)
 from mpi_ckpt.storage.format.layout import generation_number
 from mpi_ckpt.storage.owning.lock import DirectoryLock
-from mpi_ckpt.storage.rollback import bring_back, last_rolled_back, set_newer_aside
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -34,8 +34,8 @@ from mpi_ckpt.retention import (
     select_kept,
     unmet_policies,
 )
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.catalog import Catalog
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.catalog import Catalog
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.reading.reader import GenerationReader
 

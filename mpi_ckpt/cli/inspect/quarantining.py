@@ -20,7 +20,7 @@ from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import find_generation, look
 from mpi_ckpt.cli.inspect.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.errors import CorruptGenerationError
-from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.format.layout import QUARANTINE, generation_number
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 

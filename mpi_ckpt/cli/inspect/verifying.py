@@ -24,7 +24,7 @@ from mpi_ckpt.cli.generations import find_generation, state_after
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.tables import Column
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError
-from mpi_ckpt.storage import recovery
+from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.format.layout import generation_name, generation_number
 from mpi_ckpt.storage.reading.proving import proven_blocks
 from mpi_ckpt.storage.reading.reader import GenerationReader

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import MISUSED, CommandError
-from mpi_ckpt.storage.files.faults import in_words
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

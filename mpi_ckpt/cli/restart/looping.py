@@ -14,7 +14,7 @@ from mpi_ckpt.cli.restart.child import Child
 from mpi_ckpt.cli.restart.hosting import suspects
 from mpi_ckpt.cli.restart.launching import Host, Launcher, launch_command, place
 from mpi_ckpt.cli.restart.outcome import PREEMPTED_CODE, Ending, judge, next_move
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.notes import VARIABLE, read_notes, remove_notes
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import on_root
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
-from mpi_ckpt.storage.finding import describe_others
+from mpi_ckpt.storage.directory.finding import describe_others
 
 if TYPE_CHECKING:
     from mpi_ckpt.engine.outline import Outline

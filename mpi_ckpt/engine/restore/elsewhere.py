@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import collect, on_root
 from mpi_ckpt.errors import ReadError, RestoreError
+from mpi_ckpt.storage.directory.recovery import Survey, survey
 from mpi_ckpt.storage.owning.lock import signed_job
 from mpi_ckpt.storage.owning.mounts import local_file_system
-from mpi_ckpt.storage.recovery import Survey, survey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ from mpi_ckpt.engine.save.shard import LeafKey, write_shard
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.options import ROOT
-from mpi_ckpt.storage.files.faults import read_errors_as_save_errors
+from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import (
     carried_file_name,
     generation_name,

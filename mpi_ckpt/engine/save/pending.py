@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.saving import Save
     from mpi_ckpt.reports import SaveReport
 
+__all__ = ["PendingSave"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+__all__ = ["attached", "communicator"]
+
 
 def communicator(
     comm: MPI.Intracomm | None = None,

@@ -16,6 +16,8 @@ from mpi_ckpt.integrations.horovod.settings import settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+__all__ = ["run"]
+
 logger = logging.getLogger(__name__)
 
 # A rank that goes back while others do something else meets them at the second try.

@@ -11,6 +11,8 @@ from mpi_ckpt.integrations.horovod.settings import settings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sized
 
+__all__ = ["HorovodSampler"]
+
 
 class HorovodSampler:
     """Shares a data set out over the ranks, and again when their number has changed.

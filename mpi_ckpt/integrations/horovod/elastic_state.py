@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+__all__ = ["HorovodState", "TorchState", "commits_of"]
+
 
 class HorovodState:
     """Attributes that are committed together, and brought back together.

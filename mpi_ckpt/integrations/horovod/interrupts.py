@@ -11,6 +11,10 @@ from typing import Any
 
 from mpi_ckpt.errors import CollectiveError
 
+__all__ = [
+    *("HostsUpdatedInterrupt", "RollBackError", "hosts_updated", "roll_backs", "updates"),
+]
+
 _EXCEPTIONS = "horovod.common.exceptions"
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
 
+__all__ = ["allgather_object", "broadcast_object"]
+
 Result = TypeVar("Result")
 
 _SAFE = "no object was changed"

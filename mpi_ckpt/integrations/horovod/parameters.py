@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.state import Arrival, Structure
 
+__all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
+
 
 def broadcast_parameters(
     params: Mapping[str, Any] | Iterable[Any],

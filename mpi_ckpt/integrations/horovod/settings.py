@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+__all__ = ["Settings", "configure", "settings"]
+
 DIRECTORY = "MPI_CKPT_DIR"
 
 _EVERY = timedelta(seconds=60)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.integrations.lightning.loader import ElasticLoader
     from mpi_ckpt.state import State, SyncMode
 
+__all__ = ["MPICheckpoint"]
+
 _ADVICE = (
     "start it as `mpirun -n N python train.py` with Trainer(strategy='ddp', "
     "devices=RANKS_PER_HOST, num_nodes=HOSTS)"

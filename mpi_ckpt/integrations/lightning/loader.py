@@ -10,6 +10,8 @@ from mpi_ckpt.elastic.sampler import ElasticSampler
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+__all__ = ["ElasticLoader"]
+
 
 class ElasticLoader:
     """A torch ``DataLoader`` over an `ElasticSampler`, as Lightning wants to see it.

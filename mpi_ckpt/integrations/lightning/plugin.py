@@ -14,7 +14,9 @@ from mpi_ckpt.integrations.lightning.single_state import (
     save_alone,
 )
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+
+__all__ = ["MPICheckpointIO"]
 
 _NAME = "lightning"
 

@@ -21,10 +21,9 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.leaf import Target
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory import CheckpointDirectory, recovery
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.layout import (
     LOCK,
     QUARANTINE,

@@ -20,8 +20,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import in_words, os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import lease_name, leased_job
 
 if TYPE_CHECKING:

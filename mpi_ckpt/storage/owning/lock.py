@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import FencedError, LockedError, OptionsError, SaveError
-from mpi_ckpt.storage.files.faults import in_words, os_errors_as
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import LOCK
 from mpi_ckpt.storage.owning.lease import Lease, remove_other_leases, wait_for_end
 

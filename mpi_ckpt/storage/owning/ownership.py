@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import OptionsError, SaveError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.owning.mounts import unmounted_above
 

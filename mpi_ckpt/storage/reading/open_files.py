@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import BlockHasher, digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, UnsupportedFormatError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format import manifest_codec
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_number
 from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX

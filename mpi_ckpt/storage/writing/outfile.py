@@ -24,8 +24,8 @@ import numpy as np
 from mpi_ckpt.digest import BlockHasher
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.memory import round_up
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,8 +20,8 @@ from mpi_ckpt.errors import (
     WriteError,
 )
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import in_words, os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import LOCK, MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.writing.outfile import OutStream, create_out_file
 from mpi_ckpt.storage.writing.space import require_space

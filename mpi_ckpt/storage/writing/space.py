@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import WriteError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import in_words
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from pathlib import Path

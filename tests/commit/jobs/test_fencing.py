@@ -9,8 +9,8 @@ from contextlib import closing
 
 import pytest
 
-from mpi_ckpt.storage.directory import CheckpointDirectory
-from mpi_ckpt.storage.recovery import survey
+from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
+from mpi_ckpt.storage.directory.recovery import survey
 from tests.crash.killing import thread_states
 from tests.jobs import PROGRAMS
 from tests.launch import ranks_of

@@ -12,7 +12,7 @@ import pytest
 
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, State
 from mpi_ckpt.errors import SaveError, WriteError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 
 SIZE = 5000
 

@@ -9,7 +9,7 @@ import pytest
 
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 
 KB = 1024
 

@@ -11,7 +11,7 @@ import pytest
 from mpi_ckpt import ArrayState, ObjectState, State
 from mpi_ckpt.errors import CheckpointError, LockedError, SaveError, StageError, WriteError
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.owning import lock
 from tests.ranks import manager, same_error
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from mpi_ckpt import ArrayState, ObjectState, PerRankState
 from mpi_ckpt.errors import SaveError, WriteError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.ranks import assert_same, manager, same_error
 
 LEAVES = 24

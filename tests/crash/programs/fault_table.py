@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from mpi_ckpt.storage import catalog
+from mpi_ckpt.storage.directory import catalog
 from tests.crash.faults import (
     Fault,
     Lie,

@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from mpi_ckpt.comm import liveness
 from mpi_ckpt.errors import CollectiveError
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.crash.moments import Changes, Collectives, Moment
 from tests.crash.recorder import in_place_of_os
 from tests.crash.world import Saved, Training

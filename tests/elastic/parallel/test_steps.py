@@ -15,7 +15,7 @@ from mpi_ckpt.comm import Vote, liveness
 from mpi_ckpt.engine.steps import interval, stepping
 from mpi_ckpt.errors import CollectiveError
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.ranks import (
     RecordingHandle,
     assert_same,

@@ -9,9 +9,9 @@ import pytest
 from mpi_ckpt import ArrayState
 from mpi_ckpt.engine.restore import elsewhere
 from mpi_ckpt.errors import ReadError
-from mpi_ckpt.storage import catalog
+from mpi_ckpt.storage.directory import catalog
+from mpi_ckpt.storage.directory.recovery import Survey
 from mpi_ckpt.storage.owning import mounts
-from mpi_ckpt.storage.recovery import Survey
 from tests.ranks import assert_same, manager, same_error
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -7,7 +7,7 @@ import pytest
 from mpi_ckpt import ArrayState, ObjectState
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from tests.ranks import assert_same, groupings, manager, same_error
 
 WINDOW = 1 << 16

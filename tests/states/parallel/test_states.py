@@ -23,7 +23,7 @@ from mpi_ckpt import (
     remaining_epochs_until,
 )
 from mpi_ckpt.options import IO
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.ranks import assert_same, manager, plain
 from tests.sync.parallel.test_sync import contents, make_model, train

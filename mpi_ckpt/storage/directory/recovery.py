@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import ReadError, SaveError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import in_words, os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import (
     GENERATION_MAX,
     QUARANTINE,

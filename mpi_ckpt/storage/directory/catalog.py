@@ -22,17 +22,17 @@ from mpi_ckpt.retention import (
     select_kept,
     unmet_policies,
 )
-from mpi_ckpt.storage.files import filesystem
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.recovery import is_gone, settled_survey, survey
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.reading.reader import read_manifest
-from mpi_ckpt.storage.recovery import is_gone, settled_survey, survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from mpi_ckpt.storage.directory.recovery import Survey
     from mpi_ckpt.storage.format.manifest import Manifest
-    from mpi_ckpt.storage.recovery import Survey
 
 logger = logging.getLogger(__name__)
 

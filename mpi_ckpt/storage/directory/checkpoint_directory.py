@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.storage import recovery
-from mpi_ckpt.storage.catalog import Catalog
-from mpi_ckpt.storage.files.faults import read_errors_as_save_errors
-from mpi_ckpt.storage.finding import explain_absence, open_chosen, open_twice
+from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.catalog import Catalog
+from mpi_ckpt.storage.directory.finding import explain_absence, open_chosen, open_twice
+from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import generation_name, is_partial_of
 from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.reader import GenerationReader

@@ -19,10 +19,10 @@ from mpi_ckpt.errors import (
     ReadError,
     UnsupportedFormatError,
 )
+from mpi_ckpt.storage.directory.recovery import is_gone
 from mpi_ckpt.storage.format.layout import QUARANTINE, generation_name
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
-from mpi_ckpt.storage.recovery import is_gone
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.choice import Choice
     from mpi_ckpt.retention import GenerationSummary
-    from mpi_ckpt.storage.catalog import Catalog
-    from mpi_ckpt.storage.recovery import Survey
+    from mpi_ckpt.storage.directory.catalog import Catalog
+    from mpi_ckpt.storage.directory.recovery import Survey
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.storage.files import filesystem
-from mpi_ckpt.storage.files.faults import os_errors_as
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.recovery import settled_survey
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.layout import (
     generation_name,
     rolled_back_name,
     rolled_back_numbers,
 )
-from mpi_ckpt.storage.recovery import settled_survey
 
 if TYPE_CHECKING:
     from pathlib import Path
