@@ -39,14 +39,14 @@ VERSIONS = (
 )
 HEAD = f"""# Conformance
 
-What torch tests itself with, and every element type of NumPy and torch: saved, restored
-into fresh objects, and compared bit for bit, then compared again after one more step. What
-does not come back as it was is refused by name, at the first save or before a byte of a
-restore moves. Nothing comes back as something else.
+This page lists the objects with which torch tests itself, and every element type of NumPy
+and torch. Each was saved, restored into a fresh object and compared bit for bit, then
+compared again after one more step. A value either comes back exactly, or mpi_ckpt refuses
+it by name, at the first save or before a restore moves a byte. Nothing comes back altered.
 
-Made by `{COMMAND}` with {VERSIONS}.
-A test fails where this page is not what it makes, and another saves and restores all of it
-with several ranks (`tests/conformance`).
+`{COMMAND}` made this page with {VERSIONS}.
+One test fails if the page differs from the command's output. Another saves and restores
+all objects with several ranks (`tests/conformance`).
 """
 
 
@@ -76,14 +76,14 @@ def chapter(group: str, cases: Mapping[Case, str | None]) -> str:
     lines = [
         f"## {group}",
         "",
-        f"{sum(map(len, back.values()))} of {len(cases)} come back.",
+        f"{sum(map(len, back.values()))} of {len(cases)} come back exactly.",
     ]
     if not group.startswith("Elements"):
         counted = [f"{name} ({len(found)})" for name, found in sorted(back.items())]
-        lines += [f"With the number of their configurations: {', '.join(counted)}.", ""]
+        lines += [f"Classes (and configurations tried): {', '.join(counted)}.", ""]
     else:
-        lines += [f"All forms: {', '.join(dict.fromkeys(chain(*forms.values())))}.", ""]
-        lines += ["| elements | forms | |", "|---|---|---|"]
+        lines += [f"Forms tried: {', '.join(dict.fromkeys(chain(*forms.values())))}.", ""]
+        lines += ["| elements | forms | result |", "|---|---|---|"]
         lines += _rows(back, forms, "come back")
     for words, what in verdict.items():
         lines += _rows(what, forms, f"refused: {words}")
