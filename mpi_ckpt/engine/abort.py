@@ -283,7 +283,7 @@ def _telling_of(error: BaseException) -> Telling:
 
 
 def _is_printed_only() -> bool:
-    """Tell whether the program goes on: the hook was called by hand, or at a prompt."""
+    """Return whether the program goes on: the hook was called by hand, or at a prompt."""
     prompt = sys.flags.interactive or hasattr(sys, "ps1")
     if prompt or threading.current_thread() is not threading.main_thread():
         return True

@@ -160,7 +160,7 @@ def move_apart(
 
 
 def hold_both(one: Place, first: memoryview, other: Place, second: memoryview) -> bool:
-    """Tell whether memory can hold the bytes of two leaves at once.
+    """Return whether memory can hold the bytes of two leaves at once.
 
     Not collective. Thread-safe. Pure: it is tried in an image of the memory.
 

@@ -55,7 +55,7 @@ class _LateCopy:
     digest: Digest | None
 
     def is_spoilt(self) -> bool:
-        """Tell whether something else was copied than what was there at the save."""
+        """Return whether something else was copied than what was there at the save."""
         if self.leaf.buffer.stamp() != self.stamp:
             return True
         # INVARIANT: no digest of other bytes than those written gets into a manifest.

@@ -51,11 +51,11 @@ class Interval:
         self._saved_at = time.monotonic()
 
     def is_due_at(self, step: int) -> bool:
-        """Tell whether a save is due by the number of steps: the same on every rank."""
+        """Return whether a save is due by the number of steps: the same on every rank."""
         return self._steps is not None and step % self._steps == 0
 
     def is_due_now(self) -> bool:
-        """Tell whether a save is due by this rank's clock; root's counts."""
+        """Return whether a save is due by this rank's clock; root's counts."""
         if self._auto is not None:
             self._plan(self._auto)
         if self._seconds is None:
