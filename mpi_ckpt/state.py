@@ -137,7 +137,7 @@ class LeafState(State):
         sync: What a save does if replicas differ. ``"root"``: root's value wins.
             ``"mean"``: leaves with 16 bits or more per real number are averaged; integers,
             8-bit floats and long doubles are root's. ``"check"``: raise an error that names
-            them. ``"none"``: root's value is saved, nothing is compared.
+            them. ``"none"``: nothing is made equal; a save raises for values that differ.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name or mode is illegal.
