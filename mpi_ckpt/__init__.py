@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints for MPI jobs: killed at any moment, it goes on from the last saved step.
+"""Checkpoints for MPI jobs: a job killed at any moment goes on from the last saved step.
 
 Importing this package starts no MPI, imports no torch, installs no signal handler and
-configures no logging; each name brings its own module when it is first used.
+configures no logging. The first use of a name imports its module.
 """
 
 from importlib import import_module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mpi_ckpt`` is ``mpi-ckpt``."""
+"""Runs the ``mpi-ckpt`` command as ``python -m mpi_ckpt``."""
 
 from mpi_ckpt.cli import main
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in for ``adaptdl.checkpoint``: change the import line, keep the code.
 
-The directory is that of ``MPI_CKPT_DIR``, else of ``ADAPTDL_CHECKPOINT_PATH``, else the
-one given to `configure`. docs/adaptdl.md says what is the same and what is better.
+``MPI_CKPT_DIR`` names the directory, else ``ADAPTDL_CHECKPOINT_PATH``, else `configure`.
+docs/adaptdl.md lists what is the same and what is better.
 
 ``State``, ``Accumulator`` and the epoch functions keep one registry for the process, as
 adaptdl's users expect. Everything else in this package has no global state.
@@ -72,9 +72,9 @@ class _Surface:
         return Path(given).absolute() if given else self.directory
 
     def manager(self, directory: Path | None) -> CheckpointManager:
-        """Return the manager of a directory, with the states of the moment."""
+        """Return the manager of a directory, with the states registered now."""
         if directory not in self.managers:
-            # Without a directory states are only synced: nothing is read or written.
+            # Without a directory, states are only synced: nothing is read or written.
             if not self.managers:
                 atexit.register(self.note_end)
             self.managers[directory] = CheckpointManager(
@@ -90,9 +90,9 @@ class _Surface:
         return manager
 
     def note_end(self) -> None:
-        """Tell `mpi-ckpt run` that the program has come to its end. Not collective."""
-        # adaptdl's programs close nothing. Here they left by their last line or by
-        # sys.exit, whose code the loop sees; after anything else this is set.
+        """Report the end of the program to `mpi-ckpt run`. Not collective."""
+        # Programs for adaptdl close nothing. ``sys.last_value`` is set unless the program
+        # ended by its last line or by sys.exit, whose code the restart loop sees.
         if getattr(sys, "last_value", None) is None:
             notes = Notes.from_environment()
             for directory, manager in self.managers.items():
@@ -102,14 +102,14 @@ class _Surface:
 
 
 def _default_options() -> Options:
-    # adaptdl's checkpoint module leaves signals alone and takes states as they come.
-    # Nobody takes steps here, so nobody would hear of a wish to stop.
+    # adaptdl's checkpoint module leaves signals alone and accepts any set of states. No
+    # program calls ``step()`` here, so no program would notice a request to stop.
     nothing = StopWhen(wall_time=False, halt_file=None)
     return replace(Options.from_env(), strict=False, preemption_signals=(), stop=nothing)
 
 
 class RegisteredState(contract.State):
-    """A named piece of training; registers itself when it is made.
+    """A named piece of training that registers itself when it is made.
 
     Override `save`, `load` and `sync`. The registry keeps it until `unregister`.
 
@@ -136,15 +136,15 @@ def configure(
     comm: MPI.Intracomm | None = None,
     options: Options | None = None,
 ) -> None:
-    """Say where checkpoints go when no environment variable does, and how.
+    """Set the options, and the directory to use if no environment variable names one.
 
     Not collective, but every rank must do the same, before the first save or load.
 
     Args:
         directory: The checkpoint directory; None for none.
-        comm: Communicator of the ranks that train; None for all.
-        options: How to do it. Default: `Options.from_env`, but not strict and without
-            signal handlers.
+        comm: Communicator of the ranks that train; None for all ranks.
+        options: Options of the managers. Default: `Options.from_env`, but not strict and
+            without signal handlers.
     """
     _surface.directory = None if directory is None else Path(directory).absolute()
     _surface.comm = comm
@@ -152,7 +152,7 @@ def configure(
 
 
 def register(state: contract.State) -> None:
-    """Let `save_all_states` save a state that does not register itself.
+    """Register a state that does not register itself, so that `save_all_states` saves it.
 
     Not collective, but every rank must register the same, in the same order.
 
@@ -165,7 +165,7 @@ def register(state: contract.State) -> None:
 
 
 def unregister(state: contract.State) -> None:
-    """Forget a state, so that it is no longer saved and its memory can go.
+    """Forget a state: it is no longer saved, and its memory can be freed.
 
     Not collective, but every rank must do the same.
 
@@ -180,10 +180,10 @@ def unregister(state: contract.State) -> None:
 def save_all_states() -> str | None:
     """Sync and save every state whose ``skip`` is false, as one new generation.
 
-    Collective. (adaptdl's text says "whose skip is True", the wrong way round, and its
-    states have no such attribute.) States that were saved before and that this run has
-    not made yet are taken along, so a state made late still finds what it saved. Without
-    a directory, states are synced only.
+    Collective. (adaptdl's text says "whose skip is True", which is wrong, and its states
+    have no such attribute.) The new generation also takes over saved states that this run
+    has not made yet, so a state made late still finds its contents. Without a directory,
+    states are synced only.
 
     Returns:
         The directory of the new generation on root, None elsewhere.
@@ -204,12 +204,12 @@ def save_all_states() -> str | None:
 def save_state(
     state: contract.State, checkpoint_dir: str | PathLike[str], sync: bool = True
 ) -> None:
-    """Save one state as a new generation; the others are those of the newest one.
+    """Save one state in a new generation; the other states come from the newest one.
 
     Collective.
 
     Args:
-        state: A registered state; ``skip`` is not looked at.
+        state: A registered state; its ``skip`` is ignored.
         checkpoint_dir: Directory of the generations.
         sync: Whether to sync the state first.
 
@@ -229,7 +229,7 @@ def load_state(state: contract.State) -> bool:
         state: A registered state.
 
     Returns:
-        True if the state was saved before and was loaded; False otherwise.
+        True if the generation held the state and it was loaded; False otherwise.
 
     Raises:
         CheckpointError: On every rank, if the load failed on any.
@@ -242,7 +242,7 @@ def load_state(state: contract.State) -> bool:
 
 
 def close() -> None:
-    """Let go of directories and communicators, and forget all states.
+    """Release directories and communicators, and forget all states.
 
     Collective. For programs that go on without checkpoints, and for tests.
     """
@@ -252,10 +252,10 @@ def close() -> None:
 
 
 class EpochAccumulator(accumulator.Accumulator):
-    """Sums over ranks and restarts, made and used as adaptdl's.
+    """Sums over ranks and restarts, with adaptdl's interface.
 
-    Collective to make. Named after the running epoch, so make them in the same order on
-    every rank; those of finished epochs are unregistered when a later epoch makes one.
+    Collective to make. An accumulator is named after the running epoch, so make them in the
+    same order on every rank. Making one unregisters those of earlier, finished epochs.
 
     Args:
         args: As for ``dict``: sums to start from.
@@ -279,7 +279,7 @@ class EpochAccumulator(accumulator.Accumulator):
         self.made_in = epoch
         register(self)
         if not load_state(self):
-            _surface.manager(_surface.find_directory())  # binds it to the ranks
+            _surface.manager(_surface.find_directory())  # binds the new state to the ranks
 
 
 Accumulator = EpochAccumulator
@@ -287,12 +287,12 @@ Accumulator = EpochAccumulator
 
 
 def remaining_epochs_until(limit: int) -> Iterator[int]:
-    """Iterate over the epochs that are left; see `mpi_ckpt.remaining_epochs_until`.
+    """Iterate over the remaining epochs; see `mpi_ckpt.remaining_epochs_until`.
 
-    Collective when first called: what was saved is loaded.
+    Collective when first called: loads the saved states.
 
     Args:
-        limit: Number of the first epoch that is not wanted.
+        limit: Number of the first epoch not to run.
 
     Raises:
         RuntimeError: On every rank, if such a loop is running.
@@ -303,7 +303,7 @@ def remaining_epochs_until(limit: int) -> Iterator[int]:
 def current_epoch() -> int | None:
     """Return the running epoch, None outside of the loop.
 
-    Collective when first called: what was saved is loaded.
+    Collective when first called: loads the saved states.
     """
     return _epoch_state().current
 
@@ -311,7 +311,7 @@ def current_epoch() -> int | None:
 def finished_epochs() -> int:
     """Return the number of finished epochs.
 
-    Collective when first called: what was saved is loaded.
+    Collective when first called: loads the saved states.
     """
     return _epoch_state().finished
 
@@ -327,7 +327,7 @@ def _epoch_state() -> epochs.EpochState:
 
 
 def _may_still_come(name: str) -> bool:
-    """Tell whether a state of an earlier run may yet be made by this one."""
+    """Return whether this run may still make a state of an earlier run."""
     made_in = _ACCUMULATOR.fullmatch(name)
     finished = _surface.states.get(_EPOCHS)
     if made_in is not None and isinstance(finished, epochs.EpochState):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which generation is meant: one by its number, by its step, or the best one. Pure."""
+"""Selects a generation: the newest, by number, by step, or the best by a metric. Pure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _BEST = {"min": "lowest", "max": "highest"}
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What somebody has asked for; nothing at all means the newest.
+    """A requested generation; without any attribute the newest.
 
     Attributes:
         generation: Its number.
-        step: The training step it was saved at; of several the newest.
-        best: The metric by which it is the best; of equals the newest.
+        step: The training step it was saved at; the newest if several match.
+        best: The metric by which it is the best; the newest of equals.
         mode: Which value of the metric is the best.
     """
 
@@ -38,11 +38,11 @@ class Choice:
 
     @property
     def is_newest(self) -> bool:
-        """Whether nothing else is asked for."""
+        """Whether the newest generation is requested."""
         return self == Choice()
 
     def __str__(self) -> str:
-        """Return it in words, also where it makes no sense."""
+        """Return the request in words, even if it is invalid."""
         asked = self._asked
         if len(asked) == 1 and self.best is None and self.mode is None:
             (text,) = asked.values()
@@ -53,15 +53,15 @@ class Choice:
         return f"the generation of {', '.join(asked.values()) or 'the newest'}"
 
     def checked(self, retention: RetentionPolicy | None = None) -> Choice:
-        """Return the same, with the mode that retention has for the metric.
+        """Return the request with the mode filled in from retention.
 
         Not collective. Thread-safe.
 
         Args:
-            retention: A `KeepBest` of the same metric in it tells the mode.
+            retention: Its `KeepBest` of the same metric gives the mode.
 
         Raises:
-            OptionsError: On the calling rank, if it makes no sense.
+            OptionsError: On the calling rank, if the request is invalid.
         """
         if len(self._asked) > 1:
             raise OptionsError(
@@ -82,12 +82,12 @@ class Choice:
         return Choice(number, step)
 
     def pick(self, there: Sequence[GenerationSummary]) -> int | None:
-        """Return the number of the one that is meant; None if there is none such.
+        """Return the number of the requested generation; None if there is none.
 
         Not collective. Thread-safe.
 
         Args:
-            there: All that are there, oldest first.
+            there: All generations, oldest first.
         """
         numbers = [one.generation for one in there]
         if self.best is not None and self.mode is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python's garbage collector, out of the way where thousands of small values are made."""
+"""Pauses Python's garbage collector where thousands of small values are made."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ __all__ = ["without_collections"]
 def without_collections() -> Iterator[None]:
     """Pause the search for cycles within a block, or while a function runs.
 
-    Every leaf is a few small values that all stay alive. Each thousand of them sets off
-    a look at all objects of the process, torch's too: with 20,000 leaves that was two
-    fifths of a restore (benchmarks/README.md). What is not in a cycle is freed as ever.
+    Every leaf is a few small values that all stay alive. Each thousand of them makes the
+    collector scan all objects of the process, torch's too: with 20,000 leaves that was two
+    fifths of a restore (benchmarks/README.md). Objects that are in no cycle are freed as
+    usual.
 
-    Thread-safe: whoever ends last lets the collector work again, if it did before.
+    Thread-safe: the last block to end enables the collector again, if it was enabled.
     """
     _PAUSE.begin()
     try:
@@ -32,7 +33,7 @@ def without_collections() -> Iterator[None]:
 
 
 class _Pause:
-    """Counts those who want the collector out of the way. Thread-safe."""
+    """Counts the blocks during which the collector is paused. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The digest of a run of bytes: xxh3-128, a block at a time.
+"""Computes the digest of a run of bytes: xxh3-128, a block at a time.
 
-Taken once per save and used three times: to agree that replicas are equal, to tell what
-changed, to prove the bytes on load. Blocks let a reader verify while it streams, and tell
-where in a large leaf a byte has flipped.
+Each save takes it once and uses it three times: to agree that replicas are equal, to find
+what changed, and to prove the bytes on load. Blocks let a reader verify while it streams,
+and show where in a large leaf a byte has flipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ALGORITHM = "xxh3-128"
 DIGEST_BYTES = 16
 BLOCK_BYTES = 16 << 20
 
-# Below this many bytes starting threads costs more than it saves (13 GB/s a core).
+# Below this many bytes, starting threads costs more than it saves (13 GB/s a core).
 _PARALLEL_BYTES = 32 << 20
 _GROUP_BYTES = 4 << 20
 
@@ -55,7 +55,7 @@ class Digest:
 
     @property
     def whole(self) -> bytes:
-        """The one block's digest, or the digest of all blocks' digests in a row."""
+        """The digest of the only block, or the digest of all blocks' digests in a row."""
         return (
             self.blocks[0] if len(self.blocks) == 1 else digest_bytes(b"".join(self.blocks))
         )
@@ -63,13 +63,13 @@ class Digest:
     @classmethod
     def of(cls, data: memoryview | bytes, block_bytes: int = BLOCK_BYTES) -> Digest:
         """Digest a run of bytes. Not collective. Thread-safe."""
-        if memoryview(data).nbytes <= block_bytes:  # as most leaves are
+        if memoryview(data).nbytes <= block_bytes:  # as for most leaves
             return cls((digest_bytes(data),))
         return cls(tuple(digest_bytes(piece) for piece in split_blocks(data, block_bytes)))
 
 
 def split_blocks(data: memoryview | bytes, block_bytes: int) -> list[memoryview]:
-    """Cut a run of bytes into its blocks; nothing is one empty block. Thread-safe."""
+    """Cut a run of bytes into its blocks; an empty run is one empty block. Thread-safe."""
     view = memoryview(data).cast("B")
     return [
         view[start : start + block_bytes]
@@ -88,12 +88,12 @@ class BlockHasher:
         self.nbytes = 0
 
     def update(self, data: memoryview | bytes) -> None:
-        """Take more bytes. Not collective."""
+        """Add more bytes. Not collective."""
         view = memoryview(data).cast("B")
         self.nbytes += len(view)
         while len(view) > 0:
-            # A full block is closed only when more follows: a run that ends on the
-            # border of a block has no empty block behind it.
+            # A full block is closed only when more bytes follow: a run that ends at the end
+            # of a block gets no empty block after it.
             if self._filled == self._block_bytes:
                 self._close_block()
             piece = view[: self._block_bytes - self._filled]
@@ -102,7 +102,7 @@ class BlockHasher:
             view = view[len(piece) :]
 
     def finish(self) -> Digest:
-        """Return the digest of everything taken. Not collective."""
+        """Return the digest of all bytes added. Not collective."""
         self._close_block()
         return Digest(tuple(self._blocks))
 
@@ -115,13 +115,13 @@ class BlockHasher:
 def digest_many(
     reads: Sequence[Callable[[], memoryview]], sizes: Sequence[int], threads: int
 ) -> list[Digest]:
-    """Digest several runs of bytes, side by side where that pays.
+    """Digest several runs of bytes, in parallel where that is faster.
 
     Not collective. Thread-safe. The worker threads end before this returns.
 
     Args:
-        reads: One function per run that gives its bytes; at most ``threads`` of the
-            runs are held at a time, so private copies stay bounded.
+        reads: One function for each run that returns its bytes. At most ``threads`` runs
+            are held at a time, which bounds the memory of private copies.
         sizes: Length of each in bytes.
         threads: Threads to use at most.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and sizes of the element types a leaf can have.
+"""Defines the names and sizes of the element types that a leaf can have.
 
-The names are those of the safetensors format; a type it lacks is stored as ``U8`` with
-one more dimension, and the manifest keeps the real name (docs/format.md).
+The names are those of the safetensors format. A type that the format lacks is stored as
+``U8`` with one more dimension; the manifest keeps the real name (docs/format.md).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _OTHER_BYTES = {
 }
 
 # NumPy's long doubles, dates and fixed-width strings, under NumPy's own type strings.
-# Elements of no width are left out: no shape would say how many there are.
+# Elements of width zero are left out: no shape would give their number.
 _NUMPY_NAME = re.compile(
     r"numpy:(?:<[fcmMU]|\|[SV])([1-9][0-9]{0,5})(?:\[[0-9a-zA-Z]{1,8}\])?"
 )
-# What a field of a record can be: also numbers, and of either byte order.
+# Types of a field of a record: also numbers, in either byte order.
 _FIELD = re.compile(
     r"(?:[<>][iufcmMU]|\|[biuSV])([1-9][0-9]{0,5})(?:\[[0-9a-zA-Z]{1,8}\])?"
 )
@@ -66,7 +66,7 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16", "C32", "C64", "C128"})
 
 
 def is_known(dtype: str) -> bool:
-    """Tell whether a dtype name may stand in a manifest. Not collective. Thread-safe."""
+    """Return whether a manifest may contain a dtype name. Not collective. Thread-safe."""
     try:
         return element_bytes(dtype) > 0
     except KeyError:
@@ -117,12 +117,12 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 class RecordField(NamedTuple):
-    """One field of a record: its type is a type string of NumPy, or a record again.
+    """One field of a record: its type is a type string of NumPy, or another record.
 
     Attributes:
-        name: Of the field.
+        name: Name of the field.
         type: Its element type.
-        shape: Of the subarray in each record; ``()`` for one element.
+        shape: Shape of the subarray in each record; ``()`` for one element.
         offset: Where it starts in the record, in bytes.
     """
 
@@ -148,12 +148,12 @@ def encode_record(record: Record) -> str:
 
 @lru_cache(maxsize=256)
 def parse_record(dtype: str) -> Record:
-    """Return the record that `encode_record` made a name of.
+    """Return the record whose name `encode_record` made.
 
     Not collective. Thread-safe.
 
     Raises:
-        KeyError: On the calling rank, if it is no such name.
+        KeyError: On the calling rank, if the text is not such a name.
     """
     try:
         record = _from_json(json.loads(dtype.removeprefix("numpy:")), 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error this package raises.
+"""Defines every error that this package raises.
 
 ::
 
@@ -65,11 +65,11 @@ _MORE = re.compile(r" *and ([\d,]+) more: `problems` of the error has them")
 
 
 def cut_lines(text: str, most: int = _LINES_MAX) -> str:
-    """Return the first lines of a text, and in words how many more there are. Pure.
+    """Return the first lines of a text, and a line that counts the rest. Pure.
 
     Args:
-        text: May have been cut before.
-        most: How many lines, at least one; one more is kept rather than counted.
+        text: The text; it may have been cut before.
+        most: Lines to keep, at least one; a single further line is kept, not counted.
     """
     lines = text.split("\n")
     if len(lines) <= most + 1:
@@ -97,7 +97,7 @@ class RankFailure:
         errno: Its errno, where it is an OSError.
         path: The file concerned, where there is one.
         generation: The generation concerned, where there is one.
-        problems: Every single finding, where the exception lists several.
+        problems: Each single finding, where the exception lists several.
         traceback: The formatted traceback.
     """
 
@@ -120,21 +120,21 @@ class RankFailure:
     def __str__(self) -> str:
         where = f"rank {self.rank} of {self.size} on {self.host}"
         text = f"{where}, {self.operation}: {self.message}"
-        # An OSError says its path itself; ours do as well.
+        # An OSError names its path itself; so do this package's errors.
         if self.path and self.path not in self.message:
             text += f" [{self.path}]"
-        if self.kind in __all__:  # an error of this package says all itself
+        if self.kind in __all__:  # an error of this package is complete in itself
             return text
         return f"{text} ({self.kind})"
 
 
 class Telling(NamedTuple):
-    """How a rank tells an error that all ranks raise, if nobody catches it.
+    """How a rank prints an error that all ranks raise, if the program does not catch it.
 
     Attributes:
-        name: Of this rank.
-        brief: Said in place of the traceback, as another rank prints that; empty where
-            this one does.
+        name: Name of this rank.
+        brief: Printed in place of the traceback, which another rank prints; empty on the
+            rank that prints the traceback.
     """
 
     name: str
@@ -145,13 +145,13 @@ class CheckpointError(Exception):
     """Base of every error of this package.
 
     Args:
-        message: What failed, where, what was expected and found, what is still safe. Of
-            more than 25 lines `str` gives the first 24, and how many there are.
+        message: What failed, where, what was expected and found, what is still safe. If it
+            has more than 25 lines, `str` gives the first 24 and the number of the rest.
         path: File or directory concerned.
         generation: Generation concerned.
         errno: Error number of the operating system, where there is one.
         failures: One record for each rank that failed; the same on every rank.
-        problems: Every single finding, where an error lists several.
+        problems: Each single finding, where an error lists several.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class CheckpointError(Exception):
         return cut_lines(self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # OSError's own would lose errno, and with it what launchers and pools are told.
+        # OSError's own method would lose errno, which launchers and process pools need.
         known = ("path", "generation", "errno", "failures", "problems")
         remade = partial(type(self), **{name: getattr(self, name) for name in known})
         return remade, (self.message,)
@@ -212,7 +212,7 @@ class DivergedError(SaveError):
 
 
 class FencedError(SaveError):
-    """Another job has taken the directory over: this one may not publish any more."""
+    """Another job has taken over the directory: this job may no longer publish."""
 
 
 class WriteError(SaveError, OSError):
@@ -232,11 +232,11 @@ class NoCheckpointError(RestoreError, FileNotFoundError):
 
 
 class NotSavedError(RestoreError, KeyError):
-    """A generation that was loaded has no state or leaf of that name."""
+    """A loaded generation has no state or leaf of that name."""
 
 
 class ReadError(RestoreError, OSError):
-    """A file is there and the operating system cannot read it."""
+    """A file exists but the operating system cannot read it."""
 
 
 class CorruptGenerationError(RestoreError):
@@ -244,11 +244,11 @@ class CorruptGenerationError(RestoreError):
 
 
 class UnsupportedFormatError(RestoreError):
-    """Written by a newer format version, or by another library."""
+    """A generation was written in a newer format version, or by another library."""
 
 
 class StateMismatchError(RestoreError):
-    """A generation does not fit the program's states; ``problems`` lists every case."""
+    """A generation does not fit the program's states; ``problems`` lists each mismatch."""
 
 
 class CollectiveError(CheckpointError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How failures of several ranks become one error, the same on all of them.
+"""Merges the failures of several ranks into one error, the same on all ranks.
 
-What many ranks have met alike is told once, and what travels is bounded: with a thousand
-ranks each would otherwise be sent, and print, what a thousand have to say.
+A failure that many ranks share is reported once, and the messages are bounded. Otherwise
+each of a thousand ranks would receive, and print, a thousand reports.
 """
 
 from __future__ import annotations
@@ -38,26 +38,25 @@ class RemoteTraceback(Exception):
 
 
 class _Concern(str):
-    """A note on an exception (PEP 678) that is also told by the other ranks."""
+    """A note on an exception (PEP 678) that the other ranks report too."""
 
     __slots__ = ()
 
 
 @contextmanager
 def concerning(what: str) -> Iterator[None]:
-    """Let an exception that leaves the block say what it concerns, wherever it is told.
+    """Add to an exception that leaves the block what it concerns, for every report of it.
 
-    Not collective. Thread-safe. For what runs code of others on behalf of one state or
-    leaf: their errors say what went wrong, and know nothing of where.
+    Not collective. Thread-safe. For code of the user or of a library, run for one state or
+    leaf: its errors say what went wrong, but not for which state or leaf.
 
     Args:
-        what: Such as ``"state 'model'"``; blocks within one another are told outermost
-            first.
+        what: Such as ``"state 'model'"``; nested blocks are reported outermost first.
     """
     try:
         yield
     except Exception as error:
-        # Some classes take no attributes; they are told without.
+        # Some classes take no attributes; their errors are reported without the note.
         with suppress(AttributeError, TypeError):
             error.__notes__ = [*_notes_of(error), _Concern(what)]  # type: ignore[attr-defined]
         raise
@@ -67,7 +66,7 @@ def capture_failure(
     error: BaseException, *, rank: int, size: int, operation: str
 ) -> RankFailure:
     """Describe an exception of this rank. Not collective. Thread-safe."""
-    # Anybody's exception may call anything `errno` or `problems`.
+    # Exceptions of other packages may have any `errno` or `problems`.
     ours = error if isinstance(error, CheckpointError) else None
     known = ours or (error if isinstance(error, OSError) else None)
     return RankFailure(
@@ -87,7 +86,7 @@ def capture_failure(
 
 @dataclass(frozen=True, slots=True)
 class AlikeFailures:
-    """What several ranks have met alike.
+    """One failure that several ranks share.
 
     Attributes:
         first: The failure of the lowest of them.
@@ -98,10 +97,10 @@ class AlikeFailures:
     ranks: tuple[int, ...]
 
     def text(self, hosts: Sequence[str]) -> str:
-        """Return what is told of them. Not collective. Thread-safe.
+        """Return the report of the failure. Not collective. Thread-safe.
 
         Args:
-            hosts: Of all ranks.
+            hosts: Host names of all ranks.
         """
         if len(self.ranks) == 1:
             return str(self.first)
@@ -110,11 +109,11 @@ class AlikeFailures:
 
 
 def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Return in words which ranks are meant, and where they are. Pure.
+    """Return a list of ranks and their hosts in words. Pure.
 
     Args:
         ranks: At least one, in ascending order.
-        hosts: Of all ranks.
+        hosts: Host names of all ranks.
     """
     where = sorted({hosts[rank] for rank in ranks})
     on = ", ".join(where) if len(where) <= 2 else f"{len(where):,} hosts"
@@ -124,9 +123,10 @@ def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def group_failures(failures: Sequence[RankFailure]) -> list[AlikeFailures]:
-    """Put together what several ranks have met alike, in the order of the lowest ranks.
+    """Group failures that several ranks share, in the order of the lowest ranks.
 
-    Not collective. Thread-safe. Of more than 16 kinds the last holds all the others.
+    Not collective. Thread-safe. If there are more than 16 kinds, the last group holds all
+    the rest.
 
     Args:
         failures: At least one, ordered by rank.
@@ -151,20 +151,20 @@ def merge_failures(
     safe: str,
     hosts: Sequence[str],
 ) -> CheckpointError:
-    """Make the one error that all ranks raise from the failures of some.
+    """Make from the failures of some ranks the one error that all ranks raise.
 
-    Not collective. Thread-safe. The class is that of the lowest failing rank where it
-    belongs to this package's family, else ``default``.
+    Not collective. Thread-safe. The class is that of the lowest failing rank's error if
+    this package defines it, else ``default``.
 
     Args:
         groups: At least one, as `group_failures` gives them.
-        default: Class for exceptions from outside the family.
-        safe: One clause that says what is still safe.
-        hosts: Of all ranks.
+        default: Class for exceptions that this package does not define.
+        safe: A clause that says what is still safe.
+        hosts: Host names of all ranks.
 
     Returns:
-        The error, its ``__cause__`` holding the traceback of the first failing rank, and
-        of the first that failed in another way.
+        The error. Its ``__cause__`` holds the traceback of the first failing rank, and of
+        the first rank that failed in another way.
     """
     first = groups[0].first
     failures = [
@@ -181,7 +181,7 @@ def merge_failures(
         generation=first.generation,
         errno=first.errno,
         failures=failures,
-        # Ranks mostly find the same: each finding is told once.
+        # Ranks mostly find the same: each finding is reported once.
         problems=list(
             dict.fromkeys(
                 problem

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a package that bring their own modules when they are first used.
+"""Lets a package import the module of a public name when the name is first used.
 
-For all packages but the outermost, whose import brings no other module, not even this.
+For all packages but the outermost, whose import loads no other module, not even this one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def lazy_names(
 
     Args:
         package: Its name.
-        modules: Public name -> the module that has it, and after a colon the name it has
-            there, where that is another.
+        modules: Public name -> the module that defines it; if its name there differs, a
+            colon and that name follow.
     """
 
     def get(name: str) -> Any:  # noqa: ANN401 (any public name)
@@ -32,7 +32,7 @@ def lazy_names(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, inside = modules[name].partition(":")
         value = getattr(import_module(module), inside or name)
-        # Found without this the next time.
+        # The next access finds the name without this function.
         setattr(sys.modules[package], name, value)
         return value
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A leaf: one named run of typed bytes inside a state. States and storage meet here."""
+"""Defines a leaf: one named run of typed bytes in a state, which states give to storage."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = [
     "copy_bytes",
 ]
 
-# Copies of so little are done before NumPy has made an array of them.
+# Copies of fewer bytes are done before NumPy has made an array of them.
 _SMALL_BYTES = 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class LeafSpec:
-    """What a leaf looks like from outside.
+    """The name, type and shape of a leaf, without its bytes.
 
     Attributes:
         name: Unique within its state.
@@ -49,24 +49,24 @@ class LeafSpec:
         return f"{self.name} {self.dtype}{list(self.shape)}"
 
     def to_json(self) -> list[Any]:
-        """Return it as JSON values. Not collective. Thread-safe."""
+        """Return the spec as JSON values. Not collective. Thread-safe."""
         return [self.name, self.dtype, self.shape]
 
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> LeafSpec:
-        """Return what `to_json` was called of. Not collective. Thread-safe."""
+        """Return the spec that `to_json` encoded. Not collective. Thread-safe."""
         name, dtype, shape = values
         return cls(name, dtype, tuple(shape))
 
 
 class Form:
-    """The specs of a state's leaves, and what follows from them alone. Thread-safe.
+    """The specs of a state's leaves, and values computed from them alone. Thread-safe.
 
-    A state keeps its form from one save to the next as long as it is the same, and with
-    it what was worked out of it: of thousands of leaves that is most of the work.
+    A state keeps its form from save to save as long as the form stays the same, and so
+    keeps the computed values: with thousands of leaves that is most of the work.
 
     Args:
-        specs: In the order of the leaves.
+        specs: The specs, in the order of the leaves.
     """
 
     def __init__(self, specs: Iterable[LeafSpec]) -> None:
@@ -79,18 +79,18 @@ class Form:
 
     @cached_property
     def text(self) -> bytes:
-        """The same for equal specs, another for others."""
+        """A text that is equal for equal specs, and different for different ones."""
         return json.dumps([spec.to_json() for spec in self.specs]).encode()
 
 
 class Buffer(Protocol):
-    """Where the bytes of a leaf live: host memory, a strided tensor, a device."""
+    """The memory of a leaf's bytes: host memory, a strided tensor, a device."""
 
     def view(self) -> memoryview | None:
-        """Return the live bytes, writable, where they are contiguous host memory."""
+        """Return the live bytes, writable, if they are contiguous host memory."""
 
     def read(self) -> memoryview:
-        """Return the bytes: the live ones where `view` has them, else a private copy."""
+        """Return the bytes: the live bytes if `view` returns them, else a private copy."""
 
     def copy_to(self, target: memoryview) -> None:
         """Copy the bytes to host memory of the same length, in one go."""
@@ -99,23 +99,23 @@ class Buffer(Protocol):
         """Replace the bytes by ``data``, of the same length."""
 
     def stamp(self) -> int:
-        """Return a number that moves when the owner notices a change, if it ever does."""
+        """Return a number that changes with each noticed change of the bytes."""
 
     def place(self) -> Place | None:
-        """Return which live memory it is; None for memory that nobody else can have."""
+        """Return which live memory it is; None for private memory."""
 
     def span(self) -> tuple[int, int]:
-        """Return that of its place, which this finds faster; two zeros for none."""
+        """Return the span of `place`, without making the place; two zeros for none."""
 
 
 class Place(NamedTuple):
-    """Where elements lie in memory: of the first the address, then sizes and steps.
+    """Where elements lie in memory: address, sizes and strides.
 
     Attributes:
-        address: Of the first element, in bytes, on whatever device.
+        address: Address of the first element, in bytes, on any device.
         itemsize: Bytes of an element.
-        shape: In elements.
-        strides: In bytes.
+        shape: Shape in elements.
+        strides: Strides in bytes.
     """
 
     address: int
@@ -125,7 +125,7 @@ class Place(NamedTuple):
 
     @property
     def span(self) -> tuple[int, int]:
-        """The first byte, and one past the last; equal if there is no element."""
+        """The first byte, and one past the last byte; equal if there is no element."""
         if 0 in self.shape:
             return self.address, self.address
         reach = [step * (n - 1) for n, step in zip(self.shape, self.strides, strict=True)]
@@ -134,10 +134,10 @@ class Place(NamedTuple):
 
 
 class Gate:
-    """Holds up whoever is about to change tensors until they are copied.
+    """Makes code that is about to change tensors wait until they are copied.
 
-    Main thread only. A future ends whether the copy succeeds or fails, so nobody is held
-    up for ever.
+    Main thread only. A future ends whether the copy succeeds or fails, so no code waits for
+    ever.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Gate:
         self._copy = copy
 
     def wait(self) -> None:
-        """Return when what is behind the gate may change; its error is not raised here."""
+        """Return when the tensors may change; the error of a copy is not raised here."""
         copy, self._copy = self._copy, None
         if copy is not None:
             wait([copy])
@@ -159,10 +159,10 @@ class Leaf:
     """One named tensor, array or blob, and where its bytes live.
 
     Attributes:
-        spec: What it looks like.
-        buffer: Where its bytes live.
-        gate: What everybody passes who is about to change it; None if nobody promises
-            that, so that an asynchronous save must copy it at once.
+        spec: Its name, type and shape.
+        buffer: The memory of its bytes.
+        gate: Gate that all code which changes the leaf passes first. None if there is no
+            such promise: an asynchronous save must then copy the leaf at once.
     """
 
     spec: LeafSpec
@@ -172,7 +172,7 @@ class Leaf:
     def under(self, prefix: str) -> Leaf:
         """Return the same leaf under a longer name. Not collective. Thread-safe."""
         spec = self.spec
-        # Not dataclasses.replace, which takes ten times as long: there may be many leaves.
+        # Not dataclasses.replace, which takes ten times as long; there may be many leaves.
         longer = LeafSpec(prefix + spec.name, spec.dtype, spec.shape)
         return Leaf(longer, self.buffer, self.gate)
 
@@ -182,7 +182,7 @@ class Leaf:
 
 
 def copy_bytes(source: memoryview, target: memoryview) -> None:
-    """Copy bytes at the speed of memory, without holding up other threads for long."""
+    """Copy bytes at the speed of memory, without blocking other threads for long."""
     if len(source) < _SMALL_BYTES:
         target[:] = source
     else:
@@ -190,21 +190,21 @@ def copy_bytes(source: memoryview, target: memoryview) -> None:
 
 
 class MemoryBuffer:
-    """Plain host memory that belongs to nobody else."""
+    """Private host memory."""
 
     def __init__(self, memory: memoryview | bytes | bytearray) -> None:
         self._memory = memoryview(memory)
 
     @classmethod
     def empty(cls, nbytes: int) -> MemoryBuffer:
-        """Make a buffer to be filled. Not collective.
+        """Make a buffer to fill. Not collective.
 
-        Its memory is taken as it is filled: that so much was claimed proves nothing.
+        The system provides the memory as it is filled: a claimed size proves nothing.
         """
         return cls(np.zeros(nbytes, np.uint8).data)
 
     def view(self) -> memoryview | None:
-        """Return the memory itself, if it may be written to. Not collective."""
+        """Return the memory itself, if it is writable. Not collective."""
         return None if self._memory.readonly else self._memory
 
     def read(self) -> memoryview:
@@ -220,7 +220,7 @@ class MemoryBuffer:
         copy_bytes(data, self._memory)
 
     def stamp(self) -> int:
-        """Return nothing of interest: memory notices no change. Not collective."""
+        """Return a constant: memory notices no change. Not collective."""
         return 0
 
     def place(self) -> Place | None:
@@ -233,13 +233,13 @@ class MemoryBuffer:
 
 
 class Target:
-    """Where a leaf arrives: in place, where that is contiguous host memory.
+    """The memory that receives a leaf: its own, if that is contiguous host memory.
 
     Not collective. Not thread-safe.
 
     Args:
-        spec: Of the leaf that comes.
-        leaf: Where its bytes belong; None if nobody wants them.
+        spec: Spec of the leaf to receive.
+        leaf: The live leaf to fill; None if the program has none.
     """
 
     def __init__(self, spec: LeafSpec, leaf: Leaf | None) -> None:
@@ -249,7 +249,7 @@ class Target:
         self._private: bytearray | None = None
 
     def memory(self) -> memoryview:
-        """Return the bytes to fill; a private copy is made when first needed."""
+        """Return the bytes to fill; makes a private copy when first needed."""
         if self._live is not None:
             return self._live
         if self._private is None:
@@ -257,7 +257,7 @@ class Target:
         return memoryview(self._private)
 
     def finish(self) -> None:
-        """Move a private copy to where it belongs, and drop it."""
+        """Move a private copy into the live leaf, and drop the copy."""
         if self._live is None and self._leaf is not None:
             self._leaf.buffer.write(self.memory())
         self._private = None

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks into a generation from anywhere: a notebook, an inference server. No MPI, no lock.
+"""Reads a generation from anywhere: a notebook, an inference server. No MPI, no lock.
 
-Nothing is written. Leaves are read when they are asked for, and proven before they are
-handed out.
+Nothing is written. A leaf is read when it is accessed, and proven before it is returned.
 """
 
 from __future__ import annotations
@@ -50,36 +49,38 @@ def load(
     best: str | None = None,
     mode: Mode | None = None,
 ) -> LoadedGeneration:
-    """Open a generation to look into it, without MPI and beside a running job.
+    """Open a generation to read it, without MPI, even while a job saves.
 
-    Not collective. No lock is taken and nothing is written. A newest one whose manifest or
-    files are damaged is told in a warning, and the one before it is opened; in place of one
-    that was asked for none is::
+    Not collective. No lock is taken and nothing is written. If the newest generation's
+    manifest or files are damaged, this warns and opens the next older one. A generation
+    that was asked for is never replaced by another one::
 
         saved = mpi_ckpt.load("checkpoints")
         weight = saved["train"]["module/head.weight"]
         model.load_state_dict(saved["train"].value()["module"])
 
     Args:
-        directory: The one given to the manager; or a generation's own.
+        directory: The directory of the manager, or that of one generation.
         generation: Its number, or ``"newest"``.
-        step: Or the step it was saved at; of several the newest.
+        step: Or the step it was saved at; the newest if several match.
         best: Or the metric by which it is the best.
-        mode: Which value of that metric is: ``"min"`` or ``"max"``.
+        mode: Which value of that metric is the best: ``"min"`` or ``"max"``.
 
     Returns:
         The open generation: its states by name. Usable as a context manager.
 
     Raises:
-        OptionsError: On the calling rank, if what was asked for makes no sense.
-        NoCheckpointError: On the calling rank, if there is none such; it says what is.
-        CorruptGenerationError: On the calling rank, if it is damaged, or all are.
-        UnsupportedFormatError: On the calling rank, if it is of another format.
+        OptionsError: On the calling rank, if the request is invalid.
+        NoCheckpointError: On the calling rank, if there is no such generation; the message
+            lists those there are.
+        CorruptGenerationError: On the calling rank, if the generation is damaged, or all
+            are.
+        UnsupportedFormatError: On the calling rank, if its format is another one.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
     number = None if generation == "newest" else generation
     choice = Choice(number, step, best, mode).checked()
-    # A job may run for long; the program that looks on may change its working directory.
+    # The program may change its working directory while the job runs.
     catalog = Catalog(Path(directory).absolute())
     if not choice.is_newest:
         return LoadedGeneration(open_chosen(catalog, choice), catalog)
@@ -92,12 +93,12 @@ def load(
 class LoadedGeneration(Mapping[str, "LoadedState"]):
     """The states of a generation by name. Made by `load`. Not collective. Thread-safe.
 
-    Its files stay open, so that it can be read on while a job prunes it, and takes room on
-    disk until it is closed. A context manager; without, it is closed when it is collected.
+    Its files stay open: it remains readable after a job prunes it, and takes space on disk
+    until it is closed. A context manager; otherwise it is closed when it is collected.
 
     Args:
         reader: The open generation.
-        catalog: Of the directory it is in.
+        catalog: Catalog of its directory.
 
     Attributes:
         generation: Its number.
@@ -142,13 +143,13 @@ class LoadedGeneration(Mapping[str, "LoadedState"]):
         """Prove every byte, as `mpi-ckpt verify` does.
 
         Raises:
-            CorruptGenerationError: On the calling rank, for the first that is wrong.
+            CorruptGenerationError: On the calling rank, for the first wrong byte.
             ReadError: On the calling rank, if the operating system cannot read it.
         """
         self._source.attempt("", lambda reader: verify(reader))
 
     def close(self) -> None:
-        """Close the files; what was read stays good. Callable twice."""
+        """Close the files; values already read stay valid. Callable twice."""
         self._source.close()
 
     def __enter__(self) -> LoadedGeneration:
@@ -159,19 +160,20 @@ class LoadedGeneration(Mapping[str, "LoadedState"]):
 
 
 class LoadedState(Mapping[str, Any]):
-    """The leaves of a state by name, each read and proven when it is asked for.
+    """The leaves of a state by name, each read and proven when it is accessed.
 
-    Not collective. Thread-safe. A leaf that was a tensor of torch comes as one, on the
-    host, if torch can be imported; all others as arrays of NumPy. Each access reads anew
-    and gives memory of its own. What a plain state wrote is the one leaf ``"stream"``.
+    Not collective. Thread-safe. A leaf that was a torch tensor is returned as a tensor on
+    the host, if torch can be imported; all other leaves as NumPy arrays. Each access reads
+    again and returns new memory. The stream of a plain state is the one leaf ``"stream"``.
 
     Args:
-        source: Where its leaves are read.
-        stored: What the manifest says of it.
+        source: The open generation.
+        stored: Its entry in the manifest.
 
     Attributes:
         name: Its name.
-        structure: What of it is no tensor, as JSON values; None where there is nothing.
+        structure: Its contents that are not tensors, as JSON values; None if there are
+            none.
     """
 
     def __init__(self, source: _LeafSource, stored: StoredState) -> None:
@@ -192,7 +194,7 @@ class LoadedState(Mapping[str, Any]):
         )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._leaves  # a Mapping's own would read it
+        return name in self._leaves  # Mapping's own method would read the leaf
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._leaves)
@@ -201,7 +203,7 @@ class LoadedState(Mapping[str, Any]):
         return len(self._leaves)
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # a Mapping's own would read all
+        return self is other  # Mapping's own method would read all leaves
 
     def __hash__(self) -> int:
         return id(self)
@@ -212,14 +214,15 @@ class LoadedState(Mapping[str, Any]):
         return f"<state {self.name!r}: {', '.join([*shown, *more]) or 'no leaves'}>"
 
     def value(self) -> Any:  # noqa: ANN401 (any nested value)
-        """Return all of it as what it was: what ``load_state_dict`` takes, or the value.
+        """Return the state as it was saved: what ``load_state_dict`` takes, or the value.
 
-        Not collective. Reads all leaves. Of a module its state dict, tied tensors under
-        each of their names; of a `TrainState` such by part; of a plain state its bytes.
-        Nothing is unpickled. Of no known form: structure and leaves side by side.
+        Not collective. Reads all leaves. For a module this is its state dict, with tied
+        tensors under each of their names; for a `TrainState` a dict of its parts' values;
+        for a plain state its bytes. Nothing is unpickled. A state of unknown form gives its
+        structure and leaves side by side.
 
         Raises:
-            CorruptGenerationError: On the calling rank, if it is not what was saved.
+            CorruptGenerationError: On the calling rank, if the bytes are not those saved.
             ReadError: On the calling rank, if the operating system cannot read it.
         """
         values = {name: self[name] for name in self}
@@ -229,7 +232,7 @@ class LoadedState(Mapping[str, Any]):
 
 
 class _LeafSource:
-    """The open generation that leaves are read from; says what is wrong with it."""
+    """The open generation that leaves are read from; its errors name that generation."""
 
     def __init__(self, reader: GenerationReader, catalog: Catalog) -> None:
         self._reader = reader

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manager: puts the steps of a save and a restore in order, and nothing else.
+"""The manager: calls the parts of a save and of a restore in order, and nothing else.
 
 save      states --sync--> leaves --[stage--> copy] --write--> .partial-* --publish-->
-          checkpoint-N --prune--> those that retention keeps
+          checkpoint-N --prune--> the generations that retention keeps
 restore   find the newest good generation, match it with the states, transfer its bytes
           to every rank, let the states adopt them
 """
@@ -46,11 +46,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     communicator call it, in the same order. Main thread only. A context manager.
 
     Args:
-        root: Directory of the generations, made when first saved to. Only root need see it.
+        root: Directory of the generations; the first save makes it. Only root need see it.
         states: The states, with the same names in the same order on every rank.
-        comm: Communicator of mpi4py; it is duplicated. None: all ranks of the job.
-        options: How to do it; the same on every rank.
-        memory: Where saves leave a copy, to which `restore` goes back first.
+        comm: Communicator of mpi4py, which is duplicated. None: all ranks of the job.
+        options: The options; the same on every rank.
+        memory: Saves leave a copy in it; `restore` uses that copy first.
 
     Raises:
         LaunchError: On every rank, if launcher and MPI disagree about the job.
@@ -90,7 +90,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     @property
     def is_root(self) -> bool:
-        """Whether this rank is the one that commits. Not collective."""
+        """Whether this rank is root, which commits. Not collective."""
         return self._session.comm.is_root
 
     @property
@@ -100,19 +100,19 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     @property
     def exit_code(self) -> int:
-        """0, or ``StopWhen.exit_code`` once somebody asked to stop. Not collective."""
+        """0, or ``StopWhen.exit_code`` after a request to stop. Not collective."""
         return self._session.options.stop.exit_code if self._steps.must_stop else 0
 
     def add(self, state: State) -> None:
-        """Take in one more state. Not collective, but all must add it before they save.
+        """Add a state. Not collective, but all ranks must add it before they save.
 
         Raises:
-            RegistrationError: On the calling rank, if it is none, or its name is taken.
+            RegistrationError: On the calling rank, if it is no state, or its name is taken.
         """
         self._registry.add(state)
 
     def remove(self, name: str) -> None:
-        """Save a state no longer. Not collective, but all must remove it before they save.
+        """Remove a state. Not collective, but all ranks must remove it before they save.
 
         Raises:
             RegistrationError: On the calling rank, if there is no such state.
@@ -120,9 +120,9 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         self._registry.remove(name)
 
     def sync(self, only: Collection[str] | None = None) -> SyncReport:
-        """Make the states equal on all ranks, without saving: root's values for all.
+        """Make the states equal on all ranks, with root's values, without saving.
 
-        Collective. To start replicas alike; also of states that check: root warns of it.
+        Collective. For the start. Makes checked states equal too; root warns of it.
 
         Args:
             only: Names of the states to sync; None for all.
@@ -145,20 +145,20 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     ) -> SaveReport | PendingSave:
         """Sync the states, write them as one new generation, publish it durably.
 
-        Collective. When it returns, on any rank, the generation survives a power cut;
-        with ``Options.asynchronous`` when ``wait()`` of what it returns has.
+        Collective. When it returns, on any rank, the generation survives a power cut; with
+        ``Options.asynchronous``, once ``wait()`` of its result has returned.
 
         Args:
             step: Training step to note; None for the manager's own count.
-            metrics: Finite or not; for `KeepBest`, and for you.
+            metrics: Any floats, finite or not; for `KeepBest` and for you.
             only: Names of the states to save; the others are taken from the newest
                 generation, or the one restored. None: all whose ``skip`` is false.
-            carry: With ``only``: asked on root, by name, which others go along; None: all.
-            sync: Whether to make the replicas equal first; if not, root's are saved.
-                None: as the options say.
+            carry: With ``only``: root asks it, by name, which others to take; None: all.
+            sync: Whether to make the replicas equal first; if not, root's are saved. None:
+                as in the options.
 
         Raises:
-            SaveError: On every rank, if any failed; nothing was published.
+            SaveError: On every rank, if any rank failed; nothing was published.
             CheckpointError: On every rank, for anything else that went wrong.
         """
         if (instead := self._saver.make_way()) is not None:
@@ -180,15 +180,15 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             return self._saver.end(save)
 
     def remember(self, step: int | None = None) -> None:
-        """Copy the states into the `Memory`, as they are, without saving them.
+        """Copy the states into the `Memory`, without a sync and without a save.
 
-        Collective. First ends a save that is under way: it is written from there.
+        Collective. First waits for a pending save, which is written from that memory.
 
         Args:
             step: Training step to note; None for the manager's own count.
 
         Raises:
-            CheckpointError: On every rank, if any cannot: that one holds no copy then.
+            CheckpointError: On every rank, if any fails; that rank then holds no copy.
         """
         self._saver.finish()
         self._saver.remember(self._step if step is None else step)
@@ -205,27 +205,27 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     ) -> RestoreReport | None:
         """Bring the states back to the newest generation that verifies, or to another.
 
-        Collective. To a copy in the `Memory` first, if root holds one. A bad generation
-        is set aside, with a warning by root, and the one before it is used; in place of
-        one that was asked for none is. Nothing here draws from random streams.
+        Collective. If root holds a copy in the `Memory`, that comes first. A bad generation
+        is quarantined, with a warning by root, and the next older one is used; but nothing
+        replaces a generation that was asked for. Nothing here draws from random streams.
 
         Args:
-            only: Names of the states to restore; None for all. Several partial restores
-                in a row use one generation, proven as a whole first.
-            generation: Number of the one to go back to; the newer stay: docs/restart.md.
-            step: Or the step it was saved at; of several the newest.
+            only: Names of the states to restore; None for all. Several partial restores in
+                a row use one generation, which is first proven as a whole.
+            generation: Number of the generation; newer ones stay: docs/restart.md.
+            step: Or the step it was saved at; the newest if several match.
             best: Or the metric by which it is the best.
-            mode: Which value of it is: ``"min"`` or ``"max"``; None as a `KeepBest` has it.
-            on_resize: Called last, on every rank, if another number of ranks saved: with
-                that number and the one of now. Must not communicate.
+            mode: Which value is best: ``"min"`` or ``"max"``; None: that of a `KeepBest`.
+            on_resize: Called last, on every rank, if another number of ranks saved, with
+                that number and the present one. Must not communicate.
 
         Returns:
             The report; None, with nothing changed, if nothing was ever saved here.
 
         Raises:
-            StateMismatchError: On every rank, listing what does not fit; nothing changed.
-            NoCheckpointError: On every rank, if what was asked for is not there.
-            CorruptGenerationError: On every rank, if no generation is good, or not that.
+            StateMismatchError: On every rank, with all mismatches; nothing has changed.
+            NoCheckpointError: On every rank, if there is no such generation.
+            CorruptGenerationError: On every rank, if none, or not that one, is good.
             CheckpointError: On every rank, for anything else, such as another format.
         """
         self._saver.finish()
@@ -245,17 +245,17 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return report
 
     def step(self, *, metrics: Mapping[str, float] | None = None) -> bool:
-        """Count a training step; save if one is due or somebody asked to stop.
+        """Count a training step; save if a save is due or a stop was requested.
 
-        Collective. Call at every step boundary. Costs one allreduce of 56 bytes, which
-        short steps do not wait for: what asks to stop is then heard a step later.
+        Collective. Call at every step boundary. Costs one allreduce of 56 bytes. Short
+        steps do not wait for it: they notice a request to stop one step later.
 
         Args:
             metrics: Given to the save, if there is one.
 
         Returns:
-            Whether to stop: a signal came to some rank, the job is about to end, or so says
-            ``Options.stop``; all is saved. Leave by ``sys.exit(manager.exit_code)``.
+            Whether to stop: a rank got a signal, the job is about to end, or
+            ``Options.stop`` asks; all is saved. Leave by ``sys.exit(manager.exit_code)``.
 
         Raises:
             CheckpointError: On every rank, as `save` does.
@@ -265,7 +265,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         if actions.stop or actions.finish:
             self._saver.finish()
         if actions.stop:
-            # The last save is of this very step, and durable.
+            # The last save is of this step, and durable.
             self._steps.note_stop(self.save(metrics=metrics).wait())
         elif actions.save:
             self.save(metrics=metrics)
@@ -275,10 +275,10 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return actions.stop
 
     def should_stop(self) -> bool:
-        """Return whether somebody asked to stop; count no step and save nothing.
+        """Return whether a stop was requested; count no step and save nothing.
 
-        Collective. For evaluation and warm-up, which may be left early then: the next
-        `step` saves and returns True, and `exit_code` is already set on every rank.
+        Collective. For evaluation and warm-up, which may then end early: the next `step`
+        saves and returns True. `exit_code` is already set on every rank.
 
         Raises:
             CollectiveError: On every live rank, if one never arrives.
@@ -288,14 +288,14 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     def busy(
         self, reason: str, *, at_most_seconds: float = 3600.0
     ) -> AbstractContextManager[None]:
-        """Say that this rank comes late, and why: the others wait for it. Not collective.
+        """Announce that this rank is late, and why: the others wait. Not collective.
 
-        ``with manager.busy("writing VTK"):`` around what takes long, on the ranks that do
-        it: no deadline passes meanwhile. Costs a short message to each rank at either end.
+        ``with manager.busy("writing VTK"):`` around slow work, on the ranks that do it: no
+        deadline passes meanwhile. Costs a short message to each rank at start and end.
 
         Args:
-            reason: Told by those who wait.
-            at_most_seconds: After so long it is missed all the same, or once seen to die.
+            reason: The waiting ranks report it.
+            at_most_seconds: The others wait at most so long, less if they see it die.
 
         Raises:
             CheckpointError: On the calling rank, in another thread or a forked process.
@@ -311,7 +311,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         self._saver.finish()
 
     def generations(self) -> list[GenerationInfo]:
-        """Return the generations that are there, oldest first. Collective.
+        """Return all generations, oldest first. Collective.
 
         Raises:
             CheckpointError: On every rank, if root cannot list the directory.
@@ -320,19 +320,19 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return list_generations(self._session)
 
     def close(self) -> None:
-        """Finish a pending save; let go of directory, signals and communicator.
+        """Finish a pending save; release directory, signals and communicator.
 
-        Collective. Callable twice. Unless somebody asked to stop, `mpi-ckpt run` hears by
-        this that the training is done.
+        Collective. Callable twice. Unless a stop was requested, this reports to `mpi-ckpt
+        run` that the training is done.
 
         Raises:
-            SaveError: On every rank, if the pending save failed; all else is let go of.
+            SaveError: On every rank, if the pending save failed; the rest is released.
         """
         try:
             self._saver.finish()
             self._session.note_end(self._step)
         finally:
-            # The error, if any, was agreed on: every rank is here.
+            # All ranks agreed on the error, if any: every rank is here.
             self._steps.retire()
             self._saver.let_go()
             self._steps.settle()
@@ -343,7 +343,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         if error is None:
             self.close()
             return
-        # INVARIANT: one rank alone may be here: nothing collective, MPI_Finalize frees all.
+        # INVARIANT: one rank alone may be here: no collective; MPI_Finalize frees all.
         self._abort.note(error, expected=self.exit_code)
         self._session.note_end(self._step, error, unsaved=bool(self._saver.pending))
         self._steps.retire()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory: kept for use again, and copies of states a job goes back to."""
+"""Keeps host memory for reuse, and copies of states that a job can go back to."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ __all__ = ["Arena", "Memory", "MemoryCopy", "round_up"]
 
 
 def round_up(nbytes: int, multiple: int) -> int:
-    """Return the next multiple of a number at or above another."""
+    """Round a size up to a multiple."""
     return -(-nbytes // multiple) * multiple
 
 
 class Arena:
-    """Host memory that starts at a page, kept from one use to the next.
+    """Host memory that starts at a page boundary and is kept for reuse.
 
     Not collective. Not thread-safe. Fresh memory costs more than the copy into it (every
-    first touch of a page), so it only grows, and is given back by `close`.
+    first touch of a page), so an arena only grows; `close` frees it.
 
     Args:
-        huge_pages: Whether to ask for them. On one machine they take a quarter of the
-            time to touch first, on a virtual one whose host takes back what is free five
-            times as long: for what may be needed at any time, not for what is kept.
+        huge_pages: Whether to ask for them. The first touch takes a quarter of the time on
+            one machine, and five times as long on a virtual machine whose host reclaims
+            free memory. For memory that may be needed at any time, not for memory that is
+            kept.
     """
 
     def __init__(self, *, huge_pages: bool = False) -> None:
@@ -43,10 +44,10 @@ class Arena:
         return 0 if self._memory is None else len(self._memory)
 
     def take(self, nbytes: int) -> memoryview:
-        """Return memory of at least that many bytes; what was taken before is lost.
+        """Return memory of at least that many bytes; invalidates what was returned before.
 
         Raises:
-            OSError: On the calling rank, if there is not so much memory.
+            OSError: On the calling rank, if there is not enough memory.
         """
         if self.nbytes < max(nbytes, 1):
             self.close()
@@ -55,15 +56,14 @@ class Arena:
         return memoryview(self._memory)
 
     def close(self) -> None:
-        """Give the memory back, as soon as nothing uses it. Callable twice."""
+        """Free the memory, as soon as nothing uses it. Callable twice."""
         self._memory = None
 
     def _map(self, nbytes: int) -> mmap.mmap:
         # Private: shared memory takes 1.5 times as long to touch first.
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(AttributeError, OSError):  # as far as this kernel knows of them
-            # A worker that the program forks would have a copy made of each page that is
-            # written to from then on.
+        with suppress(AttributeError, OSError):  # if this kernel supports them
+            # If the program forks a worker, each page written from then on would be copied.
             memory.madvise(mmap.MADV_DONTFORK)
             if self._huge_pages:
                 memory.madvise(mmap.MADV_HUGEPAGE)
@@ -76,7 +76,7 @@ class MemoryCopy:
 
     Attributes:
         step: The training step it was made at.
-        text: What it holds, as JSON: the same for copies of equal form.
+        text: Description of its contents as JSON, equal for copies of equal form.
         leaves: The bytes of the leaves of each state, by its name.
     """
 
@@ -88,13 +88,13 @@ class MemoryCopy:
 class Memory:
     """The last copy of a manager's states on this rank; outlives the manager.
 
-    Given to a `CheckpointManager`, it is filled by each save, by ``remember()``, and by
-    ``step()`` as often as told. A later manager, over any ranks, that is given it restores
-    from it before it looks at files, as long as its root holds a copy. Main thread only.
+    A `CheckpointManager` fills it at each save, in ``remember()``, and in ``step()`` as
+    often as ``every`` says. A later manager that is given it, over any ranks, restores from
+    it before it reads files, as long as the manager's root holds a copy. Main thread only.
 
     Args:
         holders: Which ranks hold a copy: ``"all"``, so that any rank may be lost, or
-            ``"root"`` alone, which is enough to undo what was done since.
+            ``"root"`` alone, which is enough to undo the steps since the copy.
         every: After how many steps ``step()`` makes a copy; None for saves only.
 
     Raises:
@@ -122,13 +122,13 @@ class Memory:
         return None if self.copy is None else self.copy.step
 
     def is_due(self, step: int) -> bool:
-        """Tell whether a copy is to be made after a step. Not collective."""
+        """Return whether a copy is due after a step. Not collective."""
         return self.every is not None and step % self.every == 0
 
     def clear(self) -> None:
-        """Forget the copy; its memory stays for the next. Not collective."""
+        """Forget the copy; keep its memory for the next one. Not collective."""
         self.copy = None
 
     def describe(self) -> str:
-        """Return what must be the same on every rank. Not collective."""
+        """Return the settings, which must be the same on every rank. Not collective."""
         return f"Memory({self.holders!r}, every={self.every})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a manager: one frozen value, the same on every rank."""
+"""Defines the options of a manager: one frozen value, the same on every rank."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def _one_of(name: str, value: object, *allowed: object) -> tuple[bool, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWhen:
-    """What asks a job to save and stop, besides signals. Root's view decides.
+    """The requests to save and stop, besides signals. Root's view decides.
 
     Attributes:
-        wall_time: Whether the end of the job is looked up in the environment, where its
-            scheduler tells it, and the last save comes in time for it. Default: yes.
-        margin_seconds: How much earlier than it has to, by the saves measured so far.
+        wall_time: Whether to read the end of the job from the environment, where its
+            scheduler puts it, and to make the last save in time for it. Default: yes.
+        margin_seconds: How much earlier than necessary, by the saves measured so far.
             Default: 30.
         halt_file: Name of a file whose presence asks to stop, in the directory of the
-            generations unless it is absolute. It is left where it is. Default:
-            ``"halt"``; None for none.
-        asked: Called on root between steps, at most once a second. What it returns asks
-            to stop (True) or not (False or None), or is the number of seconds until the
-            job ends. It must not use MPI. Default: none.
-        exit_code: What ``manager.exit_code`` becomes when the job was asked to stop, by
-            a signal too. Default: 143, as a shell reports SIGTERM.
+            generations unless it is absolute. The file is not removed. Default: ``"halt"``;
+            None for none.
+        asked: Function that root calls between steps, at most once a second. It returns
+            True to stop, False or None to go on, or the number of seconds until the job
+            ends. It must not use MPI. Default: none.
+        exit_code: Value of ``manager.exit_code`` after a request to stop, also by a signal.
+            Default: 143, as a shell reports SIGTERM.
 
     Raises:
         OptionsError: On every rank that makes it, if a value cannot be used.
@@ -74,7 +74,7 @@ class StopWhen:
     wall_time: bool = True
     margin_seconds: float = 30.0
     halt_file: str | None = "halt"
-    # Functions have no text that is the same on every rank, by which ranks compare.
+    # Ranks compare options as text, and the text of a function differs between ranks.
     asked: Callable[[], bool | float | None] | None = field(default=None, repr=False)
     exit_code: int = 143
 
@@ -100,32 +100,33 @@ class StopWhen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IO:
-    """How bytes get to disk, back from it, and between ranks.
+    """How bytes move to disk, from disk, and between ranks.
 
     Attributes:
-        mode: How files are written. ``"auto"`` (default): around the page cache where the
-            file system takes that and the file is not small; ``"direct"`` insists;
-            ``"buffered"`` never.
-        reuse: Whether leaves that did not change since the newest generation are shared
-            with it by hard link instead of written again. Default: yes. Every generation
-            stays complete by itself, but one bad sector can then spoil several.
-        full_every: Files older than so many generations are not shared any further, so
-            that everything is written anew at least that often. Default: 10.
+        mode: How files are written. ``"auto"`` (default) bypasses the page cache where the
+            file system supports that and the file is not small; ``"direct"`` fails where it
+            cannot; ``"buffered"`` never.
+        reuse: Whether a save shares leaves that did not change since the newest generation
+            by hard link instead of writing them again. Default: yes. Every generation stays
+            complete by itself, but one bad sector can then damage several.
+        full_every: Files older than so many generations are no longer shared, so that every
+            leaf is written again at least that often. Default: 10.
         sync_directories: Whether a file system that cannot fsync directories (CIFS, some
-            FUSE) is refused (default). If not, names become durable when it pleases: a
-            power cut may take back saves that were acknowledged, though nothing else does.
-        readers: Who reads in a restore, each a share that is sent to the others:
-            ``"root"`` (default), ``"node"`` or ``"all"``, as for ``Options.writers``.
-            More are faster where the file system gives one host less than the network.
+            FUSE) is refused (default). If not, the file system alone decides when names
+            become durable: a power cut may then undo acknowledged saves, but nothing else
+            does.
+        readers: The ranks that read in a restore, each a share that it sends to the others:
+            ``"root"`` (default), ``"node"`` or ``"all"``, as for ``Options.writers``. More
+            readers are faster where one host reads more slowly than the network sends.
         window_bytes: Host memory through which a restore streams, in bytes.
             Default: 64 MiB.
         message_bytes: Largest MPI message and fused bucket in bytes, at most 1 GiB.
-            Default: 8 MiB; broadcasts use no larger ones, and shorter between hosts.
-        digest_threads: Threads that hash on each rank. Default: 2; more than the cores a
-            rank owns is of no use.
+            Default: 8 MiB; broadcasts use at most this, and less between hosts.
+        digest_threads: Threads that hash on each rank. Default: 2; more threads than a rank
+            has cores do not help.
 
     Raises:
-        OptionsError: On every rank that makes it, listing all faults at once.
+        OptionsError: On every rank that makes it, with all faults at once.
     """
 
     mode: Literal["auto", "direct", "buffered"] = "auto"
@@ -162,49 +163,49 @@ class IO:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How a manager behaves. Every rank must give the same.
+    """The settings of a manager. Every rank must give the same.
 
     Attributes:
-        retention: Which generations stay after a save; policies are joined by ``|``.
-            Default: the 3 newest.
-        interval: When `CheckpointManager.step` saves: every so many steps (an int), every
-            so much time (a timedelta, root's clock), as often as is best (``"auto"`` or
-            an `AutoInterval`), or never by itself (None, default).
-        strict: Whether a state, or a leaf of one, that only the program or only the
-            generation has is an error (default), or is left out and reported.
-        sync: Whether a save makes the replicas equal first, unless it is told otherwise.
-            If not, root's are saved. Default: yes.
+        retention: Which generations a save keeps; ``|`` joins policies. Default: the 3
+            newest.
+        interval: When `CheckpointManager.step` saves: every so many steps (an int), after
+            so much time (a timedelta, root's clock), as often as is best (``"auto"`` or an
+            `AutoInterval`), or never (None, default).
+        strict: Whether it is an error (default) if only the program, or only the
+            generation, has a state or a leaf; if not, it is left out and reported.
+        sync: Whether a save makes the replicas equal first, unless its own ``sync``
+            argument says otherwise. If not, root's are saved. Default: yes.
         asynchronous: Whether ``save()`` returns once the states are copied, leaving the
             rest to a thread on root. Costs host memory for one copy, on root. Default: no.
             While a save is under way, the next waits for its end first (True), is left
             out and the pending one is returned (``"skip"``), or raises (``"raise"``).
-        writers: Who writes. ``"root"`` (default): root alone, whose directory nobody else
-            need see. ``"node"``: one rank of every host; ``"all"``: every rank. Leaves
-            that a sync has proven equal are then split over the writers by bytes, each
-            writing a file of its own into the directory, which all must see.
-        preemption_signals: Signals that ask for a last save and a stop; noticed by
-            ``step()``. Empty: no handler is installed.
-        stop: What else asks for that: the end of the job, a file, a function.
-        abort_on_error: Whether an exception that nobody catches on one rank alone ends the
-            job, as ``python -m mpi4py`` does; else the ranks wait for one another for ever.
-            So does ``sys.exit`` with an error code out of the manager's ``with`` block.
-            Default: yes. Without effect in a job of one rank. ``"communicator"``, for
-            members of an ensemble that have a manager each: ends those of the manager's
-            communicator, and the job when all other members have ended; on every rank.
-        deadline_seconds: How long the ranks wait for one another before every live one
-            raises an error that names the absent. Must exceed the longest save.
+        writers: The ranks that write. ``"root"`` (default): root alone; no other rank need
+            see the directory. ``"node"``: one rank of every host; ``"all"``: every rank.
+            Leaves that a sync has proven equal are then split over the writers by bytes.
+            Each writes its own file into the directory, which all must see.
+        preemption_signals: Signals that ask for a last save and a stop; ``step()`` notices
+            them. Empty: no handler is installed.
+        stop: Other requests to stop: the end of the job, a file, a function.
+        abort_on_error: Whether an uncaught exception on one rank alone ends the job, as
+            under ``python -m mpi4py``; else the ranks wait for one another for ever. So
+            does ``sys.exit`` with an error code out of the manager's ``with`` block.
+            Default: yes. Without effect in a job of one rank. ``"communicator"``, on every
+            rank, for members of an ensemble that have a manager each: ends the ranks of the
+            manager's communicator, and the job when all other members have ended.
+        deadline_seconds: How long the ranks wait for one another before every live rank
+            raises an error that names the absent ones. Must exceed the longest save.
             Default: 600.
         lock: How a second job is kept out of the directory: by flock (default); by a
             ``"lease"`` as well, a file that root rewrites every 5 s, where the file system
-            has no flock: a job that was killed is then waited for 30 s; or by you
-            (``"none"``): whoever starts last is the owner.
-        read_only: Whether the directory is only restored from, without a lock (True); or
-            must be writable when it is restored from (False). None (default): if it is
-            not, `restore` warns that a save will fail.
-        io: How bytes get to disk, back from it, and between ranks.
+            has no flock: the next job then waits 30 s after a job was killed; or by you
+            (``"none"``): the job that starts last is the owner.
+        read_only: Whether the manager only restores, without a lock (True), or a restore
+            needs a writable directory (False). None (default): if it is not writable,
+            `restore` warns that a save will fail.
+        io: How bytes move to disk, from disk, and between ranks.
 
     Raises:
-        OptionsError: On every rank that makes it, listing all faults at once.
+        OptionsError: On every rank that makes it, with all faults at once.
     """
 
     retention: RetentionPolicy = KeepLast(3)
@@ -283,7 +284,7 @@ class Options:
         return cls(**given, io=IO(**io))
 
     def describe(self) -> dict[str, str]:
-        """Return the fields as text, to compare ranks by. Not collective. Thread-safe."""
+        """Return the fields as text, which ranks compare. Not collective. Thread-safe."""
         return {one.name: repr(getattr(self, one.name)) for one in fields(self)}
 
 

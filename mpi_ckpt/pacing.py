@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often to save: pure functions of what a save costs and how often a job fails."""
+"""Computes how often to save from the cost of a save and the failure rate. Pure."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ASSUMED", "AutoInterval", "Failures", "best_interval", "count_failures"]
 
-# Fewer ends of runs say next to nothing about the mean time between them.
+# Fewer ends of runs say almost nothing about the mean time between them.
 _ENOUGH_FAILURES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoInterval:
-    """An interval between saves that is worked out from what they cost.
+    """An interval between saves that is computed from their cost.
 
     Attributes:
-        mtbf: Mean time between failures of the whole job. None (default): what the
-            generations that are there tell, else a day.
+        mtbf: Mean time between failures of the whole job. None (default): estimated from
+            the generations in the directory, else a day.
         overhead: Share of the time that saves may take from the training at most,
             whatever the failures. Default: 2%.
 
@@ -55,7 +55,7 @@ class Failures:
 
     Attributes:
         mtbf_seconds: Mean time between two failures.
-        source: Where that comes from, in a word or two.
+        source: Where the number comes from, in a word or two.
     """
 
     mtbf_seconds: float
@@ -67,12 +67,12 @@ ASSUMED = Failures(86400.0, "assumed")
 
 
 def count_failures(saves: Sequence[tuple[str, float]], job: str, now: float) -> Failures:
-    """Tell what the generations that are there know of failures.
+    """Estimate from the generations in the directory how often the job fails.
 
-    Pure. Each generation names the job that wrote it. A job other than the present one
-    has ended, and it is not written down why: its end is taken for a failure, which can
-    only make saves more frequent. Of generations given up by retention nothing is known,
-    so few are seen.
+    Pure. Each generation names the job that wrote it. Any job but the present one has
+    ended, for a reason that no file records: its end counts as a failure, which can only
+    make saves more frequent. Generations that retention removed cannot be counted, so the
+    estimate misses failures.
 
     Args:
         saves: Job and time (seconds since the epoch) of every generation, oldest first.
@@ -80,8 +80,8 @@ def count_failures(saves: Sequence[tuple[str, float]], job: str, now: float) -> 
         now: Seconds since the epoch.
 
     Returns:
-        The time since the oldest generation by the jobs that have ended since; a day, if
-        these are fewer than three.
+        The time since the oldest generation, divided by the number of jobs that have ended
+        since; a day, if fewer than three have.
     """
     ended = len({name for name, _ in saves} - {job})
     span = now - saves[0][1] if saves else 0.0
@@ -99,11 +99,11 @@ def best_interval(
     """Return the seconds of training between two saves that lose the least time.
 
     Pure. J. T. Daly, "A higher order estimate of the optimum checkpoint interval for
-    restart dumps", Future Generation Computer Systems 22 (2006), which
-    refines J. W. Young's sqrt(2 C M) (Communications of the ACM 17, 1974). ``C``, the
-    cost of a save, is the time the training stands still for it. Two bounds lie below:
-    that of the overhead, and the time in which a save becomes durable, as the next one
-    would have to wait for it.
+    restart dumps", Future Generation Computer Systems 22 (2006), which refines J. W.
+    Young's sqrt(2 C M) (Communications of the ACM 17, 1974). ``C``, the cost of a save, is
+    the time that it stops the training. The result has two lower bounds: one from the
+    overhead, and the time until a save is durable, since the next save would have to wait
+    for it.
 
     Args:
         stall_seconds: How long a save stops the training.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a save, a restore or a sync did: plain values, the same on every rank."""
+"""Defines the reports of a save, a restore and a sync: plain values, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SyncReport:
 
     Attributes:
         differing: State name -> names of the leaves that were not equal on all ranks;
-            ``"(structure)"`` stands for what is not a tensor.
+            ``"(structure)"`` means the contents that are not tensors.
         bytes_hashed: Bytes digested on this rank.
         bytes_sent: Bytes of differing leaves that root sent, or that were averaged.
     """
@@ -44,7 +44,7 @@ class SaveReport:
         bytes_reused: Bytes of unchanged leaves, shared with older generations.
         seconds: Phase -> seconds: ``sync`` (this rank); ``stage`` (asynchronous saves),
             ``write`` and ``publish`` (root); ``total`` (until the save was acknowledged).
-        pruned: Generations that retention gave up after this save.
+        pruned: Generations that retention no longer keeps after this save.
         sync: What the sync before the save did.
     """
 
@@ -59,7 +59,7 @@ class SaveReport:
     sync: SyncReport
 
     def wait(self) -> SaveReport:
-        """Return this: whether a save blocks or not, ``save().wait()`` ends it."""
+        """Return this report: ``save().wait()`` works whether the save blocks or not."""
         return self
 
 
@@ -80,11 +80,11 @@ class RestoreReport:
         missing: States of the program that the generation lacks (``strict=False``).
         unexpected: States of the generation that the program lacks (``strict=False``).
         missing_leaves: State -> leaves of the program that the generation lacks; they keep
-            what they hold (``strict=False``).
+            their values (``strict=False``).
         unexpected_leaves: State -> leaves of the generation that the program lacks
             (``strict=False``).
-        from_memory: Whether it was no generation, but a copy in a `Memory`; the path is
-            then that of the directory.
+        from_memory: Whether the source was a copy in a `Memory`, not a generation; ``path``
+            is then the checkpoint directory.
     """
 
     generation: int
@@ -105,7 +105,7 @@ class RestoreReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationInfo:
-    """A generation that is there.
+    """A generation in the directory.
 
     Attributes:
         generation: Its number.
@@ -136,7 +136,7 @@ class PhaseClock:
     """Adds up seconds by phase. Not thread-safe.
 
     Attributes:
-        current: The phase that was begun last; empty before the first.
+        current: The phase that began last; empty before the first.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which generations stay: pure functions of what is there. `storage.prune` acts on them.
+"""Decides which generations stay, by pure functions; storage removes the rest.
 
-Policies are joined by ``|``: a generation stays if any of them keeps it.
+``|`` joins policies: a generation stays if any of them keeps it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Mode = Literal["min", "max"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationSummary:
-    """What a policy may ask about a generation.
+    """What a policy knows of a generation.
 
     Attributes:
         generation: Its number.
@@ -57,7 +57,7 @@ class RetentionPolicy:
         Not collective. Thread-safe. Called by root alone, after a save was acknowledged.
 
         Args:
-            generations: All that are there, oldest first.
+            generations: All generations, oldest first.
         """
         raise NotImplementedError
 
@@ -109,14 +109,14 @@ class KeepEvery(RetentionPolicy):
 class KeepBest(RetentionPolicy):
     """Keep the ``count`` generations with the best value of a metric.
 
-    Generations saved without that metric, or with NaN, are never the best. A metric that
-    no save ever had is told once generations are given up without it.
+    Generations saved without that metric, or with NaN, are never the best. If no generation
+    has the metric, a warning says so once generations are removed.
 
     Args:
         metric: A name in the ``metrics`` of a save.
-        count: How many stay.
-        mode: Which value is the best, ``"min"`` or ``"max"``: a loss and an accuracy have
-            nothing in common that could be a default.
+        count: How many generations stay.
+        mode: Which value is the best, ``"min"`` or ``"max"``: losses and accuracies differ,
+            so there is no default.
 
     Raises:
         OptionsError: On every rank that makes it, if ``count`` is below 1 or ``mode``
@@ -148,14 +148,14 @@ class _Either(RetentionPolicy):
 def best_first(
     metric: str, mode: Mode, generations: Sequence[GenerationSummary]
 ) -> list[int]:
-    """Return the numbers of those that have a metric, the best first, of equals the newest.
+    """Return the numbers of generations with a metric, best first; of equals the newest.
 
     Not collective. Thread-safe.
 
     Args:
-        metric: Its name; a NaN is as good as no value.
+        metric: Its name; a NaN counts as no value.
         mode: Which value is the best.
-        generations: Those to choose from, in any order.
+        generations: The generations to sort, in any order.
     """
     sign = 1.0 if mode == "min" else -1.0
     ranked = sorted(
@@ -186,7 +186,7 @@ def metric_names(generations: Sequence[GenerationSummary]) -> list[str]:
 
 
 def best_policies(policy: RetentionPolicy) -> list[KeepBest]:
-    """Return every `KeepBest` that a policy is joined of. Not collective. Thread-safe."""
+    """Return every `KeepBest` in a joined policy. Not collective. Thread-safe."""
     if isinstance(policy, _Either):
         return [*best_policies(policy.left), *best_policies(policy.right)]
     return [policy] if isinstance(policy, KeepBest) else []
@@ -201,7 +201,7 @@ def select_kept(
 
     Args:
         policy: The user's policy.
-        generations: All that are there, in any order.
+        generations: All generations, in any order.
     """
     ordered = sorted(generations, key=lambda one: one.generation)
     newest = {one.generation for one in ordered[-1:]}

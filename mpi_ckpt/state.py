@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a state: what the engine asks of a piece of training.
+"""Defines the contract of a state: what the engine asks of a piece of training.
 
-``State`` is adaptdl's: three methods to override. ``LeafState`` adds what makes a save
-fast: the tensors themselves, so that nothing is pickled, only what differs is sent, and
-bytes go straight into live memory. ``PartsState`` is for states of which every rank holds
-a part of its own.
+``State`` is adaptdl's: three methods to override. ``LeafState`` gives the engine the
+tensors themselves, which makes a save fast: nothing is pickled, only differences are sent,
+and bytes go straight into live memory. ``PartsState`` is for states that are split over the
+ranks, one part each.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Capture:
     """The contents of a leaf state at one moment, by reference.
 
     Args:
-        structure: JSON values, everything that is not a tensor.
-        leaves: The tensors, unique names; the order is the same on every rank.
+        structure: The contents that are not tensors, as JSON values.
+        leaves: The tensors, with unique names, in the same order on every rank.
 
     Raises:
         StageError: On the calling rank, if two leaves have one name.
@@ -96,17 +96,17 @@ class Capture:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Where saved contents go in a state of the program: known before a byte moves.
+    """The destination of saved contents in a state, known before a byte moves.
 
     Attributes:
-        leaves: For each saved leaf where it goes; None if the program has no such leaf.
+        leaves: The destination of each saved leaf; None if the program has no such leaf.
         adopt: Lets the state take over the leaves, once all of them are filled. Not
             collective.
-        missing: Names of leaves of the program that were not saved.
-        unexpected: Names of what was saved, and the program lacks.
-        elsewhere: Gives the saved leaf of an index memory of its own, where its place in
-            ``leaves`` turned out to be that of another leaf too; None if the state has no
-            other place for it. Not collective.
+        missing: Names of the program's leaves that were not saved.
+        unexpected: Names of saved leaves that the program lacks.
+        elsewhere: Gives the saved leaf of an index private memory, if another leaf turned
+            out to have the same place in ``leaves``; None if the state has no other place
+            for it. Not collective.
     """
 
     leaves: Sequence[Leaf | None]
@@ -118,11 +118,11 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What restoring with another number of ranks has changed of a state.
+    """What a restore with another number of ranks has changed in a state.
 
     Attributes:
-        text: In a few words; empty for nothing.
-        is_unusual: Whether it changes what is trained, not only who does how much of it.
+        text: The change in a few words; empty for none.
+        is_unusual: Whether it changes what is trained, not only how ranks share the work.
     """
 
     text: str = ""
@@ -130,14 +130,14 @@ class Change:
 
 
 class LeafState(State):
-    """A state that shows its tensors.
+    """A state that gives the engine its tensors.
 
     Args:
         name: As for `State`.
-        sync: What a save does about replicas that differ. ``"root"``: root's value wins.
-            ``"mean"``: leaves of 16 bits and more to a real number are averaged, those
-            of integers, of 8-bit floats and of long doubles are root's. ``"check"``:
-            raise and name them. ``"none"``: root's is saved, nothing is compared.
+        sync: What a save does if replicas differ. ``"root"``: root's value wins.
+            ``"mean"``: leaves with 16 bits or more per real number are averaged; integers,
+            8-bit floats and long doubles are root's. ``"check"``: raise an error that names
+            them. ``"none"``: nothing is made equal; a save raises for values that differ.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name or mode is illegal.
@@ -153,7 +153,7 @@ class LeafState(State):
         self._form = Form(())
 
     def form_of(self, leaves: Sequence[Leaf]) -> Form:
-        """Return the form of captured leaves: the last one again, if it is the same.
+        """Return the form of captured leaves; the previous object, if it is equal.
 
         Not collective. Called by the manager.
         """
@@ -166,7 +166,7 @@ class LeafState(State):
         """Take the manager's communicator. Not collective. Called by the manager."""
 
     def join(self, states: Mapping[str, State]) -> None:
-        """Take the manager's states, by name: a view that goes on being true.
+        """Take the manager's states, by name: a live view.
 
         Not collective. Called by the manager, after `bind`.
         """
@@ -177,17 +177,17 @@ class LeafState(State):
         saved_size: int,  # noqa: ARG002
         size: int,  # noqa: ARG002
     ) -> Callable[[], Change]:
-        """Look at the state before another number of ranks restores it.
+        """Look at the state before a restore with another number of ranks.
 
         Not collective. Called on every rank before anything is changed.
 
         Args:
-            structure: What was saved, with which the state has been found to fit.
+            structure: The saved structure, which fits the state.
             saved_size: Number of ranks that saved.
             size: Number of ranks now.
 
         Returns:
-            Called on root once all is restored: says what has changed.
+            A function that root calls after the restore: it returns what has changed.
         """
         return Change
 
@@ -208,20 +208,20 @@ class LeafState(State):
     def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
     ) -> Arrival:
-        """Compare contents that will come with the state, and say where they go.
+        """Compare saved contents with the state, and return where they go.
 
         Not collective. Called on every rank before a byte is moved; must not change
         the state.
 
         Args:
             structure: As captured on root, now or in an earlier run.
-            specs: Leaves that will come, in this order.
-            strict: Whether a leaf that only one side has is a mismatch; if not, it is
-                left out and named, where the state can do without it. A leaf of another
-                dtype or shape is a mismatch in any case.
+            specs: The saved leaves, in this order.
+            strict: Whether a leaf that only one side has is a mismatch; if not, it is left
+                out and named, if the state works without it. A leaf of another dtype or
+                shape is always a mismatch.
 
         Raises:
-            StateMismatchError: On every rank, listing every leaf that does not fit.
+            StateMismatchError: On every rank, with every leaf that does not fit.
         """
         raise NotImplementedError
 
@@ -244,18 +244,18 @@ class LeafState(State):
 
 
 class PartsState(LeafState):
-    """A leaf state of which each rank holds a part; root puts the parts together."""
+    """A leaf state that is split over the ranks; root joins the parts."""
 
     def part(self) -> bytes:
-        """Return what this rank holds. Not collective. Called before each capture."""
+        """Return this rank's part. Not collective. Called before each capture."""
         raise NotImplementedError
 
     def combine(self, parts: Sequence[bytes]) -> None:
         """Join the parts of all ranks, in rank order. Called on root only.
 
-        It takes effect in `combined`: if it fails, nothing has changed.
+        Takes effect in `combined`: if `combine` fails, nothing has changed.
         """
         raise NotImplementedError
 
     def combined(self) -> None:
-        """Note that root has the parts of all. Called on every rank once it is so."""
+        """Note that root has all parts. Called on every rank once that is true."""

@@ -116,5 +116,5 @@ def mark_horovods(mpi: Any, comm: MPI.Intracomm) -> None:  # noqa: ANN401 (a mod
 
 
 def is_horovods(comm: MPI.Intracomm) -> bool:
-    """Tell whether a communicator was marked by `mark_horovods`. Not collective."""
+    """Return whether a communicator was marked by `mark_horovods`. Not collective."""
     return bool(_KEYVALS) and comm.Get_attr(_KEYVALS[0]) is not None

@@ -40,7 +40,7 @@ def why_lost_ranks_end_the_job(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def is_rank_failure(error: BaseException) -> bool:
-    """Tell whether an exception, or one that it came from, is MPI's word for a lost rank.
+    """Return whether an exception, or one that it came from, is MPI's word for a lost rank.
 
     Not collective. A missed deadline is none: who is late still lives. Starts no MPI.
     """
@@ -55,7 +55,7 @@ def is_rank_failure(error: BaseException) -> bool:
 
 
 def is_sign_of_loss(error: BaseException, handle: MPI.Intracomm) -> bool:
-    """Tell whether an exception comes from a lost rank, by what else MPI knows.
+    """Return whether an exception comes from a lost rank, by what else MPI knows.
 
     Not collective. Main thread only.
 

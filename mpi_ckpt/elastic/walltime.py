@@ -139,7 +139,7 @@ def must_save_now(
     step_seconds: float,
     margin_seconds: float,
 ) -> bool:
-    """Tell whether a save that begins after the next step might come too late.
+    """Return whether a save that begins after the next step might come too late.
 
     Pure. A job that had little time from the start trains for half of it, rather than
     stop at its first step: a save that is cut off costs no generation.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one sync, one save, one restore runs. The manager puts them in order."""
+"""Runs one sync, one save or one restore. The manager calls them in order."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends the whole job when one rank leaves it by an error of the program.
+"""Ends the whole job when one rank alone fails by an uncaught exception.
 
-Under plain ``python`` that rank would wait in MPI_Finalize for the others, and they for
-it. What every rank leaves by, such as an error of this package, needs no such end.
+Under plain ``python`` that rank would wait in MPI_Finalize for the others, and they for it.
+An error that every rank leaves by, such as one of this package, does not abort the job.
 
-``sys.excepthook`` belongs to the process, so what is armed is a list of the process.
+``sys.excepthook`` belongs to the process, so the armed instances are one list for the
+process.
 """
 
 from __future__ import annotations
@@ -38,25 +39,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Ranks that fail by the same error do so within moments.
+# Ranks that fail by the same error fail almost at the same time.
 _ERROR_SECONDS = 3.0
-# Who leaves by sys.exit() may have been told to; some ranks take longer to tidy up.
+# A request may make all ranks call sys.exit(); some ranks take longer to clean up.
 _EXIT_SECONDS = 30.0
 _INTERRUPTED = 130
 """What a shell reports of a process that was interrupted."""
 
 
 class AbortOnError:
-    """While armed, an exception that nobody catches on this rank alone ends the job.
+    """While armed, ends the job on an uncaught exception on this rank alone.
 
     Not collective. Main thread only. Without effect in a job of one rank, at an
     interactive prompt, and under ``python -m mpi4py``, which does the same.
 
     Args:
         comm: The manager's communicator.
-        settle: Lets a pending save of this rank come to its end, for a limited time. Held
-            weakly.
-        how: As `Options.abort_on_error`.
+        settle: Waits for a pending save of this rank, for a limited time. Held weakly.
+        how: Value of `Options.abort_on_error`.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class AbortOnError:
 
     @property
     def name(self) -> str:
-        """This rank, as its errors are headed."""
+        """The name of this rank, which heads its errors."""
         name = self.comm.name
         return name if self.member is None else f"{name}, {self.member.name}"
 
     def arm(self) -> None:
-        """Watch from now on. Not collective. Callable twice."""
+        """Start to watch. Not collective. Callable twice."""
         if self._enabled and self not in _HOOK.armed:
             _HOOK.armed.append(self)
             _HOOK.install()
@@ -85,7 +85,7 @@ class AbortOnError:
             _HOOK.member = self.member or _HOOK.member
 
     def disarm(self) -> None:
-        """Watch no more, unless ranks are missing: MPI_Finalize would wait for them.
+        """Stop watching, unless ranks are missing: MPI_Finalize would wait for them.
 
         Not collective. Callable twice.
         """
@@ -95,17 +95,17 @@ class AbortOnError:
             _HOOK.uninstall()
 
     def note(self, error: BaseException, *, expected: int) -> None:
-        """Hear that the manager is left by an exception. Not collective.
+        """Note that an exception leaves the manager's ``with`` block. Not collective.
 
-        It may be caught further up, so nothing is done yet. But ``sys.exit`` passes no
-        hook: that it was called is known here only. And who has a save to end before it
-        can leave must not be thought to stay.
+        The caller may catch it, so nothing happens yet. But ``sys.exit`` calls no hook:
+        only this method sees it. And the other ranks must not think that a rank stays while
+        it finishes a save before it leaves.
 
         Args:
             error: The exception.
             expected: The exit code that all ranks have agreed to leave with; 0 for none.
         """
-        # A lost rank may be recovered from further up: then nobody leaves.
+        # The caller may recover from a lost rank: then no rank leaves.
         if self not in _HOOK.armed or is_rank_failure(error):
             return
         self._say_farewell(error)
@@ -113,13 +113,12 @@ class AbortOnError:
         self.exit_code = 0 if code == expected else code
 
     def is_told_by_root(self, error: BaseException) -> bool:
-        """Say farewell with an error; return whether root leaves by the same.
+        """Send the farewell with an error; return whether root leaves by the same error.
 
-        Not collective. What ranks have raised without a word to one another may be the
-        same on all of them.
+        Not collective. Ranks may raise the same error without an agreement.
 
         Args:
-            error: What nobody has caught on this rank.
+            error: The uncaught exception of this rank.
         """
         self._say_farewell(error)
         if self._farewell is None or self.comm.is_root:
@@ -132,10 +131,10 @@ class AbortOnError:
         return said == _words_of(error)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Say farewell, and let a pending save of this rank end. Not collective.
+        """Send the farewell, and wait for a pending save of this rank. Not collective.
 
         Args:
-            error: What nobody has caught; None for no such thing.
+            error: The uncaught exception; None if there is none.
         """
         # In this order: a save takes longer than the others wait.
         self._say_farewell(error)
@@ -144,7 +143,7 @@ class AbortOnError:
             settle()
 
     def is_alone(self, seconds: float) -> bool:
-        """Wait for the others to leave as well; tell whether any stays. Not collective."""
+        """Wait for the others to leave too; return whether any stays. Not collective."""
         try:
             return self._farewell is None or bool(self._farewell.missing(seconds))
         except Exception:
@@ -160,7 +159,7 @@ class AbortOnError:
 
 
 class _Hook:
-    """The one ``sys.excepthook`` of the process, and what is done at its exit."""
+    """The one ``sys.excepthook`` of the process, and the work at its exit."""
 
     def __init__(self) -> None:
         self.armed: list[AbortOnError] = []
@@ -178,7 +177,8 @@ class _Hook:
     def uninstall(self) -> None:
         if self.member is None:
             atexit.unregister(self.at_exit)
-        # Somebody who took it after us keeps it, and finds nothing armed here.
+        # If other code replaced the hook later, its hook stays; it finds nothing armed
+        # here.
         if sys.excepthook == self.uncaught:
             sys.excepthook = self._previous
 
@@ -191,7 +191,7 @@ class _Hook:
         is_printed_only = _is_printed_only()
         armed = [] if is_printed_only else self._in_reach()
         if not armed:
-            # A manager that could not be made was closed on all ranks.
+            # A manager whose creation failed was closed on all ranks.
             name = "" if is_printed_only else _telling_of(error).name
             if name:
                 self._tell(name, kind, error, trace)
@@ -199,7 +199,7 @@ class _Hook:
                 self._previous(kind, error, trace)
             return
         self._tell(armed[0].name, kind, error, trace, armed[0])
-        if is_rank_failure(error):  # nobody can take leave of the dead
+        if is_rank_failure(error):  # a dead rank answers no farewell
             _abort(armed[0], 1)
         for one in armed:
             one.leave(error)
@@ -213,7 +213,7 @@ class _Hook:
         for one in armed:
             one.leave()
         for one in armed:
-            # Nobody can leave while a rank that missed a deadline stays where it is.
+            # No rank can leave while a rank that missed a deadline is still stuck.
             code = one.exit_code or int(one.comm.is_broken)
             if code and one.is_alone(_EXIT_SECONDS):
                 _abort(one, code)
@@ -223,7 +223,7 @@ class _Hook:
             self.member.leave()
 
     def _in_reach(self) -> list[AbortOnError]:
-        # A forked process has no part in MPI.
+        # A forked process does not take part in MPI.
         if os.getpid() != self._owner:
             return []
         return [one for one in self.armed if one.comm.is_open]
@@ -243,13 +243,13 @@ class _Hook:
             brief = f"{kind.__name__}: {error}".partition("\n")[0]
             brief += f" (rank {armed.comm.root} tells it in full)"
         if brief:
-            # Every rank has this error: a thousand times the same text helps nobody.
+            # Every rank has this error: a thousand copies of its text would not help.
             _write(f"{name}: {brief}\n")
         elif self._previous is not sys.__excepthook__:
             _write(f"{name}:\n")
             self._previous(kind, error, trace)
         else:
-            # At once, so that lines of other ranks do not come between.
+            # In one write, so that lines of other ranks do not come between.
             _write(f"{name}:\n{in_full(error)}")
 
 
@@ -257,9 +257,9 @@ _HOOK = _Hook()
 
 
 def watch_errors() -> None:
-    """Have errors that all ranks raise told by one of them. Not collective.
+    """Make only one rank print an error that all ranks raise. Not collective.
 
-    From before a manager is made: all ranks raise what it cannot be made by.
+    Called before a manager is made, since all ranks raise an error of its creation.
     """
     if "mpi4py.run" not in sys.modules:
         _HOOK.install()
@@ -270,7 +270,7 @@ def _words_of(error: BaseException | None) -> bytes:
 
 
 def _telling_of(error: BaseException) -> Telling:
-    """Return how this rank tells an error of the package, or what it was made from."""
+    """Return how this rank prints an error of the package, or one caused by it."""
     one: BaseException | None = error
     seen: set[int] = set()
     while isinstance(one, CheckpointError) and id(one) not in seen:
@@ -283,11 +283,11 @@ def _telling_of(error: BaseException) -> Telling:
 
 
 def _is_printed_only() -> bool:
-    """Tell whether the program goes on: the hook was called by hand, or at a prompt."""
+    """Return whether the program goes on: the hook was called by hand, or at a prompt."""
     prompt = sys.flags.interactive or hasattr(sys, "ps1")
     if prompt or threading.current_thread() is not threading.main_thread():
         return True
-    # Python itself calls the hook when no frame of the program is left.
+    # Python calls the hook itself when no frame of the program is left.
     frame: FrameType | None = sys._getframe()  # noqa: SLF001 (as `inspect` has it)
     while frame is not None and frame.f_code.co_name != "<module>":
         frame = frame.f_back
@@ -295,7 +295,7 @@ def _is_printed_only() -> bool:
 
 
 def _abort(one: AbortOnError, code: int) -> None:
-    """End the job, once the other members of it, if it has any, have come to their end."""
+    """End the job, after the other members of an ensemble, if any, have ended."""
     end = f"the job is aborted with code {code}"
     if one.member is not None:
         end = f"this member is given up, and when all others have ended {end}"
@@ -315,7 +315,7 @@ def _code_of(leaving: SystemExit) -> int:
 
 
 def _write(text: str) -> None:
-    # Nothing that goes wrong here may keep the job from its end.
+    # No failure here may keep the job from ending.
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
     with suppress(OSError, ValueError, AttributeError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rank needs to know of a generation, or of a copy in memory.
+"""Describes a generation, or a copy in memory, as far as every rank needs it.
 
-Made on root, of a manifest or of the copies, and told to all: it grows neither with the
-digests nor with the number of ranks.
+Root makes it from a manifest or from the copies and sends it to all ranks. Its size depends
+neither on the digests nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StateOutline:
-    """What was saved of one state.
+    """The saved contents of one state.
 
     Attributes:
         name: The state's name.
         structure: Its JSON values; None for a stream.
-        specs: Its leaves; of a stream one leaf of bytes.
+        specs: Its leaves; a stream has one leaf of bytes.
         extents: Where they are, in the same order; empty for a copy in memory.
-        parts: Number of its leaves, where these are parts of ranks, of which each rank
-            will be sent its own; None for others.
-        is_stream: Whether the state wrote itself.
+        parts: Number of its leaves, if these are parts and each rank is sent its own; None
+            for other states.
+        is_stream: Whether it is the stream of a plain state.
     """
 
     name: str
@@ -49,7 +49,7 @@ class StateOutline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """What a restore needs of a generation.
+    """What a restore needs to know of a generation.
 
     Attributes:
         generation: Its number; 0 for a copy in memory.
@@ -59,8 +59,8 @@ class Outline:
         metrics: The metrics given at the save.
         block_bytes: Block length of its digests.
         files: Names of its files, in the order in which they are read.
-        states: Its states, in saving order.
-        others: Names of states that the program does not ask for.
+        states: Its requested states, in saving order.
+        others: Names of states that were not requested.
         quarantined: Path -> reason, of newer generations that failed to verify.
     """
 
@@ -86,9 +86,9 @@ class Outline:
         """Make the outline of a generation. Not collective. Thread-safe.
 
         Args:
-            manifest: Of the generation.
+            manifest: Manifest of the generation.
             path: Its directory.
-            wanted: Name of each state that is asked for -> whether it deals out parts.
+            wanted: Name of each requested state -> whether it deals out parts.
             quarantined: Path -> reason, of newer generations that failed to verify.
         """
         stored = [state for state in manifest.states if state.name in wanted]
@@ -106,7 +106,7 @@ class Outline:
         )
 
     def only(self, wanted: Collection[str]) -> Outline:
-        """Return what is known of all states, split by what is asked for.
+        """Return the outline, with its states split into requested and other ones.
 
         Not collective. Thread-safe.
         """
@@ -116,11 +116,11 @@ class Outline:
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The name used in messages."""
         return f"generation {self.generation}" if self.generation else "the copy in memory"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values. Not collective. Thread-safe."""
+        """Return the outline as JSON values. Not collective. Thread-safe."""
         numbers = {name: number for number, name in enumerate(self.files)}
         return {
             "generation": self.generation,
@@ -135,7 +135,7 @@ class Outline:
                     one.name,
                     one.structure,
                     [spec.to_json() for spec in one.specs],
-                    # In columns: of thousands of leaves that is half the work.
+                    # In columns: with thousands of leaves that halves the work.
                     [numbers[extent.file] for extent in one.extents],
                     [extent.offset for extent in one.extents],
                     one.parts,
@@ -149,7 +149,7 @@ class Outline:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Outline:
-        """Return what `to_json` was called of. Not collective. Thread-safe."""
+        """Return the outline that `to_json` encoded. Not collective. Thread-safe."""
         files = tuple(values["files"])
         states = [_decode_state(files, *state) for state in values["states"]]
         return cls(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves that would arrive in one memory: found before a byte moves, and moved apart.
+"""Finds leaves that would arrive in the same memory, and moves them apart in time.
 
-A value of the program may lie where another one does: "the best weights so far" begin as
-those of the model, an optimizer's anchor as the parameter itself. Saved apart, one would
-overwrite the other. Where both were saved with the same bytes, as views of one memory are,
-they may stay together.
+Two values of the program may share memory: "the best weights so far" begin as the weights
+of the model, an optimizer's anchor as the parameter itself. If they were saved with
+different bytes, one would overwrite the other. If both were saved with the same bytes, as
+views of one memory are, they may stay together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Overlap:
 
     Attributes:
         leaves: Their indices.
-        places: Where each lies.
+        places: The place of each.
     """
 
     leaves: tuple[int, int]
@@ -42,10 +42,10 @@ class Overlap:
 
 
 class Source(Protocol):
-    """Has the bytes that will come. Not collective."""
+    """Provides the bytes that will arrive. Not collective."""
 
     def bytes_of(self, index: int) -> memoryview:
-        """Return the bytes that come for a leaf."""
+        """Return the bytes that will arrive for a leaf."""
 
     def digest_of(self, index: int) -> bytes:
         """Return their digest."""
@@ -54,10 +54,11 @@ class Source(Protocol):
 def find_overlaps(leaves: Sequence[Leaf | None]) -> list[Overlap]:
     """Return the pairs of leaves whose memory may overlap on this rank.
 
-    Not collective. By their first and last bytes: `hold_both` tells whether it matters.
+    Not collective. It compares first and last bytes: `hold_both` decides whether an overlap
+    matters.
 
     Args:
-        leaves: Where bytes would arrive; None for one that goes nowhere.
+        leaves: The destinations of bytes; None for a leaf without one.
     """
     spans = [(0, 0) if leaf is None else leaf.buffer.span() for leaf in leaves]
     flat = np.fromiter(chain.from_iterable(spans), np.uint64, 2 * len(spans))
@@ -65,7 +66,7 @@ def find_overlaps(leaves: Sequence[Leaf | None]) -> list[Overlap]:
     order = np.lexsort((ends, starts))
     order = order[starts[order] < ends[order]]
     starts, ends = starts[order], ends[order]
-    # As a rule no leaf reaches into the next, and this is all that is done.
+    # Usually no leaf reaches into the next, and there is no more work.
     reach = np.maximum.accumulate(ends) if len(ends) else ends
     if not (starts[1:] < reach[:-1]).any():
         return []
@@ -84,22 +85,22 @@ def differing_overlaps(
     doing: str,
     error: type[CheckpointError],
 ) -> list[Overlap]:
-    """Have root say which overlaps matter: where not both leaves could have their bytes.
+    """Let root decide which overlaps matter: memory that cannot hold both leaves' bytes.
 
-    Collective. Main thread only. For the rare case that there are any on some rank.
+    Collective. Main thread only. For the rare case that some rank has overlaps.
 
     Args:
         comm: The communicator.
-        mine: Those of this rank.
-        source: Has the bytes that come, on root.
-        doing: What the ranks meet for, told when one does not come.
-        error: Class for failures from outside this package's family.
+        mine: The overlaps of this rank.
+        source: Provides the bytes that will arrive, on root.
+        doing: What the ranks meet for, for the error if one never arrives.
+        error: Class for exceptions that this package does not define.
 
     Returns:
-        Those of this rank that matter.
+        The overlaps of this rank that matter.
 
     Raises:
-        CheckpointError: On every rank, if root cannot get at the bytes.
+        CheckpointError: On every rank, if root cannot read the bytes.
         CollectiveError: On every live rank, if one never arrives.
     """
     known: dict[bytes, list[bool]] = {}
@@ -124,14 +125,14 @@ def move_apart(
     move: Callable[[int], bool],
     name_of: Callable[[int], str],
 ) -> None:
-    """Give one of each two leaves memory of its own.
+    """Give one leaf of each overlap private memory.
 
-    Not collective. The later one if it can be had, else the earlier one.
+    Not collective. The later leaf if it can be moved, else the earlier one.
 
     Args:
-        overlaps: Those that matter.
-        move: Moves a leaf, if its state has other memory for it; returns whether it had.
-        name_of: Returns what messages call a leaf.
+        overlaps: The overlaps that matter.
+        move: Moves a leaf, if its state has other memory for it; returns whether it did.
+        name_of: Returns the name of a leaf in messages.
 
     Raises:
         StateMismatchError: On the calling rank, if neither can be moved.
@@ -160,14 +161,14 @@ def move_apart(
 
 
 def hold_both(one: Place, first: memoryview, other: Place, second: memoryview) -> bool:
-    """Tell whether memory can hold the bytes of two leaves at once.
+    """Return whether memory can hold the bytes of two leaves at once.
 
-    Not collective. Thread-safe. Pure: it is tried in an image of the memory.
+    Not collective. Thread-safe. Pure: tries it in an image of the memory.
 
     Args:
-        one: Where the first lies.
+        one: Place of the first.
         first: Its bytes, in C order.
-        other: Where the second lies.
+        other: Place of the second.
         second: Its bytes.
     """
     (start, end), (other_start, other_end) = one.span, other.span
@@ -211,7 +212,7 @@ def _place(leaf: Leaf | None) -> Place | None:
 def _pairs(
     order: Sequence[int], starts: Sequence[int], ends: Sequence[int]
 ) -> Iterable[tuple[int, int]]:
-    """Give pairs of intersecting spans, which are sorted by where they start."""
+    """Yield pairs of intersecting spans; the spans are sorted by their start."""
     open_spans: list[tuple[int, int]] = []
     for leaf, start, end in zip(order, starts, ends, strict=True):
         open_spans = [(e, other) for e, other in open_spans if e > start]

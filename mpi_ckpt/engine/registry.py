@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The states of a manager, by name, and the agreement of the ranks about them."""
+"""Keeps the states of a manager by name, and makes the ranks agree on them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Registry:
     """States in saving order. Not thread-safe.
 
     Args:
-        comm: Given to states that want it.
+        comm: Communicator for the states.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -53,13 +53,13 @@ class Registry:
         return list(self._states)
 
     def add_all(self, states: Iterable[State]) -> None:
-        """Take in the states of a manager that begins.
+        """Add the states of a new manager.
 
         Collective. Main thread only.
 
         Raises:
-            RegistrationError: On every rank, if one cannot be taken in on any, or names
-                or their order differ between ranks.
+            RegistrationError: On every rank, if a rank cannot add a state, or names or
+                their order differ between ranks.
         """
 
         def add_all() -> None:
@@ -70,7 +70,7 @@ class Registry:
         self.choose("choosing states", None, skipped=True)
 
     def add(self, state: State) -> None:
-        """Take in a state. Not collective.
+        """Add a state. Not collective.
 
         Raises:
             RegistrationError: On the calling rank, if it is no state or its name is
@@ -97,7 +97,7 @@ class Registry:
     def choose(
         self, doing: str, only: Collection[str] | None, *, skipped: bool = False
     ) -> list[State]:
-        """Return the states meant, once all ranks have found that they mean the same.
+        """Return the chosen states, after all ranks have agreed on the choice.
 
         Collective. Main thread only. Arguments and errors are those of `begin`.
         """
@@ -120,17 +120,17 @@ class Registry:
         skipped: bool = False,
         tell: Callable[[Result], bytes] | None = None,
     ) -> Meeting[Result]:
-        """Choose states and begin to work on them, on all ranks alike, in one meeting.
+        """Choose states and begin work on them, the same on all ranks, in one meeting.
 
         Collective. Main thread only.
 
         Args:
-            doing: What is begun, told in errors.
-            only: Names of the states meant; None for all.
-            work: Done with them on every rank; must not communicate.
-            error: Class for failures from outside this package's family.
-            skipped: Whether "all" means those with ``skip`` as well.
-            tell: Returns what root tells all ranks of its result.
+            doing: The operation that begins, for errors.
+            only: Names of the chosen states; None for all.
+            work: Called with them on every rank; must not communicate.
+            error: Class for exceptions that this package does not define.
+            skipped: Whether "all" includes states with ``skip``.
+            tell: Returns the part of its result that root sends to all ranks.
 
         Raises:
             RegistrationError: On every rank, if a name is unknown on any, or names or

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every step of a save or restore needs at hand."""
+"""Bundles the ranks, the directory and the options for all steps of a manager."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Session:
 
     Attributes:
         comm: The manager's communicator.
-        directory: Touched on root only.
-        options: The same on every rank.
-        memory: Where saves leave a copy; None for nowhere.
-        notes: For the loop that started this job, if one did.
+        directory: The checkpoint directory; used on root only.
+        options: The options, the same on every rank.
+        memory: The `Memory` that keeps copies of saves; None for none.
+        notes: Notes for `mpi-ckpt run`, if it started this job.
     """
 
     comm: Communicator
@@ -66,18 +66,18 @@ class Session:
         options: Options,
         memory: Memory | None,
     ) -> Session:
-        """Begin one over a duplicate of a communicator. Collective. Main thread only.
+        """Begin a session over a duplicate of a communicator. Collective. Main thread only.
 
         Raises:
             LaunchError: On every rank, if launcher and MPI disagree about the job.
-            OptionsError: On every rank, if the directory is none on any.
+            OptionsError: On every rank, if the path is not a usable directory on any.
         """
         if options.abort_on_error:
             watch_errors()
         communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
 
         def find() -> CheckpointDirectory:
-            # A relative path has no meaning on a rank whose working directory is gone.
+            # A relative path fails on a rank whose working directory was removed.
             return CheckpointDirectory(
                 Path(root).absolute(),
                 options.io.mode,
@@ -110,15 +110,15 @@ class Session:
 
         Args:
             step: The training step.
-            error: The exception that it leaves by; None at its end.
-            unsaved: Whether a save is under way that this exception cuts off.
+            error: The exception that it leaves by; None at a normal end.
+            unsaved: Whether this exception cuts off a pending save.
         """
         left_well = isinstance(error, SystemExit) and not error.code and not unsaved
         if error is None or left_well:
             self.note("finished", step)
         elif is_rank_failure(error):
-            return  # the job may recover; if it does not, its exit tells
-        # One of this package comes to all ranks: root's note will do.
+            return  # the job may recover; if not, its exit code shows it
+        # All ranks raise an error of this package: root's note is enough.
         elif self.comm.is_root or not isinstance(error, CheckpointError):
             self.notes.add_error(error, step=step, directory=str(self.directory.root))
 
@@ -148,12 +148,12 @@ class Session:
                 problems=problems,
             )
             raise told_by(self.comm, error)
-        # Not before: ranks that cut messages differently could not even tell of it.
+        # Not earlier: ranks that cut messages differently could not report the difference.
         self.comm.set_limits(message_bytes=self.options.io.message_bytes)
 
     @contextmanager
     def let_go_of_if_refused(self) -> Iterator[None]:
-        """Close the communicator if what is agreed on in the block fails. Collective."""
+        """Close the communicator if an agreement in the block fails. Collective."""
         try:
             yield
         except CheckpointError:
@@ -164,8 +164,9 @@ class Session:
     def watch(self, doing: str) -> Iterator[PhaseClock]:
         """Time an operation of all ranks, and warn if this one makes no progress in it.
 
-        Not collective. Main thread only. Waiting for the others is theirs to explain.
-        Python collects no garbage meanwhile: see `without_collections`.
+        Not collective. Main thread only. Time spent waiting for other ranks does not count:
+        those warn themselves. Python collects no garbage meanwhile: see
+        `without_collections`.
         """
         clock, comm = PhaseClock(), self.comm
 
@@ -177,10 +178,10 @@ class Session:
 
     @contextmanager
     def watch_behind(self, clock: PhaseClock) -> Iterator[None]:
-        """Warn if a save behind the training makes no progress. Not collective.
+        """Warn if a save in the background makes no progress. Not collective.
 
         Args:
-            clock: The save's.
+            clock: The save's clock.
         """
         with self._watchdog("saving", lambda: None, clock), without_collections():
             yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an error of this package is printed: in full, but no longer than a screen. No MPI."""
+"""Formats an error of this package: complete, but no longer than a screen. No MPI."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LED_TO = "which led to:\n"
 def in_full(error: BaseException) -> str:
     """Return the text of an exception as Python prints it.
 
-    Not collective. An error of this package that would take more than 20 lines has what
-    the program did in it, and not what this package did.
+    Not collective. If an error of this package would take more than 20 lines, its traceback
+    shows the frames of the program, but not those of this package.
 
     Args:
-        error: With its traceback.
+        error: The exception, with its traceback.
     """
     text = "".join(traceback.format_exception(error))
     if text.count("\n") <= _LINES_MAX or not isinstance(error, CheckpointError):
@@ -38,14 +38,14 @@ def in_full(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Give the first causes of an exception, and itself last."""
+    """Yield the chain of an exception, first cause first, itself last."""
     chain: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in chain:
         chain.append(one)
         hidden = one.__suppress_context__ or one.__cause__ is not None
         one = one.__cause__ if hidden else one.__context__
-    # What another rank has met, that one tells.
+    # Another rank prints its own traceback.
     causes = [one for one in chain[:0:-1] if not isinstance(one, RemoteTraceback)]
     yield from [*causes[: _LEVELS_MAX - 1], error]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says when a save or restore makes no progress, and where it is. No MPI.
+"""Warns when a save or restore makes no progress, and where it is. No MPI.
 
-Looks on from a thread of its own, which lives as long as the operation it watches and
-touches no file system: one that hangs may be what there is to tell.
+Watches from its own thread, which lives as long as the operation and uses no file system,
+since a hanging file system may be the reason.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _FRAMES_MAX = 12
 
 
 class Watchdog:
-    """Warns once if an operation stands still. A context manager around the operation.
+    """Warns once if an operation makes no progress. A context manager around the operation.
 
-    Not collective. On any thread, which is the one that is watched, with all threads that
-    write, read or digest for it.
+    Not collective. On any thread: it watches that thread, and all threads that write, read
+    or digest for it.
 
     Args:
-        doing: The rank and the operation, told in the warning.
-        quiet_seconds: How long nothing may move.
-        steps: Returns what changes when the operation gets on, beside the bytes that
-            its threads read and write: compared, and not kept.
+        doing: The rank and the operation, for the warning.
+        quiet_seconds: Time without progress after which it warns.
+        steps: Returns a value that changes with progress, apart from the bytes that the
+            threads read and write: it is compared, and not kept.
         phase: Returns the phase that the operation is in.
     """
 
@@ -62,7 +62,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._watched = threading.current_thread()
-        with suppress(RuntimeError):  # the interpreter is on its way out
+        with suppress(RuntimeError):  # the interpreter is ending
             self._thread.start()
         return self
 
@@ -114,12 +114,12 @@ def _bytes_moved(thread: threading.Thread) -> object:
     try:
         lines = Path(f"/proc/self/task/{thread.native_id}/io").read_text().splitlines()
     except OSError:
-        return object()  # gone, or not to be known: nobody is accused without proof
+        return object()  # the thread is gone or unreadable: no warning without proof
     return thread.native_id, lines[:2]
 
 
 def _callers(frame: FrameType | None) -> list[str]:
-    """Return the places of a stack, innermost first."""
+    """Return the frames of a stack as text, innermost first."""
     places: list[str] = []
     while frame is not None and len(places) < _FRAMES_MAX:
         code = frame.f_code

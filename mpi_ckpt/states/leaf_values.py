@@ -32,7 +32,7 @@ KIND = "~"
 
 
 def is_leaf_value(value: object) -> bool:
-    """Tell whether a value is an array, a scalar of NumPy or a tensor. Not collective."""
+    """Return whether a value is an array, a scalar of NumPy or a tensor. Not collective."""
     kind = type(value)
     return kind is np.ndarray or isinstance(value, _NUMPY) or _is_tensor(value)
 
@@ -106,7 +106,7 @@ def make_value(
 
 
 def takes_bytes(value: Any, memory: Container[int] = ()) -> bool:  # noqa: ANN401
-    """Tell whether saved bytes can be put into a live value in place.
+    """Return whether saved bytes can be put into a live value in place.
 
     Not collective.
 

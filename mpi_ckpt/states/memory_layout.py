@@ -71,7 +71,7 @@ def layout_of(strides: Sequence[int], *, swapped: bool = False) -> Layout:
 
 
 def overlaps_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Tell whether two elements share memory, as after ``expand`` or ``as_strided``.
+    """Return whether two elements share memory, as after ``expand`` or ``as_strided``.
 
     Not collective. Thread-safe.
 

@@ -137,7 +137,7 @@ class ModuleContents:
 
 
 def loads_itself(module: torch.nn.Module) -> bool:
-    """Tell whether a module does something of its own when it is loaded.
+    """Return whether a module does something of its own when it is loaded.
 
     Not collective. By a hook or an override, itself and not its parts.
     """

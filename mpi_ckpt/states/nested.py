@@ -100,7 +100,7 @@ class NestedState(LeafState):
 
 
 def _is_alike(live: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Tell whether a live value is of the kind that was saved, on whatever device."""
+    """Return whether a live value is of the kind that was saved, on whatever device."""
     if live == saved:
         return True
     return {**live, "device": None} == {**saved, "device": None}
@@ -249,7 +249,7 @@ class SchedulerState(NestedState):
 
 
 def is_stateful(value: object) -> bool:
-    """Tell whether a value has ``state_dict()`` and ``load_state_dict()``.
+    """Return whether a value has ``state_dict()`` and ``load_state_dict()``.
 
     Not collective.
     """
@@ -258,7 +258,7 @@ def is_stateful(value: object) -> bool:
 
 
 def is_off(value: object) -> bool:
-    """Tell whether it is something switched off, as a scaler of gradients can be.
+    """Return whether it is something switched off, as a scaler of gradients can be.
 
     Not collective. Such a one has nothing to save, and takes nothing.
     """

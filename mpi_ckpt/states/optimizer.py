@@ -205,7 +205,7 @@ def _listed(rates: list[float]) -> str:
 
 
 def is_optimizer(value: object) -> bool:
-    """Tell whether a value is an optimizer, torch's or one that behaves so.
+    """Return whether a value is an optimizer, torch's or one that behaves so.
 
     Not collective.
     """

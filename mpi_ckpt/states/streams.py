@@ -152,7 +152,7 @@ def built_in_streams() -> dict[str, Stream]:
 
 
 def is_of_device(name: str) -> bool:
-    """Tell whether a built-in stream is that of a device. Not collective."""
+    """Return whether a built-in stream is that of a device. Not collective."""
     return name.partition(":")[0] in _ACCELERATORS
 
 

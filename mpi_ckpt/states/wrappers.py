@@ -104,7 +104,7 @@ def parameter_names(module: torch.nn.Module) -> dict[int, str]:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Tell whether a tensor is this rank's part of one that several ranks hold.
+    """Return whether a tensor is this rank's part of one that several ranks hold.
 
     Not collective. Thread-safe.
     """

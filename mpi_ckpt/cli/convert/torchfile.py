@@ -106,7 +106,7 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def is_module(value: Any) -> bool:  # noqa: ANN401 (any nested value)
-    """Tell whether a loaded value is like a module's state dict."""
+    """Return whether a loaded value is like a module's state dict."""
     torch = _torch()
     return (
         isinstance(value, dict)

@@ -42,7 +42,7 @@ _KNOWN = frozenset({*_FLOATS, *_COMPLEX, *_INTEGERS, *_EIGHT_BITS, "BF16", "F8_E
 
 
 def is_numeric(dtype: str) -> bool:
-    """Tell whether `Difference` can compare elements of a dtype."""
+    """Return whether `Difference` can compare elements of a dtype."""
     return dtype in _KNOWN
 
 

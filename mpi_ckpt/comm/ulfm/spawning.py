@@ -39,7 +39,7 @@ _MADE: list[MPI.Comm] = []
 
 
 def is_spawned() -> bool:
-    """Tell whether this process was started in place of a lost rank. Not collective."""
+    """Return whether this process was started in place of a lost rank. Not collective."""
     mpi = load_mpi()
     return bool(mpi.Comm.Get_parent() != mpi.COMM_NULL)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one restore runs: found, matched, transferred, adopted."""
+"""Runs one restore: find, match, transfer, adopt."""

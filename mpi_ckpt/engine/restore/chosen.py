@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going back to a generation that the program has asked for: what is said and done then."""
+"""Handles a restore from a generation that the program has asked for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 def explain_choice(
     session: Session, found: OpenGeneration, problem: CorruptGenerationError
 ) -> CorruptGenerationError:
-    """Return the error for a generation that was asked for and turned out bad.
+    """Return the error for a requested generation that turned out bad.
 
-    Collective. Main thread only. It is not set aside: whoever asks for it by name may
-    want to see what can be saved of it.
+    Collective. Main thread only. It is not quarantined: the user who asked for it may want
+    to recover data from it.
     """
     number = found.outline.generation
     others = on_root(
@@ -44,11 +44,13 @@ def explain_choice(
 
 
 def go_on_from(session: Session, chosen: Outline | None) -> None:
-    """Have the next save build upon what was restored. Not collective. Works on root only.
+    """Make the next save build on the restored generation.
+
+    Not collective. Works on root only.
 
     Args:
         session: The manager's.
-        chosen: The generation that was asked for; None where the newest was taken.
+        chosen: The requested generation; None if the newest was taken.
     """
     if not session.comm.is_root:
         return
@@ -69,7 +71,7 @@ def go_on_from(session: Session, chosen: Outline | None) -> None:
 def _newer(session: Session, chosen: int) -> str:
     root = session.directory.root
     newer: list[int] = []
-    with suppress(ReadError):  # the restore is done, and was good
+    with suppress(ReadError):  # the restore has succeeded
         there = sorted(session.directory.catalog.look().generations)
         newer = [number for number in there if number > chosen]
     if not newer:

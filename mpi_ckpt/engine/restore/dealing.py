@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of ranks: read and proven on root, and each rank sent its own."""
+"""Reads and proves the parts of ranks on root, and sends each rank its own part."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Deal:
-    """What root sends to the ranks of one state.
+    """What root sends to the ranks for one state.
 
     Attributes:
         lengths: Bytes for each rank, in rank order.
-        turns: Gives some ranks and the part for each of them.
+        turns: Yields some ranks and the part for each of them.
     """
 
     lengths: Sequence[int]
@@ -43,12 +43,11 @@ def plan_deals(
 ) -> Mapping[str, Deal]:
     """Plan, on root alone, which part each rank gets of each state that has parts.
 
-    Not collective. Reads the parts of states that are made anew for another number of
+    Not collective. Reads the parts of states that make new parts for another number of
     ranks.
 
     Raises:
-        CorruptGenerationError: On the calling rank, if bytes are not those that were
-            saved.
+        CorruptGenerationError: On the calling rank, if bytes are not those saved.
         RestoreError: On the calling rank, if a state cannot make parts for so many ranks.
     """
     reader = found.reader
@@ -73,14 +72,13 @@ def deal_parts(
         session: The manager's.
         match: The states to restore.
         deals: What `plan_deals` planned, on root; ignored elsewhere.
-        deferred: Keeps what is wrong with a part, to be told before anything is
-            overwritten.
+        deferred: Keeps the error of a part, to be raised before anything is overwritten.
 
     Returns:
-        The same states, those with parts ready to take over this rank's.
+        The same states; those with parts are ready to take over this rank's part.
 
     Raises:
-        CorruptGenerationError: On every rank, if bytes are not those that were saved.
+        CorruptGenerationError: On every rank, if bytes are not those saved.
     """
     comm = session.comm
     matched = {one.state.name: one for one in match.states}
@@ -140,7 +138,7 @@ def _plan(
 def _read(
     reader: GenerationReader, name: str, numbers: Sequence[int], window_bytes: int
 ) -> Iterator[tuple[int, bytes]]:
-    """Give the parts of these saved ranks, in the order of the file, each proven."""
+    """Yield the proven parts of these saved ranks, in the order of the file."""
     stored = reader.manifest.state(name)
     assert stored is not None
     leaves = [stored.leaves[number] for number in numbers]

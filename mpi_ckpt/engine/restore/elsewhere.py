@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is root's directory really new, or does each host have one of its own of that name?
+"""Checks before a fresh start whether another host has generations under this name.
 
-A job whose directory is on a disk of one host, and whose root comes to another host, would
-find nothing, begin anew, and write a second history under the same name.
+If the directory is on a disk of one host, and root starts on another host, the job would
+find nothing, start afresh, and write a second history under the same name.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ _BATCH = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "COBALT_JOBID
 
 
 def look_elsewhere(session: Session) -> None:
-    """Before a fresh start, ask the other hosts what they have under the directory's name.
+    """Before a fresh start, ask the other hosts what is in their directory of that name.
 
-    Collective. Main thread only. Root warns where a later job could miss what this one
-    saves.
+    Collective. Main thread only. Root warns if a later job could miss what this job saves.
 
     Raises:
-        ReadError: On every rank, if another host has generations where root's has none.
+        ReadError: On every rank, if another host has generations and root's host has none.
     """
     comm, directory = session.comm, session.directory
     if len(comm.topology.nodes) < 2:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the program's states and saved ones meet: known before the first byte moves."""
+"""Matches the program's states with the saved ones, before the first byte moves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OVERWRITTEN = (
 
 @dataclass(frozen=True, slots=True)
 class MatchedState:
-    """A state of the program, what was saved of it, and where that goes."""
+    """A state of the program, its saved contents, and their destination."""
 
     state: State
     saved: StateOutline
@@ -41,7 +41,7 @@ class MatchedState:
 
 @dataclass(frozen=True, slots=True)
 class StateMatch:
-    """All states that are about to be restored.
+    """All states to be restored.
 
     Attributes:
         states: In the program's order.
@@ -55,17 +55,17 @@ class StateMatch:
 
     @property
     def specs(self) -> list[LeafSpec]:
-        """The leaves that will come, of all states in order."""
+        """The specs of the leaves that will arrive, of all states in order."""
         return [spec for one in self.states for spec in one.saved.specs]
 
     @property
     def extents(self) -> list[Extent]:
-        """Where each of them is; empty for a copy in memory."""
+        """The position of each in the files; empty for a copy in memory."""
         return [extent for one in self.states for extent in one.saved.extents]
 
     @property
     def leaves(self) -> list[Leaf | None]:
-        """Where each of them goes; None for one that the program has no use for."""
+        """The destination of each; None for a leaf that the program lacks."""
         return [leaf for one in self.states for leaf in one.arrival.leaves]
 
     @property
@@ -81,7 +81,7 @@ class StateMatch:
         return {state: names for state, names in found.items() if names}
 
     def warnings(self) -> list[str]:
-        """Return what the states have to say once all are restored.
+        """Return the warnings of the states after all are restored.
 
         Not collective.
         """
@@ -93,7 +93,7 @@ class StateMatch:
         return [text for text in told if text]
 
     def name_of(self, index: int) -> str:
-        """Return what messages call a leaf. Not collective."""
+        """Return the name of a leaf in messages. Not collective."""
         for one in self.states:
             if index < len(one.saved.specs):
                 return f"state {one.state.name!r}, leaf {one.saved.specs[index].name!r}"
@@ -101,12 +101,12 @@ class StateMatch:
         raise IndexError
 
     def apart(self, overlaps: Sequence[Overlap]) -> StateMatch:
-        """Return the same with memory of its own for one leaf of each overlap.
+        """Return the match with private memory for one leaf of each overlap.
 
         Not collective.
 
         Raises:
-            StateMismatchError: On the calling rank, if a state has none to give.
+            StateMismatchError: On the calling rank, if a state has no other memory.
         """
         homes = [
             (number, at)
@@ -130,7 +130,7 @@ class StateMatch:
         )
 
     def with_arrivals(self, arrivals: Mapping[str, Arrival]) -> StateMatch:
-        """Return the same with other arrivals of some states. Not collective."""
+        """Return the match with other arrivals for some states. Not collective."""
         states = tuple(
             replace(one, arrival=arrivals.get(one.state.name, one.arrival))
             for one in self.states
@@ -144,16 +144,16 @@ def compare_names(
     """Match the names of states. Not collective: the same on every rank.
 
     Args:
-        outline: Of the generation.
-        states: The states wanted.
-        partial: Whether it is understood that the generation has others.
+        outline: Outline of the generation.
+        states: The requested states.
+        partial: Whether the generation may have other states.
         strict: Whether any other difference is an error.
 
     Returns:
         The names that only the program has, and those that only the generation has.
 
     Raises:
-        StateMismatchError: On every rank, naming all that are missing or unexpected.
+        StateMismatchError: On every rank, with all missing and unexpected names.
     """
     saved = {one.name for one in outline.states}
     missing = tuple(state.name for state in states if state.name not in saved)
@@ -181,12 +181,12 @@ def match_states(
     Not collective. Called on every rank.
 
     Args:
-        outline: Of the generation, or of the copy, made on root.
-        states: The states of the program; those that were not saved are left out.
+        outline: Outline of the generation or the copy, made on root.
+        states: The states of the program; states that were not saved are left out.
         strict: Whether a leaf that only one side has is a mismatch.
 
     Raises:
-        StateMismatchError: On the calling rank, listing all mismatches of all states.
+        StateMismatchError: On the calling rank, with all mismatches of all states.
     """
     by_name = {one.name: one for one in outline.states}
     matched: list[MatchedState] = []
@@ -213,7 +213,7 @@ def match_states(
 def _match(saved: StateOutline, state: State, strict: bool) -> Arrival:
     if isinstance(state, RankedState) and saved.parts is not None:
         missing, unexpected = state.check(saved.structure, saved.parts, strict=strict)
-        # Stands for the part of this rank, which is not known before it is dealt out.
+        # A placeholder for this rank's part, which is not known before root deals it.
         return Arrival((), _nothing, missing, unexpected)
     if saved.is_stream:
         if isinstance(state, LeafState):
@@ -226,4 +226,4 @@ def _match(saved: StateOutline, state: State, strict: bool) -> Arrival:
 
 
 def _nothing() -> None:
-    """Adopt a part that has not come."""
+    """Adopt nothing, for a part that has not arrived."""

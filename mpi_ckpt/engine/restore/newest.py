@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to restore: a copy in memory, or the newest generation that looks good."""
+"""Finds the source of a restore: a copy in memory, or the newest good generation."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OpenGeneration:
-    """What a restore takes the states from.
+    """The open source of a restore.
 
     Attributes:
-        outline: What is known of it, on every rank.
-        states: Those of the program that are wanted.
+        outline: Its outline, on every rank.
+        states: The requested states of the program.
         readers: The ranks that read it, root first; empty for a copy in memory.
-        reader: Its open files: on root, and on the others that read once these have opened
-            it; None elsewhere.
+        reader: Its open files, on root and, once opened, on the other ranks that read; None
+            elsewhere.
         copy: The copy of this rank, if it is of the same form as root's; else None.
     """
 
@@ -65,24 +65,25 @@ def open_newest(
     choice: Choice,
     from_memory: bool,
 ) -> Iterator[OpenGeneration | None]:
-    """Find what to restore; root keeps it open within the block.
+    """Find the source of a restore; root keeps it open within the block.
 
     Collective. Main thread only.
 
     Args:
         session: The manager's.
         registry: The manager's.
-        only: Names of the states to restore; None for all. With some only, all bytes are
-            proven here, because later restores will take other states from it.
+        only: Names of the states to restore; None for all. If some are named, all bytes are
+            proven here, because later restores will take other states from the same
+            generation.
         pinned: Number of the generation that must be used; None for the newest.
-        choice: What the program has asked for, not checked yet; goes before ``pinned``.
-        from_memory: Whether a copy in memory that root holds goes before any file.
+        choice: The program's request, not checked yet; it overrides ``pinned``.
+        from_memory: Whether a copy in root's memory comes before any file.
 
     Raises:
         RegistrationError: On every rank, if names are unknown or differ between ranks.
-        OptionsError: On every rank, if the choice makes no sense.
+        OptionsError: On every rank, if the request is invalid.
         RestoreError: On every rank, if root finds generations but no good one, or not the
-            one that was asked for.
+            requested one.
     """
     comm, memory = session.comm, session.memory
     comm.call = "restore()"
@@ -137,17 +138,17 @@ def open_newest(
 def open_on_readers(
     session: Session, found: OpenGeneration, stack: ExitStack
 ) -> OpenGeneration:
-    """Open a generation on the others that read it; root has it open already.
+    """Open a generation on the other ranks that read it; root has already opened it.
 
     Collective. Main thread only.
 
     Args:
         session: The manager's.
-        found: As `open_newest` gave it.
-        stack: Closes what is opened here.
+        found: Result of `open_newest`.
+        stack: Closes the opened files.
 
     Raises:
-        ReadError: On every rank, if one that reads cannot open it.
+        ReadError: On every rank, if a reading rank cannot open it.
     """
     comm = session.comm
     if len(found.readers) < 2:
@@ -160,7 +161,7 @@ def open_on_readers(
         try:
             reader = stack.enter_context(GenerationReader(path))
         except CorruptGenerationError as error:
-            # Root has found it good: what is wrong is what this host sees of it.
+            # Root has found it good: the fault is in this host's view of it.
             raise ReadError(
                 f"{error}. Root reads it well; several readers need a directory that all "
                 "see, IO(readers='root') does not",
@@ -174,15 +175,15 @@ def open_on_readers(
 def reject(
     session: Session, found: OpenGeneration, problem: CorruptGenerationError
 ) -> None:
-    """Set a generation aside that turned out bad while it was read.
+    """Quarantine a generation that turned out bad while it was read.
 
     Collective. Main thread only.
 
     Raises:
-        RestoreError: On every rank, if root cannot.
+        RestoreError: On every rank, if root fails to.
     """
-    # What was found alone: what the states are like once another generation has been
-    # restored is not for its reason to say.
+    # The finding alone: the reason must not describe the states, since another generation
+    # will be restored.
     reason = CorruptGenerationError(
         "; ".join(dict.fromkeys(one.message for one in problem.failures)) or str(problem),
         path=problem.path,
@@ -199,7 +200,7 @@ def reject(
 def is_lost(session: Session, found: OpenGeneration) -> bool:
     """Return whether a generation was pruned while it was read, by the job that owns it.
 
-    Collective. Main thread only. A job that has not got the lock reads beside the owner.
+    Collective. Main thread only. A job without the lock reads while the owner may prune.
     """
     number = found.outline.generation
     gone = session.comm.is_root and session.directory.has_lost(number)
@@ -207,7 +208,9 @@ def is_lost(session: Session, found: OpenGeneration) -> bool:
 
 
 def list_generations(session: Session) -> list[GenerationInfo]:
-    """Tell all ranks what root finds, oldest first. Collective. Nothing is pending.
+    """Return on all ranks the generations that root finds, oldest first.
+
+    Collective. No save is pending.
 
     Raises:
         CheckpointError: On every rank, if root cannot list the directory.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One restore, in its steps: find, match, transfer, adopt."""
+"""Runs one restore in its steps: find, match, transfer, adopt."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ _RESTORED = "the states are as they were saved, but for what it has changed itse
 
 
 class Restore:
-    """Brings states back from memory, else from the newest generation that proves good.
+    """Restores states from memory, else from the newest generation that proves good.
 
-    Or from the one that the program has asked for, and from no other.
+    Or from the generation that the program has asked for, and from no other.
 
-    Collective, as is every method. Main thread only. ``find`` gives what to try next,
-    `aside_if_bad` sets a generation aside that turns out bad on the way::
+    Collective, as is every method. Main thread only. ``find`` finds the next source to try,
+    `aside_if_bad` quarantines a generation that turns out bad on the way::
 
         while restore.find():
             with restore.aside_if_bad():
@@ -76,12 +76,13 @@ class Restore:
         session: The manager's.
         registry: The manager's.
         only: Names of the states to restore; None for all.
-        choice: What the program has asked for; checked when the ranks meet.
-        pinned: Number of the generation that other states came from; None for none.
-        clock: Started when the restore was asked for.
+        choice: The program's request; checked when the ranks meet.
+        pinned: Number of the generation that other states were restored from; None for
+            none.
+        clock: Started with the call of the restore.
 
     Attributes:
-        report: What was restored; None as long as nothing was.
+        report: The report; None until something was restored.
     """
 
     def __init__(
@@ -109,13 +110,13 @@ class Restore:
         self.report: RestoreReport | None = None
 
     def find(self) -> bool:
-        """Find what to try next; return whether there is anything left to do.
+        """Find the next source to try; return whether there is work left to do.
 
         Raises:
             RegistrationError: On every rank, if names are unknown or differ.
-            OptionsError: On every rank, if the choice makes no sense.
+            OptionsError: On every rank, if the request is invalid.
             RestoreError: On every rank, if root finds generations but no good one, or not
-                the one that was asked for.
+                the requested one.
         """
         if self.report is not None:
             return False
@@ -132,7 +133,7 @@ class Restore:
         )
         found, memory = self._found, self._session.memory
         if memory is not None and self._only is None and not (found and found.is_copy):
-            # An older copy of another rank's must not be gone back to from here.
+            # No rank may go back to another rank's older copy from here.
             memory.clear()
         if found is None:
             self._open.close()
@@ -140,10 +141,10 @@ class Restore:
 
     @contextmanager
     def aside_if_bad(self) -> Iterator[None]:
-        """Set a generation aside that turns out bad within the block, to try the next.
+        """Quarantine a generation that turns out bad within the block, to try the next.
 
         Raises:
-            RestoreError: On every rank, for anything else, and for the generation that
+            RestoreError: On every rank, for any other failure, and for a generation that
                 must be used.
         """
         session, found = self._session, self._generation
@@ -152,7 +153,7 @@ class Restore:
         with self._open:
             try:
                 yield
-            # Agreed on: every rank is here, with the same error.
+            # The ranks agreed on it: every rank is here, with the same error.
             except CorruptGenerationError as problem:
                 if is_chosen:
                     raise explain_choice(session, found, problem) from problem
@@ -163,7 +164,7 @@ class Restore:
                 if is_only_one or not is_lost(session, found):
                     raise
             finally:
-                # What Python would look through when it next collects garbage.
+                # Otherwise Python's next garbage collection would scan these.
                 self._found = self._match = None
                 self._deals = {}
 
@@ -171,8 +172,7 @@ class Restore:
         """Find a place for every byte.
 
         Raises:
-            StateMismatchError: On every rank, listing all that does not fit; nothing was
-                changed.
+            StateMismatchError: On every rank, with all mismatches; nothing was changed.
         """
         session, found = self._session, self._generation
         strict, partial = session.options.strict, self._only is not None
@@ -209,11 +209,11 @@ class Restore:
                 self._move_apart(overlaps, doing)
 
     def transfer(self) -> None:
-        """Bring every byte to where it belongs, proven.
+        """Put every byte, proven, into its destination.
 
         Raises:
-            CorruptGenerationError: On every rank, if bytes are not those that were saved.
-            ReadError: On every rank, if one that reads cannot.
+            CorruptGenerationError: On every rank, if bytes are not those saved.
+            ReadError: On every rank, if a reading rank cannot read.
         """
         session, match = self._session, self._matched
         with self._clock.phase("transfer"):
@@ -221,12 +221,12 @@ class Restore:
                 transfer_copy(session, self._generation.copy, match, self._deferred)
                 return
             found = self._found = open_on_readers(session, self._generation, self._open)
-            # First, as this overwrites nothing yet.
+            # Parts come first, since dealing them overwrites nothing yet.
             self._match = deal_parts(session, match, self._deals, self._deferred)
             transfer_files(session, found, match, self._deferred)
 
     def adopt(self) -> None:
-        """Let the states take over what has arrived, in order; make the report.
+        """Let the states take over the arrived contents, in order; make the report.
 
         Raises:
             CheckpointError: On every rank, if a state's load fails on any.
@@ -256,7 +256,8 @@ class Restore:
         """Let the program adapt to another number of ranks than the one that saved.
 
         Args:
-            callback: The program's; given the number of ranks that saved, and of now.
+            callback: The program's function; takes the saved and the present number of
+                ranks.
 
         Raises:
             RestoreError: On every rank, if the callback failed on any.
@@ -273,7 +274,7 @@ class Restore:
         agree(self._session.comm, "on_resize()", tell, error=RestoreError, safe=_RESTORED)
 
     def _move_apart(self, overlaps: Sequence[Overlap], doing: str) -> None:
-        """Give leaves memory of their own whose places could not hold all that comes."""
+        """Give leaves private memory if their places cannot hold all arriving bytes."""
         found, match, comm = self._generation, self._matched, self._session.comm
         differing = differing_overlaps(
             comm, overlaps, SavedBytes(found, match), doing=doing, error=RestoreError

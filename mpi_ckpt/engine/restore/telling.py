@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What root says of a restore, in the log: what differs, what follows from it."""
+"""Logs a restore on root: what differs, and what follows from it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ResizeWatch:
-    """What states know of a change of the number of ranks, before they are restored.
+    """What states report of a change of the number of ranks, observed before the restore.
 
     Attributes:
-        observed: For each state what says how it was changed.
+        observed: For each state the function that describes its change.
     """
 
     observed: Sequence[Callable[[], Change]] = ()
 
     @classmethod
     def begin(cls, outline: Outline, matched: StateMatch, size: int) -> ResizeWatch:
-        """Look at states that are about to be restored. Root only.
+        """Look at states before they are restored. Root only.
 
         Args:
-            outline: Of the generation.
+            outline: Outline of the generation.
             matched: Its states and the program's.
             size: Number of ranks now.
         """
@@ -54,7 +54,7 @@ class ResizeWatch:
         return cls(observed)
 
     def tell(self, report: RestoreReport) -> None:
-        """Say in one line what has changed, if this is root. Not collective."""
+        """Log in one line what has changed, if this is root. Not collective."""
         changes = [change for watch in self.observed if (change := watch()).text]
         if not self.observed:
             return
@@ -69,13 +69,13 @@ class ResizeWatch:
 
 
 def warn_of_restored(session: Session, outline: Outline, warnings: Sequence[str]) -> None:
-    """Log what states have to say of what they were given. Root only, elsewhere nothing."""
+    """Log the states' warnings after a restore. Root only, no effect elsewhere."""
     for text in warnings if session.comm.is_root else ():
         logger.warning("%s: %s", outline.title, text)
 
 
 def warn_of_differences(session: Session, report: RestoreReport) -> None:
-    """Log what only one side has. Root only, elsewhere nothing."""
+    """Log what only one side has. Root only, no effect elsewhere."""
     differences = {
         "only the program has": [*report.missing, *_paths(report.missing_leaves)],
         "only the generation has": [*report.unexpected, *_paths(report.unexpected_leaves)],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings saved bytes from files, or from memory, to where they belong on every rank."""
+"""Moves saved bytes from files, or from memory, to their destinations on every rank."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ _COPYING = "bringing back a copy in memory"
 def transfer_files(
     session: Session, found: OpenGeneration, match: StateMatch, deferred: Deferred
 ) -> None:
-    """Read, prove, broadcast, put in place: a window at a time, the readers in turn.
+    """Read, prove, broadcast and store bytes: a window at a time, the readers in turn.
 
-    Collective. Main thread only. No byte is sent or put in place before its block was
-    proven. Files are read once, whatever the number of ranks, each window while the one
-    before it is proven and sent.
+    Collective. Main thread only. No byte is sent or stored before its block was proven.
+    Files are read once, whatever the number of ranks. Each window is read while the
+    previous one is proven and sent.
 
     Args:
         session: The manager's.
         found: The generation, open on the ranks that read.
-        match: Where everything goes, in the same order on every rank.
-        deferred: Keeps what fails while bytes are put in place, for the next meeting.
+        match: The destinations, in the same order on every rank.
+        deferred: Keeps failures to store bytes, for the next meeting.
 
     Raises:
-        CorruptGenerationError: On every rank, if bytes are not those that were saved.
-        ReadError: On every rank, if one that reads cannot.
+        CorruptGenerationError: On every rank, if bytes are not those saved.
+        ReadError: On every rank, if a reading rank cannot read.
     """
     comm, outline = session.comm, found.outline
     targets = [
@@ -93,18 +93,18 @@ def transfer_files(
 def transfer_copy(
     session: Session, copy: MemoryCopy | None, match: StateMatch, deferred: Deferred
 ) -> None:
-    """Put a copy in memory back: each rank its own, or root's where one has none.
+    """Restore a copy in memory: each rank its own, or root's if the rank has none.
 
     Collective. Main thread only.
 
     Args:
         session: The manager's.
-        copy: This rank's, of the same form as root's; None if it holds none.
-        match: Where everything goes, in the same order on every rank.
-        deferred: Keeps what fails while bytes are put in place, for the next meeting.
+        copy: This rank's copy, of the same form as root's; None if it holds none.
+        match: The destinations, in the same order on every rank.
+        deferred: Keeps failures to store bytes, for the next meeting.
 
     Raises:
-        RestoreError: On every rank, if bytes cannot be put in place on any.
+        RestoreError: On every rank, if any rank cannot store bytes.
     """
     comm = session.comm
     sources = _copied_leaves(copy, match)
@@ -118,7 +118,7 @@ def transfer_copy(
     (lacking,) = any_of(comm, _COPYING, copy is None)
     if not lacking:
         return
-    # Root's own are sent from the copy, as a leaf that root has no use for is nowhere else.
+    # Root sends from the copy, since a leaf that root's program lacks is nowhere else.
     if comm.is_root:
         sent = [
             Leaf(spec, MemoryBuffer(source))
@@ -133,13 +133,13 @@ def transfer_copy(
 
 
 class SavedBytes:
-    """What will come for each leaf, before it does; on root, which has it at hand.
+    """The bytes that will arrive for each leaf, on root, before they arrive.
 
     Not collective.
 
     Args:
         found: The generation or the copy.
-        match: Where everything goes.
+        match: The destinations.
     """
 
     def __init__(self, found: OpenGeneration, match: StateMatch) -> None:
@@ -149,7 +149,7 @@ class SavedBytes:
         """Return the bytes of a leaf.
 
         Raises:
-            CorruptGenerationError: On the calling rank, if they are not those saved.
+            CorruptGenerationError: On the calling rank, if the bytes are not those saved.
         """
         reader = self._found.reader
         if reader is None:
@@ -188,7 +188,7 @@ def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryvie
 def _read(
     found: OpenGeneration, match: StateMatch, windows: Sequence[Window]
 ) -> Generator[memoryview]:
-    """Give the proven bytes of the windows that this rank reads."""
+    """Yield the proven bytes of the windows that this rank reads."""
     if found.reader is not None:
         yield from proven_windows(found.reader, _stored_leaves(found, match), windows)
 
@@ -196,7 +196,7 @@ def _read(
 def _cut(
     window: Window, groups: Sequence[Sequence[Block]], data: memoryview
 ) -> list[memoryview]:
-    """Return what is sent as one, of the bytes of a window."""
+    """Return the messages into which the bytes of a window are cut."""
     start = window.start
     return [data[group[0].offset - start : _end(group) - start] for group in groups]
 
@@ -206,7 +206,7 @@ def _end(group: Sequence[Block]) -> int:
 
 
 def _room(group: Sequence[Block], targets: Sequence[Target]) -> memoryview:
-    """Return memory for blocks to arrive in: where it belongs, if it is one block."""
+    """Return memory to receive blocks: the destination itself, if it is one block."""
     if len(group) > 1:
         return memoryview(bytearray(_end(group) - group[0].offset))
     (block,) = group
@@ -221,7 +221,7 @@ def _place(
     *,
     is_mine: bool,
 ) -> None:
-    """Put blocks that have come where they belong on this rank."""
+    """Store arrived blocks in their destinations on this rank."""
     leaf = 0
     try:
         for group, buffer in zip(groups, buffers, strict=True):

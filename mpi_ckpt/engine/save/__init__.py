@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one save runs: staged, written, published, by root or by several ranks."""
+"""Runs one save: stage, write, publish, by root or by several ranks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One worker thread on root, for what need not hold up the training. No MPI in it."""
+"""Runs file work on one worker thread, so that the training need not wait. No MPI in it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Result = TypeVar("Result")
 
 
 class Background:
-    """Runs file work one piece after the other. Used from the main thread.
+    """Runs pieces of file work one after the other. Used from the main thread.
 
-    INVARIANT: its thread never calls MPI. It ends in `close`, or when nobody holds this
-    any more; at interpreter exit what was submitted is waited for.
+    INVARIANT: its thread never calls MPI. It ends in `close`, or when the last reference to
+    this object is gone; the interpreter waits for submitted work at exit.
 
     Args:
-        exit_seconds: How long, at interpreter exit.
-        give_up: Called if that was too short: ends the process, which could not end by
-            itself. None: it is waited for as long as it takes.
+        exit_seconds: How long the interpreter waits at exit.
+        give_up: Called after that time: ends the process, which could not end by itself.
+            None: waits without a limit.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Background:
         self._give_up = give_up
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run work after all that was submitted before. Not collective."""
+        """Run work after all work submitted before. Not collective."""
         if self._pool is None:
             _finish_at_exit()
             self._pool = ThreadPoolExecutor(1, "mpi_ckpt-save")
         try:
             future = self._pool.submit(work)
         except RuntimeError:
-            # The interpreter is on its way out and starts nothing behind anybody's back.
+            # The interpreter is ending and starts no more background work.
             return run_here(work)
         self._futures = [one for one in self._futures if not one.done()]
         self._futures.append(future)
@@ -52,22 +52,22 @@ class Background:
         return future
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait until nothing runs; outcomes stay with their futures. Not collective.
+        """Wait until no work runs; results and errors stay in the futures. Not collective.
 
         Args:
-            seconds: How long at most; None for as long as it takes.
+            seconds: How long at most; None for no limit.
 
         Returns:
-            Whether nothing runs.
+            Whether no work runs.
         """
         _, self._futures = map(list, wait(self._futures, seconds))
         return not self._futures
 
     def close(self, seconds: float | None = None) -> bool:
-        """Finish what was submitted, and end the thread. Callable twice.
+        """Finish the submitted work, and end the thread. Callable twice.
 
         Args:
-            seconds: How long to wait for that; None for as long as it takes.
+            seconds: How long to wait; None for no limit.
 
         Returns:
             Whether the thread has ended. If not, it ends with its work.
@@ -79,7 +79,7 @@ class Background:
         return ended
 
 
-# Work that is not done -> how long to wait for it at exit, and what to do after that.
+# Unfinished work -> how long to wait for it at exit, and what to call after that.
 _UNDER_WAY: dict[Future[Any], tuple[float | None, Callable[[], None] | None]] = {}
 os.register_at_fork(after_in_child=_UNDER_WAY.clear)  # the thread is not in the child
 
@@ -87,12 +87,12 @@ _waits_at_exit = False
 
 
 def _finish_at_exit() -> None:
-    """Have what is under way waited for before the interpreter ends. Once a process."""
+    """Make the interpreter wait for running work before it ends. Once a process."""
     global _waits_at_exit
     if not _waits_at_exit:
-        # Not by `atexit`, which comes too late: from the moment that the interpreter joins
-        # its threads no pool takes work any more, and a save writes by such pools. (Python
-        # 3.12.0 and 3.12.1 start no thread even now: there such a save fails, and says so.)
+        # Not by `atexit`, which runs too late: once the interpreter joins its threads, no
+        # thread pool accepts work, and a save writes through such pools. (Python 3.12.0 and
+        # 3.12.1 start no thread even now: there such a save fails with an error.)
         register = getattr(threading, "_register_atexit", atexit.register)
         register(_wait_at_exit)
         _waits_at_exit = True
@@ -110,7 +110,7 @@ def _forget(future: Future[Any]) -> None:
 
 
 def run_here(work: Callable[[], Result]) -> Future[Result]:
-    """Run work on this thread; return how it ended. Not collective."""
+    """Run work on this thread; return its result or error as a future. Not collective."""
     future: Future[Result] = Future()
     try:
         future.set_result(work())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of the states in the memory of the ranks that hold one."""
+"""Copies the states into the `Memory` of each rank that holds a copy."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ _DOING = "remembering the states"
 def copy_into(
     memory: Memory, comm: Communicator, request: SaveRequest, *, late: bool
 ) -> Staged | None:
-    """Copy what a save would write into the memory, on the ranks that hold a copy.
+    """Copy the contents of a save into the memory, on the ranks that hold a copy.
 
-    Collective. Main thread only. Nothing is being written from the memory. A rank that is
-    killed meanwhile leaves each of the others with a whole copy: the last or this one.
+    Collective. Main thread only. No save is being written from the memory. If a rank is
+    killed meanwhile, each other rank still has a whole copy: the previous one or this one.
 
     Args:
-        memory: Of the same kind on every rank.
+        memory: The memory, of the same kind on every rank.
         comm: The communicator.
-        request: What a save takes, all of it.
-        late: Whether root may leave leaves behind a gate to whoever carries the save out.
+        request: All contents of a save.
+        late: Whether root may leave the copies of leaves behind a gate to the thread that
+            writes the save.
 
     Returns:
         The copies, on ranks that hold one; None elsewhere.
 
     Raises:
-        StageError: On every rank, if a state cannot be copied on any, or there is no
-            memory to copy it to.
+        StageError: On every rank, if any rank cannot copy a state, or lacks the memory for
+            it.
     """
-    # All that ranks must meet for comes first: what is left is a copy, which none can
-    # keep from its end.
+    # All meetings of the ranks come first: only a copy follows, which no other rank can
+    # block.
     told = _tell(comm, memory, request.states)
 
     def keep() -> Staged | None:
@@ -72,7 +73,7 @@ def copy_into(
 def _tell(
     comm: Communicator, memory: Memory, states: Sequence[CapturedState | State]
 ) -> Mapping[str, bytes]:
-    """Send what only root knows to all: state name -> bytes. Collective."""
+    """Send all ranks what only root knows: state name -> bytes. Collective."""
     if comm.size == 1 or memory.holders == "root":
         return {}
     theirs = [one for one in states if _is_roots(one)]
@@ -89,7 +90,7 @@ def _tell(
 
 
 def _is_roots(one: CapturedState | State) -> bool:
-    """Return whether only root knows what a save would write of a state."""
+    """Return whether only root knows the contents of a state that a save would write."""
     state = _state_of(one)
     if not isinstance(state, LeafState) or isinstance(state, PartsState):
         return True
@@ -121,8 +122,8 @@ def _take_here(
         elif isinstance(state, LeafState) and state.name in told:
             yield _decode(state, told[state.name])
         elif isinstance(state, LeafState):
-            # Taken anew: what a sync has put in place came after it had captured. Digests
-            # that do not fit any more are of a state that nobody but root writes.
+            # Capture again: a sync stored bytes after it had captured. Digests that no
+            # longer match belong to a state that only root writes.
             (mine,) = capture_states([state])
             known = one.digests if isinstance(one, CapturedState) else None
             yield replace(mine, digests=known)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A generation from its beginning to its publication, as root sees it. No MPI."""
+"""Makes a generation on root, from its beginning to its publication. No MPI."""
 
 from __future__ import annotations
 
@@ -40,25 +40,24 @@ logger = logging.getLogger(__name__)
 
 _NO_HEADER = digest_bytes(b"")
 
-# Of more than so many bytes a few leaves are digested before all are.
+# Above this size, a sample of leaves is digested first.
 _SAMPLED_BYTES_MIN = 64 << 20
 _SAMPLES = 8
 
-# Early enough for whoever reads it to change what is saved before no save works any more.
+# Early enough for the user to change the states before saves start to fail.
 _WARNED_BYTES = MANIFEST_BYTES_MAX // 4
 
 
 class Draft:
-    """A generation that root has begun: `begin` makes one, `publish` makes it exist.
+    """A generation that root is making: `begin` starts it, `publish` makes it exist.
 
-    Not collective. A context manager, which drops it on any failure. What older
-    generations hold unchanged is shared at once; what is left is written by root alone,
-    or by several ranks.
+    Not collective. A context manager, which drops the draft on any failure. `begin` shares
+    the unchanged leaves of older generations; root alone, or several ranks, write the rest.
 
     Attributes:
-        partial: Where files go.
-        captured: What is saved of leaf states.
-        fresh: Of each of them, the indices of the leaves that must be written.
+        partial: The directory that receives the files.
+        captured: The contents of the leaf states.
+        fresh: For each of them, the indices of the leaves that must be written.
     """
 
     def __init__(
@@ -88,17 +87,17 @@ class Draft:
     def begin(
         cls, directory: CheckpointDirectory, request: SaveRequest, options: Options
     ) -> Draft:
-        """Make the directory of a generation, share what is unchanged, look for room.
+        """Make the directory of a generation, share unchanged leaves, check the free space.
 
         Args:
-            directory: Owned by this job.
+            directory: The directory, owned by this job.
             request: What to save.
-            options: Say what is shared with older generations, and which of them may
-                go; nothing is removed here.
+            options: They define what is shared with older generations, and which of those
+                may be removed; nothing is removed here.
 
         Raises:
-            SaveError: On the calling rank; nothing is left behind. A WriteError with
-                ENOSPC if the file system has no room for it.
+            SaveError: On the calling rank; no files are left behind. A WriteError with
+                ENOSPC if the file system lacks the space.
         """
         partial = directory.begin()
         try:
@@ -118,21 +117,21 @@ class Draft:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # Whatever it was, no half-written generation stays.
+        # Whatever the exception, no half-written generation stays.
         if kind is not None:
             self.drop()
 
     def drop(self) -> None:
-        """Leave nothing behind. Not collective. Callable twice."""
+        """Remove the partial, if any. Not collective. Callable twice."""
         _drop(self.partial, self._directory)
 
     @property
     def fresh_states(self) -> list[CapturedState]:
-        """All that must be written of leaf states."""
+        """The leaves that must be written, by state."""
         return [pick_leaves(*one) for one in zip(self.captured, self.fresh, strict=True)]
 
     def write(self, captured: Sequence[CapturedState], plain: Sequence[State]) -> None:
-        """Write root's share: plain states write themselves, leaves go into one file.
+        """Write root's share: the streams of plain states, and one file of leaves.
 
         Raises:
             SaveError: On the calling rank.
@@ -147,7 +146,7 @@ class Draft:
         """Make the generation exist.
 
         Args:
-            others: The files of leaves that other ranks have written; they are durable.
+            others: The files of leaves that other ranks have written, which are durable.
 
         Raises:
             SaveError: On the calling rank; nothing was published.
@@ -220,7 +219,7 @@ class Draft:
                 if isinstance(error, OSError) and not isinstance(
                     error, UnsupportedOperation
                 ):
-                    raise  # what the disk refuses is told as such
+                    raise  # errors of the disk are reported as such
                 raise StageError(f"save() of state {state.name!r}: {error!r}") from error
 
         nbytes, digest = self.partial.write_stream(name, save)
@@ -232,7 +231,7 @@ class Draft:
 
 def _drop(partial: Partial, directory: CheckpointDirectory) -> None:
     partial.drop()
-    # The newest generation may be gone, by somebody's hand: look again next time.
+    # Someone may have removed the newest generation: look again next time.
     directory.forget_newest()
 
 
@@ -242,9 +241,9 @@ def _digest_ahead(
     captured: Sequence[CapturedState],
     options: Options,
 ) -> Sequence[CapturedState]:
-    """Digest what may be shared; where nothing is, digests are taken as it is written.
+    """Digest leaves that may be shared; other leaves are digested while they are written.
 
-    A file is shared if half of it is unchanged, and of that a sample finds some.
+    A file is shared if half of it is unchanged, and a sample finds some of that half.
     """
     threads = options.io.digest_threads
     undigested = [one for one in captured if one.digests is None]
@@ -260,7 +259,7 @@ def _digest_ahead(
 
 
 def _has_room(partial: Partial, nbytes: int) -> bool:
-    # Where there is little, whatever can be shared must be.
+    # If there is little space, all that can be shared must be shared.
     try:
         partial.require_space(nbytes, 1)
     except WriteError:
@@ -275,7 +274,7 @@ def _link_unchanged(
     captured: Sequence[CapturedState],
     options: Options,
 ) -> SharedLeaves:
-    """Share files of the newest generation, and say where in the new one they are."""
+    """Share files of the newest generation, and return their places in the new one."""
     carry, reuse = request.carry, options.io.reuse
     if carry is None and not reuse:
         return SharedLeaves()
@@ -309,7 +308,7 @@ def _newest(directory: CheckpointDirectory, *, needed: bool) -> Manifest | None:
     except RestoreError as error:
         if needed:
             raise
-        # Nothing good to share: no reason not to save.
+        # Nothing good to share, but the save can go on.
         logger.info("nothing is shared with older generations: %s", error)
         return None
 

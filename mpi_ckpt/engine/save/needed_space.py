@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a save takes of the disk, foreseen before a byte of it is written. Pure."""
+"""Estimates the disk space of a save, before its first byte is written. Pure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.state import State
 
-# What the manifest, and the header of a file, say of a leaf takes at least this much and
-# its name. Less than it takes is foreseen on purpose: nothing that fits may be refused.
+# An entry for a leaf in the manifest, or in a file's header, takes at least this much and
+# its name. The estimate is low on purpose: a save that fits must not be refused.
 _MANIFEST_ENTRY_BYTES = 100
 _HEADER_ENTRY_BYTES = 50
 
 
 class SpaceNeeded(NamedTuple):
-    """Bytes that will be written and files that will be made, by all ranks, or more."""
+    """A lower bound of the bytes and files that all ranks will write."""
 
     nbytes: int
     files: int
@@ -31,13 +31,13 @@ def foresee_space(
     fresh: Sequence[Sequence[int]],
     plain: Sequence[State],
 ) -> SpaceNeeded:
-    """Return what a save takes at least.
+    """Return the least space that a save takes.
 
-    Not collective. Thread-safe. What a plain state writes is known only if it is staged.
+    Not collective. Thread-safe. The size of a plain state is known only if it is staged.
 
     Args:
-        captured: What is saved of leaf states.
-        fresh: Of each of them, the indices of the leaves that must be written.
+        captured: The contents of the leaf states.
+        fresh: For each of them, the indices of the leaves that must be written.
         plain: The states that write themselves.
     """
     every = [spec for one in captured for spec in one.specs]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A save that is staged and on its way to disk."""
+"""Represents a save that is staged and is being written."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ logger = logging.getLogger(__name__)
 
 
 class PendingSave:
-    """What an asynchronous `CheckpointManager.save` returns.
+    """The result of an asynchronous `CheckpointManager.save`.
 
     Main thread only. The manager finishes it by itself at a later ``step()``, ``save()``,
-    ``restore()``, ``wait()`` or ``close()``, and raises there what went wrong.
+    ``restore()``, ``wait()`` or ``close()``, and raises its error there.
 
     Args:
         comm: The manager's communicator.
         save: The save; its writing has begun.
 
     Attributes:
-        leave: Not collective: to be called when the ranks will not meet for it any more.
+        leave: Not collective: call it if the ranks will no longer meet for the save.
     """
 
     def __init__(self, comm: Communicator, save: Save) -> None:
         self._comm = comm
         self._save = save
         self._error: CheckpointError | None = None
-        # Also when nobody holds this any more, and when the interpreter ends.
+        # Also after the last reference to this is gone, and when the interpreter ends.
         tell = partial(_tell_of_the_end, save, comm.is_root)
         self.leave = weakref.finalize(self, _leave, save.work, tell)
 
@@ -52,7 +52,7 @@ class PendingSave:
 
     @property
     def finished(self) -> bool:
-        """Whether every rank has heard how the save ended. Not collective."""
+        """Whether every rank knows how the save ended. Not collective."""
         return self.report is not None or self._error is not None
 
     @property
@@ -107,7 +107,7 @@ def _leave(work: Future[None] | None, tell: partial[None]) -> None:
 
 
 def _tell_of_the_end(save: Save, is_root: bool, work: Future[None]) -> None:
-    """Say what became of a save for which the ranks did not meet any more."""
+    """Log how a save ended if the ranks did not meet for it again."""
     if not is_root:
         return
     left = f"the save of step {save.step} was left without wait() or close()"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a save is asked for, and what came of it: plain values."""
+"""Defines the request and the result of a save: plain values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What all ranks have agreed to save.
+    """The states that all ranks have agreed to save.
 
     Attributes:
         states: The same states in the same order on every rank.
-        parts: What this rank holds of those that have parts; None if it is to be taken
-            once the plain states have synced.
+        parts: This rank's parts; None if they are to be taken after the plain states have
+            synced.
     """
 
     states: Sequence[State]
@@ -31,14 +31,14 @@ class Begun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRequest:
-    """What is to be saved.
+    """The contents of a save.
 
     Attributes:
         states: Captured leaf states, and plain states to be streamed, in order.
         step: The training step.
         metrics: The user's metrics.
         size: Number of ranks.
-        carry: Tells by name which of the newest generation's other states go along;
+        carry: Decides by name which other states of the newest generation to carry over;
             None for none.
     """
 
@@ -67,8 +67,8 @@ class Published:
         generation: Its number.
         path: Its directory.
         bytes_written: Bytes written for it, by all ranks.
-        bytes_reused: Bytes of leaves that it shares with older generations.
-        retired: Older generations that retention now gives up.
+        bytes_reused: Bytes of the leaves that it shares with older generations.
+        retired: Older generations that retention no longer keeps.
     """
 
     generation: int
@@ -78,7 +78,7 @@ class Published:
     retired: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what every rank is told of it. Not collective. Thread-safe."""
+        """Return the values that root sends to every rank. Not collective. Thread-safe."""
         return {
             "generation": self.generation,
             "path": str(self.path),

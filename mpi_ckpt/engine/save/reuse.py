@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which leaves need not be written again, because an older generation has them. Pure."""
+"""Finds leaves that an older generation already holds, which need no writing. Pure."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
         StoredState,
     )
 
-# A file of whose data less than this share is still in use is not shared any further: the
-# rest of it would stay on disk for nothing.
+# If less than this share of a file's data is still in use, the file is no longer shared:
+# the unused rest would waste disk space.
 _LIVE_SHARE_MIN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class SharedLeaves:
-    """What a new generation takes from an older one.
+    """The leaves that a new generation shares with an older one.
 
     Attributes:
-        leaves: (Index of the state, index of the leaf) -> where the older one has it.
-        states: States taken along as they are.
-        files: The older one's files that these need, by name.
+        leaves: (Index of the state, index of the leaf) -> its place in the older
+            generation.
+        states: States carried over unchanged.
+        files: The older generation's files that these need, by name.
     """
 
     leaves: Mapping[tuple[int, int], StoredLeaf] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class SharedLeaves:
     files: Mapping[str, StoredFile] = field(default_factory=dict)
 
     def without_files(self, refused: set[str]) -> SharedLeaves:
-        """Give up sharing some files; their leaves are written again. Not collective."""
+        """Return it without some files; their leaves are written again. Not collective."""
         leaves = {
             at: one for at, one in self.leaves.items() if one.extent.file not in refused
         }
@@ -49,10 +50,11 @@ class SharedLeaves:
         return SharedLeaves(leaves, self.states, files)
 
     def renamed(self, rename: Callable[[str, int], str]) -> SharedLeaves:
-        """Give the files the names they have in the new generation. Not collective.
+        """Return it with the files' names in the new generation. Not collective.
 
         Args:
-            rename: From a name and the generation that wrote the file.
+            rename: Makes the new name from the old one and the generation that wrote the
+                file.
         """
         names = {name: rename(name, one.generation) for name, one in self.files.items()}
 
@@ -83,15 +85,15 @@ def plan_reuse(
 ) -> SharedLeaves:
     """Find the leaves that an older generation holds unchanged.
 
-    Not collective. Thread-safe. A leaf is unchanged if state, name, dtype, shape and
-    digest are.
+    Not collective. Thread-safe. A leaf is unchanged if its state, name, dtype, shape and
+    digest are the same.
 
     Args:
-        older: The newest generation there is.
-        captured: What is to be saved; only digested states are looked at.
+        older: The newest generation.
+        captured: The contents to save; only digested states are compared.
         generation: Number of the new generation.
         full_every: Files written so many generations ago, or more, are not shared.
-        carried: States of ``older`` that must be taken along, whatever it costs.
+        carried: States of ``older`` that must be carried over in any case.
     """
     files = {file.name: file for file in older.files}
     taken = [leaf for state in carried for leaf in state.leaves]
@@ -114,10 +116,10 @@ def plan_reuse(
 
 
 def sample(captured: Sequence[CapturedState], count: int) -> list[CapturedState]:
-    """Pick leaves at so many places spread evenly over the bytes of some states.
+    """Pick leaves at ``count`` places spread evenly over the bytes of some states.
 
-    Not collective. Thread-safe. Of leaves side by side that hold more than one part in
-    ``count`` of all bytes, one is always picked.
+    Not collective. Thread-safe. From adjacent leaves that hold more than one part in
+    ``count`` of all bytes, it always picks one.
     """
     sizes = [spec.nbytes for one in captured for spec in one.specs]
     ends = list(accumulate(sizes, initial=0))
@@ -131,7 +133,7 @@ def sample(captured: Sequence[CapturedState], count: int) -> list[CapturedState]
 
 
 def has_unchanged(older: Manifest, captured: Sequence[CapturedState]) -> bool:
-    """Return whether an older generation holds any of some digested leaves unchanged.
+    """Return whether an older generation holds any of the digested leaves unchanged.
 
     Not collective. Thread-safe.
     """
@@ -149,7 +151,7 @@ def _unchanged(
         known = {leaf.spec.name: leaf for leaf in stored.leaves}
         for number, (spec, digest) in enumerate(zip(one.specs, one.digests, strict=True)):
             leaf = known.get(spec.name)
-            # The digests first: they are what differs, as a rule.
+            # Compare digests first: they usually differ.
             if (
                 leaf is not None
                 and leaf.digest.blocks == digest.blocks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Begins saves, and knows which one is under way."""
+"""Begins saves, and keeps the one that is pending."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Begins saves, one after the other; knows what is under way.
+    """Begins saves, one after the other, and keeps the pending one.
 
-    Main thread only. The directory is root's background thread's while that works, so
-    everything that touches it calls `finish` first.
+    Main thread only. While root's background thread works, only that thread may use the
+    directory: all other code calls `finish` first.
 
     Args:
         session: The manager's.
         registry: The manager's.
 
     Attributes:
-        costs: What saves have taken in this run.
-        pending: The save that is under way; None for none.
+        costs: The times that saves have taken in this run.
+        pending: The pending save; None for none.
     """
 
     def __init__(self, session: Session, registry: Registry) -> None:
@@ -66,15 +66,16 @@ class Saver:
         return self.pending is not None and self.pending.is_writing
 
     def make_way(self) -> PendingSave | None:
-        """End a save that is under way, or do as the options say about it.
+        """Finish the pending save, or do what the options say instead.
 
         Collective.
 
         Returns:
-            The pending save, if another shall not be made.
+            The pending save, if no other save is to be made.
 
         Raises:
-            SaveError: On every rank, if the pending save failed, or is in the way.
+            SaveError: On every rank, if the pending save failed, or the options forbid
+                another.
         """
         asynchronous = self._session.options.asynchronous
         if self.pending is not None and not self.pending.finished:
@@ -98,16 +99,16 @@ class Saver:
         carry: Callable[[str], bool] | None,
         clock: PhaseClock,
     ) -> Save:
-        """Begin a save, once all ranks have agreed on what is saved. Collective.
+        """Begin a save, after all ranks have agreed on its states. Collective.
 
         Args:
             only: Names of the states to save; None for all that are not skipped.
             step: Training step to note.
-            sync: Whether to make the replicas equal first; None: as the options say.
-            metrics: The program's.
-            carry: With ``only``: tells by name which of the others go along; None for
-                all. Asked on root.
-            clock: Started when the save was asked for.
+            sync: Whether to make the replicas equal first; None: as in the options.
+            metrics: The program's metrics.
+            carry: With ``only``: decides on root, by name, which other states to carry
+                over; None for all.
+            clock: Started with the call of the save.
 
         Raises:
             RegistrationError: On every rank, if names are unknown or differ.
@@ -117,10 +118,10 @@ class Saver:
         syncs = session.options.sync if sync is None else sync
 
         def begin(states: list[State]) -> Begun:
-            # First of all: a job that may not save here must not find out after hours.
+            # Check this first: a job must learn at once that it may not save here.
             if session.comm.is_root:
                 session.directory.own()
-            # What a plain state's sync() changes, parts must not have been taken before.
+            # Take parts after the plain states' sync(), which may change them.
             waits = syncs and any(not isinstance(state, LeafState) for state in states)
             return Begun(states, None if waits else take_parts(states))
 
@@ -132,12 +133,12 @@ class Saver:
             step=step,
             sync=syncs,
             metrics=metrics,
-            carry=None if only is None else carry or bool,  # every name is true
+            carry=None if only is None else carry or bool,  # bool(name) is true
             clock=clock,
         )
 
     def leave(self, save: Save) -> PendingSave:
-        """Leave a save to its end behind the training's back. Not collective."""
+        """Leave a save to finish in the background. Not collective."""
         self.costs.note_save(save.seconds)
         self.pending = PendingSave(self._session.comm, save)
         return self.pending
@@ -149,16 +150,16 @@ class Saver:
         return save.report
 
     def remember(self, step: int) -> None:
-        """Copy the states into the `Memory`, as they are, without saving them.
+        """Copy the states into the `Memory`, without a sync and without a save.
 
-        Collective. Nothing is pending.
+        Collective. No save is pending.
 
         Args:
             step: Training step to note.
 
         Raises:
-            OptionsError: On every rank, if there is no memory to copy them to.
-            CheckpointError: On every rank, if a state cannot be copied on any.
+            OptionsError: On every rank, if the manager has no `Memory`.
+            CheckpointError: On every rank, if any rank cannot copy a state.
         """
         comm, memory = self._session.comm, self._session.memory
         if memory is None:
@@ -176,7 +177,7 @@ class Saver:
         copy_into(memory, comm, request, late=False)
 
     def finish(self) -> None:
-        """End what is under way; root's thread is idle after.
+        """Finish the pending save; root's thread is idle afterwards.
 
         Collective.
 
@@ -193,13 +194,13 @@ class Saver:
             self._workshop.background.join()  # not collective
 
     def close(self) -> bool:
-        """Let root's thread finish, and give back its memory. Not collective.
+        """Let root's thread finish, and free its memory. Not collective.
 
-        A save that the ranks have not met for is left to its end, and that is told.
+        A save that the ranks have not met for finishes in the background and logs its end.
 
         Returns:
-            False if the thread is still at work after ``Options.deadline_seconds``; the
-            directory is then still its own.
+            False if the thread still works after ``Options.deadline_seconds``; the
+            directory then still belongs to it.
         """
         pending, self.pending = self.pending, None
         if pending is not None and not pending.finished:
@@ -211,7 +212,7 @@ class Saver:
         return True
 
     def let_go(self) -> None:
-        """Close, and leave the directory unless it is still written to. Not collective."""
+        """Close; release the directory unless the thread still writes. Not collective."""
         if self.close():
             self._session.directory.close()
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One save, in its steps: sync, stage, write, publish, prune.
+"""Runs one save in its steps: sync, stage, write, publish, prune.
 
-Root alone is one writer with one share, and publishes in the same breath. Where several
-ranks write, each writes a file of its own, and root publishes after all have agreed. Only
-leaves that every rank has proven equal are shared out: those of states that are not
-compared, or that had to be made equal just now, and plain states, are root's to write.
+If root writes alone, it publishes right after writing. If several ranks write, each writes
+its own file, and root publishes after all have agreed. Only leaves that every rank has
+proven equal are shared out. Root writes plain states, and the leaves of states that are not
+compared or that this save had to make equal.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What the saves of a manager have in common.
+    """The resources that the saves of a manager share.
 
     Attributes:
         arena: Memory for the copies of an asynchronous save.
         background: Root's thread, or another writer's.
-        costs: What saves have taken.
-        teller: Says what syncs have changed.
+        costs: The times that saves have taken.
+        teller: Logs what syncs have changed.
     """
 
     arena: Arena
@@ -68,20 +68,20 @@ class Save:
 
     Args:
         session: The manager's.
-        workshop: What saves have in common.
-        begun: What is saved.
+        workshop: The resources that saves share.
+        begun: The states to save.
         step: Training step to note.
         sync: Whether to make the replicas equal first; if not, root's are saved.
-        metrics: The program's.
-        carry: Tells by name which other states of the newest generation go along; None
-            if these are all there are.
-        clock: Started when the save was asked for.
+        metrics: The program's metrics.
+        carry: Decides by name which other states of the newest generation to carry over;
+            None if all states are saved.
+        clock: Started with the call of the save.
 
     Attributes:
         step: The training step.
-        work: This rank's, once it was begun; None if it has none.
-        published: What root has published, on root.
-        report: Of the save, once it was acknowledged.
+        work: This rank's work, once it has begun; None if it has none.
+        published: The published generation, on root.
+        report: The report of the save, once it was acknowledged.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Save:
         self._synced = SyncReport()
         self._mine: Sequence[CapturedState | State] = ()
         self._late = LateCopies()
-        # Where several ranks write; on root: the generation, and who writes what of it.
+        # If several ranks write: on root, the generation and each rank's share of it.
         self._task: Task | None = None
         self._draft: Draft | None = None
         self._shares: dict[int, Share] = {}
@@ -119,14 +119,14 @@ class Save:
 
     @property
     def seconds(self) -> float:
-        """How long it has taken so far. Not collective."""
+        """Seconds since the save began. Not collective."""
         return self._clock.seconds()["total"]
 
     def sync(self) -> None:
-        """Make the replicas equal, and take what is to be saved of them.
+        """Make the replicas equal, and capture their contents.
 
         Raises:
-            CheckpointError: On every rank, if the states cannot be taken on any.
+            CheckpointError: On every rank, if any rank cannot sync or capture the states.
         """
         comm, states, parts = self._session.comm, self._begun.states, self._begun.parts
         with self._clock.phase("sync"):
@@ -143,16 +143,16 @@ class Save:
         self._request = replace(self._request, states=taken)
 
     def stage(self) -> None:
-        """Share the work out, and copy what may change before it is written.
+        """Share out the work, and copy contents that may change before they are written.
 
         Raises:
-            SaveError: On every rank, if root cannot begin a generation, or a state cannot
-                be copied on any.
+            SaveError: On every rank, if root cannot begin a generation, or any rank cannot
+                copy a state.
         """
         comm, options = self._session.comm, self._session.options
         is_copied = self._copy_into_memory()
         writers = choose_ranks(options.writers, comm.topology)
-        # What was compared is known to all: every rank goes the same way.
+        # All ranks know the result of the comparison: every rank takes the same branch.
         equal = self._proven_equal()
         if len(writers) > 1 and equal:
             self._share_out(writers, equal)
@@ -166,9 +166,9 @@ class Save:
                 raise
 
     def write(self) -> None:
-        """Write this rank's share: now, or behind the training's back.
+        """Write this rank's share: now, or in the background.
 
-        Not collective. How it ends is told by `publish`. Root, as the only writer,
+        Not collective. `publish` reports how it ends. If root is the only writer, this
         publishes as well.
         """
         if not (self._mine or self._session.comm.is_root):
@@ -186,7 +186,7 @@ class Save:
             self.work = background.submit(self._write)
 
     def publish(self) -> None:
-        """Agree on how the writing ended; have the generation published, and report it.
+        """Agree on how the writing ended; let root publish the generation, and report it.
 
         Raises:
             SaveError: On every rank; nothing was published.
@@ -214,14 +214,14 @@ class Save:
             sync=self._synced,
         )
         self._workshop.costs.note_durable(self.report.seconds["total"])
-        # What Python would look through when it next collects garbage.
+        # Otherwise Python's next garbage collection would scan these.
         self._request, self._mine, self._draft = replace(self._request, states=()), (), None
 
     def prune(self) -> None:
-        """Remove what retention gives up, behind the training's back. Not collective.
+        """Remove generations that retention no longer keeps. Not collective.
 
-        Every rank has heard by now that the new generation is durable: what it replaces
-        may go, and nobody needs to wait for that.
+        In the background. Every rank knows by now that the new generation is durable: the
+        generations that it replaces may go, and no rank needs to wait for that.
         """
         published = self.published
         if published is None:
@@ -232,17 +232,17 @@ class Save:
             self._workshop.background.submit(lambda: directory.remove(published.retired))
 
     def abandon(self) -> None:
-        """Leave nothing behind. Not collective. No rank writes any more."""
+        """Remove the partial. Not collective. No rank still writes."""
         if self._draft is not None:
             self._draft.drop()
 
     def _copy_into_memory(self) -> bool:
-        """Copy the states into the `Memory`, if there is one; say if a copy is saved."""
+        """Copy the states into the `Memory`, if any; return whether the copy is saved."""
         session, request = self._session, self._request
         if session.memory is None:
             return False
         if request.carry is not None:
-            # A save of some states only leaves none, as none would be complete.
+            # A save of only some states leaves no copy, since it would be incomplete.
             session.memory.clear()
             return False
         with self._clock.phase("stage"):
@@ -259,7 +259,7 @@ class Save:
         return compared - set(self._synced.differing)
 
     def _share_out(self, writers: Sequence[int], equal: set[str]) -> None:
-        """Begin the generation on root, and tell each rank what to write of it."""
+        """Begin the generation on root, and send each rank its share."""
         session, request = self._session, self._request
         comm, options = session.comm, session.options
 
@@ -318,13 +318,13 @@ class Save:
             self.work.result()
 
     def _conclude(self) -> dict[str, Any]:
-        """Wait for what root alone has written and published. On root."""
+        """Wait until root alone has written and published. On root."""
         self._await_work()
         assert self.published is not None
         return {**self.published.to_json(), "seconds": self._clock.seconds()}
 
     def _publish(self) -> dict[str, Any]:
-        """Publish what several ranks have written. On root."""
+        """Publish the files of several ranks. On root."""
         assert self._draft is not None
         assert self._task is not None
         captured, number = self._draft.captured, self._task.generation

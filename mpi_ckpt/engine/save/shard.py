@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leaves that one rank writes of a generation: one safetensors file. No MPI."""
+"""Writes one rank's leaves of a generation into one safetensors file. No MPI."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LeafKey(NamedTuple):
-    """Names of a state and of a leaf in it."""
+    """The name of a state and of a leaf in it."""
 
     state: str
     leaf: str
@@ -36,8 +36,8 @@ class ShardPlan:
 
     Attributes:
         header: The bytes before the first leaf.
-        order: Index of the state, and of the leaf in it, of each leaf in file order.
-        offsets: Where each of them starts in the file, without holes between them.
+        order: Indices of the state and of its leaf, for each leaf in file order.
+        offsets: Start of each leaf in the file, without gaps between them.
         nbytes: Size of the file.
     """
 
@@ -63,14 +63,14 @@ class Shard:
 def write_shard(
     partial: Partial, captured: Sequence[CapturedState], rank: int
 ) -> Shard | None:
-    """Write all leaves of some states in one durable file.
+    """Write all leaves of some states to one durable file.
 
-    Not collective. Leaves not digested yet are digested here, while earlier bytes are on
-    their way to disk.
+    Not collective. Leaves not digested yet are digested here, while earlier bytes are being
+    written.
 
     Args:
         partial: The generation being written.
-        captured: What this rank writes.
+        captured: The states whose leaves this rank writes.
         rank: This rank.
 
     Returns:
@@ -97,7 +97,8 @@ def write_shard(
                 digests.append(one.digests[leaf])
                 yield data
                 continue
-            # Block by block: while a large leaf is digested, the disk would run idle.
+            # Block by block: otherwise the disk would be idle while a large leaf is
+            # digested.
             blocks = []
             for block in split_blocks(data, BLOCK_BYTES):
                 blocks.append(digest_bytes(block))
@@ -111,12 +112,12 @@ def write_shard(
 def foresee_shard(
     captured: Sequence[CapturedState], rank: int, generation: int
 ) -> Shard | None:
-    """Return what `write_shard` makes on another rank, of states that are digested.
+    """Return the shard that `write_shard` makes on another rank from digested states.
 
     Not collective. Thread-safe.
 
     Args:
-        captured: Equal to those of the other rank.
+        captured: States equal to those of the other rank.
         rank: The other rank.
         generation: The generation being written.
     """
@@ -130,14 +131,14 @@ def foresee_shard(
 def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
     """Lay out the leaves of several states in one safetensors file.
 
-    Not collective. Thread-safe. Leaves of larger elements come first, so that every
-    leaf is aligned to its own elements; otherwise the order is the states'.
+    Not collective. Thread-safe. Leaves with larger elements come first, so that every leaf
+    is aligned to its element size; otherwise the order is that of the states.
 
     Args:
         states: Name and leaves of each state.
 
     Raises:
-        SaveError: On the calling rank, if the header would be too large to be read.
+        SaveError: On the calling rank, if the header would be too large to read.
     """
     order = sorted(
         (
@@ -168,7 +169,7 @@ def _plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
 
 @lru_cache(maxsize=4)
 def _plan_forms(forms: tuple[tuple[str, Form], ...]) -> ShardPlan:
-    # From save to save the forms are the same as a rule, and the plan with them.
+    # The forms, and so the plan, usually stay the same from save to save.
     return plan_shard([(name, form.specs) for name, form in forms])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which leaves each of several writers writes."""
+"""Decides which leaves each of several writers writes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Share = dict[str, list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one rank must know of a generation that root has begun.
+    """What a rank must know to write its share of a generation.
 
     Attributes:
         generation: Its number.
         job: Root's name of the job.
-        share: What the rank writes.
+        share: The leaves that the rank writes.
     """
 
     generation: int
@@ -45,15 +45,15 @@ def share_out(
     equal: Collection[str],
     writers: Sequence[int],
 ) -> dict[int, Share]:
-    """Say which leaves each writer writes.
+    """Decide which leaves each writer writes.
 
     Not collective. Thread-safe. Pure.
 
     Args:
-        captured: What is saved.
-        fresh: Indices of the leaves of each that are not shared with older generations.
+        captured: The contents of the save.
+        fresh: For each of them, the indices of leaves not shared with older generations.
         equal: Names of the states that any writer may write.
-        writers: Their ranks, root first.
+        writers: Ranks of the writers, root first.
     """
     free: list[tuple[tuple[str, int], int]] = []
     bound: list[tuple[str, int]] = []
@@ -73,17 +73,17 @@ def share_out(
 
 
 def split_by_bytes(sizes: Iterable[tuple[Key, int]], parts: int) -> list[list[Key]]:
-    """Split things over parts so that the parts are about equally heavy.
+    """Split items over parts so that the parts have about equal sizes.
 
-    Not collective. Thread-safe. Longest processing time first: each thing, the heaviest
-    first, goes to the lightest part (R. L. Graham, 1969: at most 4/3 of the optimum).
+    Not collective. Thread-safe. Longest processing time first: each item, the largest
+    first, goes to the smallest part (R. L. Graham, 1969: at most 4/3 of the optimum).
 
     Args:
-        sizes: Things and their bytes.
+        sizes: Items and their bytes.
         parts: Number of parts.
 
     Returns:
-        For each part its things, in the order they were given.
+        The items of each part, in their given order.
     """
     things = list(sizes)
     heaviest_first = sorted(range(len(things)), key=lambda i: -things[i][1])
@@ -104,14 +104,14 @@ def pick_share(
 
 
 def deal_tasks(comm: Communicator, tasks: Sequence[Task], window_bytes: int) -> Task:
-    """Give each rank its own task, which root knows.
+    """Send each rank its own task from root.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        tasks: One for each rank, in rank order, on root; empty elsewhere.
-        window_bytes: Most bytes on their way at once.
+        tasks: A task for each rank, in rank order, on root; empty elsewhere.
+        window_bytes: Limit of the bytes in flight.
     """
     encoded = [json.dumps([one.generation, one.job, one.share]).encode() for one in tasks]
     mine = scatter_bytes(

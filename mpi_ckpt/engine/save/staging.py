@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A private copy of what is to be saved, so that training can go on."""
+"""Copies the contents of a save to private memory, so that training can go on."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Gate
     from mpi_ckpt.memory import Arena
 
-# Each leaf starts at a multiple of this: copies of cache lines, aligned elements.
+# Each leaf starts at a multiple of this, for whole cache lines and aligned elements.
 _ALIGNMENT = 64
 
 
 class StagedStream(State):
-    """What a plain state wrote, kept in memory."""
+    """The stream of a plain state, kept in memory."""
 
     def __init__(self, name: str, data: memoryview) -> None:
         super().__init__(name)
@@ -35,15 +35,15 @@ class StagedStream(State):
 
     @property
     def nbytes(self) -> int:
-        """How much that is, in bytes."""
+        """Size of the stream in bytes."""
         return self._data.nbytes
 
     def leaf(self) -> Leaf:
-        """Return it as a leaf of bytes. Not collective. Thread-safe."""
+        """Return the stream as a leaf of bytes. Not collective. Thread-safe."""
         return Leaf(LeafSpec(STREAM, "U8", (self.nbytes,)), MemoryBuffer(self._data))
 
     def save(self, fileobj: BinaryIO) -> None:
-        """Write it again. Not collective. Thread-safe."""
+        """Write the stream to a file. Not collective. Thread-safe."""
         fileobj.write(self._data)
 
 
@@ -55,7 +55,7 @@ class _LateCopy:
     digest: Digest | None
 
     def is_spoilt(self) -> bool:
-        """Tell whether something else was copied than what was there at the save."""
+        """Return whether the copied bytes differ from those at the save."""
         if self.leaf.buffer.stamp() != self.stamp:
             return True
         # INVARIANT: no digest of other bytes than those written gets into a manifest.
@@ -63,9 +63,9 @@ class _LateCopy:
 
 
 class LateCopies:
-    """Copies that are made behind the training's back, of leaves that stand behind a gate.
+    """Copies of leaves behind a gate, which are made in the background.
 
-    Not collective. Filled on the main thread, carried out on another.
+    Not collective. Filled on the main thread, made on another thread.
     """
 
     def __init__(self) -> None:
@@ -77,26 +77,26 @@ class LateCopies:
 
     @property
     def gates(self) -> set[Gate]:
-        """What holds up the changes until `copy` has ended."""
+        """The gates that block changes until `copy` has ended."""
         return {one.leaf.gate for one in self._copies if one.leaf.gate is not None}
 
     def add(self, leaf: Leaf, place: memoryview, digest: Digest | None) -> None:
-        """Note a leaf, where it goes, and its digest if that was taken already."""
+        """Add a leaf, its destination, and its digest if already taken."""
         self._copies.append(_LateCopy(leaf, place, leaf.buffer.stamp(), digest))
 
     def when_copied(self, act: Callable[[], None]) -> None:
-        """Have something done once `copy` has ended well: at once if nothing is noted."""
+        """Call a function after `copy` succeeds; at once if there is nothing to copy."""
         if self._copies:
             self._copied = act
         else:
             act()
 
     def copy(self) -> None:
-        """Copy what was noted.
+        """Make the added copies.
 
         Raises:
-            StageError: On the calling rank, naming the leaves that were changed meanwhile
-                by somebody who did not pass the gate.
+            StageError: On the calling rank, with the names of leaves that other code
+                changed meanwhile without passing the gate.
         """
         for one in self._copies:
             one.leaf.buffer.copy_to(one.place)
@@ -118,7 +118,7 @@ class Staged:
 
     Attributes:
         states: The same states, over private memory.
-        late: Leaves whose copies are still to be made.
+        late: Copies still to be made.
     """
 
     states: list[CapturedState | State]
@@ -136,10 +136,10 @@ def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
         states: Captured leaf states, and plain states, in saving order.
 
     Returns:
-        The copies. Before the late ones are made nobody may pass their gates.
+        The copies. No code may pass the gates of the late ones before these are made.
 
     Raises:
-        StageError: On the calling rank, if memory is short or a state's save fails.
+        StageError: On the calling rank, if memory is short or a state's ``save`` fails.
     """
     captured = [one for one in states if isinstance(one, CapturedState)]
     sizes = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the next save is due, and what saves and steps have taken by this rank's clock."""
+"""Decides when a save is due, and measures saves and steps by this rank's clock."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mpi_ckpt.pacing import ASSUMED, AutoInterval, best_interval
 
 logger = logging.getLogger(__name__)
 
-# The first save of a run tells what one costs: soon, but not of a state just begun.
+# The first save of a run measures its cost: soon, but not right at the start.
 _FIRST_SECONDS = 60.0
 
-# A plan stays until a better one differs by this much: measurements always differ.
+# A plan stays until a better plan differs by this much: measurements vary.
 _HYSTERESIS = 0.25
 
-# As many saves as tell the usual from the odd one, and forget what has changed.
+# Enough saves to tell outliers from the usual, and few enough to follow changes.
 _KEPT = 5
 
-# Of each step, what it adds to the mean; at first the plain mean.
+# Weight of each step in the mean; the first steps use the plain mean.
 _WEIGHT = 0.1
 
 
@@ -30,11 +30,11 @@ class Interval:
     """Counts steps and time since the last save. Not collective. Not thread-safe.
 
     Args:
-        every: Steps, or time, or what to work a time out from, or None for never.
-        costs: What saves and steps take.
+        every: Steps, or a time, or an `AutoInterval`, or None for never.
+        costs: The measured times of saves and steps.
 
     Attributes:
-        failures: How often the job fails, as far as that is known.
+        failures: How often the job fails, as far as known.
     """
 
     def __init__(self, every: int | timedelta | AutoInterval | None, costs: Costs) -> None:
@@ -47,15 +47,15 @@ class Interval:
         self._saved_at = time.monotonic()
 
     def restart(self) -> None:
-        """Note that a save or restore was just done."""
+        """Note that a save or restore has just ended."""
         self._saved_at = time.monotonic()
 
     def is_due_at(self, step: int) -> bool:
-        """Tell whether a save is due by the number of steps: the same on every rank."""
+        """Return whether a save is due by the number of steps: the same on every rank."""
         return self._steps is not None and step % self._steps == 0
 
     def is_due_now(self) -> bool:
-        """Tell whether a save is due by this rank's clock; root's counts."""
+        """Return whether a save is due by this rank's clock; root's clock decides."""
         if self._auto is not None:
             self._plan(self._auto)
         if self._seconds is None:
@@ -102,15 +102,14 @@ class Interval:
 class Costs:
     """Remembers the last few saves, and how long a step takes. Not collective.
 
-    Not thread-safe. Asked at every step, so it works out its answers when it is told.
+    Not thread-safe. Every step reads it, so it computes its values when a save is noted.
 
     Attributes:
-        notes: How much was noted of saves: it changes when what follows does.
-        stall_seconds: How long a save stops the training, as a rule; None before the first.
-        durable_seconds: How long a save takes at most until it is durable; None before
-            the first.
-        step_seconds: How long a step takes on average, of late.
-        last_step_seconds: How long the last one took.
+        notes: Number of notes about saves; changes whenever the values below may change.
+        stall_seconds: How long a save usually stops the training; None before the first.
+        durable_seconds: The longest time until a save is durable; None before the first.
+        step_seconds: Recent average duration of a step.
+        last_step_seconds: Duration of the last step.
     """
 
     def __init__(self) -> None:
@@ -125,13 +124,13 @@ class Costs:
         self.last_step_seconds = 0.0
 
     def note_save(self, stall_seconds: float) -> None:
-        """Note for how long a save has held up its caller."""
+        """Note how long a save has blocked its caller."""
         self._stalls.append(stall_seconds)
         self.notes += 1
         self.stall_seconds = median(self._stalls)
 
     def note_end_of_save(self, stall_seconds: float) -> None:
-        """Note for how long the end of the last save has held up its caller as well."""
+        """Add the time that the end of the last save has blocked its caller."""
         if self._stalls:
             self._stalls[-1] += stall_seconds
             self.notes += 1
@@ -157,6 +156,6 @@ class Costs:
         self._stepped_at = now
 
     def restart_step(self, now: float) -> None:
-        """Leave out of the next step what came before it: a save, a restore."""
+        """Exclude a save or restore from the duration of the next step."""
         if self._stepped_at is not None:
             self._stepped_at = now

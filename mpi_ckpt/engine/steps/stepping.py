@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens at a step: the ranks agree on it, behind the training's back.
+"""Makes the ranks agree on what to do at a step, without making the training wait.
 
-A vote is posted at the end of one step and read at the next, so that nobody waits for it:
-what is noticed in one step is done at the end of the next, on all ranks alike. Beside long
-steps a vote costs nothing, and it is held at once.
+A rank posts a vote at the end of one step and reads it at the next, so that no rank waits:
+all ranks act on an event at the end of the step after it. Compared with long steps a vote
+costs nothing, so there it is held at once.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class StepActions:
     """What to do at the end of a step, the same on every rank.
 
     Attributes:
-        stop: Save, and stop.
+        stop: Save, then stop.
         save: A save is due.
-        finish: A pending save is written everywhere, and can be acknowledged.
-        remember: A copy in memory is due, and no save is being written from the last.
+        finish: All ranks have written a pending save; it can be acknowledged.
+        remember: A copy in memory is due, and no save is being written from the previous
+            one.
     """
 
     stop: bool
@@ -53,13 +54,13 @@ class StepActions:
 
 
 class Steps:
-    """Agrees at every step on what happens there. Main thread only.
+    """Agrees at every step on what to do. Main thread only.
 
     Its methods are collective, unless they say otherwise.
 
     Args:
         session: The manager's.
-        saver: Knows what is being written, and what saves cost.
+        saver: Keeps the pending save, and the cost of saves.
     """
 
     def __init__(self, session: Session, saver: Saver) -> None:
@@ -75,7 +76,7 @@ class Steps:
         every = session.options.interval
         self._every = AutoInterval() if every == "auto" else every
         self._interval = Interval(self._every, saver.costs)
-        self._turn = 0  # how many saves and restores there were
+        self._turn = 0  # the number of saves and restores so far
         self._posted_in = 0
         self._is_long = False
         self._is_agreed = False
@@ -86,16 +87,16 @@ class Steps:
 
     @property
     def must_stop(self) -> bool:
-        """Whether to stop: agreed on, or asked for on this rank. Not collective."""
+        """Whether to stop: by agreement, or by a request on this rank. Not collective."""
         return self._is_agreed or self._guard.requested
 
     def watch_signals(self) -> None:
-        """Hear of signals from now on, if any are to be watched. Not collective."""
+        """Start to watch for the signals of the options, if any. Not collective."""
         if self._session.options.preemption_signals and not self._guard.install():
             logger.warning("signals are not watched: this is not the main thread")
 
     def retire(self) -> None:
-        """Hear of signals no more. Not collective."""
+        """Stop watching for signals. Not collective."""
         self._guard.retire()
 
     def read_environment(self) -> None:
@@ -117,7 +118,7 @@ class Steps:
     def restart(self) -> None:
         """Note that a save begins or a restore has ended. Not collective.
 
-        Nothing is pending: the directory is the main thread's.
+        No save is pending: the main thread may use the directory.
         """
         if self._turn == 0 and self._session.comm.is_root:
             self._interval.failures = self._known_failures()
@@ -129,13 +130,14 @@ class Steps:
     def decide(self, step: int) -> StepActions:
         """Agree on what to do at the end of a step; then do it, and call `go_on`.
 
-        Collective. Costs one allreduce of 56 bytes, most often posted a step ago.
+        Collective. Costs one allreduce of 56 bytes, usually posted a step ago.
 
         Args:
             step: Steps done.
 
         Raises:
-            CollectiveError: On every live rank, if one never arrives or is elsewhere.
+            CollectiveError: On every live rank, if a rank never arrives or is in another
+                call.
         """
         self._saver.costs.note_step(time.monotonic())
         self._guard.is_heeded = True
@@ -146,8 +148,8 @@ class Steps:
             flags, turn = self._vote.exchange(self._flags()).flags, self._turn
         self._agree_to_stop(wanted=bool(flags & _STOP))
         self._is_long = bool(flags & _LONG)
-        # A vote of before the last save says nothing of the next, nor of whether it is
-        # written. The turn is the same on every rank.
+        # A vote from before the last save cannot decide on the next save, or on whether it
+        # is written. The turn is the same on every rank.
         is_fresh = turn == self._turn
         memory, pending = self._session.memory, self._saver.pending is not None
         return StepActions(
@@ -158,7 +160,7 @@ class Steps:
         )
 
     def go_on(self) -> None:
-        """Post the vote for the next step, unless it is held at once, or there is none.
+        """Post the vote for the next step, unless votes are held at once or not needed.
 
         Collective. Returns at once.
         """
@@ -168,10 +170,10 @@ class Steps:
             self._posted_in = self._turn
 
     def note_stop(self, report: SaveReport) -> None:
-        """Say why the job stops, and what it has saved. Not collective.
+        """Log why the job stops, and what it has saved. Not collective.
 
         Args:
-            report: Of the last save.
+            report: Report of the last save.
         """
         self._session.note("preempted", report.step)
         if self._session.comm.is_root:
@@ -179,12 +181,13 @@ class Steps:
             logger.warning(text, self._why, report.generation)
 
     def should_stop(self) -> bool:
-        """Agree on whether to stop, apart from any step.
+        """Agree on whether to stop, outside of a step.
 
         Collective.
 
         Raises:
-            CollectiveError: On every live rank, if one never arrives or is elsewhere.
+            CollectiveError: On every live rank, if a rank never arrives or is in another
+                call.
         """
         self._guard.is_heeded = True
         self._session.comm.call = "should_stop()"
@@ -195,7 +198,7 @@ class Steps:
         return self._is_agreed
 
     def settle(self) -> None:
-        """Leave nothing under way, unless a deadline was missed before.
+        """Finish a posted vote, unless a deadline was missed before.
 
         Collective.
 
@@ -206,7 +209,7 @@ class Steps:
             self._vote.take()
 
     def _agree_to_stop(self, *, wanted: bool) -> bool:
-        """Note that all ranks are to stop, and find out why; tell if this is new."""
+        """Note that all ranks must stop, and find out why; return whether this is new."""
         if self._is_agreed or not wanted:
             return False
         self._is_agreed = True
@@ -256,6 +259,6 @@ class Steps:
         try:
             saves = [(one.job, one.time) for one in directory.catalog.generations()]
         except CheckpointError:
-            # Root alone is here. A directory that cannot be listed fails the next save.
+            # Only root is here. If the directory cannot be listed, the next save fails.
             return ASSUMED
         return count_failures(saves, directory.job, time.time())

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How replicas are made equal, and what a save takes of them."""
+"""Makes replicas equal, and captures their contents for a save."""

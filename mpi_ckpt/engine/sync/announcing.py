@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says which live values a sync has changed: no replica is overwritten without a line."""
+"""Logs which live values a sync has changed: none is overwritten without a log line."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _NAMES_MAX = 12
 
 
 class SyncTeller:
-    """Tells of what saves have made equal: by name at first, then in numbers.
+    """Logs what saves have made equal: by name at first, then in numbers.
 
     Not collective. Called on root only. The running statistics of batch normalization
-    differ at every save of a data-parallel training: said once that is of use, said at
-    each it fills a log.
+    differ at every save of a data-parallel training: one log line about them is useful, a
+    line at every save is not.
     """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def tell_of_save(self, report: SyncReport, states: Sequence[State], step: int) -> None:
-        """Tell what the sync before a save has changed: each state by name once.
+        """Log what the sync before a save has changed, and name each state once.
 
         Args:
-            report: Of the sync.
-            states: Those that were synced.
+            report: Report of the sync.
+            states: The synced states.
             step: The training step of the save.
         """
-        # What ranks hold parts of differs until root has put them together.
+        # States in parts differ until root has joined the parts.
         parts = {one.name for one in states if isinstance(one, PartsState)}
         differing = {k: leaves for k, leaves in report.differing.items() if k not in parts}
         if not differing:
@@ -60,14 +60,14 @@ class SyncTeller:
 
 
 def tell_of_sync(report: SyncReport, states: Sequence[State]) -> None:
-    """Tell what a sync that was asked for has changed.
+    """Log what an explicit sync has changed.
 
-    Not collective. Called on root only. A warning where a state compares its replicas, as
-    they were not meant to differ; else a line of INFO.
+    Not collective. Called on root only. A warning for a state that compares its replicas,
+    which should not differ; else a line of INFO.
 
     Args:
-        report: Of the sync.
-        states: Those that were synced.
+        report: Report of the sync.
+        states: The synced states.
     """
     modes = _modes(states)
     for name, leaves in report.differing.items():
@@ -90,7 +90,7 @@ def _source(mode: str) -> str:
 
 
 def listed(leaves: Sequence[str]) -> str:
-    """Return names of leaves in words: 12, and how many more. Not collective."""
+    """Return 12 names of leaves in words, and the number of the rest. Not collective."""
     more = len(leaves) - _NAMES_MAX
     shown = ", ".join(leaves[:_NAMES_MAX]) or "nothing but its form"
     return f"{shown} and {more:,} more" if more > 0 else shown

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a state holds at the moment of a save, with the digests taken of it."""
+"""Captures the contents of a state at the moment of a save, with their digests."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class CapturedState:
         state: The state.
         structure: Its JSON values.
         leaves: Its leaves.
-        form: Their specs.
-        digests: One for each leaf; None if nobody has needed them yet.
+        form: Specs of the leaves.
+        digests: A digest for each leaf; None as long as they were not needed.
     """
 
     state: LeafState
@@ -61,7 +61,7 @@ class CapturedState:
 
 
 def capture_states(states: Iterable[LeafState]) -> list[CapturedState]:
-    """Capture states without looking at their bytes. Not collective.
+    """Capture states without reading their bytes. Not collective.
 
     Raises:
         StageError: On the calling rank, if a state cannot be captured.
@@ -77,10 +77,10 @@ def _capture(state: LeafState) -> CapturedState:
 
 
 def digest_states(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:
-    """Digest what was not digested yet, all leaves side by side.
+    """Digest the states not yet digested, all leaves in parallel.
 
-    Not collective. Nothing is copied but leaves that are not contiguous host memory, at
-    most ``threads`` of them at a time.
+    Not collective. Only leaves that are not contiguous host memory are copied, at most
+    ``threads`` of them at a time.
 
     Args:
         captured: The states.
@@ -91,7 +91,7 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
     try:
         taken = digest_many(reads, [leaf.spec.nbytes for _, leaf in todo], threads)
     except Exception:
-        # Side by side nobody knows which it was: the first that fails by itself says so.
+        # A parallel failure does not name its leaf: find the first leaf that fails alone.
         for one, leaf in todo:
             with about_leaf(one, leaf):
                 leaf.buffer.read()
@@ -107,21 +107,21 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
 
 @contextmanager
 def about_leaf(captured: CapturedState, leaf: Leaf) -> Iterator[None]:
-    """Let an error that leaves the block say which leaf it concerns. Not collective.
+    """Add to an error that leaves the block which leaf it concerns. Not collective.
 
-    For the rare case: entered for each of thousands of leaves it would take its time.
+    For the rare case: a block around each of thousands of leaves would be slow.
     """
     with concerning(f"state {captured.name!r}"), concerning(f"leaf {leaf.spec.name!r}"):
         yield
 
 
 def digest_of(captured: Iterable[CapturedState]) -> bytes:
-    """Return one digest of all that some digested states hold. Not collective."""
+    """Return one digest of the contents of some digested states. Not collective."""
     return digest_bytes(b"".join(digest for one in captured for digest in one.summary()))
 
 
 def pick_leaves(captured: CapturedState, numbers: Sequence[int]) -> CapturedState:
-    """Return a state with some of its leaves only. Not collective. Thread-safe."""
+    """Return a state with only some of its leaves. Not collective. Thread-safe."""
     leaves, digests = captured.leaves, captured.digests
     if len(numbers) == len(leaves):
         return captured

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How replicas differ: found by digests, and where that is likely, by a look at heads."""
+"""Finds how replicas differ, by digests; by first bytes where differences are likely."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STRUCTURE = "(structure)"
 """Stands in reports for what of a state is not a tensor."""
 
-# A digest of less is not worth a look ahead: half a megabyte is hashed in 40 us.
+# Digesting smaller leaves is cheaper than a look ahead: half a megabyte takes 40 us.
 _LARGE_BYTES = 512 << 10
 _HEAD_BYTES = 4 << 10
 
@@ -36,9 +36,9 @@ class StateDifference:
     """How one state differs between ranks.
 
     Attributes:
-        index: Of the state.
+        index: Index of the state.
         form: Whether its structure or its leaves' specs differ.
-        leaves: Indices of the leaves that differ; None for all that root has.
+        leaves: Indices of the leaves that differ; None for all of root's leaves.
     """
 
     index: int
@@ -46,10 +46,10 @@ class StateDifference:
     leaves: tuple[int, ...] | None
 
     def names(self, specs: Sequence[LeafSpec]) -> tuple[str, ...]:
-        """Return what a report calls it. Not collective.
+        """Return the names of the difference for a report. Not collective.
 
         Args:
-            specs: Those of root's leaves.
+            specs: Specs of root's leaves.
         """
         numbers = range(len(specs)) if self.leaves is None else self.leaves
         return (*([STRUCTURE] if self.form else []), *(specs[n].name for n in numbers))
@@ -57,11 +57,12 @@ class StateDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of comparing states.
+    """The result of comparing states.
 
     Attributes:
-        captured: The states; digested, but for those with leaves that plainly differ.
-        differences: One for each state that differs; the same on every rank.
+        captured: The states; digested, except those with leaves that differ in their first
+            bytes.
+        differences: An entry for each state that differs; the same on every rank.
         bytes_hashed: Bytes digested on this rank.
     """
 
@@ -71,21 +72,21 @@ class Comparison:
 
 
 def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
-    """Compare digested states, of which it is known that some differ.
+    """Compare digested states, after it is known that some differ.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        captured: Digested; the same states in the same order on every rank.
+        captured: Digested states, the same in the same order on every rank.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
     summaries = [digest for one in captured for digest in one.summary()]
     differs = differing_digests(comm, summaries, _DOING).reshape(-1, 3)
-    # Digests of single leaves are compared where the leaves are the same in name and
-    # form, and some byte is not.
+    # Compare digests of single leaves where the leaves agree in name and form, but some
+    # byte differs.
     inspected = {i for i, (specs, _, data) in enumerate(differs) if data and not specs}
     leaf_digests = [d.whole for i in sorted(inspected) for d in captured[i].digests or ()]
     leaf_differs = iter(differing_digests(comm, leaf_digests, _DOING))
@@ -103,19 +104,19 @@ def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
 def compare_heads_first(
     comm: Communicator, captured: Sequence[CapturedState], threads: int
 ) -> Comparison:
-    """Compare states that are likely to differ, without digesting what plainly does.
+    """Compare states that are likely to differ, without digesting those that clearly do.
 
-    Collective. Main thread only. Replicas that were made apart differ from the first bytes
-    on: such a leaf is sent whatever its digest, so none is taken. What is the same there
-    is digested and compared as ever, and what is found is the same.
+    Collective. Main thread only. Replicas that were made independently differ from the
+    first bytes on: such a leaf is sent in any case, so it needs no digest. Leaves with
+    equal first bytes are digested and compared as usual, with the same result.
 
     Args:
         comm: The communicator.
-        captured: Not digested; the same states in the same order on every rank.
+        captured: States without digests, the same in the same order on every rank.
         threads: Threads that hash.
 
     Raises:
-        StageError: On every rank, if bytes cannot be read on any.
+        StageError: On every rank, if any rank cannot read bytes.
         CollectiveError: On every live rank, if one never arrives.
     """
     plain = _find_by_heads(comm, captured)
@@ -148,7 +149,7 @@ def compare_heads_first(
 
 
 def _find_by_heads(comm: Communicator, captured: Sequence[CapturedState]) -> list[set[int]]:
-    """Return of each state the leaves whose first bytes differ between ranks."""
+    """Return for each state the leaves whose first bytes differ between ranks."""
     forms = [digest_bytes(one.form.text) for one in captured]
     other_form = differing_digests(comm, forms, _DOING)
     large = [
@@ -160,7 +161,7 @@ def _find_by_heads(comm: Communicator, captured: Sequence[CapturedState]) -> lis
     ]
     leaves = [captured[index].leaves[number] for index, number in large]
     heads = agree(comm, "looking at the states", lambda: _heads(leaves), error=StageError)
-    # What is no host memory on one rank cannot be looked at on any.
+    # A leaf outside host memory on one rank is skipped on all.
     hidden = np.array([head is None for head in heads], np.uint8)
     hidden = comm.all_reduce(hidden, "max", _DOING)
     differs = differing_digests(comm, [head or _NOTHING for head in heads], _DOING)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How states that differ become equal: root's leaves are sent to where they belong."""
+"""Makes differing states equal: sends root's leaves to their destinations."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _FITTING = "fitting root's states"
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What was made equal.
+    """The result of making states equal.
 
     Attributes:
-        names: State -> what of it differed, as a report calls it.
-        nbytes: Bytes that were sent or averaged.
-        averaged: The states that have new values on root as well.
+        names: State -> names of its differences, for a report.
+        nbytes: Bytes sent or averaged.
+        averaged: The states whose values changed on root as well.
     """
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -52,19 +52,19 @@ def deliver(
     differences: Sequence[StateDifference],
     options: Options,
 ) -> Delivered:
-    """Give all ranks what root has of the states that differ, or the average.
+    """Give all ranks root's contents of the states that differ, or the average.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        captured: The states that were compared, as each rank has them.
+        captured: The compared states, with each rank's own contents.
         differences: How they differ; the same on every rank.
-        options: Threads and window are used.
+        options: Its threads and window are used.
 
     Raises:
-        StageError: On every rank, if bytes cannot be put in place on any.
-        StateMismatchError: On every rank, if root's contents do not fit on one.
+        StageError: On every rank, if any rank cannot store bytes.
+        StateMismatchError: On every rank, if root's contents do not fit on any.
     """
     if not differences:
         return Delivered()
@@ -81,17 +81,17 @@ def deliver(
 
 @dataclass(frozen=True, slots=True)
 class _Delivery:
-    """How a state that differs becomes equal.
+    """How one differing state becomes equal.
 
     Attributes:
-        index: Of the state.
-        names: What a report calls the difference.
-        specs: Of root's leaves.
+        index: Index of the state.
+        names: Names of the differences, for a report.
+        specs: Specs of root's leaves.
         sent: Indices of the leaves that root sends.
         averaged: Indices of the leaves that are averaged instead.
-        targets: All leaves of the state on this rank: where they are on root, and go to
+        targets: All leaves of the state on this rank: the sources on root, the destinations
             elsewhere.
-        arrival: How this rank takes over what has come; None if it keeps what it has.
+        arrival: How this rank takes over the contents; None if it keeps its own.
     """
 
     index: int
@@ -168,7 +168,7 @@ def _deliver(
     *,
     is_root: bool,
 ) -> _Delivery:
-    """Say where root's leaves go on this rank."""
+    """Find the destinations of root's leaves on this rank."""
     averaged = _averaged(own, difference)
     everything = tuple(range(len(specs)))
     sent = tuple(
@@ -203,7 +203,7 @@ def _averaged(own: CapturedState, difference: StateDifference) -> tuple[int, ...
 def _keep_equal(
     leaves: Sequence[Leaf], targets: Sequence[Leaf], sent: Collection[int]
 ) -> None:
-    """Fill targets that nothing is sent to from what this rank has: it is the same."""
+    """Fill targets that receive nothing from this rank's own leaves, which are equal."""
     for number, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
         if number not in sent and not _same_memory(leaf, target):
             target.buffer.write(leaf.buffer.read())
@@ -217,7 +217,7 @@ def _same_memory(leaf: Leaf, target: Leaf) -> bool:
 
 
 class _RootsBytes:
-    """What root has of each leaf of all states that were compared."""
+    """Root's bytes of each leaf of all compared states."""
 
     def __init__(self, captured: Sequence[CapturedState]) -> None:
         self._leaves = [leaf for one in captured for leaf in one.leaves]
@@ -232,7 +232,7 @@ class _RootsBytes:
 def _flat(
     captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
 ) -> list[tuple[int, int, Leaf]]:
-    """Return index of the state, index in it, and place of each of root's leaves."""
+    """Return state index, leaf index and destination for each of root's leaves."""
     delivered = {one.index: one for one in deliveries}
     return [
         (index, n, leaf)
@@ -246,7 +246,7 @@ def _flat(
 def _overlaps(
     captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
 ) -> list[Overlap]:
-    """Return the overlaps of this rank in which something is about to be overwritten."""
+    """Return the overlaps of this rank that are about to be overwritten."""
     flat = _flat(captured, deliveries)
     changing = {(one.index, n) for one in deliveries for n in (*one.sent, *one.averaged)}
     found = find_overlaps([leaf for _, _, leaf in flat])
@@ -260,7 +260,7 @@ def _apart(
     deliveries: Sequence[_Delivery],
     overlaps: Sequence[Overlap],
 ) -> list[_Delivery]:
-    """Return the same with memory of its own for one leaf of each overlap."""
+    """Return the deliveries with private memory for one leaf of each overlap."""
     flat = _flat(captured, deliveries)
     found = {one.index: one for one in deliveries}
 
@@ -292,7 +292,7 @@ def _transfer(
     options: Options,
     deferred: Deferred,
 ) -> dict[str, CapturedState]:
-    """Send and average; return the states that have new values on root as well."""
+    """Send and average; return the states whose values changed on root as well."""
     averaged: dict[str, CapturedState] = {}
     for one in deliveries:
         if one.averaged:

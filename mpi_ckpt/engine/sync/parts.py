@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of which every rank holds a part: root gets the parts of all, and joins them."""
+"""Gathers the parts of states that are split over the ranks; root joins them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _DOING = "collecting the parts of states"
 
 
 def take_parts(states: Sequence[State]) -> bytes:
-    """Return what this rank holds of the states that have parts, for `combine_parts`.
+    """Return this rank's parts of the states that have parts, for `combine_parts`.
 
     Not collective. Must not communicate.
 
     Raises:
-        StageError: On the calling rank, if a part cannot be given.
+        StageError: On the calling rank, if a state cannot give its part.
     """
     parts = []
     for state in states:
@@ -41,18 +41,18 @@ def take_parts(states: Sequence[State]) -> bytes:
 
 
 def combine_parts(comm: Communicator, states: Sequence[State], mine: bytes | None) -> None:
-    """Bring the parts of all ranks to root, which joins them.
+    """Send the parts of all ranks to root, which joins them.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
         states: The same states in the same order on every rank.
-        mine: What `take_parts` returned on this rank; None to take them now.
+        mine: Result of `take_parts` on this rank; None to take the parts now.
 
     Raises:
-        StageError: On every rank, if a part cannot be given on any, or root cannot join
-            the parts of a state.
+        StageError: On every rank, if any rank cannot give a part, or root cannot join the
+            parts of a state.
     """
     parted = [state for state in states if isinstance(state, PartsState)]
     if not parted:
@@ -68,8 +68,8 @@ def combine_parts(comm: Communicator, states: Sequence[State], mine: bytes | Non
                 state.combine([parts[number] for parts in of_ranks])
 
     agree(comm, _DOING, combine, error=StageError)
-    # INVARIANT: nothing is counted twice. Root keeps what it has joined from here on, and
-    # every rank forgets what it has given; before, a failure leaves both as they were.
+    # INVARIANT: nothing is counted twice. From here on root keeps the joined parts, and
+    # every rank forgets the part that it gave; before, a failure changes neither.
     for state in parted:
         state.combined()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making replicas equal: digests first, and only what differs is sent."""
+"""Makes replicas equal: compares digests first, and sends only what differs."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ def sync_states(
     parts: bytes | None = None,
     forced: bool = False,
 ) -> tuple[list[CapturedState], SyncReport]:
-    """Make states equal on all ranks, in the way each asks for.
+    """Make states equal on all ranks, each by its own sync mode.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
         states: The same states in the same order on every rank.
-        options: Threads and window are used.
-        parts: What `take_parts` returned on this rank; None to take them now.
-        forced: Whether root's values shall be those of all, also of states that check.
-            Replicas are then likely to differ, and are looked at first: leaves that
-            plainly differ need no digest. States of which each rank has its own are left.
+        options: Its threads and window are used.
+        parts: Result of `take_parts` on this rank; None to take the parts now.
+        forced: Whether all ranks take root's values, also for states that check. Replicas
+            are then likely to differ, so first bytes are compared first: leaves that differ
+            there need no digest. States that each rank has for itself are left alone.
 
     Returns:
-        The contents of the leaf states as root has them after the sync, in any order,
-        and the report. On other ranks the contents may be older.
+        Root's contents of the leaf states after the sync, in any order, and the report. On
+        other ranks the contents may be older.
 
     Raises:
         DivergedError: On every rank, if a state that checks is not equal everywhere.
-        StageError: On every rank, if a state cannot be synced or captured on any.
-        StateMismatchError: On every rank, if root's contents do not fit on one.
+        StageError: On every rank, if any rank cannot sync or capture a state.
+        StateMismatchError: On every rank, if root's contents do not fit on any.
     """
     for state in states:
         if not isinstance(state, LeafState):
@@ -98,14 +98,14 @@ def sync_states(
 def capture_on_root(
     comm: Communicator, states: Sequence[State], parts: bytes | None = None
 ) -> list[CapturedState]:
-    """Take the leaf states as root has them, without comparing anything.
+    """Capture root's leaf states, without any comparison.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
         states: The same states in the same order on every rank.
-        parts: What `take_parts` returned on this rank; None to take them now.
+        parts: Result of `take_parts` on this rank; None to take the parts now.
 
     Returns:
         Their contents on root, not yet digested; nothing elsewhere.
@@ -127,7 +127,7 @@ def capture_on_root(
 def _compare(
     comm: Communicator, states: Sequence[LeafState], options: Options, *, forced: bool
 ) -> tuple[Comparison, list[CapturedState]]:
-    """Capture what is compared, compare it; and on root what is saved as it has it."""
+    """Capture and compare the compared states; capture the others on root only."""
     names = {state.name for state in states if _is_apart(comm, state, forced=forced)}
     threads = options.io.digest_threads
 
@@ -154,10 +154,10 @@ def _compare(
 
 
 def _is_apart(comm: Communicator, state: LeafState, *, forced: bool) -> bool:
-    """Return whether a state is taken from root alone, without a look at the others.
+    """Return whether a state is captured on root alone, without a comparison.
 
-    What has no sync is compared all the same when it is saved: the part of one rank would
-    be acknowledged as if it were all.
+    A save also compares a state with sync mode "none": otherwise it would acknowledge the
+    value of one rank as that of all.
     """
     if comm.size == 1 or isinstance(state, RankedState):
         return True
@@ -173,11 +173,11 @@ def _refuse_divergence(
     for one in differences:
         own = captured[one.index]
         if own.state.sync_mode in ("check", "none"):
-            # Leaves of another form on each rank have no names that all know.
+            # If the leaves' forms differ between ranks, no names are common to all.
             names = one.names(() if one.leaves is None else own.specs)
             problems.append(f"state {own.name!r}: {', '.join(names)} differ between ranks")
             lines.append(f"state {own.name!r}: {listed(names)} differ between ranks")
-    # The differences were agreed on, so this is reached by all ranks or by none.
+    # The ranks agreed on the differences, so all ranks reach this or none.
     if problems:
         more = len(lines) - _STATES_MAX
         lines[_STATES_MAX:] = [f"and {more:,} more states"] if more > 0 else []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves between ranks: root's to all, or the average of all."""
+"""Sends leaves between ranks: root's to all, or the average of all."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from mpi_ckpt.leaf import Leaf
 
 _NATIVE = {"F64": "<f8", "F32": "<f4", "C64": "<c8", "C128": "<c16"}
-# A complex half is two of them side by side, and so is the sum of several.
+# A complex half is two halves side by side, and so is a sum of complex halves.
 _HALVES = ("F16", "C32")
 
 
 def send_leaves(
     comm: Communicator, leaves: Sequence[Leaf], window_bytes: int, deferred: Deferred
 ) -> None:
-    """Send leaves from root into those of the others, in place where that can be.
+    """Send root's leaves into those of the other ranks, in place if possible.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        leaves: The same specs on every rank.
-        window_bytes: Most memory for leaves that must be copied on some rank, because
-            they are not contiguous host memory.
-        deferred: Keeps what fails while bytes are put in place, for the next meeting.
+        leaves: Leaves with the same specs on every rank.
+        window_bytes: Limit of the memory for leaves that some rank must copy, because they
+            are not contiguous host memory.
+        deferred: Keeps failures to store bytes, for the next meeting.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
@@ -53,7 +53,7 @@ def _batches(
     if not leaves:
         return
     copied = np.array([leaf.buffer.view() is None for leaf in leaves], np.uint8)
-    # Where one rank needs a copy the group ends for all: messages must match.
+    # If one rank needs a copy, the group ends on all ranks: messages must match.
     copied = comm.all_reduce(copied, "max", "sending what differs")
     batch: list[Leaf] = []
     filled = 0
@@ -87,14 +87,14 @@ def _finish(leaves: Sequence[Leaf], targets: Sequence[Target]) -> None:
 
 
 def average_leaves(comm: Communicator, leaves: Sequence[Leaf], deferred: Deferred) -> None:
-    """Replace leaves by their average over all ranks, one after the other.
+    """Replace leaves by their averages over all ranks, one leaf after the other.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        leaves: Of floating dtypes; the same specs on every rank.
-        deferred: Keeps what fails while averages are put in place, for the next meeting.
+        leaves: Leaves of floating dtypes with the same specs on every rank.
+        deferred: Keeps failures to store averages, for the next meeting.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
@@ -143,6 +143,6 @@ def from_summable(dtype: str, array: NDArray[Any]) -> memoryview:
         bits = array.view(np.uint32)
         half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
         rounded = ((bits + half) >> np.uint32(16)).astype("<u2")
-        # Rounding would carry a NaN with all bits set over into zero.
+        # Rounding would turn a NaN with all bits set into zero.
         plain = np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
     return np.ascontiguousarray(plain).view(np.uint8).data

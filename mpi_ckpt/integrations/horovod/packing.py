@@ -36,7 +36,7 @@ class Packed:
         return [len(one) for one in self.buffers]
 
     def fits(self, pickled: bytes, lengths: Sequence[int]) -> bool:
-        """Tell whether another's arrays can be received into these. Not collective."""
+        """Return whether another's arrays can be received into these. Not collective."""
         return (
             self.pickled == pickled
             and self.lengths == list(lengths)

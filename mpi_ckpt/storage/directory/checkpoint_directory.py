@@ -255,7 +255,7 @@ class CheckpointDirectory:
         return self._newest
 
     def has_lost(self, number: int) -> bool:
-        """Tell whether a generation is there no more: its owner has pruned it."""
+        """Return whether a generation is there no more: its owner has pruned it."""
         return recovery.is_gone(self.root / generation_name(number))
 
     def reject(self, number: int, problem: CorruptGenerationError) -> None:

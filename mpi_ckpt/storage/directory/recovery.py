@@ -144,7 +144,7 @@ def settled_survey(root: Path) -> Survey:
 
 
 def is_gone(path: Path) -> bool:
-    """Tell whether a generation has lost its name: pruned, or set aside, by its owner.
+    """Return whether a generation has lost its name: pruned, or set aside, by its owner.
 
     Not collective. Its files go after its name, so whoever cannot read it any more finds
     this true.

@@ -49,7 +49,7 @@ def generation_number(name: str) -> int | None:
 
 
 def is_adaptdl_name(name: str) -> bool:
-    """Tell whether a name looks like a checkpoint of adaptdl, which we do not read."""
+    """Return whether a name looks like a checkpoint of adaptdl, which we do not read."""
     return _ADAPTDL.fullmatch(name) is not None
 
 
@@ -59,7 +59,7 @@ def partial_name(number: int, job: str) -> str:
 
 
 def is_partial_name(name: str) -> bool:
-    """Tell whether a name is one that `partial_name` makes."""
+    """Return whether a name is one that `partial_name` makes."""
     return _PARTIAL.fullmatch(name) is not None
 
 
@@ -69,12 +69,12 @@ def condemned_name(name: str, job: str) -> str:
 
 
 def is_condemned_name(name: str) -> bool:
-    """Tell whether a leftover is being deleted: nobody writes under such a name."""
+    """Return whether a leftover is being deleted: nobody writes under such a name."""
     return _CONDEMNED in name.rpartition("-")[2]
 
 
 def is_partial_of(name: str, job: str) -> bool:
-    """Tell whether a leftover is of a job's own making, or is being deleted by it."""
+    """Return whether a leftover is of a job's own making, or is being deleted by it."""
     return name.rpartition("-")[2].rpartition(_CONDEMNED)[2] == job
 
 

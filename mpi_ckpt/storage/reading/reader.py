@@ -229,7 +229,7 @@ class GenerationReader:
 
 
 def _is_listed(where: Path, code: int) -> bool:
-    """Tell whether a file that is said not to be there is: then nobody knows."""
+    """Return whether a file that is said not to be there is: then nobody knows."""
     if code != errno.ENOENT:
         return False
     try:
