@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 _TEXT_CHARACTERS_MAX = 8 << 10
+_TEXT_CHARACTERS_MIN = 500
+_GATHERED_CHARACTERS_MAX = 16 << 20
+"""Of all ranks together, which root holds at once; divided by their number."""
 _PROBLEMS_MAX = 1000
 _PROBLEM_CHARACTERS_MAX = 500
 _LINES_MAX = 20
@@ -68,6 +71,8 @@ def capture_failure(
     """Describe an exception of this rank. Not collective. Thread-safe."""
     # Exceptions of other packages may have any `errno` or `problems`.
     ours = error if isinstance(error, CheckpointError) else None
+    share = _GATHERED_CHARACTERS_MAX // size
+    length = min(max(share // 4, _TEXT_CHARACTERS_MIN), _TEXT_CHARACTERS_MAX)
     known = ours or (error if isinstance(error, OSError) else None)
     return RankFailure(
         rank=rank,
@@ -75,12 +80,12 @@ def capture_failure(
         host=socket.gethostname(),
         operation=operation,
         kind=type(error).__name__,
-        message=_cut(cut_lines(_message_of(error))),
+        message=_cut(cut_lines(_message_of(error)), length),
         errno=known.errno if known else None,
         path=_path_of(error),
         generation=ours.generation if ours else None,
-        problems=_cut_list(ours.problems) if ours else [],
-        traceback=_cut("".join(traceback.format_exception(error))),
+        problems=_cut_list(ours.problems, share // 2) if ours else [],
+        traceback=_cut("".join(traceback.format_exception(error)), length),
     )
 
 
@@ -212,17 +217,23 @@ def _ranges(ranks: Sequence[int]) -> str:
     )
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, length: int) -> str:
     """Keep the start and the end of a text that is too long to be sent to all ranks."""
-    if len(text) <= _TEXT_CHARACTERS_MAX:
+    if len(text) <= length:
         return text
-    half = _TEXT_CHARACTERS_MAX // 2
+    half = length // 2
     left_out = len(text) - 2 * half
     return f"{text[:half]}\n[{left_out:,} characters left out]\n{text[-half:]}"
 
 
-def _cut_list(problems: Sequence[str]) -> list[str]:
-    cut = [one[:_PROBLEM_CHARACTERS_MAX] for one in problems[:_PROBLEMS_MAX]]
+def _cut_list(problems: Sequence[str], length: int) -> list[str]:
+    """Keep the first of a list of texts, as many as fit into a length."""
+    cut: list[str] = []
+    for problem in problems[:_PROBLEMS_MAX]:
+        length -= min(len(problem), _PROBLEM_CHARACTERS_MAX)
+        if length < 0 and cut:
+            break
+        cut.append(problem[:_PROBLEM_CHARACTERS_MAX])
     more = len(problems) - len(cut)
     return [*cut, f"and {more:,} more"] if more > 0 else cut
 

@@ -230,6 +230,20 @@ def test_what_a_thousand_ranks_have_to_say_is_bounded():
     assert len(error.failures) == 1000
 
 
+@pytest.mark.parametrize("size", [2, 1000, 10_000, 100_000])
+def test_what_root_gathers_is_bounded_however_many_ranks_fail(size):
+    problems = [f"leaf {n} does not fit: {'x' * 600}" for n in range(3000)]
+    mismatch = StateMismatchError("no fit:\n" + "\n".join(problems), problems=problems)
+    one = capture_failure(mismatch, rank=0, size=size, operation="restoring")
+    sent = len(json.dumps(one.to_json()))
+    assert sent < 600 << 10
+    assert size * sent < max(32 << 20, size * 2000)
+    assert "no fit:" in one.message
+    kept = len(one.problems) - 1
+    assert kept >= 1
+    assert one.problems[-1] == f"and {3000 - kept:,} more"
+
+
 def test_a_hundred_thousand_ranks_take_no_more_room():
     size = 100_000
     problems = [f"leaf {n} does not fit" for n in range(3000)]
