@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of MPI. Nothing else in the package names a communicator of mpi4py.
+"""Holds all use of MPI: no other module of the package uses a communicator of mpi4py.
 
-Everything here is collective unless it says otherwise, and for the main thread only.
+Every function here is collective unless its docstring says otherwise, and for the main
+thread only.
 """
 
 from mpi_ckpt.comm.agreement import (

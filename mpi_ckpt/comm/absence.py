@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of ranks that do not come: to whoever waits, and when they are given up."""
+"""Words the warnings and errors about ranks that do not arrive at a meeting."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ REASON = "what takes so long"
 
 
 class LastMeeting:
-    """What all ranks last met for, and when. Not collective. Not thread-safe."""
+    """The last meeting of all ranks, and its time. Not collective. Not thread-safe."""
 
     def __init__(self) -> None:
         self._met: tuple[str, float] | None = None
 
     def note(self, doing: str) -> None:
-        """Remember that all ranks have given their part for something."""
+        """Note that all ranks have taken part in a meeting."""
         self._met = (doing, time.monotonic())
 
     def __str__(self) -> str:
@@ -40,13 +40,13 @@ class LastMeeting:
 
 
 def warn_of_wait(comm: Communicator, doing: str) -> None:
-    """Say that a rank has waited for a while; only two of them do.
+    """Log that a rank has waited for a while; at most two ranks do so.
 
-    Not collective. Main thread only. Root says so, or the next where it is root that does
-    not come: no others, or there would be a line for each of a thousand ranks.
+    Not collective. Main thread only. Root logs it, or rank 1 if root may be the absent one.
+    No other rank does, or a thousand ranks would log a thousand lines.
 
     Args:
-        comm: Of the rank that waits.
+        comm: Communicator of the waiting rank.
         doing: What the ranks meet for.
     """
     if comm.size > 1 and comm.rank <= 1:
@@ -64,12 +64,12 @@ def warn_of_wait(comm: Communicator, doing: str) -> None:
 
 
 def name_absent(absent: Sequence[int], hosts: Sequence[str], deadline: float) -> str:
-    """Return in words who has not come. Not collective.
+    """Return in words which ranks are absent. Not collective.
 
     Args:
-        absent: The ranks; none if all have come, and wait for different things.
-        hosts: Of all ranks.
-        deadline: In seconds.
+        absent: The ranks; none if all have arrived, but at different meetings.
+        hosts: Host names of all ranks.
+        deadline: The deadline in seconds.
     """
     if not absent:
         return (
@@ -84,7 +84,7 @@ def what_is_missing(comm: Communicator, absent: Sequence[int]) -> str:
     """Return in words why ranks cannot meet. Not collective. Main thread only.
 
     Args:
-        comm: Of the rank that waited.
+        comm: Communicator of the waiting rank.
         absent: The ranks that have not answered.
     """
     return (not absent and _who_has_left(comm)) or name_absent(
@@ -93,10 +93,10 @@ def what_is_missing(comm: Communicator, absent: Sequence[int]) -> str:
 
 
 def why_called_off(comm: Communicator) -> str:
-    """Return in words why the others wait no longer. Not collective. Main thread only.
+    """Return in words why the other ranks wait no longer. Not collective. Main thread only.
 
     Args:
-        comm: Of a rank that comes to a meeting which is called off.
+        comm: Communicator of a rank that arrives at a cancelled meeting.
     """
     late = f"the others gave up waiting for this rank{comm.last_met}"
     return _who_has_left(comm) or late
@@ -113,16 +113,16 @@ def missed_deadline(
 ) -> CollectiveError:
     """Return the error of a rank whose deadline has passed. Not collective.
 
-    What this rank can see of the absent is its own view: a process on another host cannot
-    be seen.
+    The error describes the absent ranks as this rank sees them: it cannot see a process on
+    another host.
 
     Args:
         comm: Of the rank that waited.
-        absent: The ranks that have not come; none if they disagree.
+        absent: The absent ranks; none if the ranks disagree.
         doing: What the ranks meet for.
-        advice: What is still safe, and what to do.
+        advice: What is still safe, and how to go on.
     """
-    comm.busy_ranks.listen()  # another may have been the first to give up
+    comm.busy_ranks.listen()  # another rank may have given up first
     what = what_is_missing(comm, absent)
     if absent:
         what += (
@@ -137,7 +137,8 @@ def missed_deadline(
         problems.append(f"rank {rank} on {comm.hosts[rank]}{seen}{comm.last_met}")
     text = "\n  ".join([f"{doing}: {what}; {advice}", *problems])
     error = CollectiveError(text, problems=problems)
-    # Each tells what it sees of the absent; one of them tells where in the program.
+    # Each rank reports its view of the absent ones; one rank reports the place in the
+    # program.
     is_first = comm.rank == min(set(range(comm.size)).difference(absent))
     error.telling = Telling(comm.name, "" if is_first else f"CollectiveError: {error}")
     return error

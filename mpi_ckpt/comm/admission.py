@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a job may begin at all, and how its ranks meet for the first time.
+"""Checks whether a job may begin, and lets its ranks meet for the first time.
 
-Before the ranks have a communicator, only what every rank sees the same way can be refused.
-What one may see otherwise is refused once they can speak, and on all of them. Until then
-nobody can call the roll, so nobody is named; but nobody waits for ever.
+Before the ranks have a communicator, they can refuse only faults that every rank sees the
+same way. Once they can communicate, all ranks refuse a fault that any of them sees. Until
+then no rank can call the roll, so errors name no absent rank; but no rank waits for ever.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 (a module)
-    """Refuse what every rank sees the same way.
+    """Refuse faults that every rank sees the same way.
 
     Not collective.
 
@@ -46,17 +46,17 @@ def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 
             "an intercommunicator joins two groups of ranks, and a manager has one: give "
             "it comm.Merge(), or each group a communicator of its own"
         )
-    # Whoever passes COMM_SELF means a job of one rank.
+    # A program that passes COMM_SELF means a job of one rank.
     if comm is None or comm != mpi.COMM_SELF:
         name, version = mpi.get_vendor()
-        # A rank that was spawned is a world of its own, and has its peers in `comm`.
+        # A spawned rank has a world of its own, and its peers are in `comm`.
         size = max(mpi.COMM_WORLD.size, 1 if comm is None else comm.size)
         check_launch(size, f"{name} {'.'.join(map(str, version))}")
 
 
 @dataclass(frozen=True, slots=True)
 class Objection:
-    """What this rank has against the job.
+    """The reason of this rank to refuse the job.
 
     Attributes:
         text: The reason; empty for none.
@@ -66,11 +66,11 @@ class Objection:
 
     @classmethod
     def of(cls, mpi: Any, parent: MPI.Intracomm) -> Objection:  # noqa: ANN401 (a module)
-        """Look for one. Not collective.
+        """Look for a reason. Not collective.
 
         Args:
             mpi: ``mpi4py.MPI``.
-            parent: The communicator to be duplicated.
+            parent: The communicator to duplicate.
         """
         try:
             check_horovod(mpi, parent.size, is_part=is_horovods(parent))
@@ -80,20 +80,20 @@ class Objection:
 
     @property
     def is_raised(self) -> bool:
-        """Whether there is one."""
+        """Whether there is a reason."""
         return self.text != ""
 
     def settle(self, handle: MPI.Intracomm, raised: Sequence[bool]) -> None:
-        """Raise on every rank if any has an objection.
+        """Raise on every rank if any rank has an objection.
 
         Collective. Main thread only.
 
         Args:
             handle: Communicator on which all ranks have just met.
-            raised: Which of them have one, the same on every rank.
+            raised: Which ranks have an objection, the same on every rank.
 
         Raises:
-            LaunchError: On every rank, naming those that object.
+            LaunchError: On every rank, with the names of the objecting ranks.
         """
         if not any(raised):
             return
@@ -115,18 +115,18 @@ def _join(ranks: Sequence[int]) -> str:
 def duplicate_within(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intracomm:
     """Duplicate a communicator.
 
-    Collective. Main thread only. Without a deadline where MPI survives lost ranks, and
-    can be told to look for those that stand still.
+    Collective. Main thread only. Without a deadline if MPI survives lost ranks, and can be
+    set to detect hung ones.
 
     Args:
         parent: The communicator.
-        deadline_seconds: How long the others may take.
+        deadline_seconds: How long the other ranks may take.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
     if not why_lost_ranks_end_the_job():
-        # MPI: where lost ranks are survived, this names them, and Idup something else.
+        # MPI: if MPI survives lost ranks, Dup names them, and Idup something else.
         return parent.Dup()
     made, request = parent.Idup()
     meet_first(parent, request, deadline_seconds, buffers=made)
@@ -136,14 +136,14 @@ def duplicate_within(parent: MPI.Intracomm, deadline_seconds: float) -> MPI.Intr
 def exchange_presences(
     handle: MPI.Intracomm, objection: Objection, deadline_seconds: float
 ) -> tuple[Presence, ...]:
-    """Return where each rank runs, and whether it has something against the job.
+    """Return where each rank runs, and whether it objects to the job.
 
     Collective. Main thread only.
 
     Args:
-        handle: Communicator that was just made.
-        objection: This rank's.
-        deadline_seconds: How long the others may take.
+        handle: The new communicator.
+        objection: This rank's objection.
+        deadline_seconds: How long the other ranks may take.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives, or MPI fails.
@@ -162,15 +162,15 @@ def meet_first(
     *,
     buffers: object = None,
 ) -> None:
-    """Wait for something of all ranks of a communicator.
+    """Wait for a request that needs all ranks of a communicator.
 
     Collective. Main thread only.
 
     Args:
         parent: The communicator.
-        request: Posted on it.
-        deadline_seconds: How long the others may take.
-        buffers: What the request works on and does not hold itself.
+        request: A request posted on it.
+        deadline_seconds: How long the other ranks may take.
+        buffers: Buffers that the request uses but does not keep alive.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives, or MPI fails.

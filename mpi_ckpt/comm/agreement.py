@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One verdict for all ranks: local work, then every rank goes on or every rank raises.
+"""Gives all ranks one verdict: after local work all ranks go on, or all raise.
 
-INVARIANT: no collective stands where one rank alone may not reach it. What can fail is
-wrapped here; the outcomes meet in one small allreduce (`mpi_ckpt.comm.vote`); only if one
-failed, or root has something to tell, is more said.
+INVARIANT: no collective is in a place that one rank alone may fail to reach. These
+functions wrap work that can fail; its outcomes meet in one small allreduce
+(`mpi_ckpt.comm.vote`). Ranks send more only if one has failed, or if root has a result to
+send.
 
 - `agree`: each rank works, and keeps its own result.
 - `on_root`: root works, and every rank gets the result.
 - `collect`: each rank gives bytes, root combines them, and every rank gets the result.
-- `meet` is what these are made of: it also tells whether all ranks have the same.
+- `meet` underlies all three: it also returns whether all ranks have the same result.
 """
 
 from __future__ import annotations
@@ -47,36 +48,36 @@ _NO_DIGEST = bytes(DIGEST_BYTES)
 
 
 class Deferred:
-    """Keeps what fails between two meetings for the next one to tell.
+    """Keeps a failure between two meetings, to be raised in the next one.
 
-    Not collective. Where bytes are on their way to all ranks, one that raises by itself
-    leaves the others waiting: it goes on to the next meeting, and fails there.
+    Not collective. While ranks exchange bytes, a rank that raises alone would leave the
+    others waiting: it goes on to the next meeting, and fails there.
     """
 
     def __init__(self) -> None:
         self._failure: BaseException | None = None
 
     def attempt(self, work: Callable[[], object]) -> None:
-        """Do work; if it fails, keep the first failure."""
+        """Do work; if it fails, keep the failure, unless there is an earlier one."""
         try:
             work()
         except BaseException as error:
             self._failure = self._failure or error
 
     def raise_failure(self) -> None:
-        """Raise what was kept. Called within the work of a meeting."""
+        """Raise the kept failure. Called within the work of a meeting."""
         if self._failure is not None:
             raise self._failure
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting(Generic[Result]):
-    """What came of work that all ranks have done well.
+    """The outcome of work that has succeeded on all ranks.
 
     Attributes:
         result: What this rank's work returned.
         is_alike: Whether the results of all ranks have one digest.
-        told: What root tells all ranks, as bytes.
+        told: Bytes that root has sent to all ranks.
     """
 
     result: Result
@@ -96,24 +97,24 @@ def meet(
 ) -> Meeting[Result]:
     """Do local work on every rank; raise the same error on all if it failed on any.
 
-    Collective. Main thread only. One allreduce of 56 bytes, and one broadcast if root has
-    something to tell.
+    Collective. Main thread only. One allreduce of 56 bytes, and a broadcast if root has
+    bytes to send.
 
     Args:
         comm: The communicator.
-        doing: The work, told in the error.
-        work: Must not communicate.
-        error: Class for failures from outside this package's family.
-        safe: What is still safe when the work failed.
-        digest: Returns 16 bytes of a result, to be compared with those of the others.
-        tell: Returns what root tells all ranks of its result. Asked on root.
+        doing: The work, for the error.
+        work: The work; must not communicate.
+        error: Class for exceptions that this package does not define.
+        safe: What is still safe if the work fails.
+        digest: Returns 16 bytes for a result, which the ranks compare.
+        tell: Returns the bytes of its result that root sends to all ranks. Called on root.
 
     Raises:
-        CheckpointError: On every rank, if the work failed on any: the class of the
-            lowest failing rank, naming all of them.
+        CheckpointError: On every rank, if the work failed on any: in the class of the
+            lowest failing rank's error, with the names of all failing ranks.
         CollectiveError: On every live rank, if one never arrives or does other work.
     """
-    comm.require_usable()  # before work that only makes sense if all ranks meet
+    comm.require_usable()  # before work that is useless unless all ranks meet
     failure: BaseException | None = None
     mine, told = _NO_DIGEST, b""
     try:
@@ -122,10 +123,10 @@ def meet(
             mine = digest(result)
         if tell is not None and comm.is_root:
             told = tell(result)
-    # Also KeyboardInterrupt and SystemExit: the others must hear of them.
+    # Also KeyboardInterrupt and SystemExit: the other ranks must learn of them.
     except BaseException as caught:
         failure = caught
-    # The length is root's alone to set, so joining the flags of all leaves it as it is.
+    # Only root sets the length, so joining the flags of all ranks does not change it.
     flags = (failure is not None) * _FAILED | len(told) << 1
     joined = Vote(comm, doing).exchange(flags, mine)
     if joined.flags & _FAILED:
@@ -168,7 +169,7 @@ def on_root(
     error: type[CheckpointError],
     safe: str = UNTOUCHED,
 ) -> Any:  # noqa: ANN401 (JSON)
-    """Do local work on root alone; every rank gets the result, or raises the same error.
+    """Do local work on root alone; all ranks get the result, or raise the same error.
 
     Collective. Main thread only. Arguments and errors are those of `meet`.
 
@@ -192,20 +193,20 @@ def collect(
     error: type[CheckpointError],
     safe: str = UNTOUCHED,
 ) -> Any:  # noqa: ANN401 (JSON)
-    """Gather bytes of all ranks on root, which combines them; every rank gets the result.
+    """Gather the bytes of all ranks on root, which combines them; all get the result.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        doing: The work, told in the error.
+        doing: The work, for the error.
         part: Returns this rank's bytes. Must not communicate.
         combine: Makes JSON values of all ranks' bytes, in rank order. Called on root.
-        error: Class for failures from outside this package's family.
-        safe: What is still safe when the work failed.
+        error: Class for exceptions that this package does not define.
+        safe: What is still safe if the work fails.
 
     Raises:
-        CheckpointError: On every rank, if either failed on any.
+        CheckpointError: On every rank, if ``part`` or ``combine`` failed on any.
         CollectiveError: On every live rank, if one never arrives or does other work.
     """
     mine = agree(comm, doing, part, error=error, safe=safe)
@@ -233,17 +234,18 @@ def any_of(comm: Communicator, doing: str, *flags: bool) -> tuple[bool, ...]:
 
 
 def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[str]:
-    """Tell how lists of text differ between ranks; an empty answer means not at all.
+    """Return how lists of text differ between ranks; empty if they do not differ.
 
-    Collective. Main thread only. When all are equal it costs one small allreduce.
+    Collective. Main thread only. If all are equal, it costs one small allreduce.
 
     Args:
         comm: The communicator.
-        doing: What the ranks meet for, told when one does not come.
+        doing: What the ranks meet for, for the error if one never arrives.
         texts: This rank's list.
 
     Returns:
-        One line for each list that is not root's, of 16 at most; the same on every rank.
+        A line for each list that differs from root's, for 16 at most; the same on every
+        rank.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
@@ -257,7 +259,7 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
 
 
 def _differences(comm: Communicator, gathered: Sequence[Any]) -> list[str]:
-    """Return in a line each how lists differ from root's; on root, elsewhere nothing."""
+    """Return a line for each list that differs from root's; on root, elsewhere nothing."""
     if not gathered:
         return []
     roots = _shortened(gathered[comm.root])
@@ -284,7 +286,7 @@ def _shortened(texts: Sequence[str]) -> str:
 def differing_digests(
     comm: Communicator, digests: Sequence[bytes], doing: str
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Return which of a list of digests are not equal on all ranks.
+    """Return which digests of a list differ between ranks.
 
     Collective. Main thread only. One allreduce of 32 bytes a digest: the minimum and,
     as the minimum of the complements, the maximum.
@@ -292,7 +294,7 @@ def differing_digests(
     Args:
         comm: The communicator.
         digests: 16 bytes each; as many on every rank.
-        doing: What the ranks meet for, told when one does not come.
+        doing: What the ranks meet for, for the error if one never arrives.
 
     Returns:
         One truth value for each digest, the same on every rank.

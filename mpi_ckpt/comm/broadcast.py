@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host buffers of any size from one rank to all others, the way the hosts suggest.
+"""Broadcasts host buffers of any size, along a route that suits the hosts.
 
-On one host the library's broadcast, a few pieces at a time. Between hosts a chain: each
-passes on what it has while more arrives, so no link carries a byte twice. The trees of
-the libraries send all from the first host two or more times.
+On one host it uses the library's broadcast, a few pieces at a time. Between hosts it uses a
+chain: each host passes on bytes while more arrive, so no link carries a byte twice. The
+broadcast trees of MPI libraries send all bytes from the first host two or more times.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm.communicator import Communicator
     from mpi_ckpt.comm.topology import Piece
 
-# Larger messages overlap less and leave the caches.
+# Larger messages overlap less and do not fit the caches.
 _PIECE_BYTES = 8 << 20
 
-# Messages posted and not yet finished: 2 to 4 times a loop of blocking broadcasts, and
-# immune to a busy Horovod thread.
+# Messages posted and not yet finished: 2 to 4 times as fast as a loop of blocking
+# broadcasts, and not slowed down by a busy Horovod thread.
 _IN_FLIGHT = 16
 
-# A chain has so much coming and as much going, in two messages at least: enough for the
-# round trip of any link. More is slower, as messages in flight share the link: the first
-# is then whole, and can be passed on, hardly before the last.
+# Each rank of a chain has this much arriving and as much leaving, in two messages at least:
+# enough for the round trip of any link. More is slower, since messages in flight share the
+# link: the first would be complete, and could be passed on, hardly before the last.
 _CHAIN_IN_FLIGHT_BYTES = 4 << 20
 
 
@@ -53,7 +53,7 @@ def bcast_buffers(
         comm: The communicator.
         buffers: C-contiguous bytes, writable off the source; the same number and lengths
             on every rank.
-        doing: What the ranks meet for, told when one does not come.
+        doing: What the ranks meet for, for the error if one never arrives.
         source: Rank whose bytes are sent, the same on every rank; None for root.
 
     Raises:
@@ -81,13 +81,13 @@ def bcast_buffers(
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """How each message goes through this rank.
+    """The route of each message through this rank.
 
     Attributes:
-        among: Communicator it is broadcast on; None where there is nobody else.
-        root: Rank there that broadcasts it.
-        in_flight: Messages that may be coming, and going, at a time.
-        before: Rank that it comes from first; None for none.
+        among: Communicator that broadcasts it; None if there is no other rank.
+        root: Rank in that communicator that broadcasts it.
+        in_flight: Messages that may arrive, and leave, at a time.
+        before: Rank that sends it to this one; None for none.
         after: Rank that it is passed on to; None for none.
     """
 
@@ -108,7 +108,7 @@ def _chain_route(comm: Communicator, source: int, in_flight: int) -> _Route:
 
 @dataclass(slots=True)
 class _Message:
-    """A message under way: its pieces, its memory, what is posted for it."""
+    """A message in flight: its pieces, its memory, its posted requests."""
 
     pieces: tuple[Piece, ...]
     packed: NDArray[np.uint8]
@@ -116,10 +116,10 @@ class _Message:
 
 
 class _Flow:
-    """Messages in their order: some coming in, some going on.
+    """Messages in their order: some arriving, some leaving.
 
-    All are waited for in that order, which is the order of every rank: so no two ranks
-    wait for each other, and whichever is waited for, MPI moves the others as well.
+    Every rank waits for them in that same order, so no two ranks wait for each other; while
+    a rank waits for one message, MPI moves the others as well.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class _Flow:
         self._going: deque[_Message] = deque()
 
     def take(self, pieces: tuple[Piece, ...]) -> None:
-        """Start one more message, after the oldest has made room for it."""
+        """Start another message, after the oldest has made room for it."""
         if len(self._coming) == self._route.in_flight:
             self._pass_on()
         message = _Message(pieces, self._pack(pieces), [])
@@ -151,7 +151,7 @@ class _Flow:
             message.requests = [self._comm.irecv(message.packed, self._route.before)]
 
     def finish(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until no message is in flight."""
         while self._coming:
             self._pass_on()
         self._retire(len(self._going))
@@ -159,13 +159,13 @@ class _Flow:
     def _pass_on(self) -> None:
         route = self._route
         if len(self._going) == route.in_flight:
-            # Not one by one: a wait costs, and half of them are still in flight.
+            # Not one by one: each wait costs time, and half of them stay in flight.
             self._retire(route.in_flight // 2)
         message = self._coming[0]
         self._wait(message.requests)
         self._going.append(self._coming.popleft())
         message.requests = []
-        # The network first: it is what the others wait for.
+        # The network first: the other hosts wait for it.
         if route.after is not None:
             message.requests.append(self._comm.isend(message.packed, route.after))
         if route.among is not None:
@@ -180,7 +180,7 @@ class _Flow:
                 self._unpack(message)
 
     def _wait(self, requests: list[MPI.Request]) -> None:
-        # If it is given up, all that is under way is: none of it may be anybody's memory.
+        # If one message is given up, all in flight are: their memory must not be reused.
         if requests:
             under_way = (self._coming, self._going)
             self._comm.wait(requests, self._doing, streaming=True, buffers=under_way)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that have said that they come late, and why: the others wait for them.
+"""Makes ranks wait for others that have announced to be late, and why.
 
-Who is busy makes no calls of MPI, and cannot be asked. So it tells all others before it
-begins and when it has ended, in one short message each; they look for it when a deadline
-has passed, and at each meeting, so that nothing piles up.
+A busy rank makes no MPI calls, so it cannot answer. It therefore sends all other ranks one
+short message before it begins and another at the end. They look for these messages when a
+deadline has passed, and at each meeting, so that messages do not pile up.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ logger = logging.getLogger(__name__)
 _REASON_BYTES = 240
 _NUMBERS = 2
 _LETTER_BYTES = 8 * _NUMBERS + _REASON_BYTES
-# MPI: a message is under way by itself once its request is done. The first to a rank of
-# another host waits for that rank to take up the connection, perhaps in vain.
+# MPI: a message travels by itself once its request is done. The first message to a rank on
+# another host waits for that rank to accept the connection, perhaps in vain.
 _SENDING_SECONDS = 3.0
-# What ranks may be apart when they close a manager.
+# How far ranks may be apart in time when they close a manager.
 _SETTLING_SECONDS = 30.0
 
 
 def in_words(seconds: float) -> str:
-    """Return a time as people say it: seconds, from two minutes on minutes. Pure."""
+    """Return a time in words: in seconds, or in minutes from two minutes on. Pure."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 @dataclass(frozen=True, slots=True)
 class Occupation:
-    """What a rank is busy with.
+    """The work that a busy rank has announced.
 
     Attributes:
-        reason: In words, on one line; empty for none, which is how the end is told.
+        reason: The reason on one line; an empty one announces the end.
         since: When it began, by the wall clock of its host.
-        at_most_seconds: After so long nobody believes it any more.
+        at_most_seconds: After this time the other ranks ignore it.
     """
 
     reason: str
@@ -63,10 +63,10 @@ class Occupation:
 
     @classmethod
     def begin(cls, reason: str, at_most_seconds: float) -> Occupation:
-        """Return one that begins now. Not collective. Thread-safe.
+        """Return an occupation that begins now. Not collective. Thread-safe.
 
         Raises:
-            OptionsError: On the calling rank, if nobody could make sense of it.
+            OptionsError: On the calling rank, if an argument is invalid.
         """
         text = " ".join(str(reason).split())
         if not text:
@@ -79,7 +79,7 @@ class Occupation:
         return cls(text, time.time(), at_most_seconds)
 
     def encode(self) -> NDArray[np.uint8]:
-        """Return it as bytes of a fixed length. Not collective."""
+        """Return the occupation as bytes of a fixed length. Not collective."""
         numbers = np.array([self.since, self.at_most_seconds], np.float64).tobytes()
         reason = self.reason.encode(errors="replace")[:_REASON_BYTES]
         letter = bytearray(numbers + reason.ljust(_REASON_BYTES, b"\0"))
@@ -87,7 +87,7 @@ class Occupation:
 
     @classmethod
     def decode(cls, encoded: bytes) -> Occupation:
-        """Return what `encode` was called on. Not collective."""
+        """Return the occupation that `encode` encoded. Not collective."""
         since, most = np.frombuffer(encoded[: 8 * _NUMBERS], np.float64).tolist()
         reason = encoded[8 * _NUMBERS :].rstrip(b"\0").decode(errors="replace")
         return cls(reason, since, most)
@@ -95,15 +95,15 @@ class Occupation:
 
 _ENDED = Occupation("", 0.0, 0.0)
 
-# What this process is busy with, the innermost last. One list for all communicators: a
-# rank that is busy comes late to whatever manager its peers wait in.
+# The occupations of this process, the innermost last. One list for all communicators: a
+# busy rank is late for every manager that its peers wait in.
 _OWN: list[Occupation] = []
 _OPEN: weakref.WeakSet[BusyRanks] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
-    """What another rank has said, with its beginning by this rank's own clock."""
+    """The announcement of another rank, with its beginning by this rank's own clock."""
 
     occupation: Occupation
     began: float
@@ -114,7 +114,7 @@ class _Heard:
 
 
 class BusyRanks:
-    """Who of a communicator's ranks is busy, by its own word. Main thread only.
+    """The ranks of a communicator that have announced to be busy. Main thread only.
 
     Not collective.
 
@@ -127,14 +127,14 @@ class BusyRanks:
         self._heard: dict[int, _Heard] = {}
         self._listened = time.monotonic()
         self._sends: list[tuple[MPI.Request, object]] = []
-        self._is_told = False  # that this rank is busy
+        self._is_told = False  # whether the others know that this rank is busy
         self._is_withdrawn = False
         self._is_late_told = False
-        self._told = 0  # how often this rank has told all others something
+        self._told = 0  # how many announcements this rank has sent
         self._received = 0
 
     def open(self) -> None:
-        """Tell these ranks too, from now on, when this one is busy.
+        """Announce to these ranks too, from now on, when this one is busy.
 
         Called on every rank of a manager.
         """
@@ -142,21 +142,21 @@ class BusyRanks:
 
     @property
     def is_any(self) -> bool:
-        """Whether any other rank was busy when last listened to."""
+        """Whether any other rank was busy when this one last listened."""
         return bool(self._heard)
 
     @contextmanager
     def occupied(self, reason: str, at_most_seconds: float) -> Iterator[None]:
-        """Tell other ranks that this one is busy while the block runs.
+        """Announce to other ranks that this one is busy while the block runs.
 
-        Those of every open manager are told: whichever they wait in.
+        This informs the ranks of every open manager, since they may wait in any.
 
         Args:
-            reason: What it is busy with.
-            at_most_seconds: After so long it is missed all the same.
+            reason: Why it is busy.
+            at_most_seconds: After this time the others no longer wait for it.
 
         Raises:
-            OptionsError: On the calling rank, if either makes no sense.
+            OptionsError: On the calling rank, if an argument is invalid.
             CollectiveError: On the calling rank, in another thread or a forked process.
         """
         comm = self._comm
@@ -173,7 +173,7 @@ class BusyRanks:
                 one.tell(_OWN[-1] if _OWN else _ENDED)
 
     def tell(self, occupation: Occupation) -> None:
-        """Tell all others what this rank is busy with. Returns within some seconds."""
+        """Announce to all others why this rank is busy. Returns within some seconds."""
         comm = self._comm
         if comm.size == 1 or not comm.is_open or not comm.can_meet():
             return
@@ -188,17 +188,17 @@ class BusyRanks:
             while self._is_sending() and not patience.is_over:
                 patience.go_round()
         except load_mpi().Exception as error:
-            # What MPI cannot do, the next meeting fails by; this is only a notice.
+            # If MPI has failed, the next meeting will fail; this is only a notice.
             logger.info("the others cannot be told that this rank is busy: %s", error)
             keep(*self._sends)
             self._sends.clear()
 
     def listen(self) -> None:
-        """Take in what other ranks have said."""
+        """Receive the announcements of other ranks."""
         mpi, handle, now = load_mpi(), self._comm.handle, time.monotonic()
         status, letter = mpi.Status(), np.zeros(_LETTER_BYTES, np.uint8)
         silent = 0
-        while silent < 2:  # MPI: as `is_called` has it
+        while silent < 2:  # MPI: see `is_called`
             if not handle.Iprobe(mpi.ANY_SOURCE, Tag.BUSY, status):
                 silent += 1
                 continue
@@ -207,7 +207,8 @@ class BusyRanks:
             self._received += 1
             said = Occupation.decode(letter.tobytes())
             if said.reason:
-                # Clocks of two hosts may differ; but it is new since last listened to.
+                # Clocks of two hosts may differ, but the message arrived after the last
+                # time this rank listened.
                 age = min(max(time.time() - said.since, 0.0), now - self._listened)
                 known = self._heard.get(rank)
                 is_new = known is None or known.occupation != said
@@ -218,15 +219,15 @@ class BusyRanks:
         self._listened = now
 
     def excuse(self, patience: Patience, waited_seconds: float, doing: str) -> bool:
-        """Let a wait go on as long as somebody is busy; return whether it may.
+        """Extend a wait as long as a rank is busy; return whether it may go on.
 
         Args:
-            patience: Of the wait; its time counts anew from now if somebody is busy.
+            patience: Patience of the wait; its time restarts now if a rank is busy.
             waited_seconds: How long this rank has waited.
             doing: What the ranks meet for.
 
         Returns:
-            False if the time is over, or one that was busy has died.
+            False if the time is over, or a busy rank has died.
         """
         self.listen()
         if waited_seconds > self._comm.deadline_seconds:
@@ -242,13 +243,13 @@ class BusyRanks:
         return True
 
     def withdraw(self) -> None:
-        """Say that this rank is not busy after all: it waits for others itself."""
+        """Withdraw this rank's announcement: it waits for other ranks itself."""
         if self._is_told:
             self.tell(_ENDED)
             self._is_withdrawn = True
 
     def resume(self) -> None:
-        """Say again what was withdrawn, at the end of the wait."""
+        """Repeat the withdrawn announcement, at the end of the wait."""
         self._is_late_told = False
         if self._is_withdrawn:
             self._is_withdrawn = False
@@ -256,11 +257,11 @@ class BusyRanks:
                 self.tell(_OWN[-1])
 
     def describe(self) -> list[str]:
-        """Return in words who is busy, since when and with what."""
+        """Return in words which ranks are busy, since when and why."""
         return [f"{self._name(rank)} {self.tell_of(rank)}" for rank in sorted(self._heard)]
 
     def tell_of(self, rank: int) -> str:
-        """Return in words what a rank has said of itself; empty for nothing."""
+        """Return a rank's announcement in words; empty for none."""
         if rank not in self._heard:
             return ""
         one = self._heard[rank]
@@ -273,18 +274,18 @@ class BusyRanks:
         return f"{text} (it had said at most {in_words(one.occupation.at_most_seconds)})"
 
     def settle(self) -> bool:
-        """Receive what is on its way, before the communicator is freed.
+        """Receive the messages in flight, before the communicator is freed.
 
         Collective, on the ranks of a manager. One allreduce of 8 bytes.
 
         Returns:
-            Whether nothing is any more. If not, a rank has left without coming here, or
-            comes much later: then the communicator must not be freed.
+            Whether no message is left in flight. If one is, a rank has left without coming
+            here, or comes much later: then the communicator must not be freed.
         """
         if self not in _OPEN or self._comm.size == 1:
             return True
-        # MPI: a message that is received by nobody before its communicator is freed may
-        # turn up in the next one (Open MPI 5.0), whose own messages are then lost.
+        # MPI: a message that no rank receives before its communicator is freed may turn up
+        # in the next one (Open MPI 5.0), which then loses its own messages.
         _OPEN.discard(self)
         try:
             if self._is_told:

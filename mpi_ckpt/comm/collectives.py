@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes, values and host buffers of any size between ranks: send, average, gather.
+"""Sends, averages and gathers bytes, values and host buffers of any size.
 
-MPI counts are 32 bit on MPI-3 libraries and some calls fail above 2 GiB, so nothing is
-sent in one message that is larger than ``Communicator.message_bytes``.
+MPI-3 libraries have counts of 32 bits, and some calls fail above 2 GiB, so no message is
+larger than ``Communicator.message_bytes``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def mean_buffers(comm: Communicator, arrays: Sequence[NDArray[Any]], doing: str) -> None:
-    """Replace arrays by their average over all ranks, in place.
+    """Replace arrays by their averages over all ranks, in place.
 
     Collective. Main thread only.
 
@@ -32,7 +32,7 @@ def mean_buffers(comm: Communicator, arrays: Sequence[NDArray[Any]], doing: str)
         comm: The communicator.
         arrays: 1-d, contiguous, writable, of a float or complex dtype that MPI knows;
             the same on every rank.
-        doing: What the ranks meet for, told when one does not come.
+        doing: What the ranks meet for, for the error if one never arrives.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
@@ -52,7 +52,7 @@ def bcast_bytes(comm: Communicator, data: bytes | None, doing: str) -> bytes:
     Args:
         comm: The communicator.
         data: The bytes on root; ignored elsewhere.
-        doing: What the ranks meet for, told when one does not come.
+        doing: What the ranks meet for, for the error if one never arrives.
 
     Returns:
         Root's bytes, on every rank.
@@ -77,7 +77,7 @@ def bcast_json(comm: Communicator, value: Any, doing: str) -> Any:  # noqa: ANN4
     Args:
         comm: The communicator.
         value: JSON value on root; ignored elsewhere.
-        doing: What the ranks meet for, told when one does not come.
+        doing: What the ranks meet for, for the error if one never arrives.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
@@ -94,7 +94,7 @@ def gather_bytes(comm: Communicator, data: bytes, doing: str) -> list[bytes]:
     Args:
         comm: The communicator.
         data: This rank's bytes.
-        doing: What the ranks meet for, told when one does not come.
+        doing: What the ranks meet for, for the error if one never arrives.
 
     Returns:
         Bytes of each rank in rank order on root; an empty list elsewhere.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package's own communicator: a duplicate, with deadlines on every wait.
+"""Wraps MPI in the package's own communicator: a duplicate, with deadlines on every wait.
 
-Worker threads never come here; everything runs on the caller's thread, so that
-MPI_THREAD_FUNNELED is enough.
+Worker threads never use it; all calls run on the caller's thread, so MPI_THREAD_FUNNELED is
+enough.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 _ADVICE = "published generations are untouched, end this job and start it again"
 
-# MPI: a survivor of a lost rank may wait in any of them for one who waits elsewhere.
-# Strong references: what nobody else holds is open all the same.
+# MPI: after a loss, a rank may wait in any of them for a rank that waits in another. Strong
+# references: a communicator stays open though no other code holds it.
 _OPEN: dict[int, Communicator] = {}
 
 
@@ -56,24 +56,24 @@ class Communicator:
 
     Args:
         comm: The user's communicator; None is the world.
-        deadline_seconds: How long any wait may take.
+        deadline_seconds: How long a wait may take.
         message_bytes: Largest message in bytes, at most 1 GiB.
 
     Attributes:
-        rank, size, root: This rank, their number, the one that decides, alike on all.
+        rank, size, root: This rank, the number of ranks, the rank that decides.
         deadline_seconds, message_bytes: As given, or set by `set_limits`.
         hosts: Host name of every rank.
-        completed: How many requests have been waited for; grows as long as ranks meet.
+        completed: Number of finished requests; grows as long as ranks meet.
         is_waiting: Whether this rank waits for others.
         topology: The ranks by host.
-        node: Communicator of the ranks on this host, in order; None where all are on
-            one, or each on its own.
-        confusions: How often all ranks have heard that they do different things.
-        call: The public call that is under way, told to whoever waits in it.
-        home: The process and thread in which it was made.
-        visible: The processes of ranks that can be seen from here.
-        busy_ranks: Who of the others is busy, by its own word.
-        last_met: What all ranks last met for, in words.
+        node: Communicator of the ranks on this host, in order; None if all are on one host,
+            or each on its own.
+        confusions: How often the ranks have found that they were in different calls.
+        call: The current public call, for the reports of a wait in it.
+        home: The process and thread that made it.
+        visible: The processes of the ranks that this process can see.
+        busy_ranks: The other ranks that have announced to be busy.
+        last_met: The last meeting of all ranks, in words.
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
@@ -113,7 +113,7 @@ class Communicator:
         try:
             objection.settle(self.handle, [one.objects for one in presences])
         except LaunchError:
-            self.close()  # on every rank, as all have raised
+            self.close()  # on every rank, since all have raised
             raise
         self.visible = {rank: one for rank, one in enumerate(presences) if one.is_visible}
         self.hosts = tuple(one.host for one in presences)
@@ -127,26 +127,26 @@ class Communicator:
 
     @property
     def name(self) -> str:
-        """This rank, as messages name it."""
+        """The name of this rank in messages."""
         return f"rank {self.rank} of {self.size} on {self.hosts[self.rank]}"
 
     @property
     def is_broken(self) -> bool:
-        """Whether ranks cannot meet any more: one was absent, or MPI failed."""
+        """Whether ranks can no longer meet: one was absent, or MPI failed."""
         return self._broken is not None
 
     @property
     def is_open(self) -> bool:
-        """Whether it can still carry messages: not freed or given up, MPI not finalized."""
+        """Whether it can carry messages: not freed or given up, MPI not finalized."""
         freed = self._is_given_up or self._mpi.Is_finalized()
         return not freed and self.handle != self._mpi.COMM_NULL
 
     def require_usable(self) -> None:
-        """Refuse at once what could only wait for ever. Not collective.
+        """Refuse at once a call that would wait for ever. Not collective.
 
         Raises:
-            CollectiveError: On the calling rank, in a process that was forked, in another
-                thread than the one that made it, or if it is closed.
+            CollectiveError: On the calling rank, in a forked process, in another thread
+                than the one that made it, or if it is closed.
         """
         self.home.require(self.call, self.rank)
         if self.handle == self._mpi.COMM_NULL:
@@ -157,7 +157,7 @@ class Communicator:
     def close(self) -> None:
         """Free the duplicate. Collective. May be called twice.
 
-        After a missed deadline nothing is freed: that would wait for the absent.
+        After a missed deadline it frees nothing: that would wait for the absent.
         """
         if self.is_open and self.can_meet() and self.busy_ranks.settle():
             _OPEN.pop(id(self), None)
@@ -166,7 +166,7 @@ class Communicator:
             self.handle.Free()
 
     def give_up(self) -> list[MPI.Comm]:
-        """Let go of it for a repair, which revokes what is returned. Not collective."""
+        """Give it up for a repair; return the communicators to revoke. Not collective."""
         _OPEN.pop(id(self), None)
         self._is_given_up = True
         self._broken = self._broken or "a rank was lost, and the others have gone on"
@@ -175,9 +175,9 @@ class Communicator:
     def set_limits(
         self, *, deadline_seconds: float | None = None, message_bytes: int | None = None
     ) -> None:
-        """Change how long waits take and how messages are cut; None leaves it.
+        """Change the deadline and the message size; None keeps a value.
 
-        Not collective, but every rank must set the same at the same time.
+        Not collective, but every rank must set the same values at the same time.
         """
         if deadline_seconds is not None:
             self.deadline_seconds = deadline_seconds
@@ -200,7 +200,7 @@ class Communicator:
         Args:
             values: 1-d, the same length and dtype on every rank.
             operation: ``"min"``, ``"max"``, ``"sum"`` or ``"bor"`` (bitwise or).
-            doing: What the ranks meet for, told when one does not come.
+            doing: What the ranks meet for, for the error if one never arrives.
 
         Raises:
             CollectiveError: On every live rank, if one never arrives.
@@ -218,21 +218,21 @@ class Communicator:
         return result
 
     def note_meeting(self, doing: str) -> None:
-        """Remember that all ranks have given their part for something. Not collective."""
+        """Note that all ranks have taken part in a meeting. Not collective."""
         self.last_met.note(doing)
         if self.size > 1:
-            self.busy_ranks.listen()  # nothing that nobody looks at piles up
+            self.busy_ranks.listen()  # so that no unread messages pile up
 
     def start_all_reduce(
         self, values: NDArray[Any], result: NDArray[Any], operation: str
     ) -> MPI.Request:
         """Start reducing a vector that fits into one message.
 
-        Collective. Main thread only. The request holds neither array.
+        Collective. Main thread only. The request keeps neither array alive.
 
         Args:
             values: 1-d, the same length and dtype on every rank.
-            result: Of the same form; set once the request is done.
+            result: An array of the same form; set once the request is done.
             operation: ``"min"``, ``"max"``, ``"sum"`` or ``"bor"`` (bitwise or).
 
         Raises:
@@ -256,11 +256,11 @@ class Communicator:
         Not collective. Main thread only.
 
         Args:
-            requests: Posted on this communicator.
-            doing: What the ranks meet for, told when one does not come.
+            requests: Requests posted on this communicator.
+            doing: What the ranks meet for, for the error if one never arrives.
             streaming: Whether data is flowing, so that the core is better spent on
                 progress than on sleep.
-            buffers: Holds what the requests work on but do not hold themselves: those of
+            buffers: Buffers that the requests use but do not keep alive: requests of
                 reductions do not (mpi4py 4.1).
 
         Raises:
@@ -272,7 +272,7 @@ class Communicator:
         try:
             self._refuse_if_broken(doing)
             self._wait(pending, doing, streaming)
-            # What a late rank does is carried out, though the others have given it up.
+            # The operation of a late rank may succeed, though the others gave it up.
             self._refuse_if_late(doing)
         except BaseException as error:
             keep(pending, buffers)
@@ -288,14 +288,14 @@ class Communicator:
         patience = Patience(self.deadline_seconds, streaming=streaming)
         began, busy = time.monotonic(), self.busy_ranks
         warn_after = absence.WARNED_SECONDS
-        # One request at a time: a test moves all of them on, and one costs least.
+        # One request at a time: each test advances all of them, and one test costs least.
         for request in pending:
             while not request.Test():
                 if not patience.go_round():
                     continue
                 waited = time.monotonic() - began
                 if patience.rounds == ROUNDS_A_LOOK:
-                    # Whoever came too late sees by now that the others gave up.
+                    # A late rank sees by now that the others gave up.
                     self._refuse_if_late(doing)
                 elif is_called(self.handle) or (
                     (patience.is_over or busy.is_any)
@@ -318,7 +318,7 @@ class Communicator:
     def _split(self) -> MPI.Comm | None:
         if len(self.topology.nodes) in (1, self.size):
             return None
-        # MPI: this has no deadline and needs none, as all ranks have just met.
+        # MPI: Split has no deadline and needs none: all ranks have just met.
         return self.handle.Split(self.topology.node_of[self.rank], self.rank)
 
     def _note_failure(self, error: BaseException) -> None:
@@ -344,5 +344,5 @@ class Communicator:
 
 
 def open_communicators() -> list[Communicator]:
-    """Return those that are neither closed nor given up. Not collective."""
+    """Return the communicators that are neither closed nor given up. Not collective."""
     return list(_OPEN.values())

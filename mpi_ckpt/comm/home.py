@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where collective calls of a rank may be made: in the process and thread of its MPI."""
+"""Restricts collective calls to the process and thread that made the communicator."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mpi_ckpt.errors import CollectiveError
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """The process and the thread that have made a communicator."""
+    """The process and the thread that made a communicator."""
 
     process: int = field(default_factory=os.getpid)
     thread: int = field(default_factory=threading.get_ident)
 
     def require(self, call: str, rank: int) -> None:
-        """Refuse what is called elsewhere, and could only wait for ever. Not collective.
+        """Refuse a call from elsewhere, which would wait for ever. Not collective.
 
         Args:
-            call: The public call, told in the error.
-            rank: Of the process.
+            call: The public call, for the error.
+            rank: Rank of the process.
 
         Raises:
             CollectiveError: On the calling rank.

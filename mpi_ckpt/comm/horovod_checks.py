@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Horovod in the same process: can the two live together? Nothing here imports it.
+"""Checks whether Horovod in the same process fits this MPI. Nothing here imports Horovod.
 
-Horovod has a thread of its own that calls MPI. If that thread started MPI, `hvd.shutdown`
-finalizes MPI under everybody else; without MPI, or with other ranks, the two do not mean
-the same job.
+Horovod has its own thread that calls MPI. If that thread started MPI, `hvd.shutdown`
+finalizes MPI for the whole process. If Horovod runs without MPI, or with other ranks, the
+two libraries do not mean the same job.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _FIRST = (
     "a Horovod that did ends it in hvd.shutdown(), under everybody else"
 )
 
-# By this attribute a communicator is known for the ranks of a process set: fewer than
-# Horovod has, and all the same right. Made when it is first needed, as that takes MPI.
+# This attribute marks a communicator of the ranks of a process set: fewer ranks than
+# Horovod has, but correct. It is made on first use, since it needs MPI.
 _KEYVALS: list[int] = []
 
 
@@ -47,7 +47,7 @@ def find_horovod(modules: Mapping[str, Any] = sys.modules) -> Any:  # noqa: ANN4
 
 
 def check_finalized(mpi: Any) -> None:  # noqa: ANN401 (a module)
-    """Refuse an MPI that has ended: the least call would end the process without a word.
+    """Refuse an MPI that was finalized: any call would end the process without a message.
 
     Not collective.
 
@@ -55,7 +55,7 @@ def check_finalized(mpi: Any) -> None:  # noqa: ANN401 (a module)
         mpi: ``mpi4py.MPI``.
 
     Raises:
-        LaunchError: On every rank, as each sees the same.
+        LaunchError: On every rank, since each sees the same.
     """
     if mpi.Is_finalized():
         raise LaunchError(
@@ -71,18 +71,18 @@ def check_horovod(
     *,
     is_part: bool = False,
 ) -> None:
-    """Refuse a Horovod that cannot live with this MPI, or means another job.
+    """Refuse a Horovod that does not work with this MPI, or means another job.
 
-    Not collective. Looks only if the program has imported and initialised Horovod.
+    Not collective. Checks only if the program has imported and initialised Horovod.
 
     Args:
         mpi: ``mpi4py.MPI``.
         size: Number of ranks of the communicator to be used.
         modules: Modules that have been imported.
-        is_part: Whether these are known for the ranks of a process set.
+        is_part: Whether the ranks are known to be those of a process set.
 
     Raises:
-        LaunchError: On the calling rank; others may see it otherwise.
+        LaunchError: On the calling rank; others may not see the same.
     """
     horovod = find_horovod(modules)
     if horovod is None:
@@ -96,7 +96,7 @@ def check_horovod(
             "communicator that Horovod has: comm="
             "mpi_ckpt.integrations.horovod.communicator()"
         )
-    # Elsewhere than on Python's main thread nothing can be told by MPI's.
+    # Off Python's main thread, the main thread of MPI proves nothing.
     on_main = threading.current_thread() is threading.main_thread()
     if on_main and not mpi.Is_thread_main():
         raise LaunchError(f"Horovod's thread has started MPI, not this one; {_FIRST}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A communicator whose ranks are Horovod's, in Horovod's order.
+"""Makes a communicator of Horovod's ranks, in Horovod's order.
 
-Horovod works on a duplicate that it shows to nobody. Its ranks are found by what it says of
-them: where it has all ranks of a communicator at hand, MPI alone tells the order; where it
-has some, its own allgather tells which.
+Horovod uses a private duplicate. Its ranks are found from its own rank and size: if it has
+all ranks of a known communicator, MPI alone gives the order; if it has some of them,
+Horovod's own allgather shows which.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ def find_communicator(
 ) -> tuple[MPI.Intracomm, bool]:
     """Return a communicator with Horovod's ranks in its order.
 
-    Collective over the ranks meant. Main thread only.
+    Collective over these ranks. Main thread only.
 
     Args:
-        comm: One that is known to have these ranks, in any order; None to find them.
-        process_set: The ``hvd.ProcessSet`` whose ranks are meant; None for all.
-        deadline_seconds: How long the others may take; Horovod's allgather has its own.
+        comm: A communicator known to have these ranks, in any order; None to find them.
+        process_set: The ``hvd.ProcessSet`` with the ranks; None for all ranks.
+        deadline_seconds: How long the other ranks may take; Horovod's allgather has its own
+            deadline.
 
     Returns:
         The communicator, and whether it was made here.
 
     Raises:
-        LaunchError: On every rank of them, if Horovod and MPI cannot live together, or do
+        LaunchError: On each of these ranks, if Horovod and MPI do not work together, or do
             not have the same ranks.
         CollectiveError: On every live rank, if one never arrives.
     """
@@ -77,12 +78,12 @@ def find_communicator(
 
 
 def _ask_horovod(mpi: Any, horovod: Any, process_set: Any) -> MPI.Intracomm:  # noqa: ANN401
-    # What is refused here, every rank sees the same way: there is no communicator yet.
+    # Every rank sees the faults refused here the same way: there is no communicator yet.
     check_horovod(mpi, horovod.size())
     members = _members(mpi, horovod, process_set)
     world = mpi.COMM_WORLD.Get_group()
     group = world.Incl(members)
-    # Only the members come here, so it cannot be a split of the world.
+    # Only the members call this, so it cannot be a split of the world.
     made: MPI.Intracomm = mpi.COMM_WORLD.Create_group(group, Tag.GROUP)
     group.Free()
     world.Free()
@@ -91,7 +92,7 @@ def _ask_horovod(mpi: Any, horovod: Any, process_set: Any) -> MPI.Intracomm:  # 
 
 
 def _members(mpi: Any, horovod: Any, process_set: Any) -> Sequence[int]:  # noqa: ANN401
-    """Return Horovod's ranks, as the world numbers them."""
+    """Return the world's numbers of Horovod's ranks."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(horovod, "allgather"):
         raise LaunchError(

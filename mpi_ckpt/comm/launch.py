@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does what the launcher said agree with what MPI says? And is there an MPI at all?
+"""Checks that the launcher's variables agree with MPI, and that there is an MPI at all.
 
-A job started without mpirun, or with the mpirun of another MPI than the one mpi4py
-loads, is N jobs of one rank; each would write as root. The launchers leave variables by
-which this is seen.
+A job started without mpirun, or with the mpirun of another MPI than mpi4py's, becomes N
+jobs of one rank, each of which would write as root. The launchers set variables that show
+this.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _LAUNCHERS = (
     ("Horovod", "HOROVOD_SIZE", "HOROVOD_RANK"),
     # Only set inside a step of srun: a batch script that calls mpirun has none.
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-    # Also set by whoever starts the ranks of torch.distributed by hand.
+    # Also set by users who start the ranks of torch.distributed by hand.
     ("torchrun", "WORLD_SIZE", "RANK"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class LauncherView:
-    """What a launcher says of this process."""
+    """A launcher's claim about this process."""
 
     launcher: str
     size: int
@@ -43,7 +43,7 @@ class LauncherView:
 def load_mpi() -> ModuleType:
     """Import ``mpi4py.MPI``, which initialises MPI.
 
-    Not collective, but every rank must come.
+    Not collective, but every rank must call it.
 
     Raises:
         LaunchError: On the calling rank, if no MPI library can be loaded.
@@ -60,7 +60,7 @@ def load_mpi() -> ModuleType:
 
 
 def launcher_view(environ: Mapping[str, str]) -> list[LauncherView]:
-    """Return what each launcher's variables claim. Not collective. Thread-safe."""
+    """Return the claims of the launchers' variables. Not collective. Thread-safe."""
     views = []
     for launcher, size_name, rank_name in _LAUNCHERS:
         size = environ.get(size_name, "")
@@ -85,10 +85,10 @@ def check_launch(
         environ: The environment of the process.
 
     Raises:
-        LaunchError: On every rank, as each sees the same.
+        LaunchError: On every rank, since each sees the same.
     """
     if world_size > 1:
-        return  # MPI did find its peers; nested launchers may claim what they like
+        return  # MPI has found the peers; claims of nested launchers do not matter
     for view in launcher_view(environ):
         if view.size > 1:
             raise LaunchError(

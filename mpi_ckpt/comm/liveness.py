@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks wait for one another, find out who does not come, and take their leave.
+"""Makes ranks wait for one another, find absent ranks, and say farewell.
 
-A rank whose deadline passes calls the roll: it tells every rank that it gives up and notes
-who answers. A waiting rank answers by giving up as well, so all live ranks raise within
-moments of the first; who is silent is named by all.
+A rank whose deadline passes calls the roll: it sends every rank a message that it gives up,
+and notes which ranks answer. A waiting rank answers by giving up as well, so all live ranks
+raise soon after the first, and all name the silent ranks.
 
-A rank that leaves the job alone, by an error of the program, says farewell: MPI_Finalize
-waits for every rank, and the others wait for it where they are, for ever.
+A rank that leaves the job alone, by an error of the program, says farewell. Otherwise it
+would wait in MPI_Finalize for the others, and they would wait for it, for ever.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm.communicator import Communicator
 
 # A rank that waits yields its core this often before it starts to sleep, so a short wait
-# costs no latency and a long one (root writes) no core.
+# adds no latency, and a long one (while root writes) uses no core.
 _YIELDS = 2000
 _PAUSE_SECONDS_MAX = 1e-3
-# The clock is read once in so many rounds: reading it costs more than a round.
+# The clock is read once in this many rounds: reading it costs more than a round.
 ROUNDS_A_LOOK = 64
 _ROLL_CALL_SECONDS = 3.0
 _NO_WORDS = bytes(16)
-# MPI: MPICH's launcher drops at an abort what a rank has written and it has not passed on.
+# MPI: at an abort, MPICH's launcher drops output of a rank that it has not passed on yet.
 _LAST_WORDS_SECONDS = 0.5
 
 
@@ -56,13 +56,13 @@ class Patience:
     Not collective.
 
     Args:
-        seconds: How long to wait; None for as long as it takes.
+        seconds: How long to wait; None for no limit.
         streaming: Whether data is flowing, so that the core is better spent on progress
             than on sleep.
 
     Attributes:
         rounds: How often the loop has gone round.
-        is_over: Whether the time has passed, as far as the clock was looked at.
+        is_over: Whether the time had passed when the clock was last read.
     """
 
     def __init__(self, seconds: float | None, *, streaming: bool = False) -> None:
@@ -74,14 +74,14 @@ class Patience:
         self.is_over = False
 
     def renew(self) -> None:
-        """Let the time count anew from now."""
+        """Restart the time now."""
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
         self.is_over = False
 
     def go_round(self) -> bool:
-        """Let others run for a moment; return whether the clock was looked at.
+        """Let other threads run for a moment; return whether the clock was read.
 
-        That is once in 64 rounds, when the caller too may look at what costs.
+        It is read once in 64 rounds; the caller may do its own slow checks then.
         """
         self.rounds += 1
         if self._streaming or self.rounds < _YIELDS:
@@ -96,20 +96,20 @@ class Patience:
 
 
 def is_done_within(request: MPI.Request, seconds: float | None) -> bool:
-    """Wait for a request, so that signals come and others get the core.
+    """Wait for a request, but let signals arrive and other threads run.
 
     Not collective by itself. Main thread only. For requests outside of a `Communicator`,
     whose waits can call the roll.
 
     Args:
-        request: What to wait for.
-        seconds: How long; None for as long as it takes.
+        request: The request.
+        seconds: How long; None for no limit.
 
     Returns:
         Whether it is done. If not, MPI may still write to its buffers.
 
     Raises:
-        MPI.Exception: On the calling rank, if it failed.
+        MPI.Exception: On the calling rank, if the request failed.
     """
     patience = Patience(seconds)
     while not request.Test():
@@ -119,8 +119,8 @@ def is_done_within(request: MPI.Request, seconds: float | None) -> bool:
     return True
 
 
-# MPI: what was posted is carried out even if it was given up, or its owner forgotten. Its
-# buffers must not become somebody else's memory until then: here is who holds them.
+# MPI: a posted operation runs even if the program gave it up or dropped its owner. Until
+# then nothing else may use its buffers: these lists keep them alive.
 _ABANDONED: list[object] = []
 _POSTED: set[object] = set()
 
@@ -136,41 +136,41 @@ def hold(posted: object) -> None:
 
 
 def let_go_of(posted: object) -> None:
-    """Forget what `hold` was given: nothing is on its way any more. Not collective."""
+    """Release an object that `hold` keeps, once no message is in flight. Not collective."""
     _POSTED.discard(posted)
 
 
 def is_called(handle: MPI.Intracomm) -> bool:
     """Return whether another rank has called the roll. Not collective. Main thread only."""
-    # MPI: a probe takes in what has arrived and may find it only the next time.
+    # MPI: a probe processes arrived messages, and may find them only the next time.
     anybody = load_mpi().ANY_SOURCE
     return any(handle.Iprobe(source=anybody, tag=Tag.ROLL_CALL) for _ in range(2))
 
 
 def call_roll(handle: MPI.Intracomm) -> set[int]:
-    """Tell all ranks that this one gives up, and return who answers.
+    """Send all ranks the message that this one gives up; return the ranks that answer.
 
-    Not collective. Main thread only. Takes some seconds if one is silent.
+    Not collective. Main thread only. Takes some seconds if a rank is silent.
     """
     sends = _tell_all(handle, Tag.ROLL_CALL)
     present = {handle.rank: _NO_WORDS}
     everybody = set(range(handle.size))
     _hear(handle, Tag.ROLL_CALL, present, everybody, _ROLL_CALL_SECONDS)
-    # To a rank that never looked: nobody may ever receive it.
+    # Messages to a rank that never looked may never be received.
     keep([send for send in sends if not send.Test()])
     return set(present)
 
 
 def call_off(handle: MPI.Intracomm) -> None:
-    """Let all that wait in a communicator give up. Not collective. Main thread only."""
-    # MPI: to a rank that never looks.
+    """Make all ranks that wait in a handle give up. Not collective. Main thread only."""
+    # MPI: a message to a rank that never looks stays unreceived.
     keep(_tell_all(handle, Tag.ROLL_CALL))
 
 
 def has_left(handle: MPI.Intracomm) -> list[int]:
     """Return the first rank that has said farewell, if any. Not collective.
 
-    Main thread only. The farewell stays where it is.
+    Main thread only. The farewell is not received, only probed.
     """
     mpi: Any = load_mpi()
     status = mpi.Status()
@@ -179,24 +179,24 @@ def has_left(handle: MPI.Intracomm) -> list[int]:
 
 
 class Farewell:
-    """Tells all ranks that this one leaves, and hears who else does.
+    """Sends all ranks the message that this one leaves, and receives theirs.
 
-    Not collective: 16 bytes to every rank and from every rank that leaves as well, which no
-    other wait on the communicator can mistake for its own. Main thread only.
+    Not collective: 16 bytes to every rank, and from every other rank that leaves, under a
+    tag that no other wait on the communicator uses. Main thread only.
 
     Args:
         comm: The communicator; it may have missed a deadline.
-        words: 16 bytes that say why; another that leaves for the same reason says the same.
+        words: 16 bytes for the reason; ranks that leave for the same reason send the same.
     """
 
     def __init__(self, comm: Communicator, words: bytes = _NO_WORDS) -> None:
         self._handle = comm.handle
         self._heard = {comm.rank: words}
-        # MPI: to a rank that never looks. So little is on its way at once all the same.
+        # MPI: some ranks never receive it, but so few bytes are sent at once even so.
         keep(_tell_all(self._handle, Tag.FAREWELL, words))
 
     def missing(self, seconds: float) -> list[int]:
-        """Wait for the farewells of all others; return the ranks that do not leave.
+        """Wait for the farewells of all others; return the ranks that send none.
 
         Not collective. Main thread only.
 
@@ -208,7 +208,7 @@ class Farewell:
         return sorted(everybody.difference(self._heard))
 
     def words_of(self, rank: int, seconds: float) -> bytes:
-        """Wait for the farewell of a rank; return its words, or none in time.
+        """Wait for the farewell of a rank; return its words, empty if it is late.
 
         Not collective. Main thread only.
 
@@ -227,14 +227,14 @@ def abort_job(code: int) -> None:
 
 
 def is_mpi_running() -> bool:
-    """Return whether MPI was not finalized yet. Not collective. Starts MPI."""
+    """Return whether MPI is not finalized yet. Not collective. Starts MPI."""
     return not load_mpi().Is_finalized()
 
 
 def _tell_all(
     handle: MPI.Intracomm, tag: Tag, words: bytes = _NO_WORDS
 ) -> list[MPI.Request]:
-    """Start sending a few words to every other rank."""
+    """Start sending a few bytes to every other rank."""
     token = np.frombuffer(bytearray(words), np.uint8)
     others = [rank for rank in range(handle.size) if rank != handle.rank]
     return [handle.Isend(token, dest=rank, tag=tag) for rank in others]
@@ -247,7 +247,7 @@ def _hear(
     wanted: set[int],
     seconds: float,
 ) -> None:
-    """Add to ``heard`` who sends words, until all that are wanted have, or it is late."""
+    """Add the senders of words to ``heard``, until all wanted have sent or time is over."""
     mpi: Any = load_mpi()
     status, token = mpi.Status(), np.zeros(len(_NO_WORDS), np.uint8)
     patience = Patience(seconds)

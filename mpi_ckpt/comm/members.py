@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one of several trainings in a job ends without the others: in their time.
+"""Ends one of several trainings in a job without ending the others early.
 
 MPI: MPI_Abort on any communicator ends the whole job, as does a process that exits before
-MPI_Finalize (Open MPI 5.0, MPICH 5.0); and MPI_Finalize waits for all. So a rank that has
-failed waits until the ranks of the other members are done, and ends the job then. Whether
-they are they tell when they are asked; nobody is spoken to on the world but by a failure,
-or when a rank does not wait any longer to be asked.
+MPI_Finalize (Open MPI 5.0, MPICH 5.0); and MPI_Finalize waits for all ranks. So a failed
+rank waits until the ranks of the other members are done, and then ends the job. Those ranks
+answer when the failed rank asks them. Ranks use the world communicator only after a
+failure, or when a rank no longer waits to be asked.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def member_of(comm: Communicator, how: AbortOn) -> Member | None:
-    """Return the member of an ensemble that a communicator is; None for no such thing.
+    """Return the ensemble member of a communicator; None if it is not one.
 
     Not collective.
 
     Args:
         comm: The communicator.
-        how: As `Options.abort_on_error`.
+        how: Value of `Options.abort_on_error`.
     """
     member = Member(comm) if how == "communicator" else None
     return member if member is not None and member.others else None
@@ -57,7 +57,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        """This member, as messages name it."""
+        """The name of this member in messages."""
         first, last = min(self._ranks), max(self._ranks)
         if last - first + 1 == len(self._ranks):
             named = f"ranks {first} to {last}" if last > first else f"rank {first}"
@@ -67,11 +67,11 @@ class Member:
 
     @property
     def others(self) -> set[int]:
-        """The ranks of the job that are no part of it."""
+        """The ranks of the job outside of this member."""
         return set(range(self._size)).difference(self._ranks)
 
     def outlive(self) -> None:
-        """Wait until all other members are done, or have failed as well."""
+        """Wait until all other members are done, or have failed too."""
         with suppress(self._mpi.Exception):  # a member may have lost ranks
             if self._comm.is_open:
                 call_off(self._comm.handle)
@@ -85,11 +85,11 @@ class Member:
             patience.go_round()
 
     def leave(self) -> None:
-        """Tell those that have failed that this rank is done, as long as it makes sense.
+        """Tell failed ranks that this rank is done, as long as this is useful.
 
         Called at the end of the program. It waits for all ranks of the job, but no longer
-        than the deadline; later it tells all that it is done, and leaves it to
-        MPI_Finalize to wait.
+        than the deadline; after that it tells all ranks that it is done, and only
+        MPI_Finalize waits.
         """
         request = self._mpi.COMM_WORLD.Ibarrier()
         patience, nothing = Patience(self._comm.deadline_seconds), np.zeros(0, np.int64)
@@ -107,7 +107,7 @@ class Member:
         keep(words, [world.Isend(words, rank, tag) for rank in sorted(self.others)])
 
     def _hear(self, tag: Tag) -> tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None:
-        """Receive one message of a kind; return its sender and it, or None for none."""
+        """Receive a message with a tag; return sender and message, or None."""
         mpi, status = self._mpi, self._mpi.Status()
         if not mpi.COMM_WORLD.Iprobe(mpi.ANY_SOURCE, tag, status):
             return None

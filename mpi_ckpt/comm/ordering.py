@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks in the order of another library, which has joined the same processes."""
+"""Orders ranks as another library does that connects the same processes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What another library says of this process.
+    """Another library's numbers for this process.
 
     Attributes:
-        group: Number of the group of ranks it is in; None for none.
-        rank: Its rank in that group.
+        group: Number of its group of ranks; None for none.
+        rank: Rank in that group.
         size: Number of ranks of that group.
     """
 
@@ -41,19 +41,19 @@ def order_ranks(
     advice: str,
     deadline_seconds: float,
 ) -> MPI.Intracomm | None:
-    """Make a communicator of each group, whose ranks are those of the other library.
+    """Make a communicator of each group, with the other library's ranks.
 
     Collective over ``comm``. Main thread only.
 
     Args:
-        comm: Communicator of all processes concerned; None is the world.
-        ask: Asks the library of this one. Must not communicate.
-        library: Its name, for messages.
-        advice: What to do where the two do not fit.
-        deadline_seconds: How long to wait for ranks that do not come.
+        comm: Communicator of all these processes; None is the world.
+        ask: Returns the library's claim on this process. Must not communicate.
+        library: Name of the library, for messages.
+        advice: What to do if the two do not fit.
+        deadline_seconds: How long to wait for absent ranks.
 
     Returns:
-        The communicator of this rank's group, to be freed by the caller; None for a rank
+        The communicator of this rank's group, which the caller must free; None for a rank
         in no group.
 
     Raises:
@@ -77,17 +77,17 @@ def order_ranks(
             + "\n  ".join(problems),
             problems=problems,
         )
-    # MPI: a split has no deadline, and needs none where all have just met.
+    # MPI: a split has no deadline, and needs none: all ranks have just met.
     color = mpi.UNDEFINED if claim.group is None else claim.group
     ordered: Any = parent.Split(color, claim.rank)
     return None if ordered == mpi.COMM_NULL else ordered
 
 
 def find_contradictions(claims: Sequence[Claim]) -> list[str]:
-    """Return what is wrong with what the processes of a job are told. Pure.
+    """Return the contradictions between the claims of a job's processes. Pure.
 
     Args:
-        claims: One for each rank of MPI, in order.
+        claims: The claim of each rank of MPI, in order.
     """
     problems = []
     groups: dict[int, list[tuple[int, Claim]]] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operating system knows of a rank's process. No MPI."""
+"""Describes a rank's process by what the operating system knows of it. No MPI."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STATES = {
 
 
 def host_name() -> str:
-    """Return the name of this host, as text that can be sent: any bytes may be one."""
+    """Return the name of this host, whatever its bytes, as text that can be sent."""
     name = socket.gethostname().encode(errors="surrogateescape")
     return name[:_HOST_BYTES].decode(errors="replace")
 
@@ -38,9 +38,9 @@ class Presence:
     Attributes:
         host: Name of its host.
         process: Its process id there.
-        started: When it was started, in ticks of that host: with the id, this tells the
-            process from any other, in another container of that name too.
-        objects: Whether it has found a reason not to take part.
+        started: Its start time, in ticks of that host: with the id, this tells the process
+            from any other, even in another container of that host name.
+        objects: Whether it has a reason to refuse the job.
     """
 
     host: str
@@ -58,21 +58,21 @@ class Presence:
         return cls(host_name(), process, started, objects)
 
     def encode(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """Return it as bytes of a fixed length. Not collective."""
+        """Return the presence as bytes of a fixed length. Not collective."""
         host = self.host.encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
         numbers = np.array([self.process, self.started, self.objects], np.int64).tobytes()
         return np.frombuffer(host + numbers, np.uint8)
 
     @classmethod
     def decode(cls, encoded: bytes) -> Presence:
-        """Return what `encode` was called on. Not collective."""
+        """Return the presence that `encode` encoded. Not collective."""
         host = encoded[:_HOST_BYTES].rstrip(b"\0").decode(errors="replace")
         process, started, objects = np.frombuffer(encoded[_HOST_BYTES:], np.int64).tolist()
         return cls(host, process, started, bool(objects))
 
     @property
     def is_visible(self) -> bool:
-        """Whether the process can be seen from here: no other host, no other container."""
+        """Whether this process can see that one: same host, same container."""
         if self.host != host_name():
             return False
         found = _look_up(self.process)
@@ -80,12 +80,12 @@ class Presence:
 
     @property
     def is_gone(self) -> bool:
-        """Whether a process that was visible once has died."""
+        """Whether a process that was visible before has died."""
         found = _look_up(self.process)
         return found is None or found[1] != self.started or found[0] in _DEAD
 
     def describe(self) -> str:
-        """Tell what a process is at that was visible once, in words. Not collective."""
+        """Return in words what a once visible process is doing. Not collective."""
         found = _look_up(self.process)
         if found is None or found[1] != self.started:
             return f"process {self.process} is not there any more"
@@ -94,17 +94,17 @@ class Presence:
 
 
 def _look_up(process: int) -> tuple[str, int] | None:
-    """Return a process's state and start, by the kernel's file; None if there is none."""
+    """Return a process's state and start from the kernel's file; None if there is none."""
     with suppress(OSError, ValueError, IndexError):
         status = Path(f"/proc/{process}/stat").read_text()
-        # The name in brackets may hold anything, brackets too.
+        # The name in brackets may contain anything, brackets too.
         fields = status.rpartition(")")[2].split()
         return fields[0], int(fields[19])
     return None
 
 
 def _kernel_function(process: int) -> str:
-    with suppress(OSError):  # not for everybody to see
+    with suppress(OSError):  # not every user may read it
         name = Path(f"/proc/{process}/wchan").read_text().strip()
         if name not in ("", "0"):
             return f" in the kernel ({name})"

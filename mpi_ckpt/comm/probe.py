@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MPI is here: ``python -m mpi_ckpt.comm.probe``, run by `mpi-ckpt doctor`.
+"""Reports which MPI is here: ``python -m mpi_ckpt.comm.probe``, run by `mpi-ckpt doctor`.
 
-A process of its own, because an MPI that is broken may hang or end whoever loads it. One
-JSON object a line, each printed at once, so that what was found before a hang is known:
-first mpi4py, then the library without starting it, then what starting it gives.
+It is a separate process, because a broken MPI may hang or end the process that loads it. It
+prints one JSON object a line, each at once, so that the findings before a hang are known:
+first mpi4py, then the library without starting it, then the result of starting it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
 
 
 def main() -> None:
-    """Print what is found. Collective: run as a job of one rank."""
+    """Print the findings. Collective: run as a job of one rank."""
     try:
         _tell(mpi4py=version("mpi4py"))
     except PackageNotFoundError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes from root to the other ranks, each its own: nothing grows with N but on root."""
+"""Sends each rank its own bytes from root, with memory that grows with N on root only."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def scatter_bytes(
     error: type[CheckpointError],
     window_bytes: int,
 ) -> bytes:
-    """Send each rank bytes of its own from root, which has them made as it sends.
+    """Send each rank its own bytes from root, which makes them while it sends.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        lengths: How many bytes each rank gets, in rank order, on root; ignored elsewhere.
-        dealt: Gives some ranks and the bytes for each of them, until every rank with a
-            length above zero had its turn. Asked on root; may fail at any time.
-        doing: The work, told in errors.
-        error: Class for failures of ``dealt`` from outside this package's family.
-        window_bytes: Most bytes on their way at once, unless one rank gets more.
+        lengths: Number of bytes for each rank, in rank order, on root; ignored elsewhere.
+        dealt: Yields some ranks and the bytes for each of them, until every rank with a
+            length above zero had its turn. Used on root; may fail at any time.
+        doing: The work, for errors.
+        error: Class for exceptions of ``dealt`` that this package does not define.
+        window_bytes: Limit of the bytes in flight, unless one rank gets more.
 
     Returns:
         This rank's bytes.
@@ -70,7 +70,7 @@ def scatter_bytes(
 
 
 class _Dealer:
-    """Root's side: whatever fails, every rank gets the messages that it waits for."""
+    """Root's side: whatever fails, every rank gets the messages that it awaits."""
 
     def __init__(
         self, comm: Communicator, lengths: Sequence[int], doing: str, window_bytes: int
@@ -85,19 +85,19 @@ class _Dealer:
         self._mine = b""
 
     def deal(self, dealt: Iterator[tuple[Sequence[int], bytes]]) -> None:
-        """Send all that is dealt, and end what the others wait for."""
+        """Send all dealt bytes, and complete the messages that the others wait for."""
         while (turn := self._next(dealt)) is not None:
             ranks, data = turn
             for rank in ranks:
                 self._send(rank, data)
         for rank, length in self._waiting.items():
-            # MPI: a message may be shorter than the one that is awaited.
+            # MPI: a message may be shorter than the awaited one.
             cuts = plan_messages([length], self._comm.message_bytes)
             self._sends += [self._comm.isend(_NOTHING, rank) for _ in cuts]
         self._drain()
 
     def outcome(self) -> bytes:
-        """Return root's own bytes, or raise what went wrong."""
+        """Return root's own bytes, or raise the failure."""
         if self._failure is not None:
             raise self._failure
         if self._waiting:
@@ -109,7 +109,7 @@ class _Dealer:
     ) -> tuple[Sequence[int], bytes] | None:
         try:
             return next(dealt, None)
-        # Also KeyboardInterrupt and SystemExit: the others must hear of them.
+        # Also KeyboardInterrupt and SystemExit: the other ranks must learn of them.
         except BaseException as caught:
             self._failure = caught
             return None

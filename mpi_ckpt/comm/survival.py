@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does this job survive a lost rank? And is an error the sign of one?
+"""Finds out whether a job survives a lost rank, and whether an error comes from one.
 
 MPI's fault tolerance (ULFM): an operation that needs a dead rank raises, the communicator
-can be revoked, which wakes whoever waits in it, and shrunk to those that live.
+can be revoked, which wakes all ranks that wait in it, and shrunk to the live ranks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _CLASSES = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
-# MPI: what `mpirun --with-ft ulfm` sets for its ranks, spawned ones too. Without it Open
-# MPI has all of the calls, and ends the job all the same.
+# MPI: `mpirun --with-ft ulfm` sets it for its ranks, spawned ones too. Without it Open MPI
+# has all of the calls, but still ends the job.
 _VARIABLE = "OMPI_MCA_mpi_ft_enable"
 
 
 def why_lost_ranks_end_the_job(environ: Mapping[str, str] = os.environ) -> str:
-    """Say why MPI will end this job when a rank dies; empty if it will not.
+    """Return why MPI will end this job when a rank dies; empty if it will not.
 
     Not collective. Starts MPI.
     """
@@ -40,9 +40,9 @@ def why_lost_ranks_end_the_job(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def is_rank_failure(error: BaseException) -> bool:
-    """Return whether an exception, or one that it came from, is MPI's word for a lost rank.
+    """Return whether an exception, or one of its causes, is MPI's error for a lost rank.
 
-    Not collective. A missed deadline is none: who is late still lives. Starts no MPI.
+    Not collective. A missed deadline is not one: a late rank still lives. Starts no MPI.
     """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None:
@@ -55,19 +55,19 @@ def is_rank_failure(error: BaseException) -> bool:
 
 
 def is_sign_of_loss(error: BaseException, handle: MPI.Intracomm) -> bool:
-    """Return whether an exception comes from a lost rank, by what else MPI knows.
+    """Return whether an exception comes from a lost rank, by MPI's other evidence.
 
     Not collective. Main thread only.
 
     Args:
-        error: What a call on the communicator, or on one made from it, has led to.
+        error: Exception of a call on the communicator, or on one made from it.
         handle: The communicator.
     """
     if not isinstance(error, Exception):
-        return False  # whoever leaves by sys.exit(), or Ctrl-C, means it
+        return False  # sys.exit() and Ctrl-C are intended
     if is_rank_failure(error):
         return True
-    # MPI: a connection that breaks off is at times reported as what it is.
+    # MPI: a broken connection is sometimes reported as such.
     kind = load_mpi().Exception
     return any(isinstance(one, kind) for one in _chain(error)) and _has_lost_ranks(handle)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ranks share a host, and the chain of hosts that a broadcast runs along. Pure.
+"""Groups ranks by host, and plans the chain of hosts for a broadcast. Pure.
 
-Hosts are told apart by name. Two of one name count as one, and one of two names as two:
-then a broadcast is slower than it could be, and as right. Here too: how buffers become
-messages, small ones fused and large ones cut, to the lengths that suit such a chain.
+Names tell hosts apart. Two hosts of one name count as one, and a host of two names as two:
+then a broadcast is slower than necessary, but correct. This module also turns buffers into
+messages: it fuses small ones and cuts large ones, to lengths that suit such a chain.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Link:
     """The place of one rank in a chain.
 
     Attributes:
-        before: Rank that bytes come from over the network; None for none.
-        after: Rank that they go to over the network; None for none.
-        entry: Rank of the own node that spreads them there; maybe this one.
+        before: Rank that sends it bytes over the network; None for none.
+        after: Rank that it sends them to over the network; None for none.
+        entry: Rank that spreads them on this node; maybe this one.
     """
 
     before: int | None
@@ -39,7 +39,7 @@ class Topology:
     """The ranks by node.
 
     Attributes:
-        nodes: Ranks of each node, ascending; the nodes in the order of their first.
+        nodes: Ranks of each node, ascending; nodes are ordered by their first rank.
         node_of: Index of each rank's node.
     """
 
@@ -62,9 +62,9 @@ class Topology:
         return tuple(ranks[0] for ranks in self.nodes)
 
     def entries(self, source: int) -> tuple[int, ...]:
-        """Return where what one rank sends enters each node: at itself, else the leader.
+        """Return the rank by which a source's bytes enter each node.
 
-        Not collective. Thread-safe.
+        The source itself on its own node, else the leader. Not collective. Thread-safe.
         """
         home = self.node_of[source]
         return tuple(
@@ -72,7 +72,7 @@ class Topology:
         )
 
     def chain(self, source: int) -> tuple[int, ...]:
-        """Return the entries in the order that bytes pass them, from the source on.
+        """Return the entries in the order in which bytes pass them, from the source on.
 
         Not collective. Thread-safe.
         """
@@ -92,12 +92,12 @@ class Topology:
 
 
 def choose_ranks(ranks: Ranks, topology: Topology) -> tuple[int, ...]:
-    """Return the ranks that do a work, root first.
+    """Return the ranks that share a task, root first.
 
     Not collective. Thread-safe.
 
     Args:
-        ranks: How they are chosen; of a host the lowest.
+        ranks: How they are chosen; for ``"node"`` the lowest of each host.
         topology: The ranks by host.
     """
     if ranks == "all":
@@ -131,14 +131,14 @@ def plan_messages(
 ) -> Iterator[tuple[Piece, ...]]:
     """Cut buffers into messages of at most ``message_bytes``.
 
-    Not collective. Thread-safe. The same lengths give the same messages on every rank.
-    A message of one piece can be sent from where it lies; one of several is a bucket,
-    to be packed. Only buffers below an eighth of a message are fused: copying larger
-    ones costs more than the message it spares.
+    Not collective. Thread-safe. The same lengths give the same messages on every rank. A
+    message of one piece is sent without a copy; a message of several is a bucket, which
+    must be packed. Only buffers below an eighth of a message are fused: copying larger ones
+    costs more than the message that it saves.
 
     Args:
         lengths: Length of each buffer in bytes; zero-length ones get no message.
-        message_bytes: Most bytes of a message; at least ``unit``.
+        message_bytes: Largest message in bytes; at least ``unit``.
         unit: Cuts fall on multiples of this many bytes.
     """
     most = max(unit, message_bytes - message_bytes % unit)
@@ -160,26 +160,26 @@ def plan_messages(
 
 
 def chain_piece_bytes(total_bytes: int, hosts: int) -> int | None:
-    """Return the length of the pieces that go along a chain of hosts.
+    """Return the length of the pieces for a chain of hosts.
 
     Not collective. Thread-safe.
 
     Args:
-        total_bytes: What is to be sent.
+        total_bytes: Bytes to send.
         hosts: Length of the chain.
 
     Returns:
-        Length in bytes; None where a chain is no gain.
+        Length in bytes; None if a chain gains nothing.
     """
-    # The last host has everything after as many turns as there are pieces, and one more
-    # for each host that a piece is passed on by: while the chain fills, the last links
-    # idle. Turns are short where pieces are: filling takes a thirty-second of the time or
-    # less. But each piece costs a call and a round trip too, which below 64 KiB weigh as
-    # much as its bytes, and above 1 MiB nothing.
+    # The last host has all bytes after one turn for each piece, and one more for each host
+    # that passes pieces on: while the chain fills, the last links are idle. Short pieces
+    # make short turns: filling takes a thirty-second of the time or less. But each piece
+    # also costs a call and a round trip, which cost as much as its bytes below 64 KiB, and
+    # almost nothing above 1 MiB.
     #
-    # Too little to fill a chain goes faster by a tree: P pieces over H hosts take
-    # P + H - 2 turns in the chain and P * log2(H), rounded up, in the tree. The chain
-    # has no more turns, whatever H is, from P = H on.
+    # Too few bytes to fill a chain travel faster in a tree: P pieces over H hosts take P +
+    # H - 2 turns in the chain and P * log2(H), rounded up, in the tree. The chain has no
+    # more turns, whatever H is, from P = H on.
     if hosts == 1 or total_bytes < hosts * _CHAIN_PIECE_BYTES_LEAST:
         return None
     filled = total_bytes // (_FILLING_SHARE * (hosts - 1))

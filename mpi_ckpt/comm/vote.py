@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of all ranks, joined in one small message: at once, or while the caller goes on.
+"""Joins flags of all ranks in one small message, at once or while the caller goes on.
 
-With them meet two digests. One is of what each rank is doing: ranks that call different
-things are told so, where MPI would hang or crash. The other is of anything that should be
-the same on all ranks: whether it is costs nothing more.
+The message also carries two digests. One is of the call that each rank is in: ranks in
+different calls get an error, where MPI would hang or crash. The other is of any value that
+should be equal on all ranks: comparing it costs nothing more.
 
-An error that every rank raises then is told in full by one of them and named by the others:
-with a thousand ranks the same text would otherwise be printed a thousand times.
+If every rank raises an error, one rank prints it in full and the others only name it:
+otherwise a thousand ranks would print the same text a thousand times.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 UNTOUCHED = "published generations are untouched"
 
 _NOTHING = bytes(DIGEST_BYTES)
-# The message: the flags, then each digest and its complement. Half a digest tells the few
-# things apart that ranks do, and leaves the message below the smallest `message_bytes`.
+# The message: the flags, then each digest and its complement. Half a digest distinguishes
+# the few calls of ranks, and keeps the message below the smallest `message_bytes`.
 _DOING = slice(1, 3)
 _ALIKE = slice(3, 3 + 2 * DIGEST_BYTES // 8)
 
 
 class Joined(NamedTuple):
-    """What a vote has come to, the same on every rank.
+    """The outcome of a vote, the same on every rank.
 
     Attributes:
-        flags: Those that any rank has set.
+        flags: The flags that any rank has set.
         is_alike: Whether all ranks gave the same digest.
     """
 
@@ -69,22 +69,22 @@ class Vote:
 
     @property
     def is_posted(self) -> bool:
-        """Whether a vote is under way; the same on every rank. Not collective."""
-        # A rank that was confused may have posted more votes than another: whatever was
-        # posted before all heard of it counts for nothing.
+        """Whether a vote is posted; the same on every rank. Not collective."""
+        # A confused rank may have posted more votes than another: votes posted before all
+        # ranks learned of the confusion do not count.
         return self._request is not None and self._confusions == self._comm.confusions
 
     def post(self, flags: int, digest: bytes = _NOTHING) -> None:
-        """Start a vote. No other may be under way.
+        """Start a vote. No other vote may be posted.
 
         Collective. Returns at once.
 
         Args:
-            flags: This rank's, as bits of a non-negative number below 2**64.
-            digest: 16 bytes, to be compared with those of the others.
+            flags: This rank's flags, as bits of a non-negative number below 2**64.
+            digest: 16 bytes, which the ranks compare.
         """
         if self._request is not None:
-            # Given up after a confusion, and perhaps still written to.
+            # MPI may still write to arrays given up after a confusion.
             self._mine, self._all = self._mine.copy(), self._all.copy()
         self._mine[0] = flags
         self._put(_ALIKE, digest)
@@ -93,7 +93,7 @@ class Vote:
         hold(self)
 
     def take(self) -> Joined:
-        """Wait for the vote that is under way.
+        """Wait for the posted vote.
 
         Collective.
 
@@ -126,7 +126,7 @@ class Vote:
         self._mine[place] = np.concatenate([words, ~words])
 
     def _is_alike(self, place: slice) -> bool:
-        # Joined bitwise, a bit in which two ranks differ is set in the complement too.
+        # After a bitwise or, a bit that differs between ranks is set in the complement too.
         words, complements = self._all[place].reshape(2, -1)
         return not (words & complements).any()
 
@@ -151,14 +151,14 @@ Error = TypeVar("Error", bound=CheckpointError)
 
 
 def told_by(comm: Communicator, error: Error, *tellers: int) -> Error:
-    """Return an error that all ranks are about to raise, with who of them tells it.
+    """Return an error that all ranks will raise, with the ranks that print it noted.
 
     Not collective.
 
     Args:
         comm: The communicator.
-        error: The same on every rank.
-        tellers: The ranks that print it in full if nobody catches it; none for root.
+        error: The error, the same on every rank.
+        tellers: The ranks that print it in full if it is uncaught; none for root.
     """
     by = tellers or (comm.root,)
     brief = f"{type(error).__name__}, as told by rank {by[0]}"

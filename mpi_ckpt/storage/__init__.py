@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files only: no MPI, no torch, no states. Called by the root rank, or by a reader."""
+"""Handles files only: no MPI, no torch, no states. Called by root, or by a reader."""

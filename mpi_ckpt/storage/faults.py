@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an OSError says, and an error of this package that says what was being done."""
+"""Turns an OSError into words, or into an error of this package with the operation."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ADVICE = {
 
 
 def in_words(error: OSError) -> str:
-    """Return what the operating system says, by name and in words, and what it means here.
+    """Return the name and text of an OSError, and what it means for checkpoints.
 
-    Not collective. Thread-safe. Without the file, which is told beside it.
+    Not collective. Thread-safe. Without the file, which the message names elsewhere.
     """
     code = error.errno or 0
     name = errno.errorcode.get(code, type(error).__name__)
@@ -40,9 +40,9 @@ def os_errors_as(error: type[CheckpointError], doing: str, path: Path) -> Iterat
     """Raise ``error`` for any OSError of the block. Not collective. Thread-safe.
 
     Args:
-        error: Class to raise; errors of this package pass as they are.
-        doing: What the block does, such as "write of".
-        path: What it does it to, unless the OSError names a file itself.
+        error: Class to raise; errors of this package pass unchanged.
+        doing: The operation of the block, such as "write of".
+        path: Its file or directory, unless the OSError names a file itself.
     """
     try:
         yield
@@ -56,9 +56,9 @@ def os_errors_as(error: type[CheckpointError], doing: str, path: Path) -> Iterat
 
 @contextmanager
 def read_errors_as_save_errors() -> Iterator[None]:
-    """Raise a SaveError for what a save cannot read. Not collective. Thread-safe.
+    """Raise a SaveError if a save cannot read a file. Not collective. Thread-safe.
 
-    Whoever saves is promised one class for all that is wrong with the disk.
+    A save promises one error class for all faults of the disk.
     """
     try:
         yield

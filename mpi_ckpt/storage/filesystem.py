@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one module that creates, writes, links, renames, fsyncs and deletes.
+"""Creates, writes, links, renames, fsyncs and deletes files; no other module does.
 
-INVARIANT: nothing else in the package changes a file system, but for the lock file, which
-holds no data, only the name of the owner. Every change goes through ``os`` as seen from
-here, so crash tests put a recorder in its place and replay every prefix of what a save did.
+INVARIANT: nothing else in the package changes a file system, except the lock file, which
+holds no data but the name of the owner. Every change goes through this module's ``os``, so
+crash tests replace it by a recorder and replay every prefix of a save's changes.
 
-Files are opened by the path of their directory, never following a link in the last part.
+Files are opened by path, and a link in its last part is never followed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def make_directory(path: Path) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """Make a directory and its parents, all durable, and the first that was there too.
+    """Make a directory and its parents, all durable, with the first existing parent.
 
     Not collective.
     """
@@ -74,29 +74,29 @@ def make_directories(path: Path) -> None:
     while not probe.exists():
         missing.append(probe)
         probe = probe.parent
-    # CRASH: a job killed between its mkdir and the fsync left a name that can be gone.
-    with suppress(PermissionError):  # a directory we may not read is not of our making
+    # CRASH: a job killed between mkdir and fsync leaves a name that may vanish.
+    with suppress(PermissionError):  # this job did not make an unreadable directory
         sync_directory(probe.parent, if_possible=True)
     for directory in reversed(missing):
-        with suppress(FileExistsError):  # another job may be first: that is as good
+        with suppress(FileExistsError):  # another job may be first, which is as good
             os.mkdir(directory, 0o777)
-        # CRASH: without this the directory, and all that is in it, can be gone.
+        # CRASH: without this the directory may vanish with all its contents.
         sync_directory(directory.parent, if_possible=True)
 
 
 @contextmanager
 def create_file(path: Path, *, direct: bool = False) -> Iterator[int]:
-    """Create a file that must not exist; give its descriptor and close it after.
+    """Create a file that must not exist; yield its descriptor and close it afterwards.
 
     Not collective.
 
     Args:
         path: The file.
-        direct: Whether writes go around the page cache; they must then be aligned.
+        direct: Whether writes bypass the page cache; they must then be aligned.
 
     Raises:
-        OSError: On the calling rank; EINVAL with nothing created, if the file system
-            takes no direct writes.
+        OSError: On the calling rank; EINVAL, with nothing created, if the file system does
+            not support direct writes.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     if direct:
@@ -109,7 +109,7 @@ def create_file(path: Path, *, direct: bool = False) -> Iterator[int]:
 
 
 def leave_direct(descriptor: int) -> None:
-    """Let a descriptor that was opened direct use the page cache from now on.
+    """Make a descriptor opened for direct writes use the page cache from now on.
 
     Not collective.
     """
@@ -122,29 +122,29 @@ def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
     view = memoryview(data).cast("B")
     while len(view) > 0:
         written = os.pwrite(descriptor, view[:_CALL_BYTES], offset)
-        if written == 0:  # no file system should; looping would hang the job
+        if written == 0:  # no file system should do this; a loop would hang the job
             raise OSError(errno.EIO, "the file system takes no more bytes")
         view = view[written:]
         offset += written
 
 
 def reserve(descriptor: int, nbytes: int) -> bool:
-    """Claim space on disk ahead of direct writes, where the file system can.
+    """Reserve space on disk before direct writes, if the file system can.
 
-    Not collective. Worth 10 % of the speed of direct writes on ext4, and a full disk or
-    quota is found before anything is written.
+    Not collective. It makes direct writes on ext4 10 % faster, and finds a full disk or
+    quota before anything is written.
 
     Returns:
         False if the file system cannot reserve.
 
     Raises:
-        OSError: On the calling rank, if there is not so much.
+        OSError: On the calling rank, if there is not enough space.
     """
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
-        # Where the call is unknown the C library writes single bytes instead, which a
-        # direct descriptor refuses: nothing was done, and nothing needs to be.
+        # If the call is unknown, the C library writes single bytes instead, which a direct
+        # descriptor refuses: nothing was done, and nothing needs to be undone.
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         return False
@@ -167,9 +167,9 @@ def set_length(descriptor: int, nbytes: int) -> None:
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Ask for a range to be written out soon, and its pages given back.
+    """Ask the kernel to write out a range soon, and to free its pages.
 
-    Not collective. A hint: the fsync at the end then finds little left to do.
+    Not collective. A hint: it leaves little work for the fsync at the end.
     """
     with suppress(OSError):
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -192,8 +192,7 @@ def sync_directory(path: Path, *, if_possible: bool = False) -> None:
 
     Args:
         path: The directory.
-        if_possible: Whether a file system that cannot do so for any directory is no
-            failure.
+        if_possible: Whether to ignore that a file system cannot fsync any directory.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -208,8 +207,9 @@ def sync_directory(path: Path, *, if_possible: bool = False) -> None:
 def rename_new(source: Path, target: Path) -> None:
     """Rename a directory to a name that must be free. Not collective.
 
-    The caller holds the lock of the parent, so nobody can take the name between the look
-    and the rename; and a generation is never empty, so the rename itself refuses one.
+    The caller holds the lock of the parent, so no other job can take the name between the
+    check and the rename. A generation is never empty, so the rename itself fails if the
+    target is one.
     """
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
@@ -220,15 +220,15 @@ def link_file(source: Path, target: Path) -> None:
     """Give a file a second name; the target must be free. Not collective.
 
     Raises:
-        OSError: On the calling rank; EOPNOTSUPP, with nothing left there, where the file
-            system makes a copy, or a link of its own, of what should be one file.
+        OSError: On the calling rank; EOPNOTSUPP, with no file left, if the file system
+            makes a copy or a separate link instead of a second name.
     """
     try:
         os.link(source, target, follow_symlinks=False)
     except FileExistsError:
         raise
     except OSError:
-        # Some fail, and have made a link of their own all the same: in the way of a copy.
+        # Some file systems fail but still make a link, which would block a copy.
         with suppress(OSError):
             os.unlink(target)
         raise
@@ -242,7 +242,7 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file, made if it is missing; not made durable. Not collective."""
+    """Append to a file, made if missing; does not make it durable. Not collective."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o666)
     try:
@@ -254,7 +254,7 @@ def append(path: Path, data: bytes) -> None:
 def remove_tree(path: Path) -> None:
     """Delete a directory of files, at most one level deep. Not collective.
 
-    Links are deleted, never followed. What is already gone is not missed.
+    Links are deleted, never followed. Missing files are no error.
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISDIR(os.lstat(path).st_mode):
@@ -270,7 +270,7 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Delete a file that may be gone already. Not collective."""
+    """Delete a file; a missing file is no error. Not collective."""
     with suppress(FileNotFoundError):
         os.unlink(path)
 
@@ -282,13 +282,13 @@ def list_names(path: Path) -> list[str]:
 
 @contextmanager
 def open_for_reading(path: Path, *, direct: bool = False) -> Iterator[tuple[int, int]]:
-    """Open a regular file; give its descriptor and size, and close it after.
+    """Open a regular file; yield its descriptor and size, and close it afterwards.
 
-    Not collective. A FIFO or device does not block, it is refused.
+    Not collective. A FIFO or device is refused and does not block.
 
     Args:
         path: The file.
-        direct: Whether reads go around the page cache; they must then be aligned.
+        direct: Whether reads bypass the page cache; they must then be aligned.
 
     Raises:
         OSError: On the calling rank, if it cannot be opened.
@@ -304,7 +304,7 @@ def open_for_reading(path: Path, *, direct: bool = False) -> Iterator[tuple[int,
             raise ValueError(f"{path} is not a regular file")
         yield descriptor, status.st_size
     finally:
-        with suppress(OSError):  # what was read was proven: nothing can be wrong with it
+        with suppress(OSError):  # the bytes are proven: a failed close is harmless
             os.close(descriptor)
 
 
@@ -315,7 +315,7 @@ def read_start(path: Path, most: int) -> bytes:
 
     Args:
         path: The file.
-        most: How many; fewer come only where the file is shorter.
+        most: How many; fewer only if the file is shorter.
 
     Raises:
         OSError: On the calling rank, if it cannot be read.
@@ -324,14 +324,14 @@ def read_start(path: Path, most: int) -> bytes:
     data = bytearray()
     piece = memoryview(bytearray(min(most, _PIECE_BYTES)))
     with open_for_reading(path) as (descriptor, _):
-        # Not by its size, which is 0 for what the kernel makes up as it is read.
+        # Not by its size, which is 0 for files that the kernel generates on reading.
         while count := read_at(descriptor, piece[: most - len(data)], len(data)):
             data += piece[:count]
     return bytes(data)
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Fill a buffer from an offset; return the bytes read, fewer only at the end.
+    """Fill a buffer from an offset; return the count, less than its size only at the end.
 
     Not collective. Thread-safe.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job leaves for ``mpi-ckpt run``: how far it came, and how it ended.
+"""Keeps a job's notes for ``mpi-ckpt run``: how far it came, and how it ended.
 
-A launcher's exit code does not tell: Open MPI's mpirun answers 0 when a host was lost. So
-the loop names a place in the environment, and the job notes there what it does, a line of
-JSON an event; without that variable nothing is noted. Nothing is made durable: a power cut
+A launcher's exit code is not enough: Open MPI's mpirun returns 0 when a host was lost. So
+the restart loop names a file in the environment, and the job writes one line of JSON for
+each event; without that variable it writes nothing. Notes are not made durable: a power cut
 ends the reader too.
 """
 
@@ -37,11 +37,11 @@ class Note:
 
     Attributes:
         event: ``started``, ``restored``, ``saved``, ``preempted``, ``failed``,
-            ``finished``, or ``survived``: at its end, though ranks were lost on the way.
+            ``finished``, or ``survived``: the job ended normally, though it had lost ranks.
         directory: The checkpoint directory of the manager that noted it.
-        step: The training step it is of.
-        error: Class and text of the exception, of ``failed``.
-        writer: Which process wrote it.
+        step: The training step of the event.
+        error: Class and text of the exception, for ``failed``.
+        writer: The process that wrote it.
     """
 
     event: str
@@ -52,10 +52,10 @@ class Note:
 
 
 class Notes:
-    """Where a process notes what it does. Not collective. Main thread only.
+    """The notes that a process writes. Not collective. Main thread only.
 
     Args:
-        prefix: Beginning of the path of its file; empty to note nothing.
+        prefix: Beginning of the path of its file; empty to write nothing.
     """
 
     def __init__(self, prefix: str = "") -> None:
@@ -64,11 +64,11 @@ class Notes:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Notes:
-        """Return the notes of the loop that started this job; of nobody otherwise."""
+        """Return notes for the loop that started this job; without a loop, empty ones."""
         return cls(environ.get(VARIABLE, ""))
 
     def add(self, event: str, **facts: str | int) -> None:
-        """Note an event; a training does not fail because that fails."""
+        """Note an event; a failure to do so is ignored."""
         if self._path is None:
             return
         line = json.dumps({"event": event, **facts}) + "\n"
@@ -81,15 +81,15 @@ class Notes:
         """Note an exception that ends the job."""
         try:
             text = f"{type(error).__name__}: {error}"
-        except Exception:  # anybody's exception may have any __str__
+        except Exception:  # a program's exception may have any __str__
             text = type(error).__name__
         self.add("failed", error=text[:_TEXT_MAX], **facts)
 
 
 def read_notes(prefix: Path) -> list[Note]:
-    """Return what the processes of a job have noted, each in its order.
+    """Return the notes of all processes of a job, each in its order.
 
-    Not collective. Lines that are cut off, or no notes, are passed over.
+    Not collective. Skips lines that are incomplete or not notes.
     """
     notes = []
     for name in _names(prefix):
@@ -102,7 +102,7 @@ def read_notes(prefix: Path) -> list[Note]:
 
 
 def remove_notes(prefix: Path) -> None:
-    """Delete what the processes of a job have noted. Not collective."""
+    """Delete the notes of all processes of a job. Not collective."""
     for name in _names(prefix):
         filesystem.remove_file(prefix.parent / name)
 

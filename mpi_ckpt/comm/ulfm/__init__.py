@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recovery in place: what only a ULFM of Open MPI 5 can do, and what it takes to use it."""
+"""Recovers in place from lost ranks, which only the ULFM of Open MPI 5 makes possible."""
 
 from mpi_ckpt.comm.ulfm.leaving import Departure
 from mpi_ckpt.comm.ulfm.repair import Repaired, duplicate, let_go, meet_at_the_end, repair

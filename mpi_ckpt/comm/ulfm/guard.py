@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends the process when a call of MPI, which nothing can interrupt, does not return."""
+"""Ends the process when an MPI call, which nothing can interrupt, does not return."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import NoReturn
 
 
 def end_as_lost() -> NoReturn:
-    """End this process in a way that the other ranks are told of. Not collective.
+    """End this process in a way that MPI reports to the other ranks. Not collective.
 
-    Any thread. They survive it, or do not; the restart loop serves.
+    On any thread. If the other ranks do not survive it, the restart loop goes on.
     """
-    # MPI: of a rank that leaves with an exit code, whichever, mpirun tells the others
-    # nothing (Open MPI 5.0, ULFM): they wait for it for ever. Of a signal it does.
+    # MPI: if a rank leaves with any exit code, mpirun tells the other ranks nothing (Open
+    # MPI 5.0, ULFM): they wait for it for ever. It does report a death by a signal.
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
 
 
 class Guard:
-    """A context manager: what is in it ends within a time, or the process does.
+    """A context manager: its block ends within a time, or the process ends.
 
-    Not collective. To the other ranks this one is then lost.
+    Not collective. The other ranks then see this one as lost.
 
     Args:
-        doing: What is done, told when it takes too long.
+        doing: The work of the block, for the message.
         seconds: How long it may take.
-        code: Exit code then, of a process that the others have no part with any more; None
+        code: Exit code of a process that is no longer connected to the other ranks; None
             ends it as lost.
     """
 
@@ -37,7 +37,7 @@ class Guard:
         self._doing = doing
         self._seconds = seconds
         self._code = code
-        # No MPI in it: it only looks at the clock.
+        # No MPI in it: it only reads the clock.
         self._timer = threading.Timer(seconds, self._end)
         self._timer.name, self._timer.daemon = "mpi_ckpt-guard", True
 

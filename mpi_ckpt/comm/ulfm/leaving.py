@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a process leaves a job that has lost ranks: MPI_Finalize waits for the dead.
+"""Lets a process leave a job that has lost ranks: MPI_Finalize would wait for them.
 
-A rank of the first launch leaves without it, by `os._exit`, once all have met; mpirun takes
-that for a good end under ULFM. From a spawned one mpirun wants an MPI_Finalize; that does
-not wait for anybody if nothing connects it to others any more.
+A rank of the first launch leaves without MPI_Finalize, by `os._exit`, after all have met;
+under ULFM mpirun accepts this as a normal end. A spawned rank must call MPI_Finalize, which
+waits for no rank if no communicator connects it to others any more.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _FINALIZE_SECONDS = 10.0
 
 
 class Departure:
-    """What is done at the exit of this process, once ranks were lost. Main thread only.
+    """The exit of this process after ranks were lost. Main thread only.
 
     Attributes:
-        code: Exit code of the program, as far as it is known: that of a `sys.exit` that
-            came by, else 1 after an exception that nobody caught, else 0.
+        code: Exit code of the program, as far as known: that of a noted `sys.exit`, else 1
+            after an uncaught exception, else 0.
     """
 
     def __init__(self) -> None:
@@ -49,19 +49,19 @@ class Departure:
         return self._handle is not None
 
     def leave_by(self, leaving: SystemExit) -> None:
-        """Note with which code the program leaves. Not collective."""
+        """Note the exit code of the program. Not collective."""
         code = leaving.code
         self.code = code if isinstance(code, int) else int(code is not None)
 
     def prepare(self, handle: MPI.Intracomm, others: list[MPI.Comm]) -> None:
-        """Leave so from now on. Not collective. Callable again.
+        """Arrange to leave this way. Not collective. Callable again.
 
         Args:
-            handle: Communicator of all that live.
+            handle: Communicator of all live ranks.
             others: Communicators of the user, to be freed.
         """
         if self._handle is None:
-            # MPI: mpi4py finalizes when all functions of `atexit` are through.
+            # MPI: mpi4py finalizes after all functions of `atexit`.
             atexit.register(self._leave)
         self._handle, self._others = handle, others
 
@@ -71,7 +71,7 @@ class Departure:
             return
         code = self.code or int(hasattr(sys, "last_value"))
         if code == 0:
-            # Who is first must not be a lost rank to those who still have words.
+            # The first rank to leave must not look lost to ranks that still communicate.
             self._meet()
         if is_spawned():
             with Guard("MPI_Finalize", _FINALIZE_SECONDS, code):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a communicator whole again after ranks have died: with fewer, or with new ones.
+"""Repairs a communicator after ranks have died: with fewer ranks, or with new ones.
 
-Ranks may die in here as well. So whatever can fail is a step that all survivors agree on
-by MPI's own agreement, which the death of a rank does not harm; if it failed on any, what
-was made is revoked, so that nobody waits in it, and all begin again with who is left.
+Ranks may die during a repair as well. So each part that can fail is a step on which all
+survivors agree by MPI's own agreement, which works although ranks die. If a step failed on
+any rank, the communicators it made are revoked, so that no rank waits in them, and all
+begin again with the remaining ranks.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _SPAWNS_MAX = 3
-# A thousand times what it takes among ranks that are all there.
+# A thousand times as long as it takes if no rank is missing.
 _SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What a repair has made.
+    """The result of a repair.
 
     Attributes:
         handle: The communicator; its rank 0 is the survivor with the newest copy.
-        lost: Which ranks of the one before have died.
-        spawned: How many of the last ranks are new.
+        lost: The ranks of the previous communicator that have died.
+        spawned: Number of new ranks, which are the last ones.
     """
 
     handle: MPI.Intracomm
@@ -55,7 +56,7 @@ class _AgainError(Exception):
 
 
 def duplicate(comm: MPI.Intracomm | None) -> MPI.Intracomm:
-    """Return a duplicate that can be revoked without harm to the original.
+    """Return a duplicate that can be revoked without affecting the original.
 
     Collective. Main thread only.
 
@@ -67,12 +68,12 @@ def duplicate(comm: MPI.Intracomm | None) -> MPI.Intracomm:
 
 
 def let_go(handle: MPI.Intracomm, others: Iterable[MPI.Comm] = ()) -> None:
-    """Wake all who wait in a communicator, in others made from it, and in our own.
+    """Wake all ranks that wait in a communicator, in others made from it, or in our own.
 
     Not collective. Main thread only.
 
     Args:
-        handle: Where a rank was lost.
+        handle: Communicator that lost a rank.
         others: Communicators of the user.
     """
     ours = [one for communicator in open_communicators() for one in communicator.give_up()]
@@ -84,17 +85,17 @@ def let_go(handle: MPI.Intracomm, others: Iterable[MPI.Comm] = ()) -> None:
 def meet_at_the_end(
     handle: MPI.Intracomm, done: bool, seconds: float | None = None
 ) -> bool:
-    """Agree on whether all ranks are done, and none was lost.
+    """Agree on whether all ranks are done and none was lost.
 
     Collective; the communicator may have been revoked. Main thread only.
 
     Args:
         handle: The communicator.
         done: Whether this rank is done.
-        seconds: How long to wait for the others; None for as long as they live.
+        seconds: How long to wait for the others; None: as long as they live.
 
     Returns:
-        The same on every rank. Where a rank did not come in time: True, on this one.
+        The same on every rank. True on this rank if another did not arrive in time.
     """
     mpi = load_mpi()
     flag = np.array([done], np.int32)
@@ -110,19 +111,19 @@ def meet_at_the_end(
 def repair(
     handle: MPI.Intracomm, *, newest: int, wanted: int, start_seconds: float
 ) -> Repaired:
-    """Return a communicator of all that live, and of new ranks for those that do not.
+    """Return a communicator of all live ranks and of replacements for lost ones.
 
-    Collective, on all survivors, who have let go of it. Main thread only.
+    Collective, on all survivors, after `let_go`. Main thread only.
 
     Args:
-        handle: Where ranks were lost.
-        newest: How new this rank's copy of the states is; -1 for none.
-        wanted: How many ranks there shall be; as many as are missing are started.
+        handle: Communicator that lost ranks.
+        newest: Step of this rank's copy of the states; -1 for none.
+        wanted: Number of ranks to reach; missing ones are started.
         start_seconds: How long a new rank may take to join.
     """
     before, spawns = handle, 0
     while True:
-        # All survivors have met, so each is here within moments.
+        # All survivors have met, so each arrives soon.
         with Guard("going on after a lost rank", _SECONDS):
             survivors = _shrink(before)
         missing = wanted - survivors.size if spawns < _SPAWNS_MAX else 0
@@ -144,7 +145,7 @@ def repair(
 def _add(
     survivors: MPI.Intracomm, ordered: MPI.Intracomm, count: int, seconds: float
 ) -> MPI.Intracomm:
-    """Start so many ranks, one after the other; those who have come in help."""
+    """Start new ranks, one after the other; ranks that have joined take part."""
     starter = _step(survivors, partial(spawning.choose_starter, ordered), ordered)
     whole = ordered
     for more in reversed(range(count)):
@@ -160,7 +161,7 @@ def _merge(between: MPI.Intercomm) -> MPI.Intracomm:
 
 
 def _step(survivors: MPI.Intracomm, work: Callable[[], Result], *used: MPI.Comm) -> Result:
-    """Do a part of a repair; tell whether it succeeded on all survivors."""
+    """Do one step of a repair; raise if it failed on any survivor."""
     mpi = load_mpi()
     result: Any = None
     try:
@@ -169,7 +170,7 @@ def _step(survivors: MPI.Intracomm, work: Callable[[], Result], *used: MPI.Comm)
     except mpi.Exception as error:
         logger.info("a step of the repair failed: %s", error)
         done = False
-        # Whoever waits in it waits for this rank.
+        # Ranks that wait in it wait for this rank.
         for one in (*used, survivors):
             _revoke(one)
     if meet_at_the_end(survivors, done):
@@ -187,7 +188,7 @@ def _shrink(handle: MPI.Intracomm) -> MPI.Intracomm:
 
 
 def _order(survivors: MPI.Intracomm, newest: int) -> MPI.Intracomm:
-    """Put whoever holds the newest copy first, and leave all others as they were."""
+    """Put the rank with the newest copy first, and keep the order of all others."""
     if survivors.size == 1:
         return survivors
     mine = np.array([newest], np.int64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts ranks in place of lost ones: the same program, which finds out what it is."""
+"""Starts replacements for lost ranks: the same program, which finds out its role."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _CONNECTING = "connecting with a new rank"
 _TOLD = 3
 
 # MPI: a new rank whose parents die waits in MPI_Init for ever, and mpirun for it. An alarm
-# goes on through exec, and needs no turn of the interpreter.
+# survives exec, and needs no running interpreter.
 _START = (
     "import os, signal, sys; signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1])); "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
 
-# MPI: what connects ranks of several launches. MPI_Finalize waits for all of them, dead
-# or not, unless it was freed.
+# MPI: communicators between ranks of several launches. MPI_Finalize waits for all these
+# ranks, dead or not, unless the communicator was freed.
 _MADE: list[MPI.Comm] = []
 
 
@@ -45,17 +45,17 @@ def is_spawned() -> bool:
 
 
 class Start:
-    """Starts this program anew, as one rank, which comes in by `join`.
+    """Starts this program again, as one new rank, which calls `join`.
 
-    Collective. One survivor alone starts it: whoever has a part in that waits for good if
-    one of those dies meanwhile (Open MPI 5.0, in PMIx_Connect). Then all connect, which
-    is over in a hundredth of the time. One at a time, each a launch of its own: with one
-    of a launch that was not the first, Open MPI 5.0 ends the others of that.
+    Collective. Only one survivor starts it: all ranks that take part in a start wait for
+    ever if one of them dies meanwhile (Open MPI 5.0, in PMIx_Connect). Then all connect,
+    which takes a hundredth of the time. Ranks start one at a time, each as its own launch:
+    if a rank of a later launch dies, Open MPI 5.0 ends all ranks of that launch.
 
     Args:
-        handle: Communicator of those who are there.
-        starter: The rank that starts it.
-        more: How many will be started after this one.
+        handle: Communicator of the present ranks.
+        starter: The rank that starts the new one.
+        more: Number of ranks to start after this one.
         seconds: How long the program may take from its start to `join`.
     """
 
@@ -69,12 +69,12 @@ class Start:
         self._port = ""
 
     def begin(self) -> MPI.Comm:
-        """Start it, on one rank; the others wait for nothing here.
+        """Start the rank, from one rank; the others do not wait here.
 
         Collective. Main thread only.
 
         Returns:
-            What is to be revoked if it was in vain.
+            The communicator to revoke if the start fails.
         """
         mpi = load_mpi()
         if self._handle.rank != self._starter:
@@ -83,10 +83,10 @@ class Start:
         info = mpi.Info.Create()
         info.Set("wdir", os.getcwd())  # noqa: PTH109 (a text is wanted)
         if _spans_hosts():
-            # MPI: a new rank on a host other than its starter's often cannot be reached by
-            # the others, or comes to its end in MPI_Init (Open MPI 5.0).
+            # MPI: the other ranks often cannot reach a new rank on a host other than its
+            # starter's, or it ends in MPI_Init (Open MPI 5.0).
             info.Set("host", mpi.Get_processor_name())
-        # As it was started: with its options, as a module or a file.
+        # Start it like this process: with its options, as a module or a file.
         wait = str(self._seconds)
         program = ["-IS", "-c", _START, wait, sys.executable, *sys.orig_argv[1:]]
         with Guard("starting a rank in place of a lost one", self._seconds):
@@ -101,18 +101,18 @@ class Start:
         return between
 
     def accept(self) -> MPI.Intercomm:
-        """Connect all who are there with it. Collective. Main thread only."""
-        # As one of them ends the rest may return: not all at once, and root last.
+        """Connect all present ranks with the new one. Collective. Main thread only."""
+        # If one rank fails, the rest may return: not all at the same time, and root last.
         behind = self._handle.size - 1 - self._handle.rank
         with Guard(_CONNECTING, _CONNECT_SECONDS + _STAGGER_SECONDS * behind):
             return self._handle.Accept(self._port, root=self._starter)
 
 
 def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
-    """Return the communicator of all ranks, and what they tell, to a replacement.
+    """Return to a replacement the communicator of all ranks, and their greeting.
 
-    Collective. Main thread only. This rank is one of the last there. If a rank dies
-    meanwhile the others do without this one, which does not return.
+    Collective. Main thread only. This rank is one of the last in it. If a rank dies
+    meanwhile, the others go on without this one, which does not return.
     """
     mpi = load_mpi()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -125,7 +125,7 @@ def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
             merged = merge(mpi.COMM_SELF.Connect(port), high=True)
         remember(parent)
         for _ in range(int(more)):
-            # Whoever comes next has yet to start.
+            # The next rank has not started yet.
             with Guard(_CONNECTING, float(wait) + 2 * _CONNECT_SECONDS):
                 between = merged.Accept("", root=int(starter))
             merged = merge(between, high=False)
@@ -133,7 +133,7 @@ def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
             _introduce(merged)
             merged.Bcast(told)
     except mpi.Exception as error:
-        # The others have begun anew, and start another in its place.
+        # The others have begun again, and start another rank in its place.
         sys.stderr.write(f"mpi_ckpt: this replacement is not needed: {error}\n")
         sys.stderr.flush()
         end_as_lost()
@@ -146,7 +146,7 @@ def _spans_hosts(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def choose_starter(handle: MPI.Intracomm) -> int:
-    """Return the rank that starts others: the last of the first launch, if one is left.
+    """Return the rank that starts others: the last one of the first launch, if any is left.
 
     Collective. Main thread only.
     """
@@ -156,10 +156,10 @@ def choose_starter(handle: MPI.Intracomm) -> int:
 
 
 def merge(between: MPI.Intercomm, *, high: bool) -> MPI.Intracomm:
-    """Make one communicator of two sides. Collective. Main thread only."""
+    """Merge two sides into one communicator. Collective. Main thread only."""
     remember(between)
-    # MPI: if one dies just here the others stay in there, whatever is revoked (Open MPI
-    # 5.0, in ompi_comm_nextcid). It is over in a few milliseconds.
+    # MPI: if a rank dies just here, the others never return, whatever is revoked (Open MPI
+    # 5.0, in ompi_comm_nextcid). The call takes a few milliseconds.
     with Guard("joining with a new rank", _CONNECT_SECONDS):
         merged = between.Merge(high=high)
     remember(merged)
@@ -172,12 +172,12 @@ def _pack(lines: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def greet(handle: MPI.Intracomm, telling: Sequence[int]) -> None:
-    """Tell the new ranks where the job stands. Collective, on those that were there.
+    """Send the new ranks the state of the job. Collective, on the present ranks.
 
     Main thread only.
 
     Args:
-        handle: Communicator of all, the new ones as well.
+        handle: Communicator of all ranks, including the new ones.
         telling: Three numbers, the same on every rank.
     """
     with Guard("meeting new ranks", 2 * _CONNECT_SECONDS):
@@ -186,9 +186,9 @@ def greet(handle: MPI.Intracomm, telling: Sequence[int]) -> None:
 
 
 def _introduce(handle: MPI.Intracomm) -> None:
-    """Let each rank have been in touch with each. Collective."""
-    # MPI: what is first to be sent when a rank dies is word of that, and to a rank that was
-    # never spoken to, and is dead as well, Open MPI 5.0 looks for the way without end.
+    """Make each rank exchange a message with each other. Collective."""
+    # MPI: when a rank dies, Open MPI 5.0 sends word of it to the others. To a dead rank
+    # that this one never exchanged a message with, it searches a route for ever.
     mpi = load_mpi()
     token, into = np.zeros(1, np.uint8), np.zeros(handle.size, np.uint8)
     others = [rank for rank in range(handle.size) if rank != handle.rank]
@@ -204,10 +204,10 @@ def _introduce(handle: MPI.Intracomm) -> None:
 
 
 def remember(*handles: MPI.Comm) -> None:
-    """Note communicators to be freed before this process can leave. Not collective."""
+    """Note communicators to free before this process can leave. Not collective."""
     _MADE.extend(handles)
 
 
 def made() -> list[MPI.Comm]:
-    """Return what was remembered. Not collective."""
+    """Return the noted communicators. Not collective."""
     return _MADE

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published generations: listed, chosen by retention, removed. Root alone.
+"""Lists the published generations, and removes those retention gives up. Root alone.
 
-A listing lies at times: an automount shows nothing yet, a network file system an old
-state, a directory was moved away and is back. Where it shows less than is known, it is
-looked at again, and refused in the end: a job that believed it would begin to number anew,
-and retention would take what was just acknowledged for the oldest.
+A listing can be wrong: an automount shows nothing yet, a network file system shows an old
+state, a directory was moved away and is back. If a listing shows less than is known, the
+catalog lists again, and refuses it in the end: a job that believed it would restart the
+numbering, and retention would treat the generation just acknowledged as the oldest.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _PAUSES_SECONDS = (0.05, 0.2, 1.0)
 class Catalog:
     """The published generations of a directory, each manifest read once.
 
-    Not thread-safe. Disk is the truth: the catalog only spares reading twice.
+    Not thread-safe. The disk is the truth: the catalog only avoids reading twice.
 
     Args:
         root: The directory.
 
     Attributes:
-        root: Likewise.
-        is_owned: Whether this job owns the directory, so that it must be there.
-        highest: The highest number of a generation seen in it so far, set aside or not.
+        root: The directory.
+        is_owned: Whether this job owns the directory, which must then exist.
+        highest: The highest number of a generation seen so far, quarantined or not.
     """
 
     def __init__(self, root: Path) -> None:
@@ -65,12 +65,12 @@ class Catalog:
         self.highest = 0
 
     def look(self) -> Survey:
-        """Look at the directory; again, where it shows less than is known.
+        """List the directory; list again if it shows less than is known.
 
         Not collective.
 
         Raises:
-            ReadError: On the calling rank, if it cannot be listed, or goes on to show less.
+            ReadError: On the calling rank, if it cannot be listed, or still shows less.
         """
         for pause in (*_PAUSES_SECONDS, None):
             found = survey(self.root) if self._looked else settled_survey(self.root)
@@ -86,7 +86,8 @@ class Catalog:
                 )
             logger.warning("%s does not show %s: looking again", self.root, hidden)
             time.sleep(pause)
-        # What an old listing shows and is gone would be missed as long as the job lives.
+        # Generations that only an old listing shows would count as missing as long as the
+        # job lives.
         self._seen = {
             n
             for n in found.generations
@@ -96,12 +97,12 @@ class Catalog:
         return found
 
     def _hidden(self, found: Survey) -> str:
-        """Return in words what is there, as far as is known, and was not shown."""
+        """Return in words the known generations that a listing did not show."""
         if found.is_missing:
             return "itself, and this job owns it" if self.is_owned else ""
         missing = sorted(self._seen - set(found.generations))
-        # One that was removed, by its owner or by hand, has no name; a listing that is
-        # only old shows others of this job still.
+        # A generation that was removed, by its owner or by hand, has no name; a listing
+        # that is only old still shows others of this job.
         there = [n for n in missing if not is_gone(self.root / generation_name(n))]
         if there:
             return f"generations {there}, which are there"
@@ -111,7 +112,7 @@ class Catalog:
         return ""
 
     def add(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
-        """Note a generation whose manifest is at hand. Not collective."""
+        """Add a generation whose manifest is already read. Not collective."""
         self._seen.add(manifest.generation)
         self.highest = max(self.highest, manifest.generation)
         self._known[manifest.generation] = GenerationInfo(
@@ -126,7 +127,7 @@ class Catalog:
         )
 
     def generations(self) -> list[GenerationInfo]:
-        """Return what is there, oldest first; the unreadable are left out.
+        """Return the generations, oldest first, without unreadable ones.
 
         Not collective.
 
@@ -141,7 +142,7 @@ class Catalog:
         return [self._known[number] for number in present if number in self._known]
 
     def summaries(self) -> list[GenerationSummary]:
-        """Return what can be asked about what is there, oldest first. Not collective.
+        """Return the summaries of all generations, oldest first. Not collective.
 
         Raises:
             ReadError: On the calling rank, if the directory cannot be listed.
@@ -152,11 +153,12 @@ class Catalog:
         ]
 
     def choose(self, policy: RetentionPolicy) -> tuple[int, ...]:
-        """Return the numbers that a policy gives up; what fails is logged, and none is.
+        """Return the numbers that a policy gives up; on failure log it and give up none.
 
-        Not collective. Where the directory could not be listed, `remove_left` asks again.
+        Not collective. If the directory could not be listed, `remove_left` asks the policy
+        again.
         """
-        # The newest is durable: whatever fails from here on must not fail the save.
+        # The newest generation is durable: no later failure may fail the save.
         self._unasked = policy
         try:
             there = self.summaries()
@@ -171,7 +173,7 @@ class Catalog:
         return given_up
 
     def remove(self, numbers: Iterable[int], job: str) -> None:
-        """Remove generations; what fails is logged, and tried again by `remove_left`.
+        """Remove generations; log failures, which `remove_left` tries again.
 
         Not collective. The caller holds the lock.
         """
@@ -188,7 +190,7 @@ class Catalog:
                 del self._left[0]
                 doomed.append(target)
             if doomed:
-                # CRASH: files may go before the rename is durable; a generation would
+                # CRASH: files may vanish before the rename is durable; a generation would
                 # be back under its name with files missing.
                 filesystem.sync_directory(self.root, if_possible=True)
             for path in doomed:
@@ -197,7 +199,7 @@ class Catalog:
             logger.warning("old generations were not all removed: %s", error)
 
     def remove_left(self, job: str) -> None:
-        """Remove what could not be chosen or removed, before a save needs the space.
+        """Remove generations that could not be chosen or removed before a save needs space.
 
         Not collective. The caller holds the lock.
 
@@ -214,13 +216,13 @@ class Catalog:
             self.remove(left, job)
 
     def spare_left(self) -> None:
-        """Leave that where it is: a newer one has turned out bad. Not collective."""
+        """Cancel pending removals, as a newer generation is bad. Not collective."""
         self._left, self._unasked = [], None
 
     def _tell_of_unknown_metrics(
         self, policy: RetentionPolicy, there: Sequence[GenerationSummary]
     ) -> None:
-        # Not before anything is given up: the metric may come with a later save.
+        # Not before a generation is given up: a later save may bring the metric.
         for one in unmet_policies(policy, there):
             if one.metric in self._told:
                 continue

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint directory as one job owns it: lock, sweep, newest generation, next number.
+"""Manages a job's checkpoint directory: lock, sweep, newest generation, next number.
 
-Used by root alone, but for `CheckpointDirectory.join`.
+Used by root alone, except `CheckpointDirectory.join`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointDirectory:
-    """The directory in which a job's generations live. Not thread-safe.
+    """The directory of a job's generations. Not thread-safe.
 
-    Nothing is touched until it is owned; a directory that cannot be written to can
-    still be restored from.
+    Nothing is changed until the job owns the directory. A job can restore from a directory
+    that it cannot write to.
 
     Args:
         root: The directory; it and its parents need not exist.
@@ -49,9 +49,9 @@ class CheckpointDirectory:
         root: The directory.
         job: A name for this run of the job, in names of partials and in manifests.
         catalog: The published generations.
-        is_told_of_size: Whether it was said that manifests have grown large.
-        base: Number of an older generation that the next save builds upon, as this job
-            has gone back to it; None for the newest. Call `forget_newest` when it changes.
+        is_told_of_size: Whether a warning of large manifests was logged.
+        base: Number of an older generation that the next save builds on, after this job
+            went back to it; None for the newest. Call `forget_newest` when it changes.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class CheckpointDirectory:
 
     @property
     def owner(self) -> str:
-        """Name of this job where it owns the directory; else empty."""
+        """Name of this job if it owns the directory; else empty."""
         return "" if self._lock is None else self.job
 
     @property
@@ -92,7 +92,7 @@ class CheckpointDirectory:
         Raises:
             LockedError: On the calling rank, if another job holds it.
             OptionsError: On the calling rank, if it is to be read only, or the file system
-                has no locks, or no fsync of directories, and the options ask for them.
+                lacks locks or the fsync of directories that the options ask for.
             SaveError: On the calling rank, if it cannot be written to, or listed.
         """
         if self._lock is not None:
@@ -100,12 +100,12 @@ class CheckpointDirectory:
         self._lock = self._ownership.take(self.root, self.job)
         self.catalog.is_owned = True
         self._sweep()
-        with suppress(SaveError):  # a disk that was full may have room now
+        with suppress(SaveError):  # a full disk may have space now
             if self._lock.sign():
                 self._sweep()
 
     def close(self) -> None:
-        """Let go of the lock. Callable twice."""
+        """Release the lock. Callable twice."""
         lock, self._lock = self._lock, None
         self.catalog.is_owned = False
         if lock is not None:
@@ -115,16 +115,16 @@ class CheckpointDirectory:
         """Start the next generation, without leftovers; the directory must be owned.
 
         Raises:
-            FencedError: On the calling rank, if another job has taken the directory over.
+            FencedError: On the calling rank, if another job has taken over the directory.
             WriteError: On the calling rank, if its partial cannot be made.
-            SaveError: On the calling rank, if the lock can be neither signed nor read, or
+            SaveError: On the calling rank, if the lock can neither be signed nor read, or
                 the directory cannot be listed.
         """
         lock = self._lock
         if lock is None:
             raise SaveError(f"{self.root} is not owned: call own() first", path=self.root)
         if lock.sign():
-            self._swept = False  # what others have left until the signature stood
+            self._swept = False  # other jobs may have left partials until the signature
         lock.check()
         if not self._swept:
             self._sweep()
@@ -141,12 +141,12 @@ class CheckpointDirectory:
         )
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """Remove generations; what fails is logged, and swept by the next owner."""
+        """Remove generations; log failures, which the next owner sweeps."""
         if self._owns():
             self.catalog.remove(numbers, self.job)
 
     def join(self, generation: int, job: str) -> Partial:
-        """Write into the generation that root of this job has begun.
+        """Open the generation that this job's root has begun, to write into it.
 
         Args:
             generation: Its number.
@@ -169,15 +169,15 @@ class CheckpointDirectory:
             The open generation; None if nothing was ever saved here.
 
         Raises:
-            CorruptGenerationError: On the calling rank, if there were generations and
-                none is good.
-            UnsupportedFormatError: On the calling rank, if the newest is of another
-                format: going back behind it would lose work in silence.
+            CorruptGenerationError: On the calling rank, if there were generations and none
+                is good.
+            UnsupportedFormatError: On the calling rank, if the newest has another format:
+                going back further would silently lose work.
             LockedError: On the calling rank, if another job holds the directory.
             ReadError: On the calling rank, if the operating system cannot read.
         """
-        # Also where nothing was saved yet: of two jobs that start there the second must
-        # hear of it now, not when it has trained for hours.
+        # Also if nothing was saved yet: if two jobs start here, the second must fail now,
+        # not after training for hours.
         refused = self._own_if_writable()
         gone: set[int] = set()
         before = None
@@ -196,7 +196,7 @@ class CheckpointDirectory:
                     if not self.has_lost(number):
                         raise
                 gone.add(number)
-            # While its owner renames, a directory may be listed with neither name.
+            # During a rename by its owner, a listing may show neither name.
             elif self._lock is not None or found == before:
                 break
             before = found
@@ -211,11 +211,11 @@ class CheckpointDirectory:
         return None
 
     def open(self, choice: Choice, *, proven: bool = False) -> GenerationReader:
-        """Open the generation that was asked for, and no other in its place.
+        """Open the requested generation, and no other in its place.
 
         Args:
-            choice: What was asked for; not the newest.
-            proven: Whether all its bytes are proven first.
+            choice: The request; not the newest.
+            proven: Whether to prove all its bytes first.
 
         Raises:
             LockedError: On the calling rank, if another job holds the directory.
@@ -225,21 +225,21 @@ class CheckpointDirectory:
         return open_chosen(self.catalog, choice, proven=proven)
 
     def note_published(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
-        """Remember a generation that this job has just published."""
+        """Note a generation that this job has just published."""
         self._newest, self.base = manifest, None
         self.catalog.add(manifest, path, manifest_bytes)
 
     def forget_newest(self) -> None:
-        """Let `newest_manifest` look at the disk again."""
+        """Make `newest_manifest` read the disk again."""
         self._newest = None
 
     def newest_manifest(self) -> Manifest | None:
-        """Return the manifest of the generation that the next save builds upon.
+        """Return the manifest of the generation that the next save builds on.
 
-        That is the newest good one, None if there is none; or an older one that this job
-        has gone back to: what newer ones hold is not of its past.
+        That is the newest good generation, None if there is none; or an older one that this
+        job has gone back to, since newer generations are not part of its past.
 
-        Its files may be damaged all the same: only sizes and headers were looked at.
+        Its files may still be damaged: only sizes and headers were checked.
 
         Raises:
             RestoreError: On the calling rank, if there are generations but no good one.
@@ -255,13 +255,13 @@ class CheckpointDirectory:
         return self._newest
 
     def has_lost(self, number: int) -> bool:
-        """Return whether a generation is there no more: its owner has pruned it."""
+        """Return whether a generation is gone: its owner has pruned it."""
         return recovery.is_gone(self.root / generation_name(number))
 
     def reject(self, number: int, problem: CorruptGenerationError) -> None:
-        """Set a generation aside that failed to verify, and say so.
+        """Quarantine a generation that failed to verify, and log it.
 
-        One that was pruned while it was looked at is only not used.
+        A generation that was pruned while it was read is only skipped.
         """
         self._newest = None
         self.catalog.spare_left()
@@ -294,10 +294,10 @@ class CheckpointDirectory:
         self._swept = recovery.sweep(self.root, partials, self.job)
 
     def _survey_without_mine(self) -> recovery.Survey:
-        """Look at the directory, without what this job could not delete before."""
+        """Survey the directory, without leftovers that this job could not delete before."""
         self.catalog.remove_left(self.job)
         found = self.catalog.look()
-        # A successor's are not ours to touch.
+        # A successor's partials must not be touched.
         mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
         if mine:
             recovery.sweep(self.root, mine, self.job)
@@ -305,7 +305,7 @@ class CheckpointDirectory:
         return found
 
     def _own_if_writable(self) -> SaveError | None:
-        """Own the directory, if that can be; return why it cannot."""
+        """Own the directory if possible; return the reason if not."""
         if self._ownership.read_only:
             return SaveError("Options(read_only=True)")
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the generation that somebody has asked for. No lock is needed, nothing changes.
+"""Opens a requested generation, without a lock and without any change.
 
-A job may save and prune at the same time: what vanishes between being listed and being
-open is looked for again.
+A job may save and prune at the same time: if a listed generation vanishes before it is
+open, the search starts again.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 10
 _PAUSE_SECONDS = 0.05
-# What a network file system says for a moment of a file that is there.
+# Errors that a network file system may briefly return for an existing file.
 _PASSING = (errno.ENOENT, errno.ESTALE)
 
 
 def open_chosen(
     catalog: Catalog, choice: Choice, *, proven: bool = False
 ) -> GenerationReader:
-    """Open the generation that a choice means, and no other in its place.
+    """Open the requested generation, and no other in its place.
 
     Not collective.
 
     Args:
-        catalog: Of the directory.
-        choice: Checked; not the newest.
-        proven: Whether all its bytes are proven first.
+        catalog: Catalog of the directory.
+        choice: The checked request; not the newest.
+        proven: Whether to prove all its bytes first.
 
     Raises:
-        NoCheckpointError: On the calling rank, if there is none such; it says what is.
-        CorruptGenerationError: On the calling rank, if it is damaged; it says what else
-            there is.
-        UnsupportedFormatError: On the calling rank, if it is of another format.
+        NoCheckpointError: On the calling rank, if there is none; the message lists those
+            there are.
+        CorruptGenerationError: On the calling rank, if it is damaged; the message lists the
+            others.
+        UnsupportedFormatError: On the calling rank, if it has another format.
         ReadError: On the calling rank, if the operating system cannot read.
     """
     tried = None
@@ -77,24 +78,24 @@ def open_chosen(
         except ReadError:
             if not is_gone(path) or number == tried:
                 raise
-        # Listed twice, and never there: an old listing is no reason to turn for ever.
+        # Listed twice but not there: an old listing must not cause an endless loop.
         tried = number
 
 
 def open_newest_there(catalog: Catalog) -> GenerationReader:
     """Open the newest generation whose manifest and files look right.
 
-    Not collective. One that is damaged is told in a warning, and left where it is.
+    Not collective. A damaged generation causes a warning and stays in place.
 
     Raises:
         NoCheckpointError: On the calling rank, if nothing was ever saved there.
         CorruptGenerationError: On the calling rank, if there are generations and none is
             good.
-        UnsupportedFormatError: On the calling rank, if the newest is of another format.
+        UnsupportedFormatError: On the calling rank, if the newest has another format.
         ReadError: On the calling rank, if the operating system cannot read.
     """
     root = catalog.root
-    bad: dict[int, str] = {}  # nothing is said of one that is gone
+    bad: dict[int, str] = {}  # without generations that are gone
     before = None
     while True:
         found = catalog.look()
@@ -122,10 +123,10 @@ def open_newest_there(catalog: Catalog) -> GenerationReader:
 
 
 def open_twice(path: Path) -> GenerationReader:
-    """Open a generation; one that looks bad is looked at again before that is believed.
+    """Open a generation; if it looks bad, open it again before believing so.
 
-    Not collective. A network file system that shows an old state for a moment must not
-    have a good generation set aside.
+    Not collective. A network file system that briefly shows an old state must not cause a
+    good generation to be quarantined.
 
     Raises:
         RestoreError: On the calling rank, as `GenerationReader` does.
@@ -141,17 +142,17 @@ def open_twice(path: Path) -> GenerationReader:
 
 
 def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
-    """Raise if there are generations, or were, and none can be used; else do nothing.
+    """Raise if there are or were generations but none is usable; else do nothing.
 
     Not collective.
 
     Args:
         root: The directory.
-        found: What a look at it found.
-        bad: Number -> reason of those that failed to verify.
+        found: A survey of it.
+        bad: Number -> reason, of generations that failed to verify.
 
     Raises:
-        RestoreError: On the calling rank, saying why nothing can be used.
+        RestoreError: On the calling rank, with the reason why none is usable.
     """
     vanished = [n for n in found.generations if n not in bad]
     if vanished:
@@ -193,11 +194,11 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
 
 
 def describe_others(catalog: Catalog, besides: int | None = None) -> str:
-    """Return in words what else there is, and that nothing was changed. Not collective.
+    """Return in words the other generations, and that nothing was changed. Not collective.
 
     Args:
-        catalog: Of the directory.
-        besides: Number of the generation that is known already.
+        catalog: Catalog of the directory.
+        besides: Number of a generation to leave out.
 
     Raises:
         ReadError: On the calling rank, if the directory cannot be listed.

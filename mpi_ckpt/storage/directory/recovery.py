@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a checkpoint directory: looked at, swept, set aside.
+"""Surveys a checkpoint directory, sweeps leftovers, and quarantines bad generations.
 
-Called by root alone. What disk holds is the only truth: nothing is remembered between
-runs but the generations themselves.
+Called by root alone. The disk is the only truth: nothing but the generations themselves
+persists between runs.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _LOOKS_MORE = 3
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a look at a checkpoint directory found.
+    """The contents of a checkpoint directory.
 
     Attributes:
         generations: Numbers of the published generations, newest first.
-        partials: Names of leftovers of writes and removals that were cut off.
-        quarantined: Names of the generations that were set aside.
-        rolled_back: Names of those that somebody has gone back behind.
+        partials: Names of leftovers of interrupted writes and removals.
+        quarantined: Names of the quarantined generations.
+        rolled_back: Names of the generations set aside by a rollback.
         adaptdl: Names of checkpoints in adaptdl's format.
-        unlisted: Why it cannot be said what was set aside; empty if it can.
-        is_missing: Whether the directory itself is not there.
+        unlisted: Why the quarantined generations are unknown; empty if they are known.
+        is_missing: Whether the directory itself does not exist.
     """
 
     generations: tuple[int, ...] = ()
@@ -82,16 +82,16 @@ class Survey:
 
     @property
     def rolled_back_numbers(self) -> frozenset[int]:
-        """Numbers of the generations that somebody has gone back behind."""
+        """Numbers of the generations set aside by a rollback."""
         pairs = map(rolled_back_numbers, self.rolled_back)
         return frozenset(pair[0] for pair in pairs if pair)
 
     @property
     def next_generation(self) -> int:
-        """A number that no generation or leftover has or had, as far as one can tell.
+        """A number that no generation or leftover has or had, as far as known.
 
         Raises:
-            SaveError: On the calling rank, if no name is left for one.
+            SaveError: On the calling rank, if no number is left.
         """
         if self.highest >= GENERATION_MAX:
             raise SaveError(
@@ -102,10 +102,10 @@ class Survey:
 
 
 def survey(root: Path) -> Survey:
-    """Look at a checkpoint directory; a missing one is empty.
+    """Survey a checkpoint directory; a missing one is empty.
 
-    Not collective. Names of no known form are ignored. What is good is found also where
-    the quarantine is of somebody else's making.
+    Not collective. Unknown names are ignored. It finds the good generations even if another
+    program made the quarantine directory.
 
     Raises:
         ReadError: On the calling rank, if it cannot be listed.
@@ -128,15 +128,16 @@ def survey(root: Path) -> Survey:
 
 
 def settled_survey(root: Path) -> Survey:
-    """Look at a checkpoint directory until two looks agree, some times at most.
+    """Survey a checkpoint directory until two surveys agree, a few times at most.
 
-    Not collective. For who has nothing to compare a listing with, which may be an old one.
+    Not collective. For callers that have nothing to compare a listing with, which may be
+    old.
 
     Raises:
         ReadError: On the calling rank, if it cannot be listed.
     """
     found = survey(root)
-    for _ in range(_LOOKS_MORE):  # beside a job that saves no two may agree
+    for _ in range(_LOOKS_MORE):  # while a job saves, no two may agree
         before, found = found, survey(root)
         if found == before:
             break
@@ -144,10 +145,10 @@ def settled_survey(root: Path) -> Survey:
 
 
 def is_gone(path: Path) -> bool:
-    """Return whether a generation has lost its name: pruned, or set aside, by its owner.
+    """Return whether a generation has lost its name: its owner pruned or quarantined it.
 
-    Not collective. Its files go after its name, so whoever cannot read it any more finds
-    this true.
+    Not collective. Its files are deleted after its name, so if they can no longer be read,
+    this is true.
     """
     try:
         path.lstat()
@@ -165,13 +166,13 @@ def _set_aside(shelf: Path) -> tuple[list[str], str]:
 
 
 def _refuse_foreign(shelf: Path) -> None:
-    # Through a link generations would go wherever whoever made it likes.
+    # A link could send generations to any place.
     if shelf.is_symlink() or (shelf.exists() and not shelf.is_dir()):
         raise NotADirectoryError(errno.ENOTDIR, "is no directory of ours", str(shelf))
 
 
 def sweep(root: Path, partials: tuple[str, ...], job: str) -> bool:
-    """Delete leftovers; what cannot be deleted is told, and stays for the next sweep.
+    """Delete leftovers; log those that cannot be deleted, which stay for the next sweep.
 
     Not collective. The caller holds the lock, and has signed it.
 
@@ -181,14 +182,14 @@ def sweep(root: Path, partials: tuple[str, ...], job: str) -> bool:
         job: Name of the job that deletes them.
 
     Returns:
-        Whether none stays.
+        Whether no leftover stays.
     """
     if not partials:
         return True
     condemned = _condemn(root, partials, job)
     try:
-        # CRASH: a leftover may be a generation on its way out. If its files went before
-        # that rename is durable, it would be back under its name with files missing.
+        # CRASH: a leftover may be a generation that is being removed. If its files vanished
+        # before that rename is durable, it would be back under its name with files missing.
         filesystem.sync_directory(root, if_possible=True)
     except OSError as error:
         logger.warning("leftovers in %s are not removed: %s", root, error)
@@ -206,10 +207,10 @@ def sweep(root: Path, partials: tuple[str, ...], job: str) -> bool:
 
 
 def _condemn(root: Path, partials: tuple[str, ...], job: str) -> list[str | None]:
-    """Return under which names leftovers can be deleted; None for one that cannot."""
-    # INVARIANT: whoever wrote one of them may live, cut off, and be about to publish it.
-    # One rename is before its rename or after: it has published all, or never will. If
-    # files were deleted first, it could publish what is left.
+    """Return the names under which to delete leftovers; None for one that cannot be."""
+    # INVARIANT: the writer of a leftover may be alive, cut off, and about to publish it.
+    # This rename comes before its rename or after it: it has published all, or never will.
+    # If files were deleted first, it could publish the rest.
     moved: list[str | None] = []
     for name in partials:
         safe = is_condemned_name(name) or is_partial_of(name, job)
@@ -220,7 +221,7 @@ def _condemn(root: Path, partials: tuple[str, ...], job: str) -> list[str | None
             moved.append(target)
         except FileNotFoundError:
             if not is_gone(root / name):
-                moved.append(None)  # said once, and not so: it stays for the next sweep
+                moved.append(None)  # logged already: it stays for the next sweep
             logger.info("%s was published, or removed, at the last moment", root / name)
         except OSError as error:
             moved.append(None)
@@ -229,12 +230,12 @@ def _condemn(root: Path, partials: tuple[str, ...], job: str) -> list[str | None
 
 
 def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> Path:
-    """Set a generation aside with the reason; nothing is deleted.
+    """Quarantine a generation with the reason; nothing is deleted.
 
     Not collective. The caller holds the lock.
 
     Returns:
-        Where it is now; its old place if it could not be moved.
+        Its new path; its old path if it could not be moved.
     """
     source = root / generation_name(generation)
     shelf = root / QUARANTINE

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sets newer generations aside under names that nothing looks at, and brings them back.
+"""Sets newer generations aside under names that no search matches, and brings them back.
 
-Each keeps its directory and gets another name beside the old one, by a rename within one
-directory: at any moment it is under one of the two, whole. Nothing is deleted.
+Each generation gets a new name by a rename within its directory: at any moment it is
+complete, under one of the two names. Nothing is deleted.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 
 def set_newer_aside(root: Path, generation: int) -> tuple[int, ...]:
-    """Set all generations aside that are newer than one; durable when it returns.
+    """Set aside all generations newer than a given one; durable when it returns.
 
-    Not collective. The caller holds the lock, and has swept what others have left.
+    Not collective. The caller holds the lock, and has swept leftovers of others.
 
     Args:
         root: The checkpoint directory.
-        generation: The newest that stays.
+        generation: The newest generation that stays.
 
     Returns:
-        The numbers of those that were set aside, oldest first.
+        The numbers of the generations set aside, oldest first.
 
     Raises:
         ReadError: On the calling rank, if the directory cannot be listed.
         SaveError: On the calling rank, if it cannot be changed; some may have been set
-            aside, and calling this again goes on with the others.
+            aside, and another call continues with the rest.
     """
     found = settled_survey(root)
     newer = [number for number in found.generations if number > generation]
-    # CRASH: the newest goes first, so that what is left is always what was there before
-    # some save. The name tells what was the newest at first: cut off and called again,
-    # it is one rollback all the same.
+    # CRASH: the newest is renamed first, so that the rest always equals the directory
+    # before some save. The new name records the first newest number: interrupted and called
+    # again, it still counts as one rollback.
     with os_errors_as(SaveError, "setting generations aside", root):
         for number in newer:
             target = root / rolled_back_name(number, found.highest)
@@ -55,7 +55,7 @@ def set_newer_aside(root: Path, generation: int) -> tuple[int, ...]:
 
 
 def last_rolled_back(root: Path) -> tuple[int, ...]:
-    """Return the numbers of what `bring_back` would bring back, oldest first.
+    """Return the numbers that `bring_back` would bring back, oldest first.
 
     Not collective.
 
@@ -66,7 +66,7 @@ def last_rolled_back(root: Path) -> tuple[int, ...]:
 
 
 def bring_back(root: Path) -> tuple[int, ...]:
-    """Undo what was set aside since the last save; durable when it returns.
+    """Undo the rollbacks since the last save; durable when it returns.
 
     Not collective. The caller holds the lock.
 
@@ -74,12 +74,12 @@ def bring_back(root: Path) -> tuple[int, ...]:
         root: The checkpoint directory.
 
     Returns:
-        The numbers of those that are back, oldest first; none if there were none.
+        The numbers of the generations brought back, oldest first; empty if there were none.
 
     Raises:
         ReadError: On the calling rank, if the directory cannot be listed.
         SaveError: On the calling rank, if it cannot be changed; some may be back, and
-            calling this again goes on with the others.
+            another call continues with the rest.
     """
     names = _last(root)
     with os_errors_as(SaveError, "bringing generations back", root):

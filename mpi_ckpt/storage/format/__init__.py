@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The format on disk: names, manifest, safetensors. Pure."""
+"""Defines the format on disk: names, manifest, safetensors. Pure."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names inside a checkpoint directory: every path of the format is made here. Pure."""
+"""Makes and parses every name inside a checkpoint directory. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ADAPTDL = re.compile(r"checkpoint-\d{1,7}")
 _PARTIAL = re.compile(r"\.partial-(\d{8,18})-[0-9a-z]+")
 _ROLLED_BACK = re.compile(r"\.rolled-back-(\d{8,18})-(\d{8,18})")
 _LEASE = re.compile(r"\.lease-([0-9a-z]+)")
-_CONDEMNED = "x"  # no name of a job has it: those are hexadecimal
+_CONDEMNED = "x"  # job names are hexadecimal and cannot contain it
 _FILE = re.compile(r"(?!\.)[A-Za-z0-9._%~+-]{1,255}|\.(?!\.)[A-Za-z0-9._%~+-]{1,254}")
 
 
@@ -42,14 +42,14 @@ def generation_name(number: int) -> str:
 def generation_number(name: str) -> int | None:
     """Return the number in a generation's name, None for any other name."""
     match = _GENERATION.fullmatch(name)
-    # `checkpoint-000000042` would name generation 42 a second time: it is foreign.
+    # `checkpoint-000000042` would be a second name of generation 42: it is foreign.
     if match is None or generation_name(int(match[1])) != name:
         return None
     return int(match[1])
 
 
 def is_adaptdl_name(name: str) -> bool:
-    """Return whether a name looks like a checkpoint of adaptdl, which we do not read."""
+    """Return whether a name looks like adaptdl's checkpoint, which cannot be read here."""
     return _ADAPTDL.fullmatch(name) is not None
 
 
@@ -64,17 +64,17 @@ def is_partial_name(name: str) -> bool:
 
 
 def condemned_name(name: str, job: str) -> str:
-    """Return the name to which a job that sweeps moves a leftover before deleting it."""
+    """Return the name to which a sweeping job moves a leftover before deleting it."""
     return f"{name}{_CONDEMNED}{job}"
 
 
 def is_condemned_name(name: str) -> bool:
-    """Return whether a leftover is being deleted: nobody writes under such a name."""
+    """Return whether a leftover is being deleted: no job writes under such a name."""
     return _CONDEMNED in name.rpartition("-")[2]
 
 
 def is_partial_of(name: str, job: str) -> bool:
-    """Return whether a leftover is of a job's own making, or is being deleted by it."""
+    """Return whether a job made a leftover, or is deleting it."""
     return name.rpartition("-")[2].rpartition(_CONDEMNED)[2] == job
 
 
@@ -84,7 +84,7 @@ def partial_number(name: str) -> int:
 
 
 def lease_name(job: str) -> str:
-    """Return the name of the file by which a job shows that it is alive."""
+    """Return the name of the file that shows that a job is alive."""
     return f".lease-{job}"
 
 
@@ -95,12 +95,12 @@ def leased_job(name: str) -> str | None:
 
 
 def rolled_back_name(number: int, highest: int) -> str:
-    """Return the name of a generation that somebody has gone back behind.
+    """Return the name of a generation set aside by a rollback.
 
     Args:
         number: Its number.
-        highest: The highest number that any generation had when that was done: all with
-            the same were set aside since one save.
+        highest: The highest number of any generation at the rollback: equal numbers mean
+            rollbacks without a save in between.
     """
     return f".rolled-back-{highest:08d}-{number:08d}"
 
@@ -114,7 +114,7 @@ def rolled_back_numbers(name: str) -> tuple[int, int] | None:
 
 
 def shard_file_name(rank: int) -> str:
-    """Return the name of the file with the leaves that a rank wrote."""
+    """Return the name of the file with a rank's leaves."""
     return f"rank-{rank:05d}.safetensors"
 
 
@@ -125,14 +125,14 @@ def stream_file_name(state: str) -> str:
 
 
 def carried_file_name(name: str, generation: int) -> str:
-    """Return the name under which a later generation holds a file of an older one."""
+    """Return the name that a later generation gives to a file of an older one."""
     stem, _, suffix = name.rpartition(".")
     stem = re.sub(r"\.from-\d+$", "", stem)
     return f"{stem}.from-{generation:08d}.{suffix}"
 
 
 def check_file_name(name: object) -> str:
-    """Return a file name found in a manifest if it cannot lead out of its directory.
+    """Return a file name from a manifest if it cannot lead out of its directory.
 
     Raises:
         ValueError: On the calling rank, if it could.
@@ -148,7 +148,7 @@ def check_state_name(name: object) -> None:
     Not collective. Thread-safe.
 
     Raises:
-        RegistrationError: On the calling rank, saying what is wrong.
+        RegistrationError: On the calling rank, with the fault.
     """
     if not isinstance(name, str):
         raise RegistrationError(f"state name {shown(name)} is not a string")
@@ -160,7 +160,7 @@ def check_state_name(name: object) -> None:
 def _fault_of(name: str) -> str | None:
     if not name or name.isspace():
         return "must not be empty"
-    if len(name) > STATE_NAME_BYTES_MAX:  # before anybody looks at each character
+    if len(name) > STATE_NAME_BYTES_MAX:  # before each character is checked
         return f"has {len(name)} characters, {STATE_NAME_BYTES_MAX} at most"
     if name.startswith("/") or {".", ".."} & set(name.split("/")):
         return "must not be a path"
@@ -173,12 +173,12 @@ def _fault_of(name: str) -> str | None:
 
 
 def check_names_apart(names: Iterable[str]) -> None:
-    """Refuse names that are equal, or that some file systems take for equal.
+    """Refuse names that are equal, or equal on some file systems.
 
     Not collective. Thread-safe.
 
     Raises:
-        RegistrationError: On the calling rank, naming the pairs.
+        RegistrationError: On the calling rank, with the pairs.
     """
     seen: dict[str, str] = {}
     faults: list[str] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a manifest says, as frozen values; `manifest_codec` turns it to bytes and back."""
+"""Defines the contents of a manifest as frozen values; `manifest_codec` encodes them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class StoredFile:
     Attributes:
         name: Name in the generation's directory.
         nbytes: Size in bytes.
-        header_bytes: Bytes before the first leaf; 0 where there is no header.
+        header_bytes: Bytes before the first leaf; 0 if there is no header.
         header_digest: xxh3-128 of those bytes, 16 bytes.
-        generation: The generation that wrote it; older than the manifest's where the
-            file is shared by hard link.
+        generation: The generation that wrote it; older than the manifest's if the file is
+            shared by hard link.
     """
 
     name: str
@@ -38,7 +38,7 @@ class StoredFile:
     generation: int
 
 
-# Named tuples, not dataclasses: thousands are made at a time, in a fifth of the time.
+# Named tuples, not dataclasses: thousands are made at a time, five times as fast.
 class Extent(NamedTuple):
     """A run of bytes in a file: name of the file, offset and length in bytes."""
 
@@ -48,7 +48,7 @@ class Extent(NamedTuple):
 
 
 class StoredLeaf(NamedTuple):
-    """One leaf of a state: where its bytes are, and how they are proven."""
+    """One leaf of a state: the position of its bytes, and their digest."""
 
     spec: LeafSpec
     extent: Extent
@@ -62,8 +62,8 @@ class StoredState:
     Attributes:
         name: The state's name.
         structure: JSON values; None for a stream.
-        leaves: The leaves, in the state's order; of a stream, one leaf of bytes.
-        is_stream: Whether it is what a state wrote itself.
+        leaves: The leaves, in the state's order; a stream has one leaf of bytes.
+        is_stream: Whether it is the stream of a plain state.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Manifest:
         time: Seconds since the epoch, by root's clock.
         job: Name of the job that wrote it.
         size: Number of ranks of that job.
-        metrics: Given by the user, for retention.
+        metrics: Metrics given by the user, for retention.
         block_bytes: Block length of all digests.
         files: The files beside the manifest.
         states: The states, in saving order.

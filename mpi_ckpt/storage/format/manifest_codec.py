@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manifest to bytes and back: pure, and distrustful of every byte it reads.
+"""Encodes and decodes a manifest: pure, and without trust in any byte it reads.
 
 The last member of the JSON object is the digest of all bytes before it, so any change is
-seen without a rule for canonical JSON (docs/format.md). That tail, ``format`` and
-``version`` are fixed for all versions to come.
+detected without a rule for canonical JSON (docs/format.md). That tail, ``format`` and
+``version`` are fixed for all future versions.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def encode(manifest: Manifest) -> bytes:
     Not collective. Thread-safe.
 
     Raises:
-        ValueError: On the calling rank, for what `decode` would refuse of the values
-            that users give: a step that is no integer, a structure that is not JSON,
-            names that collide with those of carried states.
+        ValueError: On the calling rank, for values from the user that `decode` would
+            refuse: a step that is not an integer, a structure that is not JSON, names that
+            collide with those of carried states.
     """
     check_names_apart(state.name for state in manifest.states)
     document = {
@@ -91,7 +91,7 @@ def _encode_metric(value: float) -> float | str:
 
 
 def _json(value: object) -> str:
-    # Without allow_nan=False a NaN is written that no reader takes for JSON.
+    # Without allow_nan=False this writes a NaN, which JSON readers refuse.
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -103,7 +103,7 @@ def _encode_state(state: StoredState) -> str:
     return f'{{"name":{name},"structure":{_json(state.structure)},"leaves":[{leaves}]}}'
 
 
-# Put together as text: a dict for each of thousands of leaves takes three times as long.
+# Built as text: a dict for each of thousands of leaves takes three times as long.
 def _encode_leaf(leaf: StoredLeaf) -> str:
     spec = leaf.spec
     name, dtype = encode_basestring(_text(spec.name)), encode_basestring(spec.dtype)
@@ -123,9 +123,9 @@ def _encode_place(leaf: StoredLeaf) -> str:
 
 
 def largest_state(manifest: Manifest) -> tuple[str, int]:
-    """Return the state that takes most of a manifest, and the bytes that it takes.
+    """Return the state that takes most bytes of a manifest, and that number.
 
-    Not collective. Thread-safe. Encodes all of them, so it is asked only where a manifest
+    Not collective. Thread-safe. It encodes all states, so it is called only if a manifest
     has grown large.
     """
     sizes = {state.name: len(_encode_state(state).encode()) for state in manifest.states}
@@ -139,7 +139,7 @@ def decode(data: bytes | bytearray) -> Manifest:
 
     Raises:
         ValueError: On the calling rank, if a byte was changed or a rule is broken.
-        UnsupportedFormatError: On the calling rank, if the manifest is whole and of
+        UnsupportedFormatError: On the calling rank, if the manifest is intact but has
             another format or version.
     """
     head = memoryview(data)[:-_TAIL_BYTES]
@@ -221,7 +221,7 @@ def _decode_leaf(
     entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
 ) -> StoredLeaf:
     name, dtype = _text(entry["name"]), _text(entry["dtype"])
-    # Here and below messages are made only when needed: there may be many leaves.
+    # Here and below, messages are made only when needed: there may be many leaves.
     if not dtypes.is_known(dtype):
         raise ValueError(f"leaf {shown(name)} has the unknown dtype {shown(dtype)}")
     shape = tuple([_integer(length, _SIZE_MAX) for length in _list(entry["shape"])])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads JSON as RFC 8259 has it and nothing more: pure, for bytes that nobody vouches for.
+"""Reads strict JSON (RFC 8259) from untrusted bytes. Pure.
 
-Python's reader takes other encodings, a key twice (the last one wins), NaN, halves of
+Python's reader accepts other encodings, duplicate keys (the last one wins), NaN, halves of
 surrogate pairs and, in old versions, integers that take hours to convert.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Python converts 4300 digits, and in some versions any number, in quadratic time.
 _DIGITS_MAX = 4000
-# A lone surrogate can only be written as an escape, which our own writers never use.
+# A lone surrogate can only be written as an escape, which this package never writes.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _brief = Repr()
@@ -26,7 +26,7 @@ _brief.maxstring = _brief.maxother = 250
 
 
 def shown(value: object) -> str:
-    """Return a value found in a file for a message: short, on one line, whatever it is.
+    """Return a value from a file for a message: short, on one line, whatever it is.
 
     Not collective. Thread-safe.
     """
@@ -39,8 +39,8 @@ def read_json(data: bytes | bytearray) -> Any:  # noqa: ANN401 (JSON)
     Not collective. Thread-safe.
 
     Raises:
-        ValueError: On the calling rank, if they are no strict JSON, or are nested deeper
-            than Python can read.
+        ValueError: On the calling rank, if they are not strict JSON, or nested deeper than
+            Python can read.
     """
     text = data.decode()
     try:

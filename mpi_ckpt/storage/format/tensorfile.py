@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The format of safetensors: the header of a file, and a stream of leaves. Pure.
+"""Writes and reads the safetensors format: a file's header, and a stream of leaves. Pure.
 
 The format is that of the safetensors project: 8 bytes of little-endian header length, a
-JSON object, the data. Ours is padded with spaces so that the data starts aligned, which
-the format allows. A stream is such a file with the structure of a state beside it.
+JSON object, the data. This package pads the header with spaces so that the data starts
+aligned, which the format allows. A stream is such a file with the structure of a state
+beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _LENGTH_BYTES = 8
 def encode_header(
     entries: Iterable[tuple[str, LeafSpec]], metadata: dict[str, str]
 ) -> bytes:
-    """Return the header of a file whose data follows in this order without holes.
+    """Return the header of a file whose data follows in this order without gaps.
 
     Not collective. Thread-safe.
 
@@ -42,10 +43,10 @@ def encode_header(
         metadata: Free text for other tools.
 
     Returns:
-        Length and JSON; the length of it all is a multiple of ``DATA_ALIGNMENT``.
+        Length and JSON; their total length is a multiple of ``DATA_ALIGNMENT``.
 
     Raises:
-        SaveError: On the calling rank, if the header would be too large to be read.
+        SaveError: On the calling rank, if the header would be too large to read.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -75,8 +76,8 @@ def parse_header(text: bytes) -> dict[str, Any]:
     Not collective. Thread-safe.
 
     Raises:
-        ValueError: On the calling rank, if it is no JSON object, or one that the format
-            does not allow: spaces before it, a tensor twice.
+        ValueError: On the calling rank, if it is not a JSON object, or one that the format
+            does not allow: spaces before it, a duplicate tensor.
     """
     if not text.startswith(b"{"):
         raise ValueError("the header is not a JSON object")
@@ -92,8 +93,8 @@ def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> N
 
     Args:
         fileobj: Open for writing bytes.
-        structure: JSON values; they travel in the stream's metadata.
-        leaves: Written in this order.
+        structure: JSON values, which go into the stream's metadata.
+        leaves: The leaves, written in this order.
     """
     forms = [leaf.spec.to_json() for leaf in leaves]
     metadata = {"mpi_ckpt": json.dumps({"structure": structure, "leaves": forms})}
@@ -105,7 +106,7 @@ def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> N
 def read_form(fileobj: BinaryIO) -> tuple[Any, list[LeafSpec]]:
     """Read the structure that `write_leaves` wrote, and the specs of the leaves to come.
 
-    Not collective. `fill_leaves` reads on from here.
+    Not collective. `fill_leaves` continues from here.
 
     Raises:
         CorruptGenerationError: On the calling rank, if the stream is damaged.
@@ -127,12 +128,12 @@ def read_form(fileobj: BinaryIO) -> tuple[Any, list[LeafSpec]]:
 def fill_leaves(
     fileobj: BinaryIO, specs: Sequence[LeafSpec], leaves: Sequence[Leaf | None]
 ) -> None:
-    """Read the bytes of the leaves to where they go. Not collective.
+    """Read the bytes of the leaves into their destinations. Not collective.
 
     Args:
-        fileobj: As `read_form` left it.
-        specs: What `read_form` returned.
-        leaves: Where each leaf goes; None passes over it.
+        fileobj: The file, at the position where `read_form` ended.
+        specs: Specs from `read_form`.
+        leaves: Destination of each leaf; None skips it.
 
     Raises:
         CorruptGenerationError: On the calling rank, if the stream is damaged.
@@ -147,7 +148,7 @@ def fill_leaves(
 
 
 def _header_name(leaf: str) -> str:
-    # One name in the header is not that of a tensor.
+    # One name in the header is not a tensor's.
     return f"{leaf}_" if leaf.startswith("__metadata__") else leaf
 
 

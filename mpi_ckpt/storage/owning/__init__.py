@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who owns a checkpoint directory: lock, lease, signature."""
+"""Decides which job owns a checkpoint directory: lock, lease, signature."""

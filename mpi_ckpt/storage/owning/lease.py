@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sign of life for file systems without locks: a small file that its owner rewrites.
+"""Shows that a job is alive on file systems without locks: it rewrites a small file.
 
-A lock of the kernel ends with the process that holds it; a lease ends by time (Gray and
-Cheriton, "Leases", SOSP 1989). Who wants the directory watches the file of the job that has
-signed the lock: if it changes, that job lives; if it stays as it is for a whole term, that
-job is dead. Each watcher measures on its own clock, so the clocks of hosts never meet.
+A kernel lock ends with the process that holds it; a lease ends by time (Gray and Cheriton,
+"Leases", SOSP 1989). A job that wants the directory watches the file of the job that has
+signed the lock: if it changes, that job is alive; if it does not change for a whole term,
+that job is dead. Each watcher uses only its own clock, so clocks of different hosts are
+never compared.
 
-The lease only says who is alive. Who owns the directory is what the signature says, which a
-renewal never touches: a job that sleeps through its term wakes as one that is fenced off.
+The lease only shows that a job is alive. The signature decides which job owns the
+directory, and a renewal never changes it: a job that sleeps through its term is fenced off
+when it wakes.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _BYTES_MAX = 64
 
 
 class Lease:
-    """The sign of life of one job, renewed by a thread until it is closed.
+    """The lease of one job, renewed by a thread until it is closed.
 
     Root only. Not thread-safe.
 
@@ -72,7 +74,7 @@ class Lease:
             try:
                 filesystem.rewrite_file(self._path, _renewal(count))
             except FileNotFoundError:
-                # A successor has removed it; the next save hears so from the signature.
+                # A successor has removed it; the next save finds that in the signature.
                 logger.warning("%s is gone: another job has taken over", self._path)
                 return
             except OSError as error:
@@ -92,23 +94,23 @@ class Lease:
         if self._process != os.getpid() or self._ended.is_set():
             return
         self._ended.set()
-        self._thread.join(RENEW_SECONDS)  # no longer: a file server may be away
-        with suppress(OSError):  # it then ends by time
+        self._thread.join(RENEW_SECONDS)  # no longer: a file server may be unreachable
+        with suppress(OSError):  # the lease then ends by time
             filesystem.remove_file(self._path)
 
 
 def wait_for_end(root: Path, job: str, patience_seconds: float) -> bool:
-    """Wait until the lease of a job has ended, or has proven to be alive.
+    """Wait until the lease of a job has ended, or proves the job alive.
 
     Not collective.
 
     Args:
         root: The checkpoint directory.
         job: Name of the job.
-        patience_seconds: How long a job that is alive may take to end.
+        patience_seconds: How long a live job may take to end.
 
     Returns:
-        Whether it has ended: it was given up, stood still for a term, or never was.
+        Whether it has ended: it was removed, did not change for a term, or never existed.
 
     Raises:
         SaveError: On the calling rank, if it cannot be read.
@@ -129,9 +131,9 @@ def wait_for_end(root: Path, job: str, patience_seconds: float) -> bool:
 
 
 def remove_other_leases(root: Path, job: str) -> None:
-    """Remove the leases of jobs that are dead, or fenced off. Not collective.
+    """Remove the leases of dead or fenced off jobs. Not collective.
 
-    The caller has signed the lock. What cannot be removed stays: it harms nobody.
+    The caller has signed the lock. A lease that cannot be removed stays and does no harm.
     """
     with suppress(OSError):
         for name in filesystem.list_names(root):

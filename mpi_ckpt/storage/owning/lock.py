@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job owns a checkpoint directory: an flock, held by root while the job lives.
+"""Locks a checkpoint directory for one job: root holds an flock while the job lives.
 
-Where a file system has no flock, a lease says whether a job lives.
+If the file system has no flock, a lease shows whether a job is alive.
 
-A lock can be lost without its holder's knowing: a node is cut off, the file server gives
-the lock to a successor, and the old job lives on. So the file also names its owner. The
-last to sign it is the owner; whoever finds another name there is fenced off.
+A holder can lose its lock without notice: a node is cut off, the file server gives the lock
+to a successor, and the old job lives on. So the lock file also names its owner. The last
+job to sign it is the owner; a job that finds another name there is fenced off.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ _SETTLE_SECONDS = 1.0
 class DirectoryLock:
     """Exclusive ownership of a checkpoint directory.
 
-    Root only. Not thread-safe. The kernel lets go when the process dies, so a dead job
-    never blocks its successor; a lease does for one term.
+    Root only. Not thread-safe. The kernel releases the lock when the process dies, so a
+    dead job never blocks its successor; a lease blocks it for one term.
 
     Args:
         root: The checkpoint directory; must exist.
-        job: Name of this job, told to whoever is refused.
+        job: Name of this job, which a refused job reports.
         patience_seconds: How long to wait for another owner to end.
-        locking: How another job is known to live: by its flock; by its flock, where there
-            is one, and its lease; by ``"either"``, its flock, or a lease where there is
-            none; or not at all: then whoever comes last is the owner.
+        locking: How to see that another job is alive: by its flock; by its lease, and its
+            flock if there is one; by ``"either"``: its flock, or a lease if there is no
+            flock; or not at all: then the last job to start is the owner.
 
     Raises:
         LockedError: On the calling rank, if another job holds the directory.
-        OptionsError: On the calling rank, if the file system has no flock and one is asked
-            for.
+        OptionsError: On the calling rank, if the file system has no flock and ``locking``
+            needs it.
         SaveError: On the calling rank, if the lock file cannot be used.
     """
 
@@ -88,9 +88,9 @@ class DirectoryLock:
             if locking != "none":
                 self._outlast_lease(patience_seconds)
             if locking == "lease" or (locking == "either" and not is_locked):
-                # Before the signature, which tells others which lease to look at.
+                # Before the signature, which names the lease that others must watch.
                 self._lease = Lease(root, job)
-            with suppress(SaveError):  # a full disk must not keep us from owning it
+            with suppress(SaveError):  # a full disk must not prevent ownership
                 self.sign()
                 if self._lease is not None and not is_locked:
                     self._settle()
@@ -107,12 +107,12 @@ class DirectoryLock:
             )
 
     def sign(self) -> bool:
-        """Name this job as the owner, unless that is done.
+        """Write this job's name as the owner, unless it is there.
 
-        From then on nobody who owned the directory before passes `check`.
+        From then on no earlier owner passes `check`.
 
         Returns:
-            Whether it was done now: leftovers of others must then be swept.
+            Whether it wrote the name now: leftovers of others must then be swept.
 
         Raises:
             SaveError: On the calling rank, if the file cannot be written.
@@ -126,32 +126,33 @@ class DirectoryLock:
                     "somebody's: it is not written to; remove it",
                     path=self._path,
                 )
-            # In place: that takes no room on a full disk.
+            # In place: that needs no space on a full disk.
             if os.pwrite(self._descriptor, self._signature, 0) < len(self._signature):
-                # Half a name is nobody's, and would shut this job out as a stranger.
+                # Half a name belongs to no job, and would lock out this one too.
                 raise OSError(errno.EIO, "the file system takes no more bytes")
             os.ftruncate(self._descriptor, len(self._signature))
-            # Also what shows it to other hosts: a network file system may hold it back.
+            # This also shows the name to other hosts: a network file system may delay it.
             os.fsync(self._descriptor)
         self._signed = True
         remove_other_leases(self._root, self._job)
         return True
 
     def check(self) -> None:
-        """Require that this job is still the one named in the file.
+        """Require that the file still names this job.
 
-        The file is opened anew, by name: that is when network file systems look whether
-        it has changed, and when a replaced one is found. What is cached of it is dropped.
+        The file is opened again by name: only then do network file systems check whether it
+        has changed, and only that finds a replaced file. Its cached bytes are dropped.
 
         Raises:
-            FencedError: On the calling rank, if another job has signed it, or it is gone.
+            FencedError: On the calling rank, if another job has signed the file, or it is
+                gone.
             SaveError: On the calling rank, if it cannot be read.
         """
         with os_errors_as(SaveError, "reading the lock", self._path):
             found = _read_signature(self._path)
             for pause in _PAUSES_SECONDS:
-                # A network file system may not find for a moment what is there; what a
-                # successor has signed it goes on to show.
+                # A network file system may briefly not find an existing file; a successor's
+                # signature stays visible.
                 if found == self._signature:
                     return
                 time.sleep(pause)
@@ -166,7 +167,7 @@ class DirectoryLock:
             )
 
     def _acquire(self, patience_seconds: float, locking: str) -> bool:
-        """Wait for the flock; return whether the file system has given it."""
+        """Wait for the flock; return whether the file system granted it."""
         deadline = time.monotonic() + patience_seconds
         while True:
             try:
@@ -205,7 +206,7 @@ class DirectoryLock:
             raise self._refusal(owner)
 
     def _settle(self) -> None:
-        """Leave the directory to the last of several jobs that took it at one moment."""
+        """Leave the directory to the last of several jobs that took it at the same time."""
         time.sleep(_SETTLE_SECONDS)
         try:
             self.check()
@@ -228,7 +229,7 @@ class DirectoryLock:
         return "owner unknown"
 
     def close(self) -> None:
-        """Let go of the directory; in a forked child, only forget it. Callable twice."""
+        """Release the directory; in a forked child, only forget it. Callable twice."""
         if self._lease is not None:
             self._lease.close()
         descriptor, self._descriptor = self._descriptor, -1
@@ -242,7 +243,7 @@ _SIGNED = re.compile(r"job ([0-9a-z]+), ")
 def signed_job(root: Path) -> str | None:
     """Return the job that has signed a directory, as this host sees it.
 
-    Not collective. None for nobody, and where it cannot be read.
+    Not collective. None if no job has, or the file cannot be read.
     """
     with suppress(OSError):
         found = _SIGNED.match(_read_signature(root / LOCK).decode(errors="replace"))
@@ -257,8 +258,8 @@ def _read_signature(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     try:
-        # Linux's NFS client keeps the bytes it has of a file that it has open for
-        # writing, as ours is to be locked, whatever others have written since.
+        # Linux's NFS client keeps its cached bytes of a file that is open for writing, as a
+        # file must be to be locked, whatever other clients have written since.
         with suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         return os.pread(descriptor, 500, 0)
@@ -270,8 +271,8 @@ _HELD: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    # A forked data-loader worker shares the open file: without this it would hold the
-    # lock beyond the death of the process that took it.
+    # A forked data-loader worker shares the open file: without this it would hold the lock
+    # after the death of the process that took it.
     for lock in list(_HELD):
         lock.close()
 

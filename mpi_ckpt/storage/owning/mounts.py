@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host has mounted, and what it is told to mount and has not.
+"""Finds what this host has mounted, and which mounts of its fstab are missing.
 
-A directory made under an empty mount point is on another disk; a job that begins anew
-there has lost sight of all it saved (fstab(5)).
+A directory made under an empty mount point is on another disk; a job that starts afresh
+there does not see its earlier saves (fstab(5)).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ramfs", "ove
 
 
 def unmounted_above(path: Path) -> Path | None:
-    """Return the mount point above a path at which nothing is mounted, if there is one.
+    """Return the mount point above a path at which nothing is mounted, if any.
 
     Not collective. Thread-safe.
 
@@ -40,9 +40,9 @@ def unmounted_above(path: Path) -> Path | None:
 
 
 def local_file_system(path: Path) -> str | None:
-    """Return the kind of the file system that a path is on, if it is this host's own.
+    """Return the kind of a path's file system, if it is local to this host.
 
-    Not collective. Thread-safe. None where it may be shared, or cannot be told (proc(5)).
+    Not collective. Thread-safe. None if it may be shared, or is unknown (proc(5)).
 
     Args:
         path: Absolute; it need not exist.
@@ -51,7 +51,7 @@ def local_file_system(path: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
         for line in _MOUNTED.read_text().splitlines():
             place, _, source = line.partition(" - ")
-            # The last one mounted at a place is the one that is seen there.
+            # The last file system mounted at a place is the visible one.
             kinds[_unescaped(place.split()[4])] = source.split()[0]
     real = Path(os.path.realpath(path))
     for above in (real, *real.parents):

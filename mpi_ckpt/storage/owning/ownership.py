@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking a checkpoint directory into possession, and what a job asks of it for that.
+"""Takes ownership of a checkpoint directory, and checks the conditions for it.
 
-All that is found out here is found out at the start, before anybody trains for hours: a
-place that cannot be written to, a file system without locks or without durable names.
+These faults show at the start, before a job trains for hours: a directory that is not
+writable, a file system without locks or without durable names.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Ownership:
 
     Attributes:
         locking: How a second job is kept out; see `DirectoryLock`.
-        read_only: Whether it is only read (True), must be writable (False), or is read
-            where it is not (None).
-        sync_names: Whether a file system that cannot fsync directories is refused.
+        read_only: Whether the job only reads it (True), needs it writable (False), or reads
+            it if it is not writable (None).
+        sync_names: Whether to refuse a file system that cannot fsync directories.
     """
 
     locking: Locking | Literal["either"] = "flock"
@@ -55,7 +55,7 @@ class Ownership:
         Raises:
             LockedError: On the calling rank, if another job holds it.
             OptionsError: On the calling rank, if it is to be read only, or the file system
-                has no locks, or no fsync of directories, and the options ask for them.
+                lacks locks or the fsync of directories that the options ask for.
             SaveError: On the calling rank, if it cannot be written to.
         """
         if self.read_only:
@@ -75,7 +75,7 @@ class Ownership:
         return lock
 
     def read_without(self, refusal: SaveError) -> None:
-        """Say that the directory is read without being owned, and why; or refuse that.
+        """Log that the job reads the directory without owning it, and why; or raise.
 
         Not collective.
 
@@ -84,7 +84,7 @@ class Ownership:
         """
         if self.read_only is False:
             raise refusal
-        # A full or failing disk may still be read, and have room later.
+        # A full or failing disk may still be readable, and have space later.
         logger.warning(
             "restoring without a lock, as a reader does: %s. A save would fail as well: "
             "Options(read_only=True) if none is meant, read_only=False to have this fail "
@@ -108,7 +108,7 @@ class Ownership:
 
 
 def _refuse_unmounted(root: Path) -> None:
-    # A directory made there would be on another disk than it should be.
+    # A directory made there would be on the wrong disk.
     if not root.exists() and (point := unmounted_above(root)) is not None:
         raise SaveError(
             f"{root} lies under {point}, which this host is told to mount, and nothing is "
@@ -118,7 +118,7 @@ def _refuse_unmounted(root: Path) -> None:
 
 
 def _warn_if_open_to_all(root: Path) -> None:
-    # Group directories are how people work together; the whole world is no group.
+    # A directory writable by its group is for teamwork; one writable by all is not.
     with suppress(OSError):
         mode = root.stat().st_mode
         if mode & stat.S_IWOTH:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a generation, read in long runs and proven."""
+"""Reads the bytes of a generation in long runs, and proves them."""

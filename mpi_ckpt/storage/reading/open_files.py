@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a directory that are read again and again: opened once, a few at a time.
+"""Keeps files open that are read repeatedly, up to a limit.
 
-A generation of many writers has more files than a process may have open.
+A generation of many writers may have more files than a process may have open.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPEN_MAX = 128
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file that is open.
+    """An open file.
 
     Attributes:
         descriptor: Its descriptor.
@@ -43,29 +43,29 @@ class _Kept:
 
 
 class OpenFiles:
-    """Opens files by name and keeps them open while there is room. Thread-safe.
+    """Opens files by name and keeps them open up to a limit. Thread-safe.
 
     Args:
-        directory: Where they are.
-        most: How many are kept open; more only while more are in use.
+        directory: Their directory.
+        most: Number of files to keep open; more only while more are in use.
     """
 
     def __init__(self, directory: Path, most: int = _OPEN_MAX) -> None:
         self._directory = directory
         self._most = most
         self._lock = Lock()
-        # From the one used longest ago to the one used last.
+        # From least to most recently used.
         self._open: OrderedDict[tuple[str, bool], _Kept] = OrderedDict()
         self._refused: set[str] = set()
 
     @contextmanager
     def use(self, name: str, *, direct: bool = False) -> Iterator[OpenFile]:
-        """Give a file that stays open within the block. Not collective.
+        """Yield a file that stays open within the block. Not collective.
 
         Args:
-            name: Of the file.
-            direct: Whether to read around the page cache, where the file system takes
-                that; reads must then be aligned.
+            name: Name of the file.
+            direct: Whether to bypass the page cache, if the file system supports that;
+                reads must then be aligned.
 
         Raises:
             OSError: On the calling rank, if it cannot be opened.
@@ -82,7 +82,7 @@ class OpenFiles:
                 self._make_room()
 
     def close(self) -> None:
-        """Close all of them; none is in use. Not collective. Callable twice."""
+        """Close all files; none may be in use. Not collective. Callable twice."""
         with self._lock, ExitStack() as all_of_them:
             while self._open:
                 _, kept = self._open.popitem()
@@ -93,8 +93,8 @@ class OpenFiles:
             try:
                 return self._opened(name, direct=True)
             except (OSError, ValueError):
-                # By the file system; or the name was given to something else, and what is
-                # open already serves.
+                # Refused by the file system; or another file has this name now, and the
+                # open one still serves.
                 self._refused.add(name)
         return self._opened(name, direct=False)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of a generation in the order in which they are read best, each block proven.
+"""Reads the blocks of a generation in the best order, and proves each.
 
-Read around the page cache where that is possible: what the cache holds says nothing of
-what the disk does, and a proof should. While one window is in use, the next is on its way.
+Reads bypass the page cache if possible: a proof must concern the bytes on disk, not those
+in the cache. While one window is in use, the next is being read.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def proven_windows(
     windows: Sequence[Window],
     refuse: Refuse | None = None,
 ) -> Generator[memoryview]:
-    """Give the bytes of windows, in order, each while the next is being read.
+    """Yield the bytes of windows, in order, each while the next is being read.
 
-    Not collective. Not thread-safe. Close it when it is left before its end.
+    Not collective. Not thread-safe. Close the generator if you leave it before its end.
 
     Args:
         reader: The open generation.
-        leaves: Those that the windows are of.
-        windows: What `plan_reads` made of their extents, or some of it.
-        refuse: Told of each block that is not what was saved; None raises.
+        leaves: The leaves of the windows.
+        windows: All or some of the windows that `plan_reads` made from their extents.
+        refuse: Called for each block that differs from the saved one; None raises.
 
     Returns:
-        The bytes of each window, good until the next is asked for.
+        The bytes of each window, valid until the next one is requested.
 
     Raises:
-        CorruptGenerationError: On the calling rank, for the first block that is not what
-            was saved, or a file that ends too early.
+        CorruptGenerationError: On the calling rank, for the first block that differs from
+            the saved one, or a file that ends too early.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
     with closing(Prefetcher(reader, windows)) as prefetcher:
@@ -73,13 +73,13 @@ def proven_blocks(
     window_bytes: int = _WINDOW_BYTES,
     refuse: Refuse | None = None,
 ) -> Generator[tuple[Block, memoryview]]:
-    """Give the blocks of leaves, in the order in which they are read best.
+    """Yield the blocks of leaves, in the best order for reading.
 
     Not collective. Not thread-safe. Arguments and errors are those of `proven_windows`.
 
     Returns:
-        Each block, whose ``leaf`` is an index into ``leaves``, and its bytes, good until
-        the next is asked for.
+        Each block, whose ``leaf`` is an index into ``leaves``, and its bytes, valid until
+        the next one is requested.
     """
     windows = plan_reads(
         [leaf.extent for leaf in leaves],
@@ -99,7 +99,7 @@ def verify(reader: GenerationReader) -> None:
     Not collective.
 
     Raises:
-        CorruptGenerationError: On the calling rank, for the first that is wrong.
+        CorruptGenerationError: On the calling rank, for the first wrong byte.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
     for _ in proven_blocks(reader, reader.manifest.leaves):
@@ -113,14 +113,14 @@ _THREADS = 2
 
 
 class Prefetcher:
-    """Gives the bytes of windows, in order, each while the next is being read.
+    """Returns the bytes of windows, in order, each while the next is being read.
 
     Not collective. Not thread-safe. Its threads end with `close`. Holds memory for two of
     the longest windows, aligned for direct reads.
 
     Args:
         reader: The open generation.
-        windows: What will be asked for.
+        windows: The windows to read.
     """
 
     def __init__(self, reader: GenerationReader, windows: Sequence[Window]) -> None:
@@ -139,13 +139,13 @@ class Prefetcher:
         self._pool.shutdown(cancel_futures=True)
 
     def take(self) -> memoryview:
-        """Return the bytes of the next window; they are good until the next call.
+        """Return the bytes of the next window; they are valid until the next call.
 
         Not collective.
 
         Raises:
             ReadError: On the calling rank, if the operating system cannot read them.
-            CorruptGenerationError: On the calling rank, if the file ends before.
+            CorruptGenerationError: On the calling rank, if the file ends too early.
         """
         index = self._next
         window = self._windows[index]

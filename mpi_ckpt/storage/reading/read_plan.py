@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order a generation is read: long runs of its files, a window at a time. Pure."""
+"""Plans the order of reads of a generation: long runs, a window at a time. Pure."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.storage.format.manifest import Extent
 
-# Bytes between two leaves that are read along rather than skipped.
+# Gaps between leaves up to this size are read rather than skipped.
 _GAP_BYTES = 1 << 20
 
-# Smaller blocks that follow one another are sent as one: copying them costs less than
-# handling each.
+# Adjacent smaller blocks are sent as one message: copying them costs less than handling
+# each.
 _FUSED_BYTES = 256 << 10
 
 
-# A named tuple, not a dataclass: thousands are made at a time, in a fifth of the time.
+# A named tuple, not a dataclass: thousands are made at a time, five times as fast.
 class Block(NamedTuple):
     """One block of one leaf, as it is read and proven.
 
@@ -31,9 +31,9 @@ class Block(NamedTuple):
         leaf: Index of the leaf.
         number: Index of the block in the leaf.
         start: First byte of the block in the leaf.
-        end: One past its last byte in the leaf.
+        end: One past the block's last byte in the leaf.
         offset: Offset of the block in the file.
-        is_last: Whether it is the leaf's last.
+        is_last: Whether it is the leaf's last block.
     """
 
     leaf: int
@@ -51,7 +51,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What is read at once: name of the file, start and end in bytes, the blocks in it."""
+    """One read: name of the file, start and end in bytes, the blocks in it."""
 
     file: str
     start: int
@@ -59,15 +59,15 @@ class Window:
     blocks: Sequence[Block]
 
     def cut(self, data: memoryview, block: Block) -> memoryview:
-        """Return a block's bytes of those of the window. Not collective. Thread-safe."""
+        """Return a block's bytes from the window's. Not collective. Thread-safe."""
         start = block.offset - self.start
         return data[start : start + block.end - block.start]
 
     def groups(self) -> list[list[Block]]:
-        """Return what is sent as one, in order. Not collective. Thread-safe.
+        """Return the blocks of each message, in order. Not collective. Thread-safe.
 
-        Large blocks stand alone, so that each can arrive where it belongs; small ones that
-        lie side by side go together.
+        A large block is a message of its own, so that it can arrive in its destination;
+        adjacent small blocks share one.
         """
         groups: list[list[Block]] = []
         end = -1
@@ -89,10 +89,10 @@ def plan_reads(
     Not collective. Thread-safe. The same extents give the same plan on every rank.
 
     Args:
-        extents: Where each leaf lies; no two overlap.
+        extents: The position of each leaf; no two overlap.
         files: Names of the files, in the order in which they are read.
         block_bytes: Block length of the generation.
-        window_bytes: Most bytes of a window, unless a single block has more.
+        window_bytes: Largest window in bytes, unless a single block is larger.
     """
     if not extents:
         return []
@@ -100,7 +100,7 @@ def plan_reads(
     file = np.array([numbers[one.file] for one in extents], np.int64)
     offsets = np.array([one.offset for one in extents], np.int64)
     lengths = np.array([one.nbytes for one in extents], np.int64)
-    # An empty leaf shares its offset with the one behind it and must come before that.
+    # An empty leaf has the offset of the next leaf and must come before it.
     order = np.lexsort((lengths, offsets, file))
     counts = np.maximum(1, -(-lengths[order] // block_bytes))
     leaves = np.repeat(order, counts)

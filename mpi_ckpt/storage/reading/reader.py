@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a generation and gives its bytes, each block proven before it is handed out."""
+"""Opens a generation and returns its bytes, each block only after it is proven."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.storage.format.manifest import Manifest, StoredFile, StoredLeaf
 
-# What open says when a generation is not what it should be, rather than out of reach.
+# Errors of open that mean a damaged generation, rather than an unreachable one.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _HEADER_PIECE_BYTES = 1 << 20
 
@@ -35,12 +35,12 @@ def read_manifest(path: Path) -> Manifest:
     Not collective. Thread-safe.
 
     Args:
-        path: Directory of the generation, not a link to one if its name is that of a
-            generation; the manifest must carry the number in its name, where it has one.
+        path: Directory of the generation. If its name is that of a generation, it must not
+            be a link, and the manifest must carry the same number.
 
     Raises:
         CorruptGenerationError: On the calling rank, if it is missing or damaged.
-        UnsupportedFormatError: On the calling rank, if it is of another version.
+        UnsupportedFormatError: On the calling rank, if it has another version.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
     where = path / MANIFEST
@@ -67,10 +67,10 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class GenerationReader:
-    """The files of one generation, to be read; a context manager.
+    """Reads the files of one generation; a context manager.
 
-    Not collective. Its bytes can be read by several threads. Files are opened when they
-    are read and stay open, but for a generation of very many.
+    Not collective. Several threads can read its bytes. Files are opened when first read and
+    stay open, unless the generation has very many.
 
     Args:
         path: Directory of the generation.
@@ -78,14 +78,14 @@ class GenerationReader:
     Raises:
         CorruptGenerationError: On the calling rank, if a file is missing, of another
             size, or has a damaged header.
-        UnsupportedFormatError: On the calling rank, if it is of another version.
+        UnsupportedFormatError: On the calling rank, if it has another version.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        # Threads append; adding to a number would lose some.
+        # Threads append; concurrent additions to a number would lose some.
         self._counts: list[int] = []
         self._files = OpenFiles(path)
         try:
@@ -125,7 +125,7 @@ class GenerationReader:
             block: Index of the block in the leaf.
 
         Raises:
-            CorruptGenerationError: On the calling rank, if it is not what was saved.
+            CorruptGenerationError: On the calling rank, if its bytes are not those saved.
             ReadError: On the calling rank, if the operating system cannot read it.
         """
         extent, start = leaf.extent, block * self.manifest.block_bytes
@@ -140,17 +140,17 @@ class GenerationReader:
         return into
 
     def read_direct(self, file: str, into: memoryview, offset: int) -> int:
-        """Read around the page cache where that is possible, else through it.
+        """Read directly, bypassing the page cache if possible, else through it.
 
         Not collective. Thread-safe.
 
         Args:
             file: Name of a file of the manifest.
-            into: Aligned to 4096 bytes, as long as a multiple of that.
+            into: Buffer aligned to 4096 bytes, its length a multiple of that.
             offset: A multiple of 4096.
 
         Returns:
-            Bytes read; fewer than asked for only at the end of the file.
+            Bytes read; fewer than requested only at the end of the file.
 
         Raises:
             ReadError: On the calling rank, if the operating system cannot read them.
@@ -162,18 +162,18 @@ class GenerationReader:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                # Opened direct, and yet not read so: other alignments are asked for,
-                # or (Lustre) alignment also of the read that finds the end.
+                # Opened for direct reads, but a read fails: the file system needs another
+                # alignment, or (Lustre) alignment of the read at the end too.
                 with self._files.use(file) as found:
                     count = filesystem.read_at(found.descriptor, into, offset)
         self._counts.append(count)
         return count
 
     def expect(self, file: str, found: int, needed: int) -> None:
-        """Require that a file was read as far as is needed. Not collective.
+        """Require that a read returned as many bytes as needed. Not collective.
 
         Raises:
-            CorruptGenerationError: On the calling rank, if it ends before.
+            CorruptGenerationError: On the calling rank, if the file ends too early.
         """
         if found < needed:
             raise CorruptGenerationError(
@@ -183,17 +183,17 @@ class GenerationReader:
             )
 
     def prove(self, leaf: StoredLeaf, block: int, data: memoryview) -> None:
-        """Compare the bytes of a block with what was saved.
+        """Compare the bytes of a block with their saved digest.
 
         Not collective. Thread-safe.
 
         Args:
             leaf: A leaf of this generation's manifest.
             block: Index of the block in the leaf.
-            data: The bytes that were read.
+            data: The bytes read.
 
         Raises:
-            CorruptGenerationError: On the calling rank, if they are others.
+            CorruptGenerationError: On the calling rank, if they differ.
         """
         expected, found = leaf.digest.blocks[block], digest_bytes(data)
         if found != expected:
@@ -207,7 +207,7 @@ class GenerationReader:
             )
 
     def _prove_header(self, descriptor: int, file: StoredFile) -> None:
-        # In pieces: a manifest may claim a header of 100 MB, and none of it is needed.
+        # In pieces: a manifest may claim a header of 100 MB, which is not needed in memory.
         hasher = BlockHasher(HEADER_BYTES_MAX)
         piece = memoryview(bytearray(min(_HEADER_PIECE_BYTES, file.header_bytes)))
         for start in range(0, file.header_bytes, _HEADER_PIECE_BYTES):
@@ -229,13 +229,13 @@ class GenerationReader:
 
 
 def _is_listed(where: Path, code: int) -> bool:
-    """Return whether a file that is said not to be there is: then nobody knows."""
+    """Return whether a listing shows a file that open did not find: it may exist."""
     if code != errno.ENOENT:
         return False
     try:
         return where.name in filesystem.list_names(where.parent)
     except OSError:
-        return where.parent.is_dir()  # there, and cannot be listed
+        return where.parent.is_dir()  # it exists, but cannot be listed
 
 
 @contextmanager

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A generation on its way: files, space, the commit."""
+"""Writes a generation: files, space, the commit."""

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file written from front to back, around the page cache unless it is small.
+"""Writes a file from front to back, bypassing the page cache unless it is small.
 
 Direct writes need aligned memory, offsets and lengths, so bytes are copied into aligned
-blocks; while a block is on its way to disk the next is filled. The copy costs a tenth of
-what the page cache costs, which copies too and then competes with the device for memory.
+blocks; while one block is being written, the next is filled. The copy costs a tenth of the
+page cache's cost, which also copies and then competes with the device for memory.
 
-A plain state writes to a file object over one, which can read and seek as any file can. As
-long as it is written from front to back, its bytes are digested on their way; who seeks, as
-HDF5 and MATLAB's format do, goes on through the page cache, and what the file holds in the
-end is read once more for its digest.
+A plain state writes to a file object over such a file, which can read and seek like any
+file. As long as the state writes from front to back, the bytes are digested as they pass.
+If it seeks, as HDF5 and MATLAB's format do, writes continue through the page cache, and the
+finished file is read once more for its digest.
 """
 
 from __future__ import annotations
@@ -41,47 +41,47 @@ IOMode = Literal["auto", "direct", "buffered"]
 
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 4 << 20
-# One block is filled while this many are being written: two keep a disk busy, and more
-# only take cores from the training (measured; benchmarks/README.md).
+# One block is filled while this many are being written: two keep a disk busy, more only
+# take cores from the training (measured; benchmarks/README.md).
 _IN_FLIGHT = 2
 _BLOCKS = _IN_FLIGHT + 1  # one more is being filled
-# Below this a direct write waits for the disk where the page cache would not.
+# Below this size a direct write waits for the disk; the page cache would not.
 _DIRECT_BYTES_MIN = 8 << 20
 _WRITE_BACK_BYTES = 32 << 20
-# So little is copied before NumPy has made an array of it.
+# Fewer bytes are copied before NumPy has made an array of them.
 _SMALL_BYTES = 32 << 10
 
 
 class OutFile(Protocol):
-    """What `create_out_file` gives. Not collective."""
+    """The result of `create_out_file`. Not collective."""
 
     def write(self, data: memoryview) -> None:
         """Append bytes, which may change as soon as this returns."""
 
     def settle(self) -> int:
-        """Have all bytes in the file, and give it away: nothing is appended after.
+        """Write all bytes to the file, and release it: nothing is appended afterwards.
 
         Returns:
-            Its descriptor, through the page cache: any range may be written now.
+            Its descriptor, through the page cache: the caller may now write any range.
         """
 
     def finish(self) -> None:
-        """Make all of it durable. Called once, last."""
+        """Make the whole file durable. Called once, last."""
 
 
 @contextmanager
 def create_out_file(
     path: Path, *, nbytes: int | None, mode: IOMode, staging: Arena
 ) -> Iterator[OutFile]:
-    """Create a file that must not exist; close it after.
+    """Create a file that must not exist; close it afterwards.
 
     Not collective.
 
     Args:
         path: The file.
-        nbytes: Its size in bytes, if that is known.
-        mode: ``"auto"`` writes direct where the file system takes it and the file is not
-            small; ``"direct"`` insists.
+        nbytes: Its size in bytes, if known.
+        mode: ``"auto"`` writes direct if the file system supports it and the file is not
+            small; ``"direct"`` fails if it does not.
         staging: Memory for direct writes.
 
     Raises:
@@ -94,7 +94,7 @@ def create_out_file(
             if descriptor is not None:
                 if nbytes:
                     _reserve(descriptor, path, nbytes)
-                # Ends before the file is closed: no write is then on its way.
+                # Ends before the file is closed: no write is pending then.
                 pool = ThreadPoolExecutor(_IN_FLIGHT, "mpi_ckpt-write")
                 stack.enter_context(pool)
                 memory = staging.take(_BLOCKS * _BLOCK_BYTES)
@@ -109,19 +109,19 @@ def _create_direct(path: Path, stack: ExitStack, *, insist: bool) -> int | None:
     except OSError as error:
         if insist or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        # Linux makes the file before it refuses to open it so.
+        # Linux creates the file before it refuses to open it direct.
         filesystem.remove_file(path)
         return None
 
 
 def _reserve(descriptor: int, path: Path, nbytes: int) -> None:
-    # The one place where a quota shows before anything is written: say how much it was.
+    # The only place where a quota shows before anything is written: report the size.
     with os_errors_as(WriteError, f"reserving {nbytes:,} bytes for", path):
         filesystem.reserve(descriptor, nbytes)
 
 
 class _BufferedFile:
-    """Writes through the page cache, which is told to write out as it fills."""
+    """Writes through the page cache, and asks it to write out as it fills."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -144,7 +144,7 @@ class _BufferedFile:
 
 
 class _DirectFile:
-    """Fills one aligned block while others are on their way to disk."""
+    """Fills one aligned block while others are being written."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class _DirectFile:
         try:
             filesystem.write_all(self._descriptor, block, offset)
         except OSError as error:
-            # Opened direct, and yet not written so: a file system of larger sectors.
+            # Opened direct, but a direct write fails: a file system of larger sectors.
             if self._insist or error.errno != errno.EINVAL:
                 raise
             filesystem.leave_direct(self._descriptor)
@@ -240,10 +240,10 @@ class OutStream(io.RawIOBase):
 
     Args:
         path: The file.
-        out: It, still empty.
+        out: The open file, still empty.
 
     Attributes:
-        nbytes: Its length in bytes.
+        nbytes: Length of the file in bytes.
     """
 
     def __init__(self, path: Path, out: OutFile) -> None:
@@ -258,15 +258,15 @@ class OutStream(io.RawIOBase):
         self.nbytes = 0
 
     def writable(self) -> bool:
-        """Return True: it is there to be written."""
+        """Return True: the stream can be written."""
         return True
 
     def readable(self) -> bool:
-        """Return True: what was written can be read again."""
+        """Return True: written bytes can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Return True: it can be written in any order."""
+        """Return True: the stream can be written in any order."""
         return True
 
     def tell(self) -> int:
@@ -319,9 +319,9 @@ class OutStream(io.RawIOBase):
         return size
 
     def finish(self) -> Digest:
-        """Make the file durable, and return the digest of what it holds.
+        """Make the file durable, and return the digest of its contents.
 
-        Called once, last; also if it was closed by who wrote to it.
+        Called once, last; also if the writer has closed the stream.
         """
         self._out.finish()
         if self._hasher is not None:
@@ -333,12 +333,12 @@ class OutStream(io.RawIOBase):
         return hasher.finish()
 
     def close(self) -> None:
-        """Take no more calls; the file itself stays as it is."""
+        """Accept no more calls; the file itself stays unchanged."""
         self._readers.close()
         super().close()
 
     def _settle(self) -> None:
-        """Give up on front to back: have all bytes in the file, for any order."""
+        """Stop writing from front to back: write all bytes, to allow any order."""
         if self._hasher is not None:
             self._writer = self._out.settle()
             self._hasher = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A generation on its way: written beside the others, then published by one rename.
+"""Writes a generation beside the others, then publishes it by one rename.
 
-The order is the promise (docs/guarantees.md): every file is fsynced before the manifest
-is written; the manifest and the directory are fsynced before the rename; the parent is
-fsynced before anybody is told.
+The order of operations is the promise (docs/guarantees.md): every file is fsynced before
+the manifest is written; the manifest and the directory are fsynced before the rename; the
+parent is fsynced before the save is acknowledged.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class Partial:
 
     Args:
         root: The checkpoint directory; the caller holds its lock.
-        generation: Number it will be published under.
+        generation: Its number after publication.
         job: Name of the job.
         mode: How files are written; see `create_out_file`.
         staging: Memory for direct writes, kept by the caller from save to save.
-        joined: Whether root of the job has made it, and this is another rank, which
+        joined: Whether root of the job has made it, and this rank is another writer, which
             writes one file into it.
-        check: Raises `FencedError` if another job has taken the directory over. Asked
-            before the commit point, and when anything fails: a successor deletes what
-            it finds, and that is what a job cut off should hear of. Who has joined reads
-            the name in the lock file when anything fails.
-        sync_names: Whether directories must be fsynced; if not, they are where they can.
+        check: Raises `FencedError` if another job has taken over the directory. Called
+            before the commit point, and after any failure: a successor deletes partials,
+            and a job that is cut off should report that. A joined rank reads the name in
+            the lock file after any failure.
+        sync_names: Whether directories must be fsynced; if not, they are if possible.
 
     Raises:
-        WriteError: On the calling rank, if its directory cannot be made, or is not there.
+        WriteError: On the calling rank, if its directory cannot be made, or does not exist.
         FencedError: On the calling rank, here and from every method that writes, if
             ``check`` does.
     """
@@ -94,8 +94,8 @@ class Partial:
         """Refuse to begin a generation that does not fit. Not collective.
 
         Args:
-            nbytes: At least so many bytes will be written, by all ranks.
-            files: At least so many files will be made.
+            nbytes: Lower bound of the bytes to write, by all ranks.
+            files: Lower bound of the number of files to make.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
@@ -103,19 +103,19 @@ class Partial:
         require_space(self.path, self._root, nbytes=nbytes, files=files)
 
     def write_shard(self, name: str, runs: Iterable[memoryview], nbytes: int) -> None:
-        """Write runs of bytes, one behind the other, as one durable file.
+        """Write runs of bytes, one after the other, as one durable file.
 
         Not collective.
 
         Args:
-            name: Of the file.
-            runs: Each is done with before the next is asked for.
-            nbytes: Their length in all.
+            name: Name of the file.
+            runs: The runs; each is used up before the next is requested.
+            nbytes: Their total length.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
         """
-        # Again, now that its size is known to the byte, and on the host that writes it.
+        # Check again, now with the exact size, and on the host that writes.
         require_space(self.path, self.path / name, nbytes=nbytes, files=1)
         with self._file(name, nbytes) as out:
             for run in runs:
@@ -131,7 +131,7 @@ class Partial:
     def write_stream(
         self, name: str, save: Callable[[BinaryIO], None]
     ) -> tuple[int, Digest]:
-        """Let a function write a durable file, in any order; digest what it holds.
+        """Let a function write a durable file, in any order; digest its contents.
 
         Not collective.
 
@@ -157,7 +157,7 @@ class Partial:
         Args:
             source: The file.
             name: Its name in this generation.
-            copy: Whether to copy it where links are refused.
+            copy: Whether to copy it if links are refused.
 
         Returns:
             False if links are refused and it was not copied.
@@ -178,7 +178,7 @@ class Partial:
         """Write the manifest and make the generation exist. Not collective.
 
         Returns:
-            The directory under its final name; it is durable.
+            The directory under its final name, which is durable.
 
         Raises:
             WriteError: On the calling rank; nothing was published.
@@ -191,9 +191,10 @@ class Partial:
         target = self._root / generation_name(self.generation)
         with self._errors_as(PublishError, "publishing", self.path):
             self._sync(self.path)
-            # INVARIANT: a successor signs the lock first and sweeps then. Had it swept
-            # before this partial was made, we see its name here; if it sweeps later, the
-            # rename below finds nothing to rename, or comes first and is seen by it.
+            # INVARIANT: a successor first signs the lock, then sweeps. If it swept before
+            # this partial was made, this check sees its name; if it sweeps later, the
+            # rename below finds nothing to rename, or comes first and the successor sees
+            # it.
             self._check()
             # CRASH: before this rename the generation does not exist; everything it
             # needs is durable, so after it the generation is whole.
@@ -206,7 +207,7 @@ class Partial:
         return target
 
     def drop(self) -> None:
-        """Delete what was written; what cannot be deleted is swept later.
+        """Delete the partial; a later sweep deletes what remains.
 
         Not collective.
         """
@@ -228,12 +229,12 @@ class Partial:
                 ) from error
 
     def _check_signature(self) -> None:
-        """Look whether another job has signed the lock, which root alone holds open."""
+        """Check whether another job has signed the lock, which only root holds open."""
         path = self._root / LOCK
         try:
             found = filesystem.read_start(path, 500).decode(errors="replace").strip()
         except (OSError, ValueError):
-            return  # root looks before it publishes, and tells why it cannot
+            return  # root checks before it publishes, and reports why it cannot
         if found.startswith("job ") and not found.startswith(f"job {self._job},"):
             raise FencedError(
                 f"{self._root} has been taken over from this job; it now belongs to "
@@ -246,12 +247,12 @@ class Partial:
         filesystem.sync_directory(directory, if_possible=not self._sync_names)
 
     def _withdraw(self, target: Path, cause: OSError) -> None:
-        # Nobody knows whether the name is durable. Withdraw it, so that what is raised
-        # ("nothing was published") is what a restart finds.
-        # CRASH: the files must not go before the name is durably gone, and the directory
-        # was just not fsynced: they are left to a sweep, which fsyncs it first.
+        # It is unknown whether the name is durable. Withdraw it, so that a restart finds
+        # what the error says ("nothing was published"). CRASH: the files must not vanish
+        # before the name is durably gone, and the fsync of the directory has just failed: a
+        # sweep deletes them, after it has fsynced the directory.
         self._was_named = True
-        self._check()  # a successor may have gone on from it by now
+        self._check()  # a successor may already have continued from it
         try:
             filesystem.rename_new(target, self.path)
         except OSError as failure:
@@ -275,12 +276,12 @@ class Partial:
             except FencedError as fenced:
                 raise fenced from failure
             except CheckpointError:
-                pass  # the lock cannot be read either: the first failure is told
+                pass  # the lock cannot be read either: the first failure is reported
             raise
 
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
-        """Create a file; who writes it calls its ``finish`` within the block."""
+        """Create a file; the writer calls its ``finish`` within the block."""
         path = self.path / name
         with (
             self._errors_as(WriteError, "writing", path),
@@ -303,4 +304,4 @@ class Partial:
 
 
 def _nobody_else() -> None:
-    """Stand for the check of a rank that cannot tell."""
+    """Do nothing, in place of a check on a rank that has none."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is there room for what is about to be written? Asked before the first byte.
+"""Checks that there is space for a save, before its first byte is written.
 
-Only a "no" that is sure refuses a save. What a file system says of itself is cheap to ask
-and may be behind: space of files just deleted comes back late on xfs and btrfs. So before
-it is believed the file system is asked to reserve the space, which makes it look again.
+A save is refused only if the space is certainly missing. The figures of a file system are
+cheap to read but may lag behind: on xfs and btrfs the space of files just deleted comes
+back late. So before a refusal the file system is asked to reserve the space, which makes it
+check again.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ _PROBE = "reserve"
 
 @dataclass(frozen=True, slots=True)
 class FreeSpace:
-    """What a file system still takes; infinite where it does not say."""
+    """Free space of a file system; infinite if it does not report it."""
 
     nbytes: float
     files: float
 
 
 def free_space(path: Path) -> FreeSpace:
-    """Ask a file system how much it still takes from this user.
+    """Return how much space a file system has left for this user.
 
     Not collective. Thread-safe.
     """
     try:
         status = os.statvfs(path)
-    except OSError:  # whatever is wrong, the first write will say it
+    except OSError:  # the first write will report the fault
         return FreeSpace(float("inf"), float("inf"))
-    # Blocks held back for root are root's to use. Some file systems in user space, and on
-    # the network, answer 0 to what they do not know.
+    # Only the root user may use reserved blocks. Some file systems in user space, and on
+    # the network, report 0 for unknown values.
     blocks = status.f_bavail if os.geteuid() else status.f_bfree
     return FreeSpace(
         nbytes=blocks * status.f_frsize if status.f_blocks else float("inf"),
@@ -51,21 +52,21 @@ def free_space(path: Path) -> FreeSpace:
 
 
 def require_space(directory: Path, what: Path, *, nbytes: int, files: int) -> None:
-    """Refuse to begin what cannot be ended.
+    """Refuse to begin a write that does not fit.
 
-    Not collective. Costs one statvfs where there is room. A file system that tells
-    nothing of itself is taken to have room; a quota is seen where statvfs tells of it
-    (project quotas), else by the reservation of each larger file.
+    Not collective. Costs one statvfs if there is space. A file system that reports nothing
+    is assumed to have space. A quota shows in statvfs (project quotas), else in the
+    reservation of each larger file.
 
     Args:
-        directory: Where files will be made; it may hold a probe for a moment.
-        what: What is to be written, for the message: a directory or a file.
-        nbytes: At least so many bytes will be written.
+        directory: The directory of the files; it may briefly hold a probe.
+        what: The directory or file to write, for the message.
+        nbytes: Lower bound of the bytes to write.
         files: At least so many files will be made.
 
     Raises:
-        WriteError: On the calling rank, with ENOSPC, if that does not fit; it says how
-            much is needed and how much there is.
+        WriteError: On the calling rank, with ENOSPC, if that does not fit; the message
+            gives the needed and the free space.
     """
     free = free_space(directory)
     if files <= free.files and (
@@ -90,7 +91,7 @@ def _can_reserve(probe: Path, nbytes: int) -> bool:
     except OSError:
         return False
     finally:
-        with suppress(OSError):  # it goes with the directory then
+        with suppress(OSError):  # the directory's removal deletes it then
             filesystem.remove_file(probe)
 
 
