@@ -66,7 +66,7 @@ def command(
                 screen.fail(error, str(error), kind=error.kind, code=code)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                    raise  # somebody's `| head`
+                    raise  # such as `| head`
                 code = trouble
                 _tell(screen, error, code)
             except KeyboardInterrupt as error:

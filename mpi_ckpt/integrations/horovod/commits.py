@@ -184,7 +184,7 @@ class Commits:
         self._manager = self._comm = None
 
     def leave(self, error: BaseException) -> None:
-        """Release the ranks after an exception, maybe of this rank alone. Not collective."""
+        """Release the ranks after an error, maybe of one rank. Not collective."""
         if self._manager is not None:
             self._manager.__exit__(type(error), error, error.__traceback__)
             # MPI_Finalize frees the communicator. The states may hold half a step now: a
