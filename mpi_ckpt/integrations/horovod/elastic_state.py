@@ -115,8 +115,8 @@ class HorovodState:
         attributes.
 
         Raises:
-            HostsUpdatedInterrupt: xExit: On every rank, after a request to stop: all is on
-                disk.
+            HostsUpdatedInterrupt: On every rank, if any rank was told to.
+            SystemExit: On every rank, after a request to stop: all is on disk.
             CheckpointError: On every rank, if it failed on any.
         """
         if self._commits.check("check_host_updates()"):

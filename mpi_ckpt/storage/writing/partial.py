@@ -247,8 +247,8 @@ class Partial:
         filesystem.sync_directory(directory, if_possible=not self._sync_names)
 
     def _withdraw(self, target: Path, cause: OSError) -> None:
-        # It is unknown whether the name is durable. Withdraw it, so that a restart finds what
-        # the error says ("nothing was published").
+        # It is unknown whether the name is durable. Withdraw it, so that a restart finds
+        # what the error says ("nothing was published").
         # CRASH: the files must not vanish before the name is durably gone, and the fsync of
         # the directory has just failed: a sweep deletes them, after it has fsynced the
         # directory.
