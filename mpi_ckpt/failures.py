@@ -48,7 +48,7 @@ class _Concern(str):
 
 @contextmanager
 def concerning(what: str) -> Iterator[None]:
-    """Add to an exception that leaves the block what it concerns, for every report of it.
+    """Add to an exception from the block what it concerns, for every report of it.
 
     Not collective. Thread-safe. For code of the user or of a library, run for one state or
     leaf: its errors say what went wrong, but not for which state or leaf.

@@ -224,11 +224,11 @@ class MemoryBuffer:
         return 0
 
     def place(self) -> Place | None:
-        """Return nothing: it belongs to nobody else. Not collective."""
+        """Return nothing: the memory is private. Not collective."""
         return None
 
     def span(self) -> tuple[int, int]:
-        """Return nothing: it belongs to nobody else. Not collective."""
+        """Return nothing: the memory is private. Not collective."""
         return 0, 0
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line ``mpi-ckpt``: looks at checkpoints and looks after them.
+"""Provides the command line ``mpi-ckpt``, which inspects and maintains checkpoints.
 
-No MPI and no torch: it works where no job runs, and a login node is enough. Commands that
-read take no lock and change nothing, so a job may save and prune meanwhile.
+No MPI and no torch: it works without a running job, on a login node. Commands that read
+take no lock and change nothing, so a job may save and prune meanwhile.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The group of all commands; the module of a command is imported when it is used."""
+"""Groups all commands; imports the module of a command when it is used."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COMPLETION = "_MPI_CKPT_COMPLETE"
 
 
 class _Group(click.Group):
-    """Knows its commands by name, so that ``ls`` does not pay for ``diff``."""
+    """Loads its commands by name, so that ``ls`` does not import ``diff``."""
 
     def main(
         self,
@@ -47,7 +47,7 @@ class _Group(click.Group):
         standalone_mode: bool = True,
         **extra: Any,  # noqa: ANN401 (click's)
     ) -> Any:  # noqa: ANN401 (click's)
-        """Run a command, and answer for all that can go wrong, as JSON if that is asked."""
+        """Run a command; report every error, as JSON if requested."""
         words = _in_order(list(sys.argv[1:] if args is None else args))
         if not standalone_mode or _COMPLETION in os.environ:
             return super().main(words, prog_name, complete_var, standalone_mode, **extra)
@@ -77,7 +77,7 @@ class _Group(click.Group):
         except (Abort, KeyboardInterrupt) as error:
             screen.fail(error, "interrupted", kind="interrupted", code=BAD)
             return BAD
-        except Exception as error:  # a fault of ours
+        except Exception as error:  # a fault of this package
             screen.crash(error, BAD)
             return BAD
         return int(code or 0) if words else MISUSED
@@ -101,14 +101,14 @@ class _Group(click.Group):
 
 
 def _wants_json(words: Sequence[str]) -> bool:
-    """Whether JSON is asked for, as far as one can tell of words that may be wrong."""
+    """Whether the words request JSON, even if they are wrong otherwise."""
     ours = _own_words(words)
     asked = any(word == "--json" or word.startswith("--json=") for word in ours)
     return asked and not {"-h", "--help", "--version"} & set(ours)
 
 
 def _in_order(words: list[str]) -> list[str]:
-    """Move options of all commands that stand before the command's name behind it."""
+    """Move common options from before the command's name to after it."""
     flags = list(takewhile(("--json", "--iso").__contains__, words))
     rest = words[len(flags) :]
     return [rest[0], *flags, *rest[1:]] if rest else flags
@@ -121,7 +121,7 @@ def _load(command: str) -> click.Command:
 
 
 def _own_words(words: Sequence[str]) -> Sequence[str]:
-    """Leave out what follows ``--``, and the program of ``run`` with its options."""
+    """Drop the words after ``--``, and the program of ``run`` with its options."""
     if "--" in words:
         words = words[: words.index("--")]
     if words[:1] != ["run"]:

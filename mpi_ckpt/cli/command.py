@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands have in common: arguments, ``--json``, errors, exit codes."""
+"""Defines the common parts of commands: arguments, ``--json``, errors, exit codes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ GOOD, BAD, MISUSED = 0, 1, 2
 
 
 class CommandError(Exception):
-    """A command cannot do what it was asked for.
+    """A command cannot do what the user requests.
 
     Args:
-        message: What is wrong and what to do.
+        message: The fault, and what to do.
         code: The exit code.
         kind: A word for programs.
     """
@@ -45,11 +45,11 @@ class CommandError(Exception):
 def command(
     name: str, short: str, *, trouble: int = BAD, dates: bool = False
 ) -> Callable[[Callable[..., int]], click.Command]:
-    """Make a command of a function that takes a screen and returns an exit code.
+    """Make a command from a function that takes a screen and returns an exit code.
 
     Args:
         name: Name of the command.
-        short: What it does, for the list of all commands.
+        short: Short description, for the list of all commands.
         trouble: Exit code for files that are damaged or cannot be read, and for faults.
         dates: Whether it shows dates, and takes ``--iso``.
     """
@@ -66,7 +66,7 @@ def command(
                 screen.fail(error, str(error), kind=error.kind, code=code)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                    raise  # somebody's `| head`
+                    raise  # such as `| head`
                 code = trouble
                 _tell(screen, error, code)
             except KeyboardInterrupt as error:
@@ -89,7 +89,7 @@ def command(
 
 
 class DirectoryPath(click.Path):
-    """A path that somebody has given; what is there is looked at later."""
+    """A path given by the user; commands check later what is there."""
 
     def __init__(self) -> None:
         super().__init__(file_okay=False, path_type=Path)
@@ -141,7 +141,7 @@ def _screen() -> Screen:
 
 
 def _tell(screen: Screen, error: Exception, code: int) -> None:
-    """Say what an exception means that came out of a command."""
+    """Report the meaning of a command's exception."""
     if isinstance(error, CheckpointError):
         screen.fail(error, str(error), kind=type(error).__name__, code=code)
     elif isinstance(error, OSError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kind of directory somebody has given: one rule for all commands.
+"""Finds the kind of a given directory, by one rule for all commands.
 
 ======================  ==================  ===================  =====================
 given                   looks at one        works on all         is written into
@@ -13,7 +13,7 @@ a file, of adaptdl,     refused             refused              refused
 a quarantine, leftover
 ======================  ==================  ===================  =====================
 
-What is refused is wrong usage, with one exit code and the advice what to give instead.
+A refusal is wrong usage, with one exit code and advice on what to give instead.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return which kind of directory a path leads to.
+    """Return the kind of directory that a path leads to.
 
     Raises:
-        CommandError: If the operating system cannot say what is there.
+        CommandError: If the operating system cannot tell what is there.
         ReadError: If the directory cannot be listed.
     """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return "missing"
-    except NotADirectoryError:  # nor could it be made: it lies in a file
+    except NotADirectoryError:  # nor could it be made: a parent is a file
         return "file"
     except (OSError, ValueError) as error:
         why = in_words(error) if isinstance(error, OSError) else str(error)
@@ -70,14 +70,14 @@ def kind_of(path: Path) -> Kind:
 
 
 def directory_of_all(path: Path, command: str) -> Path:
-    """Return a directory that a command on all its generations can work on.
+    """Return a directory if a command can work on all its generations.
 
     Args:
-        path: What was given.
+        path: The given path.
         command: Name of the command.
 
     Raises:
-        CommandError: If it is none; it says what is meant or missing.
+        CommandError: If it is not one; the message says what is meant or missing.
     """
     kind = kind_of(path)
     if kind == "generation":
@@ -91,15 +91,15 @@ def directory_of_all(path: Path, command: str) -> Path:
 
 
 def directory_to_look_at(path: Path, wanted: str | None, command: str) -> Path:
-    """Return a checkpoint directory, or a generation's own where that is enough.
+    """Return a checkpoint directory, or a generation's own if that is enough.
 
     Args:
-        path: What was given.
-        wanted: What else was given to say which generation; None for nothing.
+        path: The given path.
+        wanted: Another argument that selects a generation; None for none.
         command: Name of the command.
 
     Raises:
-        CommandError: If it is neither, or says twice which generation is meant.
+        CommandError: If it is neither, or the generation is given twice.
     """
     kind = kind_of(path)
     if kind == "generation" and wanted is not None:
@@ -110,15 +110,15 @@ def directory_to_look_at(path: Path, wanted: str | None, command: str) -> Path:
         )
     if kind not in ("checkpoints", "generation"):
         raise _refusal(path, kind)
-    # Below a checkpoint directory no link is followed; this one somebody has named.
+    # Below a checkpoint directory no link is followed, but the user has named this one.
     return path.resolve() if kind == "generation" and path.is_symlink() else path
 
 
 def require_target(path: Path) -> None:
-    """Refuse a directory that nobody should save in; it need not be there.
+    """Refuse a directory that no job should save in; it need not exist.
 
     Raises:
-        CommandError: Saying why.
+        CommandError: With the reason.
     """
     kind = kind_of(path)
     if kind == "generation":
@@ -150,13 +150,13 @@ def _kind_of_directory(path: Path) -> Kind:
 
 
 def _names_generation(name: str) -> bool:
-    # Set aside twice, a generation's name ends with "~2".
+    # The name of a generation quarantined twice ends with "~2".
     plain = re.sub(r"~\d+$", "", name)
     return generation_number(plain) is not None or rolled_back_numbers(name) is not None
 
 
 def _around(path: Path) -> Path:
-    """Return the directory that a generation's own lies in."""
+    """Return the directory that contains a generation's own."""
     parent = path.parent if path.name not in ("", "..") else path.resolve().parent
     return parent.parent if parent.resolve().name == QUARANTINE else parent
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes what others print and log, a line at a time, so that the screen can clean it."""
+"""Catches text that other code prints and logs, by lines, for the screen to clean."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class StreamGate(io.TextIOBase):
-    """Stands for standard output or standard error.
+    """Replaces standard output or standard error.
 
     Args:
-        stream: The one it stands for.
-        take: Is given whole lines.
+        stream: The replaced stream.
+        take: Called with whole lines.
     """
 
     def __init__(self, stream: TextIO, take: Callable[[list[str]], None]) -> None:
@@ -39,27 +39,27 @@ class StreamGate(io.TextIOBase):
         return True
 
     def fileno(self) -> int:
-        """Return the stream's: what a child process prints does not come through here."""
+        """Return the stream's: output of a child process does not pass through here."""
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Take text; what is no whole line yet is kept for later."""
+        """Take text; keep an incomplete line for later."""
         *lines, self._begun = (self._begun + text).split("\n")
         if lines:
             self._take(lines)
         return len(text)
 
     def finish(self) -> None:
-        """Hand on a last line without an end."""
+        """Pass on a last line without an end."""
         if self._begun:
             self.write("\n")
 
 
 class LogGate(logging.Handler):
-    """Takes the warnings that the library, or whatever it uses, has logged.
+    """Takes the logged warnings of the library and of the packages that it uses.
 
     Args:
-        take: Is given the text of each.
+        take: Called with the text of each.
     """
 
     def __init__(self, take: Callable[[str], None]) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint directory holds, for people to see. Nothing is locked or changed.
+"""Lists the contents of a checkpoint directory for users. Locks and changes nothing.
 
-A job may save and prune at the same time: what vanishes between being listed and being
-read is told as ``gone``, and is no error.
+A job may save and prune at the same time: a generation that vanishes between listing and
+reading is reported as ``gone``, and is no error.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _LOCKS_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One directory that looks like a generation, or like what is left of one.
+    """One directory that looks like a generation, or like the rest of one.
 
     Attributes:
         name: Its name in the checkpoint directory.
         state: ``newest``, ``ok``, ``damaged``, ``unreadable``, ``unsupported``,
             ``quarantined``, ``rolled back``, ``partial`` or ``gone``.
-        reason: Why, where the state is a bad one.
-        manifest: What it says of itself, if that can be read.
+        reason: Reason of a bad state.
+        manifest: Its manifest, if readable.
         nbytes: Bytes of its files.
-        shared: Bytes of its files that have a second name somewhere.
+        shared: Bytes of its files that have more than one link.
         inodes: Device, number and size of each file.
     """
 
@@ -102,7 +102,7 @@ def look(root: Path) -> list[Row]:
 
 
 def state_after(path: Path, error: CheckpointError) -> str:
-    """Name the state of a generation that could not be opened or read."""
+    """Return the state of a generation that could not be opened or read."""
     if recovery.is_gone(path):
         return "gone"
     if isinstance(error, UnsupportedFormatError):
@@ -111,14 +111,14 @@ def state_after(path: Path, error: CheckpointError) -> str:
 
 
 def find_generation(root: Path, wanted: str | None) -> Path:
-    """Return the directory of a generation that somebody asked for.
+    """Return the directory of a requested generation.
 
     Args:
-        root: The checkpoint directory, or a generation's own if none is ``wanted``.
-        wanted: Number, name or ``newest``; None is the newest that a restore would use.
+        root: The checkpoint directory, or a generation's own if ``wanted`` is None.
+        wanted: Number, name or ``newest``; None for the newest that a restore would use.
 
     Raises:
-        CommandError: If there is none such; it says which there are.
+        CommandError: If there is none; the message lists those there are.
     """
     if wanted is None and kind_of(root) == "generation":
         return root
@@ -144,10 +144,10 @@ def find_generation(root: Path, wanted: str | None) -> Path:
 
 
 def parse_generation(wanted: str) -> int:
-    """Return the number that a word names.
+    """Return the number in a word.
 
     Raises:
-        CommandError: If it names none.
+        CommandError: If it has none.
     """
     number = int(wanted) if wanted.isdecimal() else generation_number(wanted)
     if number is None:
@@ -179,12 +179,12 @@ def open_generation(path: Path) -> GenerationReader:
 
 
 def open_wanted(root: Path, wanted: str | None) -> GenerationReader:
-    """Open a generation that somebody asked for; see `find_generation`.
+    """Open a requested generation; see `find_generation`.
 
-    If the newest was asked for and is pruned before it is open, a newer one is there.
+    If the newest is requested and pruned before it is open, a newer one exists.
 
     Raises:
-        CommandError: If there is none such, or it has vanished since it was found.
+        CommandError: If there is none, or it has vanished since it was found.
         CheckpointError: If it is damaged or cannot be read.
     """
     before = None
@@ -199,7 +199,7 @@ def open_wanted(root: Path, wanted: str | None) -> GenerationReader:
 
 
 def lock_holder(root: Path) -> str | None:
-    """Return who holds a directory's lock on this host, without taking it.
+    """Return which process holds a directory's lock on this host, without taking it.
 
     Jobs on other hosts of a network file system are not seen.
     """
@@ -219,7 +219,7 @@ def lock_holder(root: Path) -> str | None:
 
 
 def reason_of(path: Path) -> str:
-    """Return why a generation was set aside, as noted then."""
+    """Return the noted reason why a generation was quarantined."""
     try:
         note = json.loads(_read_note(path / "reason.json", _NOTE_BYTES_MAX))
         return str(note["reason"])
@@ -228,7 +228,7 @@ def reason_of(path: Path) -> str:
 
 
 def _newest(root: Path) -> Path:
-    problems: dict[int, str] = {}  # none with a generation that is gone
+    problems: dict[int, str] = {}  # without generations that are gone
     while there := [n for n in recovery.survey(root).generations if n not in problems]:
         path = root / generation_name(there[0])
         try:

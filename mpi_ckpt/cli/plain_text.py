@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that a terminal only shows, never obeys; no MPI, and neither click nor rich.
+"""Makes text that a terminal only shows and never obeys; no MPI, no click, no rich.
 
-Names of states, files, hosts and metrics, and all that messages quote, are somebody else's.
+Names of states, files, hosts and metrics, and all quotes in messages, are untrusted.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import unicodedata
 from datetime import datetime, timezone
 from typing import Any
 
-# Drawn as nothing, though Unicode counts them among letters and marks.
+# Invisible, although Unicode counts them as letters and marks.
 _INVISIBLE = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
     + "".join(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))))
     + "".join(map(chr, range(0xE0100, 0xE01F0)))
 )
-# No script needs more marks on one letter; a hundred of them cover the lines around.
+# No script needs more marks on one letter; a hundred of them cover nearby lines.
 _MARKS_MAX = 4
-# 9999-12-31: a date has four digits for its year, and a manifest may hold any number.
+# 9999-12-31: the year of a date has four digits, and a manifest may hold any number.
 _SECONDS_MAX = 253_402_300_799.0
 
 
 def clean(text: object) -> str:
-    """Return one line of text with all that is not simply shown written out instead.
+    """Return one line of text, with every character that is not simply visible escaped.
 
-    That is: control characters (line ends and tabs too), what turns the direction of
-    writing, what has no width, line separators, tags, halves of surrogate pairs (bytes
-    that are no text), and whatever this Python's Unicode does not know.
+    These are control characters (line ends and tabs too), changes of writing direction,
+    characters without width, line separators, tags, halves of surrogate pairs (bytes that
+    are not text), and characters unknown to this Python's Unicode.
     """
     given = str(text)
     if given.isascii() and given.isprintable():
         return given
     shown: list[str] = []
-    marks = _MARKS_MAX  # one that comes first would join what stands before the name
+    marks = _MARKS_MAX  # a leading mark would join the text before the name
     for character in given:
         kind = unicodedata.category(character)
         marks = marks + 1 if kind[0] == "M" else 0
@@ -48,20 +48,20 @@ def clean(text: object) -> str:
 
 
 def json_text(value: dict[str, Any], *, indent: int | None = 2) -> str:
-    """Return JSON in printable ASCII; reading it gives the same strings again.
+    """Return JSON in printable ASCII, which reads back to the same strings.
 
-    Numbers that JSON lacks, such as those that are infinite, become strings.
+    Numbers that JSON lacks, such as infinity, become strings.
     """
     try:
         text = json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), indent=indent, allow_nan=False)
-    # The one control character that stands in JSON as it is.
+    # The only control character that JSON leaves unescaped.
     return text.replace("\x7f", "\\u007f")
 
 
 def bytes_text(count: int) -> str:
-    """Return a number of bytes for people, such as ``12.3 MiB``."""
+    """Return a number of bytes for users, such as ``12.3 MiB``."""
     if count < 1024:
         return f"{count} B"
     value = float(count)
@@ -73,7 +73,7 @@ def bytes_text(count: int) -> str:
 
 
 def age(then: float, now: float | None = None) -> str:
-    """Return how long ago something was, such as ``3 min``."""
+    """Return how long ago a time was, such as ``3 min``."""
     seconds = (time.time() if now is None else now) - then
     if seconds < 0:
         return "in future"
@@ -84,7 +84,7 @@ def age(then: float, now: float | None = None) -> str:
 
 
 def iso_date(then: float) -> str:
-    """Return a time as ISO 8601 has it, such as ``2026-11-24T01:53:55Z``."""
+    """Return a time in ISO 8601, such as ``2026-11-24T01:53:55Z``."""
     sane = min(max(then, 0.0), _SECONDS_MAX)
     return f"{datetime.fromtimestamp(sane, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 

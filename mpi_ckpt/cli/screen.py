@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is printed goes through here: tables for people, JSON for programs.
+"""Prints everything of the command line: tables for users, JSON for programs.
 
-INVARIANT: whatever reaches a terminal is written by `Screen._write`, which cleans it: what
-commands say, what click, Python's warnings, the log and tracebacks print, and JSON.
+INVARIANT: all text for a terminal is written by `Screen._write`, which cleans it: text of
+commands, of click, of Python's warnings, the log and tracebacks, and JSON.
 """
 
 from __future__ import annotations
@@ -71,23 +71,23 @@ _LEAST_CELLS = 14
 _LEFT_OUT_NAMED = 8
 _NOTE_SPACE = " " * 5
 _BAR_COLUMNS, _BAR_COLUMNS_FEW = 90, 60
-# For a terminal that knows no more than ASCII.
+# For a terminal that supports only ASCII.
 _IN_ASCII = str.maketrans({"─": "-", "…": "~"})
 
 
 class Screen:
-    """Where a command says what it found.
+    """The output of a command.
 
-    A context manager: within it, what others print on standard output and standard error,
-    and what they log, goes the same way; at its end the JSON object is printed.
+    A context manager: within it, text that other code prints or logs passes through the
+    screen too; at its end the JSON object is printed.
 
     Args:
         as_json: Whether the answer is one JSON object on standard output.
 
     Attributes:
-        as_json: Likewise.
-        iso: Whether dates are those of ISO 8601, not ages.
-        fault: The exception that nobody expected, if there was one.
+        as_json: As given.
+        iso: Whether to show dates in ISO 8601 instead of ages.
+        fault: The unexpected exception, if there was one.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
@@ -120,32 +120,32 @@ class Screen:
 
     @property
     def help_width(self) -> int:
-        """How many cells the lines of a help text may take."""
+        """Width of a help text in cells."""
         return min(_width(self._out) or _COLUMNS, _COLUMNS) - 1
 
     def say(self, text: str = "", style: str = "", *, whole: bool = False) -> None:
-        """Print a line for people; one that is too long for the terminal goes on below.
+        """Print a line for users, wrapped if it is too long for the terminal.
 
         Args:
             text: The line.
             style: Its colour.
-            whole: Whether it is never broken, as it is there to be copied.
+            whole: Whether to never break it, since users copy it.
         """
         if not self.as_json:
             width = None if whole else _width(self._out)
             self._write(self._out, _lines(text, style, width))
 
     def warn(self, text: str) -> None:
-        """Print a line for people on standard error."""
+        """Print a line for users on standard error."""
         if not self.as_json:
             self.notice(text)
 
     def notice(self, text: str, style: str = "yellow") -> None:
-        """Print lines on standard error, for programs that want JSON too."""
+        """Print lines on standard error, even if the output is JSON."""
         self._write(self._err, _lines(text, style, _width(self._err)))
 
     def saved(self, then: float) -> str:
-        """Return when something was saved, as it was asked for."""
+        """Return the time of a save in the requested form."""
         return iso_date(then) if self.iso else age(then)
 
     def table(
@@ -155,13 +155,13 @@ class Screen:
         indent: int = 0,
         notes: Sequence[str] = (),
     ) -> None:
-        """Print a table for people, as much of it as there is room for.
+        """Print a table for users, as much of it as fits.
 
         Args:
-            columns: What its columns are.
-            rows: A cell of a column of states gets its colour.
-            indent: Cells left free before it.
-            notes: What stands on a line below each row, if anything does.
+            columns: Its columns.
+            rows: Its rows; a cell in a column of states gets its colour.
+            indent: Empty cells before it.
+            notes: Text on a line below each row, if any.
         """
         if self.as_json or not rows:
             return
@@ -191,7 +191,7 @@ class Screen:
     def has_room(
         self, columns: Sequence[Column], rows: Sequence[Sequence[object]], indent: int = 0
     ) -> bool:
-        """Return whether a table would be shown as it is, nothing cut or left out."""
+        """Return whether a table fits completely, with nothing cut or left out."""
         width = _width(self._out)
         if width is None:
             return True
@@ -199,13 +199,13 @@ class Screen:
         return lay_out(columns, texts, None).width + indent <= width
 
     def state(self, state: str, text: str, indent: int = 0) -> None:
-        """Print a line for people that begins with a state, in its colour."""
+        """Print a line for users that begins with a state, in its colour."""
         if not self.as_json:
             head = (f"{' ' * indent}{state:6}", _STYLES.get(state, ""))
             self._write(self._out, [[head, (text, "")]])
 
     def facts(self, pairs: Sequence[tuple[str, object]]) -> None:
-        """Print names and values for people, one pair a line."""
+        """Print names and values for users, one pair a line."""
         if self.as_json:
             return
         width = _width(self._out)
@@ -220,16 +220,16 @@ class Screen:
             self._write(self._out, lines)
 
     def data(self, value: dict[str, Any]) -> None:
-        """Keep the JSON object for programs, to be printed at the end."""
+        """Keep the JSON object for programs, which is printed at the end."""
         if self.as_json:
             self._answer = json_text(value)
 
     def fail(self, error: BaseException, message: str, *, kind: str, code: int) -> None:
-        """Say what went wrong, on standard error, or as the JSON object.
+        """Report an error, on standard error, or as the JSON object.
 
         Args:
             error: The exception.
-            message: What it means and what to do.
+            message: Its meaning, and what to do.
             kind: A word for programs.
             code: The exit code.
         """
@@ -244,7 +244,7 @@ class Screen:
         self._write(self._err, [head, *rest])
 
     def crash(self, error: BaseException, code: int) -> None:
-        """Say that something happened which nobody expected, and where."""
+        """Report an unexpected exception, and its place."""
         self.fault = error
         self.notice("".join(traceback.format_exception(error)).rstrip(), style="")
         message = f"{type(error).__name__}: {error}\nthis is a fault of mpi-ckpt: report it"
@@ -252,9 +252,9 @@ class Screen:
 
     @contextmanager
     def progress(self, doing: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar with rate and time left; gives a function that takes bytes done.
+        """Show a bar with rate and remaining time; yield a function that adds bytes done.
 
-        Nothing is shown for programs, nor where standard error is no terminal.
+        Shows nothing for programs, or if standard error is no terminal.
         """
         name = TextColumn("{task.description}", markup=False)
         columns: list[ProgressColumn] = [name, TaskProgressColumn()]
@@ -267,7 +267,7 @@ class Screen:
             console=self._err,
             transient=True,
             disable=self.as_json or not self._err.is_terminal,
-            # What others print meanwhile comes through a gate, and is cleaned.
+            # Text that other code prints meanwhile passes a gate, and is cleaned.
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -289,7 +289,7 @@ class Screen:
         self._write(console, [[(line, "")] for line in lines])
 
     def _write(self, console: Console, lines: Sequence[Parts]) -> None:
-        """Print lines made of texts with their styles; the one place that prints."""
+        """Print lines of texts with their styles; the only place that prints."""
         encoding = (console.encoding or "").lower()
         table = {} if encoding.startswith("utf") else _IN_ASCII
         text = Text()
@@ -302,7 +302,7 @@ class Screen:
 
 def _console(stream: TextIO) -> Console:
     with suppress(AttributeError, ValueError, io.UnsupportedOperation):
-        # A name that the terminal's encoding lacks is no reason to end.
+        # A name that the terminal's encoding lacks must not end the program.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     console = Console(file=stream, highlight=False, emoji=False, markup=False)
     console.width = _width(console) or console.width
@@ -310,7 +310,7 @@ def _console(stream: TextIO) -> Console:
 
 
 def _width(console: Console) -> int | None:
-    """Return how many cells a terminal has; None where there is none: nothing is cut."""
+    """Return the width of a terminal; None if there is none: then nothing is cut."""
     if not console.file.isatty():
         return None
     given = os.environ.get("COLUMNS", "")
@@ -323,9 +323,9 @@ def _width(console: Console) -> int | None:
 
 
 def _lines(text: str, style: str, width: int | None) -> list[Parts]:
-    """Cut text into lines; only the first stands at the left.
+    """Cut text into lines; indent all but the first.
 
-    So a line end in a name, wherever it came from, never looks like a line of ours.
+    So a line end in a name never produces what looks like a line of the program.
     """
     first, *rest = text.split("\n")
     shown = wrap_words(clean(first), width)
@@ -337,7 +337,7 @@ def _lines(text: str, style: str, width: int | None) -> list[Parts]:
 
 
 def _without_end(parts: list[tuple[str, str]]) -> Parts:
-    """Leave out the spaces at the end of a row."""
+    """Remove the spaces at the end of a row."""
     while parts and not parts[-1][0].strip():
         parts.pop()
     if parts:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays lines and tables out for a terminal of some width; pure, no MPI.
+"""Lays out lines and tables for the width of a terminal; pure, no MPI.
 
-A table that is too wide has its columns moved together, then its names cut in their
-middle, then its least needed column left out, and so on. Numbers are never cut.
+If a table is too wide, its columns move together, then its names are cut in the middle,
+then its least needed column is left out, and so on. Numbers are never cut.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _GAP, _NARROW_GAP = 3, 2
-# Of a cut name so much is left, before another column is left out for it; of a heading
-# that is a name, so much.
+# Least cells of a cut name, before another column is left out for it; least cells of a
+# heading that is a name.
 _NAME_CELLS, _HEADING_CELLS = 20, 8
 _LAST_CELLS = 4
 _MARK = "…"
-# Tried in turn: names of leaves differ at their beginning, middle or end.
+# Tried in this order: names of leaves differ at their beginning, middle or end.
 _HEADS = (0.5, 0.7, 0.85, 0.95, 0.3, 0.15, 0.05)
 
 
@@ -31,11 +31,11 @@ class Column:
     """A column of a table.
 
     Attributes:
-        heading: What stands above it.
-        right: Whether it holds numbers.
+        heading: Its heading.
+        right: Whether it is right-aligned, for numbers.
         names: Whether its cells are names, which may be cut.
-        foreign: Whether its heading is a name found in a file.
-        spare: How soon it is left out: the highest number first, 0 never.
+        foreign: Whether its heading is a name from a file.
+        spare: Order in which it is left out: the highest number first, 0 never.
         states: Whether its cells are states, which have colours.
     """
 
@@ -49,14 +49,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class TableLayout:
-    """What of a table is shown, and how wide.
+    """The visible parts of a table, and their widths.
 
     Attributes:
-        shown: Places of the columns that are.
-        widths: How many cells each of them takes.
+        shown: Indices of the visible columns.
+        widths: Width of each in cells.
         gap: Cells between two columns.
-        left_out: Headings of the others.
-        heads: Of each, which share of a cut name's rest is its beginning.
+        left_out: Headings of the other columns.
+        heads: For each, the share of a cut name's rest that is its beginning.
     """
 
     shown: tuple[int, ...]
@@ -67,11 +67,11 @@ class TableLayout:
 
     @property
     def width(self) -> int:
-        """How many cells a row takes."""
+        """Width of a row in cells."""
         return sum(self.widths) + self.gap * (len(self.widths) - 1)
 
     def cells(self, columns: Sequence[Column], row: Sequence[str]) -> list[str]:
-        """Return the cells of a row, each as wide as its column, cut where need be."""
+        """Return the cells of a row, each as wide as its column, cut if necessary."""
         cells = []
         heads = self.heads or (_HEADS[0],) * len(self.shown)
         for place, width, head in zip(self.shown, self.widths, heads, strict=True):
@@ -84,12 +84,12 @@ class TableLayout:
 def lay_out(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None
 ) -> TableLayout:
-    """Choose what of a table is shown.
+    """Choose the visible parts of a table.
 
     Args:
-        columns: All of them.
+        columns: All columns.
         rows: Their cells.
-        width: Cells that there are; None for as many as it takes.
+        width: Available cells; None for no limit.
     """
     widest = [
         max((cell_len(row[i]) for row in rows), default=0) for i in range(len(columns))
@@ -98,7 +98,7 @@ def lay_out(
     shown = list(range(len(columns)))
     if width is None:
         return TableLayout(tuple(shown), tuple(full), _GAP)
-    # The last of those that are needed least goes first.
+    # The last of the least needed columns goes first.
     sparable = [i for i in shown if columns[i].spare]
     sparable.sort(key=lambda i: (columns[i].spare, i))
     while True:
@@ -134,7 +134,7 @@ def _least(column: Column, widest: int, full: int) -> int:
 
 
 def _head(names: list[str], width: int) -> float:
-    """Return where to cut names, so that as many as can be still differ."""
+    """Return where to cut names, so that as many as possible still differ."""
     cut = list({name for name in names if cell_len(name) > width})
     if len(cut) < 2:
         return _HEADS[0]
@@ -144,7 +144,7 @@ def _head(names: list[str], width: int) -> float:
 
 
 def _shrink(widths: list[int], least: list[int], room: int) -> list[int]:
-    """Take cells from the widest columns that can spare some, until all fit."""
+    """Shrink the widest columns that can shrink, until all fit."""
     widths = [min(w, max(one, room)) for w, one in zip(widths, least, strict=True)]
     while sum(widths) > room:
         able = [i for i, width in enumerate(widths) if width > least[i]]
@@ -155,12 +155,12 @@ def _shrink(widths: list[int], least: list[int], room: int) -> list[int]:
 
 
 def cut_middle(text: str, width: int, head: float = 0.5) -> str:
-    """Return text in at most so many cells, with a mark where its middle is missing.
+    """Return text of at most ``width`` cells, with a mark in place of a cut middle.
 
     Args:
         text: One line.
-        width: Cells that there are.
-        head: Which share of what is left is its beginning.
+        width: Available cells.
+        head: The share of the rest that is its beginning.
     """
     if cell_len(text) <= width:
         return text
@@ -169,16 +169,16 @@ def cut_middle(text: str, width: int, head: float = 0.5) -> str:
         return set_cell_size(text, max(width, 0)).rstrip()
     before = min(room - 1, math.ceil(room * head))
     start = set_cell_size(text, before).rstrip()
-    # Cut from the end by cells: the text is turned round, cut, and turned back.
+    # Cut from the end by cells: reverse the text, cut it, and reverse it again.
     end = set_cell_size(text[::-1], room - before).rstrip()[::-1]
     return start + _MARK + end
 
 
 def wrap_words(text: str, width: int | None) -> list[str]:
-    """Return lines of at most so many cells, broken at spaces alone.
+    """Return lines of at most ``width`` cells, broken only at spaces.
 
-    A word that is wider, such as a path, is left whole: so it can be copied. Lines after
-    the first stand as far in as the first, and two cells more.
+    A wider word, such as a path, is left whole, so that it can be copied. Lines after the
+    first are indented by two more cells than the first.
     """
     if width is None or cell_len(text) <= width:
         return [text]

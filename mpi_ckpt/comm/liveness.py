@@ -131,7 +131,7 @@ def keep(*posted: object) -> None:
 
 
 def hold(posted: object) -> None:
-    """Hold what owns requests and buffers until `let_go_of`. Not collective."""
+    """Hold an owner of requests and buffers until `let_go_of`. Not collective."""
     _POSTED.add(posted)
 
 
@@ -162,7 +162,7 @@ def call_roll(handle: MPI.Intracomm) -> set[int]:
 
 
 def call_off(handle: MPI.Intracomm) -> None:
-    """Make all ranks that wait in a handle give up. Not collective. Main thread only."""
+    """Make all ranks of a communicator stop waiting. Not collective. Main thread only."""
     # MPI: a message to a rank that never looks stays unreceived.
     keep(_tell_all(handle, Tag.ROLL_CALL))
 

@@ -177,9 +177,9 @@ def chain_piece_bytes(total_bytes: int, hosts: int) -> int | None:
     # also costs a call and a round trip, which cost as much as its bytes below 64 KiB, and
     # almost nothing above 1 MiB.
     #
-    # Too few bytes to fill a chain travel faster in a tree: P pieces over H hosts take P +
-    # H - 2 turns in the chain and P * log2(H), rounded up, in the tree. The chain has no
-    # more turns, whatever H is, from P = H on.
+    # Too few bytes to fill a chain travel faster in a tree: for P pieces over H hosts, the
+    # chain needs P+H-2 turns and the tree P*log2(H), rounded up. From P = H on the chain
+    # needs no more turns than the tree, for any H.
     if hosts == 1 or total_bytes < hosts * _CHAIN_PIECE_BYTES_LEAST:
         return None
     filled = total_bytes // (_FILLING_SHARE * (hosts - 1))

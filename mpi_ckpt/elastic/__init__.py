@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lets a training go on with another number of ranks: epochs, samples, sums, stops."""
+"""Lets a training go on with another number of ranks: epochs, samples, sums, stops."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics summed over ranks and over restarts, with adaptdl's semantics."""
+"""Sums statistics over ranks and over restarts, with adaptdl's semantics."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ _REMEMBERED_MAX = 1000
 class Accumulator(PartsState, MutableMapping[Key, Any]):
     """A dictionary of sums.
 
-    Outside of `synchronized` it takes ``accumulator[key] += value`` and ``-=``, and as a
-    whole ``accumulator += {key: value}`` and ``-=``, on each rank by itself, and reads as
-    empty. Inside, it holds the sums over all ranks and over all runs and is an ordinary
-    dictionary, changed alike on every rank. Values are integers, floats of any width and
-    complex numbers, or arrays or tensors of them.
+    Outside of `synchronized`, each rank by itself may use ``accumulator[key] += value`` and
+    ``-=``, or ``accumulator += {key: value}`` and ``-=``; the accumulator reads as empty.
+    Inside, it is an ordinary dictionary of the sums over all ranks and all runs; every rank
+    must change it alike. Values are integers, floats of any width and complex numbers, or
+    arrays or tensors of them.
 
-    A save folds what is pending on any rank into the sums, so nothing is lost with a
-    job. Sums are made on root in rank order: the same every time for the same ranks.
+    A save adds the pending values of all ranks to the sums, so a lost job loses none of
+    them. Root adds in rank order: the result is the same each time for the same ranks.
 
     Args:
         initial: Sums to start from, the same on every rank.
-        epochs: The loop the accumulator is used in. What `synchronized` gave in the
-            running epoch is kept, and given again to code that a restart runs again.
-            Without it, as in a loop over steps, nothing is ever given again.
+        epochs: The loop that uses the accumulator. Results of `synchronized` in the running
+            epoch are kept, and replayed to code that a restart runs again. Without it, as
+            in a loop over steps, nothing is replayed.
         name: As for `mpi_ckpt.State`.
 
     Raises:
@@ -69,7 +69,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         add_all(self._results, initial or {})
         self._updates: Totals = {}
         self._combined: Totals | None = None
-        # What synchronized() gave in one epoch, in order; None once it was too often.
+        # Results of synchronized() in one epoch, in order; None after too many.
         self._history: list[Totals] | None = []
         self._history_epoch: int | None = None
         self._visits = 0
@@ -84,14 +84,14 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
     def synchronized(self, *, replayed: bool = True) -> Iterator[Accumulator]:
         """Sum over all ranks; within the block the accumulator holds the sums.
 
-        Collective, unless it is nested. What it gave before a restart it gives again, and
-        drops what was added since, where an `EpochState` tells that the epoch is run
-        again: not outside of its loop, nor amid the batches of an `ElasticSampler` that
-        is a state of the same manager, where a run goes on after the last batch.
+        Collective, unless it is nested. If an `EpochState` shows that a restart runs the
+        epoch again, it replays its earlier results and drops values added since. It does
+        not replay outside of that loop, nor within the batches of an `ElasticSampler` of
+        the same manager, where a run goes on after the last batch.
 
         Args:
-            replayed: False where the program itself restores its place in the epoch, and
-                does not run the block again.
+            replayed: False if the program itself restores its place in the epoch, and does
+                not run the block again.
 
         Raises:
             CheckpointError: On every rank, if a rank's values cannot be summed, or no
@@ -182,7 +182,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         content = {
             "results": self._results,
             "epoch": self._history_epoch,
-            # As one piece: hundreds of small results would be as many leaves.
+            # As one leaf: hundreds of small results would be as many leaves.
             "history": pack(self._history) if self._history != [] else None,
         }
         flattened = flatten(content)
@@ -208,7 +208,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
             raise StateMismatchError(
                 f"state {self.name!r} was not saved from an accumulator"
             ) from error
-        # Made anew: the program may hold arrays that it has read here.
+        # Make new arrays: the program may hold those that it has read here.
         values, leaves = make_values(structure, specs)
 
         def adopt() -> None:
@@ -240,7 +240,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         if epochs is None or epochs.current is None:
             return False
         doing = f"looking where accumulator {self.name!r} is summed"
-        # Whether an iteration has ended is for Python to say, on each rank by itself.
+        # Python decides on each rank by itself whether an iteration has ended.
         (unrepeatable,) = any_of(self._bound(), doing, not epochs.is_repeatable)
         return not unrepeatable
 
@@ -303,7 +303,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
 
 
 def _of_first_form(structure: Structure) -> tuple[Totals, int | None, list[Totals]]:
-    """Read what a release saved that had arrays and history within the JSON."""
+    """Read sums of a release that kept arrays and history within the JSON."""
     epoch, history = None, []
     for number, entries in structure["history"]:
         if number is not None and (epoch is None or number > epoch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of a torch data loader that may have no sample."""
+"""Makes batches of a torch data loader, also empty ones."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["ElasticCollate"]
 
 
 class ElasticCollate:
-    """Puts samples together to a batch, also where a rank has none.
+    """Makes a batch of samples, also for a rank that has none.
 
     Use as ``collate_fn=ElasticCollate(dataset)`` of a loader whose batch sampler is an
-    `ElasticSampler`. A batch of no samples has the form of any other, with length 0 in
-    the first dimension. A loss summed over it is 0, as are its gradients, but a mean
-    is NaN: sum over samples, add up over ranks, then divide by the samples of all ranks.
-    What cannot take an empty batch, as batch normalization in training, must be left out.
+    `ElasticSampler`. An empty batch has the form of any other, with length 0 in the first
+    dimension. A loss summed over it is 0, as are its gradients, but a mean is NaN: sum over
+    samples, add up over ranks, then divide by the samples of all ranks. Skip layers that
+    cannot take an empty batch, such as batch normalization in training.
 
-    Not collective. Pickled for the workers of a loader, if they are spawned.
+    Not collective. Spawned workers of a loader receive it pickled.
 
     Args:
-        dataset: Its first sample shows the form.
-        collate: Makes a batch of a list of samples; None is torch's own.
+        dataset: Its first sample defines the form.
+        collate: Makes a batch of a list of samples; None for torch's own function.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ElasticCollate:
     def _put_together(self, samples: Sequence[Any]) -> Any:  # noqa: ANN401
         if self._collate is not None:
             return self._collate(samples)
-        # Who has a loader has imported it.
+        # A program with a loader has imported it.
         return sys.modules["torch.utils.data"].default_collate(samples)
 
 
@@ -56,7 +56,7 @@ def _emptied(batch: Any) -> Any:  # noqa: ANN401
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(_emptied, batch))
     if isinstance(batch, (list, tuple)):
-        # Texts, which no tensor holds, are a list as long as the batch.
+        # Texts, which no tensor can hold, are a list as long as the batch.
         fields = () if all(isinstance(one, (str, bytes)) for one in batch) else batch
         return type(batch)(map(_emptied, fields))
     return batch[:0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop over epochs, resumed where it was cut off."""
+"""Loops over epochs, and resumes at the interrupted one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["EpochState", "remaining_epochs_until"]
 
 
 class EpochState(LeafState):
-    """How many epochs are finished, and which one is running.
+    """The number of finished epochs, and the running one.
 
-    The running epoch is not saved as such: after a restart it is entered again, and an
-    `ElasticSampler` says where in it. A save at the end of the loop's body, when all of
-    the epoch's work is done, is told so by `done` before it.
+    The running epoch is not saved as such: a restart enters it again, and an
+    `ElasticSampler` gives the position in it. Before a save at the end of the loop's body,
+    when all of the epoch's work is done, call `done`.
 
     Args:
         name: As for `mpi_ckpt.State`.
@@ -45,10 +45,10 @@ class EpochState(LeafState):
         self._states: Mapping[str, State] = {}
 
     def done(self) -> None:
-        """Say that the running epoch is done: a save from here on does not repeat it.
+        """Mark the running epoch as done: a restart from a later save does not repeat it.
 
-        Not collective, but every rank must call it alike. The last line of a loop's body,
-        or the one before its save; called twice in an epoch it counts once.
+        Not collective, but every rank must call it alike. Call it in the last line of a
+        loop's body, or just before its save; a second call in an epoch has no effect.
 
         Raises:
             RuntimeError: On every rank that calls, if no loop over the epochs is running.
@@ -59,10 +59,10 @@ class EpochState(LeafState):
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether a restart from here would run again what this rank runs now.
+        """Whether a restart from here would repeat the present code of this rank.
 
-        Not so outside of an epoch, in one that is `done`, and in a loop over batches,
-        whose position an `ElasticSampler` restores.
+        False outside of an epoch, in one that is `done`, and in a loop over batches, whose
+        position an `ElasticSampler` restores.
         """
         is_open = self.current is not None and self.current >= self.finished
         return is_open and not any(sampler.is_within for sampler in self._samplers())
@@ -113,14 +113,14 @@ class EpochState(LeafState):
 
 
 def remaining_epochs_until(limit: int, epochs: EpochState) -> Iterator[int]:
-    """Iterate over the epochs that are left.
+    """Iterate over the remaining epochs.
 
-    Not collective: every rank iterates by itself, to the same numbers. An epoch counts
-    as finished when its body ends in any way, as in adaptdl; a save inside the body has
-    it unfinished, unless `EpochState.done` was called before.
+    Not collective: every rank iterates by itself, over the same numbers. An epoch counts as
+    finished when its body ends in any way, as in adaptdl; in a save inside the body it is
+    unfinished, unless `EpochState.done` was called before.
 
     Args:
-        limit: Number of the first epoch that is not wanted.
+        limit: Number of the first epoch not to run.
         epochs: The state that a manager saves and restores.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop: signals on any rank, noticed by all at the next step."""
+"""Turns signals on any rank into requests to stop, which all ranks see at the next step."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ DEFAULT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 class PreemptionGuard:
     """Turns signals into a flag while it is installed.
 
-    Not collective: each rank has its own flag, the manager agrees on them. Handlers that
-    were there before are called as well. A second SIGINT ends the process, as if the
-    guard were not there.
+    Not collective: each rank has its own flag, and the manager agrees on them. Previous
+    handlers are called as well. A second SIGINT ends the process, as without the guard.
 
-    Schedulers and terminals signal whole groups, data-loader workers among them. A
-    process forked from this one never sets a flag: it lets pass what only asks for a
-    save (SIGUSR1, SIGUSR2, the first SIGINT), so that its trainer can save, and ends of
-    anything else as if the guard were not there.
+    Schedulers and terminals signal whole groups, data-loader workers among them. A process
+    forked from this one never sets a flag: it ignores signals that only ask for a save
+    (SIGUSR1, SIGUSR2, the first SIGINT), so that its trainer can save; any other signal
+    acts as without the guard.
 
     Args:
         signals: Signals that ask to stop.
-        tells: Whether a first SIGINT is answered on standard error.
+        tells: Whether to answer a first SIGINT on standard error.
 
     Attributes:
-        is_heeded: Whether anybody looks at the flag. Until then SIGINT interrupts at once.
-        requested: Whether a signal came.
-        reason: Name of the signal that came first, empty before.
+        is_heeded: Whether the program checks the flag. Until then SIGINT interrupts at
+            once.
+        requested: Whether a signal has arrived.
+        reason: Name of the first signal; empty before.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class PreemptionGuard:
     def uninstall(self) -> None:
         """Put the previous handlers back. Main thread only. Callable twice."""
         for number, previous in self._previous.items():
-            # Somebody who took the signal after us keeps it.
+            # If other code took the signal later, it keeps it.
             if signal.getsignal(number) == self._note:
                 signal.signal(number, _restorable(previous))
         self._previous.clear()
 
     def retire(self) -> None:
-        """Watch no more, but let pass what asks the others for a save and would kill.
+        """Stop watching, but ignore signals that ask other ranks for a save and would kill.
 
-        Main thread only. Callable twice. Schedulers signal all processes of a job: one
-        that is done must not end by SIGUSR1, and all with it, while the others save.
+        Main thread only. Callable twice. Schedulers signal all processes of a job: a rank
+        that is done must not die of SIGUSR1, and end the job, while the others save.
         """
         watched = [number for number in _ASK_ONLY if number in self._previous]
         self.uninstall()
@@ -93,7 +93,7 @@ class PreemptionGuard:
                 signal.signal(number, _let_pass)
 
     def displaced(self) -> list[str]:
-        """Return the signals that somebody else has taken since. Not collective."""
+        """Return the signals that other code has taken since. Not collective."""
         return [
             signal.Signals(number).name
             for number in self._previous
@@ -113,7 +113,7 @@ class PreemptionGuard:
         self.uninstall()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # INVARIANT: a handler only sets a flag, and steps aside for whoever was there.
+        # INVARIANT: a handler only sets a flag, and calls the previous handler.
         previous = self._previous.get(number)
         if os.getpid() != self._owner:
             self._note_in_child(number, previous, frame)
@@ -124,7 +124,7 @@ class PreemptionGuard:
         self.reason = self.reason or signal.Signals(number).name
         if interrupt and self._tells and not again:
             with suppress(OSError):
-                os.write(2, _INTERRUPTED)  # what Python itself prints may be under way
+                os.write(2, _INTERRUPTED)  # Python itself may be printing
         if again:
             self._as_if_absent(number, previous, frame)
         elif callable(previous) and previous is not signal.default_int_handler:
@@ -134,7 +134,7 @@ class PreemptionGuard:
         asks_only = number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
         nobody_there = previous in (signal.SIG_DFL, signal.default_int_handler, _let_pass)
         if asks_only and nobody_there and number not in self._passed_in_child:
-            # The second SIGINT is meant; who asks for a save may ask again.
+            # A second SIGINT is intended; a request for a save may come twice.
             if number == signal.SIGINT:
                 self._passed_in_child.add(number)
             return
@@ -158,5 +158,5 @@ def _let_pass(_number: int, _frame: FrameType | None) -> None:
 
 
 def _restorable(previous: Any) -> Any:  # noqa: ANN401
-    # None stands for a handler that Python did not install and cannot put back.
+    # None means a handler that Python did not install and cannot put back.
     return signal.SIG_DFL if previous is None else previous

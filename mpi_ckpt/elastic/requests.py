@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What asks to stop besides signals: the end of the job, a file, a function."""
+"""Watches for requests to stop besides signals: the end of the job, a file, a function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A look at a shared file system, or at what a user's function asks, is not for every step.
+# Checking a shared file system or calling a user's function is too slow for every step.
 _PAUSE_SECONDS = 1.0
 
 
@@ -33,13 +33,13 @@ class _End:
 
 
 class StopRequests:
-    """Watches what asks to stop. Root only. Main thread only.
+    """Watches for requests to stop. Root only. Main thread only.
 
-    Root's clocks alone count, so they need not agree with those of other hosts. The end
-    of the job becomes a time left at once: a clock that is set later changes nothing.
+    Only root's clocks count, so they need not agree with those of other hosts. The end of
+    the job is at once converted to a remaining time: setting the clock later has no effect.
 
     Args:
-        when: What to watch.
+        when: The requests to watch for.
         root: The directory of the generations.
     """
 
@@ -55,7 +55,7 @@ class StopRequests:
         """Find out when the job ends. Root only.
 
         Raises:
-            OptionsError: On the calling rank, if MPI_CKPT_DEADLINE is no point in time.
+            OptionsError: On the calling rank, if MPI_CKPT_DEADLINE is not a point in time.
         """
         now = time.time()
         told = end_of_job(os.environ, now) if self._when.wall_time else WallTime()
@@ -67,7 +67,7 @@ class StopRequests:
             logger.info("the job ends in %.0f s by %s", left, told.end.source)
 
     def reason(self, save_seconds: float | None, step_seconds: float) -> str:
-        """Tell why to stop now; empty if there is no reason. Root only.
+        """Return why to stop now; empty if there is no reason. Root only.
 
         Args:
             save_seconds: How long saves took until they were durable; None if unknown.

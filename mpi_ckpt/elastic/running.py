@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a training that goes on when ranks are lost, where MPI survives that."""
+"""Runs a training that goes on when ranks are lost, if MPI survives that."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Who leaves by sys.exit() may be alone in it: an error, which the others do not share.
+# A rank may be alone in calling sys.exit(): then it is an error of this rank.
 _EXIT_SECONDS = 30.0
 
 
@@ -51,30 +51,30 @@ def run(
     max_recoveries: int = 20,
     start_seconds: float = 120.0,
 ) -> Result:
-    """Call a training, and again each time that ranks are lost, on those that live.
+    """Call a training, and call it again on the live ranks each time ranks are lost.
 
-    Collective. Main thread only. Call it once in a program. A training makes its states
-    and its manager, with the world's communicator and memory, restores and goes on. Where
-    MPI ends the job with a rank (all but Open MPI 5 and ``mpirun --with-ft ulfm``), that is
-    said once, by root, and the training is just called: `mpi-ckpt run` serves there.
+    Collective. Main thread only. Call it once in a program. A training makes its states and
+    its manager, with the world's communicator and memory, restores and goes on. If MPI ends
+    the job with a rank (all but Open MPI 5 with ``mpirun --with-ft ulfm``), root logs that
+    once, and the training is called only once: use `mpi-ckpt run` there.
 
     Args:
-        train: Called with the `World` of the ranks that live. Whatever it has made before
-            is left behind; what was made outside stays, as it was at the loss.
+        train: Called with the `World` of the live ranks. Objects that an earlier call made
+            are dropped; objects made outside keep their values at the loss.
         comm: Communicator of mpi4py; it is duplicated. None: all ranks of the job.
         replace: Whether to start new ranks in place of lost ones: each runs this program
-            from its beginning, and joins in here, as one of the last ranks.
-        memory: Where the states are held; None for one that all ranks hold.
-        max_recoveries: After so many the next loss is an error.
-        start_seconds: How long a new rank may take from its start to its call of this; if
-            a rank dies just then, others may have to be ended after that time.
+            from its beginning, and joins at this call, as one of the last ranks.
+        memory: Holds the copies of the states; None for one that all ranks hold.
+        max_recoveries: After so many recoveries the next loss is an error.
+        start_seconds: How long a new rank may take from its start to its call of this; if a
+            rank dies just then, this may end other ranks after that time.
 
     Returns:
-        What the training returned on this rank, once it has on all.
+        The training's result on this rank, after it has returned on all ranks.
 
     Raises:
         CollectiveError: On every live rank, after too many losses.
-        LaunchError: On the calling rank, if the job has lost ranks in a run before.
+        LaunchError: On the calling rank, if the job has lost ranks in an earlier run.
     """
     memory = Memory() if memory is None else memory
     reason = why_lost_ranks_end_the_job()
@@ -109,7 +109,7 @@ class _AttemptEnd(Generic[Result]):
 
 
 class _Run(Generic[Result]):
-    """One run: the calls of the training, and what lies between them."""
+    """One run: the calls of the training, and the recoveries between them."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class _Run(Generic[Result]):
             _DEPARTURE.leave_by(ending.leaving)
             raise ending.leaving
         if self._failures and handle.rank == ROOT:
-            # Managers that dead ranks have left open were never the end of it.
+            # Managers that lost ranks left open have noted no end.
             Notes.from_environment().add("survived", losses=self._lost)
         return ending.value  # type: ignore[return-value]
 
@@ -213,8 +213,8 @@ _DEPARTURE = Departure()
 
 
 def _forget(loss: BaseException | None) -> None:
-    """Let go of what the training had made: its states may fill the memory."""
-    # Not before the repair: until then MPI may still write to buffers that are there.
+    """Release the objects of the training: its states may fill the memory."""
+    # Not before the repair: until then MPI may still write to their buffers.
     pending, seen = [loss], set[int]()
     while pending:
         one = pending.pop()

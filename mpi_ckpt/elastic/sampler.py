@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples this rank trains on next, however many ranks there are."""
+"""Chooses the samples that this rank trains on next, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,32 +26,31 @@ class ElasticSampler(LeafState):
     """A batch sampler for data-parallel training that resumes in mid-epoch.
 
     The order of an epoch follows from ``(seed, epoch)`` alone. It is cut into global
-    batches, the same for any number of ranks, if a batch has at least two samples for
-    each; each rank takes every ``size``-th sample of a batch, from its own rank on. What
-    was trained on is one number, so a run that goes on with another number of ranks sees
+    batches, the same for any number of ranks, if a batch has at least two samples for each
+    rank; each rank takes every ``size``-th sample of a batch, starting at its rank number.
+    The position is one number, so a run that goes on with another number of ranks sees
     every sample of the epoch exactly once.
 
-    All ranks see the same number of batches, at most one sample apart in length. None is
-    empty but in one case: a restart finds fewer samples left of the epoch than it has
-    ranks. Then there is one batch left, and the last ranks have no sample of it; see
+    All ranks see the same number of batches, at most one sample apart in length. A batch is
+    empty in only one case: a restart finds fewer samples left in the epoch than it has
+    ranks. Then one batch is left, and the last ranks have no sample of it; see
     `ElasticCollate`.
 
-    Give it to a manager, which tells it the rank, before the first batch is asked for.
-    Use as ``DataLoader(dataset, batch_sampler=sampler)``, and call `record_batch` when a
-    batch was trained on: a loader with workers asks for batches ahead of that. A loader
-    draws a seed from torch's global stream whenever it is iterated, also when resumed in
-    mid-epoch; for a run that is the same bit for bit, give it a ``generator`` of its own,
-    as ``torch.Generator().manual_seed(epoch)``.
+    Give it to a manager, which sets its rank, before the first batch is requested. Use as
+    ``DataLoader(dataset, batch_sampler=sampler)``, and call `record_batch` after training
+    on a batch: a loader with workers requests batches ahead of that. A loader draws a seed
+    from torch's global stream whenever it is iterated, also when resumed in mid-epoch; for
+    a run that is the same bit for bit, give the loader its own ``generator``, such as
+    ``torch.Generator().manual_seed(epoch)``.
 
-    Its length, and so the loader's, is that of a whole epoch, wherever in it the run is:
-    schedules are computed from it before anything is restored. Where it is, say
-    `batch_index` and `remaining`.
+    Its length, and so the loader's, is always that of a whole epoch: schedules are computed
+    from it before anything is restored. `batch_index` and `remaining` give the position.
 
     Args:
         length: Samples in the data set.
         batch_size: Samples in a global batch, over all ranks.
-        shuffle: Whether each epoch has an order of its own.
-        seed: Decides the orders.
+        shuffle: Whether each epoch has its own order.
+        seed: Seed of the orders.
         name: As for `mpi_ckpt.State`.
 
     Attributes:
@@ -113,19 +112,19 @@ class ElasticSampler(LeafState):
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch; does nothing if that epoch is being sampled. Not collective.
 
-        So a resumed loop that calls it first keeps its position. Called with the next
-        epoch at the end of a loop's body, before a save there, it says that this one is
-        done: it will not be entered again.
+        So a resumed loop that calls it first keeps its position. A call with the next epoch
+        at the end of a loop's body, before a save there, marks this epoch as done: it will
+        not be entered again.
         """
         if epoch != self.epoch:
             self.epoch = epoch
             self.consumed = 0
 
     def record_batch(self) -> None:
-        """Note that the next global batch was trained on.
+        """Note that the training has used the next global batch.
 
         Not collective, but every rank must call it equally often: before
-        ``manager.step()``, so that a save knows of the batch.
+        ``manager.step()``, so that a save includes the batch.
         """
         batches = self._batches(self.consumed, self._ranks().size)
         _, self.consumed = next(batches, (self.consumed, self._length))
@@ -134,7 +133,8 @@ class ElasticSampler(LeafState):
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch. Not collective.
 
-        Known before the sampler knows of its ranks, if a batch has two samples for each.
+        It is known before the sampler is bound to ranks, if a batch has two samples for
+        each.
         """
         whole = self._count(0)
         if self._comm is None:
@@ -153,20 +153,20 @@ class ElasticSampler(LeafState):
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether every sample of this epoch was trained on."""
+        """Whether the training has used every sample of this epoch."""
         return self.consumed >= self._length
 
     @property
     def is_within(self) -> bool:
-        """Whether a loop over batches is under way on this rank, as far as can be told.
+        """Whether a loop over batches is running on this rank, as far as known.
 
-        It is until all batches were asked for and, as a loader with workers asks ahead,
-        recorded; in a loop that records none, until all were asked for.
+        It is until all batches were requested and, since a loader with workers requests
+        ahead, recorded; in a loop that records none, until all were requested.
         """
         return self._iterating > 0 or 0 < self._recorded < self._given
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Give this rank's part of each batch left in this epoch. Not collective."""
+        """Yield this rank's part of each batch left in this epoch. Not collective."""
         order = epoch_order(self._length, self.epoch, self._seed, shuffle=self._shuffle)
         comm = self._ranks()
         self._given = self._recorded = 0
@@ -202,7 +202,7 @@ class ElasticSampler(LeafState):
         if not problems and not all(type(one) is int and one >= 0 for one in position):
             problems = ["it holds no position"]
         if problems:
-            # Another order: going on in it would repeat some samples and miss others.
+            # Another order: going on with it would repeat some samples and miss others.
             raise StateMismatchError(
                 f"state {self.name!r} does not fit: " + "; ".join(problems),
                 problems=[f"{self.name}: {problem}" for problem in problems],
@@ -220,7 +220,7 @@ class ElasticSampler(LeafState):
         """See `LeafState`. Not collective."""
         saved, now = structure.get("batch_size"), self._batch_size
         told = f"{self.name}: a batch of {now} samples is {_share(now, size)} a rank"
-        if type(saved) is not int:  # of a release that did not save it
+        if type(saved) is not int:  # saved by a release that lacked it
             return lambda: Change(told)
         was = _share(saved, saved_size)
         if saved == now:
@@ -258,8 +258,8 @@ def epoch_order(
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Return the order of an epoch: int64, shape ``(length,)``.
 
-    Not collective. Thread-safe. NumPy's legacy generator is used because its streams are
-    frozen for good (NEP 19): an order must not change with an upgrade in mid-training.
+    Not collective. Thread-safe. NumPy's legacy generator is used because its streams never
+    change (NEP 19): an upgrade in mid-training must not change an order.
     """
     if not shuffle:
         return np.arange(length)
@@ -268,12 +268,12 @@ def epoch_order(
 
 
 def count_batches(left: int, batch_size: int, size: int) -> int:
-    """Return how many batches `global_batches` gives, without making them.
+    """Return how many batches `global_batches` yields, without making them.
 
     Not collective. Thread-safe.
 
     Args:
-        left: Samples not done with.
+        left: Samples not yet used.
         batch_size: Samples in a global batch, at least ``size``.
         size: Number of ranks.
     """
@@ -287,16 +287,16 @@ def count_batches(left: int, batch_size: int, size: int) -> int:
 def global_batches(
     length: int, batch_size: int, consumed: int, size: int
 ) -> Iterator[tuple[int, int]]:
-    """Give start and end of the batches left in an epoch.
+    """Yield start and end of the batches left in an epoch.
 
-    Not collective. Thread-safe. What is left at the end, more than a batch and less than
-    two, is halved, so that no batch is much smaller than the others; where that would
-    leave a rank without a sample it is one batch.
+    Not collective. Thread-safe. A rest at the end of more than one batch and less than two
+    is halved, so that no batch is much smaller than the others; if that would leave a rank
+    without a sample, it is one batch.
 
     Args:
         length: Samples in the epoch.
         batch_size: Samples in a global batch, at least ``size``.
-        consumed: Samples done with.
+        consumed: Samples already used.
         size: Number of ranks.
     """
     start = consumed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and arrays under names, added up. Pure."""
+"""Adds up numbers and arrays by name. Pure."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ _KINDS = "biufc"
 
 
 class Update:
-    """Stands for an entry that is being added to.
+    """A placeholder for an entry during ``+=``.
 
     Args:
-        key: Of the entry.
-
-    Attributes:
+        key: Of the entry. Attributes:
         key: The same.
-        amount: What was added so far.
+        amount: The sum of the added values so far.
     """
 
     __slots__ = ("amount", "key")
@@ -44,18 +42,19 @@ class Update:
 
 
 def as_number(key: object, value: Any) -> Any:  # noqa: ANN401
-    """Return a number or an array of numbers for anything like it, tensors included.
+    """Return a number or an array of numbers for any such value, tensors included.
 
-    Not collective. Thread-safe. What no sum could be kept in without loss, as of 8 and 16
-    bits that NumPy does not know, becomes float32, which holds each of them exactly.
+    Not collective. Thread-safe. Types in which a sum would lose precision, such as those of
+    8 and 16 bits that NumPy lacks, become float32, which holds each of their values
+    exactly.
 
     Args:
-        key: Of the entry it is meant for.
+        key: Key of its entry.
         value: A number or an array or tensor of any number of them.
 
     Raises:
-        TypeError: On the calling rank, if it is none, or the key is neither text nor an
-            integer.
+        TypeError: On the calling rank, if it is no number, or the key is neither text nor
+            an integer.
     """
     if not isinstance(key, (str, int)):
         raise TypeError(f"key {key!r}: an accumulator's keys are text or integers")
@@ -64,10 +63,10 @@ def as_number(key: object, value: Any) -> Any:  # noqa: ANN401
     if hasattr(value, "detach"):
         value = _array_of(value)
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.isbuiltin == 2:
-        value = value.astype(np.float32)  # registered by others, as ml_dtypes' bfloat16
+        value = value.astype(np.float32)  # of other packages, as ml_dtypes' bfloat16
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
         value = value.item()
-    # A subclass is more than its numbers: a unit or a mask would get lost in a sum.
+    # A subclass holds more than numbers: a sum would lose a unit or a mask.
     if type(value) in (np.ndarray, np.memmap) and value.dtype.kind in _KINDS:
         return value
     if isinstance(value, (int, float, complex, np.longdouble, np.clongdouble)):
@@ -78,7 +77,7 @@ def as_number(key: object, value: Any) -> Any:  # noqa: ANN401
 
 
 def add_all(totals: Totals, updates: Mapping[Key, Any]) -> None:
-    """Add amounts to sums, in place; an array that is there already is not changed.
+    """Add amounts to sums, in place; an existing array is not modified.
 
     Not collective.
 
@@ -87,8 +86,8 @@ def add_all(totals: Totals, updates: Mapping[Key, Any]) -> None:
         updates: The amounts.
 
     Raises:
-        TypeError: On the calling rank, if an amount is no number.
-        ValueError: On the calling rank, if shapes do not go together.
+        TypeError: On the calling rank, if an amount is not a number.
+        ValueError: On the calling rank, if shapes do not match.
     """
     for key, value in updates.items():
         amount = as_number(key, value)
@@ -96,10 +95,10 @@ def add_all(totals: Totals, updates: Mapping[Key, Any]) -> None:
 
 
 def from_first_form(pairs: Any) -> Totals:  # noqa: ANN401 (JSON)
-    """Read sums in the form that had arrays within the JSON. Not collective.
+    """Read sums in the old form, with arrays within the JSON. Not collective.
 
     Raises:
-        TypeError, ValueError, KeyError: On the calling rank, if they are not of it.
+        TypeError, ValueError, KeyError: On the calling rank, if they have another form.
     """
     return {key: _from_json(value) for key, value in pairs}
 
@@ -118,5 +117,5 @@ def _array_of(tensor: Any) -> Any:  # noqa: ANN401
     try:
         return tensor.numpy()
     except TypeError:
-        # bfloat16, 8-bit floats, complex numbers of two halves: NumPy has none of them.
+        # NumPy lacks bfloat16, 8-bit floats and complex numbers of two halves.
         return (tensor.cfloat() if tensor.is_complex() else tensor.float()).numpy()

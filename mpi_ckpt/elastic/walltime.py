@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the job ends, as its environment tells. No MPI, no processes, no network.
+"""Finds the end of the job in its environment. No MPI, no processes, no network.
 
-What schedulers set (facts from their manuals and sources):
+Variables that schedulers set (facts from their manuals and sources):
 
 - Slurm, sbatch(1), "OUTPUT ENVIRONMENT VARIABLES": SLURM_JOB_END_TIME, a Unix time stamp;
-  not in older releases (22.05). With cgroups a process of job 42 stands in a control group
+  not in older releases (22.05). With cgroups a process of job 42 is in a control group
   ``job_42``.
 - TORQUE: PBS_WALLTIME, the limit in seconds, without a start. Every PBS writes the file
   that PBS_NODEFILE names when it starts the job, on the job's first host.
-- PBS Professional, LSF and Flux (flux-environment(7)) tell a job no time.
+- PBS Professional, LSF and Flux (flux-environment(7)) give a job no time.
 
-For the latter, and to overrule any, the script of the job sets MPI_CKPT_DEADLINE: a point
-in time, not a duration, as a program that is started again in the same job would count it
-from its own start.
+For the latter, and to overrule any other, the job's script sets MPI_CKPT_DEADLINE: a point
+in time, not a duration, since a program that starts again in the same job would count a
+duration from its own start.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 DEADLINE = "MPI_CKPT_DEADLINE"
 """The variable by which a job's script tells when the job ends."""
 
-# A live job is seldom this far beyond its end (OverTimeLimit, a clock that is wrong); the
-# variables of another job are.
+# A live job is seldom this far beyond its end (OverTimeLimit, a wrong clock); the variables
+# of another job are.
 _STALE_SECONDS = 600.0
 
-# Nothing starts before 2001 or ends after 2286; a duration is no such number.
+# No job starts before 2001 or ends after 2286; a duration is never in this range.
 _EPOCH_RANGE = (1e9, 1e10)
 
-# Saves vary, and the last one comes when the file system is busiest.
+# Saves vary, and the last one may meet the busiest file system.
 _SAFETY = 1.5
 _UNKNOWN_SAVE_SECONDS = 60.0
 
@@ -51,7 +51,7 @@ class JobEnd:
 
     Attributes:
         time: Seconds since the epoch.
-        source: The variable that says so.
+        source: The variable that gives it.
     """
 
     time: float
@@ -60,11 +60,11 @@ class JobEnd:
 
 @dataclass(frozen=True, slots=True)
 class WallTime:
-    """What the environment says of the end of the job.
+    """The end of the job according to the environment.
 
     Attributes:
-        end: The end, if it is known.
-        ignored: What was not believed, and why, for the user.
+        end: The end, if known.
+        ignored: Ignored variables, and why, for the user.
     """
 
     end: JobEnd | None = None
@@ -74,7 +74,7 @@ class WallTime:
 def parse_deadline(text: str) -> float:
     """Read MPI_CKPT_DEADLINE: seconds since the epoch, or a time of ISO 8601.
 
-    Not collective. Pure, but that a time without an offset is in the local zone.
+    Not collective. Pure, except that a time without an offset is in the local zone.
 
     Raises:
         OptionsError: On the calling rank, if it is neither.
@@ -85,7 +85,7 @@ def parse_deadline(text: str) -> float:
     except ValueError:
         try:
             given = text.strip()
-            # Python 3.10 knows no Z.
+            # Python 3.10 does not know Z.
             moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", given))
             seconds = moment.astimezone(timezone.utc).timestamp()
         except (ValueError, OverflowError, OSError) as error:
@@ -102,10 +102,10 @@ def parse_deadline(text: str) -> float:
 def end_of_job(
     environ: Mapping[str, str], now: float, cgroup: Path = Path("/proc/self/cgroup")
 ) -> WallTime:
-    """Tell when the job ends that this process belongs to.
+    """Return the end of the job that this process belongs to.
 
-    Root only. MPI_CKPT_DEADLINE is believed, even if it has passed. Variables of a
-    scheduler that cannot be read, or that are of another job, are not.
+    Root only. MPI_CKPT_DEADLINE counts even if it has passed. Variables of a scheduler are
+    ignored if they cannot be read, or belong to another job.
 
     Args:
         environ: The environment.
@@ -113,7 +113,7 @@ def end_of_job(
         cgroup: The file that names the control groups of this process.
 
     Raises:
-        OptionsError: On the calling rank, if MPI_CKPT_DEADLINE is no point in time.
+        OptionsError: On the calling rank, if MPI_CKPT_DEADLINE is not a point in time.
     """
     if environ.get(DEADLINE):
         return WallTime(JobEnd(parse_deadline(environ[DEADLINE]), DEADLINE))
@@ -141,18 +141,18 @@ def must_save_now(
 ) -> bool:
     """Return whether a save that begins after the next step might come too late.
 
-    Pure. A job that had little time from the start trains for half of it, rather than
-    stop at its first step: a save that is cut off costs no generation.
+    Pure. A job that had little time from the start trains for half of it, rather than stop
+    at its first step: an interrupted save harms no generation.
 
     Args:
-        left_seconds: Until the end of the job.
-        at_first_seconds: The same, when this process first looked.
+        left_seconds: Time until the end of the job.
+        at_first_seconds: The same, when this process first checked.
         save_seconds: How long saves took until they were durable; None if none was made.
         step_seconds: How long a step takes.
-        margin_seconds: What the user wants besides.
+        margin_seconds: The user's margin.
     """
     save = _UNKNOWN_SAVE_SECONDS if save_seconds is None else save_seconds
-    # A wish to stop is heard one step late, and a step lies between two looks.
+    # A request to stop is noticed one step late, and a step lies between two checks.
     needed = _SAFETY * save + 2 * step_seconds + margin_seconds
     return left_seconds <= min(needed, max(at_first_seconds, 0.0) / 2)
 
@@ -175,7 +175,7 @@ def _torque(environ: Mapping[str, str], now: float, _cgroup: Path) -> JobEnd | N
         return None
     try:
         limit = float(text)
-        # Absent on other hosts than the job's first, and in another job.
+        # The file is absent on other hosts than the job's first, and in another job.
         start = Path(environ["PBS_NODEFILE"]).stat().st_mtime
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks that a training runs on until one of them is lost."""
+"""Holds the ranks that a training runs on until one of them is lost."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ AnyComm = TypeVar("AnyComm", bound="MPI.Comm")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What `mpi_ckpt.elastic.run` gives the training; each recovery makes a new one.
+    """The argument of a training in `mpi_ckpt.elastic.run`; each recovery makes a new one.
 
     Attributes:
-        comm: Communicator of all ranks that live, of mpi4py. For the training's own calls
-            and for its `CheckpointManager`.
-        memory: Copies of the states that outlive a recovery; for its manager too.
+        comm: Communicator (mpi4py's) of all live ranks. For the training's own calls and
+            for its `CheckpointManager`.
+        memory: Copies of the states that outlive a recovery; give it to the manager too.
         failures: How often the job has gone on after losing ranks.
         lost: How many ranks it has lost so far.
         is_replacement: Whether this process was started in place of a lost rank.
@@ -47,21 +47,22 @@ class World:
         return self.comm.size
 
     def watch(self, comm: AnyComm) -> AnyComm:
-        """Have a communicator revoked, too, when a rank is lost.
+        """Register a communicator to be revoked when a rank is lost.
 
-        Not collective. Without it a survivor that waits there, for one that waits
+        Not collective. Otherwise a survivor that waits in it, for a rank that waits
         elsewhere, waits for ever.
 
         Args:
-            comm: Made from this world's: a duplicate, a split, a library's own.
+            comm: A communicator made from this world's: a duplicate, a split, a library's
+                own.
 
         Returns:
-            The same.
+            The same communicator.
         """
         self._watched.append(comm)
         return comm
 
     @property
     def watched(self) -> list[MPI.Comm]:
-        """What `watch` was told of. Not collective."""
+        """The communicators given to `watch`. Not collective."""
         return self._watched

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beside other people's training loops. One package each; none knows of another."""
+"""Connects to other training frameworks: one package each, independent of one another."""

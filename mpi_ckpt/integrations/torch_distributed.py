@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beside a plain torch.distributed job: DistributedDataParallel and its like.
+"""Connects a torch.distributed job (DistributedDataParallel and the like) with MPI.
 
 torch.distributed moves gradients, MPI moves checkpoints; both see the same processes. Start
-the job with mpirun and let MPI tell torch who is who::
+the job with mpirun and let MPI give torch its ranks::
 
     init_process_group("gloo")
     with CheckpointManager("checkpoints", states, comm=communicator()) as manager:
@@ -30,7 +30,7 @@ _ADVICE = (
     "mpi_ckpt.integrations.torch_distributed.init_process_group, which gives torch the "
     "ranks of MPI"
 )
-# Whoever is to come is there: all have just been started, or have met in torch.
+# All ranks are already running: they have just started, or have met in torch.
 _MEETING_SECONDS = 120.0
 
 
@@ -42,16 +42,17 @@ def init_process_group(
 ) -> None:
     """Start torch.distributed with the ranks of MPI.
 
-    Collective. Main thread only. No variable need be set: rank and size are MPI's, and
-    the ranks meet at a port of root's that is free.
+    Collective. Main thread only. It needs no environment variables: rank and size are
+    MPI's, and the ranks meet at a free port of root's host.
 
     Args:
         backend: As for ``torch.distributed.init_process_group``.
         comm: Communicator of the ranks; None is the world.
-        timeout_seconds: How long an operation of torch may take.
+        timeout_seconds: How long a torch operation may take.
 
     Raises:
-        LaunchError: On every rank, if it is started already or a rank cannot be reached.
+        LaunchError: On every rank, if torch.distributed is already started, or a rank
+            cannot be reached.
     """
     dist = _distributed()
     ours = Communicator(comm, deadline_seconds=_MEETING_SECONDS)
@@ -63,7 +64,7 @@ def init_process_group(
     stores: list[Any] = []
 
     def connect(port: int) -> None:
-        # Of its own choosing, so that no other job can take it in between.
+        # The store chooses the port, so that no other job can take it in between.
         stores.append(
             dist.TCPStore(
                 host, port, ours.size, ours.is_root, timeout, wait_for_workers=False
@@ -103,22 +104,22 @@ def communicator(
 ) -> MPI.Intracomm | None:
     """Make a communicator whose ranks are those of torch.distributed.
 
-    Collective over all processes of MPI, also with a group. Main thread only. It costs
-    nothing but the making. Yours: ``Free()`` it, or leave it to the end of MPI.
+    Collective over all processes of MPI, also with a group. Main thread only. Only its
+    creation costs time. Call ``Free()`` on it, or leave it to MPI_Finalize.
 
     Args:
-        group: This rank's process group; several groups may be given at once, each by
-            its own members. None: all ranks. A rank that is in no group gives the
-            ``group`` that ``torch.distributed.new_group`` has returned to it.
+        group: This rank's process group; one call may make several groups, if each rank
+            passes its own. None: all ranks. A rank in no group passes the ``group`` that
+            ``torch.distributed.new_group`` has returned to it.
         comm: Communicator of all processes of the job; None is the world.
 
     Returns:
-        The communicator, to be given to `mpi_ckpt.CheckpointManager`; None for a rank
-        outside of its group.
+        The communicator for `mpi_ckpt.CheckpointManager`; None for a rank outside of its
+        group.
 
     Raises:
-        LaunchError: On every rank, if torch.distributed is not initialised, or the ranks
-            of the two do not fit, as where every process is an MPI job of one.
+        LaunchError: On every rank, if torch.distributed is not initialised, or its ranks do
+            not fit MPI's, for example if every process is an MPI job of one.
         CollectiveError: On every live rank, if one never arrives.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The states that come with the library.
+"""Provides the states of this library.
 
-None opens a file. torch is imported by those that are given something of torch's.
+No state opens a file. Only states that are given torch objects import torch.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy's element types and those of leaves: which is which, and which have holes."""
+"""Maps NumPy's element types to those of leaves, and finds types with padding bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NAMES = {
     "complex64": "C64",
     "complex128": "C128",
 }
-# JAX's and TensorFlow's, where a program has imported them.
+# Types of JAX and TensorFlow, if the program has imported them.
 _ML_NAMES = {
     "bfloat16": "BF16",
     "float8_e5m2": "F8_E5M2",
@@ -45,7 +45,7 @@ _ML_NAMES = {
 _ML_TYPES = {name: attribute for attribute, name in _ML_NAMES.items()}
 _LONG = np.dtype(np.longdouble).itemsize
 _DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
-# By dtype, not by its name: NumPy makes that anew each time it is asked, in 3 us.
+# Keyed by dtype, not by name: NumPy makes the name at each access, in 3 us.
 _NATIVE = {dtype: name for name, dtype in _DTYPES.items()}
 LITTLE = _NATIVE if sys.byteorder == "little" else {}
 """Element types whose bytes in memory are those of a leaf; none on other machines."""
@@ -54,10 +54,10 @@ LITTLE = _NATIVE if sys.byteorder == "little" else {}
 def array_dtype_name(dtype: np.dtype[Any]) -> str:
     """Return the leaf dtype of a NumPy dtype; byte order does not matter.
 
-    Not collective. Thread-safe. Within records it does: they are saved as they are.
+    Not collective. Thread-safe. Within records it does: they are saved unchanged.
 
     Raises:
-        StageError: On the calling rank, for objects, which are no bytes.
+        StageError: On the calling rank, for objects, which are not bytes.
     """
     if dtype in _NATIVE:
         return _NATIVE[dtype]
@@ -68,7 +68,7 @@ def array_dtype_name(dtype: np.dtype[Any]) -> str:
     if dtype.names and not dtype.hasobject:
         name = dtypes.encode_record(_record_of(dtype))
     else:
-        # Not newbyteorder(): NumPy's newer dtypes have none, and raise.
+        # Not newbyteorder(): NumPy's newer dtypes have no byte order, and raise.
         name = f"numpy:{dtype.str.replace('>', '<')}"
     is_foreign = dtype.kind == "V" and dtype.type not in (np.void, np.record)
     if dtype.hasobject or is_foreign or not dtypes.is_known(name):
@@ -103,9 +103,9 @@ def array_dtype(name: str) -> np.dtype[Any]:
 
 
 def unnamed_part(dtype: np.dtype[Any]) -> str | None:
-    """Return what a dtype has beside its name, so that one made anew would lack it.
+    """Return the part of a dtype that its name lacks, so that a new one would lack it too.
 
-    Not collective. Thread-safe. NumPy takes two that differ in it for equal.
+    Not collective. Thread-safe. NumPy treats two dtypes that differ in it as equal.
     """
     if dtype.metadata:
         return f"metadata, {dict(dtype.metadata)}"
@@ -125,8 +125,8 @@ def unnamed_part(dtype: np.dtype[Any]) -> str | None:
 def holes_of(dtype: np.dtype[Any]) -> NDArray[np.bool_] | None:
     """Return which bytes of an element belong to no value; None if all do.
 
-    Not collective. Thread-safe. What stands in them is whatever stood there before: the
-    same value would have other bytes on another rank.
+    Not collective. Thread-safe. These bytes hold whatever the memory held before: the same
+    value would have different bytes on another rank.
     """
     holes = np.ones(dtype.itemsize, np.bool_)
     if dtype.fields is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy arrays as leaves, and the state made of them."""
+"""Turns NumPy arrays into leaves, and defines the state of named arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 _C_ORDER = Layout()
-# What is more than its numbers would lose that, or get another's: a unit, a mask.
+# Other subclasses hold more than numbers (a unit, a mask), and a restore would lose or mix
+# that.
 _TAKEN = (np.ndarray, np.memmap, np.matrix, np.recarray, np.ma.MaskedArray)
 
 
@@ -38,8 +39,8 @@ def empty_array(spec: LeafSpec, layout: Layout = _C_ORDER) -> NDArray[Any]:
     Not collective. Thread-safe.
 
     Args:
-        spec: Of the leaf.
-        layout: How it lies in memory.
+        spec: Spec of the leaf.
+        layout: Its layout in memory.
 
     Raises:
         StateMismatchError: On the calling rank, if NumPy has no such dtype or shape, or
@@ -71,7 +72,7 @@ class ArrayBuffer:
         return None if direct is None or direct.readonly else direct
 
     def read(self) -> memoryview:
-        """Return the live bytes if possible, else those of a copy."""
+        """Return the live bytes if possible, else a copy's."""
         direct = self._direct()
         if direct is not None:
             return direct.toreadonly()
@@ -80,7 +81,7 @@ class ArrayBuffer:
         return data.toreadonly()
 
     def copy_to(self, target: memoryview) -> None:
-        """Copy the bytes in one go, whatever the layout."""
+        """Copy the bytes at once, for any layout."""
         if self._array.size:
             new = np.frombuffer(target, self._little()).reshape(self._array.shape)
             np.copyto(new, self._array)
@@ -89,24 +90,24 @@ class ArrayBuffer:
                 np.frombuffer(target, np.uint8).reshape(-1, len(holes))[:, holes] = 0
 
     def write(self, data: memoryview) -> None:
-        """Write bytes into the array, whatever its layout."""
+        """Write bytes into the array, for any layout."""
         new = np.frombuffer(data, self._little()).reshape(self._array.shape)
         np.copyto(self._array, new)
 
     def stamp(self) -> int:
-        """Return nothing of interest: an array notices no change."""
+        """Return a constant: an array notices no change."""
         return 0
 
     def place(self) -> Place:
-        """Return where the array lies."""
+        """Return the array's place in memory."""
         array = self._array
         return Place(array.ctypes.data, array.itemsize, array.shape, array.strides)
 
     def span(self) -> tuple[int, int]:
-        """Return its first byte and one past the last."""
+        """Return the address of its first byte, and one past the last."""
         array = self._array
         if array.flags.c_contiguous and array.dtype in LITTLE and array.size:
-            # Asking NumPy for the address takes three times as long.
+            # NumPy's own way to the address takes three times as long.
             start = ctypes.addressof(ctypes.c_char.from_buffer(array.data))
             return start, start + array.nbytes
         return self.place().span
@@ -116,7 +117,7 @@ class ArrayBuffer:
         if not array.flags.c_contiguous:
             return None
         if array.dtype in LITTLE and array.size:
-            # A third of the time of the general way, below.
+            # This takes a third of the time of the general way below.
             return array.data.cast("B")
         if array.dtype != self._little() or holes_of(array.dtype) is not None:
             return None
@@ -124,7 +125,8 @@ class ArrayBuffer:
 
     def _little(self) -> np.dtype[Any]:
         dtype: np.dtype[Any] = self._array.dtype
-        # Records are saved as they are, and what is not NumPy's own has one order only.
+        # Records are saved unchanged, and types that are not NumPy's own have only one
+        # order.
         if dtype in LITTLE or dtype.names or (dtype.isnative and LITTLE):
             return dtype
         little: np.dtype[Any] = dtype.newbyteorder("<")
@@ -137,9 +139,9 @@ def array_leaf(name: str, array: NDArray[Any], known: LeafSpec | None = None) ->
     Not collective. Thread-safe.
 
     Args:
-        name: Of the leaf.
+        name: Name of the leaf.
         array: The array.
-        known: The spec that a leaf of that name had; it is kept if it still holds.
+        known: The previous spec of a leaf of that name, which is reused if still correct.
 
     Raises:
         StageError: On the calling rank, if the array is more than plain bytes.
@@ -160,13 +162,13 @@ class ArrayState(LeafState):
 
     Args:
         name: As for `mpi_ckpt.State`.
-        arrays: Any names, dtypes (but objects) and layouts. The same names, dtypes and
-            shapes on every rank, and in every run. A function that returns them is asked
-            at each save and restore: for a program that swaps two buffers, whose names
-            mean now one array and now the other.
+        arrays: Arrays of any names, dtypes (except objects) and layouts. The same names,
+            dtypes and shapes on every rank, and in every run. A function that returns them
+            is called at each save and restore: for a program that swaps two buffers, so
+            that their names change arrays.
         sync: As for `LeafState`. By default replicas are compared and a difference is an
-            error, since a simulation's arrays may be parts of a field: one rank's would
-            overwrite those of the others.
+            error, since a simulation's arrays may be parts of a field: one rank's part
+            would overwrite the others'.
 
     Attributes:
         arrays: The live arrays. Replace an entry freely between saves.
@@ -192,7 +194,7 @@ class ArrayState(LeafState):
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The live arrays; asked for anew where a function was given."""
+        """The live arrays; a given function is called each time."""
         return self._kept if self._asked is None else dict(self._asked())
 
     def capture(self) -> Capture:
@@ -227,7 +229,7 @@ class ArrayState(LeafState):
         )
 
     def _look(self) -> tuple[list[Leaf], list[str]]:
-        """Return the leaves of the live arrays, and why some could not be restored."""
+        """Return the leaves of the live arrays, and why some of them cannot be restored."""
         known = {spec.name: spec for spec in self._form.specs}
         arrays: dict[str, Any] = self.arrays
         problems: list[str] = []
@@ -237,7 +239,8 @@ class ArrayState(LeafState):
             if type(value) is not np.ndarray:
                 problem = _no_array(key, value)
                 if problem is None and not isinstance(value, np.ndarray):
-                    # Arithmetic on 0-d arrays gives scalars: nothing to restore into.
+                    # Arithmetic on 0-d arrays gives scalars, which cannot be restored in
+                    # place.
                     array = self._kept[key] = np.array(value)
                     problem = f"{key} is a scalar" if self._asked is not None else None
                 if problem is not None:
@@ -257,7 +260,7 @@ class ArrayState(LeafState):
 
 
 def _no_array(key: str, value: object) -> str | None:
-    """Return what is to be said of an entry that is neither an array nor a number."""
+    """Return the problem of an entry that is neither an array nor a number."""
     if type(value) in _TAKEN or isinstance(value, (np.generic, int, float, complex)):
         return None
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
@@ -285,4 +288,4 @@ def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
 
 
 def _nothing_left() -> None:
-    """Adopt arrays: every byte is in its place already."""
+    """Adopt arrays: every byte is already in place."""

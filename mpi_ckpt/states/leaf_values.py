@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live value behind a leaf of a nested value: what it is, and one made anew like it.
+"""Describes the live value of a leaf, and makes a new value from that description.
 
-Whatever the bytes do not say stands in the leaf's node, a JSON object: the kind of value,
-how its elements lie in memory, whether it is a parameter. A value is refused, by name,
-where the node could not tell another all of it.
+The leaf's node, a JSON object, holds what the bytes do not: the kind of value, its memory
+layout, whether it is a parameter. A value is refused, by name, if a node cannot describe
+all of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KIND = "~"
 
 
 def is_leaf_value(value: object) -> bool:
-    """Return whether a value is an array, a scalar of NumPy or a tensor. Not collective."""
+    """Return whether a value is an array, a NumPy scalar or a tensor. Not collective."""
     kind = type(value)
     return kind is np.ndarray or isinstance(value, _NUMPY) or _is_tensor(value)
 
@@ -40,19 +40,19 @@ def is_leaf_value(value: object) -> bool:
 def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401
     """Return the node of a value, and the leaf of its bytes.
 
-    Not collective. Nothing is copied but scalars.
+    Not collective. Only scalars are copied.
 
     Args:
-        name: Of the leaf.
-        value: One for which `is_leaf_value` holds.
+        name: Name of the leaf.
+        value: A value for which `is_leaf_value` holds.
 
     Raises:
-        StageError: On the calling rank, if it could not be made again as it is.
+        StageError: On the calling rank, if a restore could not make it again unchanged.
     """
     if type(value) is np.ndarray and value.flags.carray:
         dtype = value.dtype
         if dtype in LITTLE and dtype.metadata is None:
-            # As nearly all are: nothing but its bytes has to be told of it.
+            # Almost all values are such arrays, which need no further description.
             return {KIND: "array"}, array_leaf(name, value)
     if _is_tensor(value):
         return _describe_tensor(name, value)
@@ -71,15 +71,15 @@ def make_value(
     node: dict[str, Any],
     device: Any = None,  # noqa: ANN401 (a torch device)
 ) -> tuple[Any, Leaf]:
-    """Make an empty tensor or array as a node describes it, and the leaf of it.
+    """Make an empty tensor or array from its node, and the leaf of it.
 
     Not collective.
 
     Args:
         spec: Of the leaf.
-        node: Of the leaf; empty where the structure does not mention it.
-        device: Where a tensor belongs; None for the kind of device it was saved from,
-            where there is one, else the host.
+        node: Node of the leaf; empty if the structure does not mention it.
+        device: Device for a tensor; None for the kind of device it was saved from, if this
+            rank has one, else the host.
 
     Raises:
         StateMismatchError: On the calling rank, if it cannot be made here.
@@ -94,7 +94,7 @@ def make_value(
     if kind == "tensor":
         return _make_tensor(spec, node, layout, device)
     array = empty_array(spec, layout)
-    # Filled through the array itself: what a subclass makes of bytes is its own affair.
+    # Fill the base array: a subclass may interpret bytes in its own way.
     leaf = array_leaf(spec.name, array)
     if node.get("class") == "recarray":
         return array.view(np.recarray), leaf
@@ -106,13 +106,13 @@ def make_value(
 
 
 def takes_bytes(value: Any, memory: Container[int] = ()) -> bool:  # noqa: ANN401
-    """Return whether saved bytes can be put into a live value in place.
+    """Return whether saved bytes can be written into a live value in place.
 
     Not collective.
 
     Args:
         value: An array or a tensor.
-        memory: Addresses that may only be read.
+        memory: Read-only addresses.
     """
     if type(value) is np.ndarray and value.flags.carray:
         return True
@@ -204,7 +204,7 @@ def _repeats(tensor: Any) -> bool:  # noqa: ANN401
 
 @cache
 def _tensors() -> ModuleType:
-    # Once: an import statement takes a microsecond, of each of thousands of leaves.
+    # Import once: an import statement takes a microsecond for each of thousands of leaves.
     from mpi_ckpt.states import tensors
 
     return tensors
@@ -215,6 +215,6 @@ def _class_of(value: object) -> str:
 
 
 def _is_tensor(value: object) -> bool:
-    # A tensor can only be here if somebody has imported torch.
+    # A tensor can only be here if torch was imported.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)

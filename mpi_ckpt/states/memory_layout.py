@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the elements of an array or tensor lie in memory, and whether they may be written.
+"""Describes how elements lie in memory, and finds memory that is read-only.
 
-NumPy marks an array over a file that was mapped to be read; a tensor made of one has no
-such mark, and writing there kills the process. The kernel knows (proc(5), /proc/pid/maps).
+NumPy marks an array over a file that is mapped read-only; a tensor made from such an array
+has no mark, and writing to it kills the process. The kernel knows (proc(5),
+/proc/pid/maps).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a value made anew needs, to lie in memory as the one that was saved.
+    """The memory layout that a new value needs to match the saved one.
 
     Attributes:
-        order: The dimensions, that of the longest strides first; empty where that is the
+        order: The dimensions, the one of the longest strides first; empty if that is the
             order of the shape (C order).
-        swapped: Whether the bytes of an element stand in the other order than this
+        swapped: Whether the bytes of an element are in the opposite order of this
             machine's.
     """
 
@@ -39,7 +40,7 @@ class Layout:
         """Read a layout from the node of a leaf; see `to_json`. Not collective.
 
         Raises:
-            ValueError: On the calling rank, if it is none of so many dimensions.
+            ValueError: On the calling rank, if it is no layout of so many dimensions.
         """
         order = tuple(node.get("order", ()))
         if order and sorted(order) != list(range(dims)):
@@ -47,7 +48,7 @@ class Layout:
         return cls(order, bool(node.get("swapped", False)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return what of it is not as usual, as JSON values. Not collective."""
+        """Return its parts that are not the default, as JSON values. Not collective."""
         node: dict[str, Any] = {}
         if self.order:
             node["order"] = list(self.order)
@@ -59,11 +60,11 @@ class Layout:
 def layout_of(strides: Sequence[int], *, swapped: bool = False) -> Layout:
     """Return the layout of a value that is not in C order.
 
-    Not collective. Thread-safe. Gaps and repeated elements are no part of it: what is
-    made anew has none.
+    Not collective. Thread-safe. Gaps and repeated elements are not part of it: a new value
+    has none.
 
     Args:
-        strides: One for each dimension, in any unit.
+        strides: Stride of each dimension, in any unit.
         swapped: See `Layout`.
     """
     order = tuple(sorted(range(len(strides)), key=lambda dim: -abs(strides[dim])))
@@ -76,8 +77,8 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int)
     Not collective. Thread-safe.
 
     Args:
-        shape: In elements.
-        strides: In bytes.
+        shape: Shape in elements.
+        strides: Strides in bytes.
         itemsize: Bytes of an element.
     """
     if 0 in shape:
@@ -92,7 +93,8 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int)
         return False
     if dims[0][0] == 0:
         return True
-    # Interleaved, so it takes a look at every byte: an image of the memory is written to.
+    # The elements interleave, so every byte is checked by writing to an image of the
+    # memory.
     span = sum(step * (n - 1) for step, n in dims) + itemsize
     image = np.zeros(span, np.uint8)
     steps, counts = zip(*dims, strict=True)
@@ -102,9 +104,9 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int)
 
 
 class ReadonlyMemory:
-    """The memory of this process that may only be read, as it is when first asked for.
+    """The read-only memory of this process, read when first needed.
 
-    Not collective. Nothing, where the kernel does not tell. It is a millisecond's work.
+    Not collective. Empty if the kernel does not tell. Reading it takes a millisecond.
     """
 
     @cached_property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparing what was saved with what the program has: all differences at once."""
+"""Compares saved leaves with the program's, and reports all differences at once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def compare_specs(
 
     Args:
         state: Name of the state.
-        saved: Leaves that were saved.
-        live: Leaves of the program.
-        common: Whether a leaf that only one side has is no difference.
+        saved: The saved leaves.
+        live: The program's leaves.
+        common: Whether to ignore leaves that only one side has.
 
     Raises:
-        StateMismatchError: On the calling rank, listing every difference.
+        StateMismatchError: On the calling rank, with every difference.
     """
     by_name = {spec.name: spec for spec in live}
     names = {spec.name for spec in saved}

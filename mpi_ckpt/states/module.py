@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A torch module as a state: parameters and buffers, in place, tied ones once."""
+"""Saves a torch module: parameters and buffers, in place, tied ones once."""
 
 from __future__ import annotations
 
@@ -35,22 +35,21 @@ class ModuleState(LeafState):
     """The parameters, persistent buffers and extra state of a module.
 
     Restored in place, so optimizers, data-parallel wrappers and CUDA graphs keep their
-    references. Tied parameters are saved once and stay tied. Names are those of the
-    modules inside of DistributedDataParallel, DataParallel and torch.compile, wherever
-    these stand: what is saved with such a wrapper fits a program without it, and the
-    other way round.
+    references. Tied parameters are saved once and stay tied. Names are those of the modules
+    inside DistributedDataParallel, DataParallel and torch.compile, at any depth: a state
+    saved with such a wrapper fits a program without it, and vice versa.
 
-    A module that does something of its own when it is loaded, by a hook or an override,
-    is loaded so, as ``load_state_dict`` would: it may make, resize and derive tensors.
+    If a module changes how it is loaded, by a hook or an override, it is loaded that way,
+    as by ``load_state_dict``: it may make, resize and derive tensors.
 
     Args:
         name: As for `mpi_ckpt.State`.
-        module: Any module, on any device, with frozen and unused parameters or none.
+        module: Any module, on any device, with or without frozen and unused parameters.
         sync: As for `LeafState`.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name or mode is illegal, or
-            it is no module, or one that is sharded (FullyShardedDataParallel).
+            it is no module, or a sharded one (FullyShardedDataParallel).
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class ModuleState(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        # Told at the first save; what is put in its place later is looked at when restored.
+        # Checked at the first save; tensors replaced later are checked at the restore.
         memory = None if self._is_looked_at else ReadonlyMemory()
         contents = ModuleContents(self._module, memory)
         contents.require_savable()
@@ -117,10 +116,10 @@ class ModuleState(LeafState):
         *,
         strict: bool,
     ) -> set[str]:
-        """Return what does not fit as it is, and what the module will take all the same.
+        """Return the misfits, and the leaves that the module accepts in spite of it.
 
-        It is tried on a copy of the part that loads itself, as nothing may have been
-        overwritten when the module refuses.
+        The check uses a copy of the part that loads itself, since nothing may be
+        overwritten if the module refuses.
         """
         parts: dict[str, torch.nn.Module] = {}
         homes: dict[str, str] = {}
@@ -142,7 +141,7 @@ class ModuleState(LeafState):
         return accepted
 
     def _forms(self, saved: _Saved, live: ModuleContents) -> dict[str, Any]:
-        """Return for each saved tensor something of its form."""
+        """Return for each saved tensor a value of its form."""
         forms: dict[str, Any] = {}
         for spec in saved.tensors:
             leaf = live.leaves.get(spec.name)
@@ -157,7 +156,7 @@ class ModuleState(LeafState):
     def _adopt(
         self, saved: _Saved, live: ModuleContents, made: dict[str, Any], *, strict: bool
     ) -> None:
-        # Tied when it was saved, apart in this program: each gets the value.
+        # Tied when saved, separate in this program: each gets the value.
         for name, source in saved.ties.items():
             if name in live.leaves and source in live.leaves:
                 live.leaves[name].buffer.write(live.leaves[source].buffer.read())
@@ -182,8 +181,8 @@ class ModuleState(LeafState):
         made: Mapping[str, Any],
         extra: Mapping[str, Any],
     ) -> None:
-        # A second look at the module would compute the old values anew, so it is given
-        # those that were filled, and all others, as its hooks may want several at once.
+        # Reading the module again would compute the old values, so load it with the filled
+        # values, and with all others, since its hooks may need several at once.
         values = {name: v for name, v in live.values.items() if name not in live.lazy}
         values |= made
         values |= {
@@ -204,15 +203,15 @@ class ModuleState(LeafState):
 
 
 class _Saved:
-    """What was saved of a module, as it is read.
+    """The saved contents of a module.
 
     Attributes:
         structure: Its JSON values.
-        ties: As `ModuleContents` has them.
-        extra: Node of each leaf of the entries that are no tensors.
+        ties: As in `ModuleContents`.
+        extra: Node of each leaf of the entries that are not tensors.
         entries: Names of those entries.
         tensors: Specs of all other leaves.
-        versions: Path of a module -> its version, where it is not the first.
+        versions: Path of a module -> its version, if that is not the first.
     """
 
     def __init__(self, state: str, structure: Structure, specs: Sequence[LeafSpec]) -> None:
@@ -234,7 +233,7 @@ class _Saved:
 
 
 def _versions(saved: _Saved, live: ModuleContents) -> dict[str, dict[str, Any]]:
-    """Return under which version each module was saved, as torch hands it on."""
+    """Return the version under which each module was saved, in torch's form."""
     versions = {
         path: {**of_module, "version": saved.versions.get(path, 1)}
         for path, of_module in live.versions.items()
@@ -248,7 +247,7 @@ def _versions(saved: _Saved, live: ModuleContents) -> dict[str, dict[str, Any]]:
 
 
 def _unfit(saved: _Saved, live: ModuleContents) -> dict[str, str]:
-    """Return how leaves that both sides have do not fit: names, and what is to be said."""
+    """Return the common leaves that do not fit: names, and the problem of each."""
     specs = {spec.name: spec for spec in saved.tensors}
     there = {name: leaf.spec for name, leaf in live.leaves.items()}
     problems = {
@@ -282,7 +281,7 @@ def _unfit(saved: _Saved, live: ModuleContents) -> dict[str, str]:
 
 
 def _absent(saved: _Saved, live: ModuleContents) -> dict[str, str]:
-    """Return what only one side has: names, and what is to be said of each."""
+    """Return the leaves that only one side has: names, and the problem of each."""
     specs = {spec.name: spec for spec in saved.tensors}
     known = {*live.leaves, *live.ties, *live.lazy}
     absent: dict[str, str] = {

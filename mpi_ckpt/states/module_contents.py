@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A live module, looked at: its entries, and how each can be brought back."""
+"""Inspects a live module: its entries, and how each can be restored."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ EXTRA = "_extra_state"
 
 
 class ModuleContents:
-    """A module's state dict, sorted by what can be done with its entries.
+    """A module's state dict, sorted by how its entries are restored.
 
     Not collective. Names are without those of wrappers.
 
     Args:
         module: Any module.
-        memory: What may only be read; None to take that as known.
+        memory: The read-only memory; None to skip that check.
 
     Attributes:
         leaves: The tensors, tied ones once.
-        ties: Name of a tied tensor -> the name it is in ``leaves`` under.
+        ties: Name of a tied tensor -> its name in ``leaves``.
         parameters: Names of leaves that are parameters.
-        values: The tensors by name, tied ones each.
-        computed: Names of leaves that are made by a hook of the module when asked, so
-            that writing into them is not enough.
-        lazy: Names of those that have no shape yet.
-        fixed: Name of a leaf that bytes cannot be put into -> why.
-        extra: All entries that are no tensors, taken apart together.
+        values: The tensors by name, with every name of tied ones.
+        computed: Names of leaves that a hook of the module makes on request, so that
+            writing into them is not enough.
+        lazy: Names of leaves that have no shape yet.
+        fixed: Name of a leaf that bytes cannot be written into -> why.
+        extra: All entries that are not tensors, flattened together.
         extra_names: Their names.
         outer: Name -> the name with those of wrappers.
-        versions: By which the modules tell their own older formats.
+        versions: Versions by which the modules recognize their own older formats.
     """
 
     def __init__(
         self, module: torch.nn.Module, memory: ReadonlyMemory | None = None
     ) -> None:
-        # Once: an import statement takes a microsecond, of each of thousands of leaves.
+        # Import once: an import statement takes a microsecond for each of thousands of
+        # leaves.
         from torch.nn.parameter import is_lazy
 
         from mpi_ckpt.states.tensors import tensor_leaf
@@ -90,7 +91,7 @@ class ModuleContents:
             self._add(name, value)
         except StageError:
             raise
-        except Exception as error:  # what others have made of a tensor
+        except Exception as error:  # an error of another package's tensor
             raise StageError(
                 f"{name}, a {type(value).__qualname__}, cannot be saved: {error!r}"
             ) from error
@@ -100,7 +101,8 @@ class ModuleContents:
         if self._is_lazy(value):
             self.lazy.append(name)
             return
-        # First, as it refuses what has no identity either: a nested tensor has no shape.
+        # First, since it also refuses tensors without an identity: a nested tensor has no
+        # shape.
         leaf = self._tensor_leaf(name, value)
         identity = _identity(value)
         source = self._first.setdefault(identity, name)
@@ -118,10 +120,10 @@ class ModuleContents:
             self.computed.append(name)
 
     def require_savable(self) -> None:
-        """Refuse what could be saved, but not brought back. Not collective.
+        """Refuse leaves that could be saved but not restored. Not collective.
 
         Raises:
-            StageError: On the calling rank, naming every such leaf.
+            StageError: On the calling rank, with every such leaf.
         """
         problems = [
             f"{name} {why}: bytes cannot be put back into it; register a clone() of it"
@@ -137,15 +139,15 @@ class ModuleContents:
 
 
 def loads_itself(module: torch.nn.Module) -> bool:
-    """Return whether a module does something of its own when it is loaded.
+    """Return whether a module changes how it is loaded.
 
-    Not collective. By a hook or an override, itself and not its parts.
+    Not collective. By a hook or an override of the module itself, not of its parts.
     """
     import torch
 
     kind, base = type(module), torch.nn.Module
     own: Any = kind._load_from_state_dict  # noqa: SLF001 (what torch has modules override)
-    # Normalization overrides it only to read what older versions of it have saved.
+    # Normalization overrides it only to read the state of its older versions.
     norm: Any = torch.nn.modules.batchnorm._NormBase  # noqa: SLF001
     plain = (base._load_from_state_dict, norm._load_from_state_dict)  # noqa: SLF001
     return bool(
@@ -159,14 +161,14 @@ def loads_itself(module: torch.nn.Module) -> bool:
 def try_loading(
     module: torch.nn.Module, values: Mapping[str, Any], *, strict: bool
 ) -> str | None:
-    """Load values into a copy of a module; return what it has against them, if anything.
+    """Load values into a copy of a module; return its error, if any.
 
     Not collective. The module itself is not changed.
 
     Args:
-        module: One that loads itself.
-        values: By the names within it: what will come, or something of that form.
-        strict: Whether it must take all of them, and miss none.
+        module: A module that loads itself.
+        values: The arriving values, or values of the same form, by name within the module.
+        strict: Whether it must accept all values, and miss none.
     """
     import torch
 
@@ -180,13 +182,13 @@ def try_loading(
 
 
 def owners(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Give the modules that an entry is in, by path, the innermost last.
+    """Yield the modules that contain an entry, by path, the innermost last.
 
     Not collective.
 
     Args:
-        module: The outermost.
-        name: Of the entry, with the names of wrappers; what no module has is passed over.
+        module: The outermost module.
+        name: Name of the entry, with the names of wrappers; unknown parts are skipped.
     """
     path, one = "", module
     yield path, one
@@ -199,7 +201,7 @@ def owners(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.M
 
 
 def _state_dict(module: Any) -> Mapping[str, Any]:  # noqa: ANN401
-    # Older modules have a state_dict() of their own that takes nothing.
+    # Older modules have their own state_dict() without arguments.
     takes = inspect.signature(module.state_dict).parameters.values()
     if any(one.name == "keep_vars" or one.kind is one.VAR_KEYWORD for one in takes):
         found: Mapping[str, Any] = module.state_dict(keep_vars=True)
@@ -211,11 +213,12 @@ def _state_dict(module: Any) -> Mapping[str, Any]:  # noqa: ANN401
 def _identities(
     module: torch.nn.Module, entries: Mapping[str, Any]
 ) -> tuple[set[Any], set[Any]]:
-    """Return what tells that an entry is a parameter, and that it is any live tensor."""
+    """Return the identities of parameters, and those of all live tensors."""
     parameters: set[Any] = set(map(id, module.parameters()))
     live = parameters | set(map(id, module.buffers()))
     if live and not any(id(value) in live for value in entries.values()):
-        # Others over the same memory, as of a state_dict() that detaches: found by that.
+        # Tensors over the same memory, as from a detaching state_dict(), are found by their
+        # memory.
         parameters = set(map(_identity, module.parameters()))
         live = parameters | set(map(_identity, module.buffers()))
     return parameters, live
@@ -228,7 +231,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what is equal for two tensors over the very same memory."""
+    """Return a key that is equal for two tensors over the same memory."""
     torch = sys.modules["torch"]
     is_lazy = torch.nn.parameter.is_lazy
     if is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:

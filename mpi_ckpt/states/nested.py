@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States whose contents are one nested value: objects, schedulers, optimizers."""
+"""Defines states whose contents are one nested value: objects and schedulers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 
 
 class NestedState(LeafState):
-    """A leaf state that gives and takes a nested value.
+    """A leaf state whose contents are a nested value.
 
-    Tensors that the program has already, under the same name and of the same dtype and
-    shape, are restored in place; others are made.
+    Tensors that the program already has, with the same name, dtype and shape, are restored
+    in place; others are made.
     """
 
     def nested(self) -> Any:  # noqa: ANN401 (any nested value)
@@ -41,14 +41,14 @@ class NestedState(LeafState):
         raise NotImplementedError
 
     def accept(self, value: Any) -> None:  # noqa: ANN401 (any nested value)
-        """Take over contents that have arrived. Not collective."""
+        """Take over the arrived contents. Not collective."""
         raise NotImplementedError
 
     def check(self, structure: Structure, specs: Sequence[LeafSpec]) -> None:
-        """Raise StateMismatchError if such contents do not fit. Not collective."""
+        """Raise StateMismatchError if contents of this form do not fit. Not collective."""
 
     def device_of(self, leaf: str) -> Any:  # noqa: ANN401, ARG002 (a torch device)
-        """Return the device of a new tensor for a leaf; None for the kind it was saved on.
+        """Return the device of a new tensor for a leaf; None for the saved kind.
 
         Not collective.
         """
@@ -66,9 +66,9 @@ class NestedState(LeafState):
         *,
         strict: bool,  # noqa: ARG002
     ) -> Arrival:
-        """See `LeafState`; what was saved is taken whole. Not collective."""
+        """See `LeafState`; saved contents are taken over as a whole. Not collective."""
         self.check(structure, specs)
-        # A structure of no known form must not be found out when leaves have arrived.
+        # Refuse a structure of unknown form now, not after leaves have arrived.
         check_structure(structure, specs)
         live, memory = flatten(self.nested()), ReadonlyMemory()
         nodes = leaf_nodes(structure)
@@ -100,7 +100,7 @@ class NestedState(LeafState):
 
 
 def _is_alike(live: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Return whether a live value is of the kind that was saved, on whatever device."""
+    """Return whether a live value is of the saved kind, on any device."""
     if live == saved:
         return True
     return {**live, "device": None} == {**saved, "device": None}
@@ -110,16 +110,16 @@ _PICKLED = "pickled"
 
 
 class ObjectState(NestedState):
-    """A Python value, saved as JSON with tensors and arrays beside it.
+    """A Python value, saved as JSON, with its tensors and arrays as leaves.
 
     Args:
         name: As for `mpi_ckpt.State`.
         value: None, numbers, text, bytes, tensors, arrays, and lists, tuples, sets and
             dicts of them.
         pickle: Save any picklable value instead, and allow unpickling **for this state**:
-            whoever can write to the checkpoint directory can then run code in your job.
-        sync: As for `LeafState`; by default replicas that differ are refused, as one
-            rank's value would be lost with no error.
+            anyone who can write to the checkpoint directory can then run code in your job.
+        sync: As for `LeafState`; by default a save refuses replicas that differ, since it
+            would lose a rank's value without an error.
 
     Attributes:
         value: The live value. Assign to it freely between saves.
@@ -181,7 +181,7 @@ def _is_pickled(structure: Structure) -> bool:
 
 
 class Stateful(Protocol):
-    """What a `SchedulerState` can hold: also gradient scalers and data loaders.
+    """Any object that a `SchedulerState` can hold, also a gradient scaler or data loader.
 
     Not collective: neither method may communicate.
     """
@@ -190,7 +190,7 @@ class Stateful(Protocol):
         """Return the state as nested plain values and tensors."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:  # noqa: ANN401
-        """Take over what `state_dict` returned."""
+        """Take over a result of `state_dict`."""
 
 
 class SchedulerState(NestedState):
@@ -198,8 +198,8 @@ class SchedulerState(NestedState):
 
     Args:
         name: As for `mpi_ckpt.State`.
-        scheduler: Its ``state_dict()`` holds plain values, tensors and arrays only. Of
-            the same class as when it was saved.
+        scheduler: Its ``state_dict()`` holds plain values, tensors and arrays only. Its
+            class is the same as when it was saved.
         sync: As for `LeafState`.
 
     Raises:
@@ -258,9 +258,9 @@ def is_stateful(value: object) -> bool:
 
 
 def is_off(value: object) -> bool:
-    """Return whether it is something switched off, as a scaler of gradients can be.
+    """Return whether an object is switched off, as a gradient scaler can be.
 
-    Not collective. Such a one has nothing to save, and takes nothing.
+    Not collective. Such an object has nothing to save or restore.
     """
     asked = getattr(value, "is_enabled", None)
     return callable(asked) and not asked()

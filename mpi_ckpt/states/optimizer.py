@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A torch optimizer as a state, without ever taking a step."""
+"""Saves and restores a torch optimizer, without ever taking a step."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class OptimizerState(NestedState):
     """Hyperparameters and per-parameter state of an optimizer.
 
     Works for any optimizer with ``state_dict()``: empty state, LBFGS, bfloat16 moments,
-    0-dim steps, entries that are no tensors. State the optimizer has is restored in
-    place; state it lacks is made from what was saved: ``step()`` is never called, so no
+    0-dim steps, entries that are not tensors. State that the optimizer has is restored in
+    place; state that it lacks is made from the saved one: ``step()`` is never called, so no
     parameter and no gradient changes.
 
-    A parameter gets what was saved of the one of its name. Names are those of ``module``,
-    else those that the optimizer was given (``Adam(model.named_parameters())``, torch 2.6
-    and newer). Without names, parameters are told by their order alone: two of one shape
-    that stand the other way round in the next run get each other's state, and nobody can
-    see it. `TrainState` knows the names.
+    A parameter gets the saved state of the parameter of its name. Names are those of
+    ``module``, else those that the optimizer was given (``Adam(model.named_parameters())``,
+    torch 2.6 and newer). Without names, only their order identifies parameters: two of one
+    shape that change places in the next run get each other's state, without any error.
+    `TrainState` knows the names.
 
     Args:
         name: As for `mpi_ckpt.State`.
-        optimizer: Over the same parameters as when it was saved, group by group; in the
-            same order, if they have no names.
-        module: Whose parameters they are.
+        optimizer: An optimizer over the same parameters as when it was saved, group by
+            group; in the same order, if they have no names.
+        module: The module that owns the parameters.
         sync: As for `LeafState`.
 
     Raises:
@@ -73,7 +73,7 @@ class OptimizerState(NestedState):
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         captured = super().capture()
-        # Not the groups: a rate kept as a tensor is the scheduler's to change.
+        # Not the groups: the scheduler may change a rate that is a tensor.
         leaves = [
             leaf.behind(self.gate) if leaf.spec.name.startswith(_STATE) else leaf
             for leaf in captured.leaves
@@ -111,7 +111,7 @@ class OptimizerState(NestedState):
     def nested(self) -> Any:  # noqa: ANN401
         """See `NestedState`. Not collective."""
         content = dict(self._optimizer.state_dict())
-        # A parameter may have an empty entry or none: the same, until it gets a step.
+        # An empty entry of a parameter means the same as none, until its first step.
         content["state"] = {
             key: one
             for key, one in content["state"].items()
@@ -126,7 +126,7 @@ class OptimizerState(NestedState):
         }
 
     def device_of(self, leaf: str) -> Any:  # noqa: ANN401
-        """See `NestedState`: where torch itself would put it. Not collective."""
+        """See `NestedState`: the device that torch itself would choose. Not collective."""
         parts = leaf.split("/")  # content/state/<index>/<key>...
         if parts[:2] != ["content", "state"] or not parts[2].isdecimal():
             return "cpu"
@@ -144,7 +144,7 @@ class OptimizerState(NestedState):
     def accept(self, value: Any) -> None:  # noqa: ANN401
         """See `NestedState`. Not collective."""
         content = value["content"]
-        # The order of the parameters, and what they are called, is this program's.
+        # Order and names of the parameters are those of this program.
         for live, saved in zip(
             self._optimizer.state_dict()["param_groups"],
             content["param_groups"],
@@ -160,8 +160,8 @@ class OptimizerState(NestedState):
             self._replace(content)
 
     def _replace(self, content: dict[str, Any]) -> None:
-        # What torch's load_state_dict does, without its copies and casts: it would
-        # cast float32 moments of bfloat16 parameters to bfloat16.
+        # This does the same as torch's load_state_dict, without its copies and casts: it
+        # would cast float32 moments of bfloat16 parameters to bfloat16.
         optimizer, params = self._optimizer, self._params()
         optimizer.state.clear()
         for key, entry in content["state"].items():
@@ -172,7 +172,7 @@ class OptimizerState(NestedState):
             members = live["params"]
             live.clear()
             live.update({**saved, "params": members})
-        # Optimizers fill in here what older versions of themselves did not save.
+        # Optimizers add values here that their older versions did not save.
         optimizer.__setstate__(
             {"state": optimizer.state, "param_groups": optimizer.param_groups}
         )
@@ -205,7 +205,7 @@ def _listed(rates: list[float]) -> str:
 
 
 def is_optimizer(value: object) -> bool:
-    """Return whether a value is an optimizer, torch's or one that behaves so.
+    """Return whether a value is an optimizer, torch's or one with its interface.
 
     Not collective.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameter of an optimizer is which: by name, else by order. Pure."""
+"""Matches an optimizer's parameters with saved ones, by name, else by order. Pure."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def describe_params(
     Not collective.
 
     Args:
-        groups: The optimizer's.
-        known: id of a parameter -> its name, where the module is known.
+        groups: The optimizer's parameter groups.
+        known: id of a parameter -> its name, if the module is known.
     """
     shapes: Shapes = [[list(p.shape) for p in group["params"]] for group in groups]
     names: Names = []
@@ -53,7 +53,7 @@ class SavedParams:
 
     Args:
         state: Name of the state, for messages.
-        structure: Its JSON values, as they were read.
+        structure: Its saved JSON values.
 
     Raises:
         StateMismatchError: On the calling rank, if it was not saved from an optimizer.
@@ -81,7 +81,7 @@ class SavedParams:
             raise self._not_one()
 
     def require_class(self, name: str) -> None:
-        """Require the class of the optimizer: another makes something else of its state.
+        """Require the optimizer's class: another class would use the state differently.
 
         Raises:
             StateMismatchError: On the calling rank, if it is another.
@@ -95,13 +95,13 @@ class SavedParams:
             raise_mismatch(self._state, [problem])
 
     def order_for(self, live: tuple[Shapes, Names]) -> list[int]:
-        """Return for each saved parameter the place that it has in the program.
+        """Return for each saved parameter its place in the program.
 
         Args:
-            live: Shapes and names of the program's.
+            live: Shapes and names of the program's parameters.
 
         Raises:
-            StateMismatchError: On the calling rank, listing all that does not fit.
+            StateMismatchError: On the calling rank, with all mismatches.
         """
         shapes, names = live
         problems: list[str] = []
@@ -128,11 +128,11 @@ class SavedParams:
     def reordered(
         self, order: Sequence[int], specs: Sequence[LeafSpec]
     ) -> tuple[Structure, list[LeafSpec]]:
-        """Return structure and leaves as if they were saved in the program's order.
+        """Return structure and leaves as if saved in the program's order.
 
         Args:
             order: From `order_for`.
-            specs: Of the leaves.
+            specs: Specs of the leaves.
         """
         if list(order) == list(range(len(order))):
             return self._structure, list(specs)
@@ -151,7 +151,7 @@ class SavedParams:
     def _places(
         self, group: int, live: Sequence[str | None], count: int, problems: list[str]
     ) -> list[int]:
-        """Return the places of a group's parameters within it, by name if all have one."""
+        """Return the places of parameters in their group, by name if all have one."""
         saved = self._names[group]
         named = [*saved, *live]
         if None in named or len({*saved}) < len(saved) or len({*live}) < len(live):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A nested value as bytes, and back: what a rank sends of its own."""
+"""Encodes a nested value as bytes, and decodes it: a rank's part of a state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
     """Return the bytes of a nested value. Not collective.
 
     Raises:
-        StageError: On the calling rank, for a value that would not come back as it is.
+        StageError: On the calling rank, for a value that a restore would change.
     """
     flattened = flatten(value)
     stream = io.BytesIO()
@@ -30,7 +30,7 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
 
 
 def unpack(data: bytes) -> Any:  # noqa: ANN401 (any nested value)
-    """Make the value that `pack` was given. Not collective.
+    """Make the value from the bytes of `pack`. Not collective.
 
     Raises:
         StateMismatchError: On the calling rank, if it cannot be made here.
@@ -52,13 +52,13 @@ def make_values(
 
     Args:
         structure: What `flatten` made.
-        specs: Of its leaves.
+        specs: Specs of its leaves.
 
     Returns:
-        Each by the name of its leaf, and the leaves in order.
+        The values by name of leaf, and the leaves in order.
 
     Raises:
-        StateMismatchError: On the calling rank, if one cannot be made here.
+        StateMismatchError: On the calling rank, if a value cannot be made here.
     """
     nodes = leaf_nodes(structure)
     values: dict[str, Any] = {}

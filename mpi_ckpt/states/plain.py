@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain values that JSON has in another form, or not at all. Pure.
+"""Encodes plain values that JSON changes or lacks. Pure.
 
-Long lists of numbers go as one array: as JSON each number would take an entry.
+A long list of numbers becomes one array: in JSON each number would be an entry.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FACTORIES: dict[str, type] = {
 
 
 def checked(value: Any, path: str) -> Any:  # noqa: ANN401
-    """Return None, a bool, an int or text, if JSON in UTF-8 can hold it.
+    """Return a value (None, bool, int or text) if JSON in UTF-8 can hold it.
 
     Not collective. Thread-safe.
 
     Raises:
-        StageError: On the calling rank, if it cannot, naming the place.
+        StageError: On the calling rank, if it cannot, with the place.
     """
     if type(value) is int and value.bit_length() > _INTEGER_BITS_MAX:
         raise StageError(
@@ -52,18 +52,18 @@ def checked(value: Any, path: str) -> Any:  # noqa: ANN401
 
 
 def float_node(value: float) -> dict[str, str]:
-    """Return the node of a float, as JSON has not all. Not collective. Thread-safe."""
+    """Return the node of a float that JSON lacks. Not collective. Thread-safe."""
     node = {KIND: "float", "text": repr(value)}
-    if math.isnan(value):  # there are many, and which one it is may mean something
+    if math.isnan(value):  # there are many, and their bits may have a meaning
         node["bits"] = struct.pack(">d", value).hex()
     return node
 
 
 def float_of(node: dict[str, Any]) -> float:
-    """Return what `float_node` made a node of. Not collective. Thread-safe.
+    """Return the float of a node that `float_node` made. Not collective. Thread-safe.
 
     Raises:
-        ValueError: On the calling rank, if it made none of this form.
+        ValueError: On the calling rank, if the form is another one.
     """
     bits = node.get("bits")
     if bits is None:
@@ -75,12 +75,12 @@ def float_of(node: dict[str, Any]) -> float:
 
 
 def rank_of(item: Any) -> str:  # noqa: ANN401
-    """Return what puts the items of a set in one order on all ranks.
+    """Return a sort key that orders the items of a set alike on all ranks.
 
     Not collective. Thread-safe.
 
-    Not by repr alone: that of a set within a set follows the hashes, which Python draws
-    anew in each process.
+    Not repr alone: the repr of a set within a set follows the hashes, which Python
+    randomizes in each process.
     """
     if isinstance(item, frozenset):
         return "{" + ",".join(sorted(map(rank_of, item))) + "}"
@@ -93,7 +93,7 @@ def factory_name(factory: object, path: str) -> str:
     """Return the name of a defaultdict's factory in `FACTORIES`. Not collective.
 
     Raises:
-        StageError: On the calling rank, if it is another, naming the place.
+        StageError: On the calling rank, if it is another one, with the place.
     """
     name = getattr(factory, "__name__", "")
     if FACTORIES.get(name) is not factory:
@@ -112,16 +112,16 @@ _ELEMENTS = {float: np.float64, int: np.int64, bool: np.bool_}
 
 
 def as_numbers(value: list[Any] | tuple[Any, ...]) -> tuple[NDArray[Any], list[str]] | None:
-    """Return a list of numbers as an array, if it is long and all are of one type.
+    """Return a list of numbers as an array, if it is long and has one type.
 
-    Not collective. Thread-safe. Also lists of lists of one length, and so on.
+    Not collective. Thread-safe. Also nested lists of equal lengths.
 
     Args:
         value: Any list or tuple.
 
     Returns:
         The array, and for each of its dimensions whether it is a ``list`` or a ``tuple``;
-        None if it cannot be given back as it was.
+        None if a restore would change it.
     """
     shape: list[int] = []
     levels: list[str] = []
@@ -134,7 +134,7 @@ def as_numbers(value: list[Any] | tuple[Any, ...]) -> tuple[NDArray[Any], list[s
         if kind not in (list, tuple):
             break
         lengths = set(map(len, items))
-        if len(lengths) != 1 or len(shape) == _DIMS_MAX:  # a list may hold itself
+        if len(lengths) != 1 or len(shape) == _DIMS_MAX:  # a list may contain itself
             return None
         shape += lengths
         levels.append(kind.__name__)
@@ -148,10 +148,10 @@ def as_numbers(value: list[Any] | tuple[Any, ...]) -> tuple[NDArray[Any], list[s
 
 
 def from_numbers(array: NDArray[Any], levels: list[str]) -> Any:  # noqa: ANN401
-    """Return what `as_numbers` made an array of. Not collective. Thread-safe.
+    """Return the list of an array that `as_numbers` made. Not collective. Thread-safe.
 
     Raises:
-        ValueError: On the calling rank, if it made none of this form.
+        ValueError: On the calling rank, if the form is another one.
     """
     if len(levels) != array.ndim or not {*levels} <= {"list", "tuple"}:
         raise ValueError(f"{levels} are no lists of {array.ndim} dimensions")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of which each rank has a part of its own that stays its own."""
+"""Defines states with a separate part for each rank."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class RankedState(PartsState):
-    """A state whose parts are saved as they are: one leaf for each rank.
+    """A state whose parts are saved unchanged: one leaf for each rank.
 
-    In a restore root alone sees all of them. Each rank is sent one part: that of the
-    saved rank which `source` names or, where ``resizes`` is true and the number of ranks
-    has changed, one that `resize` has made on root.
+    In a restore only root sees all parts. It sends each rank one part: that of the saved
+    rank which `source` returns or, if ``resizes`` is true and the number of ranks has
+    changed, one that `resize` has made on root.
 
     Args:
         name: As for `mpi_ckpt.State`.
 
     Attributes:
-        resizes: Whether `resize` is asked when the number of ranks has changed.
+        resizes: Whether to call `resize` if the number of ranks has changed.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name is illegal.
@@ -67,23 +67,23 @@ class RankedState(PartsState):
         """Make parts for another number of ranks. Called on root only.
 
         Args:
-            parts: Those of all saved ranks, in rank order.
+            parts: The parts of all saved ranks, in rank order.
             size: Number of ranks now.
         """
         raise NotImplementedError
 
     def open_part(self, part: bytes, saved: int) -> Callable[[], None]:
-        """Read the part that this rank was given; return what takes it over.
+        """Read this rank's part; return a function that takes it over.
 
-        Not collective. Changes nothing yet: what does not fit is found here.
+        Not collective. Changes nothing yet, but finds mismatches.
 
         Args:
-            part: Empty if there is none for this rank.
-            saved: Number of parts there are.
+            part: The part; empty if there is none for this rank.
+            saved: Number of saved parts.
 
         Raises:
             StateMismatchError: On the calling rank, if it does not fit.
-            CorruptGenerationError: On the calling rank, if it is not what was saved.
+            CorruptGenerationError: On the calling rank, if its bytes are not those saved.
         """
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class RankedState(PartsState):
         self._parts = list(parts)
 
     def combined(self) -> None:
-        """See `PartsState`: this rank keeps what it has. Not collective."""
+        """See `PartsState`: this rank keeps its part. Not collective."""
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective; the parts are on root only."""
@@ -112,7 +112,7 @@ class RankedState(PartsState):
         *,
         strict: bool,
     ) -> Arrival:
-        """See `LeafState`: for who has all parts at hand. Not collective."""
+        """See `LeafState`: for callers that have all parts. Not collective."""
         missing, unexpected = self.check(structure, len(specs), strict=strict)
         leaves = [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
         return Arrival(leaves, lambda: self._choose(leaves), missing, unexpected)
@@ -131,20 +131,21 @@ class RankedState(PartsState):
         *,
         strict: bool,  # noqa: ARG002
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Require a structure that `capture` has made of so many parts.
+        """Require a structure that `capture` has made from a number of parts.
 
         Not collective.
 
         Args:
-            structure: That of the checkpoint.
-            count: How many parts it holds.
+            structure: The structure in the checkpoint.
+            count: Number of its parts.
             strict: As for `LeafState.prepare`.
 
         Returns:
-            What only the program has, and what only the checkpoint has.
+            The names that only the program has, and those that only the checkpoint has.
 
         Raises:
-            StateMismatchError: On the calling rank, if it is another, or does not fit.
+            StateMismatchError: On the calling rank, if it is another structure, or does not
+                fit.
         """
         found = structure.get(self.count_key) if isinstance(structure, dict) else None
         if not count or found != count:
@@ -154,7 +155,7 @@ class RankedState(PartsState):
         return (), ()
 
     def form(self, count: int) -> Structure:
-        """Return the structure of so many parts. Not collective."""
+        """Return the structure for a number of parts. Not collective."""
         return {self.count_key: count}
 
     def leaf(self, rank: int, part: bytes) -> Leaf:
@@ -163,20 +164,20 @@ class RankedState(PartsState):
 
 
 class PerRankState(RankedState):
-    """A Python value of which every rank has its own: a reader's position, a cache.
+    """A Python value that each rank has for itself: a reader's position, a cache.
 
-    Every rank gets its own back when the number of ranks is the same. With another
-    number, and without ``resize``, rank ``r`` gets that of saved rank ``r``; a rank
-    beyond the saved ones keeps the value that it has; those of saved ranks beyond the
-    last are left out, of which root warns.
+    With the same number of ranks, every rank gets its own value back. With another number,
+    and without ``resize``, rank ``r`` gets the value of saved rank ``r``; a rank beyond the
+    saved ones keeps its present value; values of saved ranks beyond the last rank are left
+    out, and root warns of it.
 
     Args:
         name: As for `mpi_ckpt.State`; the same on every rank.
-        value: This rank's: None, numbers, text, bytes, tensors, arrays, and lists,
+        value: This rank's value: None, numbers, text, bytes, tensors, arrays, and lists,
             tuples, sets and dicts of them. Ranks may hold values of different forms.
-        resize: Called in a restore on root alone, when the number of ranks has changed,
-            with the values of all saved ranks in rank order and the number of ranks
-            now; returns as many values. None: as said above.
+        resize: Function that a restore calls on root alone, if the number of ranks has
+            changed, with the values of all saved ranks in rank order and the present number
+            of ranks; it returns as many values. None: as above.
 
     Attributes:
         value: The live value. Assign to it freely between saves; a restore assigns a new

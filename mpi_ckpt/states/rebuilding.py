@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a state was, from its structure and leaves, without the object that saved it."""
+"""Rebuilds a state from its structure and leaves, without the object that saved it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ARRAY = {KIND: "array"}
 
 
 def nodes_of(structure: Any, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:  # noqa: ANN401
-    """Return for each leaf the JSON object that says what value it was.
+    """Return for each leaf the JSON object that describes its value.
 
     Not collective.
 
     Args:
-        structure: As saved; None where a state has none.
-        names: Those of the leaves, as keys.
+        structure: The saved structure; None if the state has none.
+        names: The names of the leaves, as keys.
     """
     if _is_module(structure):
         nodes = leaf_nodes(structure["extra"])
@@ -44,17 +44,17 @@ def nodes_of(structure: Any, names: Mapping[str, Any]) -> dict[str, dict[str, An
 
 
 def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any nested value)
-    """Put a state together as its owner would hand it to ``load_state_dict``.
+    """Rebuild a state in the form that ``load_state_dict`` takes.
 
     Not collective.
 
     Args:
-        structure: As saved.
-        values: Tensor or array for the name of each leaf.
+        structure: The saved structure.
+        values: Name of each leaf -> its tensor or array.
 
     Returns:
-        What the state was made of where its form is known, else its structure and
-        leaves side by side.
+        The contents of the state if its form is known, else its structure and leaves side
+        by side.
     """
     if structure is None:
         return dict(values)
@@ -88,7 +88,7 @@ def _module(structure: dict[str, Any], values: dict[str, Any]) -> Any:  # noqa: 
 def _as_arrays(
     nodes: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return tensors as arrays where these stand for text or for lists of numbers."""
+    """Return tensors as arrays if they encode text or lists of numbers."""
     plain = ("numbers", "bytes", "text")
     return {
         name: np.asarray(value) if nodes.get(name, {}).get(KIND) in plain else value

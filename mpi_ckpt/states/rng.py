@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The random number streams of every rank."""
+"""Saves the random number streams of every rank."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ _GLOBAL = ("python", "numpy", "torch")
 
 
 class RNGState(RankedState):
-    """Random number streams: python's, NumPy's, torch's, and generators of your own.
+    """Random number streams: Python's, NumPy's, torch's, and your own generators.
 
-    Every rank has its own streams and gets them back bit for bit when the number of
-    ranks is the same. With another number, rank ``r`` gets those of saved rank ``r``; a
-    rank beyond the saved ones gets streams seeded from ``r`` and those of saved rank
-    ``r % saved``, so no two ranks share a stream and the outcome is the same each time.
-    A stream that all ranks draw from alike is named in ``shared``: it is the same on all
-    of them after a restore too, whatever their number.
+    Every rank has its own streams and gets them back bit for bit when the number of ranks
+    is the same. With another number, rank ``r`` gets those of saved rank ``r``; a rank
+    beyond the saved ones gets streams seeded from ``r`` and those of saved rank ``r %
+    saved``, so no two ranks share a stream and the result is reproducible. Name a stream
+    that all ranks use alike in ``shared``: it is equal on all ranks after a restore too,
+    whatever their number.
 
-    torch's streams, and those of all its devices that were used, are saved if the program
-    has imported torch. Of a NumPy generator, what it has spawned is counted along.
+    If the program has imported torch, torch's streams are saved, with those of all its used
+    devices. For a NumPy generator, the number of spawned streams is saved too.
 
     Args:
         name: As for `mpi_ckpt.State`.
-        generators: Generators of your own by name: ``numpy.random.Generator`` or
+        generators: Your own generators by name: ``numpy.random.Generator`` or
             ``RandomState``, ``torch.Generator`` or ``random.Random``. The same names and
             kinds on every rank.
         shared: Names of streams that are the same on all ranks: of ``generators``, or
-            ``"python"``, ``"numpy"``, ``"torch"``. A save of others than equal ones fails.
+            ``"python"``, ``"numpy"``, ``"torch"``. A save fails if they differ.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name is illegal, a
-            generator is of another kind, or a shared one is not there.
+        RegistrationError: On every rank that makes it, if the name is illegal, a generator
+            is of another kind, or a shared one does not exist.
     """
 
     contents = "random streams"
@@ -99,9 +99,9 @@ class RNGState(RankedState):
         """See `PartsState`. Not collective."""
         states = {key: stream.get() for key, stream in self._streams().items()}
         packed = {key: pack(state) for key, state in states.items()}
-        # A line that must be the same on all ranks, so that root need not look further.
+        # This line must be equal on all ranks, so that root need compare nothing else.
         head = {
-            # Whether torch was imported, each rank decides for itself.
+            # Each rank decides for itself whether to import torch.
             "kinds": {k: v for k, v in self._kinds_now().items() if k != "torch"},
             "shared": {
                 key: xxhash.xxh3_128_hexdigest(packed[key])
@@ -115,7 +115,7 @@ class RNGState(RankedState):
 
         Raises:
             DivergedError: On root, if a shared stream is not the same on all ranks.
-            StageError: On root, if the ranks have other streams.
+            StageError: On root, if ranks have different streams.
         """
         heads = [part.partition(b"\n")[0] for part in parts]
         for rank, head in enumerate(heads):
@@ -138,8 +138,8 @@ class RNGState(RankedState):
         super().check(structure, count, strict=strict)
         saved = dict(structure.get("kinds", {}))
         if "torch" in saved and importlib.util.find_spec("torch"):
-            # The program will import it at some time, as it did when it saved, and must
-            # not then draw from the beginning.
+            # The program will import torch later, as it did when it saved, and its streams
+            # must not start from the beginning then.
             import torch  # noqa: F401
         live = self._kinds_now()
         problems = [
@@ -202,7 +202,8 @@ class RNGState(RankedState):
         return {**built_in_streams(), **self._own}
 
     def _kinds_now(self) -> dict[str, str]:
-        # Those of devices are a rank's own affair: how many there are says no program.
+        # Without the streams of devices: their number depends on the rank, not on the
+        # program.
         return {k: s.kind for k, s in self._streams().items() if not is_of_device(k)}
 
     def _refuse(self, rank: int, roots: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of random number streams: what each is in, and how it is brought back there."""
+"""Reads and sets the state of each kind of random number stream."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Stream(Protocol):
     """What it draws with: the states of another kind say nothing to it."""
 
     def get(self) -> Any:  # noqa: ANN401
-        """Return its state as a nested value."""
+        """Return the stream's state as a nested value."""
 
     def set(self, state: Any) -> None:  # noqa: ANN401
-        """Bring it to a state that `get` of one of its kind has returned."""
+        """Set a state that `get` of the same kind of stream has returned."""
 
     def seed(self, seed: int) -> None:
-        """Start it anew from 64 bits."""
+        """Restart the stream from a seed of 64 bits."""
 
 
 class _Python:
@@ -63,23 +63,23 @@ class _Legacy:
 
     def seed(self, seed: int) -> None:
         bits = type(self._bits)(seed).state
-        # The other number of a pair drawn before belongs to the old stream.
+        # The second number of a pair drawn before belongs to the old stream.
         self._source.set_state({**bits, "has_gauss": 0, "gauss": 0.0})
 
 
 class _Generator:
-    """A NumPy generator, and how many streams were spawned from it."""
+    """A NumPy generator, and the number of streams spawned from it."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self._bits: Any = generator.bit_generator
         self.kind = f"Generator/{type(self._bits).__name__}"
 
     def get(self) -> Any:  # noqa: ANN401
-        # NumPy before 1.25 has it under its private name.
+        # NumPy before 1.25 only has the private name.
         seeds = getattr(self._bits, "seed_seq", getattr(self._bits, "_seed_seq", None))
         return {
             "bits": _plain(self._bits.state),
-            # Another kind of sequence is code of the program's, and has no known state.
+            # Another kind of sequence is code of the program, with an unknown state.
             "seeds": _seeds_of(seeds) if type(seeds) is SeedSequence else None,
         }
 
@@ -88,7 +88,7 @@ class _Generator:
         if seeds is None:
             self._bits.state = bits
         else:
-            # As unpickling does it, in place.
+            # The same as unpickling does, in place.
             self._bits.__setstate__((bits, SeedSequence(**seeds)))
 
     def seed(self, seed: int) -> None:
@@ -116,7 +116,7 @@ class _Torch:
 
 
 def stream_of(generator: object) -> Stream | None:
-    """Return the stream of a generator; None if it is of no known kind.
+    """Return the stream of a generator; None for an unknown kind.
 
     Not collective.
     """
@@ -127,21 +127,21 @@ def stream_of(generator: object) -> Stream | None:
         return _Generator(generator)
     if isinstance(generator, np.random.RandomState):
         return _Legacy(generator, generator._bit_generator)  # noqa: SLF001 (has no other)
-    # The system's own has no state.
+    # The system's own generator has no state.
     if isinstance(generator, random.Random) and type(generator) is not random.SystemRandom:
         return _Python(generator)
     return None
 
 
 def built_in_streams() -> dict[str, Stream]:
-    """Return the global streams of this process by name: of Python, NumPy and torch.
+    """Return the global streams of this process by name: Python's, NumPy's and torch's.
 
-    Not collective. torch's if the program has imported it, those of its devices if they
-    were used.
+    Not collective. torch's only if the program has imported it; those of its devices only
+    if used.
     """
     streams: dict[str, Stream] = {
         "python": _Python(random),
-        # Under its own name NumPy's stubs do not know it.
+        # NumPy's type stubs do not know its own name.
         "numpy": _Legacy(np.random, _numpy_bits()),
     }
     torch = sys.modules.get("torch")
@@ -157,7 +157,7 @@ def is_of_device(name: str) -> bool:
 
 
 def wake_devices(names: Iterable[str]) -> None:
-    """Let devices have streams, of which streams were saved: unused ones have none.
+    """Initialise devices whose streams were saved: an unused device has no stream.
 
     Not collective.
     """
@@ -188,7 +188,7 @@ def _seeds_of(seeds: SeedSequence) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Make NumPy's scalars plain numbers, in dicts and lists too."""
+    """Turn NumPy's scalars into plain numbers, in dicts and lists too."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch tensors as leaves. Imported only when a torch state is touched."""
+"""Turns torch tensors into leaves. Imported only when a torch state is used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
 _is_inference_mode = torch.is_inference_mode_enabled
 _C_ORDER = Layout()
 
-# Types that only newer releases of torch have are left out where they are missing.
+# Types that this release of torch lacks are left out.
 _NAMES = {
     getattr(torch, attribute): name
     for attribute, name in {
@@ -65,10 +65,10 @@ _NOTHING: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Have torch do what it does by itself, whatever the program has switched on.
+    """Make torch work by its defaults, whatever the program has switched on.
 
-    Not collective. For this thread: no default device, no mode that looks on or stands
-    in, no inference mode, no gradients. What is made within is an ordinary tensor.
+    Not collective. For this thread: no default device, no function or dispatch mode, no
+    inference mode, no gradients. Tensors made in the block are ordinary ones.
     """
     with (
         torch._C.DisableTorchFunction(),  # noqa: SLF001 (as torch.overrides does)
@@ -85,7 +85,7 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
     Not collective. Thread-safe.
 
     Raises:
-        StageError: On the calling rank, for tensors that are no plain array of bytes.
+        StageError: On the calling rank, for tensors that are not a plain array of bytes.
     """
     if type(tensor) not in _PLAIN:
         _refuse_foreign(name, tensor)
@@ -109,7 +109,7 @@ def tensor_leaf(name: str, tensor: torch.Tensor) -> Leaf:
 
 
 def device_here(kind: str | None) -> torch.device:
-    """Return this rank's device of a kind; the host where it has none.
+    """Return this rank's device of a kind; the host if it has none.
 
     Not collective. Thread-safe.
 
@@ -126,11 +126,11 @@ def empty_tensor(
 ) -> torch.Tensor:
     """Make a tensor for a leaf.
 
-    Not collective. Thread-safe. Within `ordinary`, if it shall be ordinary.
+    Not collective. Thread-safe. Call it within `ordinary` for an ordinary tensor.
 
     Args:
         spec: Of the leaf.
-        device: Where it belongs.
+        device: Device of the tensor.
         layout: How it lies in memory.
 
     Raises:
@@ -159,7 +159,7 @@ class TensorBuffer:
         return _as_bytes(self._tensor).data if self._is_direct() else None
 
     def read(self) -> memoryview:
-        """Return the live bytes if possible, else those of a copy."""
+        """Return the live bytes if possible, else a copy's."""
         if self._is_direct():
             return _as_bytes(self._tensor).data.toreadonly()
         with ordinary():
@@ -167,7 +167,7 @@ class TensorBuffer:
             return _as_bytes(tensor.to("cpu").contiguous()).data.toreadonly()
 
     def copy_to(self, target: memoryview) -> None:
-        """Copy the bytes in one go, whatever the layout and device."""
+        """Copy the bytes at once, for any layout and device."""
         direct = self.view()
         if direct is not None:
             copy_bytes(direct, target)
@@ -177,7 +177,7 @@ class TensorBuffer:
                 new.view(self._tensor.shape).copy_(self._tensor)
 
     def write(self, data: memoryview) -> None:
-        """Write bytes into the tensor, whatever its layout and device."""
+        """Write bytes into the tensor, for any layout and device."""
         tensor = self._tensor
         with ordinary(), torch.inference_mode(tensor.is_inference()):
             new = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -190,12 +190,12 @@ class TensorBuffer:
         return tensor.is_contiguous() and tensor.is_cpu and not lazy
 
     def stamp(self) -> int:
-        """Return torch's count of changes in place; those through ``.data`` escape it."""
-        # Inference tensors count nothing.
+        """Return torch's count of changes in place; it misses those through ``.data``."""
+        # Inference tensors have no count.
         return 0 if self._tensor.is_inference() else self._tensor._version  # noqa: SLF001
 
     def place(self) -> Place:
-        """Return where the tensor lies."""
+        """Return the tensor's place in memory."""
         tensor = self._tensor
         width = tensor.element_size()
         strides = tuple(width * step for step in tensor.stride())
@@ -218,7 +218,7 @@ def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    # Viewed as bytes first: NumPy knows neither bfloat16 nor float8.
+    # View as bytes first: NumPy knows neither bfloat16 nor float8.
     flat = tensor.reshape(-1)
     if flat.numel() == 1:  # a single element has any stride, and is contiguous
         flat = flat.as_strided((1,), (1,))
@@ -226,7 +226,7 @@ def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def _is_ordinary() -> bool:
-    # Asked for every leaf: entering `ordinary` each time would take as long as the rest.
+    # Called for every leaf: entering `ordinary` each time would take as long as the rest.
     return not (_function_modes() or _dispatch_modes() or _is_inference_mode())
 
 

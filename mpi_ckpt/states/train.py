@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of a training in one state."""
+"""Combines module, optimizer, scheduler and scaler in one state."""
 
 from __future__ import annotations
 
@@ -29,23 +29,22 @@ class TrainState(LeafState):
 
     Args:
         module: The model.
-        optimizer: Its optimizer, or several in a list. State of a parameter goes to the
+        optimizer: Its optimizer, or several in a list. The state of a parameter goes to the
             parameter of the same name.
         scheduler: Anything with a state dict of plain values, or several in a list.
-        scaler: Likewise, a ``torch.amp.GradScaler`` as a rule. One that is switched off
-            counts as absent.
+        scaler: The same for gradient scalers, usually a ``torch.amp.GradScaler``. One that
+            is switched off counts as absent.
         name: As for `mpi_ckpt.State`.
         sync: As for `LeafState`.
-        overlap: Whether an asynchronous save returns before parameters and optimizer
-            state are copied. The copy then goes on behind forward and backward, and
-            ``step()`` of any torch optimizer waits for it. Whoever changes them
-            otherwise in that time spoils the save: torch notices that, and the save
-            fails, unless it is done through ``.data`` or NumPy. All else is copied at
-            once, buffers of the module too.
+        overlap: Whether an asynchronous save returns before parameters and optimizer state
+            are copied. The copy then continues during forward and backward, and ``step()``
+            of any torch optimizer waits for it. Any other change in that time spoils the
+            save: torch notices it, and the save fails, unless the change was made through
+            ``.data`` or NumPy. All else is copied at once, buffers of the module too.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name or mode is illegal,
-            a part is not what it should be, or there is nothing to wait in.
+        RegistrationError: On every rank that makes it, if the name or mode is illegal, a
+            part is of the wrong kind, or ``overlap`` has no optimizer that could wait.
     """
 
     def __init__(
@@ -168,7 +167,7 @@ class TrainState(LeafState):
         for part in self._parts.values():
             if isinstance(part, ModuleState | OptimizerState):
                 part.gate = gate
-        # Of every optimizer: another may hold some of the parameters too.
+        # A hook of every optimizer: another one may hold some of the parameters too.
         hook = register_optimizer_step_pre_hook(lambda *_: gate.wait())
         weakref.finalize(self, hook.remove)
 
@@ -186,7 +185,7 @@ class TrainState(LeafState):
 
 
 def _numbered(key: str, given: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
-    """Return what was given with the key of its part; several are numbered."""
+    """Return a given object with the key of its part; several objects are numbered."""
     if given is None:
         return []
     if isinstance(given, (list, tuple)):
@@ -205,5 +204,5 @@ def _optimizer_state(
             f"overlap=True needs an optimizer of torch's, whose step() waits for the copy: "
             f"a {type(optimizer).__name__} is none"
         )
-    # What keeps its state in a form of its own gives and takes it as a whole.
+    # An object that keeps its state in its own form is saved as a whole.
     return SchedulerState(key, given)

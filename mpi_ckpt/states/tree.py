@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested Python values to JSON plus tensors, and back, without pickle.
+"""Turns nested Python values into JSON plus tensors, and back, without pickle.
 
-JSON stands for itself; anything else becomes an object with the key ``"~"`` that names
-its kind. Tensors, arrays, long lists of numbers and long text are replaced by the names
-of their leaves. The reverse makes only the kinds listed here, so a hostile file can build
-nothing else; and a value that it would not make again as it was is refused.
+JSON values stay unchanged; any other value becomes an object with the key ``"~"`` that
+names its kind. Tensors, arrays, long lists of numbers and long text are replaced by the
+names of their leaves. The reverse makes only the kinds listed here, so a hostile file can
+build nothing else. A value that it would change is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _LEAF_KINDS = ("tensor", "array", "scalar", "numbers", "bytes", "text")
 _DEPTH_MAX = 100
-# Longer ones become leaves: the manifest is read whole, and has a limit.
+# Longer values become leaves: the manifest is read as a whole, and has a size limit.
 _INLINE_BYTES_MAX = 4096
 
 _SEQUENCES: dict[str, Callable[[list[Any], int | None], Any]] = {
@@ -76,7 +76,7 @@ class Flattened:
         structure: JSON values.
         leaves: Leaf by name, in the order of first appearance.
         values: The live tensor or array behind each leaf.
-        nodes: The JSON object that stands for each leaf.
+        nodes: The JSON object in place of each leaf.
     """
 
     def __init__(self) -> None:
@@ -89,9 +89,9 @@ class Flattened:
     def add(
         self, path: str, value: object, node: dict[str, Any], leaf: Leaf
     ) -> dict[str, Any]:
-        """Note a leaf, and return its node, which gets its name."""
+        """Add a leaf, and return its node, with its name filled in."""
         name, number = path, 1
-        # {"a/b": x, "a": {"b": y}} and {1: x, "1": y} have one path for two.
+        # {"a/b": x, "a": {"b": y}} and {1: x, "1": y} have one path for two values.
         while name in self.leaves:
             number += 1
             name = f"{path}#{number}"
@@ -104,7 +104,7 @@ class Flattened:
         return node
 
     def known(self, value: Any) -> dict[str, Any] | None:  # noqa: ANN401
-        """Return the node of a value that was seen before."""
+        """Return the node of a value that was already added."""
         name = self._names.get(id(value))
         return None if name is None else self.nodes[name]
 
@@ -112,16 +112,16 @@ class Flattened:
 def flatten(value: Any, prefix: str = "") -> Flattened:  # noqa: ANN401 (any nested value)
     """Take a nested value apart.
 
-    Not collective. Nothing is copied but long lists of numbers and long text.
+    Not collective. Only long lists of numbers and long text are copied.
 
     Args:
         value: None, bool, int, float, complex, str, bytes, tensors, parameters, NumPy
             arrays and scalars, and lists, tuples, sets, deques and dicts of them.
-        prefix: Put before the names of the leaves.
+        prefix: Prefix for the names of the leaves.
 
     Raises:
-        StageError: On the calling rank, for a value that would not come back as it is,
-            naming its place.
+        StageError: On the calling rank, for a value that a restore would change, with its
+            place.
     """
     flattened = Flattened()
     flattened.structure = _flatten(value, prefix, flattened, 0)
@@ -129,13 +129,13 @@ def flatten(value: Any, prefix: str = "") -> Flattened:  # noqa: ANN401 (any nes
 
 
 def unflatten(structure: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 (any nested value)
-    """Put a nested value together again.
+    """Rebuild a nested value.
 
     Not collective.
 
     Args:
         structure: What `flatten` made.
-        values: Tensor or array for the name of each leaf.
+        values: Name of each leaf -> its tensor or array.
 
     Raises:
         StateMismatchError: On the calling rank, if the structure is not of this form.
@@ -147,13 +147,13 @@ def unflatten(structure: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
 
 def check_structure(structure: Any, specs: Sequence[LeafSpec]) -> None:  # noqa: ANN401 (JSON)
-    """Require that `unflatten` will know what to make, before any leaf has arrived.
+    """Require that `unflatten` can read a structure, before any leaf has arrived.
 
     Not collective.
 
     Args:
-        structure: What `flatten` made, as it was read.
-        specs: Of the leaves.
+        structure: The saved structure.
+        specs: Specs of the leaves.
 
     Raises:
         StateMismatchError: On the calling rank, if the structure is not of this form.
@@ -162,12 +162,12 @@ def check_structure(structure: Any, specs: Sequence[LeafSpec]) -> None:  # noqa:
 
 
 def leaf_nodes(structure: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401 (JSON)
-    """Return for each leaf the JSON object that stands for it. Not collective."""
+    """Return for each leaf the JSON object in its place. Not collective."""
     nodes: dict[str, dict[str, Any]] = {}
     stack = [structure]
     while stack:
         node = stack.pop()
-        # A user's own dict may have a key "leaf": only the kind tells.
+        # A user's dict may have a key "leaf": only the kind decides.
         if type(node) is dict:
             if KIND in node and "leaf" in node and node[KIND] in _LEAF_KINDS:
                 nodes[str(node["leaf"])] = node
@@ -209,7 +209,7 @@ def _flatten_container(value: Any, path: str, out: Flattened, depth: int) -> Any
     if kind is list:
         return [item if _is_small(item) else child(i, item) for i, item in enumerate(value)]
     if kind in _SEQUENCE_KINDS:
-        # Sets have no order of their own, and ranks must agree on one.
+        # Sets have no order, and ranks must agree on one.
         items = sorted(value, key=rank_of) if kind in (set, frozenset) else value
         flat = [item if _is_small(item) else child(i, item) for i, item in enumerate(items)]
         node = {KIND: _SEQUENCE_KINDS[kind], "items": flat}
@@ -217,7 +217,7 @@ def _flatten_container(value: Any, path: str, out: Flattened, depth: int) -> Any
             node["maxlen"] = value.maxlen
         return node
     if kind is dict and KIND not in value and all(type(key) is str for key in value):
-        if not "".join(value).isascii():  # one look at all of them: most are names
+        if not "".join(value).isascii():  # one check for all of them: most are names
             for key in value:
                 checked(key, path)
         return {key: child(key, item) for key, item in value.items()}
@@ -257,7 +257,7 @@ def _describe(path: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: AN
         return describe(path, value)
     except StageError:
         raise
-    except Exception as error:  # what others have made of an array or a tensor
+    except Exception as error:  # an error of another package's array or tensor
         raise StageError(
             f"{path or 'the value'}, a {type(value).__qualname__}, cannot be saved: "
             f"{error!r}"
@@ -281,7 +281,7 @@ def _too_deep(path: str) -> StageError:
 
 
 def _is_small(value: Any) -> bool:  # noqa: ANN401
-    """Whether a value stays as it is, which most values in long lists do."""
+    """Whether a value stays unchanged, as most values in long lists do."""
     return type(value) is int and abs(value) <= 1 << 62
 
 
@@ -325,7 +325,7 @@ def _unflatten(node: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
 def _from_leaf(node: dict[str, Any], value: Any) -> Any:  # noqa: ANN401
     kind = node[KIND]
-    if isinstance(value, LeafSpec):  # nothing has arrived, and nobody will look at it
+    if isinstance(value, LeafSpec):  # only a form is checked, and no value is used
         if kind == "numbers":
             from_numbers(np.zeros([0] * len(value.shape)), node["levels"])
         return 0

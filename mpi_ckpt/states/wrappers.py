@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around a module: replicas' wrappers are seen through, sharding refused."""
+"""Handles wrappers around a module: looks through data-parallel ones, refuses sharding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     import torch
 
-# Class -> the attribute under which it keeps the module it wraps. Each puts a prefix
-# before all names: what is saved with it would not fit a program without it.
+# Class -> the attribute that holds the wrapped module. Each class puts a prefix before all
+# names: a state saved with it would not fit a program without it.
 _TRANSPARENT = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
@@ -25,7 +25,7 @@ _FSDP = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedData
 
 
 def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
-    """Return the module inside of DistributedDataParallel, torch.compile and the like.
+    """Return the module inside DistributedDataParallel, torch.compile and the like.
 
     Not collective.
 
@@ -35,8 +35,7 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
 
     Raises:
         RegistrationError: On the calling rank, if it is no module, or a part of it is
-            sharded by FullyShardedDataParallel: only all ranks together could give its
-            contents.
+            sharded by FullyShardedDataParallel: only all ranks together hold its contents.
     """
     given: Any = module
     if not (callable(getattr(given, "state_dict", None)) and hasattr(given, "modules")):
@@ -58,9 +57,9 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
 
 
 def inner_names(module: torch.nn.Module) -> Callable[[str], str]:
-    """Return what takes the wrappers out of the names of a module's entries.
+    """Return a function that removes wrappers from the names of a module's entries.
 
-    Not collective. Wrappers may stand around any part of it: a compiled block, an
+    Not collective. Wrappers may be around any part of the module: a compiled block, an
     averaged copy of a data-parallel model.
 
     Args:
@@ -72,7 +71,7 @@ def inner_names(module: torch.nn.Module) -> Callable[[str], str]:
         if attribute is not None:
             outer = f"{path}." if path else ""
             wrapped.append((f"{outer}{attribute}.", outer))
-    # From the inside out: what is cut out must leave the outer prefixes as they are.
+    # From the inside out: a cut must leave the outer prefixes unchanged.
     wrapped.sort(key=lambda pair: -len(pair[0]))
 
     def inner(name: str) -> str:
@@ -85,9 +84,9 @@ def inner_names(module: torch.nn.Module) -> Callable[[str], str]:
 
 
 def bare_name(name: str) -> str:
-    """Return the name of a parameter without those of wrappers around the whole module.
+    """Return a parameter's name without the names of wrappers around the module.
 
-    Not collective. Thread-safe. For names alone, where the module is not at hand.
+    Not collective. Thread-safe. For names alone, without a module.
     """
     while name.startswith(_PREFIXES):
         name = name.partition(".")[2]
@@ -97,14 +96,14 @@ def bare_name(name: str) -> str:
 def parameter_names(module: torch.nn.Module) -> dict[int, str]:
     """Return id -> name of each parameter, without the names of wrappers.
 
-    Not collective. A tied parameter has the first of its names.
+    Not collective. A tied parameter gets the first of its names.
     """
     inner = inner_names(module)
     return {id(parameter): inner(name) for name, parameter in module.named_parameters()}
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is this rank's part of one that several ranks hold.
+    """Return whether a tensor is this rank's part of a tensor split over ranks.
 
     Not collective. Thread-safe.
     """
@@ -125,6 +124,6 @@ def _wraps(module: torch.nn.Module) -> str | None:
 
 
 def _is_a(value: object, home: str, kind: str) -> bool:
-    # It can only be one if the program has imported the class; importing costs seconds.
+    # It can only be one if the program has imported the class; an import costs seconds.
     known: Any = getattr(sys.modules.get(home), kind, None)
     return known is not None and isinstance(value, known)

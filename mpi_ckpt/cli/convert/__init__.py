@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that take states to files of other formats, and from them."""
+"""Converts states to files of other formats, and from them."""

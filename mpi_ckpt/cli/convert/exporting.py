@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt export``: a generation as one file for other tools."""
+"""Implements ``mpi-ckpt export``, which writes a generation to one file for other tools."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def export(
 
 @contextmanager
 def _new_file(target: Path) -> Iterator[int]:
-    """Give the descriptor of a file that gets its name once it is whole and durable."""
+    """Yield the descriptor of a file that gets its name once it is complete and durable."""
     parent = target.absolute().parent
     if target.is_symlink() or target.exists():
         raise CommandError(
@@ -189,7 +189,7 @@ def _entries(
             continue
         for leaf in state.leaves:
             name = prefix + leaf.spec.name
-            # One name in the header is not that of a tensor.
+            # One name in the header is not a tensor's.
             name = f"{name}_" if name.startswith("__metadata__") else name
             entries.append((name, leaf.spec, leaf))
     return entries

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files that others made, trusting nothing in them.
+"""Reads files of other tools, without trust in their contents.
 
-A safetensors file gives leaves that read themselves when they are written, one at a time.
+The leaves of a safetensors file read their bytes one at a time, when they are written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.state import Structure
 
-# The manifest of what it names must be readable too, and says twice as much of a tensor.
+# A manifest of its tensors must be readable too, and takes twice as much for a tensor.
 _HEADER_BYTES_MAX = MANIFEST_BYTES_MAX // 2
 _COPY_BYTES = 4 << 20
 _SIZE_MAX = 1 << 60
@@ -37,7 +37,7 @@ _RANKS_MAX = (1 << 31) - 1
 
 
 class FixedState(LeafState):
-    """A leaf state of contents at hand, to be saved and never restored."""
+    """A leaf state of given contents, which is saved and never restored."""
 
     def __init__(self, name: str, structure: Structure, leaves: Sequence[Leaf]) -> None:
         super().__init__(name)
@@ -70,12 +70,12 @@ class FileStream(State):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        states: Ready to be saved; None where the file does not say what they are.
-        leaves: All tensors by the file's own names.
-        step: Training step, if the file says it.
+        states: States ready to save; None if the file does not describe them.
+        leaves: All tensors by their names in the file.
+        step: Training step, if the file gives it.
         size: Number of ranks, likewise.
         metrics: Likewise.
     """
@@ -203,7 +203,7 @@ def _content(metadata: Any, leaves: dict[str, Leaf], path: Path) -> Content:  # 
     if METADATA_KEY not in metadata:
         return Content(None, leaves)
     document = read_json(metadata[METADATA_KEY].encode())
-    # What `LeafState.save` writes carries other things under the same key.
+    # A file of `LeafState.save` has other contents under the same key.
     if not isinstance(document, dict) or "states" not in document:
         return Content(None, leaves)
     states = [_state(entry, leaves, path) for entry in document["states"]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt import``: a file of another tool becomes the newest generation."""
+"""Implements ``mpi-ckpt import``, which makes another tool's file the newest generation."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _publish(
         try:
             GenerationReader(published.path).close()
         except CorruptGenerationError as error:
-            # A file may say what no manifest may: it must not be the newest.
+            # A file may hold values that no manifest may: it must not become the newest.
             recovery.quarantine(into, published.generation, error)
             raise
     return published

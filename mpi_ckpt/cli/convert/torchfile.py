@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of torch.save: the one module of the command line that imports torch, late."""
+"""Writes and loads files of torch.save; the only command line module that imports torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-# The first in which neither of the known ways around weights_only is left.
+# The first version without either of the known ways around weights_only.
 _SAFE_TORCH = (2, 10)
 
 
@@ -37,14 +37,14 @@ def write_file(
     alone: bool,
     done: Callable[[int], None],
 ) -> None:
-    """Write states as torch.save does; all of them are in memory at once.
+    """Write states as torch.save does; holds all of them in memory at once.
 
     Args:
-        descriptor: Of the empty file.
+        descriptor: Descriptor of the empty file.
         reader: The generation.
-        states: Which of its states.
+        states: The states to write.
         alone: Whether the file holds the one state itself, not a dict of states.
-        done: Told the bytes that were read.
+        done: Called with the number of bytes read.
 
     Raises:
         CommandError: If torch is missing, or has no such dtype.
@@ -57,11 +57,11 @@ def write_file(
 
 
 def load_file(path: Path) -> Any:  # noqa: ANN401 (any nested value)
-    """Load a file of torch.save, tensors and plain values only: no code is run.
+    """Load a file of torch.save, tensors and plain values only: runs no code.
 
     Raises:
-        CommandError: If torch is missing or too old to be trusted with that, the file
-            holds more, or is damaged.
+        CommandError: If torch is missing or too old to do that safely, or the file holds
+            other values or is damaged.
     """
     torch = _torch()
     _refuse_unsafe(torch.__version__)
@@ -72,7 +72,7 @@ def load_file(path: Path) -> Any:  # noqa: ANN401 (any nested value)
             _refuse_compressed(path)
         elif start[:1] != _PICKLE:  # tar archives too, which torch unpacks
             raise ValueError("it is no file of torch.save")
-        # Mapped, so that memory holds what is needed only.
+        # Mapped, so that memory holds only the needed parts.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle can raise anything
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -98,8 +98,8 @@ def _refuse_unsafe(version: str) -> None:
 
 
 def _refuse_compressed(path: Path) -> None:
-    # Torch never compresses. Mapped, such bytes would be taken for the tensor's; unpacked,
-    # a small file could fill the memory.
+    # Torch never compresses. If mapped, compressed bytes would count as the tensor's; if
+    # unpacked, a small file could fill the memory.
     with zipfile.ZipFile(path) as archive:
         if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
             raise ValueError("it is compressed, which torch.save never does")
@@ -118,10 +118,10 @@ def is_module(value: Any) -> bool:  # noqa: ANN401 (any nested value)
 
 
 def module_form(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tell tied tensors of a state dict apart from the first of their kind.
+    """Separate tied tensors of a state dict from the first of each group.
 
     Returns:
-        The structure that ``ModuleState`` knows, and the tensors to save.
+        The structure for ``ModuleState``, and the tensors to save.
     """
     first: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
@@ -139,7 +139,7 @@ def _value(
 ) -> Any:  # noqa: ANN401
     from mpi_ckpt.states.tensors import empty_tensor, tensor_leaf
 
-    # A stream is given as bytes in a tensor: weights-only loads know no empty `bytes`.
+    # A stream becomes a tensor of bytes: weights-only loads refuse an empty `bytes`.
     specs = [leaf.spec for leaf in state.leaves]
     targets: list[memoryview] = []
     values: dict[str, Any] = {}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks whether a machine and a directory are fit for checkpoints."""
+"""Checks whether a machine and a directory are fit for checkpoints."""

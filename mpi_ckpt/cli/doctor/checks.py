@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check of this machine found."""
+"""Defines the result of a check of this machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Check:
     """One line of the doctor's report.
 
     Attributes:
-        area: What it is about: ``software``, ``MPI``, ``launcher`` or ``directory``.
-        name: What was looked at.
-        found: What is there.
-        verdict: ``ok``, ``note`` (works, with something to know) or ``wrong``.
-        advice: What that means, or what to do.
+        area: Its subject: ``software``, ``MPI``, ``launcher`` or ``directory``.
+        name: What was checked.
+        found: What was found.
+        verdict: ``ok``, ``note`` (works, with a remark) or ``wrong``.
+        advice: What it means, or what to do.
     """
 
     area: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt doctor``: what of this machine a job will use, and what is wrong with it."""
+"""Implements ``mpi-ckpt doctor``, which checks what a job will use of this machine."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def doctor(screen: Screen, directory: Path | None, no_mpi: bool) -> int:
 
 
 def _show(screen: Screen, checks: list[Check]) -> None:
-    """Show checks as a table, or where that has no room on more lines."""
+    """Show checks as a table, or on several lines each if it does not fit."""
     rows = [[check.verdict, check.name, check.found, check.advice] for check in checks]
     if screen.has_room(_COLUMNS, rows, indent=2):
         screen.table(_COLUMNS, rows, indent=2)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at software, MPI and launcher of this machine.
+"""Checks software, MPI and launcher of this machine.
 
-MPI is asked in a process of its own that is ended after a while: this one never loads it.
+A separate process with a time limit loads MPI; this one never does.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _MPI_SECONDS = 30.0
 _MPIRUN_SECONDS = 10.0
 
-# Variables by which a launcher tells a process its place in a job. The probe is a job of
-# its own, so it must not see them; settings of the user's (OMPI_MCA_*) it must.
+# Variables by which a launcher tells a process its place in a job. The probe is a separate
+# job, so it must not see them; but it must see the user's settings (OMPI_MCA_*).
 _PLACE_IN_JOB = re.compile(
     r"OMPI_(?!MCA_|ALLOW_)|PMI|PMIX|PRTE_(?!MCA_)|HYDI?_|MPI_LOCAL|MV2_COMM|SLURM_"
 )
@@ -42,7 +42,7 @@ _LAUNCHERS = (
 
 
 def check_software() -> list[Check]:
-    """Look at Python and at what the package needs."""
+    """Check Python and the packages that this one needs."""
     return [
         Check("software", "python", f"{platform.python_version()}, {sys.executable}"),
         *(_package(name, needed=True) for name in ("mpi_ckpt", "numpy", "xxhash")),
@@ -51,7 +51,7 @@ def check_software() -> list[Check]:
 
 
 def check_mpi(environ: Mapping[str, str]) -> list[Check]:
-    """Look at mpi4py, the MPI library it loads, thread level, and the mpirun in PATH."""
+    """Check mpi4py, the MPI library that it loads, thread level, and the mpirun in PATH."""
     kept = {k: v for k, v in environ.items() if not _PLACE_IN_JOB.match(k)}
     lines, ended = ask([sys.executable, "-m", "mpi_ckpt.comm.probe"], kept, _MPI_SECONDS)
     found: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def check_mpi(environ: Mapping[str, str]) -> list[Check]:
 
 
 def check_launcher(environ: Mapping[str, str]) -> list[Check]:
-    """Look at the variables that launchers leave."""
+    """Check the variables that launchers set."""
     checks = []
     for launcher, size_name, rank_name in _LAUNCHERS:
         size = environ.get(size_name, "")
@@ -124,7 +124,7 @@ def check_launcher(environ: Mapping[str, str]) -> list[Check]:
 
 
 def family_of(text: str) -> str | None:
-    """Return which MPI a version text is of: ``Open MPI``, ``MPICH`` or ``Intel MPI``."""
+    """Return the MPI of a version text: ``Open MPI``, ``MPICH`` or ``Intel MPI``."""
     for pattern, family in (
         (r"open.?mpi|open mpi|prterun|prrte", "Open MPI"),
         (r"intel", "Intel MPI"),
@@ -197,12 +197,12 @@ def _mpirun(found: Mapping[str, Any], environ: Mapping[str, str]) -> Check:
 
 
 def which(name: str, environ: Mapping[str, str]) -> Path | None:
-    """Return where a program is: in PATH, or beside this Python."""
+    """Return the path of a program: in PATH, or beside this Python."""
     for directory in environ.get("PATH", os.defpath).split(os.pathsep):
         path = Path(directory or ".") / name
         if path.is_file() and os.access(path, os.X_OK):
             return path
-    # A virtual environment that is used without being activated.
+    # For a virtual environment that is used without activation.
     beside = Path(sys.executable).parent / name
     return beside if beside.is_file() else None
 
@@ -210,14 +210,14 @@ def which(name: str, environ: Mapping[str, str]) -> Path | None:
 def ask(
     arguments: Sequence[str], environ: Mapping[str, str], seconds: float
 ) -> tuple[str, str]:
-    """Return what a program printed and how it ended; it has ended, with its children."""
+    """Run a program; return its output and its end. Its children have ended too."""
     return _ask(arguments, environ, seconds, subprocess.STDOUT)
 
 
 def ask_apart(
     arguments: Sequence[str], environ: Mapping[str, str], seconds: float
 ) -> tuple[str, str]:
-    """Do as `ask` does, with the program's standard error left to go where ours goes."""
+    """Do the same as `ask`, but pass on the program's standard error."""
     return _ask(arguments, environ, seconds, None)
 
 

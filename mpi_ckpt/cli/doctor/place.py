@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at the file system under a checkpoint directory by using it as a save does.
+"""Checks the file system of a checkpoint directory by using it as a save does.
 
-Everything is tried in a directory of its own, which is removed at the end.
+All trials use a separate directory, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _VOLATILE = ("tmpfs", "ramfs")
 
 
 def check_directory(directory: Path) -> list[Check]:
-    """Try in a directory all that saves need.
+    """Try in a directory every operation that saves need.
 
     Args:
-        directory: Need not exist; then the first parent that does is tried.
+        directory: The directory; if it does not exist, the first existing parent is used.
     """
     place = directory.absolute()
     while not place.is_dir():
@@ -64,10 +64,10 @@ def check_directory(directory: Path) -> list[Check]:
 
 
 def mount_of(place: Path, table: str) -> tuple[str, str]:
-    """Return type and options of the file system that a path is on.
+    """Return type and options of a path's file system.
 
     Args:
-        place: Absolute, without links.
+        place: Absolute path without links.
         table: The text of ``/proc/self/mountinfo``.
     """
     best = ("", "unknown", "")
@@ -124,7 +124,7 @@ def _file_system(place: Path) -> Check:
 
 @contextmanager
 def _workshop(place: Path) -> Iterator[Path]:
-    # No name that a job would sweep, or count as a generation.
+    # A name that no job would sweep, or count as a generation.
     shop = place / f".mpi-ckpt-doctor-{secrets.token_hex(6)}"
     filesystem.make_directory(shop)
     try:

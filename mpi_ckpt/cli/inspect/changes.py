@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between two generations: by digest first, by value where they differ.
+"""Compares two generations: by digest first, by value where digests differ.
 
 Only blocks whose digests differ are read, one of each side at a time, so memory stays at
-two blocks however large the leaves are.
+two blocks for leaves of any size.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class LeafChange:
         state: Name of the state.
         leaf: Name of the leaf, or ``STREAM``.
         change: ``equal``, ``changed``, ``added`` or ``removed``.
-        left: What it is in the first generation; None if it is not there.
-        right: Likewise in the second.
+        left: Its form in the first generation; None if it is not in there.
+        right: The same in the second.
         left_bytes: Its bytes in the first.
         right_bytes: Its bytes in the second.
-        difference: How far apart the values are, where that can be said.
+        difference: How far apart the values are, if known.
     """
 
     state: str
@@ -83,10 +83,10 @@ def compare_generations(
     Args:
         left: The first.
         right: The second.
-        done: Told the bytes of each leaf of the first as it is dealt with.
+        done: Called with the bytes of each leaf of the first when it is done.
 
     Raises:
-        CorruptGenerationError: If bytes that must be read are not those that were saved.
+        CorruptGenerationError: If bytes that must be read are not those saved.
         ReadError: If they cannot be read.
     """
     ours, theirs = _entries(left), _entries(right)
@@ -103,9 +103,9 @@ def compare_generations(
 
 
 def structure_changes(left: Any, right: Any) -> list[tuple[str, Any, Any]]:  # noqa: ANN401 (JSON)
-    """Return path, value and value of everything that differs between JSON values.
+    """Return path and both values for every difference between JSON values.
 
-    What is on one side only has None on the other.
+    An entry on one side only has None on the other.
     """
     changes: list[tuple[str, Any, Any]] = []
     stack = [("", left, right)]
@@ -163,7 +163,7 @@ def _compare(
     (reader, (spec, leaf)), (other_reader, (other_spec, other)) = left, right
     same_blocks = reader.manifest.block_bytes == other_reader.manifest.block_bytes
     equal = spec == other_spec and leaf.extent.nbytes == other.extent.nbytes
-    # Digests cut at other lengths say nothing: those leaves count as changed.
+    # Digests of other block lengths cannot be compared: those leaves count as changed.
     equal = equal and same_blocks and leaf.digest == other.digest
     difference = None
     if not equal and spec is not None and spec == other_spec and same_blocks:

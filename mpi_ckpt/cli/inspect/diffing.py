@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt diff``: what differs between two generations."""
+"""Implements ``mpi-ckpt diff``, which compares two generations."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt rollback``: sets newer generations aside, so that jobs go on from an older."""
+"""Implements ``mpi-ckpt rollback``, which sets newer generations aside."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
     find_generation(directory, wanted)  # before a lock file is made
     job = secrets.token_hex(6)
     with closing(_own(directory, job)):
-        # A job that was cut off may be about to publish: swept, it never will.
+        # A job that is cut off may be about to publish: after the sweep it never will.
         recovery.sweep(directory, recovery.survey(directory).partials, job)
         path = find_generation(directory, wanted)
         number = generation_number(path.name)
@@ -102,7 +102,7 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         f"the next save becomes generation {following}"
     )
     if rows:
-        # To be copied: never broken over two lines.
+        # For the user to copy: never broken over two lines.
         where = quote(str(directory))
         screen.say(f"to undo: mpi-ckpt rollback {where} --undo", "dim", whole=True)
         free = f"to free {bytes_text(nbytes)}: rm -r {where}/.rolled-back-*"

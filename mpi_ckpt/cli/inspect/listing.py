@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt ls``: the generations of a directory, one a line."""
+"""Implements ``mpi-ckpt ls``, which lists the generations of a directory."""
 
 from __future__ import annotations
 

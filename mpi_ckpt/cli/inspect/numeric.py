@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far apart the numbers of two leaves are, a run of bytes at a time. Pure.
+"""Measures how far apart the numbers of two leaves are, a run of bytes at a time. Pure.
 
-The bytes are taken as what their dtype says, also where NumPy has no such type: bfloat16
-and the eight-bit floats are widened first. Integers are subtracted exactly.
+The bytes are read by their dtype, even if NumPy has no such type: bfloat16 and the
+eight-bit floats are widened first. Integers are subtracted exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Widened copies of so many elements are small beside the block they come from.
+# Widened copies of so many elements are small compared with their block.
 _ELEMENTS = 1 << 18
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
@@ -30,7 +30,7 @@ _INTEGERS = {
     "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8", "BOOL": "u1",
 }  # fmt: skip
-# Exponent bits, fraction bits, bias, and what the largest exponent means: "ieee" has
+# Exponent bits, fraction bits, bias, and meaning of the largest exponent: "ieee" has
 # infinities, "fn" one NaN, "fnuz" one NaN in the place of minus zero.
 _EIGHT_BITS = {
     "F8_E4M3": (4, 3, 7, "fn"),
@@ -48,10 +48,10 @@ def is_numeric(dtype: str) -> bool:
 
 @dataclass(slots=True)
 class Difference:
-    """Adds up what differs between two leaves.
+    """Adds up the differences between two leaves.
 
     Attributes:
-        dtype: Of both; one for which `is_numeric` holds.
+        dtype: The dtype of both, for which `is_numeric` holds.
         differing: Elements whose bits differ.
         max_abs: Largest absolute difference of two finite elements.
         max_rel: Largest difference relative to the larger of the two.
@@ -79,14 +79,14 @@ class Difference:
                 with np.errstate(all="ignore"):
                     apart = np.abs(a - b)
                     size = np.maximum(np.abs(a), np.abs(b))
-                # Two finite numbers may be further apart than the largest there is.
+                # The difference of two finite numbers may exceed the largest number.
                 finite = np.isfinite(a) & np.isfinite(b)
                 self.not_finite += int(np.count_nonzero(~finite))
                 apart, size = apart[finite], size[finite]
                 apart = np.nan_to_num(apart, posinf=np.finfo(np.float64).max)
             if len(apart):
                 self.max_abs = max(self.max_abs, float(apart.max()))
-                # Zero and minus zero differ in their bits alone.
+                # Zero and minus zero differ only in their bits.
                 relative = np.divide(apart, size, out=np.zeros(len(apart)), where=size > 0)
                 self.max_rel = max(self.max_rel, float(relative.max()))
 
@@ -100,13 +100,13 @@ class Difference:
         count = int(np.count_nonzero(unequal))
         if count:
             self.differing += count
-            with np.errstate(invalid="ignore"):  # a NaN that signals is just one more
+            with np.errstate(invalid="ignore"):  # a signalling NaN is like any other
                 pair = _values(self.dtype, a[unequal]), _values(self.dtype, b[unequal])
             yield pair
 
 
 def _values(dtype: str, rows: Array) -> Array:
-    """Return rows of bytes as numbers: integers as they are, the rest widened."""
+    """Return rows of bytes as numbers: integers unchanged, others widened."""
     flat: Array = np.ascontiguousarray(rows).reshape(-1)
     if dtype in _INTEGERS:
         integers: Array = flat.view(_INTEGERS[dtype])
@@ -127,7 +127,7 @@ def _values(dtype: str, rows: Array) -> Array:
 
 
 def _subtract_exactly(a: Array, b: Array) -> Array:
-    # In the unsigned type of the same width the larger less the smaller never overflows.
+    # In the unsigned type of the same width, the larger minus the smaller never overflows.
     unsigned = np.dtype(f"u{a.dtype.itemsize}")
     upper, lower = np.maximum(a, b).view(unsigned), np.minimum(a, b).view(unsigned)
     apart: Array = upper - lower

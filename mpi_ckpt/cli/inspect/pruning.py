@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt prune``: removes generations, as a job's retention would."""
+"""Implements ``mpi-ckpt prune``, which removes generations as a job's retention does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LOCK_PATIENCE_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _PrunePlan:
-    """What goes, what stays, what is left alone; bytes that frees; what it goes by."""
+    """The generations to remove, keep and leave alone; the freed bytes; the rankings."""
 
     removed: tuple[int, ...]
     kept: tuple[int, ...]
@@ -102,7 +102,7 @@ def prune(
     each rule ranks by, which way, and with which values. Refused while a job uses DIR.
     Leftovers of writes that were cut off go as well.
     """
-    # Not even a lock file is left in a directory that is somebody else's.
+    # Leave not even a lock file in a directory that holds no checkpoints.
     directory = directory_of_all(directory, "prune")
     policies = _policies(keep_last, keep_every, keep_best, mode)
     if dry_run:
@@ -118,7 +118,7 @@ def prune(
             leftovers = recovery.survey(directory).partials
             recovery.sweep(directory, leftovers, job)
             Catalog(directory).remove(plan.removed, job)
-    # What could not be removed was logged, and is still there under some name.
+    # Failed removals were logged; those generations still exist under some name.
     stayed = set(plan.removed) & set(recovery.survey(directory).generations)
     failed = sorted(stayed) if not dry_run else []
     screen.data(
@@ -177,7 +177,7 @@ def _plan(
     policy = reduce(operator.or_, policies)
     everything = look(directory)
     rows = [row for row in everything if row.name.startswith("checkpoint-")]
-    # A damaged generation must not count as one that stays: the good ones would go.
+    # A damaged generation must not count as kept: good ones would be removed instead.
     good = {
         row.manifest.generation: row
         for row in rows
@@ -204,7 +204,7 @@ def _plan(
 
 def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
     there = _summaries(good)
-    # A name spelled wrong would have all be removed that it was to keep.
+    # A misspelled name would remove all that it was meant to keep.
     for one in unmet_policies(policy, there) if there else ():
         raise CommandError(
             f"--keep-best {one.metric} --mode {one.mode}: no generation has that metric; "
@@ -238,7 +238,7 @@ def _proves(screen: Screen, path: Path) -> bool:
 
 
 def _freed(removed: list[Row], rows: list[Row]) -> int:
-    """Count the bytes of files that no generation will name any more."""
+    """Count the bytes of files that no generation will use any more."""
     gone = {row.name for row in removed}
     stay = {inode for row in rows if row.name not in gone for inode in row.inodes}
     doomed = {inode for row in removed for inode in row.inodes}

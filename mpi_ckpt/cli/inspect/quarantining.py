@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt quarantine``: sets a generation aside, so that no restore takes it."""
+"""Implements ``mpi-ckpt quarantine``, which keeps a generation from restores."""
 
 from __future__ import annotations
 

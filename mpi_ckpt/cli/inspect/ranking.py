@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prune ranks generations by, which way, and what each rule keeps; pure, no MPI."""
+"""Shows by what, and in which order, each rule of a prune ranks generations. Pure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Ranking:
     """How one rule orders the generations.
 
     Attributes:
-        rule: Name of the rule, as of its class.
-        by: What it looks at: ``generation``, ``step``, or ``metric`` and its name.
-        direction: Which come first.
+        rule: Name of the rule's class.
+        by: What it compares: ``generation``, ``step``, or ``metric`` and its name.
+        direction: Which values come first.
         keeps: What it keeps of that order, in words.
         order: Number and value of each generation, in that order.
         kept: Numbers of those that the rule keeps.
-        unranked: Numbers of those that have no value.
+        unranked: Numbers of those without a value.
     """
 
     rule: str
@@ -50,7 +50,7 @@ class Ranking:
         }
 
     def lines(self) -> list[str]:
-        """Return the ranking for people: what it goes by, and the order with values."""
+        """Return the ranking for users: its criterion, and the order with values."""
         head = f"{self.rule}: by {self.by}, {self.direction} first; keeps {self.keeps}"
         plain = self.by == "generation"
         words = [f"{n}" if plain else f"{n} ({_number(value)})" for n, value in self.order]
@@ -66,7 +66,7 @@ class Ranking:
 def rank(
     policies: Sequence[RetentionPolicy], generations: Collection[GenerationSummary]
 ) -> list[Ranking]:
-    """Say how each of some rules orders the generations that there are."""
+    """Return how each of some rules orders the generations."""
     ordered = sorted(generations, key=lambda one: one.generation)
     return [_rank(policy, ordered) for policy in policies]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt show``: what is in one generation."""
+"""Implements ``mpi-ckpt show``, which shows the contents of one generation."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def show(
 
 
 def pick_states(manifest: Manifest, names: tuple[str, ...]) -> list[StoredState]:
-    """Return the states of these names, or all where none is given.
+    """Return the states of these names, or all if none is given.
 
     Raises:
-        CommandError: If a name is not there; it says which are.
+        CommandError: If there is no such name; the message lists the names there are.
     """
     there = [state.name for state in manifest.states]
     for name in names:

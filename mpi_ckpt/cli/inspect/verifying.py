@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt verify``: every byte of one generation, or of all."""
+"""Implements ``mpi-ckpt verify``, which proves every byte of one generation, or of all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PROBLEMS_MAX = 1000
 
 @dataclass(slots=True)
 class _Verdict:
-    """What became of one generation: ``good``, a bad state, or ``gone``."""
+    """The result for one generation: ``good``, a bad state, or ``gone``."""
 
     path: Path
     state: str = "good"
@@ -108,7 +108,7 @@ def _verify_chosen(
         ]
         if any(one.state != "gone" for one in verdicts):
             return verdicts
-        # What is pruned meanwhile is no finding: something newer is there then.
+        # A generation pruned meanwhile is no finding: a newer one exists then.
         if generation not in (None, "newest") or paths == before:
             raise CommandError(f"{paths[0]} is gone: a job has pruned it", kind="gone")
         before = paths
@@ -119,7 +119,7 @@ def _chosen(directory: Path, generation: str | None, *, everything: bool) -> lis
     if everything and there:
         return [directory / generation_name(number) for number in there]
     if generation in (None, "newest") and there:
-        # Not the newest that opens: that it does not would be a finding.
+        # Not the newest that opens: a newer one that does not open is a finding.
         return [directory / generation_name(there[0])]
     return [find_generation(directory, generation)]
 
@@ -153,15 +153,15 @@ def _verify(screen: Screen, path: Path, doing: str) -> _Verdict:
 def find_problems(
     reader: GenerationReader, done: Callable[[int], None]
 ) -> list[tuple[str, CheckpointError]]:
-    """Read a whole generation and return what is wrong with it.
+    """Read a whole generation and return its faults.
 
     Args:
         reader: The open generation.
-        done: Told the bytes that were read.
+        done: Called with the number of bytes read.
 
     Returns:
-        Name of the leaf and the error, for each block that is wrong, in reading order;
-        it ends at a file that cannot be read to its end.
+        Name of the leaf and the error, for each wrong block, in reading order; ends at a
+        file that cannot be read to its end.
     """
     names = [
         state.name if state.is_stream else f"{state.name}/{leaf.spec.name}"

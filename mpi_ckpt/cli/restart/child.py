@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A launcher as a child process: watched, signalled, and ended with all it started."""
+"""Runs a launcher as a child process: watches, signals, and ends it with its processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STDERR = 2
 
 
 class Child:
-    """A launcher in a session of its own; what it prints on standard error passes by.
+    """A launcher in its own session; its standard error is passed on.
 
     A context manager: at its end no process of the session is left.
 
@@ -49,7 +49,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR if quiet else None,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # a Ctrl-C is ours to pass on
+                start_new_session=True,  # this process passes on a Ctrl-C
             )
         except OSError as error:
             raise CommandError(
@@ -62,14 +62,14 @@ class Child:
 
     @property
     def said(self) -> str:
-        """The last of what came on standard error."""
+        """The end of its standard error."""
         return self._tail.decode(errors="replace")
 
     def wait(self, seconds: float) -> int | None:
-        """Wait so long at most; return the exit code if it has ended."""
+        """Wait at most this long; return the exit code if it has ended."""
         ready, _, _ = select.select([self._pipe], [], [], seconds)
         if ready and not self._pass_on():
-            time.sleep(seconds)  # it has closed its standard error, and goes on
+            time.sleep(seconds)  # it has closed its standard error, but still runs
         code = self._process.poll()
         if code is None:
             return None
@@ -81,7 +81,7 @@ class Child:
             self._process.send_signal(number)
 
     def end(self) -> None:
-        """Ask the launcher to end; kill what is left of it after a while."""
+        """Ask the launcher to end; kill its remaining processes after a while."""
         self.signal(signal.SIGTERM)
         self.signal(signal.SIGCONT)
         deadline = time.monotonic() + GRACE_SECONDS
@@ -90,7 +90,7 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """Kill the launcher and all that it has started on this host."""
+        """Kill the launcher and all processes that it has started on this host."""
         for pid in _members(self._process.pid):
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -113,7 +113,7 @@ class Child:
             data = os.read(self._pipe, _TAIL_BYTES)
         except BlockingIOError:
             return False
-        with suppress(OSError):  # nobody listens to us any more
+        with suppress(OSError):  # the reader of this output is gone
             os.write(_STDERR, data)
         self._tail = (self._tail + data)[-_TAIL_BYTES:]
         return bool(data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which hosts there are: from a file or from a script of the site's, and which to trust."""
+"""Finds the hosts, from a file or from the site's script, and leaves out failing ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ _LINE = re.compile(
 def parse_hosts(text: str) -> tuple[Host, ...]:
     """Read lines such as ``node1``, ``node1:4`` or ``node1 slots=4``. Pure.
 
-    Comments and empty lines are passed over; the slots of a name that is there twice are
-    added up.
+    Comments and empty lines are skipped; slots of a repeated name are added up.
 
     Raises:
-        ValueError: Naming the line that is no host.
+        ValueError: With the line that is not a host.
     """
     slots: Counter[str] = Counter()
     for number, line in enumerate(text.splitlines(), 1):
@@ -51,7 +50,7 @@ def ask_hosts_script(
     """Return the hosts that a script prints, as horovodrun's discovery scripts do.
 
     Raises:
-        CommandError: If it cannot be run, fails, hangs, or prints anything else.
+        CommandError: If it cannot be run, fails, hangs, or prints other text.
     """
     printed, ended = ask_apart([str(script)], environ, seconds)
     if ended != "ended with code 0":
@@ -62,7 +61,7 @@ def ask_hosts_script(
         raise CommandError(f"hosts script {script}: {error}", kind="hosts") from None
 
 
-# What launchers say of a host that went, or on which a rank was killed.
+# Messages of launchers about a lost host, or one on which a rank was killed.
 _COMPLAINTS = (
     re.compile(r"^\s*Remote daemon:.* on node (?P<host>\S+)", re.MULTILINE),  # Open MPI
     re.compile(r"\brank \d+ with PID \d+ on node (?P<host>\S+)\s+exited\s+on"),
@@ -74,11 +73,11 @@ _COMPLAINTS = (
 
 
 def suspects(said: str, hosts: Collection[str]) -> set[str]:
-    """Return the hosts that a launcher complains of. Pure.
+    """Return the hosts in a launcher's complaints. Pure.
 
     Args:
-        said: What it has printed.
-        hosts: Names of those that were used: nothing else is taken for one.
+        said: The launcher's output.
+        hosts: Names of the used hosts: no other word counts as one.
     """
     named = {
         found["host"].rstrip(".,:") for one in _COMPLAINTS for found in one.finditer(said)
@@ -87,14 +86,14 @@ def suspects(said: str, hosts: Collection[str]) -> set[str]:
 
 
 class HostBook:
-    """Remembers which hosts have failed.
+    """Records which hosts have failed.
 
-    A host that was missing from the list and is back starts anew: somebody has seen to
-    it.
+    A host that was missing from the list and is back starts without failures: it was
+    probably repaired.
 
     Args:
-        source: Gives the hosts; None where the launcher knows by itself.
-        warn: Is told when the source fails and its last answer is used.
+        source: Returns the hosts; None if the launcher finds them itself.
+        warn: Called if the source fails and its last answer is used.
     """
 
     def __init__(
@@ -111,10 +110,10 @@ class HostBook:
         return self._source is not None
 
     def usable(self) -> list[Host]:
-        """Ask for the hosts; return those that have not failed twice.
+        """Get the hosts; return those that have not failed twice.
 
         Raises:
-            CommandError: If the source fails and has never given an answer.
+            CommandError: If the source fails and has never returned hosts.
         """
         if self._source is None:
             return []
@@ -132,6 +131,6 @@ class HostBook:
         return [host for host in hosts if self._failures[host.name] <= FAILURES_FORGIVEN]
 
     def blame(self, names: Collection[str]) -> list[str]:
-        """Note that hosts have failed; return those that are now left out."""
+        """Note failed hosts; return those that are now left out."""
         self._failures.update(names)
         return sorted(n for n in names if self._failures[n] > FAILURES_FORGIVEN)

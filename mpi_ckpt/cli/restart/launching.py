@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each launcher is told how many ranks to start, and where."""
+"""Builds the command by which each launcher starts a number of ranks on given hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VERSION_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host and how many ranks it takes."""
+    """A host and its number of ranks."""
 
     name: str
     slots: int = 1
@@ -28,7 +28,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """A launcher of the site's.
+    """A launcher of the site.
 
     Attributes:
         words: The program, by its full path, and the user's options.
@@ -40,10 +40,10 @@ class Launcher:
 
 
 def find_launcher(given: str | None, environ: Mapping[str, str]) -> Launcher:
-    """Find the launcher that was asked for, or else mpirun, or else srun.
+    """Find the requested launcher, or else mpirun, or else srun.
 
     Raises:
-        CommandError: If there is none, or it is of no known family.
+        CommandError: If there is none, or its family is unknown.
     """
     try:
         words = shlex.split(given) if given is not None else []
@@ -81,10 +81,10 @@ def _family(path: Path, environ: Mapping[str, str]) -> str:
 
 
 def place(hosts: Sequence[Host], wanted: int, least: int) -> tuple[int, tuple[Host, ...]]:
-    """Choose how many ranks to start, and the first hosts that take them. Pure.
+    """Choose how many ranks to start, and the first hosts with enough slots. Pure.
 
     Returns:
-        The number, 0 if there is no room for the least; and the hosts.
+        The number, 0 if there are too few slots for the least; and the hosts.
     """
     size, used = 0, []
     for host in hosts:
@@ -102,17 +102,17 @@ def launch_command(
     """Return the command that starts a job. Pure.
 
     Args:
-        launcher: What starts it.
+        launcher: The launcher.
         size: Number of ranks.
-        hosts: Where; empty to leave that to the launcher.
-        program: What every rank runs.
+        hosts: The hosts; empty to let the launcher choose.
+        program: The program of every rank.
     """
     return [*launcher.words, *_FLAGS[launcher.family](size, hosts), *program]
 
 
 def _open_mpi(size: int, hosts: Sequence[Host]) -> list[str]:
     where = ",".join(f"{host.name}:{host.slots}" for host in hosts)
-    # To other hosts it takes along only what it is told to.
+    # mpirun passes only named variables to other hosts.
     return ["-x", VARIABLE, "-n", str(size), *(["--host", where] if where else [])]
 
 
@@ -122,7 +122,7 @@ def _mpich(size: int, hosts: Sequence[Host]) -> list[str]:
 
 
 def _srun(size: int, hosts: Sequence[Host]) -> list[str]:
-    # Otherwise the ranks of a step wait for one that has died.
+    # Otherwise the ranks of a step wait for a dead rank.
     flags = ["--kill-on-bad-exit=1", f"--ntasks={size}"]
     if hosts:
         names = ",".join(host.name for host in hosts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restart loop: starts a job again until it has finished."""
+"""Runs the restart loop: starts a job again until it has finished."""
 
 from __future__ import annotations
 
@@ -32,20 +32,22 @@ _HOSTS_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What was asked for.
+    """The settings of the loop.
 
     Attributes:
-        program: What every rank runs.
-        launcher: What starts the ranks.
-        size: How many ranks to start, if there is room.
-        least: With how many to start at least.
-        max_restarts: How many attempts there may be after the first.
+        program: The program of every rank.
+        launcher: The launcher.
+        size: How many ranks to start, if there are enough slots.
+        least: The least number of ranks to start with.
+        max_restarts: Limit of the attempts after the first.
         backoff: Seconds to wait after a first failure.
-        timeout: Seconds without a note from the job after which it is ended; 0 for never.
+        timeout: Seconds without a note from the job after which the loop ends it; 0 for
+            never.
         patience: Seconds to wait for hosts.
-        trust_code: Whether 0 is enough from a job that notes nothing.
-        stop_when_preempted: Whether somebody else starts all of this again then.
-        folder: Where notes and log are; every host sees it.
+        trust_code: Whether exit code 0 is enough from a job without notes.
+        stop_when_preempted: Whether the loop ends after a preemption, since a scheduler
+            starts it again.
+        folder: Directory of the notes and the log, which every host sees.
     """
 
     program: tuple[str, ...]
@@ -63,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One start of the job, as it is logged."""
+    """One start of the job, for the log."""
 
     run: str
     attempt: int
@@ -84,9 +86,9 @@ class Attempt:
 
 
 class Requests:
-    """Signals that came, to be passed on. A context manager: installed meanwhile.
+    """Received signals, to be passed on. A context manager: handlers are installed in it.
 
-    Handlers only note; the loop looks between two waits.
+    Handlers only note a signal; the loop checks between two waits.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -109,19 +111,19 @@ class Requests:
 
 
 class Loop:
-    """Starts the job, sees how it ends, and starts it again.
+    """Starts the job, judges how it ends, and starts it again.
 
     Args:
-        plan: What was asked for.
-        book: Knows the hosts.
+        plan: The settings.
+        book: The hosts.
         requests: Signals that ask to stop.
         environ: The environment of the job.
-        tell: Is told what happens, for people.
-        quiet: Whether the job's standard output must not be ours.
+        tell: Prints events for users.
+        quiet: Whether to keep the job's standard output apart from the loop's.
 
     Attributes:
-        attempts: All so far.
-        reason: Why there is no other, at the end.
+        attempts: All attempts so far.
+        reason: Why there is no other attempt, at the end.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class Loop:
             ending = self._attempt(size, hosts)
             self._endings.append(ending)
             move = next_move(self._endings, plan.max_restarts, plan.backoff)
-            # A job that has finished has, whoever asked it to stop meanwhile.
+            # A finished job counts as finished, even after a request to stop.
             self.reason = move.stop
             if not self.reason and self._requests.count:
                 self.reason = "asked to stop"
@@ -210,7 +212,7 @@ class Loop:
         remove_notes(prefix)
         ending = judge(code, notes, hung=hung, trust_code=plan.trust_code)
         out: list[str] = []
-        # An exception is the program's. What is left may be a host's.
+        # An exception is the program's fault. Any other end may be a host's.
         if ending.outcome in ("failed", "lost") and not any(
             note.event == "failed" for note in notes
         ):
@@ -234,13 +236,13 @@ class Loop:
         return ending
 
     def _watch(self, child: Child, prefix: Path) -> tuple[int, bool]:
-        """Wait for the end; pass signals on; end what gives no sign of life."""
+        """Wait for the end; pass on signals; end a job that shows no progress."""
         passed_on, sign, alive = 0, -1, time.monotonic()
         looked = alive
         while (code := child.wait(_POLL_SECONDS)) is None:
             if passed_on < self._requests.count:
-                # The one signal that every launcher hands on to its ranks; who asks
-                # again does not want to wait for their save.
+                # The only signal that every launcher passes on to its ranks; a second
+                # request does not wait for their save.
                 (child.signal(signal.SIGUSR1) if passed_on == 0 else child.end())
                 passed_on += 1
             now = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an attempt ended, by what the job has noted and by its exit code; what to do next."""
+"""Judges how an attempt ended, by notes and exit code, and decides what to do next."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ BACKOFF_MAX_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """What became of one attempt.
+    """The result of one attempt.
 
     Attributes:
-        outcome: ``finished``, ``preempted``, ``failed``, ``lost`` (ended with 0, and not
-            at its end), ``unrecorded`` (ended with 0, and noted nothing) or ``hung``.
-        began: The step it went on from.
+        outcome: ``finished``, ``preempted``, ``failed``, ``lost`` (exit code 0, but no
+            normal end), ``unrecorded`` (exit code 0, without notes) or ``hung``.
+        began: The step that it started from.
         reached: The last step that was saved.
-        error: The error it has noted, or what else is known.
-        sign: The same for failures that are the same; None where repeating is no sign of
-            a fault in the program.
+        error: The noted error, or what else is known.
+        sign: Equal for equal failures; None if a repetition does not point to a fault in
+            the program.
     """
 
     outcome: str
@@ -42,7 +42,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What comes next: another attempt after some seconds, or none and why."""
+    """The next action: another attempt after some seconds, or none, with the reason."""
 
     seconds: float = 0.0
     stop: str = ""
@@ -51,13 +51,13 @@ class Move:
 def judge(
     code: int, notes: Sequence[Note], *, hung: bool = False, trust_code: bool = False
 ) -> Ending:
-    """Tell how an attempt ended. Pure.
+    """Return how an attempt ended. Pure.
 
     Args:
         code: Exit code of the launcher.
-        notes: What the job has noted.
-        hung: Whether it was ended because nothing came from it.
-        trust_code: Whether an exit code of 0 is enough if nothing was noted.
+        notes: The job's notes.
+        hung: Whether the loop ended it because it sent no note.
+        trust_code: Whether exit code 0 is enough if there are no notes.
     """
     began = next((note.step for note in notes if note.event == "restored"), 0)
     kept = [n.step for n in notes if n.event in ("restored", "saved", "finished")]
@@ -72,13 +72,13 @@ def judge(
         return ending("hung", "no sign of life for too long", reached)
     if "preempted" in events:
         return ending("preempted")
-    if "survived" in events:  # ranks were lost, and the others came to the end
+    if "survived" in events:  # ranks were lost, but the others reached the end
         return ending("finished")
     failed = [note for note in notes if note.event == "failed"]
     if failed:
         first = failed[0]
         kind = first.error.partition(":")[0]
-        if kind == "LockedError":  # of the attempt before: it may take long to die
+        if kind == "LockedError":  # held by the last attempt, which may die slowly
             return ending("failed", first.error)
         return ending("failed", first.error, kind, first.step)
     if code == PREEMPTED_CODE:
@@ -117,7 +117,7 @@ def _is_complete(notes: Sequence[Note]) -> bool:
 
 
 def _run_length(endings: Sequence[Ending], holds: Callable[[Ending], bool]) -> int:
-    """Count the last attempts of which something holds."""
+    """Count the last attempts for which a condition holds."""
     return sum(1 for _ in takewhile(holds, reversed(endings)))
 
 
@@ -126,12 +126,12 @@ def _is_stopped_at_once(ending: Ending) -> bool:
 
 
 def next_move(endings: Sequence[Ending], max_restarts: int, backoff: float) -> Move:
-    """Tell what comes after the attempts so far. Pure.
+    """Return what to do after the attempts so far. Pure.
 
     Args:
-        endings: Of all attempts, at least one.
+        endings: The results of all attempts, at least one.
         max_restarts: How many attempts there may be after the first.
-        backoff: Seconds to wait after the first failure of a row; doubled with each.
+        backoff: Seconds to wait after the first of consecutive failures; doubled with each.
     """
     last = endings[-1]
     if last.outcome == "finished":

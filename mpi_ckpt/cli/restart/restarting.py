@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mpi-ckpt run``: starts a job again until it has finished."""
+"""Implements ``mpi-ckpt run``, which starts a job again until it has finished."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def run(
     return (loop.attempts[-1].code if loop.attempts else BAD) or BAD
 
 
-# What follows the program's name are its own options.
+# Words after the program's name are its own options.
 run.allow_interspersed_args = False
 
 

@@ -102,7 +102,8 @@ class Start:
 
     def accept(self) -> MPI.Intercomm:
         """Connect all present ranks with the new one. Collective. Main thread only."""
-        # If one rank fails, the rest may return: not all at the same time, and root last.
+        # If one rank's guard ends it, the rest may return: so the limits differ, and root's
+        # is the longest.
         behind = self._handle.size - 1 - self._handle.rank
         with Guard(_CONNECTING, _CONNECT_SECONDS + _STAGGER_SECONDS * behind):
             return self._handle.Accept(self._port, root=self._starter)

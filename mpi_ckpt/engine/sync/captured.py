@@ -107,7 +107,7 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
 
 @contextmanager
 def about_leaf(captured: CapturedState, leaf: Leaf) -> Iterator[None]:
-    """Add to an error that leaves the block which leaf it concerns. Not collective.
+    """Add to an error from the block which leaf it concerns. Not collective.
 
     For the rare case: a block around each of thousands of leaves would be slow.
     """

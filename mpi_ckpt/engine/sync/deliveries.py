@@ -203,7 +203,7 @@ def _averaged(own: CapturedState, difference: StateDifference) -> tuple[int, ...
 def _keep_equal(
     leaves: Sequence[Leaf], targets: Sequence[Leaf], sent: Collection[int]
 ) -> None:
-    """Fill targets that receive nothing from this rank's own leaves, which are equal."""
+    """Fill targets that receive nothing with this rank's own bytes, which are equal."""
     for number, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
         if number not in sent and not _same_memory(leaf, target):
             target.buffer.write(leaf.buffer.read())
@@ -246,7 +246,7 @@ def _flat(
 def _overlaps(
     captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
 ) -> list[Overlap]:
-    """Return the overlaps of this rank that are about to be overwritten."""
+    """Return this rank's overlaps in which a leaf is about to be overwritten."""
     flat = _flat(captured, deliveries)
     changing = {(one.index, n) for one in deliveries for n in (*one.sent, *one.averaged)}
     found = find_overlaps([leaf for _, _, leaf in flat])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In one process with Horovod, and in place of what of it does not last.
+"""Works in one process with Horovod, and replaces its parts that are not durable.
 
-Importing this imports neither Horovod nor torch, and starts no MPI; each name brings its
-own module when it is first used.
+Importing this imports neither Horovod nor torch, and starts no MPI. The first use of a name
+imports its module.
 """
 
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = "mpi_ckpt.integrations.horovod"
 
-# The names are Horovod's; what it calls as we call something else has a name of its own.
+# The names are Horovod's, except where this package uses the name for something else.
 _MODULES = {
     "ElasticSampler": f"{_PACKAGE}.elastic_sampler:HorovodSampler",
     "HostsUpdatedInterrupt": f"{_PACKAGE}.interrupts",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks that Horovod has, as a communicator for this package."""
+"""Makes a communicator of Horovod's ranks for this package."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def communicator(
 ) -> MPI.Intracomm:
     """Return a communicator with Horovod's ranks: its rank is ``hvd.rank()``.
 
-    Collective over the ranks meant. Main thread only. For
-    ``CheckpointManager(..., comm=communicator())``. Call it again after ``hvd.shutdown();
-    hvd.init()`` if the ranks may have changed.
+    Collective over these ranks. Main thread only. For ``CheckpointManager(...,
+    comm=communicator())``. Call it again after ``hvd.shutdown(); hvd.init()`` if the ranks
+    may have changed.
 
     Args:
-        comm: The communicator that ``hvd.init(comm=...)`` was given, if you have it: it
-            is then proven by messages of its own. None: all ranks of the job, or, if
-            Horovod has fewer, those that its allgather finds.
-        process_set: A ``hvd.ProcessSet`` that was added: its ranks, in its order, and
-            only they call this. None: all that Horovod has.
-        deadline_seconds: How long the others may take.
+        comm: The communicator given to ``hvd.init(comm=...)``, if you have it: messages on
+            it then prove it. None: all ranks of the job, or, if Horovod has fewer, those
+            that its allgather finds.
+        process_set: A ``hvd.ProcessSet`` that was added: its ranks, in its order; only they
+            call this. None: all of Horovod's ranks.
+        deadline_seconds: How long the other ranks may take.
 
     Returns:
-        ``comm`` or the world, where it has Horovod's ranks in order already; else a new
-        one, yours to free. Without Horovod initialised: ``comm``, or the world.
+        ``comm`` or the world, if it already has Horovod's ranks in order; else a new one,
+        which you must free. Without Horovod initialised: ``comm``, or the world.
 
     Raises:
-        LaunchError: On every rank of them, if Horovod runs without MPI (Gloo) or has
-            other ranks, if its thread and not mpi4py has started MPI, or if MPI was not
-            started for several threads.
+        LaunchError: On each of these ranks, if Horovod runs without MPI (Gloo) or has other
+            ranks, if its thread and not mpi4py has started MPI, or if MPI was not started
+            for several threads.
         CollectiveError: On every live rank, if one never arrives.
     """
     return find_communicator(comm, process_set, deadline_seconds=deadline_seconds)[0]
@@ -58,15 +58,15 @@ def attached(
     comm: MPI.Intracomm | None,
     deadline_seconds: float,
 ) -> Iterator[Communicator]:
-    """Give a private communicator for one broadcast, with its root.
+    """Yield a private communicator for one broadcast, with its root.
 
     Collective. Main thread only.
 
     Args:
-        root_rank: As Horovod numbers all of its ranks, with a process set too.
+        root_rank: Horovod's number among all of its ranks, also with a process set.
         process_set: See `communicator`.
         comm: See `communicator`.
-        deadline_seconds: How long any wait may take.
+        deadline_seconds: How long a wait may take.
 
     Raises:
         OptionsError: On every rank, if the roots differ or there is no such rank.
@@ -80,7 +80,7 @@ def attached(
         private.root = _root(private, root_rank, process_set)
         yield private
     except CheckpointError:
-        # They are agreed on: every rank is here.
+        # All ranks agreed on the error: every rank is here.
         private.close()
         raise
     private.close()

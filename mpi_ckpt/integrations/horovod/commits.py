@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commits of an elastic state: to memory each time, to disk as the options say."""
+"""Commits an elastic state: to memory each time, to disk as the options say."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 
 class Commits:
-    """The manager behind an elastic state, made when the ranks first meet.
+    """The manager of an elastic state, made when the ranks first meet.
 
     Collective, as is every method unless it says otherwise. Main thread only.
 
     Args:
-        tracked: What is committed.
+        tracked: The tracked attributes.
 
     Attributes:
-        count: Commits made, over all runs.
+        count: Number of commits, over all runs.
     """
 
     def __init__(self, tracked: Tracked) -> None:
@@ -50,12 +50,12 @@ class Commits:
 
     @property
     def ranks(self) -> MPI.Intracomm:
-        """The ranks, as long as they meet: after `open`. Not collective."""
+        """Communicator of the ranks between `open` and their parting. Not collective."""
         assert self._comm is not None
         return self._comm.handle
 
     def note_hosts_updated(self) -> None:
-        """Have the ranks meet anew at the next commit. Not collective. Thread-safe."""
+        """Make the ranks meet again at the next commit. Not collective. Thread-safe."""
         self._notices += 1
 
     def open(self) -> None:
@@ -96,14 +96,14 @@ class Commits:
         return comm, manager
 
     def commit(self, doing: str, *, durable: bool) -> bool:
-        """Commit; tell whether the ranks shall meet anew.
+        """Commit; return whether the ranks must meet again.
 
         Args:
-            doing: What the program has called, the same on every rank.
-            durable: Whether it has to be on disk when this returns.
+            doing: The call of the program, the same on every rank.
+            durable: Whether it must be on disk when this returns.
 
         Raises:
-            SystemExit: On every rank, if the job was asked to stop: all is on disk.
+            SystemExit: On every rank, after a request to stop: all is on disk.
             CheckpointError: On every rank, if it failed on any.
         """
         manager, updated = self.meet(doing)
@@ -122,10 +122,10 @@ class Commits:
         return updated
 
     def check(self, doing: str) -> bool:
-        """Do what `commit` does besides: stop if asked to; tell whether to meet anew.
+        """Stop if requested; return whether the ranks must meet again.
 
         Raises:
-            SystemExit: On every rank, if the job was asked to stop: all is on disk.
+            SystemExit: On every rank, after a request to stop: all is on disk.
             CheckpointError: On every rank, if it failed on any.
         """
         manager, updated = self.meet(doing)
@@ -139,7 +139,7 @@ class Commits:
 
         Raises:
             NoCheckpointError: On every rank, if there is none.
-            CheckpointError: On every rank, for anything else that went wrong.
+            CheckpointError: On every rank, for any other failure.
         """
         manager, _ = self.meet(doing)
         if manager.restore() is None:
@@ -152,7 +152,7 @@ class Commits:
     def sync(self, doing: str) -> None:
         """Make all ranks equal to root, and that the last commit.
 
-        The first time in a process, root is what the last durable commit holds.
+        The first call in a process gives root the contents of the last durable commit.
 
         Raises:
             CheckpointError: On every rank, if it failed on any.
@@ -169,7 +169,7 @@ class Commits:
         self._is_synced = True
 
     def finish(self) -> None:
-        """Commit durably, and part.
+        """Commit durably, and release the ranks.
 
         Raises:
             CheckpointError: On every rank, if it failed on any.
@@ -184,20 +184,20 @@ class Commits:
         self._manager = self._comm = None
 
     def leave(self, error: BaseException) -> None:
-        """Part by an exception, which may be this rank's alone. Not collective."""
+        """Release the ranks after an error, maybe of one rank. Not collective."""
         if self._manager is not None:
             self._manager.__exit__(type(error), error, error.__traceback__)
-            # The communicator is left to MPI_Finalize. What is in the states now may be
-            # half a step: whoever goes on with them begins at the last commit.
+            # MPI_Finalize frees the communicator. The states may hold half a step now: a
+            # program that goes on with them starts from the last commit.
             self._manager = self._comm = None
             self._is_synced = False
 
     def give_up(self, times: int, error: BaseException) -> None:
-        """Raise what has failed, as it stands on each rank.
+        """Raise the failure of each rank.
 
         Args:
-            times: How often it has.
-            error: What this rank has caught.
+            times: How often it has failed.
+            error: The exception that this rank has caught.
 
         Raises:
             CollectiveError: On every rank.
@@ -212,13 +212,13 @@ class Commits:
         agree(self._comm, doing, fail, error=CollectiveError, safe=kept)
 
     def meet(self, doing: str) -> tuple[CheckpointManager, bool]:
-        """Find out whether all ranks do the same, with the same attributes.
+        """Check that all ranks are in the same call, with the same attributes.
 
         Returns:
-            The manager, and whether any rank wants all to meet anew.
+            The manager, and whether any rank wants all to meet again.
 
         Raises:
-            RollBackError: On every rank, if they do different things.
+            RollBackError: On every rank, if they are in different calls.
             RegistrationError: On every rank, if their attributes differ.
             CheckpointError: On every rank, if they cannot meet.
         """
@@ -231,7 +231,7 @@ class Commits:
         except CollectiveError as error:
             if comm.is_broken:
                 raise
-            # All ranks have heard of it: all can go back to where they were together.
+            # All ranks know of it: all can go back to the last common commit.
             raise RollBackError(str(error), problems=error.problems) from error
         self._heard = notices
         _compare(comm, self._tracked)

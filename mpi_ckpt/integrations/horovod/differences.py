@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank has and root has not, or otherwise: told all at once."""
+"""Reports all differences between a rank and root at once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def spec_differences(root: Sequence[LeafSpec], own: Sequence[LeafSpec]) -> list[
     """Return how tensors of the same name differ in form. Not collective. Thread-safe.
 
     Args:
-        root: What root has.
-        own: What this rank has.
+        root: Specs on root.
+        own: Specs on this rank.
     """
     ours = {spec.name: spec for spec in own}
     return [
@@ -32,8 +32,8 @@ def raise_differences(what: str, problems: Sequence[str]) -> None:
     """Raise if there are differences. Not collective. Thread-safe.
 
     Args:
-        what: What is broadcast.
-        problems: Every one of them.
+        what: Name of the broadcast values.
+        problems: All differences.
 
     Raises:
         StateMismatchError: On the calling rank, if the list is not empty.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training that goes back to its last commit when a collective of Horovod fails."""
+"""Runs a training that goes back to its last commit when a Horovod collective fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
 
-# A rank that goes back while others do something else meets them at the second try.
+# A rank that goes back while others are in another call meets them at the second try.
 _MEETINGS = 3
 
 
@@ -29,16 +29,16 @@ def run(
 ) -> Callable[..., Any]:
     """Wrap a training function, as ``horovod.elastic.run`` does.
 
-    What it returns is collective, and takes a `HorovodState` first. It syncs the state and
-    calls the function. After a `RollBackError` or ``HorovodInternalError`` it shuts
-    Horovod down, goes back to the last commit, starts Horovod again on the same ranks,
-    calls ``on_reset``, syncs, and calls the function again. After a
-    ``HostsUpdatedInterrupt`` it does so without going back. When the function returns, its
-    state is committed durably and closed.
+    The wrapper is collective, and its first argument is a `HorovodState`. It syncs the
+    state and calls the function. After a `RollBackError` or ``HorovodInternalError`` it
+    shuts Horovod down, goes back to the last commit, starts Horovod again on the same
+    ranks, calls ``on_reset``, syncs, and calls the function again. After a
+    ``HostsUpdatedInterrupt`` it does the same without going back. When the function
+    returns, the wrapper commits the state durably and closes it.
 
     Args:
-        function: Called with the state and the other arguments.
-        tries: How often the training may fail after one and the same commit.
+        function: Function that takes the state and the other arguments.
+        tries: How often the training may fail after the same commit.
 
     Raises:
         OptionsError: On every rank, if ``tries`` is below 1.
@@ -71,7 +71,7 @@ def run(
 
 
 class _Recovery:
-    """Brings a state and Horovod back to where a training can go on.
+    """Brings a state and Horovod back to a point where a training can go on.
 
     Collective, as is every method.
     """
@@ -85,15 +85,16 @@ class _Recovery:
         self._horovod = find_horovod()
 
     def stop_horovod(self) -> None:
-        """End Horovod's collectives, in which other ranks may wait. Not collective."""
+        """End Horovod's collectives, since other ranks may wait in them. Not collective."""
         self._is_reset = False
         self._horovod = self._horovod or find_horovod()
         if self._horovod is not None:
             self._horovod.shutdown()
 
     def go_back(self, error: Exception) -> None:
-        """Restore the last commit, unless the training fails there for the last time."""
-        # First, as a restore needs all ranks, and some may wait in a collective for this.
+        """Restore the last commit, unless the training has used up its tries."""
+        # First, since a restore needs all ranks, and some may wait in a collective for this
+        # one.
         self.stop_horovod()
         commits = commits_of(self._state)
         self._restore()
@@ -108,13 +109,13 @@ class _Recovery:
         )
 
     def meet_anew(self) -> None:
-        """Start Horovod again, if it was stopped, and let the state adapt."""
+        """Start Horovod again, if stopped, and let the state adapt."""
         if self._is_reset:
             return
         commits, chosen = commits_of(self._state), settings()
         commits.meet("starting again")
         if self._horovod is not None:
-            # Horovod's own restart forgets which ranks it was given, and its sets.
+            # Horovod's own restart forgets its ranks and process sets.
             comm: Any = commits.ranks
             if chosen.process_set is not None:
                 comm = self._horovod.global_process_set.mpi_comm
@@ -127,7 +128,7 @@ class _Recovery:
             try:
                 self._state.restore()
             except RollBackError as error:
-                # The others did not know yet. Now they do, and come here.
+                # The others did not know of it yet. Now they do, and come here.
                 last = error
             else:
                 return

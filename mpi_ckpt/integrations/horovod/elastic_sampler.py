@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples of a data set this rank trains on, as Horovod elastic shares them out."""
+"""Chooses the samples that this rank trains on, as Horovod elastic does."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ __all__ = ["HorovodSampler"]
 
 
 class HorovodSampler:
-    """Shares a data set out over the ranks, and again when their number has changed.
+    """Divides a data set among the ranks, and again when their number has changed.
 
     Use as ``DataLoader(dataset, sampler=sampler)``, give it to the state, and call
-    `record_batch` after each batch. The order of an epoch is Horovod's own, so what a
-    script of Horovod has stored of its sampler can be loaded here.
+    `record_batch` after each batch. The order of an epoch is Horovod's own, so this sampler
+    can load the stored state of Horovod's sampler.
 
-    Each rank gets as many samples as any other; where they do not come out even, the last
-    ranks get some of the first samples once more. What is left of the epoch is shared out
-    by `set_epoch`, `load_state_dict` and `reset`, not by `record_batch`.
+    Each rank gets the same number of samples; if they cannot be divided evenly, the last
+    ranks repeat some of the first samples. `set_epoch`, `load_state_dict` and `reset`
+    divide the rest of the epoch again; `record_batch` does not.
 
     Not collective: nothing here communicates.
 
     Args:
         dataset: Anything with a length.
-        shuffle: Whether each epoch has an order of its own.
-        seed: Decides the orders; the same on every rank.
+        shuffle: Whether each epoch has its own order.
+        seed: Seed of the orders; the same on every rank.
 
     Attributes:
         epoch: The epoch being sampled.
-        processed_num: Samples of it that all ranks together have trained on.
+        processed_num: Samples of this epoch that all ranks together have trained on.
     """
 
     def __init__(self, dataset: Sized, shuffle: bool = True, seed: int = 0) -> None:
@@ -43,7 +43,7 @@ class HorovodSampler:
         self.seed = seed
         self.epoch = 0
         self.processed_num = 0
-        # Taken from the job when first asked for: making a sampler starts no MPI.
+        # Taken from the job on first use: making a sampler starts no MPI.
         self._place: tuple[int, int] | None = None
         self._begin = 0
         self._share: list[int] | None = None
@@ -59,9 +59,10 @@ class HorovodSampler:
         return self._find_place()[1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch; go on in it, if it is the one being sampled.
+        """Begin an epoch, or go on in it if it is the current one.
 
-        So it may stand at the end of an epoch, as Horovod asks for, or at the beginning.
+        So a program may call it at the end of an epoch, as Horovod requires, or at the
+        beginning.
         """
         if epoch != self.epoch:
             self.epoch = epoch
@@ -72,11 +73,11 @@ class HorovodSampler:
         """Note that every rank has trained on a batch.
 
         Args:
-            batch_idx: Not looked at.
+            batch_idx: Ignored.
             batch_size: Samples in the batch of this rank; the same on every rank.
         """
         done = self.processed_num + batch_size * self.num_replicas
-        # Samples given twice to come out even do not count twice.
+        # Repeated samples do not count twice.
         self.processed_num = min(done, len(self.dataset))
 
     def state_dict(self) -> dict[str, int]:
@@ -84,28 +85,28 @@ class HorovodSampler:
         return {"epoch": self.epoch, "processed_num": self.processed_num}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Take over what `state_dict` returned, and share out what is left."""
+        """Take over a result of `state_dict`, and divide the rest of the epoch."""
         self.epoch = state_dict["epoch"]
         self.processed_num = state_dict["processed_num"]
         self._share_out()
 
     def reset(self) -> None:
-        """Find out anew how many ranks there are, and share out what is left."""
+        """Read the number of ranks again, and divide the rest of the epoch."""
         self._place = None
         self._share_out()
 
     def place(self, rank: int, size: int) -> None:
-        """Take a place among the ranks; share out what is left if it is another one."""
+        """Set rank and size; if they changed, divide the rest of the epoch."""
         if self._place != (rank, size):
             self._place = (rank, size)
             self._share_out()
 
     def __iter__(self) -> Iterator[int]:
-        """Give the samples of this rank that were left when they were shared out."""
+        """Yield this rank's samples of the last division."""
         return iter(list(self._shared()))
 
     def __len__(self) -> int:
-        """Return how many they are."""
+        """Return their number."""
         return len(self._shared())
 
     def _find_place(self) -> tuple[int, int]:
@@ -121,7 +122,7 @@ class HorovodSampler:
             rank, size = self._find_place()
             left = self._order()[self._begin :]
             per_rank = -(-len(left) // size)
-            # Fewer may be left than there are ranks: then they go round more than once.
+            # If fewer samples are left than there are ranks, they repeat more than once.
             self._share = [left[i % len(left)] for i in range(rank, per_rank * size, size)]
         return self._share
 

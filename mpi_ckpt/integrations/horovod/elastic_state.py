@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Horovod elastic's states, with commits that last."""
+"""Provides Horovod elastic's states, with durable commits."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["HorovodState", "TorchState", "commits_of"]
 
 
 class HorovodState:
-    """Attributes that are committed together, and brought back together.
+    """Attributes that are committed together and restored together.
 
-    Every attribute without a leading underscore is tracked, also one that is given later:
-    modules, optimizers, samplers, anything with ``state_dict`` and ``load_state_dict``,
-    the states of this package, and plain values, tensors and arrays, nested as you like.
-    `restore` undoes what was changed in place, too. What an attribute holds may be
-    replaced at any time; the last commit is then still of what was there before.
+    Every attribute without a leading underscore is tracked, also one added later: modules,
+    optimizers, samplers, anything with ``state_dict`` and ``load_state_dict``, the states
+    of this package, and plain values, tensors and arrays, in any nesting. `restore` also
+    undoes changes in place. An attribute may get a new value at any time; the last commit
+    then still holds the previous value.
 
     Not collective to make, nor is getting and setting attributes. A context manager that
-    closes itself; `run` does so for you.
+    closes the state; `run` closes it for you.
 
     Args:
         attributes: The values to begin with.
@@ -56,11 +56,11 @@ class HorovodState:
 
     @property
     def commits(self) -> int:
-        """Commits made, over all runs; known after the first `sync`. Not collective."""
+        """Number of commits in all runs; known after the first `sync`. Not collective."""
         return self._commits.count
 
     def commit(self, *, durable: bool = False) -> None:
-        """Save, as `save` does, and look whether the ranks shall stop or meet anew.
+        """Save, as `save` does, and check whether the ranks must stop or meet again.
 
         Collective.
 
@@ -68,41 +68,42 @@ class HorovodState:
             durable: Whether it must be on disk when this returns, on any rank.
 
         Raises:
-            HostsUpdatedInterrupt: On every rank, if any was told so; it is committed.
-            SystemExit: On every rank, if the job was asked to stop: all is on disk.
+            HostsUpdatedInterrupt: On every rank, if any rank was told to; the state is
+                committed.
+            SystemExit: On every rank, after a request to stop: all is on disk.
             CheckpointError: On every rank, if it failed on any.
         """
         if self._commits.commit("commit()", durable=durable):
             raise hosts_updated()
 
     def save(self) -> None:
-        """Keep what the attributes hold: in memory, and on disk if that is due.
+        """Save the values of the attributes: in memory, and on disk if that is due.
 
         Collective.
 
         Raises:
-            SystemExit: On every rank, if the job was asked to stop: all is on disk.
+            SystemExit: On every rank, after a request to stop: all is on disk.
             CheckpointError: On every rank, if it failed on any.
         """
         if self._commits.commit("save()", durable=False):
             self._commits.note_hosts_updated()
 
     def restore(self) -> None:
-        """Go back to the last commit, in everything that is tracked.
+        """Restore all tracked attributes from the last commit.
 
         Collective.
 
         Raises:
             NoCheckpointError: On every rank, if there is none.
-            CheckpointError: On every rank, for anything else that went wrong.
+            CheckpointError: On every rank, for any other failure.
         """
         self._commits.restore("restore()")
 
     def sync(self) -> None:
-        """Make all ranks equal to root, and let `restore` lead there from now on.
+        """Make all ranks equal to root, and make that the commit for `restore`.
 
-        Collective. The first time in a process, everything is as in the last durable
-        commit of an earlier run, whatever its number of ranks, if there is one.
+        Collective. The first call in a process restores the last durable commit of an
+        earlier run, with any number of ranks, if there is one.
 
         Raises:
             CheckpointError: On every rank, if it failed on any.
@@ -110,39 +111,41 @@ class HorovodState:
         self._commits.sync("sync()")
 
     def check_host_updates(self) -> None:
-        """Look whether the ranks shall stop or meet anew, as `commit` does besides.
+        """Check whether the ranks must stop or meet again, without a commit.
 
-        Collective. Every rank's view counts. A stop saves what the attributes hold now.
+        Collective. A request on any rank counts. A stop saves the present values of the
+        attributes.
 
         Raises:
-            HostsUpdatedInterrupt: On every rank, if any was told so.
-            SystemExit: On every rank, if the job was asked to stop: all is on disk.
+            HostsUpdatedInterrupt: On every rank, if any rank was told to.
+            SystemExit: On every rank, after a request to stop: all is on disk.
             CheckpointError: On every rank, if it failed on any.
         """
         if self._commits.check("check_host_updates()"):
             raise hosts_updated()
 
     def on_hosts_updated(self, timestamp: float = 0, update_res: int = 0) -> None:  # noqa: ARG002 (Horovod's)
-        """Have all ranks meet anew when they next look.
+        """Make all ranks meet again at their next check.
 
-        Not collective: any rank may call it. Thread-safe. No launcher of MPI calls it.
+        Not collective: any rank may call it. Thread-safe. No MPI launcher calls it.
 
         Args:
-            timestamp: Not looked at.
-            update_res: Not looked at: the ranks are always synced.
+            timestamp: Ignored.
+            update_res: Ignored: the ranks are always synced.
         """
         self._commits.note_hosts_updated()
 
     def register_reset_callbacks(self, callbacks: Iterable[Callable[[], object]]) -> None:
-        """Have functions called by `on_reset`. Not collective.
+        """Register functions that `on_reset` calls. Not collective.
 
         Args:
-            callbacks: Called without arguments, in this order, before the ranks sync.
+            callbacks: Functions called without arguments, in this order, before the ranks
+                sync.
         """
         self._callbacks.extend(callbacks)
 
     def on_reset(self) -> None:
-        """Adapt to the ranks of now: samplers share out what is left.
+        """Adapt to the present ranks: samplers divide the rest of the epoch.
 
         Collective. Then calls `reset` and the callbacks.
 
@@ -156,13 +159,12 @@ class HorovodState:
             callback()
 
     def reset(self) -> None:
-        """Override to do something whenever the ranks meet anew. Not collective."""
+        """Override to run code whenever the ranks meet again. Not collective."""
 
     def close(self) -> None:
-        """Commit what there is, durably, and let go of directory and ranks.
+        """Commit durably, and release directory and ranks.
 
-        Collective. The state stays usable: its next call brings the ranks of then
-        together.
+        Collective. The state stays usable: its next call makes the ranks of that time meet.
 
         Raises:
             CheckpointError: On every rank, if it failed on any.
@@ -176,7 +178,7 @@ class HorovodState:
         if error is None:
             self.close()
         else:
-            # INVARIANT: one rank alone may be here, so nothing collective.
+            # INVARIANT: one rank alone may be here, so no collective.
             self._commits.leave(error)
 
 
@@ -184,9 +186,9 @@ class TorchState(HorovodState):
     """A `HorovodState` with a model and its optimizer.
 
     Args:
-        model: A module; more of them among the attributes.
-        optimizer: Its optimizer, also one wrapped by Horovod.
-        attributes: Anything else to begin with; see `HorovodState`.
+        model: A module; further ones may be attributes.
+        optimizer: Its optimizer, wrapped by Horovod or not.
+        attributes: Further initial values; see `HorovodState`.
 
     Raises:
         RegistrationError: On the rank that sets an attribute, if it cannot be saved, or
@@ -203,6 +205,6 @@ class TorchState(HorovodState):
 
 
 def commits_of(state: HorovodState) -> Commits:
-    """Return what is behind a state. Not collective."""
+    """Return the commits of a state. Not collective."""
     commits: Commits = vars(state)["_commits"]
     return commits

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a run go back to the last commit, or meet anew: Horovod's exceptions, or ours.
+"""Defines the exceptions that make a run go back or meet again, Horovod's or its own.
 
-Horovod is not imported here: its exceptions can only be raised once it was.
+Horovod is not imported here: its exceptions can only be raised after the program has
+imported it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ _EXCEPTIONS = "horovod.common.exceptions"
 class RollBackError(CollectiveError):
     """Raised by a program on any rank: all ranks of a run go back to the last commit.
 
-    Raised on all by a state whose ranks call different methods of it.
+    A state raises it on all ranks if they call different methods of it.
     """
 
 
 class HostsUpdatedInterrupt(RuntimeError):
-    """The ranks shall meet anew, with the values they have: what Horovod raises so.
+    """The ranks must meet again and keep their values, as in Horovod.
 
     Args:
-        skip_sync: As in Horovod; not looked at here, where ranks are always synced.
+        skip_sync: As in Horovod; ignored here, since ranks are always synced.
     """
 
     def __init__(self, skip_sync: bool = False) -> None:
@@ -43,12 +44,12 @@ def roll_backs() -> tuple[type[Exception], ...]:
 
 
 def updates() -> tuple[type[Exception], ...]:
-    """Return the exceptions after which the ranks of a run meet anew. Not collective."""
+    """Return the exceptions after which the ranks of a run meet again. Not collective."""
     return (HostsUpdatedInterrupt, *_of_horovod("HostsUpdatedInterrupt"))
 
 
 def hosts_updated() -> Exception:
-    """Make the exception that a program waits for: Horovod's, if it uses that.
+    """Make the exception that a program expects: Horovod's, if it uses Horovod.
 
     Not collective.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Broadcast of any Python object: its arrays as they lie, the rest pickled."""
+"""Broadcasts any Python object: its arrays without a copy, the rest pickled."""
 
 from __future__ import annotations
 
@@ -38,29 +38,30 @@ def broadcast_object(
 ) -> Any:  # noqa: ANN401
     """Give every rank root's object.
 
-    Collective. Main thread only. Arrays and tensors of any size are received where they
-    stay: no copy is made, and what root pickles besides is small. Small arrays of one
-    object may share memory of up to 16 MiB; up to 256 MiB of large ones are kept, when
-    they are gone, for the next.
+    Collective. Main thread only. Arrays and tensors of any size are received in their final
+    memory, without a copy; root's pickle of the rest is small. Small arrays of one object
+    may share memory of up to 16 MiB; up to 256 MiB of the memory of large ones is kept for
+    the next object after they are gone.
 
     Args:
-        obj: On root, anything that pickles (by cloudpickle where that is installed, as
-            with Horovod); ignored elsewhere, whatever its type, unless ``in_place``.
-        root_rank: Horovod's rank, of all of its ranks, that has the object.
-        name: Told in errors.
+        obj: On root, anything that pickles (by cloudpickle if that is installed, as with
+            Horovod); ignored elsewhere, unless ``in_place``.
+        root_rank: Horovod's number of the rank that has the object, among all of its ranks.
+        name: Name for errors.
         process_set: As for `communicator`.
-        in_place: Where a rank's own ``obj`` is root's but for what its arrays hold, it
-            receives into these, and returns it. Elsewhere a new one is made as ever.
+        in_place: If a rank's own ``obj`` differs from root's only in the contents of
+            arrays, the rank receives into these, and returns it. Otherwise a new object is
+            made as usual.
         comm: As for `communicator`.
-        deadline_seconds: How long any wait may take.
+        deadline_seconds: How long a wait may take.
 
     Returns:
         ``obj`` itself on root, an equal one elsewhere.
 
     Raises:
-        StageError: On every rank, if root cannot pickle it, or another rank has no memory
+        StageError: On every rank, if root cannot pickle it, or another rank lacks memory
             for it or cannot unpickle it.
-        CheckpointError: On every rank, for anything else that went wrong.
+        CheckpointError: On every rank, for any other failure.
     """
     with attached(root_rank, process_set, comm, deadline_seconds) as private:
         return _broadcast(private, obj, name, in_place=in_place)
@@ -74,20 +75,20 @@ def allgather_object(
     comm: MPI.Intracomm | None = None,
     deadline_seconds: float = 600.0,
 ) -> list[Any]:
-    """Give every rank the objects of all, in rank order.
+    """Give every rank the objects of all ranks, in rank order.
 
     Collective. Main thread only. As many broadcasts as there are ranks.
 
     Args:
-        obj: As for `broadcast_object`; of another type on every rank if you like.
-        name: Told in errors.
+        obj: As for `broadcast_object`; its type may differ between ranks.
+        name: Name for errors.
         process_set: As for `communicator`.
         comm: As for `communicator`.
-        deadline_seconds: How long any wait may take.
+        deadline_seconds: How long a wait may take.
 
     Raises:
         StageError: On every rank, as `broadcast_object` does.
-        CheckpointError: On every rank, for anything else that went wrong.
+        CheckpointError: On every rank, for any other failure.
     """
     gathered = []
     first = 0 if process_set is None else process_set.ranks[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Python object as a little pickle, and the memory of its arrays beside it. No MPI.
+"""Splits a Python object into a small pickle and the memory of its arrays. No MPI.
 
-What is unpickled here comes from a rank of the same job, over MPI: it runs the same program
-already, so there is nobody to guard against. No file is ever read this way.
+The pickles come from a rank of the same job, over MPI. That rank already runs the same
+program, so they are trusted. No file is ever read this way.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """An object taken apart.
+    """A packed object.
 
     Attributes:
         pickled: All but the memory of its arrays.
-        buffers: That memory, live, in the order in which the pickle asks for it.
+        buffers: That memory, live, in the order in which the pickle needs it.
     """
 
     pickled: bytes
@@ -36,7 +36,7 @@ class Packed:
         return [len(one) for one in self.buffers]
 
     def fits(self, pickled: bytes, lengths: Sequence[int]) -> bool:
-        """Return whether another's arrays can be received into these. Not collective."""
+        """Return whether these arrays can receive another rank's. Not collective."""
         return (
             self.pickled == pickled
             and self.lengths == list(lengths)
@@ -45,7 +45,7 @@ class Packed:
 
 
 def pack(value: Any) -> Packed:  # noqa: ANN401
-    """Take an object apart; nothing large is copied.
+    """Pack an object, without a copy of large arrays.
 
     Not collective. Arrays that are not contiguous, and tensors on a device, are copied
     into the pickle.
@@ -64,15 +64,15 @@ def pack(value: Any) -> Packed:  # noqa: ANN401
 
 
 def unpack(pickled: bytes, buffers: Sequence[memoryview]) -> Any:  # noqa: ANN401
-    """Put an object together over the given memory. Not collective."""
-    # From a rank of this job, see above.
+    """Make an object over the given memory. Not collective."""
+    # This comes from a rank of this job; see above.
     return pickle.loads(pickled, buffers=buffers)  # noqa: S301
 
 
 def _pickler_class() -> type[Any]:
-    """Return a pickler that leaves tensors' memory aside, as NumPy's arrays do theirs.
+    """Return a pickler that keeps tensors' memory out of the pickle, as NumPy does.
 
-    Over cloudpickle's, where it is installed: Horovod's users broadcast functions too.
+    Based on cloudpickle if installed: Horovod's users broadcast functions too.
     """
     try:
         base: Any = importlib.import_module("cloudpickle").Pickler
@@ -101,7 +101,7 @@ def _pickler_class() -> type[Any]:
 
 
 def _is_plain_tensor(value: object) -> bool:
-    # A tensor can only be here if somebody has imported torch.
+    # A tensor can only be here if torch was imported.
     torch: Any = sys.modules.get("torch")
     if torch is None or type(value) not in (torch.Tensor, torch.nn.Parameter):
         return False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Broadcasts of models and optimizers: any dtype and size, and never by taking a step.
+"""Broadcasts models and optimizers of any dtype and size, without taking a step.
 
-What is equal already is found by digests and not sent.
+Digests find equal values, which are not sent.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ def broadcast_parameters(
 ) -> None:
     """Give every rank root's parameters, in place.
 
-    Collective. Main thread only. Takes what ``hvd.broadcast_parameters`` takes, and also
-    generators, every dtype, any size and any layout; only tensors that differ are sent.
+    Collective. Main thread only. Accepts all that ``hvd.broadcast_parameters`` does, and
+    also generators, every dtype, any size and any layout; only tensors that differ are
+    sent.
 
     Args:
         params: ``model.state_dict()``, ``model.named_parameters()``,
             ``model.parameters()``, or pairs of name and value. The same names, dtypes and
-            shapes on every rank. Values that are no tensors or arrays are replaced in a
+            shapes on every rank. Values that are not tensors or arrays are replaced in a
             dict or a list.
-        root_rank: Horovod's rank, of all of its ranks, that has them.
+        root_rank: Horovod's number of the rank that has them, among all of its ranks.
         process_set: As for `communicator`.
         comm: As for `communicator`.
-        deadline_seconds: How long any wait may take.
+        deadline_seconds: How long a wait may take.
 
     Raises:
-        StateMismatchError: On every rank, naming the ranks whose parameters are not
-            root's, and how they differ; nothing was changed.
+        StateMismatchError: On every rank, with the ranks whose parameters are not root's,
+            and the differences; nothing was changed.
         StageError: On every rank, if a value has no plain form; nothing was changed.
-        CheckpointError: On every rank, for anything else that went wrong.
+        CheckpointError: On every rank, for any other failure.
     """
     with attached(root_rank, process_set, comm, deadline_seconds) as private:
         sync_states(private, [_Parameters(params)], Options(), forced=True)
@@ -73,23 +74,23 @@ def broadcast_optimizer_state(
 ) -> None:
     """Give every rank root's optimizer state and hyperparameters.
 
-    Collective. Main thread only. For every optimizer with a state dict, LBFGS and those
-    without any state too. No step is taken: no weight changes, no gradient is made.
+    Collective. Main thread only. For every optimizer with a state dict, including LBFGS and
+    those without any state. It takes no step: no weight changes, no gradient is made.
 
     Args:
-        optimizer: Of the same kind and over the same parameters on every rank; one that
-            Horovod has wrapped is the same as one that it has not.
-        root_rank: Horovod's rank, of all of its ranks, that has the state.
-        model: Not needed; Horovod's broadcast has it.
+        optimizer: Optimizer of the same kind and over the same parameters on every rank,
+            wrapped by Horovod or not.
+        root_rank: Horovod's number of the rank that has the state, among all of its ranks.
+        model: Not needed; exists because Horovod's broadcast has it.
         process_set: As for `communicator`.
         comm: As for `communicator`.
-        deadline_seconds: How long any wait may take.
+        deadline_seconds: How long a wait may take.
 
     Raises:
-        StateMismatchError: On every rank, naming the ranks whose optimizer is of another
-            kind or over other parameters; nothing was changed.
+        StateMismatchError: On every rank, with the ranks whose optimizer is of another kind
+            or over other parameters; nothing was changed.
         StageError: On every rank, if an entry has no plain form; nothing was changed.
-        CheckpointError: On every rank, for anything else that went wrong.
+        CheckpointError: On every rank, for any other failure.
     """
     with attached(root_rank, process_set, comm, deadline_seconds) as private:
         state = _Optimizer("optimizer", optimizer)
@@ -97,7 +98,7 @@ def broadcast_optimizer_state(
 
 
 class _Parameters(NestedState):
-    """Named values, received where they are."""
+    """Named values, received in place."""
 
     def __init__(self, params: Mapping[str, Any] | Iterable[Any]) -> None:
         super().__init__("parameters")
@@ -105,7 +106,7 @@ class _Parameters(NestedState):
         self._pairs: list[tuple[Any, str, Any]] | None = None
 
     def nested(self) -> dict[str, Any]:
-        if self._pairs is None:  # a generator gives its values once
+        if self._pairs is None:  # a generator yields its values only once
             self._pairs = list(_named(self._given))
         values = {name: value for _, name, value in self._pairs}
         if len(values) < len(self._pairs):
@@ -144,7 +145,7 @@ class _Parameters(NestedState):
 
 
 def _named(params: Any) -> Iterable[tuple[Any, str, Any]]:  # noqa: ANN401
-    """Give key or index, name and value of each parameter."""
+    """Yield key or index, name and value of each parameter."""
     if hasattr(params, "items"):
         yield from ((key, str(key), value) for key, value in params.items())
         return
@@ -161,13 +162,13 @@ def _overlaps(value: Any) -> bool:  # noqa: ANN401
 
 
 class _Optimizer(OptimizerState):
-    """An optimizer that says in Horovod's terms how ranks differ."""
+    """An optimizer that reports differences between ranks in Horovod's terms."""
 
     def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
     ) -> Arrival:
         problems = []
-        # Horovod's wrapper has the name of what it wraps.
+        # Horovod's wrapper has the name of the wrapped class.
         kind = type(self._optimizer).__name__
         if structure["class"] != kind:
             problems.append(f"root has {structure['class']}, this rank {kind}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory for objects that are received, kept for the next when an object is gone. No MPI.
+"""Provides memory for received objects, and keeps it for the next one. No MPI.
 
-Fresh memory is the price of a received object: touched for the first time it takes up to
-ten times as long as the copy into it, at worst in a virtual machine that has given it back
-to its host. Large blocks come in huge pages, which are cheaper, and are used again.
+Fresh memory is the main cost of a received object: its first touch takes up to ten times as
+long as the copy into it, at worst in a virtual machine that has returned the memory to its
+host. Large blocks use huge pages, which are cheaper, and are reused.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mpi_ckpt.memory import Arena, round_up
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# A small array that outlives the rest of its object keeps no more than this.
+# A small array that outlives the rest of its object keeps at most this much.
 _BLOCK_BYTES = 16 << 20
 _KEPT_BYTES_MAX = 256 << 20
 _ALIGNMENT = 64
 
-# Blocks that nothing uses, the last given back at the end. Objects end on any thread: each
-# step here is one that Python does not interrupt.
+# Unused blocks, the most recently freed last. Objects end on any thread, so each step here
+# is atomic in Python.
 _kept: list[Arena] = []
 
 
@@ -61,7 +61,7 @@ def _take(nbytes: int) -> memoryview:
         return np.empty(nbytes, np.uint8).data
     arena = _find_kept(nbytes) or Arena(huge_pages=True)
     memory = arena.take(nbytes)[:nbytes]
-    # What is received refers to this view, by way of a memoryview, and never to the memory.
+    # Received objects refer to this view, through a memoryview, and never to the memory.
     view: Any = np.frombuffer(memory, np.uint8)
     weakref.finalize(view, _give_back, arena).atexit = False
     return memoryview(view)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where commits go, and how: one set of settings for the process."""
+"""Keeps the settings for commits: one set for the process."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _EVERY = timedelta(seconds=60)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `configure` was given.
+    """The arguments of `configure`.
 
     Attributes:
-        directory: Of the generations; None if no one was named.
-        options: Of the manager.
-        memory: Who holds the last commit in memory; None for nobody.
+        directory: Directory of the generations; None if none was given.
+        options: Options of the manager.
+        memory: The ranks that hold the last commit in memory; None for no rank.
         comm: Communicator of the ranks that train; None for Horovod's, or all.
-        process_set: Horovod's, if only some of its ranks train.
-        process_sets: What Horovod is given when it is started again.
+        process_set: Horovod's process set, if only some of its ranks train.
+        process_sets: The process sets for Horovod's restart.
     """
 
     directory: Path | None
@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def first_deadline_seconds(self) -> float:
-        """How long the ranks wait for one another before they know their options."""
+        """How long the ranks wait for one another before their options are known."""
         return (self.options or Options()).deadline_seconds
 
     def find_directory(self) -> Path:
@@ -72,12 +72,12 @@ class Settings:
         """Return the options. Not collective.
 
         Raises:
-            OptionsError: On the calling rank, if a variable of the environment is none.
+            OptionsError: On the calling rank, if an environment variable is invalid.
         """
         if self.options is not None:
             return self.options
-        # Horovod's scripts commit as often as each batch: to memory each time, to disk
-        # when it costs next to nothing beside the training.
+        # Horovod's scripts may commit after each batch: to memory each time, to disk when
+        # that costs almost nothing compared with the training.
         options = Options.from_env()
         return replace(
             options,
@@ -88,23 +88,23 @@ class Settings:
 
     @contextmanager
     def training_ranks(self) -> Iterator[MPI.Intracomm]:
-        """Give a communicator of the ranks that train, to be duplicated.
+        """Yield a communicator of the ranks that train, which the caller duplicates.
 
-        Collective over them. Main thread only.
+        Collective over these ranks. Main thread only.
 
         Raises:
-            LaunchError: On every rank of them, see `communicator`.
+            LaunchError: On each of these ranks; see `communicator`.
         """
         comm, is_new = find_communicator(
             self.comm, self.process_set, deadline_seconds=self.first_deadline_seconds
         )
         yield comm
-        # After an error that one rank alone may have, it is left to MPI_Finalize.
+        # After an error that one rank alone may have, MPI_Finalize frees it.
         if is_new:
             comm.Free()
 
     def find_place(self) -> tuple[int, int]:
-        """Return rank and size of this rank among those that train. Not collective.
+        """Return rank and size among the ranks that train. Not collective.
 
         Raises:
             LaunchError: On every rank, if launcher and MPI disagree about the job.
@@ -121,7 +121,7 @@ _NOTHING = Settings(None, None, "root", None, None, ())
 
 
 class _Process:
-    """What the process was told last."""
+    """The latest settings of the process."""
 
     settings = _NOTHING
 
@@ -135,21 +135,22 @@ def configure(
     process_set: Any = None,  # noqa: ANN401 (Horovod's class)
     process_sets: Sequence[Any] = (),
 ) -> None:
-    """Say where commits go and how; counts for states that are first synced after it.
+    """Set where commits go and how, for states that are first synced later.
 
     Not collective, but every rank must do the same.
 
     Args:
-        directory: Of the generations; MPI_CKPT_DIR goes before it.
-        options: How to do it. Default: `Options.from_env`, but asynchronous, without
-            comparing the replicas in each save, and every 60 s if no interval is named.
-        memory: Who holds the last commit in memory, one copy of the state each:
-            ``"root"`` (default), ``"all"``, or None for nobody: a restore then goes back
+        directory: Directory of the generations; MPI_CKPT_DIR overrides it.
+        options: Options of the manager. Default: `Options.from_env`, but asynchronous,
+            without comparing the replicas in each save, and every 60 s if no interval is
+            given.
+        memory: The ranks that hold the last commit in memory, a copy of the state each:
+            ``"root"`` (default), ``"all"``, or None for no rank: a restore then goes back
             to the last durable commit.
         comm: Communicator of the ranks that train. Default: Horovod's, else all ranks.
-        process_set: Horovod's process set that trains, if that is not all of its ranks.
-        process_sets: The sets that Horovod was initialised with: it is given them again
-            when a run starts it again.
+        process_set: Horovod's process set that trains, if not all of its ranks do.
+        process_sets: The process sets of ``hvd.init``: a run passes them when it starts
+            Horovod again.
     """
     _Process.settings = Settings(
         None if directory is None else Path(directory).absolute(),
@@ -162,5 +163,5 @@ def configure(
 
 
 def settings() -> Settings:
-    """Return what counts now. Not collective."""
+    """Return the present settings. Not collective."""
     return _Process.settings

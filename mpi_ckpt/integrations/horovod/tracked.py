@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attributes of an elastic state, as states that a manager saves."""
+"""Turns the attributes of an elastic state into states that a manager saves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ORDER = (ModuleState, OptimizerState)
 
 
 class Tracked:
-    """What of an object is saved: each attribute without a leading underscore.
+    """The saved attributes of an object: those without a leading underscore.
 
     Not collective. Main thread only.
 
@@ -38,7 +38,7 @@ class Tracked:
         owner: The object.
 
     Attributes:
-        declared: Names of attributes that the program has from the beginning.
+        declared: Names of the attributes that the program has from the start.
     """
 
     def __init__(self, owner: object) -> None:
@@ -65,7 +65,7 @@ class Tracked:
             ) from error
 
     def states(self) -> list[State]:
-        """Return the states of the moment; those of attributes that stay are kept."""
+        """Return the present states; unchanged attributes keep theirs."""
         known, self._states = self._states, {}
         for name, value in tracked_of(self._owner).items():
             before = known.get(name)
@@ -75,7 +75,7 @@ class Tracked:
             made = _make_state(name, value)
             if made is not None:
                 self._states[name] = (value, made)
-        # By name within a kind: ranks may name their attributes in another order.
+        # By name within a kind: ranks may set their attributes in different orders.
         made_states = [state for _, (_, state) in sorted(self._states.items())]
         return [*sorted(made_states, key=_place_of), self._values]
 
@@ -85,14 +85,14 @@ class Tracked:
         return {n: v for n, v in sorted(tracked_of(self._owner).items()) if n not in known}
 
     def place(self, ranks: MPI.Intracomm) -> None:
-        """Let the samplers share out what is left among the ranks of now."""
+        """Make the samplers divide the rest of the epoch among the present ranks."""
         for value in tracked_of(self._owner).values():
             if isinstance(value, HorovodSampler):
                 value.reset()
                 value.place(ranks.rank, ranks.size)
 
     def describe(self) -> list[str]:
-        """Return what all ranks must have in common, as text."""
+        """Return the properties that all ranks must have in common, as text."""
         self.states()
         kinds = {name: type(value).__name__ for name, (value, _) in self._states.items()}
         kinds |= dict.fromkeys(self.plain(), "value")
@@ -123,8 +123,9 @@ class _ValuesState(NestedState):
 
     def accept(self, value: Any) -> None:  # noqa: ANN401
         """See `NestedState`. Not collective."""
-        # What the program has come to have since then is undone as well; but what it has
-        # from the beginning may be new in it, and what was saved knows nothing of that.
+        # Attributes added since the commit are removed as well. But an attribute that the
+        # program has from the start may be new in this version of it, and missing in the
+        # saved state.
         for name in set(self._tracked.plain()) - set(value) - self._tracked.declared:
             delattr(self._owner, name)
         for name, one in value.items():
@@ -132,7 +133,7 @@ class _ValuesState(NestedState):
 
 
 class _SamplerState(NestedState):
-    """Position of a sampler, and what its order depends on."""
+    """Position of a sampler, and the values that its order depends on."""
 
     def __init__(self, name: str, sampler: HorovodSampler) -> None:
         super().__init__(name)
@@ -170,12 +171,12 @@ class _SamplerState(NestedState):
 
 
 def _make_state(name: str, value: Any) -> State | None:  # noqa: ANN401 (any value)
-    """Return a state of a value that is more than a plain one."""
+    """Return a state for a value that is not plain; None for a plain value."""
     if isinstance(value, State):
         return value
     if isinstance(value, HorovodSampler):
         return _SamplerState(name, value)
-    # A module or an optimizer can only be here if somebody has imported torch.
+    # A module or an optimizer can only be here if torch was imported.
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.nn.Module):
         return ModuleState(name, value)

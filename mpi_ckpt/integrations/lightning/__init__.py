@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In a training of PyTorch Lightning: a callback, a loader, a plugin for single files.
+"""Works in a training of PyTorch Lightning: a callback, a loader, a plugin for checkpoints.
 
-Importing this imports neither Lightning nor torch, and starts no MPI; each name brings its
-own module when it is first used.
+Importing this imports neither Lightning nor torch, and starts no MPI. The first use of a
+name imports its module.
 """
 
 from typing import TYPE_CHECKING

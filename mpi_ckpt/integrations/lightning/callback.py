@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A callback that saves a Lightning training and goes on where it was cut off."""
+"""Provides a callback that saves a Lightning training and resumes an interrupted one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ADVICE = (
     "start it as `mpirun -n N python train.py` with Trainer(strategy='ddp', "
     "devices=RANKS_PER_HOST, num_nodes=HOSTS)"
 )
-# Whoever is to come is there: all have met in torch.
+# All ranks are already running: they have met in torch.
 _MEETING_SECONDS = 120.0
 _REPLICATED = ("SingleDeviceStrategy", "DDPStrategy")
 
@@ -37,21 +37,21 @@ _REPLICATED = ("SingleDeviceStrategy", "DDPStrategy")
 class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
     """Saves at steps of the trainer, durably, and restores when ``fit`` starts.
 
-    The same command, with any number of ranks, goes on from the last acknowledged save,
-    in mid-epoch with an `ElasticLoader`. All that a checkpoint file of Lightning has is
-    saved, and the random streams of each rank. When a rank is asked to stop, ``fit`` saves
-    and leaves by ``SystemExit(143)`` on all ranks.
+    The same command, with any number of ranks, goes on from the last acknowledged save, in
+    mid-epoch with an `ElasticLoader`. A save has all contents of a Lightning checkpoint
+    file, and the random streams of each rank. After a request to stop on any rank, ``fit``
+    saves and leaves by ``SystemExit(143)`` on all ranks.
 
-    A generation wins over ``fit(ckpt_path=)``, which serves a first start well.
+    A generation takes precedence over ``fit(ckpt_path=)``, which may serve a first start.
 
     Args:
         root: Directory of the generations.
         loader: The loader given to ``fit``, if it is an `ElasticLoader`.
         states: More states to save, the same on every rank.
-        options: As for `mpi_ckpt.CheckpointManager`. A step is a batch, or as many as
-            the trainer accumulates gradients of.
+        options: As for `mpi_ckpt.CheckpointManager`. A step is a batch, or the number of
+            batches over which the trainer accumulates gradients.
         comm: Communicator of the trainer's ranks, in any order; None is the world.
-        sync: What a save does about replicas that differ; see `mpi_ckpt.LeafState`.
+        sync: What a save does if replicas differ; see `mpi_ckpt.LeafState`.
 
     Attributes:
         manager: The manager, during ``fit``; None otherwise.
@@ -84,8 +84,8 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
         """Make the manager, read the newest generation. Collective.
 
         Raises:
-            LaunchError: On every rank, if Lightning and MPI see other ranks, or the
-                strategy is none of replicas.
+            LaunchError: On every rank, if Lightning and MPI see different ranks, or the
+                strategy does not use replicas.
             CheckpointError: On every rank, as `CheckpointManager.restore` does.
         """
         if stage != "fit":
@@ -100,12 +100,12 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
             comm=self._ordered,
             options=self._options,
         )
-        # Before anything asks the loader for batches.
+        # Before the loader is asked for batches.
         if self.manager.restore() is not None:
             self._streams = self._rng.part()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002
-        """Hand what was restored to Lightning. Not collective.
+        """Pass the restored contents to Lightning. Not collective.
 
         Raises:
             StateMismatchError: On every rank, if it does not fit the module.
@@ -128,7 +128,7 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
         if self._streams is None:
             self.manager.sync()
         else:
-            # Last of all: whatever was drawn in between does not count.
+            # Last: random numbers drawn in between do not count.
             self._rng.open_part(self._streams, sys.maxsize)()
 
     def on_train_batch_end(
@@ -139,25 +139,25 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
         batch: Any,  # noqa: ANN401, ARG002
         batch_idx: int,
     ) -> None:
-        """Save if one is due. Collective.
+        """Save if a save is due. Collective.
 
         Raises:
-            SystemExit: On every rank, once all is saved, if one was asked to stop.
+            SystemExit: On every rank, after all is saved, if any was asked to stop.
             CheckpointError: On every rank, as `CheckpointManager.save` does.
         """
         if self._sampler is not None:
             self._sampler.record_batch()
-        # At the last one Lightning still has to validate and to end the epoch: a save
-        # from here would be resumed without either. Gradients that add up are not saved.
+        # After the last batch Lightning still has to validate and to end the epoch: a
+        # restart from a save here would skip both. Accumulated gradients are not saved.
         adds_up = (batch_idx + 1) % trainer.accumulate_grad_batches
         if not trainer.is_last_batch and not adds_up:
             self._step()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002
-        """Save if the epoch's last batch has made one due. Collective.
+        """Save if the epoch's last batch has made a save due. Collective.
 
         Raises:
-            SystemExit: On every rank, once all is saved, if one was asked to stop.
+            SystemExit: On every rank, after all is saved, if any was asked to stop.
             CheckpointError: On every rank, as `CheckpointManager.save` does.
         """
         if trainer.is_last_batch:
@@ -186,7 +186,7 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
         pl_module: Any,  # noqa: ANN401, ARG002
         exception: BaseException,
     ) -> None:
-        """Leave the manager as by an exception in its block. Not collective."""
+        """Leave the manager as after an exception in its block. Not collective."""
         manager, self.manager = self.manager, None
         if manager is not None:
             manager.__exit__(type(exception), exception, exception.__traceback__)
@@ -199,7 +199,7 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
     def _place_sampler(self, loops: dict[str, Any]) -> None:
         if self._sampler is None:
             return
-        # A loader with workers asks for batches before Lightning tells it the epoch.
+        # A loader with workers requests batches before Lightning sets its epoch.
         self._sampler.set_epoch(loops["epoch_progress"]["current"]["processed"])
         done = loops["epoch_loop.batch_progress"]["current"]["ready"]
         whole, left = len(self._sampler), self._sampler.remaining
@@ -212,8 +212,8 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
 
 
 def _silence(trainer: Any) -> None:  # noqa: ANN401
-    # Lightning is about to put a handler of SIGTERM before ours, which broadcasts from
-    # within: where one rank alone has the signal, all hang.
+    # Lightning would put its own SIGTERM handler before this package's. It broadcasts from
+    # within the handler: if only one rank gets the signal, all hang.
     trainer._signal_connector._sigterm_notifier_fn = lambda *_: None  # noqa: SLF001
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data loader with which Lightning resumes in mid-epoch, with any number of ranks."""
+"""Provides a data loader that Lightning resumes in mid-epoch, with any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["ElasticLoader"]
 
 
 class ElasticLoader:
-    """A torch ``DataLoader`` over an `ElasticSampler`, as Lightning wants to see it.
+    """A torch ``DataLoader`` over an `ElasticSampler`, in a form that Lightning accepts.
 
-    It would put a sampler of its own into a plain ``DataLoader``. Give this one to the
+    Lightning would put its own sampler into a plain ``DataLoader``. Give this loader to the
     trainer and to `MPICheckpoint`, which saves its position.
 
     Args:
         dataset: The data set, of a known length.
         batch_size: Samples in a global batch, over all ranks. For replicas that average
-            their gradients evenly: a multiple of the number of ranks.
-        shuffle: Whether each epoch has an order of its own.
-        seed: Decides the orders.
-        kwargs: As for ``torch.utils.data.DataLoader``. Unless it is given, ``generator``
-            is one of its own, so that a resumed run draws from the global stream what
-            an uninterrupted one does.
+            their gradients evenly, it must be a multiple of the number of ranks.
+        shuffle: Whether each epoch has its own order.
+        seed: Seed of the orders.
+        kwargs: As for ``torch.utils.data.DataLoader``. By default ``generator`` is a
+            private one, so that a resumed run draws the same numbers from the global stream
+            as an uninterrupted run.
 
     Attributes:
         sampler: The sampler.
@@ -59,21 +59,21 @@ class ElasticLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        """Give this rank's part of each batch left in this epoch. Not collective."""
+        """Yield this rank's part of each batch left in this epoch. Not collective."""
         return iter(self._loader)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        # What Lightning asks of a loader: its data set, its workers.
+        # Attributes that Lightning reads from a loader: its data set, its workers.
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._loader, name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the sampler is a state of its own. Not collective.
+        """Return an empty dict: the sampler is a separate state. Not collective.
 
-        Lightning takes a loader without this for one that cannot resume.
+        Lightning assumes that a loader without this method cannot resume.
         """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing. Not collective."""
+        """Do nothing. Not collective."""

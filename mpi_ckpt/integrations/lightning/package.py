@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Lightning this program uses: one package under two names, each with classes."""
+"""Finds which of its two package names Lightning has in this program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def classes(module: str) -> Any:  # noqa: ANN401 (a module)
-    """Return a module of the Lightning that the program has imported, or can. No MPI.
+    """Return a module of the Lightning that the program has or can import. No MPI.
 
     Args:
         module: Name below ``lightning.pytorch`` or ``pytorch_lightning``.

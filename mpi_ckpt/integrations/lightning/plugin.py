@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plugin by which Lightning's own checkpoints are durable, atomic and proven on load."""
+"""Provides a plugin by which Lightning's checkpoints are durable, atomic and proven."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _NAME = "lightning"
 class MPICheckpointIO(classes("plugins").CheckpointIO):  # type: ignore[misc]
     """Writes each checkpoint of ``ModelCheckpoint`` or ``save_checkpoint`` as a generation.
 
-    ``Trainer(plugins=[MPICheckpointIO()])``. Where Lightning would write a file there is a
-    directory of that name with one generation in it. Lightning calls the plugin on rank 0
-    to save and on every rank to load, so nothing here is collective and MPI is not needed.
-    Files that Lightning has written itself are still read.
+    ``Trainer(plugins=[MPICheckpointIO()])``. Instead of a file, it writes a directory of
+    the same name with one generation in it. Lightning calls the plugin on rank 0 to save
+    and on every rank to load, so nothing here is collective and MPI is not needed. It still
+    reads files that Lightning itself has written.
 
     Args:
         pickle: Keep values of any type, such as hyper-parameters that are objects, and
-            allow unpickling: whoever can write to a checkpoint can then run code in your
-            job. Without it such values are refused when they are saved.
+            allow unpickling: anyone who can write to a checkpoint can then run code in your
+            job. Otherwise a save refuses such values.
     """
 
     def __init__(self, *, pickle: bool = False) -> None:
@@ -47,13 +47,13 @@ class MPICheckpointIO(classes("plugins").CheckpointIO):  # type: ignore[misc]
         """Write a checkpoint, durable when this returns. Root only.
 
         Args:
-            checkpoint: As Lightning makes it.
-            path: Of the directory.
-            storage_options: None; there are none.
+            checkpoint: Lightning's checkpoint.
+            path: Path of the directory.
+            storage_options: Must be None; there are none.
 
         Raises:
-            SaveError: On root; what was there before is untouched.
-            OptionsError: On root, for options, or a path that is no local one.
+            SaveError: On root; an earlier checkpoint is untouched.
+            OptionsError: On root, if options are given, or the path is not a local one.
         """
         if storage_options is not None:
             raise OptionsError("MPICheckpointIO takes no storage_options")
@@ -75,9 +75,9 @@ class MPICheckpointIO(classes("plugins").CheckpointIO):  # type: ignore[misc]
         """Read a checkpoint, every byte proven. Not collective; on every rank.
 
         Args:
-            path: Of what `save_checkpoint` has written, or of a file of Lightning's.
-            map_location: For a file of Lightning's; else tensors come to the host.
-            weights_only: For a file of Lightning's. None: True, as no code is to run.
+            path: Path of a directory of `save_checkpoint`, or of a Lightning file.
+            map_location: For a Lightning file; otherwise tensors are on the host.
+            weights_only: For a Lightning file. None: True, so that no code runs.
 
         Raises:
             RestoreError: On the calling rank, if it is missing, damaged or unreadable.
@@ -98,7 +98,7 @@ class MPICheckpointIO(classes("plugins").CheckpointIO):  # type: ignore[misc]
         return dict(state.value)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint, if it is there. Root only.
+        """Delete a checkpoint, if it exists. Root only.
 
         Raises:
             SaveError: On root, if it holds anything else, or cannot be deleted.

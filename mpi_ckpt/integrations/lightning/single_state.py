@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One state in a directory of its own, written and read by one process. No MPI."""
+"""Writes and reads one state in its own directory, by one process. No MPI."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
     """Write a state as the one generation of a directory; replace an older one.
 
     Not collective. Main thread only. Durable when it returns. At any moment the directory
-    is not there, or holds a whole generation.
+    does not exist, or holds a complete generation.
 
     Args:
         path: The directory; made if it is missing.
-        state: What to save.
+        state: The state to save.
         step: Training step to note.
 
     Raises:
-        SaveError: On the calling rank; what was there before is untouched.
+        SaveError: On the calling rank; an earlier checkpoint is untouched.
     """
     if os.path.lexists(path):
         _save_into(path, state, step)
@@ -70,7 +70,7 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
     try:
         _save_into(building, state, step)
         with os_errors_as(SaveError, "publishing", path):
-            # CRASH: before this rename there is nothing of that name; all in it is durable.
+            # CRASH: before this rename the name does not exist; all contents are durable.
             filesystem.rename_new(building, path)
             filesystem.sync_directory(path.parent, if_possible=True)
     except BaseException:
@@ -81,7 +81,7 @@ def save_alone(path: Path, state: LeafState, step: int) -> None:
 
 def _save_into(path: Path, state: LeafState, step: int) -> None:
     options = Options(retention=KeepLast(1), io=IO(reuse=False))
-    # Nobody can be asked for options: what the file system lacks is done without.
+    # There are no options here: work without whatever the file system lacks.
     ownership = Ownership(locking="either", sync_names=False)
     with closing(CheckpointDirectory(path, ownership=ownership)) as directory:
         directory.own()
@@ -99,12 +99,12 @@ def load_alone(path: Path, state: LeafState) -> None:
 
     Args:
         path: The directory.
-        state: Filled from it.
+        state: The state to fill.
 
     Raises:
-        NoCheckpointError: On the calling rank, if there is nothing.
+        NoCheckpointError: On the calling rank, if there is no generation.
         CorruptGenerationError: On the calling rank, if none of its generations is good.
-        RestoreError: On the calling rank, for anything else that went wrong.
+        RestoreError: On the calling rank, for any other failure.
     """
     problems = []
     for number in recovery.survey(path).generations:
@@ -140,7 +140,7 @@ def remove_alone(path: Path) -> None:
                 f"{path} is not removed: it holds {foreign}, which is not of our making",
                 path=path,
             )
-        # CRASH: one rename takes the name from all of it; half of it has none.
+        # CRASH: one rename removes the name of the whole; a half-deleted one has no name.
         doomed = _beside(path)
         filesystem.rename_new(path, doomed)
         filesystem.sync_directory(path.parent, if_possible=True)
@@ -148,7 +148,7 @@ def remove_alone(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """Return a new name beside a path, for what is not there yet, or no longer."""
+    """Return a new name beside a path, for a directory being made or removed."""
     return path.with_name(f"{_prefix(path)}{secrets.token_hex(6)}")
 
 
@@ -157,7 +157,7 @@ def _prefix(path: Path) -> str:
 
 
 def _sweep_beside(path: Path) -> None:
-    """Delete what a save or removal that was cut off has left beside a path."""
+    """Delete leftovers of an interrupted save or removal beside a path."""
     with suppress(OSError):
         names = filesystem.list_names(path.parent)
         for name in names:
@@ -168,7 +168,7 @@ def _sweep_beside(path: Path) -> None:
                 lock = DirectoryLock(left, "sweep", 0.0, locking="either")
                 lock.close()
                 _delete(left)
-            except (CheckpointError, OSError) as error:  # in use, or no longer there
+            except (CheckpointError, OSError) as error:  # in use, or already gone
                 logger.info("%s is left alone: %s", left, error)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that Lightning would put into a checkpoint file, as a state."""
+"""Provides the contents of a Lightning checkpoint file as a state."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 class TrainerState(NestedState):
-    """A Lightning trainer: module, optimizers, schedulers, loops, callbacks, hooks' own.
+    """A Lightning trainer: module, optimizers, schedulers, loops, callbacks, data of hooks.
 
-    Asks Lightning for the contents and lets Lightning take them back, so that all hooks
-    run as with a checkpoint file. What arrives stays here until `hand_over`: a trainer
-    can only take it when its optimizers are there.
+    Gets the contents from Lightning and returns them to it, so that all hooks run as with a
+    checkpoint file. Restored contents stay here until `hand_over`: a trainer can only take
+    them after its optimizers are made.
 
     Args:
         trainer: The trainer, in ``fit``.
         name: As for `mpi_ckpt.State`.
-        sync: As for `LeafState`. What is no tensor stays each rank's own; root's is saved.
+        sync: As for `LeafState`. Contents that are not tensors stay each rank's own; root's
+            are saved.
     """
 
     def __init__(
@@ -59,19 +60,19 @@ class TrainerState(NestedState):
 
     def accept(self, value: Any) -> None:  # noqa: ANN401
         """See `NestedState`. Not collective."""
-        # Once it trains this is a sync, which has written tensors in place; the loops
-        # would take anything else for a restart.
+        # During training this is a sync, which has written tensors in place; anything else
+        # would look like a restart to the loops.
         if not self.is_ready:
             self.arrived = value
 
     def hand_over(self) -> dict[str, Any] | None:
-        """Let Lightning restore what has arrived. Not collective.
+        """Let Lightning take over the arrived contents. Not collective.
 
-        Called when the optimizers are made: the trainer itself goes on with loops,
+        Called after the optimizers are made: the trainer itself then restores loops,
         optimizers and schedulers.
 
         Returns:
-            What has arrived; None for nothing.
+            The arrived contents; None if there are none.
         """
         value, self.arrived, self.is_ready = self.arrived, None, True
         if value is not None:
@@ -84,7 +85,7 @@ class TrainerState(NestedState):
 
 
 def _connector_of(trainer: Any) -> Any:  # noqa: ANN401
-    # Lightning has no public way to a checkpoint that is no file.
+    # Lightning has no public access to a checkpoint without a file.
     connector = getattr(trainer, "_checkpoint_connector", None)
     needed = (
         *("dump_checkpoint", "_loaded_checkpoint"),

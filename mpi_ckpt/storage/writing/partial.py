@@ -248,9 +248,10 @@ class Partial:
 
     def _withdraw(self, target: Path, cause: OSError) -> None:
         # It is unknown whether the name is durable. Withdraw it, so that a restart finds
-        # what the error says ("nothing was published"). CRASH: the files must not vanish
-        # before the name is durably gone, and the fsync of the directory has just failed: a
-        # sweep deletes them, after it has fsynced the directory.
+        # what the error says ("nothing was published").
+        # CRASH: the files must not vanish before the name is durably gone, and the fsync of
+        # the directory has just failed: a sweep deletes them, after it has fsynced the
+        # directory.
         self._was_named = True
         self._check()  # a successor may already have continued from it
         try:
