@@ -128,7 +128,7 @@ class RankFailure:
         return f"{text} ({self.kind})"
 
 
-class Telling(NamedTuple):
+class Printing(NamedTuple):
     """How a rank prints an error that all ranks raise, if the program does not catch it.
 
     Attributes:
@@ -171,7 +171,7 @@ class CheckpointError(Exception):
         self.errno = errno
         self.failures = tuple(failures)
         self.problems = tuple(problems)
-        self.telling: Telling | None = None
+        self.printing: Printing | None = None
 
     def __str__(self) -> str:
         return cut_lines(self.message)

@@ -28,7 +28,7 @@ _COMMANDS = {
     "diff": "inspect.diffing:diff",
     "prune": "inspect.pruning:prune",
     "quarantine": "inspect.quarantining:quarantine",
-    "rollback": "inspect.going_back:rollback",
+    "rollback": "inspect.rolling_back:rollback",
     "export": "convert.exporting:export",
     "import": "convert.importing:import_file",
     "doctor": "doctor.examining:doctor",

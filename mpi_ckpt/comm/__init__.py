@@ -33,7 +33,7 @@ from mpi_ckpt.comm.survival import (
     why_lost_ranks_end_the_job,
 )
 from mpi_ckpt.comm.topology import Topology, choose_ranks
-from mpi_ckpt.comm.vote import UNTOUCHED, Vote, told_by
+from mpi_ckpt.comm.vote import UNTOUCHED, Vote, printed_by
 
 __all__ = [
     "UNTOUCHED",
@@ -62,7 +62,7 @@ __all__ = [
     "meet",
     "member_of",
     "on_root",
+    "printed_by",
     "scatter_bytes",
-    "told_by",
     "why_lost_ranks_end_the_job",
 ]

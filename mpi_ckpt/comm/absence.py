@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm.liveness import has_left
-from mpi_ckpt.errors import CollectiveError, Telling
+from mpi_ckpt.errors import CollectiveError, Printing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,5 +140,5 @@ def missed_deadline(
     # Each rank reports its view of the absent ones; one rank reports the place in the
     # program.
     is_first = comm.rank == min(set(range(comm.size)).difference(absent))
-    error.telling = Telling(comm.name, "" if is_first else f"CollectiveError: {error}")
+    error.printing = Printing(comm.name, "" if is_first else f"CollectiveError: {error}")
     return error

@@ -22,7 +22,7 @@ import numpy as np
 
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
-from mpi_ckpt.comm.vote import UNTOUCHED, Vote, told_by
+from mpi_ckpt.comm.vote import UNTOUCHED, Vote, printed_by
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import RankFailure
 from mpi_ckpt.failures import (
@@ -329,7 +329,7 @@ def _exchange(
     told = bcast_json(comm, [[g.first.to_json(), g.ranks] for g in groups], doing)
     agreed = [AlikeFailures(RankFailure(**first), tuple(ranks)) for first, ranks in told]
     error = merge_failures(agreed, default, safe, comm.hosts)
-    return told_by(comm, error, error.failures[0].rank, comm.root)
+    return printed_by(comm, error, error.failures[0].rank, comm.root)
 
 
 def _encode(value: Any) -> bytes:  # noqa: ANN401 (JSON)

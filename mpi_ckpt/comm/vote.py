@@ -18,7 +18,7 @@ import numpy as np
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.liveness import hold, let_go_of
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
-from mpi_ckpt.errors import CheckpointError, CollectiveError, Telling
+from mpi_ckpt.errors import CheckpointError, CollectiveError, Printing
 from mpi_ckpt.failures import name_ranks
 
 if TYPE_CHECKING:
@@ -144,13 +144,13 @@ class Vote:
             "be made by all ranks, in the same order:\n  " + "\n  ".join(told),
             problems=told,
         )
-        raise told_by(comm, error)
+        raise printed_by(comm, error)
 
 
 Error = TypeVar("Error", bound=CheckpointError)
 
 
-def told_by(comm: Communicator, error: Error, *tellers: int) -> Error:
+def printed_by(comm: Communicator, error: Error, *printers: int) -> Error:
     """Return an error that all ranks will raise, with the ranks that print it noted.
 
     Not collective.
@@ -158,9 +158,9 @@ def told_by(comm: Communicator, error: Error, *tellers: int) -> Error:
     Args:
         comm: The communicator.
         error: The error, the same on every rank.
-        tellers: The ranks that print it in full if it is uncaught; none for root.
+        printers: The ranks that print it in full if it is uncaught; none for root.
     """
-    by = tellers or (comm.root,)
+    by = printers or (comm.root,)
     brief = f"{type(error).__name__}, as told by rank {by[0]}"
-    error.telling = Telling(comm.name, "" if comm.rank in by else brief)
+    error.printing = Printing(comm.name, "" if comm.rank in by else brief)
     return error

@@ -28,7 +28,7 @@ from mpi_ckpt.comm import (
 )
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.tracebacks import in_full
-from mpi_ckpt.errors import CheckpointError, Telling
+from mpi_ckpt.errors import CheckpointError, Printing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,7 +192,7 @@ class _Hook:
         armed = [] if is_printed_only else self._in_reach()
         if not armed:
             # A manager whose creation failed was closed on all ranks.
-            name = "" if is_printed_only else _telling_of(error).name
+            name = "" if is_printed_only else _printing_of(error).name
             if name:
                 self._tell(name, kind, error, trace)
             else:
@@ -236,9 +236,9 @@ class _Hook:
         trace: TracebackType | None,
         armed: AbortOnError | None = None,
     ) -> None:
-        telling = _telling_of(error)
-        brief = telling.brief
-        is_unsaid = isinstance(error, CheckpointError) and not telling.name
+        printing = _printing_of(error)
+        brief = printing.brief
+        is_unsaid = isinstance(error, CheckpointError) and not printing.name
         if is_unsaid and armed is not None and armed.is_told_by_root(error):
             brief = f"{kind.__name__}: {error}".partition("\n")[0]
             brief += f" (rank {armed.comm.root} tells it in full)"
@@ -269,17 +269,17 @@ def _words_of(error: BaseException | None) -> bytes:
     return digest_bytes(f"{type(error).__name__}: {error}".encode(errors="replace"))
 
 
-def _telling_of(error: BaseException) -> Telling:
+def _printing_of(error: BaseException) -> Printing:
     """Return how this rank prints an error of the package, or one caused by it."""
     one: BaseException | None = error
     seen: set[int] = set()
     while isinstance(one, CheckpointError) and id(one) not in seen:
-        if one.telling is not None:
-            brief = one.telling.brief.replace(type(one).__name__, type(error).__name__, 1)
-            return Telling(one.telling.name, brief)
+        if one.printing is not None:
+            brief = one.printing.brief.replace(type(one).__name__, type(error).__name__, 1)
+            return Printing(one.printing.name, brief)
         seen.add(id(one))
         one = one.__cause__ or one.__context__
-    return Telling("", "")
+    return Printing("", "")
 
 
 def _is_printed_only() -> bool:

@@ -8,7 +8,7 @@ import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.comm import agree, compare_texts, meet, told_by
+from mpi_ckpt.comm import agree, compare_texts, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import LeafState, State
@@ -172,7 +172,7 @@ class Registry:
             + hint,
             problems=problems,
         )
-        raise told_by(self._comm, error)
+        raise printed_by(self._comm, error)
 
 
 def numbered_alike(some: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:

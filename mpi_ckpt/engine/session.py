@@ -15,7 +15,7 @@ from mpi_ckpt.comm import (
     compare_texts,
     is_rank_failure,
     meet,
-    told_by,
+    printed_by,
 )
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.abort import watch_errors
@@ -147,7 +147,7 @@ class Session:
                 "the ranks were given different options:\n  " + "\n  ".join(problems),
                 problems=problems,
             )
-            raise told_by(self.comm, error)
+            raise printed_by(self.comm, error)
         # Not earlier: ranks that cut messages differently could not report the difference.
         self.comm.set_limits(message_bytes=self.options.io.message_bytes)
 

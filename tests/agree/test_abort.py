@@ -8,7 +8,7 @@ import pytest
 
 from mpi_ckpt.engine import abort
 from mpi_ckpt.engine.abort import AbortOnError
-from mpi_ckpt.errors import OptionsError, RegistrationError, Telling
+from mpi_ckpt.errors import OptionsError, Printing, RegistrationError
 
 
 class Comm:
@@ -281,7 +281,7 @@ def test_an_error_that_root_leaves_by_as_well(monkeypatch, capsys, aborted, unca
 @pytest.mark.parametrize("brief", ["", "OptionsError, as told by rank 0"])
 def test_a_manager_that_could_not_be_made_on_any_rank(capsys, aborted, uncaught, brief):
     error = OptionsError("they differ")
-    error.telling = Telling("rank 1 of 3 on h", brief)
+    error.printing = Printing("rank 1 of 3 on h", brief)
     abort.watch_errors()
     uncaught(error)
     told = capsys.readouterr().err

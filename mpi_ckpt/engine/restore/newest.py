@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, any_of, choose_ranks, on_root
 from mpi_ckpt.engine.outline import Outline
-from mpi_ckpt.engine.restore.elsewhere import look_elsewhere
+from mpi_ckpt.engine.restore.other_hosts import look_elsewhere
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.reports import GenerationInfo
 from mpi_ckpt.states.ranked import RankedState

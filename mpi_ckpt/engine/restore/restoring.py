@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mpi_ckpt.comm import Deferred, agree, meet, told_by
+from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
-from mpi_ckpt.engine.restore.chosen import explain_choice, go_on_from
 from mpi_ckpt.engine.restore.dealing import deal_parts, plan_deals
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
@@ -26,11 +25,12 @@ from mpi_ckpt.engine.restore.newest import (
     open_on_readers,
     reject,
 )
-from mpi_ckpt.engine.restore.telling import (
+from mpi_ckpt.engine.restore.notices import (
     ResizeWatch,
     warn_of_differences,
     warn_of_restored,
 )
+from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -181,7 +181,7 @@ class Restore:
                 found.outline, found.states, partial=partial, strict=strict
             )
         except StateMismatchError as error:
-            raise told_by(session.comm, error) from None
+            raise printed_by(session.comm, error) from None
 
         overlaps: list[Overlap] = []
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
-from mpi_ckpt.comm import agree, meet, on_root, told_by
+from mpi_ckpt.comm import agree, meet, on_root, printed_by
 from mpi_ckpt.engine.sync.announcing import listed, tell_of_sync
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
@@ -185,4 +185,4 @@ def _refuse_divergence(
             "\n  ".join(["replicas have diverged, nothing was saved:", *lines, _WAYS]),
             problems=problems,
         )
-        raise told_by(comm, error)
+        raise printed_by(comm, error)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState
-from mpi_ckpt.engine.restore import elsewhere
+from mpi_ckpt.engine.restore import other_hosts as elsewhere
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.storage.directory import catalog
 from mpi_ckpt.storage.directory.recovery import Survey
