@@ -33,7 +33,7 @@ _PROBLEM_CHARACTERS_MAX = 500
 _LINES_MAX = 20
 """Of all failures together; each has its share, at least one line."""
 _GROUPS_MAX = 16
-_UNTOLD = "failed in yet another way; its own output has it"
+_UNTOLD = "failed in a different way; its own output has the details"
 
 
 class RemoteTraceback(Exception):

@@ -80,7 +80,7 @@ class StopWhen:
 
     def __post_init__(self) -> None:
         _require(
-            "it cannot be told when to stop",
+            "the reasons to stop cannot be used",
             [
                 (
                     self.margin_seconds >= 0,

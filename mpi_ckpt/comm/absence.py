@@ -53,7 +53,7 @@ def warn_of_wait(comm: Communicator, doing: str) -> None:
         comm.busy_ranks.listen()
         known = comm.busy_ranks.describe()
         logger.warning(
-            "%s waits for other ranks since %.0f s, in %s (%s): it is collective, so every "
+            "%s has waited %.0f s for other ranks, in %s (%s): it is collective, so every "
             "rank must call it; %s",
             *(comm.name, WARNED_SECONDS, comm.call, doing),
             "; ".join(known)

@@ -189,7 +189,9 @@ class BusyRanks:
                 patience.go_round()
         except load_mpi().Exception as error:
             # If MPI has failed, the next meeting will fail; this is only a notice.
-            logger.info("the others cannot be told that this rank is busy: %s", error)
+            logger.info(
+                "the other ranks cannot be notified that this rank is busy: %s", error
+            )
             keep(*self._sends)
             self._sends.clear()
 

@@ -155,7 +155,7 @@ class AbortOnError:
             try:
                 self._farewell = Farewell(self.comm, _words_of(error))
             except Exception:  # MPI may be what has failed
-                logger.exception("the other ranks cannot be told that this one leaves")
+                logger.exception("the other ranks cannot be notified that this rank leaves")
 
 
 class _Hook:

@@ -291,7 +291,7 @@ def test_of_very_many_kinds_some_are_told_and_all_are_counted():
     lines = str(error).splitlines()
     assert len(lines) == 17
     assert lines[-1].startswith("  ranks 15 to 999 (985 of 1,000) on 40 hosts")
-    assert "failed in yet another way" in lines[-1]
+    assert "failed in a different way" in lines[-1]
     assert [one.rank for one in error.failures] == list(range(1000))
 
 

@@ -159,6 +159,6 @@ def test_a_slow_fsync_is_no_failure(jobs, tmp_path, seconds, deadline):
     place = r"phase write, files: \S+/ckpt/\.partial-\d+-\w+/\S+"
     assert re.search(rf"WARNING rank 0 of 3 on \S+, saving: .* {place}", watched[0])
     # Who waits for half a minute says so, whatever for.
-    waiting = [line for line in told if "waits for other ranks since 30 s" in line]
+    waiting = [line for line in told if "has waited 30 s for other ranks" in line]
     assert set(told) == {*watched, *waiting}
     assert seconds >= 30 or not waiting

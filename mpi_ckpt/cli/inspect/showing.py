@@ -42,7 +42,9 @@ _DIGITS = 12
     help="Show this state only.",
 )
 @click.option("--all", "everything", is_flag=True, help="Show all leaves, however many.")
-@click.option("--structure", is_flag=True, help="Show also what is no tensor.")
+@click.option(
+    "--structure", is_flag=True, help="Show the values that are not tensors as well."
+)
 def show(
     screen: Screen,
     directory: Path,

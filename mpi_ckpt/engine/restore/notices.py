@@ -61,7 +61,7 @@ class ResizeWatch:
         unusual = any(change.is_unusual for change in changes)
         logger.log(
             logging.WARNING if unusual else logging.INFO,
-            "restored with %d ranks what %d have saved%s",
+            "restored on %d ranks a generation that %d saved%s",
             report.size,
             report.saved_size,
             "".join(f"; {change.text}" for change in changes),

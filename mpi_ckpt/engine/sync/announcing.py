@@ -49,8 +49,8 @@ class SyncTeller:
                 self._told.add(name)
                 logger.warning(
                     "state %r differed between ranks at step %d, and the save has made it "
-                    "equal: all ranks have %s of %s now. From here on this is told in "
-                    "numbers (INFO, and SaveReport.sync)",
+                    "equal: all ranks have %s of %s now. Later saves report numbers "
+                    "only (INFO, and SaveReport.sync)",
                     *(name, step, _source(modes[name]), listed(leaves)),
                 )
         logger.info(

@@ -187,11 +187,11 @@ class DirectoryLock:
                     return False
                 raise OptionsError(
                     f"{self._path} cannot be locked: {in_words(error)}; the file system "
-                    "must support flock (Lustre does when mounted with -o flock), or the "
-                    "job be told to do without: Options(lock='lease') keeps a second job "
-                    "out by a file that root rewrites every few seconds; lock='none' "
-                    "leaves it to you that one job runs at a time; read_only=True is for "
-                    "a job that only restores",
+                    "must support flock (Lustre does when mounted with -o flock), unless "
+                    "the options do without it: Options(lock='lease') keeps a second job "
+                    "out by a file that root rewrites every few seconds; with lock='none' "
+                    "you see to it that one job runs at a time; read_only=True is for a "
+                    "job that only restores",
                     path=self._path,
                     errno=error.errno,
                 ) from error

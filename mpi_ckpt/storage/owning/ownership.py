@@ -111,8 +111,8 @@ def _refuse_unmounted(root: Path) -> None:
     # A directory made there would be on the wrong disk.
     if not root.exists() and (point := unmounted_above(root)) is not None:
         raise SaveError(
-            f"{root} lies under {point}, which this host is told to mount, and nothing is "
-            "mounted there",
+            f"{root} lies under {point}, where /etc/fstab mounts a file system, and "
+            "nothing is mounted there",
             path=root,
         )
 

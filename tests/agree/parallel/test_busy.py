@@ -99,7 +99,7 @@ def test_what_a_rank_is_busy_with_is_told(peers, one, warned, monkeypatch):
     told = [text for text in warned if "writing VTK" in text]
     if peers.rank == 0:
         name = rf"rank {last} on \S+ has been busy for \d s: writing VTK"
-        assert re.search(rf"waits for other ranks since .*; {name}$", told[0]), told
+        assert re.search(rf"has waited .* for other ranks, .*; {name}$", told[0]), told
         assert re.search(rf"waits beyond the deadline of 0.8 s, .*: {name}$", told[1]), told
         assert len(told) == 2
     elif peers.rank == last:

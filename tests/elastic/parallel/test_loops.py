@@ -165,12 +165,12 @@ def test_what_another_number_of_ranks_changes_is_said_once(comm, shared_path, ca
     with manager(shared_path, train, ElasticSampler(SAMPLES, 8)) as one:
         one.restore()
     texts = told_by_root(comm, caplog, logging.INFO)
-    lines = [text for text in texts if text.startswith("restored with")]
+    lines = [text for text in texts if text.startswith("restored on")]
     share = {2: "4", 3: "2 to 3", 4: "2"}
     expected = (
-        f"restored with {comm.size} ranks what 1 have saved; train/optimizer: the learning "
-        f"rate is 0.1, the program had {0.1 * comm.size:g}; sampler: a batch of 8 samples "
-        f"is {share.get(comm.size)} a rank, no longer 8"
+        f"restored on {comm.size} ranks a generation that 1 saved; train/optimizer: the "
+        f"learning rate is 0.1, the program had {0.1 * comm.size:g}; sampler: a batch "
+        f"of 8 samples is {share.get(comm.size)} a rank, no longer 8"
     )
     assert lines == ([] if comm.size == 1 else [expected])
 
@@ -189,7 +189,7 @@ def test_a_rate_that_the_program_sets_right_is_no_news(
     caplog.clear()
     with manager(shared_path, OptimizerState("o", optimizer)) as one:
         one.restore(on_resize=rescale)
-    texts = [t for t in told_by_root(peers, caplog) if t.startswith("restored with")]
+    texts = [t for t in told_by_root(peers, caplog) if t.startswith("restored on")]
     assert len(texts) == (not rescaled)
 
 
