@@ -35,6 +35,7 @@ from mpi_ckpt.storage.format.layout import (
     generation_number,
     is_adaptdl_name,
     is_partial_name,
+    leased_job,
     rolled_back_numbers,
 )
 
@@ -144,7 +145,7 @@ def _kind_of_directory(path: Path) -> Kind:
         ("generation", MANIFEST in names),
         ("checkpoints", aside),
         ("adaptdl", found.adaptdl or is_adaptdl_name(name)),
-        ("empty", not set(names) - {LOCK}),
+        ("empty", all(one == LOCK or leased_job(one) for one in names)),
     ]
     return next((kind for kind, holds in kinds if holds), "foreign")
 

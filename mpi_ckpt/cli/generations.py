@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -26,7 +27,10 @@ from mpi_ckpt.storage.format.layout import (
     QUARANTINE,
     generation_name,
     generation_number,
+    lease_name,
 )
+from mpi_ckpt.storage.owning.lease import TERM_SECONDS
+from mpi_ckpt.storage.owning.lock import signed_job
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 
 if TYPE_CHECKING:
@@ -199,13 +203,16 @@ def open_wanted(root: Path, wanted: str | None) -> GenerationReader:
 
 
 def lock_holder(root: Path) -> str | None:
-    """Return which process holds a directory's lock on this host, without taking it.
+    """Return which process uses a directory, without taking its lock.
 
-    Jobs on other hosts of a network file system are not seen.
+    It holds the lock on this host, or has renewed its lease within a term by the clock of
+    the file system. Jobs on other hosts that hold the lock are not seen.
     """
     try:
         status = (root / LOCK).lstat()
         table = _read_note(Path("/proc/locks"), _LOCKS_BYTES)
+        if _has_fresh_lease(root):
+            return _read_note(root / LOCK, 500).strip()
     except (OSError, ValueError):
         return None
     # "1: FLOCK  ADVISORY  WRITE 4711 08:02:5230 0 EOF": device in hexadecimal.
@@ -216,6 +223,17 @@ def lock_holder(root: Path) -> str | None:
         return _read_note(root / LOCK, 500).strip() or "a job that left no name"
     except (OSError, ValueError):
         return "a job whose name cannot be read"
+
+
+def _has_fresh_lease(root: Path) -> bool:
+    job = signed_job(root)
+    if job is None:
+        return False
+    try:
+        renewed = (root / lease_name(job)).lstat().st_mtime
+    except FileNotFoundError:
+        return False
+    return abs(time.time() - renewed) < TERM_SECONDS
 
 
 def reason_of(path: Path) -> str:

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from mpi_ckpt.cli.plain_text import age, bytes_text, clean, plural
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
+from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.commands import ask, fill, flip, run
 from tests.making import document_of, publish, sealed_document
@@ -48,6 +53,21 @@ def test_reading_works_while_a_job_holds_the_directory(tmp_path, command):
     assert f"in use by job {job.job}" in run("ls", root).stdout
     job.close()
     assert ask("ls", root)["lock_holder"] is None
+
+
+def test_a_job_is_seen_by_its_lease_as_long_as_that_is_renewed(tmp_path, monkeypatch):
+    root = fill(tmp_path / "c")
+    monkeypatch.setattr(fcntl, "flock", refuse_flock)
+    with closing(CheckpointDirectory(root, ownership=Ownership(locking="lease"))) as job:
+        job.own()
+        assert f"in use by job {job.job}" in run("ls", root).stdout
+        lease = root / f".lease-{job.job}"
+        os.utime(lease, (0, 0))
+        assert ask("ls", root)["lock_holder"] is None
+
+
+def refuse_flock(*_):
+    raise OSError(errno.EOPNOTSUPP, "no locks")
 
 
 def test_ls_lists_everything_with_its_state(tmp_path):

@@ -30,6 +30,7 @@ from mpi_ckpt.storage.format.layout import (
     generation_name,
     generation_number,
     is_partial_name,
+    leased_job,
     rolled_back_numbers,
 )
 from mpi_ckpt.storage.owning.lock import DirectoryLock
@@ -205,5 +206,6 @@ def _is_ours(name: str) -> bool:
         name in (LOCK, QUARANTINE)
         or generation_number(name) is not None
         or is_partial_name(name)
+        or leased_job(name) is not None
         or rolled_back_numbers(name) is not None
     )
