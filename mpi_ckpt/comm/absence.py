@@ -105,7 +105,7 @@ def why_called_off(comm: Communicator) -> str:
 def _who_has_left(comm: Communicator) -> str:
     left = has_left(comm.handle)
     named = ", ".join(f"rank {rank} on {comm.hosts[rank]}" for rank in left)
-    return named and f"{named} has left by an error, which its own output tells"
+    return named and f"{named} has failed; its own output has the error"
 
 
 def missed_deadline(

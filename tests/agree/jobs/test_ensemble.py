@@ -42,7 +42,7 @@ def test_the_other_member_trains_to_its_end(
         assert len(re.findall(heading, outcome.err, re.MULTILINE)) == 1, outcome.text
         assert outcome.err.count("\nValueError: no luck in member 0") == 1, outcome.text
     if how == "save":
-        told = r"rank 1 on \S+ has left by an error, which its own output tells"
+        told = r"rank 1 on \S+ has failed; its own output has the error"
         assert re.search(told, outcome.err), outcome.text
 
 
