@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("AlikeFailures", "RemoteTraceback", "capture_failure", "concerning"),
-    *("group_failures", "merge_failures", "name_ranks"),
+    *("group_failures", "merge_failures", "name_ranks", "rank_ranges"),
 ]
 
 _TEXT_CHARACTERS_MAX = 8 << 10
@@ -124,7 +124,7 @@ def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     on = ", ".join(where) if len(where) <= 2 else f"{len(where):,} hosts"
     if len(ranks) == 1:
         return f"rank {ranks[0]} on {on}"
-    return f"ranks {_ranges(ranks)} ({len(ranks):,} of {len(hosts):,}) on {on}"
+    return f"ranks {rank_ranges(ranks)} ({len(ranks):,} of {len(hosts):,}) on {on}"
 
 
 def group_failures(failures: Sequence[RankFailure]) -> list[AlikeFailures]:
@@ -202,8 +202,8 @@ def merge_failures(
     return error
 
 
-def _ranges(ranks: Sequence[int]) -> str:
-    """Return ranks in words: ``0 to 6, 8, 10 to 12``."""
+def rank_ranges(ranks: Sequence[int]) -> str:
+    """Return ascending ranks in words: ``0 to 6, 8, 10 to 12``; at most 16 ranges. Pure."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:

@@ -15,6 +15,7 @@ from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words
 from mpi_ckpt.storage.format.layout import generation_number
+from mpi_ckpt.storage.owning.lock import DirectoryLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,10 @@ Function = TypeVar("Function", bound="Callable[..., Any]")
 
 GOOD, BAD, MISUSED = 0, 1, 2
 """Exit codes of all commands; click itself uses the last for wrong arguments."""
+
+
+LOCK_PATIENCE_SECONDS = 0.5
+"""A user waits at the keyboard, and a running job will not end in five seconds."""
 
 
 class CommandError(Exception):
@@ -115,6 +120,20 @@ def generation_argument(*, required: bool = False) -> Callable[[Function], Funct
     return click.argument(
         "generation", metavar=metavar, required=required, shell_complete=_complete
     )
+
+
+def lock_directory(directory: Path, job: str) -> DirectoryLock:
+    """Lock a directory for a command that changes it.
+
+    Args:
+        directory: The checkpoint directory.
+        job: Name of the command's run.
+
+    Raises:
+        LockedError: If a job uses it.
+        SaveError: If it cannot be locked.
+    """
+    return DirectoryLock(directory, job, LOCK_PATIENCE_SECONDS, locking="either")
 
 
 def _complete(

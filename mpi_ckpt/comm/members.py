@@ -17,6 +17,7 @@ import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import Patience, Tag, call_off, keep
+from mpi_ckpt.failures import rank_ranges
 
 if TYPE_CHECKING:
     from mpi_ckpt.comm.communicator import Communicator
@@ -58,12 +59,8 @@ class Member:
     @property
     def name(self) -> str:
         """The name of this member in messages."""
-        first, last = min(self._ranks), max(self._ranks)
-        if last - first + 1 == len(self._ranks):
-            named = f"ranks {first} to {last}" if last > first else f"rank {first}"
-        else:
-            named = "ranks " + ", ".join(map(str, sorted(self._ranks)))
-        return f"the member of {named} of {self._size}"
+        ranks = "ranks" if len(self._ranks) > 1 else "rank"
+        return f"the member of {ranks} {rank_ranges(sorted(self._ranks))} of {self._size}"
 
     @property
     def others(self) -> set[int]:

@@ -156,7 +156,7 @@ def rewrite_file(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         write_all(descriptor, data, 0)
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 
@@ -225,19 +225,15 @@ def link_file(source: Path, target: Path) -> None:
     """
     try:
         os.link(source, target, follow_symlinks=False)
+        one, other = os.lstat(source), os.lstat(target)
+        if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+            raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
     except FileExistsError:
         raise
     except OSError:
         # Some file systems fail but still make a link, which would block a copy.
         with suppress(OSError):
             os.unlink(target)
-        raise
-    try:
-        one, other = os.lstat(source), os.lstat(target)
-        if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
-            raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
-    except OSError:
-        os.unlink(target)
         raise
 
 

@@ -49,18 +49,24 @@ def arrows() -> set[tuple[str, str]]:
 
 def imported(tree: ast.Module) -> set[str]:
     """Return the modules of the package that a module imports, but for its types."""
-    types_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
+    types_only = type_checking_only(tree)
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node not in types_only and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {name for name in names if is_module(name)} or {node.module}
     return {name for name in found if name.startswith("mpi_ckpt")}
+
+
+@functools.cache
+def type_checking_only(tree: ast.Module) -> set[ast.AST]:
+    """Return the nodes that no running program reaches."""
+    return {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
 
 
 def is_module(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from mpi_ckpt.cli.command import (
     CommandError,
     command,
     directory_argument,
+    lock_directory,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import look
@@ -36,7 +37,6 @@ from mpi_ckpt.retention import (
 )
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.directory.catalog import Catalog
-from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.inspect.ranking import Ranking
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.retention import Mode, RetentionPolicy
-
-LOCK_PATIENCE_SECONDS = 0.5
-"""Somebody waits at the keyboard, and a running job will not end in five seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +102,12 @@ def prune(
     # Leave not even a lock file in a directory that holds no checkpoints.
     directory = directory_of_all(directory, "prune")
     policies = _policies(keep_last, keep_every, keep_best, mode)
-    if dry_run:
+    job = secrets.token_hex(6)
+    with nullcontext() if dry_run else closing(lock_directory(directory, job)):
         plan = _plan(screen, directory, policies, verify=verify)
         _say_ranking(screen, plan)
         leftovers = recovery.survey(directory).partials
-    else:
-        job = secrets.token_hex(6)
-        lock = DirectoryLock(directory, job, LOCK_PATIENCE_SECONDS, locking="either")
-        with closing(lock):
-            plan = _plan(screen, directory, policies, verify=verify)
-            _say_ranking(screen, plan)
-            leftovers = recovery.survey(directory).partials
+        if not dry_run:
             recovery.sweep(directory, leftovers, job)
             Catalog(directory).remove(plan.removed, job)
     # Failed removals were logged; those generations still exist under some name.

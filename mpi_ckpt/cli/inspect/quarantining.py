@@ -15,14 +15,13 @@ from mpi_ckpt.cli.command import (
     command,
     directory_argument,
     generation_argument,
+    lock_directory,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import find_generation, look
-from mpi_ckpt.cli.inspect.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.format.layout import QUARANTINE, generation_number
-from mpi_ckpt.storage.owning.lock import DirectoryLock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,10 +45,7 @@ def quarantine(screen: Screen, directory: Path, generation: str, reason: str) ->
     """
     directory = directory_of_all(directory, "quarantine")
     find_generation(directory, generation)  # before a lock file is made
-    lock = DirectoryLock(
-        directory, secrets.token_hex(6), LOCK_PATIENCE_SECONDS, locking="either"
-    )
-    with closing(lock):
+    with closing(lock_directory(directory, secrets.token_hex(6))):
         path = find_generation(directory, generation)
         number = generation_number(path.name)
         if number is None:

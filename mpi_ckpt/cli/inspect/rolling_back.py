@@ -17,10 +17,10 @@ from mpi_ckpt.cli.command import (
     command,
     directory_argument,
     generation_argument,
+    lock_directory,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import find_generation, look, open_generation
-from mpi_ckpt.cli.inspect.pruning import LOCK_PATIENCE_SECONDS
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.storage.directory import recovery
@@ -30,7 +30,6 @@ from mpi_ckpt.storage.directory.rollback import (
     set_newer_aside,
 )
 from mpi_ckpt.storage.format.layout import generation_number
-from mpi_ckpt.storage.owning.lock import DirectoryLock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +68,7 @@ def rollback(
 def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
     find_generation(directory, wanted)  # before a lock file is made
     job = secrets.token_hex(6)
-    with closing(_own(directory, job)):
+    with closing(lock_directory(directory, job)):
         # A job that is cut off may be about to publish: after the sweep it never will.
         recovery.sweep(directory, recovery.survey(directory).partials, job)
         path = find_generation(directory, wanted)
@@ -117,7 +116,7 @@ def _undo(screen: Screen, directory: Path) -> int:
             code=MISUSED,
             kind="absent",
         )
-    with closing(_own(directory, secrets.token_hex(6))):
+    with closing(lock_directory(directory, secrets.token_hex(6))):
         there = set(recovery.survey(directory).generations)
         taken = sorted(there.intersection(last_rolled_back(directory)))
         if taken:
@@ -152,10 +151,6 @@ def _undo(screen: Screen, directory: Path) -> int:
             style="dim",
         )
     return GOOD
-
-
-def _own(directory: Path, job: str) -> DirectoryLock:
-    return DirectoryLock(directory, job, LOCK_PATIENCE_SECONDS, locking="either")
 
 
 def _step_of(path: Path) -> int:

@@ -13,14 +13,14 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import collect, on_root
+from mpi_ckpt.comm import collect
 from mpi_ckpt.errors import ReadError, RestoreError
 from mpi_ckpt.storage.directory.recovery import Survey, survey
 from mpi_ckpt.storage.owning.lock import signed_job
 from mpi_ckpt.storage.owning.mounts import local_file_system
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from mpi_ckpt.engine.session import Session
 
@@ -41,9 +41,8 @@ def look_elsewhere(session: Session) -> None:
     """
     comm, directory = session.comm, session.directory
     if len(comm.topology.nodes) < 2:
-        _warn_of_one_host(session, os.environ)
+        _warn_of_one_host(session)
         return
-    job = on_root(comm, _DOING, lambda: directory.owner, error=RestoreError)
 
     def look() -> bytes:
         if comm.is_root or comm.rank not in comm.topology.leaders:
@@ -51,9 +50,9 @@ def look_elsewhere(session: Session) -> None:
         found = Survey()
         with suppress(ReadError):
             found = survey(directory.root)
-        is_same = bool(job) and signed_job(directory.root) == job
         newest = max(found.generations, default=0)
-        return json.dumps([len(found.generations), newest, is_same]).encode()
+        owner = signed_job(directory.root)
+        return json.dumps([len(found.generations), newest, owner]).encode()
 
     def judge(parts: Sequence[bytes]) -> None:
         seen = {
@@ -74,15 +73,15 @@ def look_elsewhere(session: Session) -> None:
                 "old state: start again. Nothing was changed",
                 path=directory.root,
             )
-        unseen = [host for host, (_, _, is_same) in seen.items() if not is_same]
-        if job and unseen:
+        unseen = [host for host, (_, _, owner) in seen.items() if owner != directory.owner]
+        if directory.owner and unseen:
             _warn(session, f"{len(unseen)} other hosts do not see it, {unseen[0]} first")
 
     collect(comm, _DOING, look, judge, error=RestoreError)
 
 
-def _warn_of_one_host(session: Session, environ: Mapping[str, str]) -> None:
-    if not session.comm.is_root or not any(environ.get(name) for name in _BATCH):
+def _warn_of_one_host(session: Session) -> None:
+    if not session.comm.is_root or not any(os.environ.get(name) for name in _BATCH):
         return
     kind = local_file_system(session.directory.root)
     if kind:

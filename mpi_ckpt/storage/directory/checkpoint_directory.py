@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
@@ -18,6 +19,7 @@ from mpi_ckpt.storage.directory.catalog import Catalog
 from mpi_ckpt.storage.directory.finding import explain_absence, open_chosen, open_twice
 from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import generation_name, is_partial_of
+from mpi_ckpt.storage.owning.lock import refuse_if_taken_over
 from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.writing.partial import Partial
@@ -159,6 +161,7 @@ class CheckpointDirectory:
             mode=self._mode,
             staging=self._staging,
             joined=True,
+            check=partial(refuse_if_taken_over, self.root, job),
             sync_names=self._ownership.sync_names,
         )
 

@@ -149,22 +149,16 @@ class DirectoryLock:
             SaveError: On the calling rank, if it cannot be read.
         """
         with os_errors_as(SaveError, "reading the lock", self._path):
-            found = _read_signature(self._path)
-            for pause in _PAUSES_SECONDS:
-                # A network file system may briefly not find an existing file; a successor's
-                # signature stays visible.
+            for pause in (*_PAUSES_SECONDS, None):
+                found = _read_signature(self._path)
                 if found == self._signature:
                     return
-                time.sleep(pause)
-                found = _read_signature(self._path)
-        if found != self._signature:
-            now = found.decode(errors="replace").strip() or "nobody: no lock file"
-            raise FencedError(
-                f"{self._path.parent} has been taken over from this job; it now belongs "
-                f"to {now}. This job was cut off from the directory, or its lock file "
-                "was removed; it may not save here any more: end it",
-                path=self._path,
-            )
+                # A network file system may briefly not find an existing file; a successor's
+                # signature stays visible.
+                if pause is not None:
+                    time.sleep(pause)
+        now = found.decode(errors="replace").strip() or "nobody: no lock file"
+        raise _fenced(self._path, now, ", or its lock file was removed")
 
     def _acquire(self, patience_seconds: float, locking: str) -> bool:
         """Wait for the flock; return whether the file system granted it."""
@@ -238,6 +232,30 @@ class DirectoryLock:
 
 
 _SIGNED = re.compile(r"job ([0-9a-z]+), ")
+
+
+def refuse_if_taken_over(root: Path, job: str) -> None:
+    """Require that no other job has signed a directory, of which root holds the lock.
+
+    Not collective. For the other ranks that write. What they cannot read is no refusal:
+    root checks before it publishes, and reports why it cannot.
+
+    Raises:
+        FencedError: On the calling rank, if another job has signed it.
+    """
+    found = ""
+    with suppress(OSError):
+        found = _read_signature(root / LOCK).decode(errors="replace").strip()
+    if found.startswith("job ") and not found.startswith(f"job {job},"):
+        raise _fenced(root / LOCK, found)
+
+
+def _fenced(path: Path, owner: str, cause: str = "") -> FencedError:
+    return FencedError(
+        f"{path.parent} has been taken over from this job; it now belongs to {owner}. This "
+        f"job was cut off from the directory{cause}; it may not save here any more: end it",
+        path=path,
+    )
 
 
 def signed_job(root: Path) -> str | None:

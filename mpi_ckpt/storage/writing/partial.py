@@ -22,7 +22,7 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
-from mpi_ckpt.storage.format.layout import LOCK, MANIFEST, generation_name, partial_name
+from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.writing.outfile import OutStream, create_out_file
 from mpi_ckpt.storage.writing.space import require_space
 
@@ -51,8 +51,7 @@ class Partial:
             writes one file into it.
         check: Raises `FencedError` if another job has taken over the directory. Called
             before the commit point, and after any failure: a successor deletes partials,
-            and a job that is cut off should report that. A joined rank reads the name in
-            the lock file after any failure.
+            and a job that is cut off should report that.
         sync_names: Whether directories must be fsynced; if not, they are if possible.
 
     Raises:
@@ -74,8 +73,7 @@ class Partial:
         sync_names: bool = True,
     ) -> None:
         self._root = root
-        self._job = job
-        self._check = check or (self._check_signature if joined else _nobody_else)
+        self._check = check or _nobody_else
         self._sync_names = sync_names
         self._mode: IOMode = mode
         self._staging = staging or Arena()
@@ -227,21 +225,6 @@ class Partial:
                     path=self.path,
                     errno=error.errno or errno.ENOENT,
                 ) from error
-
-    def _check_signature(self) -> None:
-        """Check whether another job has signed the lock, which only root holds open."""
-        path = self._root / LOCK
-        try:
-            found = filesystem.read_start(path, 500).decode(errors="replace").strip()
-        except (OSError, ValueError):
-            return  # root checks before it publishes, and reports why it cannot
-        if found.startswith("job ") and not found.startswith(f"job {self._job},"):
-            raise FencedError(
-                f"{self._root} has been taken over from this job; it now belongs to "
-                f"{found}. This job was cut off from the directory; it may not save here "
-                "any more: end it",
-                path=path,
-            )
 
     def _sync(self, directory: Path) -> None:
         filesystem.sync_directory(directory, if_possible=not self._sync_names)
