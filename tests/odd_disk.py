@@ -12,12 +12,10 @@ import ctypes.util
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
-from tests.launch import REPOSITORY
-from tests.waiting import limit, wait_for
+from tests.fuse import NotHereError, served
+from tests.waiting import limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,10 +24,6 @@ if TYPE_CHECKING:
 LIFETIME = 280  # seconds: less than a test may take
 
 _PROGRAM = "tests.programs.odd_disk"
-
-
-class NotHereError(Exception):
-    """What this machine lacks, so that a test is skipped."""
 
 
 class OddDisk:
@@ -117,40 +111,10 @@ def odd_disk(
         raise NotHereError(reason)
     disk = OddDisk(folder, backing)
     disk.be(**switches)
-    paths = map(str, (disk.path, disk.backing, disk.switches))
-    program = subprocess.Popen(
-        [sys.executable, "-m", _PROGRAM, *paths, locks, str(int(limit(seconds)))],
-        cwd=REPOSITORY,
-        # Where the older library is there as well, it would be taken.
-        env={**os.environ, "FUSE_LIBRARY_NAME": "fuse3"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _wait_for(disk.path, program)
+    arguments = (disk.path, disk.backing, disk.switches, locks, int(limit(seconds)))
+    # Where the older library is there as well, it would be taken.
+    with served(disk.path, _PROGRAM, arguments, {"FUSE_LIBRARY_NAME": "fuse3"}):
         yield disk
-    finally:
-        # Without a look whether it is mounted: if the program is dead, none can be had.
-        unmount = ["umount", "--lazy", str(disk.path)]
-        subprocess.run(unmount, check=False, capture_output=True)
-        # It would end when it is unmounted, but not while another mount namespace, made
-        # meanwhile, has a copy of the mount.
-        program.kill()
-        program.communicate()
-
-
-def _wait_for(path: Path, program: subprocess.Popen[str]) -> None:
-    def is_decided() -> bool:
-        return os.path.ismount(path) or program.poll() is not None
-
-    if not wait_for(is_decided, 90):
-        raise TimeoutError("the FUSE program does not mount its disk")
-    if program.poll() is not None:
-        assert program.stderr is not None
-        said = program.stderr.read()
-        if said.startswith("fuse"):  # libfuse, or its fusermount3
-            raise NotHereError(f"FUSE is not allowed here: {said}")
-        raise RuntimeError(said)
 
 
 def why_not() -> str:

@@ -14,13 +14,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.crash.block_log import Record, decoded
-from tests.crash.power_cuts import NotHereError
-from tests.waiting import limit, wait_for
+from tests.fuse import NotHereError, served
+from tests.waiting import limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,36 +62,8 @@ class BlockDevice:
         """
         module = "tests.crash.programs.logged_disk"
         paths = (self._served, self._contents, self._log, self._fail)
-        self._program = program = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, paths), str(LIFETIME)],
-            cwd=_REPOSITORY,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            self._wait_for(program)
+        with served(self._served, module, (*paths, LIFETIME)) as self._program:
             yield
-        finally:
-            # Without a look whether it is mounted: if the program is dead, none can be had.
-            unmount = ["umount", "--lazy", str(self._served)]
-            subprocess.run(unmount, check=False, capture_output=True)
-            # It would end when it is unmounted, but not while another mount namespace, made
-            # meanwhile, has a copy of the mount. What it has logged is in the file.
-            program.kill()
-            program.communicate()
-
-    def _wait_for(self, program: subprocess.Popen[str]) -> None:
-        def is_decided() -> bool:
-            return os.path.ismount(self._served) or program.poll() is not None
-
-        if not wait_for(is_decided, 90):
-            raise TimeoutError("the FUSE program does not mount its disk")
-        if program.poll() is not None:
-            assert program.stderr is not None
-            said = program.stderr.read()
-            if said.startswith("fuse"):  # libfuse, or its fusermount
-                raise NotHereError(f"FUSE is not allowed here: {said}")
-            raise RuntimeError(said)
 
     @contextlib.contextmanager
     def mounted(self) -> Iterator[Path]:

@@ -28,6 +28,7 @@ from tests.crash.crashes import quiet_scratch
 from tests.crash.moments import Changes, Moment
 from tests.crash.recorder import in_place_of_os
 from tests.crash.world import Saved, Training, judge
+from tests.fuse import NotHereError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,10 +43,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 _CANNOT_BE_DONE_HERE = 77
 _SAVES = 3
-
-
-class NotHereError(Exception):
-    """Says why disks cannot be made and mounted here."""
 
 
 @dataclass(frozen=True)
