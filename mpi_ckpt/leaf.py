@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from mpi_ckpt import dtypes
+from mpi_ckpt.errors import StageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from concurrent.futures import Future
 
+    from mpi_ckpt.decomposition.boxes import Box
+
 __all__ = [
-    *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place", "Target"),
-    "copy_bytes",
+    *("Buffer", "CutBuffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place"),
+    *("Target", "Tile", "copy_bytes"),
 ]
 
 # Copies of fewer bytes are done before NumPy has made an array of them.
@@ -155,30 +158,74 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class Tile:
+    """A box of a leaf that is cut over the ranks, and the memory of its elements.
+
+    Attributes:
+        box: The box, in the indices of the whole leaf.
+        buffer: Its elements, in C order of the box.
+    """
+
+    box: Box
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
 class Leaf:
     """One named tensor, array or blob, and where its bytes live.
 
+    A leaf is whole, with the same bytes on every rank, or cut: each rank has some tiles of
+    it, or none.
+
     Attributes:
-        spec: Its name, type and shape.
-        buffer: The memory of its bytes.
+        spec: Its name, type and shape; of a cut leaf those of the whole.
+        buffer: The memory of its bytes; of a cut leaf a `CutBuffer`.
         gate: Gate that all code which changes the leaf passes first. None if there is no
             such promise: an asynchronous save must then copy the leaf at once.
+        tiles: This rank's tiles of a cut leaf; None for a whole leaf. In a save two tiles
+            of any ranks are disjoint or have the same box; in a restore they are what this
+            rank receives, and may overlap.
+        is_concatenated: Whether the leaf is the tiles of all ranks, one a rank, joined
+            along the first dimension in rank order. A save then finds the whole shape and
+            the tiles' offsets: the spec and the box have this rank's rows, from 0.
     """
 
     spec: LeafSpec
     buffer: Buffer
     gate: Gate | None = None
+    tiles: tuple[Tile, ...] | None = None
+    is_concatenated: bool = False
+
+    @classmethod
+    def cut(
+        cls,
+        spec: LeafSpec,
+        tiles: Sequence[Tile],
+        gate: Gate | None = None,
+        *,
+        is_concatenated: bool = False,
+    ) -> Leaf:
+        """Make a leaf that is cut over the ranks. Not collective.
+
+        Args:
+            spec: Name, type and whole shape.
+            tiles: This rank's tiles.
+            gate: As the attribute.
+            is_concatenated: As the attribute.
+        """
+        taken = tuple(tiles)
+        return cls(spec, CutBuffer(taken), gate, taken, is_concatenated)
 
     def under(self, prefix: str) -> Leaf:
         """Return the same leaf under a longer name. Not collective. Thread-safe."""
         spec = self.spec
         # Not dataclasses.replace, which takes ten times as long; there may be many leaves.
         longer = LeafSpec(prefix + spec.name, spec.dtype, spec.shape)
-        return Leaf(longer, self.buffer, self.gate)
+        return Leaf(longer, self.buffer, self.gate, self.tiles, self.is_concatenated)
 
     def behind(self, gate: Gate | None) -> Leaf:
         """Return the same leaf behind a gate. Not collective. Thread-safe."""
-        return Leaf(self.spec, self.buffer, gate)
+        return Leaf(self.spec, self.buffer, gate, self.tiles, self.is_concatenated)
 
 
 def copy_bytes(source: memoryview, target: memoryview) -> None:
@@ -229,6 +276,43 @@ class MemoryBuffer:
 
     def span(self) -> tuple[int, int]:
         """Return nothing: the memory is private. Not collective."""
+        return 0, 0
+
+
+class CutBuffer:
+    """Stands in for the memory of a cut leaf, which is in its tiles. Not collective."""
+
+    def __init__(self, tiles: Sequence[Tile]) -> None:
+        self._tiles = tiles
+
+    def view(self) -> memoryview | None:
+        """Return nothing: no rank has all bytes."""
+        return None
+
+    def read(self) -> memoryview:
+        """Raise: no rank has all bytes.
+
+        Raises:
+            StageError: On the calling rank.
+        """
+        raise StageError("it is cut over the ranks: no rank has all its bytes")
+
+    def copy_to(self, _: memoryview) -> None:
+        """Raise, as `read` does."""
+        self.read()
+
+    write = copy_to
+
+    def stamp(self) -> int:
+        """Return the sum of the tiles' stamps."""
+        return sum(tile.buffer.stamp() for tile in self._tiles)
+
+    def place(self) -> Place | None:
+        """Return nothing: tiles lie anywhere."""
+        return None
+
+    def span(self) -> tuple[int, int]:
+        """Return nothing: tiles lie anywhere."""
         return 0, 0
 
 

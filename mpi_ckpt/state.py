@@ -79,7 +79,8 @@ class Capture:
 
     Args:
         structure: The contents that are not tensors, as JSON values.
-        leaves: The tensors, with unique names, in the same order on every rank.
+        leaves: The tensors, with unique names, in the same order on every rank; a leaf
+            that is cut over the ranks may be on some ranks only.
 
     Raises:
         StageError: On the calling rank, if two leaves have one name.
@@ -100,6 +101,7 @@ class Arrival:
 
     Attributes:
         leaves: The destination of each saved leaf; None if the program has no such leaf.
+            The program may have a leaf cut that was saved whole, and the other way round.
         adopt: Lets the state take over the leaves, once all of them are filled. Not
             collective.
         missing: Names of the program's leaves that were not saved.
@@ -215,7 +217,7 @@ class LeafState(State):
 
         Args:
             structure: As captured on root, now or in an earlier run.
-            specs: The saved leaves, in this order.
+            specs: The saved leaves, in this order; of cut leaves the whole shape.
             strict: Whether a leaf that only one side has is a mismatch; if not, it is left
                 out and named, if the state works without it. A leaf of another dtype or
                 shape is always a mismatch.

@@ -12,6 +12,7 @@ from mpi_ckpt.leaf import LeafSpec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mpi_ckpt.decomposition.boxes import Box
     from mpi_ckpt.digest import Digest
 
 STREAM = "stream"
@@ -55,6 +56,31 @@ class StoredLeaf(NamedTuple):
     digest: Digest
 
 
+class CutLeaf(NamedTuple):
+    """One leaf that is cut over the ranks: its tiles are listed in their files' headers.
+
+    Attributes:
+        spec: Name, type and shape of the whole leaf.
+        tiles: Number of its tiles in all files of the state.
+    """
+
+    spec: LeafSpec
+    tiles: int
+
+
+class StoredTile(NamedTuple):
+    """One tile of a cut leaf: its box, and its bytes as those of a leaf.
+
+    Attributes:
+        box: The box, in the indices of the whole leaf.
+        leaf: Its name in the file, dtype and shape; the position of its bytes, in C order
+            of the box; their digest.
+    """
+
+    box: Box
+    leaf: StoredLeaf
+
+
 @dataclass(frozen=True, slots=True)
 class StoredState:
     """One state: leaves and a structure, or one stream.
@@ -62,14 +88,19 @@ class StoredState:
     Attributes:
         name: The state's name.
         structure: JSON values; None for a stream.
-        leaves: The leaves, in the state's order; a stream has one leaf of bytes.
+        leaves: The whole leaves, in the state's order; a stream has one leaf of bytes.
         is_stream: Whether it is the stream of a plain state.
+        cut: The leaves that are cut over the ranks.
+        files: Names of the files that have tiles of these; such a file may have tiles of
+            other states beside them, which count only for the states that name the file.
     """
 
     name: str
     structure: Any = None
     leaves: tuple[StoredLeaf, ...] = ()
     is_stream: bool = False
+    cut: tuple[CutLeaf, ...] = ()
+    files: tuple[str, ...] = ()
 
     @classmethod
     def of_stream(cls, name: str, extent: Extent, digest: Digest) -> StoredState:
@@ -80,7 +111,8 @@ class StoredState:
     @property
     def nbytes(self) -> int:
         """Bytes of all its leaves."""
-        return sum(leaf.extent.nbytes for leaf in self.leaves)
+        whole = sum(leaf.extent.nbytes for leaf in self.leaves)
+        return whole + sum(leaf.spec.nbytes for leaf in self.cut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
