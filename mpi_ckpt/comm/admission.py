@@ -15,7 +15,7 @@ import numpy as np
 
 from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, is_horovods
 from mpi_ckpt.comm.launch import check_launch, load_mpi
-from mpi_ckpt.comm.liveness import is_done_within, keep
+from mpi_ckpt.comm.liveness import is_done_within, keep_forever
 from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.survival import why_lost_ranks_end_the_job
 from mpi_ckpt.errors import CollectiveError, LaunchError
@@ -185,7 +185,7 @@ def meet_first(
             return
     except load_mpi().Exception as error:
         cause, problem = error, f"MPI failed: {error}"
-    keep(request, buffers)
+    keep_forever(request, buffers)
     raise CollectiveError(
         f"meeting for the first time: {problem}; end this job and start it again"
     ) from cause

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.liveness import Patience, Tag, has_left, keep
+from mpi_ckpt.comm.liveness import Patience, Tag, has_left, keep_forever
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class BusyRanks:
             logger.info(
                 "the other ranks cannot be notified that this rank is busy: %s", error
             )
-            keep(*self._sends)
+            keep_forever(*self._sends)
             self._sends.clear()
 
     def listen(self) -> None:
@@ -305,7 +305,7 @@ class BusyRanks:
         while not request.Test():
             is_look = patience.go_round()
             if patience.is_over or (is_look and has_left(handle)):
-                keep(request, mine, total)
+                keep_forever(request, mine, total)
                 return False
         while self._received < int(total[0]) - self._told or self._is_sending():
             self.listen()

@@ -30,7 +30,7 @@ from mpi_ckpt.comm.liveness import (
     Tag,
     call_roll,
     is_called,
-    keep,
+    keep_forever,
 )
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
@@ -275,7 +275,7 @@ class Communicator:
             # The operation of a late rank may succeed, though the others gave it up.
             self._refuse_if_late(doing)
         except BaseException as error:
-            keep(pending, buffers)
+            keep_forever(pending, buffers)
             if not isinstance(error, self._mpi.Exception):
                 raise
             self._note_failure(error)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
-from mpi_ckpt.comm.liveness import hold, let_go_of
+from mpi_ckpt.comm.liveness import keep_until_release, release
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import CheckpointError, CollectiveError, Printing
 from mpi_ckpt.failures import name_ranks
@@ -90,7 +90,7 @@ class Vote:
         self._put(_ALIKE, digest)
         self._confusions = self._comm.confusions
         self._request = self._comm.start_all_reduce(self._mine, self._all, "bor")
-        hold(self)
+        keep_until_release(self)
 
     def take(self) -> Joined:
         """Wait for the posted vote.
@@ -103,7 +103,7 @@ class Vote:
         """
         request, self._request = self._request, None
         assert request is not None
-        let_go_of(self)
+        release(self)
         self._comm.wait([request], self._doing, buffers=(self._mine, self._all))
         if not self._is_alike(_DOING):
             self._refuse_confusion()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.liveness import Tag, keep
+from mpi_ckpt.comm.liveness import Tag, keep_forever
 from mpi_ckpt.comm.ulfm.guard import Guard, end_as_lost
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _introduce(handle: MPI.Intracomm) -> None:
     try:
         mpi.Request.Waitall(posted)
     except mpi.Exception:
-        keep(posted, token, into)
+        keep_forever(posted, token, into)
         raise
 
 
