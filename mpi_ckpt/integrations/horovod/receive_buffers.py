@@ -29,7 +29,7 @@ _ALIGNMENT = 64
 _kept: list[Arena] = []
 
 
-def make_room(lengths: Sequence[int]) -> list[memoryview]:
+def allocate_buffers(lengths: Sequence[int]) -> list[memoryview]:
     """Return memory for the buffers of an object, several in one block.
 
     Not collective. A block is free again when nothing refers to any part of it.

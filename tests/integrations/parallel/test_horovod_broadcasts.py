@@ -344,7 +344,7 @@ class TestObjects:
 
         last = peers.size - 1
         if peers.rank == last:
-            monkeypatch.setattr(object_exchange, "make_room", no_room)
+            monkeypatch.setattr(object_exchange, "allocate_buffers", no_room)
         with same_error(peers, StageError, f"rank {last} of", "8000 bytes (MemoryError)"):
             horovod.broadcast_object(np.ones(1000))
 
