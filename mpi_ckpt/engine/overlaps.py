@@ -120,7 +120,7 @@ def differing_overlaps(
     return [one for one, matters in zip(mine, told[comm.rank], strict=True) if matters]
 
 
-def move_apart(
+def separate_overlaps(
     overlaps: Sequence[Overlap],
     move: Callable[[int], bool],
     name_of: Callable[[int], str],

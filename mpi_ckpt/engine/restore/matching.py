@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.engine.overlaps import Overlap, move_apart
+from mpi_ckpt.engine.overlaps import Overlap, separate_overlaps
 from mpi_ckpt.engine.registry import ADVICE, numbered_alike
 from mpi_ckpt.errors import StateMismatchError, cut_lines
 from mpi_ckpt.failures import concerning
@@ -100,7 +100,7 @@ class StateMatch:
             index -= len(one.saved.specs)
         raise IndexError
 
-    def apart(self, overlaps: Sequence[Overlap]) -> StateMatch:
+    def without_overlaps(self, overlaps: Sequence[Overlap]) -> StateMatch:
         """Return the match with private memory for one leaf of each overlap.
 
         Not collective.
@@ -121,7 +121,7 @@ class StateMatch:
             leaves[number][at] = leaf or leaves[number][at]
             return leaf is not None
 
-        move_apart(overlaps, move, self.name_of)
+        separate_overlaps(overlaps, move, self.name_of)
         return self.with_arrivals(
             {
                 one.state.name: replace(one.arrival, leaves=mine)

@@ -53,7 +53,7 @@ class ResizeWatch:
                 observed.append(watch)
         return cls(observed)
 
-    def tell(self, report: RestoreReport) -> None:
+    def log(self, report: RestoreReport) -> None:
         """Log in one line what has changed, if this is root. Not collective."""
         changes = [change for watch in self.observed if (change := watch()).text]
         if not self.observed:

@@ -154,7 +154,7 @@ class Draft:
         manifest = self._complete([*self._shards, *others])
         encoded = encode(manifest)
         if len(encoded) > _WARNED_BYTES:
-            self._tell_of_size(manifest, len(encoded))
+            self._check_size(manifest, len(encoded))
         path = self.partial.publish(encoded)
         self._directory.note_published(manifest, path, len(encoded))
         return Published(
@@ -166,7 +166,7 @@ class Draft:
             retired=self._directory.catalog.choose(self._options.retention),
         )
 
-    def _tell_of_size(self, manifest: Manifest, nbytes: int) -> None:
+    def _check_size(self, manifest: Manifest, nbytes: int) -> None:
         name, most = largest_state(manifest)
         advice = (
             f"{most:,} of them are of state {name!r}: keep its many small values in arrays"
@@ -176,8 +176,8 @@ class Draft:
                 f"the manifest would take {nbytes:,} bytes, at most {MANIFEST_BYTES_MAX:,} "
                 f"can be read; nothing was published. {advice}"
             )
-        if not self._directory.is_told_of_size:
-            self._directory.is_told_of_size = True
+        if not self._directory.has_warned_of_size:
+            self._directory.has_warned_of_size = True
             logger.warning(
                 "the manifest takes %s bytes, and a save of more than %s is refused; %s",
                 *(f"{nbytes:,}", f"{MANIFEST_BYTES_MAX:,}", advice),

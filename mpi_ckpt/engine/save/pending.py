@@ -64,7 +64,7 @@ class PendingSave:
     def done(self) -> bool:
         """Return whether `wait` would return at once.
 
-        Collective. Costs one allreduce of 56 bytes.
+        Collective. Durations one allreduce of 56 bytes.
 
         Raises:
             CollectiveError: On every live rank, if one never arrives.

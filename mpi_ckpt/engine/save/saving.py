@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.request import Begun, Published
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.steps.interval import Costs
-    from mpi_ckpt.engine.sync.announcing import SyncTeller
+    from mpi_ckpt.engine.steps.interval import Durations
+    from mpi_ckpt.engine.sync.sync_log import SyncLog
     from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
@@ -51,14 +51,14 @@ class Workshop:
     Attributes:
         arena: Memory for the copies of an asynchronous save.
         background: Root's thread, or another writer's.
-        costs: The times that saves have taken.
-        teller: Logs what syncs have changed.
+        durations: The times that saves have taken.
+        sync_log: Logs what syncs have changed.
     """
 
     arena: Arena
     background: Background
-    costs: Costs
-    teller: SyncTeller
+    durations: Durations
+    sync_log: SyncLog
 
 
 class Save:
@@ -135,7 +135,7 @@ class Save:
                     comm, states, self._session.options, parts=parts
                 )
                 if comm.is_root:
-                    self._workshop.teller.tell_of_save(self._synced, states, self.step)
+                    self._workshop.sync_log.log_save(self._synced, states, self.step)
             else:
                 captured = capture_on_root(comm, states, parts)
         by_name = {one.name: one for one in captured}
@@ -213,7 +213,7 @@ class Save:
             pruned=tuple(told["pruned"]),
             sync=self._synced,
         )
-        self._workshop.costs.note_durable(self.report.seconds["total"])
+        self._workshop.durations.note_durable(self.report.seconds["total"])
         # Otherwise Python's next garbage collection would scan these.
         self._request, self._mine, self._draft = replace(self._request, states=()), (), None
 

@@ -75,7 +75,7 @@ class Steps:
             self._requests = StopRequests(session.options.stop, root)
         every = session.options.interval
         self._every = AutoInterval() if every == "auto" else every
-        self._interval = Interval(self._every, saver.costs)
+        self._interval = Interval(self._every, saver.durations)
         self._turn = 0  # the number of saves and restores so far
         self._posted_in = 0
         self._is_long = False
@@ -125,12 +125,12 @@ class Steps:
         self._turn += 1
         self._tell_of_displaced()
         self._interval.restart()
-        self._saver.costs.restart_step(time.monotonic())
+        self._saver.durations.restart_step(time.monotonic())
 
     def decide(self, step: int) -> StepActions:
         """Agree on what to do at the end of a step; then do it, and call `go_on`.
 
-        Collective. Costs one allreduce of 56 bytes, usually posted a step ago.
+        Collective. Durations one allreduce of 56 bytes, usually posted a step ago.
 
         Args:
             step: Steps done.
@@ -139,7 +139,7 @@ class Steps:
             CollectiveError: On every live rank, if a rank never arrives or is in another
                 call.
         """
-        self._saver.costs.note_step(time.monotonic())
+        self._saver.durations.note_step(time.monotonic())
         self._guard.is_heeded = True
         self._session.comm.call = "step()"
         if self._vote.is_posted:
@@ -164,7 +164,7 @@ class Steps:
 
         Collective. Returns at once.
         """
-        self._saver.costs.restart_step(time.monotonic())
+        self._saver.durations.restart_step(time.monotonic())
         if not self._is_long and not self._is_agreed:
             self._vote.post(self._flags())
             self._posted_in = self._turn
@@ -239,13 +239,13 @@ class Steps:
     def _flags(self) -> int:
         flags = _STOP * self.must_stop + _WRITING * self._saver.is_writing
         if self._requests is not None:
-            costs = self._saver.costs
-            flags |= _LONG * (costs.last_step_seconds >= _LONG_STEP_SECONDS)
+            durations = self._saver.durations
+            flags |= _LONG * (durations.last_step_seconds >= _LONG_STEP_SECONDS)
             flags |= _DUE * self._interval.is_due_now()
             if not self._reason:
                 self._reason = self._requests.reason(
-                    costs.durable_seconds,
-                    max(costs.step_seconds, costs.last_step_seconds),
+                    durations.durable_seconds,
+                    max(durations.step_seconds, durations.last_step_seconds),
                 )
             flags |= _STOP * bool(self._reason)
         return flags

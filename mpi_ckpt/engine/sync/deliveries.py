@@ -11,7 +11,7 @@ import numpy as np
 from mpi_ckpt import dtypes
 from mpi_ckpt.comm import Deferred, agree, meet, on_root
 from mpi_ckpt.digest import Digest, digest_bytes
-from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, move_apart
+from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, separate_overlaps
 from mpi_ckpt.engine.sync.sending import average_leaves, send_leaves
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
@@ -281,7 +281,7 @@ def _apart(
         found[state] = replace(found[state], targets=tuple(targets))
         return True
 
-    move_apart(overlaps, move, name_of)
+    separate_overlaps(overlaps, move, name_of)
     return [found[one.index] for one in deliveries]
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _NAMES_MAX = 12
 
 
-class SyncTeller:
+class SyncLog:
     """Logs what saves have made equal: by name at first, then in numbers.
 
     Not collective. Called on root only. The running statistics of batch normalization
@@ -28,9 +28,9 @@ class SyncTeller:
     """
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._named_states: set[str] = set()
 
-    def tell_of_save(self, report: SyncReport, states: Sequence[State], step: int) -> None:
+    def log_save(self, report: SyncReport, states: Sequence[State], step: int) -> None:
         """Log what the sync before a save has changed, and name each state once.
 
         Args:
@@ -45,8 +45,8 @@ class SyncTeller:
             return
         modes = _modes(states)
         for name, leaves in differing.items():
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._named_states:
+                self._named_states.add(name)
                 logger.warning(
                     "state %r differed between ranks at step %d, and the save has made it "
                     "equal: all ranks have %s of %s now. Later saves report numbers "
@@ -59,7 +59,7 @@ class SyncTeller:
         )
 
 
-def tell_of_sync(report: SyncReport, states: Sequence[State]) -> None:
+def log_sync(report: SyncReport, states: Sequence[State]) -> None:
     """Log what an explicit sync has changed.
 
     Not collective. Called on root only. A warning for a state that compares its replicas,

@@ -51,7 +51,7 @@ class CheckpointDirectory:
         root: The directory.
         job: A name for this run of the job, in names of partials and in manifests.
         catalog: The published generations.
-        is_told_of_size: Whether a warning of large manifests was logged.
+        has_warned_of_size: Whether a warning of large manifests was logged.
         base: Number of an older generation that the next save builds on, after this job
             went back to it; None for the newest. Call `forget_newest` when it changes.
     """
@@ -68,7 +68,7 @@ class CheckpointDirectory:
         self._staging = Arena()
         self.job = secrets.token_hex(6)
         self.catalog = Catalog(root)
-        self.is_told_of_size = False
+        self.has_warned_of_size = False
         self._lock: DirectoryLock | None = None
         self._swept = False
         self._aside: dict[int, str] = {}
@@ -267,7 +267,7 @@ class CheckpointDirectory:
         A generation that was pruned while it was read is only skipped.
         """
         self._newest = None
-        self.catalog.spare_left()
+        self.catalog.cancel_removals()
         if self.has_lost(number):
             logger.info("generation %d was pruned meanwhile: %s", number, problem)
             return
@@ -298,7 +298,7 @@ class CheckpointDirectory:
 
     def _survey_without_mine(self) -> recovery.Survey:
         """Survey the directory, without leftovers that this job could not delete before."""
-        self.catalog.remove_left(self.job)
+        self.catalog.retry_removals(self.job)
         found = self.catalog.look()
         # A successor's partials must not be touched.
         mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
