@@ -89,11 +89,11 @@ class Choice:
         Args:
             there: All generations, oldest first.
         """
-        numbers = [one.generation for one in there]
+        numbers = [info.generation for info in there]
         if self.best is not None and self.mode is not None:
             numbers = best_first(self.best, self.mode, there)[:1]
         elif self.step is not None:
-            numbers = [one.generation for one in there if one.step == self.step]
+            numbers = [info.generation for info in there if info.step == self.step]
         elif self.generation is not None:
             numbers = [number for number in numbers if number == self.generation]
         return numbers[-1] if numbers else None
@@ -111,7 +111,7 @@ class Choice:
 
     def _mode_by(self, retention: RetentionPolicy | None) -> Mode:
         policies = [] if retention is None else best_policies(retention)
-        modes = {one.mode for one in policies if one.metric == self.best}
+        modes = {policy.mode for policy in policies if policy.metric == self.best}
         if self.mode is None and len(modes) == 1:
             return modes.pop()
         if self.mode not in ("min", "max"):

@@ -137,10 +137,12 @@ def group_failures(failures: Sequence[RankFailure]) -> list[AlikeFailures]:
         failures: At least one, ordered by rank.
     """
     found: dict[RankFailure, list[int]] = {}
-    for one in failures:
-        bare = replace(one, rank=0, host="", problems=tuple(one.problems), traceback="")
-        found.setdefault(bare, []).append(one.rank)
-    by_rank = {one.rank: one for one in failures}
+    for failure in failures:
+        bare = replace(
+            failure, rank=0, host="", problems=tuple(failure.problems), traceback=""
+        )
+        found.setdefault(bare, []).append(failure.rank)
+    by_rank = {failure.rank: failure for failure in failures}
     groups = [AlikeFailures(by_rank[ranks[0]], tuple(ranks)) for ranks in found.values()]
     rest = groups[_GROUPS_MAX - 1 :]
     if len(rest) <= 1:

@@ -285,7 +285,7 @@ class Options:
 
     def describe(self) -> dict[str, str]:
         """Return the fields as text, which ranks compare. Not collective. Thread-safe."""
-        return {one.name: repr(getattr(self, one.name)) for one in fields(self)}
+        return {field.name: repr(getattr(self, field.name)) for field in fields(self)}
 
 
 def _is_interval(interval: object) -> bool:

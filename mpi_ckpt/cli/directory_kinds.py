@@ -145,7 +145,7 @@ def _kind_of_directory(path: Path) -> Kind:
         ("generation", MANIFEST in names),
         ("checkpoints", aside),
         ("adaptdl", found.adaptdl or is_adaptdl_name(name)),
-        ("empty", all(one == LOCK or leased_job(one) for one in names)),
+        ("empty", all(name == LOCK or leased_job(name) for name in names)),
     ]
     return next((kind for kind, holds in kinds if holds), "foreign")
 

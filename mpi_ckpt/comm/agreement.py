@@ -253,7 +253,7 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
     encoded = json.dumps(list(texts)).encode()
     if not differing_digests(comm, [digest_bytes(encoded)], doing).any():
         return []
-    gathered = [json.loads(one) for one in gather_bytes(comm, encoded, doing)]
+    gathered = [json.loads(text) for text in gather_bytes(comm, encoded, doing)]
     found: list[str] = bcast_json(comm, _differences(comm, gathered), doing)
     return found
 
@@ -324,7 +324,7 @@ def _exchange(
             failure, rank=comm.rank, size=comm.size, operation=doing
         ).to_json()
     gathered = gather_bytes(comm, json.dumps(mine).encode(), doing)
-    failed = [RankFailure(**one) for text in gathered if (one := json.loads(text))]
+    failed = [RankFailure(**record) for text in gathered if (record := json.loads(text))]
     groups = group_failures(failed) if failed else []
     told = bcast_json(comm, [[g.first.to_json(), g.ranks] for g in groups], doing)
     agreed = [AlikeFailures(RankFailure(**first), tuple(ranks)) for first, ranks in told]

@@ -164,13 +164,13 @@ class BusyRanks:
         own = Occupation.begin(reason, at_most_seconds)
         _OWN.append(own)
         try:
-            for one in list(_OPEN):
-                one.tell(own)
+            for channel in list(_OPEN):
+                channel.tell(own)
             yield
         finally:
-            _OWN[:] = [one for one in _OWN if one is not own]
-            for one in list(_OPEN):
-                one.tell(_OWN[-1] if _OWN else _ENDED)
+            _OWN[:] = [occupation for occupation in _OWN if occupation is not own]
+            for channel in list(_OPEN):
+                channel.tell(_OWN[-1] if _OWN else _ENDED)
 
     def tell(self, occupation: Occupation) -> None:
         """Announce to all others why this rank is busy. Returns within some seconds."""
@@ -236,7 +236,7 @@ class BusyRanks:
             self.withdraw()
         if any(self._has_died(rank) for rank in self._heard):
             return False
-        if not any(one.is_believed for one in self._heard.values()):
+        if not any(announced.is_believed for announced in self._heard.values()):
             return not patience.is_over
         patience.renew()
         if waited_seconds > self._comm.deadline_seconds and not self._is_late_told:
@@ -266,14 +266,16 @@ class BusyRanks:
         """Return a rank's announcement in words; empty for none."""
         if rank not in self._heard:
             return ""
-        one = self._heard[rank]
+        announced = self._heard[rank]
         text = (
-            f"has been busy for {in_words(time.monotonic() - one.began)}: "
-            f"{one.occupation.reason}"
+            f"has been busy for {in_words(time.monotonic() - announced.began)}: "
+            f"{announced.occupation.reason}"
         )
-        if one.is_believed:
+        if announced.is_believed:
             return text
-        return f"{text} (it had said at most {in_words(one.occupation.at_most_seconds)})"
+        return (
+            f"{text} (it had said at most {in_words(announced.occupation.at_most_seconds)})"
+        )
 
     def settle(self) -> bool:
         """Receive the messages in flight, before the communicator is freed.
@@ -315,7 +317,7 @@ class BusyRanks:
         return True
 
     def _is_sending(self) -> bool:
-        self._sends = [one for one in self._sends if not one[0].Test()]
+        self._sends = [sent for sent in self._sends if not sent[0].Test()]
         return bool(self._sends)
 
     def _has_died(self, rank: int) -> bool:

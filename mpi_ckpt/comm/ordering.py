@@ -68,7 +68,7 @@ def order_ranks(
     group = -1 if claim.group is None else claim.group
     mine = b"%d %d %d" % (group, claim.rank, claim.size)
     told = gather_bytes(ours, mine, doing)
-    claims = [_parse(one) for one in told]
+    claims = [_parse(text) for text in told]
     problems: list[str] = bcast_json(ours, find_contradictions(claims), doing)
     ours.close()
     if problems:

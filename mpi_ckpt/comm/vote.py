@@ -133,11 +133,13 @@ class Vote:
     def _refuse_confusion(self) -> None:
         comm, doing = self._comm, self._doing
         comm.confusions += 1
-        texts = [one.decode() for one in gather_bytes(comm, doing.encode(), doing)]
+        texts = [text.decode() for text in gather_bytes(comm, doing.encode(), doing)]
         groups: dict[str, list[int]] = {}
         for rank, text in enumerate(texts):
             groups.setdefault(text, []).append(rank)
-        lines = [f"{name_ranks(one, comm.hosts)}: {text}" for text, one in groups.items()]
+        lines = [
+            f"{name_ranks(ranks, comm.hosts)}: {text}" for text, ranks in groups.items()
+        ]
         told = bcast_json(comm, lines, doing)
         error = CollectiveError(
             f"the ranks do different things; {UNTOUCHED}. Each collective call must "

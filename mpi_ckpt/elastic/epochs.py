@@ -109,7 +109,9 @@ class EpochState(LeafState):
         return Arrival((), adopt)
 
     def _samplers(self) -> list[ElasticSampler]:
-        return [one for one in self._states.values() if isinstance(one, ElasticSampler)]
+        return [
+            state for state in self._states.values() if isinstance(state, ElasticSampler)
+        ]
 
 
 def remaining_epochs_until(limit: int, epochs: EpochState) -> Iterator[int]:

@@ -89,14 +89,14 @@ def run(
         return train(World(handle, memory))
     if _DEPARTURE.is_prepared:
         raise LaunchError("ranks were lost in an earlier run(): call it once in a program")
-    one = _Run(
+    run = _Run(
         train,
         memory,
         replace=replace,
         max_recoveries=max_recoveries,
         start_seconds=start_seconds,
     )
-    return one.go(comm)
+    return run.go(comm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +217,10 @@ def _forget(loss: BaseException | None) -> None:
     # Not before the repair: until then MPI may still write to their buffers.
     pending, seen = [loss], set[int]()
     while pending:
-        one = pending.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
-            pending += [one.__cause__, one.__context__]
-            one.__traceback__ = None
+        cause = pending.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            traceback.clear_frames(cause.__traceback__)
+            pending += [cause.__cause__, cause.__context__]
+            cause.__traceback__ = None
     gc.collect()

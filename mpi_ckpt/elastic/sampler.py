@@ -199,7 +199,9 @@ class ElasticSampler(LeafState):
             if saved.get(key) != value
         ]
         position = saved.get("epoch"), saved.get("consumed")
-        if not problems and not all(type(one) is int and one >= 0 for one in position):
+        if not problems and not all(
+            type(count) is int and count >= 0 for count in position
+        ):
             problems = ["it holds no position"]
         if problems:
             # Another order: going on with it would repeat some samples and miss others.

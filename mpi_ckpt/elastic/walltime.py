@@ -127,7 +127,7 @@ def end_of_job(
         else:
             if end is not None:
                 found.append(end)
-    first = min(found, key=lambda one: one.time, default=None)
+    first = min(found, key=lambda end: end.time, default=None)
     return WallTime(first, tuple(ignored))
 
 

@@ -194,8 +194,8 @@ def numbered_alike(some: Iterable[str], others: Iterable[str]) -> list[tuple[str
     ]
 
 
-def _differ_in_numbers(one: str, other: str) -> bool:
-    return one != other and _without_numbers(one) == _without_numbers(other)
+def _differ_in_numbers(first: str, second: str) -> bool:
+    return first != second and _without_numbers(first) == _without_numbers(second)
 
 
 def _without_numbers(text: str) -> str:

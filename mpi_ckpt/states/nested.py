@@ -254,7 +254,7 @@ def is_stateful(value: object) -> bool:
     Not collective.
     """
     methods = ("state_dict", "load_state_dict")
-    return all(callable(getattr(value, one, None)) for one in methods)
+    return all(callable(getattr(value, method, None)) for method in methods)
 
 
 def is_off(value: object) -> bool:

@@ -113,9 +113,9 @@ class OptimizerState(NestedState):
         content = dict(self._optimizer.state_dict())
         # An empty entry of a parameter means the same as none, until its first step.
         content["state"] = {
-            key: one
-            for key, one in content["state"].items()
-            if not (isinstance(one, dict) and not one)
+            key: value
+            for key, value in content["state"].items()
+            if not (isinstance(value, dict) and not value)
         }
         shapes, names = self._described()
         return {

@@ -109,7 +109,7 @@ def remove_notes(prefix: Path) -> None:
 
 def _names(prefix: Path) -> list[str]:
     names = filesystem.list_names(prefix.parent)
-    return [one for one in names if one.startswith(f"{prefix.name}.")]
+    return [name for name in names if name.startswith(f"{prefix.name}.")]
 
 
 def _parse(line: bytes, writer: str) -> Note | None:

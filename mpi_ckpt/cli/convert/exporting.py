@@ -162,7 +162,7 @@ def _write_safetensors(
 ) -> None:
     entries = _entries(states, alone=alone)
     # Larger elements first, so that all of them are aligned.
-    order = sorted(entries, key=lambda one: -dtypes.element_bytes(one[1].dtype))
+    order = sorted(entries, key=lambda item: -dtypes.element_bytes(item[1].dtype))
     metadata = {"format": "pt", METADATA_KEY: _metadata(reader.manifest, states, entries)}
     header = encode_header([(name, spec) for name, spec, _ in order], metadata)
     filesystem.write_all(descriptor, header, 0)

@@ -172,7 +172,7 @@ def _publish(
 
 def _one_state(name: str, form: str | None, leaves: list[Leaf]) -> FixedState:
     if form == "values":
-        nodes = {one.spec.name: {"~": "tensor", "leaf": one.spec.name} for one in leaves}
+        nodes = {leaf.spec.name: {"~": "tensor", "leaf": leaf.spec.name} for leaf in leaves}
         return FixedState(name, nodes, leaves)
     return FixedState(name, {"ties": {}, "extra": {}}, leaves)
 

@@ -116,7 +116,7 @@ def prune(
     screen.data(
         {
             "dry_run": dry_run,
-            "ranked_by": [one.to_json() for one in plan.rankings],
+            "ranked_by": [ranking.to_json() for ranking in plan.rankings],
             "removed": [number for number in plan.removed if number not in failed],
             "kept": list(plan.kept),
             "left_alone": list(plan.left_alone),
@@ -197,10 +197,11 @@ def _plan(
 def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
     there = _summaries(good)
     # A misspelled name would remove all that it was meant to keep.
-    for one in unmet_policies(policy, there) if there else ():
+    for unmet in unmet_policies(policy, there) if there else ():
         raise CommandError(
-            f"--keep-best {one.metric} --mode {one.mode}: no generation has that metric; "
-            f"there: {', '.join(metric_names(there)) or 'none'}. Nothing was removed",
+            f"--keep-best {unmet.metric} --mode {unmet.mode}: no generation has that "
+            f"metric; there: {', '.join(metric_names(there)) or 'none'}. "
+            "Nothing was removed",
             code=MISUSED,
             kind="absent",
         )

@@ -80,7 +80,9 @@ def suspects(said: str, hosts: Collection[str]) -> set[str]:
         hosts: Names of the used hosts: no other word counts as one.
     """
     named = {
-        found["host"].rstrip(".,:") for one in _COMPLAINTS for found in one.finditer(said)
+        found["host"].rstrip(".,:")
+        for pattern in _COMPLAINTS
+        for found in pattern.finditer(said)
     }
     return {host for host in hosts if host in named}
 

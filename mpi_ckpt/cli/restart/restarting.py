@@ -208,24 +208,24 @@ def _report(screen: Screen, loop: Loop, log: Path) -> None:
             "finished": loop.reason == "finished",
             "reason": loop.reason,
             "log": str(log),
-            "attempts": [one.to_json() for one in loop.attempts],
+            "attempts": [attempt.to_json() for attempt in loop.attempts],
         }
     )
     screen.table(
         _COLUMNS,
         [
             (
-                one.attempt,
-                one.np,
-                " ".join(one.hosts),
-                f"{one.seconds:.1f}",
-                one.code,
-                one.outcome,
-                one.step_from,
-                one.step_to,
-                one.error.partition("\n")[0][:100],
+                attempt.attempt,
+                attempt.np,
+                " ".join(attempt.hosts),
+                f"{attempt.seconds:.1f}",
+                attempt.code,
+                attempt.outcome,
+                attempt.step_from,
+                attempt.step_to,
+                attempt.error.partition("\n")[0][:100],
             )
-            for one in loop.attempts
+            for attempt in loop.attempts
         ],
     )
     screen.say(f"{loop.reason}; log: {log}")

@@ -95,7 +95,11 @@ class Departure:
 
     def _free_all(self) -> None:
         mpi = load_mpi()
-        ours = [handle for one in open_communicators() for handle in one.give_up()]
+        ours = [
+            handle
+            for communicator in open_communicators()
+            for handle in communicator.give_up()
+        ]
         for handle in [*self._others, *ours, *reversed(made())]:
             with suppress(mpi.Exception):
                 if handle != mpi.COMM_NULL:

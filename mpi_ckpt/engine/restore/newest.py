@@ -185,7 +185,8 @@ def reject(
     # The finding alone: the reason must not describe the states, since another generation
     # will be restored.
     reason = CorruptGenerationError(
-        "; ".join(dict.fromkeys(one.message for one in problem.failures)) or str(problem),
+        "; ".join(dict.fromkeys(failure.message for failure in problem.failures))
+        or str(problem),
         path=problem.path,
         generation=problem.generation,
     )
@@ -220,10 +221,10 @@ def list_generations(session: Session) -> list[GenerationInfo]:
     told = on_root(
         session.comm,
         "listing generations",
-        lambda: [one.to_json() for one in catalog.generations()],
+        lambda: [info.to_json() for info in catalog.generations()],
         error=RestoreError,
     )
-    return [GenerationInfo(**{**one, "path": Path(one["path"])}) for one in told]
+    return [GenerationInfo(**{**record, "path": Path(record["path"])}) for record in told]
 
 
 def _open(

@@ -44,11 +44,11 @@ class ResizeWatch:
         if outline.size == size:
             return cls()
         observed = []
-        for one in matched.states:
-            if isinstance(one.state, LeafState):
-                with concerning(f"state {one.state.name!r}"):
-                    watch = one.state.observe_resize(
-                        one.saved.structure, outline.size, size
+        for pair in matched.states:
+            if isinstance(pair.state, LeafState):
+                with concerning(f"state {pair.state.name!r}"):
+                    watch = pair.state.observe_resize(
+                        pair.saved.structure, outline.size, size
                     )
                 observed.append(watch)
         return cls(observed)

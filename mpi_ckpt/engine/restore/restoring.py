@@ -236,9 +236,9 @@ class Restore:
 
         def take_over() -> None:
             self._deferred.raise_failure()
-            for one in matched.states:
-                with concerning(f"state {one.state.name!r}"):
-                    one.arrival.adopt()
+            for pair in matched.states:
+                with concerning(f"state {pair.state.name!r}"):
+                    pair.arrival.adopt()
             warnings.extend(matched.warnings())
 
         with self._clock.phase("adopt"):

@@ -171,7 +171,7 @@ class Saver:
         doing = "beginning to remember the states"
         begun = self._registry.begin(doing, None, begin, error=SaveError).result
         combine_parts(comm, begun.states, begun.parts)
-        by_name = {one.name: one for one in capture_on_root(comm, begun.states)}
+        by_name = {content.name: content for content in capture_on_root(comm, begun.states)}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
         copy_into(memory, comm, request, late=False)

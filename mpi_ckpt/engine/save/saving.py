@@ -138,7 +138,7 @@ class Save:
                     self._workshop.sync_log.log_save(self._synced, states, self.step)
             else:
                 captured = capture_on_root(comm, states, parts)
-        by_name = {one.name: one for one in captured}
+        by_name = {content.name: content for content in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
 
@@ -255,7 +255,7 @@ class Save:
 
     def _proven_equal(self) -> set[str]:
         captured = self._request.captured
-        compared = {one.name for one in captured if one.digests is not None}
+        compared = {content.name for content in captured if content.digests is not None}
         return compared - set(self._synced.differing)
 
     def _share_out(self, writers: Sequence[int], equal: set[str]) -> None:
@@ -292,8 +292,8 @@ class Save:
         if copied is not None:
             copied.result()
         session, task, clock = self._session, self._task, self._clock
-        captured = [one for one in self._mine if isinstance(one, CapturedState)]
-        plain = [one for one in self._mine if not isinstance(one, CapturedState)]
+        captured = [state for state in self._mine if isinstance(state, CapturedState)]
+        plain = [state for state in self._mine if not isinstance(state, CapturedState)]
         behind = session.options.asynchronous
         with session.watch_behind(clock) if behind else nullcontext():
             if task is None:
@@ -334,5 +334,5 @@ class Save:
             if rank != ROOT
         ]
         with self._clock.phase("publish"), without_collections():
-            self.published = self._draft.publish([one for one in others if one])
+            self.published = self._draft.publish([shard for shard in others if shard])
         return self._conclude()

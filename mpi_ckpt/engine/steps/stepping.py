@@ -257,7 +257,7 @@ class Steps:
         if every.mtbf is not None:
             return Failures(every.mtbf.total_seconds(), "as given")
         try:
-            saves = [(one.job, one.time) for one in directory.catalog.generations()]
+            saves = [(info.job, info.time) for info in directory.catalog.generations()]
         except CheckpointError:
             # Only root is here. If the directory cannot be listed, the next save fails.
             return ASSUMED

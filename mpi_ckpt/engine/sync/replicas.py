@@ -91,7 +91,10 @@ def sync_states(
     if forced and comm.is_root:
         log_sync(report, states)
     averaged = delivered.averaged
-    return [*(averaged.get(one.name, one) for one in captured), *root_only], report
+    return [
+        *(averaged.get(content.name, content) for content in captured),
+        *root_only,
+    ], report
 
 
 @without_collections()
@@ -150,7 +153,7 @@ def _compare(
         return compare_heads_first(comm, compared, threads), rest
     if not met.is_alike:
         return compare(comm, compared), rest
-    return Comparison(compared, [], sum(one.form.nbytes for one in compared)), rest
+    return Comparison(compared, [], sum(content.form.nbytes for content in compared)), rest
 
 
 def _is_root_only(comm: Communicator, state: LeafState, *, forced: bool) -> bool:
@@ -170,11 +173,11 @@ def _refuse_divergence(
     differences: Sequence[StateDifference],
 ) -> None:
     lines, problems = [], []
-    for one in differences:
-        own = captured[one.index]
+    for difference in differences:
+        own = captured[difference.index]
         if own.state.sync_mode in ("check", "none"):
             # If the leaves' forms differ between ranks, no names are common to all.
-            names = one.names(() if one.leaves is None else own.specs)
+            names = difference.names(() if difference.leaves is None else own.specs)
             problems.append(f"state {own.name!r}: {', '.join(names)} differ between ranks")
             lines.append(f"state {own.name!r}: {listed(names)} differ between ranks")
     # The ranks agreed on the differences, so all ranks reach this or none.

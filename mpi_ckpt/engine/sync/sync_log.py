@@ -39,7 +39,7 @@ class SyncLog:
             step: The training step of the save.
         """
         # States in parts differ until root has joined the parts.
-        parts = {one.name for one in states if isinstance(one, PartsState)}
+        parts = {state.name for state in states if isinstance(state, PartsState)}
         differing = {k: leaves for k, leaves in report.differing.items() if k not in parts}
         if not differing:
             return
@@ -80,7 +80,7 @@ def log_sync(report: SyncReport, states: Sequence[State]) -> None:
 
 
 def _modes(states: Sequence[State]) -> dict[str, str]:
-    return {one.name: one.sync_mode for one in states if isinstance(one, LeafState)}
+    return {state.name: state.sync_mode for state in states if isinstance(state, LeafState)}
 
 
 def _source(mode: str) -> str:

@@ -81,5 +81,5 @@ def _find_kept(nbytes: int) -> Arena | None:
 
 def _give_back(arena: Arena) -> None:
     _kept.append(arena)
-    while sum(one.nbytes for one in _kept) > _KEPT_BYTES_MAX:
+    while sum(arena.nbytes for arena in _kept) > _KEPT_BYTES_MAX:
         del _kept[:1]

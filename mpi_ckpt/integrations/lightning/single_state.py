@@ -180,7 +180,7 @@ def _delete(path: Path) -> None:
 
 
 def _read(reader: GenerationReader, state: LeafState) -> None:
-    stored = {one.name: one for one in reader.manifest.states}
+    stored = {state.name: state for state in reader.manifest.states}
     if set(stored) != {state.name}:
         raise NoCheckpointError(
             f"{reader.path} holds {sorted(stored)}, not one {state.name!r}: it was saved "

@@ -148,8 +148,8 @@ class Catalog:
             ReadError: On the calling rank, if the directory cannot be listed.
         """
         return [
-            GenerationSummary(one.generation, one.step, one.metrics)
-            for one in self.generations()
+            GenerationSummary(info.generation, info.step, info.metrics)
+            for info in self.generations()
         ]
 
     def choose(self, policy: RetentionPolicy) -> tuple[int, ...]:
@@ -167,7 +167,9 @@ class Catalog:
         except Exception:
             logger.exception("retention failed; nothing is removed")
             return ()
-        given_up = tuple(one.generation for one in there if one.generation not in kept)
+        given_up = tuple(
+            summary.generation for summary in there if summary.generation not in kept
+        )
         if given_up:
             self._warn_of_unknown_metrics(policy, there)
         return given_up
@@ -223,16 +225,16 @@ class Catalog:
         self, policy: RetentionPolicy, there: Sequence[GenerationSummary]
     ) -> None:
         # Not before a generation is given up: a later save may bring the metric.
-        for one in unmet_policies(policy, there):
-            if one.metric in self._warned_metrics:
+        for unmet in unmet_policies(policy, there):
+            if unmet.metric in self._warned_metrics:
                 continue
-            self._warned_metrics.add(one.metric)
+            self._warned_metrics.add(unmet.metric)
             logger.warning(
                 "%r keeps nothing: no generation in %s was saved with a metric %r (there "
                 "are: %s), and others are given up now; give it to save(metrics=...)",
-                one,
+                unmet,
                 self.root,
-                one.metric,
+                unmet.metric,
                 ", ".join(map(repr, metric_names(there))) or "none",
             )
 

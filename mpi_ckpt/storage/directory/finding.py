@@ -203,7 +203,7 @@ def describe_others(catalog: Catalog, besides: int | None = None) -> str:
     Raises:
         ReadError: On the calling rank, if the directory cannot be listed.
     """
-    there = [one for one in catalog.summaries() if one.generation != besides]
+    there = [summary for summary in catalog.summaries() if summary.generation != besides]
     listed = ", ".join(map(_describe, there[-_LISTED:])) or "none"
     more = f" and {len(there) - _LISTED} older" if len(there) > _LISTED else ""
     what = "there are" if besides is None else "ask for another; there are"
@@ -257,6 +257,6 @@ def _aside(catalog: Catalog, choice: Choice) -> str:
     return _hint(catalog.root, found) if is_behind else ""
 
 
-def _describe(one: GenerationSummary) -> str:
-    metrics = "".join(f", {name}={value:.6g}" for name, value in one.metrics.items())
-    return f"{one.generation} (step {one.step}{metrics})"
+def _describe(summary: GenerationSummary) -> str:
+    metrics = "".join(f", {name}={value:.6g}" for name, value in summary.metrics.items())
+    return f"{summary.generation} (step {summary.step}{metrics})"

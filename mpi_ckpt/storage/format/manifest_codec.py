@@ -129,7 +129,7 @@ def largest_state(manifest: Manifest) -> tuple[str, int]:
     has grown large.
     """
     sizes = {state.name: len(_encode_state(state).encode()) for state in manifest.states}
-    return max(sizes.items(), key=lambda one: one[1], default=("", 0))
+    return max(sizes.items(), key=lambda item: item[1], default=("", 0))
 
 
 def decode(data: bytes | bytearray) -> Manifest:
@@ -264,7 +264,7 @@ def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]
             by_file[leaf.extent.file].append(leaf.extent)
     for name, extents in by_file.items():
         end = 0
-        for extent in sorted(extents, key=lambda one: (one.offset, one.nbytes)):
+        for extent in sorted(extents, key=lambda extent: (extent.offset, extent.nbytes)):
             if extent.offset < end:
                 raise ValueError(f"{name}: leaves overlap at {extent.offset}")
             end = extent.offset + extent.nbytes
