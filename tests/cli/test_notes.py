@@ -55,4 +55,4 @@ def test_rubbish_and_what_is_cut_off_are_passed_over(tmp_path, caplog):
         Note(event="saved", step=3, writer="n.host-1.jsonl")
     ]
     remove_notes(tmp_path / "n")
-    assert [one.name for one in tmp_path.iterdir()] == ["n2.host-1.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["n2.host-1.jsonl"]

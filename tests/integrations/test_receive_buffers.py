@@ -37,13 +37,13 @@ def received(value):
 @pytest.mark.parametrize("lengths", [[], [0], [1, 0, 63, 64, 65], [LARGE, 3, LARGE, 0, 5]])
 def test_every_buffer_has_its_length_and_lies_apart(lengths):
     space = allocate_buffers(lengths)
-    assert [len(one) for one in space] == lengths
-    for number, one in enumerate(space):
-        one[:] = bytes([number]) * len(one)
-    for number, one in enumerate(space):
-        assert bytes(one[:1]) == bytes([number])[: len(one)]
-        assert bytes(one[-1:]) == bytes([number])[: len(one)]
-        assert len(one) == 0 or address(one) % 16 == 0
+    assert [len(buffer) for buffer in space] == lengths
+    for number, buffer in enumerate(space):
+        buffer[:] = bytes([number]) * len(buffer)
+    for number, buffer in enumerate(space):
+        assert bytes(buffer[:1]) == bytes([number])[: len(buffer)]
+        assert bytes(buffer[-1:]) == bytes([number])[: len(buffer)]
+        assert len(buffer) == 0 or address(buffer) % 16 == 0
 
 
 def test_what_is_in_use_is_not_given_out_again():
@@ -63,7 +63,7 @@ def test_what_is_gone_is_used_again():
     del first
     assert receive_buffers._kept == []
     del view
-    assert [one.nbytes for one in receive_buffers._kept] == [LARGE]
+    assert [arena.nbytes for arena in receive_buffers._kept] == [LARGE]
     assert address(received(np.ones(LARGE // 8))) == where
 
 
@@ -82,7 +82,7 @@ def test_no_more_is_kept_than_a_limit(monkeypatch):
     monkeypatch.setattr(receive_buffers, "_KEPT_BYTES_MAX", 2 * LARGE)
     space = allocate_buffers([LARGE] * 5)
     del space
-    assert [one.nbytes for one in receive_buffers._kept] == [LARGE] * 2
+    assert [arena.nbytes for arena in receive_buffers._kept] == [LARGE] * 2
 
 
 def test_small_objects_keep_nothing():

@@ -79,7 +79,10 @@ def test_leftovers_tell_whose_they_are():
     assert moved == ".partial-00000042-9f3cxab12"
     assert layout.is_partial_name(moved)
     assert layout.partial_number(moved) == 42
-    assert [layout.is_condemned_name(one) for one in (name, moved)] == [False, True]
+    assert [layout.is_condemned_name(leftover) for leftover in (name, moved)] == [
+        False,
+        True,
+    ]
     assert [layout.is_partial_of(name, job) for job in ("9f3c", "ab12")] == [True, False]
     assert [layout.is_partial_of(moved, job) for job in ("9f3c", "ab12")] == [False, True]
 
@@ -99,17 +102,17 @@ def test_file_of_a_legal_name_stays_in_its_directory(name):
 
 
 @given(names, names)
-def test_different_names_have_different_files(one, other):
-    if one != other and is_legal(one) and is_legal(other):
-        assert layout.stream_file_name(one) != layout.stream_file_name(other)
+def test_different_names_have_different_files(first, second):
+    if first != second and is_legal(first) and is_legal(second):
+        assert layout.stream_file_name(first) != layout.stream_file_name(second)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [("a/b", "a%2Fb"), (".a", "%2Ea"), ("a b", "a%20b"), ("ä", "%C3%A4")],
 )
-def test_encoded_looking_names_do_not_meet(one, other):
-    assert layout.stream_file_name(one) != layout.stream_file_name(other)
+def test_encoded_looking_names_do_not_meet(first, second):
+    assert layout.stream_file_name(first) != layout.stream_file_name(second)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_lightning_goes_on_with_another_number_of_ranks(jobs: Jobs, tmp_path: Pa
     assert second["step"] in (saved, saved + INTERVAL)
     assert training.step == 48
     # Every step after the restart once, and none before.
-    steps = [one["step"] for one in training.events("step")][-(48 - second["step"]) :]
+    steps = [event["step"] for event in training.events("step")][-(48 - second["step"]) :]
     assert steps == list(range(second["step"] + 1, 49))
 
 
@@ -123,7 +123,7 @@ def test_lightning_resumes_bit_equal_with(cases, case: str) -> None:
 @needs_lightning
 def test_replicas_of_lightning_that_differ_are_made_equal(cases) -> None:
     # The ranks' results are compared where they are read.
-    assert [len(one) for one in cases["drift"]] == [3, 3, 1, 1]
+    assert [len(event) for event in cases["drift"]] == [3, 3, 1, 1]
 
 
 @needs_lightning
