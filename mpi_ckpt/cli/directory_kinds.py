@@ -65,7 +65,7 @@ def kind_of(path: Path) -> Kind:
     except (OSError, ValueError) as error:
         why = in_words(error) if isinstance(error, OSError) else str(error)
         raise CommandError(
-            f"{path} cannot be looked at: {why}", code=MISUSED, kind="usage"
+            f"{path} cannot be examined: {why}", code=MISUSED, kind="usage"
         ) from error
     return _kind_of_directory(path) if stat.S_ISDIR(mode) else "file"
 
@@ -83,8 +83,8 @@ def directory_of_all(path: Path, command: str) -> Path:
     kind = kind_of(path)
     if kind == "generation":
         raise _misused(
-            f"{path} is the directory of one generation; {command} works on the one that "
-            f"it lies in: {_around(path)}"
+            f"{path} is the directory of one generation; {command} needs the directory "
+            f"that contains it: {_around(path)}"
         )
     if kind != "checkpoints":
         raise _refusal(path, kind)
@@ -105,8 +105,8 @@ def directory_to_look_at(path: Path, wanted: str | None, command: str) -> Path:
     kind = kind_of(path)
     if kind == "generation" and wanted is not None:
         raise _misused(
-            f"{path} is the directory of one generation, and {wanted} says which as well: "
-            f"mpi-ckpt {command} {quote(str(path))}, or mpi-ckpt {command} "
+            f"{path} is the directory of one generation, so {wanted} is one argument too "
+            f"many: mpi-ckpt {command} {quote(str(path))}, or mpi-ckpt {command} "
             f"{quote(str(_around(path)))} {quote(wanted)}"
         )
     if kind not in ("checkpoints", "generation"):
@@ -124,8 +124,8 @@ def require_target(path: Path) -> None:
     kind = kind_of(path)
     if kind == "generation":
         raise _misused(
-            f"{path} is the directory of one generation, in which nothing is saved: give "
-            f"the one that it lies in: {_around(path)}"
+            f"{path} is the directory of one generation, and nothing is saved inside it: "
+            f"give the directory that contains it: {_around(path)}"
         )
     if kind in ("leftover", "quarantine", "adaptdl", "file"):
         raise _refusal(path, kind)
@@ -166,10 +166,12 @@ def _refusal(path: Path, kind: Kind) -> CommandError:
     told = {
         "missing": f"{path} does not exist",
         "file": f"{path} is no directory",
-        "leftover": f"{path} is a leftover: being written or removed, or cut off; never "
-        f"a whole generation. Give the directory that it lies in: {path.resolve().parent}",
-        "quarantine": f"{path} holds what was set aside; give the directory that it lies "
-        f"in: {path.resolve().parent}, or that of one generation in it",
+        "leftover": f"{path} is a leftover: being written or removed, or cut off; never a "
+        "whole generation. Give the directory that contains it: "
+        f"{path.resolve().parent}",
+        "quarantine": f"{path} holds what was set aside; give the directory that contains "
+        f"it, {path.resolve().parent}, or the directory of one generation in "
+        "it",
         "adaptdl": f"{path} holds checkpoints as adaptdl names them, and no generation of "
         f"mpi_ckpt; to take over the newest: mpi-ckpt import {quote(str(path))} --into NEW",
         "empty": f"{path} holds no generation: nothing was saved there",

@@ -268,7 +268,7 @@ def test_hosts_script_is_asked_before_each_attempt_and_ranks_follow(site):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("exit 7", "code 7"), ("sleep 60", "hung"), ("echo '?'", "no host:slots")],
+    [("exit 7", "code 7"), ("sleep 60", "hung"), ("echo '?'", "form host:slots")],
 )
 def test_hosts_script_that_never_answers_ends_the_loop(site, text, told):
     site.job("exit 0")
@@ -312,7 +312,7 @@ def test_too_few_hosts_are_waited_for_and_then_told(site):
         (["--launcher", "ls"], "is no launcher of"),
         (["--hostfile", "missing"], "does not exist"),
         (["--hostfile", "job", "--hosts-script", "job"], "not both"),
-        (["--hostfile", "job"], "is no host:slots"),
+        (["--hostfile", "job"], "is not of the form host:slots"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_started(site, words, told):

@@ -183,9 +183,9 @@ def test_names_that_are_not_there_are_told_with_those_that_are(root):
         ({"generation": 9}, NoCheckpointError, "there are: 1 .step 10, loss=0.5."),
         ({"step": 9}, NoCheckpointError, "no generation of step 9"),
         ({"best": "accuracy", "mode": "max"}, NoCheckpointError, "metric 'accuracy'"),
-        ({"best": "loss"}, OptionsError, "say mode='min' or mode='max'"),
-        ({"generation": 1, "step": 10}, OptionsError, "say only one of these"),
-        ({"generation": "3"}, OptionsError, "anything but a number"),
+        ({"best": "loss"}, OptionsError, "give mode='min' or mode='max'"),
+        ({"generation": 1, "step": 10}, OptionsError, "give only one of these"),
+        ({"generation": "3"}, OptionsError, "must be integers"),
     ],
 )
 def test_what_is_not_there_or_makes_no_sense_is_told(root, asked, error, told):

@@ -68,7 +68,7 @@ _FORMATS = {
     "--format",
     "form",
     type=click.Choice(["safetensors", "torch"]),
-    help="Of the file; by default the end of its name tells.",
+    help="Format of the file; default: by the ending of its name.",
 )
 @click.option(
     "--state",
@@ -95,7 +95,7 @@ def export(
     form = form or _FORMATS.get(target.suffix.lower())
     if form is None:
         raise CommandError(
-            f"{target}: say --format safetensors or --format torch",
+            f"{target}: give --format safetensors or --format torch",
             code=MISUSED,
             kind="usage",
         )

@@ -90,9 +90,9 @@ def _refuse_unsafe(version: str) -> None:
     if found is None or (int(found[1]), int(found[2])) < _SAFE_TORCH:
         least = ".".join(map(str, _SAFE_TORCH))
         raise CommandError(
-            f"torch {version} can be made to run code by a file, also with weights_only "
+            f"a file can make torch {version} run code, even with weights_only "
             f"(CVE-2025-32434, CVE-2026-24747): upgrade to {least}, or convert the file to "
-            "safetensors where you trust it",
+            "safetensors on a machine where you trust it",
             kind="missing",
         )
 

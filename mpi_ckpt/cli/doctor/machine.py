@@ -68,7 +68,8 @@ def check_mpi(environ: Mapping[str, str]) -> list[Check]:
                 "library",
                 "cannot be loaded",
                 "wrong",
-                f"{found['error']}; jobs cannot start, this command line works without",
+                f"{found['error']}; jobs cannot start, but this command line works without "
+                "it",
             )
         )
         return checks

@@ -39,7 +39,9 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
             continue
         match = _LINE.fullmatch(wanted)
         if match is None:
-            raise ValueError(f"line {number}, {wanted[:80]!r}, is no host:slots")
+            raise ValueError(
+                f"line {number}, {wanted[:80]!r}, is not of the form host:slots"
+            )
         slots[match["name"]] += int(match["slots"] or 1)
     return tuple(Host(name, count) for name, count in slots.items())
 

@@ -188,7 +188,7 @@ class Loop:
             if time.monotonic() >= deadline:
                 self.reason = (
                     f"{slots} slots on {len(usable)} hosts, {plan.least} are needed, and "
-                    f"no more came in {plan.patience:.0f} s"
+                    f"no more became free within {plan.patience:.0f} s"
                 )
             elif not told:
                 self._tell(f"waiting for hosts: {slots} slots, {plan.least} are needed")
@@ -251,7 +251,10 @@ class Loop:
                 if count != sign:
                     sign, alive = count, now
                 elif now - alive > self._plan.timeout:
-                    self._tell(f"no sign of life for {self._plan.timeout:.0f} s: ended")
+                    self._tell(
+                        f"no sign of life for {self._plan.timeout:.0f} s: the "
+                        "attempt is ended"
+                    )
                     child.end()
                     return PREEMPTED_CODE, True
         return code, False

@@ -99,11 +99,11 @@ def test_the_direction_is_that_of_the_retention(comm, saved, job, mode, number):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"generation": 1, "step": 10}, "say only one of these"),
-        ({"best": "loss"}, "no KeepBest of that metric"),
+        ({"generation": 1, "step": 10}, "give only one of these"),
+        ({"best": "loss"}, "no KeepBest for that metric"),
         ({"best": "loss", "mode": "up"}, "mode='min' or mode='max'"),
-        ({"mode": "min"}, "say best= as well"),
-        ({"generation": "newest"}, "anything but a number"),
+        ({"mode": "min"}, "give best= as well"),
+        ({"generation": "newest"}, "must be integers"),
     ],
 )
 def test_what_makes_no_sense_is_refused_on_all_ranks(comm, saved, job, asked, told):
