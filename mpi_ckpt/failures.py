@@ -262,7 +262,7 @@ def _text_of(error: BaseException) -> str:
     try:
         return str(error) or type(error).__name__
     except Exception as failure:
-        return f"its text cannot be made ({type(failure).__name__})"
+        return f"the error has no text: str() failed ({type(failure).__name__})"
 
 
 def _path_of(error: BaseException) -> str | None:

@@ -58,8 +58,8 @@ def warn_of_wait(comm: Communicator, doing: str) -> None:
             *(comm.name, WARNED_SECONDS, comm.call, doing),
             "; ".join(known)
             if known
-            else f"an error names the absent after {comm.deadline_seconds:g} s "
-            "(Options.deadline_seconds)",
+            else f"after {comm.deadline_seconds:g} s (Options.deadline_seconds) an error "
+            "names the absent ranks",
         )
 
 

@@ -43,8 +43,8 @@ def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 
         raise LaunchError("the communicator is COMM_NULL: it was freed, or never made")
     if comm is not None and comm.Is_inter():
         raise LaunchError(
-            "an intercommunicator joins two groups of ranks, and a manager has one: give "
-            "it comm.Merge(), or each group a communicator of its own"
+            "an intercommunicator joins two groups of ranks, but a manager has one group: "
+            "give it comm.Merge(), or give each group a communicator of its own"
         )
     # A program that passes COMM_SELF means a job of one rank.
     if comm is None or comm != mpi.COMM_SELF:

@@ -70,11 +70,11 @@ class Occupation:
         """
         text = " ".join(str(reason).split())
         if not text:
-            raise OptionsError(f"busy({reason!r}): say in a few words with what")
+            raise OptionsError(f"busy({reason!r}): the reason must be a few words")
         if not 0 < at_most_seconds < math.inf:
             raise OptionsError(
-                f"busy({reason!r}): at_most_seconds is {at_most_seconds}: above 0, and not "
-                "without end, as nobody would miss this rank if it had died"
+                f"busy({reason!r}): at_most_seconds is {at_most_seconds}: must be above 0 "
+                "and finite, so that the others notice if this rank dies"
             )
         return cls(text, time.time(), at_most_seconds)
 

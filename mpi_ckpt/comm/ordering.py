@@ -73,7 +73,7 @@ def order_ranks(
     ours.close()
     if problems:
         raise LaunchError(
-            f"MPI and {library} do not agree about the job; {advice}:\n  "
+            f"MPI and {library} disagree about the ranks of the job; {advice}:\n  "
             + "\n  ".join(problems),
             problems=problems,
         )

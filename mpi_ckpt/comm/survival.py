@@ -33,9 +33,12 @@ def why_lost_ranks_end_the_job(environ: Mapping[str, str] = os.environ) -> str:
     name, version = mpi.get_vendor()
     library = f"{name} {'.'.join(map(str, version))}"
     if name != "Open MPI" or version < (5,):
-        return f"{library} cannot; Open MPI from version 5 on can"
+        return f"{library} cannot survive it; Open MPI can from version 5 on"
     if environ.get(_VARIABLE, "").lower() not in ("1", "true", "yes", "enabled"):
-        return f"{library} was started without it; `mpirun --with-ft ulfm` asks for it"
+        return (
+            f"{library} was started without fault tolerance; start it with "
+            "`mpirun --with-ft ulfm`"
+        )
     return ""
 
 

@@ -163,6 +163,6 @@ def printed_by(comm: Communicator, error: Error, *printers: int) -> Error:
         printers: The ranks that print it in full if it is uncaught; none for root.
     """
     by = printers or (comm.root,)
-    brief = f"{type(error).__name__}, as told by rank {by[0]}"
+    brief = f"{type(error).__name__}, reported in full by rank {by[0]}"
     error.printing = Printing(comm.name, "" if comm.rank in by else brief)
     return error

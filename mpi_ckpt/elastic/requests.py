@@ -99,11 +99,13 @@ class StopRequests:
             if answer is None or isinstance(answer, bool):
                 return bool(answer)
             if math.isnan(answer):
-                raise ValueError("no number of seconds")
+                raise ValueError("not a number of seconds")
             self._asked_end = _End(time.monotonic() + answer, "StopWhen.asked")
         # The user's function may fail in any way, on root alone; the training goes on.
         except Exception:
-            logger.warning("StopWhen.asked has failed: not asked any more", exc_info=True)
+            logger.warning(
+                "StopWhen.asked has failed: it is not called again", exc_info=True
+            )
             self._asked = None
         return False
 

@@ -82,8 +82,7 @@ def run(
         handle = duplicate(comm)
         if handle.rank == ROOT:
             logger.warning(
-                "a lost rank ends this job: %s; start it by `mpi-ckpt run` to have it "
-                "started again",
+                "a lost rank ends this job: %s; `mpi-ckpt run` restarts such a job",
                 reason,
             )
         return train(World(handle, memory))
@@ -147,8 +146,8 @@ class _Run(Generic[Result]):
                 meet_at_the_end(handle, done=False)
             if self._failures >= self._max_recoveries:
                 raise CollectiveError(
-                    f"ranks were lost {self._failures + 1} times, {self._max_recoveries} "
-                    "losses were to be survived; published generations are untouched"
+                    f"ranks were lost {self._failures + 1} times, max_recoveries is "
+                    f"{self._max_recoveries}; published generations are untouched"
                 ) from ending.loss
             handle = self._recover(handle, seen)
             _DEPARTURE.prepare(handle, [])

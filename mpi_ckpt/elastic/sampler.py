@@ -104,8 +104,8 @@ class ElasticSampler(LeafState):
         self._comm = comm
         if self._told_length not in (None, len(self)) and comm.is_root:
             logger.warning(
-                "sampler %r: an epoch has %d batches with %d ranks, not %d, as it said "
-                "before it knew of them: ask for its length when the manager is made",
+                "sampler %r: an epoch has %d batches with %d ranks, not %d, its length "
+                "before it knew the ranks: ask for the length after the manager is made",
                 *(self.name, len(self), comm.size, self._told_length),
             )
 
@@ -238,7 +238,7 @@ class ElasticSampler(LeafState):
             # As rank 0 of 1, every rank would train on the whole batch.
             raise CheckpointError(
                 f"sampler {self.name!r} belongs to no manager yet and does not know its "
-                "rank: give it to one among its states"
+                "rank: pass it to a manager as a state"
             )
         return self._comm
 

@@ -126,7 +126,7 @@ class AbortOnError:
         try:
             said = self._farewell.words_of(self.comm.root, _ERROR_SECONDS)
         except Exception:
-            logger.exception("what root leaves by cannot be found out")
+            logger.exception("the error by which root leaves cannot be received")
             return False
         return said == _words_of(error)
 
@@ -147,7 +147,7 @@ class AbortOnError:
         try:
             return self._farewell is None or bool(self._farewell.missing(seconds))
         except Exception:
-            logger.exception("how the other ranks fare cannot be found out")
+            logger.exception("it cannot be found out whether the other ranks leave")
             return True
 
     def _say_farewell(self, error: BaseException | None) -> None:
@@ -241,7 +241,7 @@ class _Hook:
         is_unsaid = isinstance(error, CheckpointError) and not printing.name
         if is_unsaid and armed is not None and armed.is_told_by_root(error):
             brief = f"{kind.__name__}: {error}".partition("\n")[0]
-            brief += f" (rank {armed.comm.root} tells it in full)"
+            brief += f" (rank {armed.comm.root} prints it in full)"
         if brief:
             # Every rank has this error: a thousand copies of its text would not help.
             _write(f"{name}: {brief}\n")

@@ -34,7 +34,7 @@ def in_full(error: BaseException) -> str:
         return text
     levels = list(_chain(error))
     told = [_LED_TO.join(_level(level, is_last=level is error) for level in levels)]
-    return "".join(["Traceback, without what mpi_ckpt itself did:\n", *told])
+    return "".join(["Traceback, without the frames of mpi_ckpt:\n", *told])
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -206,8 +206,8 @@ def _optimizer_state(
         return OptimizerState(key, given, module=module)
     if overlap:
         raise RegistrationError(
-            f"overlap=True needs an optimizer of torch's, whose step() waits for the copy: "
-            f"a {type(optimizer).__name__} is none"
+            "overlap=True needs an optimizer of torch's, whose step() waits for the copy: "
+            f"a {type(optimizer).__name__} is not one of torch's"
         )
     # An object that keeps its state in its own form is saved as a whole.
     return SchedulerState(key, given)

@@ -40,8 +40,8 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
     given: Any = module
     if not (callable(getattr(given, "state_dict", None)) and hasattr(given, "modules")):
         raise RegistrationError(
-            f"state {state!r}: a {type(module).__name__} is no torch.nn.Module; for "
-            "something else with state_dict() and load_state_dict() take a SchedulerState"
+            f"state {state!r}: a {type(module).__name__} is not a torch.nn.Module; for "
+            "another object with state_dict() and load_state_dict(), take a SchedulerState"
         )
     if any(_is_a(part, *_FSDP) for part in module.modules()):
         raise RegistrationError(

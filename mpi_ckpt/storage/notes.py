@@ -75,7 +75,7 @@ class Notes:
         try:
             filesystem.append(self._path, line.encode())
         except OSError as error:
-            logger.warning("mpi-ckpt run will not hear of %r: %s", event, error)
+            logger.warning("mpi-ckpt run will not learn of %r: %s", event, error)
 
     def add_error(self, error: BaseException, **facts: str | int) -> None:
         """Note an exception that ends the job."""

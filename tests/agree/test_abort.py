@@ -273,12 +273,14 @@ def test_an_error_that_root_leaves_by_as_well(monkeypatch, capsys, aborted, unca
     guard().arm()
     uncaught(RegistrationError("'a' is taken:\n  twice"))
     told = capsys.readouterr().err
-    brief = "rank 1 of 3 on h: RegistrationError: 'a' is taken: (rank 0 tells it in full)\n"
+    brief = (
+        "rank 1 of 3 on h: RegistrationError: 'a' is taken: (rank 0 prints it in full)\n"
+    )
     assert (told == brief) == same
     assert same or told.endswith("RegistrationError: 'a' is taken:\n  twice\n")
 
 
-@pytest.mark.parametrize("brief", ["", "OptionsError, as told by rank 0"])
+@pytest.mark.parametrize("brief", ["", "OptionsError, reported in full by rank 0"])
 def test_a_manager_that_could_not_be_made_on_any_rank(capsys, aborted, uncaught, brief):
     error = OptionsError("they differ")
     error.printing = Printing("rank 1 of 3 on h", brief)

@@ -27,7 +27,7 @@ def test_nothing_is_noted_unless_somebody_asks(tmp_path, monkeypatch):
 
 def test_training_goes_on_where_notes_cannot_be_written(tmp_path, caplog):
     Notes(str(tmp_path / "missing" / "notes")).add("saved", step=5)
-    assert "will not hear of 'saved'" in caplog.text
+    assert "will not learn of 'saved'" in caplog.text
 
 
 def test_error_without_a_text_is_noted_by_its_class(tmp_path):

@@ -88,7 +88,7 @@ def test_the_plan_is_explained_once(clock, durations, caplog):
     (text,) = caplog.messages
     assert text == (
         "saving every 455 s (about 606 steps): a save stops the training for 1.2 s, "
-        "failures are 24 h apart (as given), saves may take 2% of the time"
+        "the job fails every 24 h (as given), saves may take 2% of the time"
     )
 
 

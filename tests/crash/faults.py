@@ -110,7 +110,7 @@ NOT_THERE = (
     "does not show",
     "no lock file",
     "this host does not see it",
-    "is not there, and cannot be made",
+    "does not exist and cannot be made",
 )
 """What errors say of a directory, a lock file, a partial and a root that are missing."""
 

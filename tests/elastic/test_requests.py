@@ -164,7 +164,7 @@ def test_rubbish_of_the_user_is_an_error_that_of_a_scheduler_a_warning(
     assert text.startswith("the end of the job is not known: SLURM_JOB_END_TIME='Unknown'")
     assert why(requests, clock) == ""
     monkeypatch.setenv("MPI_CKPT_DEADLINE", "in an hour")
-    with pytest.raises(OptionsError, match="MPI_CKPT_DEADLINE='in an hour' is no point"):
+    with pytest.raises(OptionsError, match="MPI_CKPT_DEADLINE='in an hour' is not a point"):
         watch(tmp_path)
     watch(tmp_path, wall_time=False)
 

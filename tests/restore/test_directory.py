@@ -290,7 +290,7 @@ def test_directory_that_is_only_read_is_left_as_it_is(tmp_path, opened, caplog):
 def test_directory_that_is_only_read_and_not_there_is_no_fresh_start(tmp_path):
     root = tmp_path / "missing"
     reader = CheckpointDirectory(root, ownership=Ownership(read_only=True))
-    with closing(reader), pytest.raises(ReadError, match="is not there"):
+    with closing(reader), pytest.raises(ReadError, match="does not exist"):
         reader.open_newest()
     assert not root.exists()
 
@@ -476,7 +476,7 @@ def test_reader_looks_again_before_it_says_that_nothing_is_there(tmp_path, monke
 def test_a_listing_of_what_is_not_there_is_no_fresh_start(tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "survey", lambda root: Survey(generations=(2, 1)))
     directory = reader_of(tmp_path, monkeypatch, lambda number: None)
-    with pytest.raises(ReadError, match=r"lists generations \[2, 1\], and none is there"):
+    with pytest.raises(ReadError, match=r"generations \[2, 1\], but none of them exists"):
         directory.open_newest()
 
 
@@ -602,7 +602,7 @@ def test_a_directory_that_is_moved_away_and_back(tmp_path, monkeypatch, opened):
     root.rename(tmp_path / "elsewhere")
     with pytest.raises(SaveError):
         save(directory, some_states())
-    with pytest.raises(ReadError, match="itself, and this job owns it"):
+    with pytest.raises(ReadError, match="itself, though this job owns it"):
         directory.open_newest()
     (tmp_path / "elsewhere").rename(root)
     assert save(directory, some_states()).generation == 2
@@ -623,7 +623,7 @@ def test_what_somebody_has_removed_by_hand_is_no_lie(tmp_path, opened):
 def test_a_link_to_nothing_is_no_fresh_start(tmp_path, opened, target):
     link = tmp_path / "run"
     link.symlink_to(tmp_path / target)
-    with pytest.raises(ReadError, match="is not there, and cannot be made"):
+    with pytest.raises(ReadError, match="does not exist and cannot be made"):
         opened(link).open_newest()
 
 

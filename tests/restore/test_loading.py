@@ -223,7 +223,7 @@ def test_a_damaged_newest_gives_way_with_a_warning_and_one_asked_for_does_not(ro
     with mpi_ckpt.load(root) as saved:
         assert saved.generation == 2
     assert "generation 3 is not used" in caplog.text
-    with pytest.raises(CorruptGenerationError, match="generation 3 was asked for"):
+    with pytest.raises(CorruptGenerationError, match="generation 3 was requested"):
         mpi_ckpt.load(root, 3)
 
 

@@ -91,7 +91,7 @@ class Departure:
         try:
             is_done_within(handle.Ibarrier(), _MEETING_SECONDS)
         except mpi.Exception as error:
-            logger.info("the others are not met at the end: %s", error)
+            logger.info("the other ranks were not met at the end: %s", error)
 
     def _free_all(self) -> None:
         mpi = load_mpi()

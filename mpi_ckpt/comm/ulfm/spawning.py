@@ -130,7 +130,7 @@ def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
             with Guard(_CONNECTING, float(wait) + 2 * _CONNECT_SECONDS):
                 between = merged.Accept("", root=int(starter))
             merged = merge(between, high=False)
-        with Guard("being told where the job stands", 2 * _CONNECT_SECONDS):
+        with Guard("receiving the position of the job", 2 * _CONNECT_SECONDS):
             _introduce(merged)
             merged.Bcast(told)
     except mpi.Exception as error:

@@ -163,8 +163,8 @@ def open_on_readers(
         except CorruptGenerationError as error:
             # Root has found it good: the fault is in this host's view of it.
             raise ReadError(
-                f"{error}. Root reads it well; several readers need a directory that all "
-                "see, IO(readers='root') does not",
+                f"{error}. Root can read it; several readers need a directory that all "
+                "hosts see, IO(readers='root') does not",
                 path=path,
             ) from error
         return replace(found, reader=reader)

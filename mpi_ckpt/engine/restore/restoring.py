@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 OnResize: TypeAlias = "Callable[[int, int], object]"
 """Given the number of ranks that saved, and that of now."""
 
-_RESTORED = "the states are as they were saved, but for what it has changed itself"
+_RESTORED = "the states are restored, except for changes by on_resize() itself"
 
 
 class Restore:

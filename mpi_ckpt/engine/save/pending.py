@@ -118,7 +118,7 @@ def _tell_of_the_end(save: Save, is_root: bool, work: Future[None]) -> None:
         logger.warning("%s; generation %d is durable", left, save.published.generation)
     else:
         logger.warning(
-            "%s and is given up: what several ranks write only all together can publish; "
-            "what is there of it is swept at the next start",
+            "%s and is given up: only all ranks together can publish what several ranks "
+            "write; the next start removes its files",
             left,
         )

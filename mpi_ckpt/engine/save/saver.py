@@ -83,8 +83,8 @@ class Saver:
                 return self.pending
             if asynchronous == "raise":
                 raise SaveError(
-                    "a save is still under way, and Options.asynchronous is 'raise'; it "
-                    "goes on, nothing else was saved"
+                    "a save is still under way, and Options.asynchronous is 'raise'; that "
+                    "save goes on, and no other was begun"
                 )
         self.finish()
         return None
@@ -219,9 +219,9 @@ class Saver:
 
 def _end_job(member: Member | None) -> None:
     logger.critical(
-        "the program is at its end, but a save is not and makes it wait: the job is "
+        "the program has ended, but a save has not, and would keep it waiting: the job is "
         "aborted%s",
-        "" if member is None else " when the other members of it have ended",
+        "" if member is None else " when its other members have ended",
     )
     if member is not None:
         member.outlive()

@@ -91,7 +91,7 @@ class Interval:
         logger.log(
             level,
             "saving every %.3g s (about %d steps): a save stops the training for %.3g s, "
-            "failures are %.3g h apart (%s), saves may take %g%% of the time",
+            "the job fails every %.3g h (%s), saves may take %g%% of the time",
             seconds,
             max(1, round(seconds / self._durations.step_seconds)),
             stall,

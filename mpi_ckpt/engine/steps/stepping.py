@@ -222,7 +222,7 @@ class Steps:
             cut = "; ".join(told[:_REASONS_MAX])
             return f"{cut} and {more:,} more ranks" if more > 0 else cut
 
-        doing = "telling why to stop"
+        doing = "collecting the reasons to stop"
         self._why = collect(comm, doing, mine.encode, combine, error=CollectiveError)
         return True
 
@@ -232,7 +232,7 @@ class Steps:
             self._is_told_of_displaced = True
             logger.warning(
                 "a handler for %s was installed after this manager: unless it calls the "
-                "one that it found, such a signal no longer asks for a save",
+                "handler that it replaced, such a signal no longer asks for a save",
                 ", ".join(names),
             )
 

@@ -49,8 +49,8 @@ class SyncLog:
                 self._named_states.add(name)
                 logger.warning(
                     "state %r differed between ranks at step %d, and the save has made it "
-                    "equal: all ranks have %s of %s now. Later saves report numbers "
-                    "only (INFO, and SaveReport.sync)",
+                    "equal: all ranks now have %s of %s. Later saves report numbers only "
+                    "(INFO, and SaveReport.sync)",
                     *(name, step, _source(modes[name]), listed(leaves)),
                 )
         logger.info(
@@ -74,7 +74,7 @@ def log_sync(report: SyncReport, states: Sequence[State]) -> None:
         level = logging.WARNING if modes[name] == "check" else logging.INFO
         logger.log(
             level,
-            "sync(): state %r differed between ranks: all have %s of %s now",
+            "sync(): state %r differed between ranks: all now have %s of %s",
             *(name, _source(modes[name]), listed(leaves)),
         )
 
@@ -85,7 +85,7 @@ def _modes(states: Sequence[State]) -> dict[str, str]:
 
 def _source(mode: str) -> str:
     if mode == "mean":
-        return "the average (of what cannot be averaged root's)"
+        return "the average (or root's values, where there is no average)"
     return "root's values"
 
 

@@ -128,7 +128,7 @@ class _Parameters(NestedState):
         ]
         if theirs != ours and not isinstance(self._given, (dict, list)):
             problems += [
-                f"{name} is no tensor and differs: only a dict or a list can take it"
+                f"{name} is no tensor and differs: only a dict or a list can receive it"
                 for name in theirs.keys() & ours
                 if theirs[name] != ours[name]
             ]

@@ -59,9 +59,9 @@ class Tracked:
             flatten(value, name)
         except StageError as error:
             raise RegistrationError(
-                f"attribute {name!r} would be tracked, but cannot be saved: {error}. What "
-                "need not be saved belongs in a variable of its own, or in an attribute "
-                "whose name begins with an underscore"
+                f"attribute {name!r} would be tracked, but cannot be saved: {error}. If it "
+                "need not be saved, keep it in a variable outside of the state, or in an "
+                "attribute whose name begins with an underscore"
             ) from error
 
     def states(self) -> list[State]:

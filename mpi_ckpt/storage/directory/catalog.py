@@ -80,11 +80,11 @@ class Catalog:
                 break
             if pause is None:
                 raise ReadError(
-                    f"{self.root} does not show {hidden}; nothing is written there as long "
-                    "as it does not: is the file system there, was the directory moved?",
+                    f"{self.root} {hidden}; nothing is written there until this has "
+                    "changed: is the file system mounted, was the directory moved?",
                     path=self.root,
                 )
-            logger.warning("%s does not show %s: looking again", self.root, hidden)
+            logger.warning("%s %s: looking again", self.root, hidden)
             time.sleep(pause)
         # Generations that only an old listing shows would count as missing as long as the
         # job lives.
@@ -99,16 +99,16 @@ class Catalog:
     def _hidden(self, found: Survey) -> str:
         """Return in words the known generations that a listing did not show."""
         if found.is_missing:
-            return "itself, and this job owns it" if self.is_owned else ""
+            return "does not show itself, though this job owns it" if self.is_owned else ""
         missing = sorted(self._seen - set(found.generations))
         # A generation that was removed, by its owner or by hand, has no name; a listing
         # that is only old still shows others of this job.
         there = [n for n in missing if not is_gone(self.root / generation_name(n))]
         if there:
-            return f"generations {there}, which are there"
+            return f"does not show generations {there}, which exist"
         is_empty = not (found.generations or found.quarantined or found.rolled_back)
         if self.is_owned and missing and is_empty:
-            return f"generations {missing}, nor any other, and this job has seen them"
+            return f"does not show any generation, though this job has seen {missing} there"
         return ""
 
     def add(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
@@ -230,8 +230,9 @@ class Catalog:
                 continue
             self._warned_metrics.add(unmet.metric)
             logger.warning(
-                "%r keeps nothing: no generation in %s was saved with a metric %r (there "
-                "are: %s), and others are given up now; give it to save(metrics=...)",
+                "%r keeps nothing: no generation in %s was saved with a metric %r (metrics "
+                "there: %s), and other generations are removed now; pass the metric to "
+                "save(metrics=...)",
                 unmet,
                 self.root,
                 unmet.metric,

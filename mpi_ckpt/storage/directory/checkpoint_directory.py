@@ -205,9 +205,9 @@ class CheckpointDirectory:
             before = found
         if found.is_missing and refused is not None:
             raise ReadError(
-                f"{self.root} is not there, and cannot be made: {refused}. To begin anew "
-                "where nobody can save would lose all of it: is the file system mounted, "
-                "does a link lead somewhere, is the path right?",
+                f"{self.root} does not exist and cannot be made: {refused}. A training "
+                "that began anew could not save anything there: is the file system "
+                "mounted, does a link lead somewhere, is the path right?",
                 path=self.root,
             ) from refused
         explain_absence(self.root, found, self._aside)
@@ -276,7 +276,7 @@ class CheckpointDirectory:
         if self._owns():
             where = recovery.quarantine(self.root, number, problem)
         logger.warning(
-            "generation %d failed to verify and is not used: %s; kept for you in %s",
+            "generation %d failed to verify and is not used: %s; it is kept in %s",
             number,
             problem,
             where,

@@ -70,7 +70,7 @@ def open_chosen(
         except CorruptGenerationError as problem:
             if not is_gone(path) or number == tried:
                 raise CorruptGenerationError(
-                    f"{problem}. {choice} was asked for, so no other is taken for it; "
+                    f"{problem}. {choice} was requested, so no other is used instead; "
                     f"{describe_others(catalog, number)}",
                     path=path,
                     generation=number,
@@ -157,7 +157,7 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
     vanished = [n for n in found.generations if n not in bad]
     if vanished:
         raise ReadError(
-            f"{root} lists generations {vanished}, and none is there: somebody "
+            f"{root} lists generations {vanished}, but none of them exists: somebody "
             "deletes them, or this host sees an old listing",
             path=root,
         )
@@ -180,8 +180,8 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
         )
     if found.unlisted:
         raise CorruptGenerationError(
-            f"there is no generation in {root}, and whether there ever was is not "
-            f"known: {found.unlisted}. To start anew, move that elsewhere",
+            f"there is no generation in {root}, and it is not known whether there ever was "
+            f"one: {found.unlisted}. To start anew, move that elsewhere",
             path=root / QUARANTINE,
         )
     if found.adaptdl:

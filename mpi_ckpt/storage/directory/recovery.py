@@ -95,8 +95,9 @@ class Survey:
         """
         if self.highest >= GENERATION_MAX:
             raise SaveError(
-                f"there is a {generation_name(self.highest)}, and no higher number has a "
-                "name: nobody saved that often, so move it elsewhere; nothing was published"
+                f"{generation_name(self.highest)} exists, and a name can hold no higher "
+                "number: no job saves that often, so move it elsewhere; nothing was "
+                "published"
             )
         return self.highest + 1
 
@@ -168,7 +169,9 @@ def _set_aside(shelf: Path) -> tuple[list[str], str]:
 def _refuse_foreign(shelf: Path) -> None:
     # A link could send generations to any place.
     if shelf.is_symlink() or (shelf.exists() and not shelf.is_dir()):
-        raise NotADirectoryError(errno.ENOTDIR, "is no directory of ours", str(shelf))
+        raise NotADirectoryError(
+            errno.ENOTDIR, "is not a directory that mpi_ckpt made", str(shelf)
+        )
 
 
 def sweep(root: Path, partials: tuple[str, ...], job: str) -> bool:

@@ -154,7 +154,7 @@ def decode(data: bytes | bytearray) -> Manifest:
     except KeyError as error:
         raise ValueError(f"the manifest lacks {shown(error.args[0])}") from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"the manifest has a value of a wrong kind: {error}") from error
+        raise ValueError(f"the manifest has a value of the wrong kind: {error}") from error
 
 
 def _refuse_other_formats(document: dict[str, Any]) -> None:

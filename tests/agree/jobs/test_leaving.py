@@ -82,7 +82,7 @@ def test_an_error_of_all_ranks_is_told_once_and_aborts_nothing(
     outcome = jobs.run(4, LEAVING, root, "agreed_error", "all")
     assert outcome.code == 1, outcome.text
     assert outcome.err.count("WriteError: saving failed; published generations are") == 1
-    assert outcome.err.count("WriteError, as told by rank 0") == 3
+    assert outcome.err.count("WriteError, reported in full by rank 0") == 3
     assert set(headings(outcome)) == {0}
     assert "aborted" not in outcome.err
     assert generations(root) == ["checkpoint-00000001"]

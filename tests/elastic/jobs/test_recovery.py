@@ -278,7 +278,7 @@ def test_an_error_of_one_rank_ends_the_job(ulfm: Jobs, tmp_path: Path) -> None:
 @survives
 def test_too_many_losses_are_an_error(ulfm: Jobs, tmp_path: Path) -> None:
     story = tell(ulfm, tmp_path, "too_many", ranks=3)
-    assert "ranks were lost 1 times, 0 losses were to be survived" in story.outcome.err
+    assert "ranks were lost 1 times, max_recoveries is 0" in story.outcome.err
     assert story.all("value") == []
 
 

@@ -264,7 +264,9 @@ def test_variables_of_another_job_stop_nobody(comm, shared_path, counter, monkey
 def test_rubbish_in_the_users_variable_is_one_error(comm, shared_path, monkeypatch):
     if comm.rank == 0:  # mpirun need not pass it on
         monkeypatch.setenv("MPI_CKPT_DEADLINE", "4:00:00")
-    with same_error(comm, OptionsError, "MPI_CKPT_DEADLINE='4:00:00' is no point in time"):
+    with same_error(
+        comm, OptionsError, "MPI_CKPT_DEADLINE='4:00:00' is not a point in time"
+    ):
         manager(shared_path)
 
 

@@ -139,7 +139,11 @@ def test_generation_wins_over_the_path_given_to_fit(cases) -> None:
         ("hyper_parameter", "StageError", "save_hyperparameters(ignore="),
         ("other_model", "StateMismatchError", "size mismatch for layers.0.weight"),
         ("other_batch_size", "StateMismatchError", "2 batches of epoch 0, and 3 are left"),
-        ("devices", "LaunchError", "runs 2 ranks, and was told of 1 nodes with 3 devices"),
+        (
+            "devices",
+            "LaunchError",
+            "runs 2 ranks, but is set up for 1 nodes with 3 devices",
+        ),
     ],
 )
 def test_lightning_refuses_on_all_ranks(cases, case: str, kind: str, text: str) -> None:

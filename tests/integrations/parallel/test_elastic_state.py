@@ -199,7 +199,7 @@ def test_what_cannot_be_saved_is_refused_when_it_is_set(comm):
     state = ObjectState(epoch=0)
     with pytest.raises(RegistrationError, match="begins with an underscore"):
         state.ranks = comm
-    with pytest.raises(RegistrationError, match="'commit' means something else"):
+    with pytest.raises(RegistrationError, match="'commit' has another meaning"):
         state.commit = 3
     state._loader = object()
 
@@ -391,7 +391,7 @@ def test_run_does_not_try_one_commit_for_ever(comm):
         comm,
         CollectiveError,
         "3 times in a row",
-        "commit 2 is what the states hold",
+        "the states hold commit 2",
         f"shapes do not match on rank {comm.size - 1}",
     ) as caught:
         train(state)

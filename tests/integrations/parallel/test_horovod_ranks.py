@@ -153,7 +153,7 @@ def test_ranks_that_are_not_horovods_are_refused(peers, run):
     with same_error(
         peers,
         LaunchError,
-        "MPI and Horovod do not agree about the job",
+        "MPI and Horovod disagree about the ranks of the job",
         "ranks 0 and 1 of MPI are both rank 0 there",
     ):
         horovod.communicator(peers)

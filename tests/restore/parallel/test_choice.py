@@ -170,7 +170,7 @@ def test_a_damaged_one_is_refused_and_left_where_it_is(comm, saved, job, damage,
         with same_error(comm, CorruptGenerationError) as caught:
             checkpoints.restore(only, generation=3)
         assert caught.error.generation == 3
-        assert "was asked for" in str(caught.error)
+        assert "was requested" in str(caught.error)
         assert "ask for another; there are: 1 (step 10" in str(caught.error)
         assert checkpoints.restore(generation=2).generation == 2
         assert job.holds == (2, 2)
@@ -184,10 +184,10 @@ def test_the_next_save_is_the_newest_and_the_others_stay(comm, saved, job, caplo
         checkpoints.restore(generation=2)
         job.set(99)
         assert checkpoints.save(step=21).generation == 6
-    told = [r.getMessage() for r in caplog.records if "as was asked for" in r.getMessage()]
+    told = [r.getMessage() for r in caplog.records if "as requested" in r.getMessage()]
     if comm.rank == 0:
         (line,) = told
-        assert "newer ones stay: 3, 4, 5" in line
+        assert "newer generations stay: 3, 4, 5" in line
         assert "takes generation 5" in line
         assert f"mpi-ckpt rollback {saved} 2" in line
     else:

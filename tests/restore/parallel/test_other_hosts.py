@@ -84,7 +84,7 @@ def test_a_listing_of_old_on_roots_host_is_no_fresh_start(
             monkeypatch.setattr(catalog, name, lambda _: Survey())
     with (
         manager(shared_path, array) as checkpoints,
-        same_error(comm, ReadError, "root is shown an old state"),
+        same_error(comm, ReadError, "root sees an old state of it"),
     ):
         checkpoints.restore()
 

@@ -42,7 +42,7 @@ def test_a_save_names_what_it_makes_equal_once_then_counts(comm, shared_path, ca
         return
     (line,) = warned
     assert "'statistics'" in line
-    assert "root's values of a now" in line
+    assert "all ranks now have root's values of a" in line
     assert [record.split(": ")[1] for record in counted] == [
         "1 leaves of 1 states differed between ranks, and were made equal"
     ] * 3
