@@ -197,9 +197,9 @@ def merge_failures(
             )
         ),
     )
-    told = [group.first for group in groups if group.first.traceback][:2]
+    shown = [group.first for group in groups if group.first.traceback][:2]
     error.__cause__ = RemoteTraceback(
-        "\n".join(f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in told)
+        "\n".join(f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in shown)
     )
     return error
 
@@ -248,8 +248,8 @@ def _class_of(kind: str, default: type[CheckpointError]) -> type[CheckpointError
 def _message_of(error: BaseException) -> str:
     text = _text_of(error)
     concerns = [note for note in _notes_of(error) if isinstance(note, _Concern)]
-    told = [concern for concern in reversed(concerns) if concern not in text]
-    return f"{', '.join(told)}: {text}" if told else text
+    prefixes = [concern for concern in reversed(concerns) if concern not in text]
+    return f"{', '.join(prefixes)}: {text}" if prefixes else text
 
 
 def _notes_of(error: BaseException) -> Sequence[object]:

@@ -136,14 +136,14 @@ def _kind_of_directory(path: Path) -> Kind:
     found = recovery.survey(path)
     with os_errors_as(ReadError, "listing", path):
         names = filesystem.list_names(path)
-    aside = found.quarantined or found.rolled_back or found.partials
+    set_aside = found.quarantined or found.rolled_back or found.partials
     kinds: list[tuple[Kind, object]] = [
         ("quarantine", name == QUARANTINE),
         ("leftover", is_partial_name(name.partition("~")[0])),
         ("generation", _names_generation(name) and not found.generations),
         ("checkpoints", found.generations),
         ("generation", MANIFEST in names),
-        ("checkpoints", aside),
+        ("checkpoints", set_aside),
         ("adaptdl", found.adaptdl or is_adaptdl_name(name)),
         ("empty", all(name == LOCK or leased_job(name) for name in names)),
     ]
@@ -163,7 +163,7 @@ def _around(path: Path) -> Path:
 
 
 def _refusal(path: Path, kind: Kind) -> CommandError:
-    told = {
+    texts = {
         "missing": f"{path} does not exist",
         "file": f"{path} is no directory",
         "leftover": f"{path} is a leftover: being written or removed, or cut off; never a "
@@ -178,7 +178,7 @@ def _refusal(path: Path, kind: Kind) -> CommandError:
         "foreign": f"{path} holds no generation of mpi_ckpt, only files of others",
     }
     absent = kind in ("missing", "empty", "foreign")
-    return CommandError(told[kind], code=MISUSED, kind="absent" if absent else "usage")
+    return CommandError(texts[kind], code=MISUSED, kind="absent" if absent else "usage")
 
 
 def _misused(message: str) -> CommandError:

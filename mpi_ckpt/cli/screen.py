@@ -235,8 +235,8 @@ class Screen:
         """
         if self.as_json:
             name = type(error).__name__
-            told = {"message": message, "class": name, "kind": kind, "exit_code": code}
-            self.data({"error": told})
+            facts = {"message": message, "class": name, "kind": kind, "exit_code": code}
+            self.data({"error": facts})
             return
         first, *rest = _lines(f"error: {message}", "", _width(self._err))
         text = str(first[0][0])

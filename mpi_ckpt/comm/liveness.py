@@ -152,7 +152,7 @@ def call_roll(handle: MPI.Intracomm) -> set[int]:
 
     Not collective. Main thread only. Takes some seconds if a rank is silent.
     """
-    sends = _tell_all(handle, Tag.ROLL_CALL)
+    sends = _send_to_all(handle, Tag.ROLL_CALL)
     present = {handle.rank: _NO_WORDS}
     everybody = set(range(handle.size))
     _hear(handle, Tag.ROLL_CALL, present, everybody, _ROLL_CALL_SECONDS)
@@ -164,7 +164,7 @@ def call_roll(handle: MPI.Intracomm) -> set[int]:
 def call_off(handle: MPI.Intracomm) -> None:
     """Make all ranks of a communicator stop waiting. Not collective. Main thread only."""
     # MPI: a message to a rank that never looks stays unreceived.
-    keep_forever(_tell_all(handle, Tag.ROLL_CALL))
+    keep_forever(_send_to_all(handle, Tag.ROLL_CALL))
 
 
 def has_left(handle: MPI.Intracomm) -> list[int]:
@@ -193,7 +193,7 @@ class Farewell:
         self._handle = comm.handle
         self._heard = {comm.rank: words}
         # MPI: some ranks never receive it, but so few bytes are sent at once even so.
-        keep_forever(_tell_all(self._handle, Tag.FAREWELL, words))
+        keep_forever(_send_to_all(self._handle, Tag.FAREWELL, words))
 
     def missing(self, seconds: float) -> list[int]:
         """Wait for the farewells of all others; return the ranks that send none.
@@ -231,7 +231,7 @@ def is_mpi_running() -> bool:
     return not load_mpi().Is_finalized()
 
 
-def _tell_all(
+def _send_to_all(
     handle: MPI.Intracomm, tag: Tag, words: bytes = _NO_WORDS
 ) -> list[MPI.Request]:
     """Start sending a few bytes to every other rank."""

@@ -72,7 +72,7 @@ class Member:
         with suppress(self._mpi.Exception):  # a member may have lost ranks
             if self._comm.is_open:
                 call_off(self._comm.handle)
-        self._tell(Tag.FAILED, np.array(self._ranks, np.int64))
+        self._send(Tag.FAILED, np.array(self._ranks, np.int64))
         waited_for, patience = self.others, Patience(None)
         while waited_for:
             while (heard := self._hear(Tag.FAILED)) is not None:
@@ -98,10 +98,10 @@ class Member:
             patience.go_round()
             if patience.is_over:
                 keep_forever(request)
-                self._tell(Tag.DONE, nothing)
+                self._send(Tag.DONE, nothing)
                 return
 
-    def _tell(self, tag: Tag, words: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    def _send(self, tag: Tag, words: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         world = self._mpi.COMM_WORLD
         keep_forever(words, [world.Isend(words, rank, tag) for rank in sorted(self.others)])
 

@@ -140,11 +140,11 @@ class Vote:
         lines = [
             f"{name_ranks(ranks, comm.hosts)}: {text}" for text, ranks in groups.items()
         ]
-        told = bcast_json(comm, lines, doing)
+        differing = bcast_json(comm, lines, doing)
         error = CollectiveError(
             f"the ranks do different things; {UNTOUCHED}. Each collective call must "
-            "be made by all ranks, in the same order:\n  " + "\n  ".join(told),
-            problems=told,
+            "be made by all ranks, in the same order:\n  " + "\n  ".join(differing),
+            problems=differing,
         )
         raise printed_by(comm, error)
 

@@ -58,13 +58,13 @@ class StopRequests:
             OptionsError: On the calling rank, if MPI_CKPT_DEADLINE is not a point in time.
         """
         now = time.time()
-        told = end_of_job(os.environ, now) if self._when.wall_time else WallTime()
-        for text in told.ignored:
+        wall_time = end_of_job(os.environ, now) if self._when.wall_time else WallTime()
+        for text in wall_time.ignored:
             logger.warning("the end of the job is not known: %s", text)
-        if told.end is not None:
-            left = told.end.time - now
-            self._end = _End(time.monotonic() + left, told.end.source, left)
-            logger.info("the job ends in %.0f s by %s", left, told.end.source)
+        if wall_time.end is not None:
+            left = wall_time.end.time - now
+            self._end = _End(time.monotonic() + left, wall_time.end.source, left)
+            logger.info("the job ends in %.0f s by %s", left, wall_time.end.source)
 
     def reason(self, save_seconds: float | None, step_seconds: float) -> str:
         """Return why to stop now; empty if there is no reason. Root only.

@@ -155,9 +155,9 @@ class _Run(Generic[Result]):
 
     def _begin(self, comm: MPI.Intracomm | None) -> MPI.Intracomm:
         if is_spawned():
-            handle, told = join()
+            handle, numbers = join()
             _DEPARTURE.prepare(handle, [])
-            self._wanted, self._failures, self._lost = told
+            self._wanted, self._failures, self._lost = numbers
         else:
             handle = duplicate(comm)
             self._wanted = handle.size

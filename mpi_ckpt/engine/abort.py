@@ -112,7 +112,7 @@ class AbortOnError:
         code = _code_of(error) if isinstance(error, SystemExit) else 0
         self.exit_code = 0 if code == expected else code
 
-    def is_told_by_root(self, error: BaseException) -> bool:
+    def is_printed_by_root(self, error: BaseException) -> bool:
         """Send the farewell with an error; return whether root leaves by the same error.
 
         Not collective. Ranks may raise the same error without an agreement.
@@ -194,11 +194,11 @@ class _Hook:
             # A manager whose creation failed was closed on all ranks.
             name = "" if is_printed_only else _printing_of(error).name
             if name:
-                self._tell(name, kind, error, trace)
+                self._print_error(name, kind, error, trace)
             else:
                 self._previous(kind, error, trace)
             return
-        self._tell(armed[0].name, kind, error, trace, armed[0])
+        self._print_error(armed[0].name, kind, error, trace, armed[0])
         if is_rank_failure(error):  # a dead rank answers no farewell
             _abort(armed[0], 1)
         for guard in armed:
@@ -228,7 +228,7 @@ class _Hook:
             return []
         return [guard for guard in self.armed if guard.comm.is_open]
 
-    def _tell(
+    def _print_error(
         self,
         name: str,
         kind: type[BaseException],
@@ -239,7 +239,7 @@ class _Hook:
         printing = _printing_of(error)
         brief = printing.brief
         is_unsaid = isinstance(error, CheckpointError) and not printing.name
-        if is_unsaid and armed is not None and armed.is_told_by_root(error):
+        if is_unsaid and armed is not None and armed.is_printed_by_root(error):
             brief = f"{kind.__name__}: {error}".partition("\n")[0]
             brief += f" (rank {armed.comm.root} prints it in full)"
         if brief:

@@ -110,7 +110,7 @@ def differing_overlaps(
             known[pairs] = [not _agree(overlap, source) for overlap in _decode(pairs)]
         return known[pairs]
 
-    told = collect(
+    verdicts = collect(
         comm,
         doing,
         lambda: _encode(mine),
@@ -118,7 +118,9 @@ def differing_overlaps(
         error=error,
     )
     return [
-        overlap for overlap, matters in zip(mine, told[comm.rank], strict=True) if matters
+        overlap
+        for overlap, matters in zip(mine, verdicts[comm.rank], strict=True)
+        if matters
     ]
 
 

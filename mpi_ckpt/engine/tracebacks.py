@@ -33,8 +33,8 @@ def in_full(error: BaseException) -> str:
     if text.count("\n") <= _LINES_MAX or not isinstance(error, CheckpointError):
         return text
     levels = list(_chain(error))
-    told = [_LED_TO.join(_level(level, is_last=level is error) for level in levels)]
-    return "".join(["Traceback, without the frames of mpi_ckpt:\n", *told])
+    parts = [_LED_TO.join(_level(level, is_last=level is error) for level in levels)]
+    return "".join(["Traceback, without the frames of mpi_ckpt:\n", *parts])
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -64,7 +64,7 @@ def _level(error: BaseException, *, is_last: bool) -> str:
         + (f"    {frame.line}\n" if frame.line else "")
         for frame in frames
     ]
-    told = "".join(traceback.format_exception_only(error))
+    headline = "".join(traceback.format_exception_only(error))
     if not is_last:
-        told = told.split("\n")[0] + "\n"
-    return "".join([*places, told])
+        headline = headline.split("\n")[0] + "\n"
+    return "".join([*places, headline])

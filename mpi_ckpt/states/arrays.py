@@ -277,15 +277,15 @@ def _no_array(key: str, value: object) -> str | None:
 
 
 def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
-    told = None
+    problem = None
     if not array.flags.writeable:
-        told = f"{key} is read-only: nothing could be put back into it"
+        problem = f"{key} is read-only: nothing could be put back into it"
     elif overlaps_itself(array.shape, array.strides, array.itemsize):
-        told = (
+        problem = (
             f"{key} overlaps itself in memory, as after np.broadcast_to(): bytes cannot be "
             "put back into it; give a copy"
         )
-    return told
+    return problem
 
 
 def _nothing_left() -> None:

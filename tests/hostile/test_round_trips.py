@@ -117,7 +117,7 @@ def read_into(path: Path, targets: list) -> None:
 )
 def test_a_generation_holds_what_was_saved(held, value, stream, names):
     try:
-        layout.check_names_apart(names)
+        layout.check_names_differ(names)
         for name in names:
             layout.check_state_name(name)
     except RegistrationError:
@@ -191,7 +191,7 @@ def test_a_header_tells_what_it_was_made_of(leaves, note):
 @given(st.lists(state_names, min_size=1, max_size=6, unique=True))
 def test_names_that_are_taken_make_different_files_also_where_case_is_not_told(names):
     try:
-        layout.check_names_apart(names)
+        layout.check_names_differ(names)
         for name in names:
             layout.check_state_name(name)
     except RegistrationError:

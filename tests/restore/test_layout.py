@@ -173,18 +173,18 @@ def test_file_names_that_lead_elsewhere_are_refused(name):
 
 def test_names_equal_but_for_case_or_form_collide():
     composed, decomposed = "é", unicodedata.normalize("NFD", "é")
-    layout.check_names_apart(["a", "b", "ab", "é"])
+    layout.check_names_differ(["a", "b", "ab", "é"])
     with pytest.raises(RegistrationError, match="'a' is given twice"):
-        layout.check_names_apart(["a", "b", "a"])
+        layout.check_names_differ(["a", "b", "a"])
     for names in (["Model", "model"], [composed, decomposed], ["ß", "SS"]):
         told = re.escape(f"{names[0]!r} and {names[1]!r} differ only in case or form")
         with pytest.raises(RegistrationError, match=told):
-            layout.check_names_apart(names)
+            layout.check_names_differ(names)
 
 
 def test_all_collisions_are_named_at_once():
     with pytest.raises(RegistrationError) as caught:
-        layout.check_names_apart(["a", "A", "b", "b", "c"])
+        layout.check_names_differ(["a", "A", "b", "b", "c"])
     assert len(caught.value.problems) == 2
     assert isinstance(caught.value, ValueError)
 

@@ -215,7 +215,7 @@ def ask(
     return _ask(arguments, environ, seconds, subprocess.STDOUT)
 
 
-def ask_apart(
+def ask_for_output(
     arguments: Sequence[str], environ: Mapping[str, str], seconds: float
 ) -> tuple[str, str]:
     """Do the same as `ask`, but pass on the program's standard error."""

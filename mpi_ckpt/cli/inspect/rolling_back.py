@@ -77,7 +77,7 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
             raise CommandError(f"{path} is no published generation")
         step = _step_of(path)
         try:
-            aside = set_newer_aside(directory, number)
+            moved = set_newer_aside(directory, number)
         except SaveError as error:
             raise CommandError(_cut_off(directory, error)) from error
         following = recovery.survey(directory).next_generation
@@ -87,13 +87,13 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         {
             "generation": number,
             "step": step,
-            "set_aside": list(aside),
+            "set_aside": list(moved),
             "next_generation": following,
             "names": [row.name for row in rows],
         }
     )
-    if aside:
-        screen.say(f"set aside: {_listed(aside)}")
+    if moved:
+        screen.say(f"set aside: {_listed(moved)}")
     else:
         screen.say(f"nothing is newer than generation {number}; nothing was done")
     screen.say(

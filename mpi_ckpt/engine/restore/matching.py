@@ -85,12 +85,12 @@ class StateMatch:
 
         Not collective.
         """
-        told = []
+        texts = []
         for matched in self.states:
             if isinstance(matched.state, LeafState):
                 with concerning(f"state {matched.state.name!r}"):
-                    told.append(matched.state.restored())
-        return [text for text in told if text]
+                    texts.append(matched.state.restored())
+        return [text for text in texts if text]
 
     def name_of(self, index: int) -> str:
         """Return the name of a leaf in messages. Not collective."""

@@ -54,13 +54,13 @@ def copy_into(
     """
     # All meetings of the ranks come first: only a copy follows, which no other rank can
     # block.
-    told = _tell(comm, memory, request.states)
+    from_root = _send_from_root(comm, memory, request.states)
 
     def keep() -> Staged | None:
         if not comm.is_root and memory.holders == "root":
             return None
         memory.clear()
-        staged = stage(memory.arena, list(_take_here(comm, request.states, told)))
+        staged = stage(memory.arena, list(_take_here(comm, request.states, from_root)))
         staged.late.when_copied(lambda: _hold(memory, request, staged))
         if staged.late and not (late and comm.is_root):
             staged.late.copy()
@@ -70,7 +70,7 @@ def copy_into(
     return agree(comm, _DOING, keep, error=StageError)
 
 
-def _tell(
+def _send_from_root(
     comm: Communicator, memory: Memory, states: Sequence[CapturedState | State]
 ) -> Mapping[str, bytes]:
     """Send all ranks what only root knows: state name -> bytes. Collective."""
@@ -113,22 +113,22 @@ def _encode(content: CapturedState | State) -> bytes:
 def _take_here(
     comm: Communicator,
     states: Sequence[CapturedState | State],
-    told: Mapping[str, bytes],
+    from_root: Mapping[str, bytes],
 ) -> Iterator[CapturedState | State]:
     for content in states:
         state = _state_of(content)
         if comm.is_root and isinstance(content, CapturedState):
             yield content
-        elif isinstance(state, LeafState) and state.name in told:
-            yield _decode(state, told[state.name])
+        elif isinstance(state, LeafState) and state.name in from_root:
+            yield _decode(state, from_root[state.name])
         elif isinstance(state, LeafState):
             # Capture again: a sync stored bytes after it had captured. Digests that no
             # longer match belong to a state that only root writes.
             (mine,) = capture_states([state])
             known = content.digests if isinstance(content, CapturedState) else None
             yield replace(mine, digests=known)
-        elif state.name in told:
-            yield StagedStream(state.name, memoryview(told[state.name]))
+        elif state.name in from_root:
+            yield StagedStream(state.name, memoryview(from_root[state.name]))
         else:
             yield state
 

@@ -193,24 +193,24 @@ class Save:
         """
         comm = self._session.comm
         if self._task is None:
-            told = on_root(comm, "saving", self._conclude, error=SaveError)
+            facts = on_root(comm, "saving", self._conclude, error=SaveError)
         else:
             try:
                 doing = "writing a share of a save"
                 agree(comm, doing, self._await_work, error=SaveError)
-                told = on_root(comm, "publishing", self._publish, error=SaveError)
+                facts = on_root(comm, "publishing", self._publish, error=SaveError)
             except BaseException:
                 self.abandon()
                 raise
         self.report = SaveReport(
-            generation=told["generation"],
-            path=Path(told["path"]),
+            generation=facts["generation"],
+            path=Path(facts["path"]),
             step=self.step,
             size=comm.size,
-            bytes_written=told["bytes_written"],
-            bytes_reused=told["bytes_reused"],
-            seconds={**told["seconds"], **self._clock.seconds()},
-            pruned=tuple(told["pruned"]),
+            bytes_written=facts["bytes_written"],
+            bytes_reused=facts["bytes_reused"],
+            seconds={**facts["seconds"], **self._clock.seconds()},
+            pruned=tuple(facts["pruned"]),
             sync=self._synced,
         )
         self._workshop.durations.note_durable(self.report.seconds["total"])

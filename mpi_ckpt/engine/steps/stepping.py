@@ -82,7 +82,7 @@ class Steps:
         self._is_agreed = False
         self._reason = ""
         self._why = ""
-        self._is_told_of_displaced = False
+        self._has_warned_of_displaced = False
         self._guard.is_heeded = False
 
     @property
@@ -123,7 +123,7 @@ class Steps:
         if self._turn == 0 and self._session.comm.is_root:
             self._interval.failures = self._known_failures()
         self._turn += 1
-        self._tell_of_displaced()
+        self._warn_of_displaced()
         self._interval.restart()
         self._saver.durations.restart_step(time.monotonic())
 
@@ -217,19 +217,19 @@ class Steps:
         mine = self._reason or (f"{signal} on {comm.name}" if signal else "")
 
         def combine(parts: list[bytes]) -> str:
-            told = [part.decode() for part in parts if part]
-            more = len(told) - _REASONS_MAX
-            cut = "; ".join(told[:_REASONS_MAX])
+            reasons = [part.decode() for part in parts if part]
+            more = len(reasons) - _REASONS_MAX
+            cut = "; ".join(reasons[:_REASONS_MAX])
             return f"{cut} and {more:,} more ranks" if more > 0 else cut
 
         doing = "collecting the reasons to stop"
         self._why = collect(comm, doing, mine.encode, combine, error=CollectiveError)
         return True
 
-    def _tell_of_displaced(self) -> None:
+    def _warn_of_displaced(self) -> None:
         names = self._guard.displaced()
-        if names and self._session.comm.is_root and not self._is_told_of_displaced:
-            self._is_told_of_displaced = True
+        if names and self._session.comm.is_root and not self._has_warned_of_displaced:
+            self._has_warned_of_displaced = True
             logger.warning(
                 "a handler for %s was installed after this manager: unless it calls the "
                 "handler that it replaced, such a signal no longer asks for a save",

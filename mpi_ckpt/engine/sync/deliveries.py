@@ -113,7 +113,7 @@ def _prepare(
     captured: Sequence[CapturedState],
     differences: Sequence[StateDifference],
 ) -> list[_Delivery]:
-    forms = _tell_forms(comm, [captured[difference.index] for difference in differences])
+    forms = _send_forms(comm, [captured[difference.index] for difference in differences])
     overlaps: list[Overlap] = []
 
     def prepare() -> list[_Delivery]:
@@ -143,13 +143,13 @@ def _prepare(
         deliveries = agree(
             comm,
             _FITTING,
-            lambda: _apart(captured, deliveries, differing),
+            lambda: _without_overlaps(captured, deliveries, differing),
             error=StageError,
         )
     return deliveries
 
 
-def _tell_forms(
+def _send_forms(
     comm: Communicator, captured: Sequence[CapturedState]
 ) -> list[tuple[Structure, list[LeafSpec]]]:
     def forms() -> list[list[object]]:
@@ -158,10 +158,10 @@ def _tell_forms(
             for content in captured
         ]
 
-    told = on_root(comm, "sending the form of the states", forms, error=StageError)
+    received = on_root(comm, "sending the form of the states", forms, error=StageError)
     return [
         (structure, [LeafSpec.from_json(spec) for spec in specs])
-        for structure, specs in told
+        for structure, specs in received
     ]
 
 
@@ -268,7 +268,7 @@ def _overlaps(
     ]
 
 
-def _apart(
+def _without_overlaps(
     captured: Sequence[CapturedState],
     deliveries: Sequence[_Delivery],
     overlaps: Sequence[Overlap],

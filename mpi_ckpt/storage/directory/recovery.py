@@ -66,13 +66,13 @@ class Survey:
     @property
     def highest_published(self) -> int:
         """The highest number that a generation has or had; 0 for none."""
-        aside = [
+        quarantined = [
             number
             for name in self.quarantined
             if (number := generation_number(name.partition("~")[0])) is not None
         ]
         back = [n for name in self.rolled_back for n in rolled_back_numbers(name) or ()]
-        return max([0, *self.generations, *aside, *back])
+        return max([0, *self.generations, *quarantined, *back])
 
     @property
     def highest(self) -> int:
@@ -116,12 +116,14 @@ def survey(root: Path) -> Survey:
             names = filesystem.list_names(root)
         except FileNotFoundError:
             return Survey(is_missing=True)
-    aside, unlisted = _set_aside(root / QUARANTINE) if QUARANTINE in names else ([], "")
+    quarantined, unlisted = (
+        _set_aside(root / QUARANTINE) if QUARANTINE in names else ([], "")
+    )
     numbers = [n for name in names if (n := generation_number(name)) is not None]
     return Survey(
         generations=tuple(sorted(numbers, reverse=True)),
         partials=tuple(name for name in names if is_partial_name(name)),
-        quarantined=tuple(aside),
+        quarantined=tuple(quarantined),
         rolled_back=tuple(name for name in names if rolled_back_numbers(name)),
         adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
         unlisted=unlisted,

@@ -91,6 +91,8 @@ def bring_back(root: Path) -> tuple[int, ...]:
 
 
 def _last(root: Path) -> dict[int, str]:
-    aside = {name: rolled_back_numbers(name) for name in settled_survey(root).rolled_back}
-    last = max((pair[1] for pair in aside.values() if pair), default=0)
-    return {pair[0]: name for name, pair in aside.items() if pair and pair[1] == last}
+    rolled_back = {
+        name: rolled_back_numbers(name) for name in settled_survey(root).rolled_back
+    }
+    last = max((pair[1] for pair in rolled_back.values() if pair), default=0)
+    return {pair[0]: name for name, pair in rolled_back.items() if pair and pair[1] == last}

@@ -19,7 +19,7 @@ from mpi_ckpt.errors import UnsupportedFormatError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.format.layout import (
     check_file_name,
-    check_names_apart,
+    check_names_differ,
     check_state_name,
 )
 from mpi_ckpt.storage.format.manifest import (
@@ -57,7 +57,7 @@ def encode(manifest: Manifest) -> bytes:
             refuse: a step that is not an integer, a structure that is not JSON, names that
             collide with those of carried states.
     """
-    check_names_apart(state.name for state in manifest.states)
+    check_names_differ(state.name for state in manifest.states)
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -175,7 +175,7 @@ def _decode_manifest(document: dict[str, Any]) -> Manifest:
     states = tuple(
         _decode_state(entry, sizes, block_bytes) for entry in _list(document["states"])
     )
-    check_names_apart(state.name for state in states)
+    check_names_differ(state.name for state in states)
     _check_extents(states, sizes)
     return Manifest(
         generation=_integer(document["generation"], _NUMBER_MAX),

@@ -124,9 +124,9 @@ def _group(
     window_bytes: int,
 ) -> Iterator[tuple[int, int]]:
     """Cut blocks in file order into windows: index of the first, one past the last."""
-    apart = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > _GAP_BYTES)
+    is_gap = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > _GAP_BYTES)
     first = 0
-    for stop in [*(np.flatnonzero(apart) + 1).tolist(), len(starts)]:
+    for stop in [*(np.flatnonzero(is_gap) + 1).tolist(), len(starts)]:
         while first < stop:
             most = starts[first] + window_bytes
             fitting = int(np.searchsorted(ends[first:stop], most, side="right"))

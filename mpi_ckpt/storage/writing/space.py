@@ -96,6 +96,6 @@ def _can_reserve(probe: Path, nbytes: int) -> bool:
 
 
 def _amount(nbytes: float, files: float) -> str:
-    told = [] if nbytes == float("inf") else [f"{nbytes:,} bytes"]
-    told += [] if files == float("inf") else [f"{files:,} file{'s' * (files != 1)}"]
-    return " and ".join(told)
+    amounts = [] if nbytes == float("inf") else [f"{nbytes:,} bytes"]
+    amounts += [] if files == float("inf") else [f"{files:,} file{'s' * (files != 1)}"]
+    return " and ".join(amounts)
