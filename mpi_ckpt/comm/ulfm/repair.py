@@ -76,6 +76,8 @@ def let_go(handle: MPI.Intracomm, others: Iterable[MPI.Comm] = ()) -> None:
         handle: Communicator that lost a rank.
         others: Communicators of the user.
     """
+    # MPI: only ranks that wait in the broken communicator learn of the loss; those that
+    # wait in another one would wait for ever.
     ours = [own for communicator in open_communicators() for own in communicator.give_up()]
     for revoked in [*ours, *others, handle]:
         _revoke(revoked)

@@ -179,6 +179,7 @@ class Save:
         background = self._workshop.background
         if self._late:
             copied = background.submit(self._late.copy)
+            # Before the training goes on: an optimizer's step now waits for the copy.
             for gate in self._late.gates:
                 gate.hold(copied)
             self.work = background.submit(lambda: self._write(copied))

@@ -254,6 +254,9 @@ def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> 
             target = shelf / f"{source.name}~{attempt}"
         reason = json.dumps({"generation": generation, "reason": str(problem)})
         filesystem.rename_new(source, target)
+        # CRASH: the new name becomes durable before the old name is durably gone: a power
+        # cut leaves the generation under one of them at least. The reason comes last: a
+        # generation without a reason is quarantined all the same.
         filesystem.sync_directory(shelf, if_possible=True)
         filesystem.sync_directory(root, if_possible=True)
         _leave_reason(target, reason.encode())

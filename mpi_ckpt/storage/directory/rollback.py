@@ -82,6 +82,8 @@ def bring_back(root: Path) -> tuple[int, ...]:
             another call continues with the rest.
     """
     names = _last(root)
+    # CRASH: the oldest is renamed first, so that here too the rest always equals the
+    # directory before some save.
     with os_errors_as(SaveError, "bringing generations back", root):
         for number in sorted(names):
             filesystem.rename_new(root / names[number], root / generation_name(number))
