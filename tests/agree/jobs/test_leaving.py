@@ -147,7 +147,7 @@ def test_a_save_that_hangs_does_not_keep_the_job_from_its_end(
     assert outcome.code == 1, outcome.text
     assert "rank 0 of" in outcome.err
     assert "saving: no progress for" in outcome.err
-    assert "CRITICAL the program is at its end, but a save is not" in outcome.err
+    assert "CRITICAL the program has ended, but a save has not" in outcome.err
     assert generations(root) == ["checkpoint-00000001"]
 
 
