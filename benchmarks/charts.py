@@ -84,13 +84,20 @@ def bars(
         unit: What stands in their seconds: ``"seconds"``, or ``"bytes"`` instead.
         theme: The colors.
     """
-    every = [one for figures in panels.values() for one in figures]
+    every = [figure for figures in panels.values() for figure in figures]
     names = _in_order(every)
     columns = min(_PANELS_A_ROW, len(panels))
     height = 0.36 * len(names) + 0.75
     canvas, grid = _canvas(title, len(panels), columns, height, theme)
     for (place, figures), axes in zip(panels.items(), grid, strict=True):
-        _draw_bars(axes, place, {one.contender: one for one in figures}, names, unit, theme)
+        _draw_bars(
+            axes,
+            place,
+            {figure.contender: figure for figure in figures},
+            names,
+            unit,
+            theme,
+        )
     legend = [
         Patch(color=theme.ours, label=OURS),
         Patch(color=theme.peer, label="others"),
@@ -100,10 +107,10 @@ def bars(
         ),
     ]
     shown = [
-        any(_is_ours(one) for one in every),
-        any(not one.ceiling and not _is_ours(one) for one in every),
-        any(one.ceiling for one in every),
-        any(not one.durable for one in every),
+        any(_is_ours(figure) for figure in every),
+        any(not figure.ceiling and not _is_ours(figure) for figure in every),
+        any(figure.ceiling for figure in every),
+        any(not figure.durable for figure in every),
     ]
     _legend(
         canvas, [p for p, is_shown in zip(legend, shown, strict=True) if is_shown], theme
@@ -120,38 +127,38 @@ def _draw_bars(
     theme: Theme,
 ) -> None:
     _title(axes, place, theme)
-    longest = max(max(one.seconds) for one in figures.values()) or 1.0
+    longest = max(max(figure.seconds) for figure in figures.values()) or 1.0
     for row, name in enumerate(names):
-        one = figures.get(name)
-        if one is None:
+        figure = figures.get(name)
+        if figure is None:
             axes.text(
                 0, row, "  not measured", va="center", fontsize=8.5, color=theme.faint
             )
             continue
-        color = theme.ours if _is_ours(one) else theme.peer
-        low, high = one.median - min(one.seconds), max(one.seconds) - one.median
+        color = theme.ours if _is_ours(figure) else theme.peer
+        low, high = figure.median - min(figure.seconds), max(figure.seconds) - figure.median
         axes.barh(
             row,
-            one.median,
+            figure.median,
             height=0.66,
-            facecolor=theme.page if one.ceiling else color,
-            edgecolor=theme.limit if one.ceiling else theme.page,
-            linewidth=1.2 if one.ceiling else 0,
-            hatch="" if one.durable else "////",
-            xerr=[[low], [high]] if len(one.seconds) > 1 else None,
+            facecolor=theme.page if figure.ceiling else color,
+            edgecolor=theme.limit if figure.ceiling else theme.page,
+            linewidth=1.2 if figure.ceiling else 0,
+            hatch="" if figure.durable else "////",
+            xerr=[[low], [high]] if len(figure.seconds) > 1 else None,
             error_kw={"ecolor": theme.ink, "elinewidth": 1.1, "capsize": 2.5},
             zorder=2,
         )
         axes.text(
-            max(one.seconds) + 0.015 * longest,
+            max(figure.seconds) + 0.015 * longest,
             row,
-            _label(one, unit),
+            _label(figure, unit),
             va="center",
             fontsize=8.5,
             color=theme.ink,
             # The line of the limit must not run through it.
             bbox={"facecolor": theme.page, "linewidth": 0, "pad": 1.2},
-            fontweight="bold" if _is_ours(one) else "normal",
+            fontweight="bold" if _is_ours(figure) else "normal",
         )
     best = best_ceiling(list(figures.values()))
     if best is not None:
@@ -167,10 +174,10 @@ def _draw_bars(
     _dress(axes, theme, grid="x")
 
 
-def _label(one: Figure, unit: str) -> str:
+def _label(figure: Figure, unit: str) -> str:
     if unit == "bytes":
-        return describe_bytes(one.median)
-    return f"{_seconds(one.median)}  {describe_bytes(one.nbytes / one.median)}/s"
+        return describe_bytes(figure.median)
+    return f"{_seconds(figure.median)}  {describe_bytes(figure.nbytes / figure.median)}/s"
 
 
 def lines(
@@ -307,9 +314,11 @@ def to_png(canvas: Canvas, theme: Theme) -> bytes:
 def _in_order(figures: Iterable[Figure]) -> list[str]:
     """Return the contenders: limits first, then ours, then others, each by its best."""
     best: dict[str, tuple[int, float]] = {}
-    for one in figures:
-        kind = 0 if one.ceiling else 1 if _is_ours(one) else 2
-        best[one.contender] = min(best.get(one.contender, (9, 0.0)), (kind, one.median))
+    for figure in figures:
+        kind = 0 if figure.ceiling else 1 if _is_ours(figure) else 2
+        best[figure.contender] = min(
+            best.get(figure.contender, (9, 0.0)), (kind, figure.median)
+        )
     return sorted(best, key=lambda name: best[name])
 
 

@@ -182,40 +182,42 @@ def measure(
     """
     idle = idle_share(idle_seconds)
     hosts = len(set(comm.allgather(platform.node())))
-    seconds: dict[str, list[float]] = {one.name: [] for one in group.contenders}
-    values: dict[str, dict[str, list[float]]] = {one.name: {} for one in group.contenders}
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in group.contenders}
+    values: dict[str, dict[str, list[float]]] = {
+        contender.name: {} for contender in group.contenders
+    }
     for turn in range(warmups + repeats):
         first = turn % len(group.contenders)
-        for one in [*group.contenders[first:], *group.contenders[:first]]:
-            one.before()
+        for contender in [*group.contenders[first:], *group.contenders[:first]]:
+            contender.before()
             comm.Barrier()
             start = time.perf_counter()
-            result = one.run()
+            result = contender.run()
             spent = comm.allgather(time.perf_counter() - start)
-            noted = one.values(result)
-            one.after(result)
+            noted = contender.values(result)
+            contender.after(result)
             if turn >= warmups:
-                seconds[one.name].append(max(spent))
+                seconds[contender.name].append(max(spent))
                 for key, value in noted.items():
-                    values[one.name].setdefault(key, []).append(value)
+                    values[contender.name].setdefault(key, []).append(value)
     return [
         Figure(
             case=case,
             group=group.name,
-            contender=one.name,
+            contender=contender.name,
             ranks=comm.size,
             hosts=hosts,
             nbytes=group.nbytes,
-            seconds=tuple(seconds[one.name]),
-            values={k: statistics.median(v) for k, v in values[one.name].items()},
+            seconds=tuple(seconds[contender.name]),
+            values={k: statistics.median(v) for k, v in values[contender.name].items()},
             workload=workload,
             run=run,
-            ceiling=one.ceiling,
-            durable=one.durable,
+            ceiling=contender.ceiling,
+            durable=contender.durable,
             idle_share=idle,
             machine=dict(machine or {}),
         )
-        for one in group.contenders
+        for contender in group.contenders
     ]
 
 

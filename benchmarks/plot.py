@@ -44,10 +44,17 @@ def read_newest(texts: Iterable[str]) -> list[Figure]:
         line = json.loads(text) if text.strip() else {}
         if not {"case", "contender", "ranks", "nbytes"} <= set(line) or not line["seconds"]:
             continue  # another command's, such as a count of messages
-        one = Figure.from_json(text)
-        key = (one.case, one.group, one.contender, place_of(one), one.nbytes, one.workload)
+        figure = Figure.from_json(text)
+        key = (
+            figure.case,
+            figure.group,
+            figure.contender,
+            place_of(figure),
+            figure.nbytes,
+            figure.workload,
+        )
         newest.pop(key, None)
-        newest[key] = one
+        newest[key] = figure
     return list(newest.values())
 
 
@@ -72,34 +79,38 @@ def place_of(figure: Figure) -> Place:
 def draw_all(figures: Sequence[Figure]) -> list[Drawing]:
     """Return a drawing of each group, in the order in which they were measured."""
     drawings = []
-    for case, of_case in _by(figures, lambda one: one.case).items():
+    for case, of_case in _by(figures, lambda figure: figure.case).items():
         swept = [
             found
-            for found in _by(of_case, lambda one: (_family(one), place_of(one))).values()
-            if len({one.nbytes for one in found}) >= _POINTS
+            for found in _by(
+                of_case, lambda figure: (_family(figure), place_of(figure))
+            ).values()
+            if len({figure.nbytes for figure in found}) >= _POINTS
         ]
-        in_sweeps = {id(one) for found in swept for one in found}
-        rest = [one for one in of_case if id(one) not in in_sweeps]
-        for group, found in _by(rest, lambda one: one.group).items():
+        in_sweeps = {id(figure) for found in swept for figure in found}
+        rest = [figure for figure in of_case if id(figure) not in in_sweeps]
+        for group, found in _by(rest, lambda figure: figure.group).items():
             drawings += _draw_group(case, group, found)
-        flat = [one for found in swept for one in found]
+        flat = [figure for found in swept for figure in found]
         for family, found in _by(flat, _family).items():
             drawings.append(_draw_sweep(case, family, found))
     return drawings
 
 
 def _draw_group(case: str, group: str, figures: Sequence[Figure]) -> list[Drawing]:
-    panels = _by(figures, lambda one: f"{place_of(one)}, {describe_bytes(one.nbytes)}")
+    panels = _by(
+        figures, lambda figure: f"{place_of(figure)}, {describe_bytes(figure.nbytes)}"
+    )
     title, unit = _title(case, group), "seconds"
-    if all(_PEAK + "root" in one.values for one in figures):
+    if all(_PEAK + "root" in figure.values for figure in figures):
         panels, unit = _peaks(panels), "bytes"
     drawings = [_draw(case, group, figures, partial(bars, title, panels, unit))]
-    ranks = sorted({one.ranks for one in figures})
+    ranks = sorted({figure.ranks for figure in figures})
     if len(ranks) >= _POINTS:
         lines_of = {
             name: {
-                contender: [(one.ranks, *_seconds(one)) for one in found]
-                for contender, found in _by(of_mpi, lambda one: one.contender).items()
+                contender: [(figure.ranks, *_seconds(figure)) for figure in found]
+                for contender, found in _by(of_mpi, lambda figure: figure.contender).items()
             }
             for name, of_mpi in _by(figures, lambda o: o.machine.get("mpi", "")).items()
         }
@@ -113,7 +124,8 @@ def _peaks(panels: Mapping[str, Sequence[Figure]]) -> dict[str, list[Figure]]:
     """Return panels of peaks of memory, of root and of the others, in place of seconds."""
     return {
         f"{who}: {place}": [
-            replace(one, seconds=(one.values.get(_PEAK + who, 0.0),)) for one in found
+            replace(figure, seconds=(figure.values.get(_PEAK + who, 0.0),))
+            for figure in found
         ]
         for place, found in panels.items()
         for who in ("root", "others")
@@ -123,10 +135,10 @@ def _peaks(panels: Mapping[str, Sequence[Figure]]) -> dict[str, list[Figure]]:
 def _draw_sweep(case: str, family: str, figures: Sequence[Figure]) -> Drawing:
     panels = {
         place: {
-            contender: [(one.nbytes, *_gigabytes_a_second(one)) for one in found]
-            for contender, found in _by(of_place, lambda one: one.contender).items()
+            contender: [(figure.nbytes, *_gigabytes_a_second(figure)) for figure in found]
+            for contender, found in _by(of_place, lambda figure: figure.contender).items()
         }
-        for place, of_place in _by(figures, lambda one: str(place_of(one))).items()
+        for place, of_place in _by(figures, lambda figure: str(place_of(figure))).items()
     }
     title = _title(case, family, "over sizes")
     make = partial(lines, title, panels, "bytes", "GB/s", _limits(figures))
@@ -146,7 +158,7 @@ def _title(*parts: str) -> str:
 
 
 def _limits(figures: Iterable[Figure]) -> set[str]:
-    return {one.contender for one in figures if one.ceiling}
+    return {figure.contender for figure in figures if figure.ceiling}
 
 
 def _seconds(figure: Figure) -> tuple[float, float, float]:
@@ -154,7 +166,7 @@ def _seconds(figure: Figure) -> tuple[float, float, float]:
 
 
 def _gigabytes_a_second(figure: Figure) -> tuple[float, float, float]:
-    middle, least, most = (figure.nbytes / one / 1e9 for one in _seconds(figure))
+    middle, least, most = (figure.nbytes / seconds / 1e9 for seconds in _seconds(figure))
     return middle, most, least
 
 
@@ -165,8 +177,8 @@ def _family(figure: Figure) -> str:
 
 def _by(figures: Iterable[Figure], key: Callable[[Figure], Key]) -> dict[Key, list[Figure]]:
     found: dict[Key, list[Figure]] = defaultdict(list)
-    for one in figures:
-        found[key(one)].append(one)
+    for figure in figures:
+        found[key(figure)].append(figure)
     return dict(found)
 
 

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         for how in HOWS:
             idle = idle_share(1.0)
             taken = [measure(ranks, args.bytes, how) for _ in range(args.repeats)]
-            columns = [_spread([one[key] for one in taken]) for key in taken[0]][::-1]
+            columns = [_spread([times[key] for times in taken]) for key in taken[0]][::-1]
             print(
                 f"{ranks:7}  {WORDS[how]:27} {columns[0]:>24} {columns[1]:>24}  {idle:.0%}",
                 flush=True,
@@ -93,8 +93,8 @@ def main(argv: list[str]) -> None:
             if args.json is not None:
                 line = {
                     "case": "recovery", "ranks": ranks, "how": how, "nbytes": args.bytes,
-                    "from_seen": [one["from_seen"] for one in taken],
-                    "from_kill": [one["from_kill"] for one in taken],
+                    "from_seen": [times["from_seen"] for times in taken],
+                    "from_kill": [times["from_kill"] for times in taken],
                     "idle": idle, "time": time.time(),
                 }  # fmt: skip
                 with args.json.open("a") as file:

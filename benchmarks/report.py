@@ -128,7 +128,7 @@ def _tables(figures: Sequence[Figure]) -> list[str]:
     for title, found in _by_comparison(figures).items():
         best = best_ceiling(found)
         head = "".join(f"<th>{column}</th>" for column in _COLUMNS)
-        rows = "".join(_row(one, best) for one in found)
+        rows = "".join(_row(figure, best) for figure in found)
         parts.append(
             '<div class="wide"><table><thead>'
             f"<tr><th>{escape(title)}</th>{head}</tr></thead>"
@@ -137,37 +137,44 @@ def _tables(figures: Sequence[Figure]) -> list[str]:
     return parts
 
 
-def _row(one: Figure, best: float | None) -> str:
+def _row(figure: Figure, best: float | None) -> str:
     kind = (
-        "limit" if one.ceiling else "ours" if one.contender.startswith("mpi_ckpt") else ""
+        "limit"
+        if figure.ceiling
+        else "ours"
+        if figure.contender.startswith("mpi_ckpt")
+        else ""
     )
     cells = (
-        escape(one.contender),
-        *(f"{value:.4g}" for value in (one.median, min(one.seconds), max(one.seconds))),
-        f"{one.nbytes / one.median / 1e9:.3g}",
-        f"{best / one.median:.2f}" if best else "",
-        "yes" if one.durable else "no",
-        f"{one.idle_share:.0%}",
-        escape(describe_values(one.values)),
+        escape(figure.contender),
+        *(
+            f"{value:.4g}"
+            for value in (figure.median, min(figure.seconds), max(figure.seconds))
+        ),
+        f"{figure.nbytes / figure.median / 1e9:.3g}",
+        f"{best / figure.median:.2f}" if best else "",
+        "yes" if figure.durable else "no",
+        f"{figure.idle_share:.0%}",
+        escape(describe_values(figure.values)),
     )
     return f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def _by_comparison(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
     found: dict[str, list[Figure]] = {}
-    for one in figures:
-        hosts = f" on {one.hosts} hosts" if one.hosts > 1 else ""
-        mpi = one.machine.get("mpi", "")
-        title = f"{describe_bytes(one.nbytes)}, {one.ranks} ranks{hosts}, {mpi}"
-        found.setdefault(title.rstrip(", "), []).append(one)
+    for figure in figures:
+        hosts = f" on {figure.hosts} hosts" if figure.hosts > 1 else ""
+        mpi = figure.machine.get("mpi", "")
+        title = f"{describe_bytes(figure.nbytes)}, {figure.ranks} ranks{hosts}, {mpi}"
+        found.setdefault(title.rstrip(", "), []).append(figure)
     return found
 
 
 def _machines(figures: Iterable[Figure]) -> list[str]:
     """Return what the figures were measured with, once for each that differs."""
     described: dict[str, dict[str, Any]] = {}
-    for one in figures:
-        facts = {"run": one.run, "workload": one.workload, **one.machine}
+    for figure in figures:
+        facts = {"run": figure.run, "workload": figure.workload, **figure.machine}
         described.setdefault(repr(sorted(facts.items(), key=str)), facts)
     parts = []
     for facts in described.values():

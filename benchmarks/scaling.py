@@ -207,7 +207,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _read(path: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     # A file may hold timings as well: those have no rank.
-    return [one for one in found if {"phase", "rank", "ranks"} <= set(one)]
+    return [record for record in found if {"phase", "rank", "ranks"} <= set(record)]
 
 
 def _measure(arguments: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ class Figures:
     """
 
     def __init__(self, figures: Iterable[Figure]) -> None:
-        self._figures = {(one.group, one.contender): one for one in figures}
+        self._figures = {(figure.group, figure.contender): figure for figure in figures}
         first = next(iter(self._figures.values()))
         self.ranks, self.hosts = first.ranks, first.hosts
 
@@ -55,7 +55,7 @@ class Figures:
     def fastest(self, candidates: Sequence[str], group: str | None = None) -> float | None:
         """Return the smallest median of some contenders."""
         found = [self.seconds(name, group) for name in candidates]
-        return min((one for one in found if one is not None), default=None)
+        return min((value for value in found if value is not None), default=None)
 
     def value(self, name: str, key: str, group: str | None = None) -> float | None:
         """Return what else was noted of a contender."""
@@ -405,9 +405,9 @@ def evaluate(
         last[figure.case, figure.ranks, figure.hosts] = figure.run
     sets = {
         key: Figures(
-            one
-            for one in figures
-            if (one.case, one.ranks, one.hosts, one.run) == (*key, run)
+            figure
+            for figure in figures
+            if (figure.case, figure.ranks, figure.hosts, figure.run) == (*key, run)
         )
         for key, run in last.items()
     }
@@ -418,7 +418,7 @@ def evaluate(
             for (case, *_), some in sorted(sets.items(), key=lambda item: item[0])
             if case == target.case and target.applies(some)
         ]
-        measured = [one for one in found if one.measured is not None]
+        measured = [result for result in found if result.measured is not None]
         results += measured or [Result(target)]
     return results
 

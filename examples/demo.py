@@ -87,7 +87,7 @@ class Training:
         # A generation on its way out has such a name as well, but is no longer the newest.
         newest = max(map(_number, self.checkpoints.glob("checkpoint-*")), default=0)
         found = self.checkpoints.glob(".partial-*/*.safetensors")
-        return next((one for one in found if _number(one.parent) > newest), None)
+        return next((path for path in found if _number(path.parent) > newest), None)
 
     def _step(self) -> int:
         return max((run.last_step for run in self.runs), default=0)

@@ -152,8 +152,8 @@ def _descendants(process: int) -> list[int]:
                     int(entry.name)
                 )
     found = [process]
-    for one in found:  # grows on the way
-        found += children.get(one, [])
+    for member in found:  # grows on the way
+        found += children.get(member, [])
     return found
 
 

@@ -24,7 +24,7 @@ from mpi_ckpt.elastic import accumulator, epochs
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.manager import CheckpointManager
 from mpi_ckpt.options import Options, StopWhen
-from mpi_ckpt.storage.format.layout import check_names_apart
+from mpi_ckpt.storage.format.layout import check_names_differ
 from mpi_ckpt.storage.notes import Notes
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def register(state: contract.State) -> None:
     Raises:
         RegistrationError: On every rank that calls, if its name is taken.
     """
-    check_names_apart([*_surface.states, state.name])
+    check_names_differ([*_surface.states, state.name])
     _surface.states[state.name] = state
     _surface.seen.add(state.name)
 

@@ -65,10 +65,12 @@ class Choice:
         """
         if len(self._asked) > 1:
             raise OptionsError(
-                f"{' and '.join(self._asked.values())}: say only one of these"
+                f"{' and '.join(self._asked.values())}: give only one of these"
             )
         if self.best is None and self.mode is not None:
-            raise OptionsError(f"mode={self.mode!r} says how to compare: say best= as well")
+            raise OptionsError(
+                f"mode={self.mode!r} says how to compare, but not what: give best= as well"
+            )
         if self.best is not None:
             return replace(self, mode=self._mode_by(retention))
         try:
@@ -76,8 +78,8 @@ class Choice:
             step = None if self.step is None else index(self.step)
         except TypeError:
             raise OptionsError(
-                f"{next(iter(self._asked.values()))}: neither a generation nor a step is "
-                "anything but a number"
+                f"{next(iter(self._asked.values()))}: a generation and a step must be "
+                "integers"
             ) from None
         return Choice(number, step)
 
@@ -89,11 +91,11 @@ class Choice:
         Args:
             there: All generations, oldest first.
         """
-        numbers = [one.generation for one in there]
+        numbers = [info.generation for info in there]
         if self.best is not None and self.mode is not None:
             numbers = best_first(self.best, self.mode, there)[:1]
         elif self.step is not None:
-            numbers = [one.generation for one in there if one.step == self.step]
+            numbers = [info.generation for info in there if info.step == self.step]
         elif self.generation is not None:
             numbers = [number for number in numbers if number == self.generation]
         return numbers[-1] if numbers else None
@@ -111,14 +113,14 @@ class Choice:
 
     def _mode_by(self, retention: RetentionPolicy | None) -> Mode:
         policies = [] if retention is None else best_policies(retention)
-        modes = {one.mode for one in policies if one.metric == self.best}
+        modes = {policy.mode for policy in policies if policy.metric == self.best}
         if self.mode is None and len(modes) == 1:
             return modes.pop()
         if self.mode not in ("min", "max"):
-            why = "two of them in the retention" if modes else "no KeepBest of that metric"
+            found = f"KeepBest with mode {' and '.join(sorted(modes))}"
             raise OptionsError(
-                f"best={self.best!r}, mode={self.mode!r}: say mode='min' or mode='max'; "
-                f"there is {why} to tell which value is the best"
+                f"best={self.best!r}, mode={self.mode!r}: give mode='min' or mode='max'; "
+                f"the retention has {found if modes else 'no KeepBest'} for that metric"
             )
         if modes and self.mode not in modes:
             raise OptionsError(

@@ -144,4 +144,4 @@ def digest_many(
         groups[-1].append(read)
         filled += size
     with ThreadPoolExecutor(threads, thread_name_prefix="mpi_ckpt-digest") as pool:
-        return [one for group in pool.map(digest, groups) for one in group]
+        return [digested for group in pool.map(digest, groups) for digested in group]

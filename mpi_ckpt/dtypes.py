@@ -166,9 +166,9 @@ def parse_record(dtype: str) -> Record:
 
 def _to_json(record: Record) -> dict[str, Any]:
     fields = [
-        [one.name, _to_json(one.type) if isinstance(one.type, Record) else one.type,
-         list(one.shape), one.offset]
-        for one in record.fields
+        [field.name, _to_json(field.type) if isinstance(field.type, Record) else field.type,
+         list(field.shape), field.offset]
+        for field in record.fields
     ]  # fmt: skip
     return {"bytes": record.nbytes, "fields": fields}
 
@@ -188,7 +188,7 @@ def _from_json(values: Any, depth: int) -> Record:  # noqa: ANN401 (JSON)
         if type(name) is not str or offset + math.prod(shape) * width > nbytes:
             raise ValueError
         made.append(RecordField(name, inner, tuple(shape), offset))
-    if len({one.name for one in made}) != len(made):
+    if len({field.name for field in made}) != len(made):
         raise ValueError
     return Record(nbytes, tuple(made))
 

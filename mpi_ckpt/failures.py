@@ -137,10 +137,12 @@ def group_failures(failures: Sequence[RankFailure]) -> list[AlikeFailures]:
         failures: At least one, ordered by rank.
     """
     found: dict[RankFailure, list[int]] = {}
-    for one in failures:
-        bare = replace(one, rank=0, host="", problems=tuple(one.problems), traceback="")
-        found.setdefault(bare, []).append(one.rank)
-    by_rank = {one.rank: one for one in failures}
+    for failure in failures:
+        bare = replace(
+            failure, rank=0, host="", problems=tuple(failure.problems), traceback=""
+        )
+        found.setdefault(bare, []).append(failure.rank)
+    by_rank = {failure.rank: failure for failure in failures}
     groups = [AlikeFailures(by_rank[ranks[0]], tuple(ranks)) for ranks in found.values()]
     rest = groups[_GROUPS_MAX - 1 :]
     if len(rest) <= 1:
@@ -195,9 +197,9 @@ def merge_failures(
             )
         ),
     )
-    told = [group.first for group in groups if group.first.traceback][:2]
+    shown = [group.first for group in groups if group.first.traceback][:2]
     error.__cause__ = RemoteTraceback(
-        "\n".join(f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in told)
+        "\n".join(f"\nrank {f.rank} of {f.size} on {f.host}:\n{f.traceback}" for f in shown)
     )
     return error
 
@@ -246,8 +248,8 @@ def _class_of(kind: str, default: type[CheckpointError]) -> type[CheckpointError
 def _message_of(error: BaseException) -> str:
     text = _text_of(error)
     concerns = [note for note in _notes_of(error) if isinstance(note, _Concern)]
-    told = [concern for concern in reversed(concerns) if concern not in text]
-    return f"{', '.join(told)}: {text}" if told else text
+    prefixes = [concern for concern in reversed(concerns) if concern not in text]
+    return f"{', '.join(prefixes)}: {text}" if prefixes else text
 
 
 def _notes_of(error: BaseException) -> Sequence[object]:
@@ -260,7 +262,7 @@ def _text_of(error: BaseException) -> str:
     try:
         return str(error) or type(error).__name__
     except Exception as failure:
-        return f"its text cannot be made ({type(failure).__name__})"
+        return f"the error has no text: str() failed ({type(failure).__name__})"
 
 
 def _path_of(error: BaseException) -> str | None:

@@ -132,8 +132,9 @@ class Place(NamedTuple):
         if 0 in self.shape:
             return self.address, self.address
         reach = [step * (n - 1) for n, step in zip(self.shape, self.strides, strict=True)]
-        start = self.address + sum(one for one in reach if one < 0)
-        return start, self.address + sum(one for one in reach if one > 0) + self.itemsize
+        start = self.address + sum(offset for offset in reach if offset < 0)
+        last = self.address + sum(offset for offset in reach if offset > 0)
+        return start, last + self.itemsize
 
 
 class Gate:

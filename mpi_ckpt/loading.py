@@ -258,7 +258,7 @@ class _LeafSource:
             if is_gone(path):
                 raise ReadError(
                     f"{what}{path} was pruned, or set aside, since it was loaded, and this "
-                    f"was not open yet: load {path.parent} again ({problem})",
+                    f"file was not open yet: load {path.parent} again ({problem})",
                     path=path,
                     generation=number,
                 ) from problem

@@ -233,7 +233,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         with self._session.watch("restoring") as clock:
             restore = Restore(*args, pinned=self._pinned, clock=clock)
             while restore.find():
-                with restore.aside_if_bad():
+                with restore.quarantine_if_bad():
                     restore.match()
                     restore.transfer()
                     restore.adopt()
@@ -241,7 +241,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             self._step = report.step
             self._pinned = None if only is None else report.generation
             self._steps.restart()
-            restore.tell_of_resize(on_resize)
+            restore.report_resize(on_resize)
         return report
 
     def step(self, *, metrics: Mapping[str, float] | None = None) -> bool:

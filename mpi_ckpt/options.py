@@ -80,7 +80,7 @@ class StopWhen:
 
     def __post_init__(self) -> None:
         _require(
-            "the reasons to stop cannot be used",
+            "these values of StopWhen cannot be used",
             [
                 (
                     self.margin_seconds >= 0,
@@ -140,7 +140,7 @@ class IO:
 
     def __post_init__(self) -> None:
         _require(
-            "bytes cannot be moved so",
+            "these values of IO cannot be used",
             [
                 _one_of("mode", self.mode, "auto", "direct", "buffered"),
                 (self.full_every >= 1, f"full_every is {self.full_every}: at least 1"),
@@ -285,7 +285,7 @@ class Options:
 
     def describe(self) -> dict[str, str]:
         """Return the fields as text, which ranks compare. Not collective. Thread-safe."""
-        return {one.name: repr(getattr(self, one.name)) for one in fields(self)}
+        return {field.name: repr(getattr(self, field.name)) for field in fields(self)}
 
 
 def _is_interval(interval: object) -> bool:

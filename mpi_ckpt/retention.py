@@ -81,7 +81,7 @@ class KeepLast(RetentionPolicy):
 
     def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
         """Return the newest. Not collective. Thread-safe."""
-        return {one.generation for one in generations[-self.count :]}
+        return {summary.generation for summary in generations[-self.count :]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,8 @@ class KeepEvery(RetentionPolicy):
     def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
         """Return the first of each interval. Not collective. Thread-safe."""
         first: dict[int, int] = {}
-        for one in generations:
-            first.setdefault(one.step // self.steps, one.generation)
+        for summary in generations:
+            first.setdefault(summary.step // self.steps, summary.generation)
         return set(first.values())
 
 
@@ -159,9 +159,9 @@ def best_first(
     """
     sign = 1.0 if mode == "min" else -1.0
     ranked = sorted(
-        (sign * one.metrics[metric], -one.generation)
-        for one in generations
-        if not math.isnan(one.metrics.get(metric, math.nan))
+        (sign * summary.metrics[metric], -summary.generation)
+        for summary in generations
+        if not math.isnan(summary.metrics.get(metric, math.nan))
     )
     return [-number for _, number in ranked]
 
@@ -174,15 +174,15 @@ def unmet_policies(
     Not collective. Thread-safe.
     """
     return [
-        one
-        for one in best_policies(policy)
-        if not best_first(one.metric, one.mode, generations)
+        best
+        for best in best_policies(policy)
+        if not best_first(best.metric, best.mode, generations)
     ]
 
 
 def metric_names(generations: Sequence[GenerationSummary]) -> list[str]:
     """Return the metrics that generations have, sorted. Not collective. Thread-safe."""
-    return sorted({name for one in generations for name in one.metrics})
+    return sorted({name for summary in generations for name in summary.metrics})
 
 
 def best_policies(policy: RetentionPolicy) -> list[KeepBest]:
@@ -203,8 +203,8 @@ def select_kept(
         policy: The user's policy.
         generations: All generations, in any order.
     """
-    ordered = sorted(generations, key=lambda one: one.generation)
-    newest = {one.generation for one in ordered[-1:]}
+    ordered = sorted(generations, key=lambda summary: summary.generation)
+    newest = {summary.generation for summary in ordered[-1:]}
     return policy.keep(ordered) | newest
 
 

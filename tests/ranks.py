@@ -13,7 +13,7 @@ _THROUGH = 9
 def assert_same(comm, value):
     """Require an equal value on every rank."""
     everyone = comm.allgather(value)
-    assert all(one == everyone[0] for one in everyone), everyone
+    assert all(record == everyone[0] for record in everyone), everyone
 
 
 class Caught:

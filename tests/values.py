@@ -112,10 +112,10 @@ def tensors(draw: Any) -> torch.Tensor:
 
 def numbers_lists() -> st.SearchStrategy[Any]:
     """Draw a list of numbers that may be long enough to become an array."""
-    one = st.sampled_from([0, -5, 2**62, 2**64, 0.5, -0.0, math.nan, True])
+    scalars = st.sampled_from([0, -5, 2**62, 2**64, 0.5, -0.0, math.nan, True])
     return st.builds(
         lambda item, count, wrap, times: [wrap([item] * count) for _ in range(times)],
-        one,
+        scalars,
         st.integers(0, 300),
         st.sampled_from([list, tuple]),
         st.integers(0, 3),
@@ -160,34 +160,35 @@ VALUES = st.recursive(
 )
 
 
-def alike(one: Any, other: Any) -> bool:
+def alike(value: Any, other: Any) -> bool:
     """Compare values: bits, kind, layout and place; also NaNs, and the sign of zero."""
-    if isinstance(one, np.generic) and isinstance(other, np.generic):
+    if isinstance(value, np.generic) and isinstance(other, np.generic):
         # NumPy has two classes for one type of integers: longlong, and int64 or intc.
-        return _arrays_alike(one, other)
-    if type(one) is not type(other):
+        return _arrays_alike(value, other)
+    if type(value) is not type(other):
         return False
-    if isinstance(one, torch.Tensor):
-        return _tensors_alike(one, other)
-    if isinstance(one, np.ndarray):
-        return _arrays_alike(one, other)
-    if isinstance(one, dict):
+    if isinstance(value, torch.Tensor):
+        return _tensors_alike(value, other)
+    if isinstance(value, np.ndarray):
+        return _arrays_alike(value, other)
+    if isinstance(value, dict):
         return (
-            getattr(one, "default_factory", None) is getattr(other, "default_factory", None)
-            and all(map(alike, one, other))
-            and len(one) == len(other)
-            and all(map(alike, one.values(), other.values()))
+            getattr(value, "default_factory", None)
+            is getattr(other, "default_factory", None)
+            and all(map(alike, value, other))
+            and len(value) == len(other)
+            and all(map(alike, value.values(), other.values()))
         )
-    if isinstance(one, (list, tuple, deque)):
-        same_bound = getattr(one, "maxlen", None) == getattr(other, "maxlen", None)
-        return same_bound and len(one) == len(other) and all(map(alike, one, other))
-    if isinstance(one, (set, frozenset)):
-        return sorted(map(canonical, one)) == sorted(map(canonical, other))
-    if isinstance(one, float):
-        return struct.pack("d", one) == struct.pack("d", other)
-    if isinstance(one, complex):
-        return alike(one.real, other.real) and alike(one.imag, other.imag)
-    return repr(one) == repr(other)
+    if isinstance(value, (list, tuple, deque)):
+        same_bound = getattr(value, "maxlen", None) == getattr(other, "maxlen", None)
+        return same_bound and len(value) == len(other) and all(map(alike, value, other))
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(canonical, value)) == sorted(map(canonical, other))
+    if isinstance(value, float):
+        return struct.pack("d", value) == struct.pack("d", other)
+    if isinstance(value, complex):
+        return alike(value.real, other.real) and alike(value.imag, other.imag)
+    return repr(value) == repr(other)
 
 
 def canonical(item: Any) -> str:
@@ -209,24 +210,27 @@ def bits(tensor: torch.Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def _tensors_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _tensors_alike(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return (
-        (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
-        and one.requires_grad == other.requires_grad
-        and bits(one) == bits(other)
-        and order(one.shape, one.stride()) == order(other.shape, other.stride())
+        (tensor.dtype, tensor.shape, tensor.device)
+        == (other.dtype, other.shape, other.device)
+        and tensor.requires_grad == other.requires_grad
+        and bits(tensor) == bits(other)
+        and order(tensor.shape, tensor.stride()) == order(other.shape, other.stride())
     )
 
 
-def _arrays_alike(one: Any, other: Any) -> bool:
+def _arrays_alike(value: Any, other: Any) -> bool:
     return (
-        (one.dtype, one.dtype.type is np.record)
+        (value.dtype, value.dtype.type is np.record)
         == (other.dtype, other.dtype.type is np.record)
-        and one.dtype.byteorder == other.dtype.byteorder
-        and one.shape == other.shape
-        and values_of(one) == values_of(other)
-        and (isinstance(one, np.generic) or one.flags.writeable == other.flags.writeable)
-        and order(one.shape, one.strides) == order(other.shape, other.strides)
+        and value.dtype.byteorder == other.dtype.byteorder
+        and value.shape == other.shape
+        and values_of(value) == values_of(other)
+        and (
+            isinstance(value, np.generic) or value.flags.writeable == other.flags.writeable
+        )
+        and order(value.shape, value.strides) == order(other.shape, other.strides)
     )
 
 

@@ -34,7 +34,7 @@ _OBJECT_ARRAYS = 50
 def groups(setting: Setting) -> Iterator[Group]:
     """See the module."""
     for name, change in (("equal", setting.touch), ("all differ", setting.differ)):
-        contenders = [_changed(change, one) for one in _training(setting)]
+        contenders = [_changed(change, contender) for contender in _training(setting)]
         yield Group(name, setting.nbytes, contenders)
         setting.touch()  # equal again
     yield _object(setting)
@@ -80,8 +80,8 @@ def _training(setting: Setting) -> list[Contender]:
 def _while_it_polls(horovod: Horovod, *contenders: Contender) -> list[Contender]:
     """Have Horovod's thread run while these do, and not before or after."""
     return [
-        replace(one, before=horovod.begin, after=lambda _: horovod.end())
-        for one in contenders
+        replace(contender, before=horovod.begin, after=lambda _: horovod.end())
+        for contender in contenders
     ]
 
 

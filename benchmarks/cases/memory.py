@@ -52,7 +52,9 @@ def _small_object(setting: Setting) -> Group:
         *object_contenders(setting, part),
     ]
     nbytes = sum(array.nbytes for array in part.values())
-    return Group("peak, sent", nbytes, [_watched(setting, one) for one in contenders])
+    return Group(
+        "peak, sent", nbytes, [_watched(setting, contender) for contender in contenders]
+    )
 
 
 def _ours(setting: Setting) -> list[Contender]:

@@ -58,13 +58,13 @@ def groups(setting: Setting) -> Iterator[Group]:
             whole.nbytes,
             [
                 Contender(
-                    one,
+                    name,
                     act(manager),
                     before,
                     after=_waiting(manager),
-                    ceiling=one == names.ONE_LEAF,
+                    ceiling=name == names.ONE_LEAF,
                 )
-                for one, manager in managers.items()
+                for name, manager in managers.items()
             ],
         )
 

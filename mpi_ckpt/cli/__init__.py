@@ -25,8 +25,8 @@ def main() -> None:
             "pip install 'mpi_ckpt[cli]'"
         )
         if "--json" in sys.argv:
-            told = {"class": "ImportError", "kind": "usage", "exit_code": 2}
-            sys.stdout.write(json.dumps({"error": {"message": message, **told}}) + "\n")
+            facts = {"class": "ImportError", "kind": "usage", "exit_code": 2}
+            sys.stdout.write(json.dumps({"error": {"message": message, **facts}}) + "\n")
         else:
             sys.stderr.write(f"{message}\n")
         raise SystemExit(2)

@@ -71,7 +71,7 @@ class _Group(click.Group):
             text = error.format_message()
             context = getattr(error, "ctx", None)
             if context is not None:
-                text += f"\nhow it is used: {context.command_path} --help"
+                text += f"\nfor help: {context.command_path} --help"
             screen.fail(error, text, kind="usage", code=error.exit_code)
             return error.exit_code
         except (Abort, KeyboardInterrupt) as error:
@@ -143,7 +143,7 @@ def _own_words(words: Sequence[str]) -> Sequence[str]:
     "mpi-ckpt",
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 good, 1 bad, 2 wrongly used. Every command takes --json.",
+    epilog="Exit codes: 0 good, 1 bad, 2 wrong usage. Every command takes --json.",
     no_args_is_help=False,
 )
 @click.version_option(__version__, message="mpi_ckpt %(version)s")

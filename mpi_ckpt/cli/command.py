@@ -73,7 +73,7 @@ def command(
                 if isinstance(error, OSError) and error.errno == errno.EPIPE:
                     raise  # such as `| head`
                 code = trouble
-                _tell(screen, error, code)
+                _report_failure(screen, error, code)
             except KeyboardInterrupt as error:
                 code = trouble
                 screen.fail(error, "interrupted", kind="interrupted", code=code)
@@ -159,7 +159,7 @@ def _screen() -> Screen:
     return found
 
 
-def _tell(screen: Screen, error: Exception, code: int) -> None:
+def _report_failure(screen: Screen, error: Exception, code: int) -> None:
     """Report the meaning of a command's exception."""
     if isinstance(error, CheckpointError):
         screen.fail(error, str(error), kind=type(error).__name__, code=code)

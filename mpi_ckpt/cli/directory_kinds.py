@@ -65,7 +65,7 @@ def kind_of(path: Path) -> Kind:
     except (OSError, ValueError) as error:
         why = in_words(error) if isinstance(error, OSError) else str(error)
         raise CommandError(
-            f"{path} cannot be looked at: {why}", code=MISUSED, kind="usage"
+            f"{path} cannot be examined: {why}", code=MISUSED, kind="usage"
         ) from error
     return _kind_of_directory(path) if stat.S_ISDIR(mode) else "file"
 
@@ -83,8 +83,8 @@ def directory_of_all(path: Path, command: str) -> Path:
     kind = kind_of(path)
     if kind == "generation":
         raise _misused(
-            f"{path} is the directory of one generation; {command} works on the one that "
-            f"it lies in: {_around(path)}"
+            f"{path} is the directory of one generation; {command} needs the directory "
+            f"that contains it: {_around(path)}"
         )
     if kind != "checkpoints":
         raise _refusal(path, kind)
@@ -105,8 +105,8 @@ def directory_to_look_at(path: Path, wanted: str | None, command: str) -> Path:
     kind = kind_of(path)
     if kind == "generation" and wanted is not None:
         raise _misused(
-            f"{path} is the directory of one generation, and {wanted} says which as well: "
-            f"mpi-ckpt {command} {quote(str(path))}, or mpi-ckpt {command} "
+            f"{path} is the directory of one generation, so {wanted} is one argument too "
+            f"many: mpi-ckpt {command} {quote(str(path))}, or mpi-ckpt {command} "
             f"{quote(str(_around(path)))} {quote(wanted)}"
         )
     if kind not in ("checkpoints", "generation"):
@@ -124,8 +124,8 @@ def require_target(path: Path) -> None:
     kind = kind_of(path)
     if kind == "generation":
         raise _misused(
-            f"{path} is the directory of one generation, in which nothing is saved: give "
-            f"the one that it lies in: {_around(path)}"
+            f"{path} is the directory of one generation, and nothing is saved inside it: "
+            f"give the directory that contains it: {_around(path)}"
         )
     if kind in ("leftover", "quarantine", "adaptdl", "file"):
         raise _refusal(path, kind)
@@ -136,16 +136,16 @@ def _kind_of_directory(path: Path) -> Kind:
     found = recovery.survey(path)
     with os_errors_as(ReadError, "listing", path):
         names = filesystem.list_names(path)
-    aside = found.quarantined or found.rolled_back or found.partials
+    set_aside = found.quarantined or found.rolled_back or found.partials
     kinds: list[tuple[Kind, object]] = [
         ("quarantine", name == QUARANTINE),
         ("leftover", is_partial_name(name.partition("~")[0])),
         ("generation", _names_generation(name) and not found.generations),
         ("checkpoints", found.generations),
         ("generation", MANIFEST in names),
-        ("checkpoints", aside),
+        ("checkpoints", set_aside),
         ("adaptdl", found.adaptdl or is_adaptdl_name(name)),
-        ("empty", all(one == LOCK or leased_job(one) for one in names)),
+        ("empty", all(name == LOCK or leased_job(name) for name in names)),
     ]
     return next((kind for kind, holds in kinds if holds), "foreign")
 
@@ -163,20 +163,22 @@ def _around(path: Path) -> Path:
 
 
 def _refusal(path: Path, kind: Kind) -> CommandError:
-    told = {
+    texts = {
         "missing": f"{path} does not exist",
         "file": f"{path} is no directory",
-        "leftover": f"{path} is a leftover: being written or removed, or cut off; never "
-        f"a whole generation. Give the directory that it lies in: {path.resolve().parent}",
-        "quarantine": f"{path} holds what was set aside; give the directory that it lies "
-        f"in: {path.resolve().parent}, or that of one generation in it",
+        "leftover": f"{path} is a leftover: being written or removed, or cut off; never a "
+        "whole generation. Give the directory that contains it: "
+        f"{path.resolve().parent}",
+        "quarantine": f"{path} holds what was set aside; give the directory that contains "
+        f"it, {path.resolve().parent}, or the directory of one generation in "
+        "it",
         "adaptdl": f"{path} holds checkpoints as adaptdl names them, and no generation of "
         f"mpi_ckpt; to take over the newest: mpi-ckpt import {quote(str(path))} --into NEW",
         "empty": f"{path} holds no generation: nothing was saved there",
         "foreign": f"{path} holds no generation of mpi_ckpt, only files of others",
     }
     absent = kind in ("missing", "empty", "foreign")
-    return CommandError(told[kind], code=MISUSED, kind="absent" if absent else "usage")
+    return CommandError(texts[kind], code=MISUSED, kind="absent" if absent else "usage")
 
 
 def _misused(message: str) -> CommandError:

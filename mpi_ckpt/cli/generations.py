@@ -217,7 +217,7 @@ def lock_holder(root: Path) -> str | None:
         return None
     # "1: FLOCK  ADVISORY  WRITE 4711 08:02:5230 0 EOF": device in hexadecimal.
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    if not any("FLOCK" in one and f" {device} " in one for one in table.splitlines()):
+    if not any("FLOCK" in line and f" {device} " in line for line in table.splitlines()):
         return None
     try:
         return _read_note(root / LOCK, 500).strip() or "a job that left no name"
@@ -297,9 +297,9 @@ def _measured(
         names = filesystem.list_names(path)
     except OSError:
         names = []
-    for one in names:
+    for file_name in names:
         try:
-            status = (path / one).lstat()
+            status = (path / file_name).lstat()
         except OSError:
             continue
         if stat.S_ISREG(status.st_mode):

@@ -30,8 +30,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mpi_ckpt.cli.gates import LogGate, StreamGate
 from mpi_ckpt.cli.plain_text import age, clean, iso_date, json_text
+from mpi_ckpt.cli.redirection import RedirectedLog, RedirectedStream
 from mpi_ckpt.cli.tables import cut_middle, lay_out, wrap_words
 
 if TYPE_CHECKING:
@@ -101,19 +101,19 @@ class Screen:
     def __enter__(self) -> Screen:
         self._before = sys.stdout, sys.stderr
         # Standard output is for the JSON object alone.
-        self._gates = [
-            StreamGate(console.file, partial(self._write_lines, console))  # type: ignore[arg-type]
+        self._redirected = [
+            RedirectedStream(console.file, partial(self._write_lines, console))  # type: ignore[arg-type]
             for console in (self._err if self.as_json else self._out, self._err)
         ]
-        sys.stdout, sys.stderr = self._gates
-        self._log = LogGate(self.notice)
+        sys.stdout, sys.stderr = self._redirected
+        self._log = RedirectedLog(self.notice)
         logging.root.addHandler(self._log)
         return self
 
     def __exit__(self, *_: object) -> None:
         logging.root.removeHandler(self._log)
         sys.stdout, sys.stderr = self._before
-        for gate in self._gates:
+        for gate in self._redirected:
             gate.finish()
         if self._answer:
             self._write_lines(self._out, self._answer.split("\n"))
@@ -235,8 +235,8 @@ class Screen:
         """
         if self.as_json:
             name = type(error).__name__
-            told = {"message": message, "class": name, "kind": kind, "exit_code": code}
-            self.data({"error": told})
+            facts = {"message": message, "class": name, "kind": kind, "exit_code": code}
+            self.data({"error": facts})
             return
         first, *rest = _lines(f"error: {message}", "", _width(self._err))
         text = str(first[0][0])

@@ -113,8 +113,8 @@ def lay_out(
                 shown.remove(sparable.pop())
                 continue
             least = [
-                min(one, _LAST_CELLS) if columns[i].names else one
-                for i, one in zip(shown, least, strict=True)
+                min(minimum, _LAST_CELLS) if columns[i].names else minimum
+                for i, minimum in zip(shown, least, strict=True)
             ]
         widths = _shrink(widths, least, room)
         out = [c.heading for i, c in enumerate(columns) if i not in shown]
@@ -145,7 +145,7 @@ def _head(names: list[str], width: int) -> float:
 
 def _shrink(widths: list[int], least: list[int], room: int) -> list[int]:
     """Shrink the widest columns that can shrink, until all fit."""
-    widths = [min(w, max(one, room)) for w, one in zip(widths, least, strict=True)]
+    widths = [min(w, max(minimum, room)) for w, minimum in zip(widths, least, strict=True)]
     while sum(widths) > room:
         able = [i for i, width in enumerate(widths) if width > least[i]]
         if not able:

@@ -58,8 +58,8 @@ def warn_of_wait(comm: Communicator, doing: str) -> None:
             *(comm.name, WARNED_SECONDS, comm.call, doing),
             "; ".join(known)
             if known
-            else f"an error names the absent after {comm.deadline_seconds:g} s "
-            "(Options.deadline_seconds)",
+            else f"after {comm.deadline_seconds:g} s (Options.deadline_seconds) an error "
+            "names the absent ranks",
         )
 
 
@@ -132,7 +132,7 @@ def missed_deadline(
     problems = []
     for rank in absent:
         seen = f": {comm.visible[rank].describe()}" if rank in comm.visible else ""
-        if said := comm.busy_ranks.tell_of(rank):
+        if said := comm.busy_ranks.words_of(rank):
             seen += f"; it {said}"
         problems.append(f"rank {rank} on {comm.hosts[rank]}{seen}{comm.last_met}")
     text = "\n  ".join([f"{doing}: {what}; {advice}", *problems])

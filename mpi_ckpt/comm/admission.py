@@ -15,7 +15,7 @@ import numpy as np
 
 from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, is_horovods
 from mpi_ckpt.comm.launch import check_launch, load_mpi
-from mpi_ckpt.comm.liveness import is_done_within, keep
+from mpi_ckpt.comm.liveness import is_done_within, keep_forever
 from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.comm.survival import why_lost_ranks_end_the_job
 from mpi_ckpt.errors import CollectiveError, LaunchError
@@ -43,8 +43,8 @@ def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 
         raise LaunchError("the communicator is COMM_NULL: it was freed, or never made")
     if comm is not None and comm.Is_inter():
         raise LaunchError(
-            "an intercommunicator joins two groups of ranks, and a manager has one: give "
-            "it comm.Merge(), or each group a communicator of its own"
+            "an intercommunicator joins two groups of ranks, but a manager has one group: "
+            "give it comm.Merge(), or give each group a communicator of its own"
         )
     # A program that passes COMM_SELF means a job of one rank.
     if comm is None or comm != mpi.COMM_SELF:
@@ -185,7 +185,7 @@ def meet_first(
             return
     except load_mpi().Exception as error:
         cause, problem = error, f"MPI failed: {error}"
-    keep(request, buffers)
+    keep_forever(request, buffers)
     raise CollectiveError(
         f"meeting for the first time: {problem}; end this job and start it again"
     ) from cause

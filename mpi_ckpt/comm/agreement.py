@@ -77,12 +77,12 @@ class Meeting(Generic[Result]):
     Attributes:
         result: What this rank's work returned.
         is_alike: Whether the results of all ranks have one digest.
-        told: Bytes that root has sent to all ranks.
+        message: Bytes that root has sent to all ranks.
     """
 
     result: Result
     is_alike: bool
-    told: bytes
+    message: bytes
 
 
 def meet(
@@ -93,7 +93,7 @@ def meet(
     error: type[CheckpointError],
     safe: str = UNTOUCHED,
     digest: Callable[[Result], bytes] | None = None,
-    tell: Callable[[Result], bytes] | None = None,
+    encode: Callable[[Result], bytes] | None = None,
 ) -> Meeting[Result]:
     """Do local work on every rank; raise the same error on all if it failed on any.
 
@@ -107,7 +107,7 @@ def meet(
         error: Class for exceptions that this package does not define.
         safe: What is still safe if the work fails.
         digest: Returns 16 bytes for a result, which the ranks compare.
-        tell: Returns the bytes of its result that root sends to all ranks. Called on root.
+        encode: Returns the bytes of its result that root sends to all. Called on root.
 
     Raises:
         CheckpointError: On every rank, if the work failed on any: in the class of the
@@ -116,18 +116,18 @@ def meet(
     """
     comm.require_usable()  # before work that is useless unless all ranks meet
     failure: BaseException | None = None
-    mine, told = _NO_DIGEST, b""
+    mine, message = _NO_DIGEST, b""
     try:
         result = work()
         if digest is not None:
             mine = digest(result)
-        if tell is not None and comm.is_root:
-            told = tell(result)
+        if encode is not None and comm.is_root:
+            message = encode(result)
     # Also KeyboardInterrupt and SystemExit: the other ranks must learn of them.
     except BaseException as caught:
         failure = caught
     # Only root sets the length, so joining the flags of all ranks does not change it.
-    flags = (failure is not None) * _FAILED | len(told) << 1
+    flags = (failure is not None) * _FAILED | len(message) << 1
     joined = Vote(comm, doing).exchange(flags, mine)
     if joined.flags & _FAILED:
         agreed = _exchange(comm, doing, failure, error, safe)
@@ -137,10 +137,10 @@ def meet(
             raise failure
         raise agreed from failure
     if joined.flags:
-        room = bytearray(told or joined.flags >> 1)
+        room = bytearray(message or joined.flags >> 1)
         bcast_buffers(comm, [memoryview(room)], doing)
-        told = bytes(room)
-    return Meeting(result, joined.is_alike, told)
+        message = bytes(room)
+    return Meeting(result, joined.is_alike, message)
 
 
 def agree(
@@ -180,8 +180,8 @@ def on_root(
     def work_on_root() -> Any:  # noqa: ANN401
         return work() if comm.is_root else None
 
-    met = meet(comm, doing, work_on_root, error=error, safe=safe, tell=_encode)
-    return json.loads(met.told) if met.told else None
+    met = meet(comm, doing, work_on_root, error=error, safe=safe, encode=_encode)
+    return json.loads(met.message) if met.message else None
 
 
 def collect(
@@ -253,7 +253,7 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
     encoded = json.dumps(list(texts)).encode()
     if not differing_digests(comm, [digest_bytes(encoded)], doing).any():
         return []
-    gathered = [json.loads(one) for one in gather_bytes(comm, encoded, doing)]
+    gathered = [json.loads(text) for text in gather_bytes(comm, encoded, doing)]
     found: list[str] = bcast_json(comm, _differences(comm, gathered), doing)
     return found
 
@@ -324,10 +324,10 @@ def _exchange(
             failure, rank=comm.rank, size=comm.size, operation=doing
         ).to_json()
     gathered = gather_bytes(comm, json.dumps(mine).encode(), doing)
-    failed = [RankFailure(**one) for text in gathered if (one := json.loads(text))]
+    failed = [RankFailure(**record) for text in gathered if (record := json.loads(text))]
     groups = group_failures(failed) if failed else []
-    told = bcast_json(comm, [[g.first.to_json(), g.ranks] for g in groups], doing)
-    agreed = [AlikeFailures(RankFailure(**first), tuple(ranks)) for first, ranks in told]
+    sent = bcast_json(comm, [[g.first.to_json(), g.ranks] for g in groups], doing)
+    agreed = [AlikeFailures(RankFailure(**first), tuple(ranks)) for first, ranks in sent]
     error = merge_failures(agreed, default, safe, comm.hosts)
     return printed_by(comm, error, error.failures[0].rank, comm.root)
 

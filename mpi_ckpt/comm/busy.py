@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.liveness import Patience, Tag, has_left, keep
+from mpi_ckpt.comm.liveness import Patience, Tag, has_left, keep_forever
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ class Occupation:
         """
         text = " ".join(str(reason).split())
         if not text:
-            raise OptionsError(f"busy({reason!r}): say in a few words with what")
+            raise OptionsError(f"busy({reason!r}): the reason must be a few words")
         if not 0 < at_most_seconds < math.inf:
             raise OptionsError(
-                f"busy({reason!r}): at_most_seconds is {at_most_seconds}: above 0, and not "
-                "without end, as nobody would miss this rank if it had died"
+                f"busy({reason!r}): at_most_seconds is {at_most_seconds}: must be above 0 "
+                "and finite, so that the others notice if this rank dies"
             )
         return cls(text, time.time(), at_most_seconds)
 
@@ -127,10 +127,10 @@ class BusyRanks:
         self._heard: dict[int, _Heard] = {}
         self._listened = time.monotonic()
         self._sends: list[tuple[MPI.Request, object]] = []
-        self._is_told = False  # whether the others know that this rank is busy
+        self._is_announced = False  # whether the others know that this rank is busy
         self._is_withdrawn = False
-        self._is_late_told = False
-        self._told = 0  # how many announcements this rank has sent
+        self._has_warned_of_lateness = False
+        self._announcements = 0  # how many announcements this rank has sent
         self._received = 0
 
     def open(self) -> None:
@@ -164,21 +164,21 @@ class BusyRanks:
         own = Occupation.begin(reason, at_most_seconds)
         _OWN.append(own)
         try:
-            for one in list(_OPEN):
-                one.tell(own)
+            for channel in list(_OPEN):
+                channel.announce(own)
             yield
         finally:
-            _OWN[:] = [one for one in _OWN if one is not own]
-            for one in list(_OPEN):
-                one.tell(_OWN[-1] if _OWN else _ENDED)
+            _OWN[:] = [occupation for occupation in _OWN if occupation is not own]
+            for channel in list(_OPEN):
+                channel.announce(_OWN[-1] if _OWN else _ENDED)
 
-    def tell(self, occupation: Occupation) -> None:
+    def announce(self, occupation: Occupation) -> None:
         """Announce to all others why this rank is busy. Returns within some seconds."""
         comm = self._comm
         if comm.size == 1 or not comm.is_open or not comm.can_meet():
             return
-        self._is_told = bool(occupation.reason)
-        self._told += 1
+        self._is_announced = bool(occupation.reason)
+        self._announcements += 1
         letter = occupation.encode()
         others = [rank for rank in range(comm.size) if rank != comm.rank]
         try:
@@ -192,7 +192,7 @@ class BusyRanks:
             logger.info(
                 "the other ranks cannot be notified that this rank is busy: %s", error
             )
-            keep(*self._sends)
+            keep_forever(*self._sends)
             self._sends.clear()
 
     def listen(self) -> None:
@@ -236,44 +236,49 @@ class BusyRanks:
             self.withdraw()
         if any(self._has_died(rank) for rank in self._heard):
             return False
-        if not any(one.is_believed for one in self._heard.values()):
+        if not any(announced.is_believed for announced in self._heard.values()):
             return not patience.is_over
         patience.renew()
-        if waited_seconds > self._comm.deadline_seconds and not self._is_late_told:
-            self._is_late_told = True
-            self._tell_of_lateness(doing)
+        if (
+            waited_seconds > self._comm.deadline_seconds
+            and not self._has_warned_of_lateness
+        ):
+            self._has_warned_of_lateness = True
+            self._warn_of_lateness(doing)
         return True
 
     def withdraw(self) -> None:
         """Withdraw this rank's announcement: it waits for other ranks itself."""
-        if self._is_told:
-            self.tell(_ENDED)
+        if self._is_announced:
+            self.announce(_ENDED)
             self._is_withdrawn = True
 
     def resume(self) -> None:
         """Repeat the withdrawn announcement, at the end of the wait."""
-        self._is_late_told = False
+        self._has_warned_of_lateness = False
         if self._is_withdrawn:
             self._is_withdrawn = False
             if _OWN:
-                self.tell(_OWN[-1])
+                self.announce(_OWN[-1])
 
     def describe(self) -> list[str]:
         """Return in words which ranks are busy, since when and why."""
-        return [f"{self._name(rank)} {self.tell_of(rank)}" for rank in sorted(self._heard)]
+        return [f"{self._name(rank)} {self.words_of(rank)}" for rank in sorted(self._heard)]
 
-    def tell_of(self, rank: int) -> str:
+    def words_of(self, rank: int) -> str:
         """Return a rank's announcement in words; empty for none."""
         if rank not in self._heard:
             return ""
-        one = self._heard[rank]
+        announced = self._heard[rank]
         text = (
-            f"has been busy for {in_words(time.monotonic() - one.began)}: "
-            f"{one.occupation.reason}"
+            f"has been busy for {in_words(time.monotonic() - announced.began)}: "
+            f"{announced.occupation.reason}"
         )
-        if one.is_believed:
+        if announced.is_believed:
             return text
-        return f"{text} (it had said at most {in_words(one.occupation.at_most_seconds)})"
+        return (
+            f"{text} (it had said at most {in_words(announced.occupation.at_most_seconds)})"
+        )
 
     def settle(self) -> bool:
         """Receive the messages in flight, before the communicator is freed.
@@ -290,8 +295,8 @@ class BusyRanks:
         # in the next one (Open MPI 5.0), which then loses its own messages.
         _OPEN.discard(self)
         try:
-            if self._is_told:
-                self.tell(_ENDED)
+            if self._is_announced:
+                self.announce(_ENDED)
             return self._receive_all()
         except load_mpi().Exception as error:
             logger.info("a communicator is not freed: %s", error)
@@ -299,15 +304,15 @@ class BusyRanks:
 
     def _receive_all(self) -> bool:
         handle = self._comm.handle
-        mine, total = np.array([self._told], np.int64), np.zeros(1, np.int64)
+        mine, total = np.array([self._announcements], np.int64), np.zeros(1, np.int64)
         request = handle.Iallreduce(mine, total)
         patience = Patience(min(_SETTLING_SECONDS, self._comm.deadline_seconds))
         while not request.Test():
             is_look = patience.go_round()
             if patience.is_over or (is_look and has_left(handle)):
-                keep(request, mine, total)
+                keep_forever(request, mine, total)
                 return False
-        while self._received < int(total[0]) - self._told or self._is_sending():
+        while self._received < int(total[0]) - self._announcements or self._is_sending():
             self.listen()
             patience.go_round()
             if patience.is_over:
@@ -315,7 +320,7 @@ class BusyRanks:
         return True
 
     def _is_sending(self) -> bool:
-        self._sends = [one for one in self._sends if not one[0].Test()]
+        self._sends = [sent for sent in self._sends if not sent[0].Test()]
         return bool(self._sends)
 
     def _has_died(self, rank: int) -> bool:
@@ -325,7 +330,7 @@ class BusyRanks:
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._comm.hosts[rank]}"
 
-    def _tell_of_lateness(self, doing: str) -> None:
+    def _warn_of_lateness(self, doing: str) -> None:
         comm: Any = self._comm
         if comm.rank <= 1:
             logger.warning(

@@ -30,7 +30,7 @@ from mpi_ckpt.comm.liveness import (
     Tag,
     call_roll,
     is_called,
-    keep,
+    keep_forever,
 )
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
@@ -111,12 +111,14 @@ class Communicator:
         self.busy_ranks = BusyRanks(self)
         presences = exchange_presences(self.handle, objection, deadline_seconds)
         try:
-            objection.settle(self.handle, [one.objects for one in presences])
+            objection.settle(self.handle, [presence.objects for presence in presences])
         except LaunchError:
             self.close()  # on every rank, since all have raised
             raise
-        self.visible = {rank: one for rank, one in enumerate(presences) if one.is_visible}
-        self.hosts = tuple(one.host for one in presences)
+        self.visible = {
+            rank: presence for rank, presence in enumerate(presences) if presence.is_visible
+        }
+        self.hosts = tuple(presence.host for presence in presences)
         self.topology = Topology.of(self.hosts)
         self.node = self._split()
 
@@ -275,7 +277,7 @@ class Communicator:
             # The operation of a late rank may succeed, though the others gave it up.
             self._refuse_if_late(doing)
         except BaseException as error:
-            keep(pending, buffers)
+            keep_forever(pending, buffers)
             if not isinstance(error, self._mpi.Exception):
                 raise
             self._note_failure(error)

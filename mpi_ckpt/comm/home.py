@@ -29,11 +29,11 @@ class Home:
         """
         if os.getpid() != self.process:
             raise CollectiveError(
-                f"{call}: this process was forked from rank {rank}, and has no part in "
-                "MPI: leave all that is collective to its parent"
+                f"{call}: this process was forked from rank {rank}, and cannot use MPI: "
+                "make collective calls in the parent only"
             )
         if threading.get_ident() != self.thread:
             raise CollectiveError(
                 f"{call}: called in another thread than the one that made the manager: "
-                "all collective calls of a rank must be made there"
+                "make all collective calls of a rank in that thread"
             )

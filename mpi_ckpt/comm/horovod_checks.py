@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _FRONT_ENDS = ("horovod.torch", "horovod.tensorflow", "horovod.keras", "horovod.mxnet")
 
 _FIRST = (
-    "import mpi4py.MPI before hvd.init(): whoever starts MPI is the one that ends it, and "
-    "a Horovod that did ends it in hvd.shutdown(), under everybody else"
+    "import mpi4py.MPI before hvd.init(): if Horovod starts MPI, hvd.shutdown() ends it "
+    "for the whole process"
 )
 
 # This attribute marks a communicator of the ranks of a process set: fewer ranks than
@@ -104,7 +104,7 @@ def check_horovod(
         raise LaunchError(
             "MPI was started for calls from one thread at a time, and Horovod's thread "
             "calls it at any time: leave mpi4py.rc.thread_level at its default, "
-            "'multiple', or start your program by something that does"
+            "'multiple', or let the code that starts MPI ask for that level"
         )
 
 

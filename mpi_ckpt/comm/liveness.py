@@ -121,23 +121,23 @@ def is_done_within(request: MPI.Request, seconds: float | None) -> bool:
 
 # MPI: a posted operation runs even if the program gave it up or dropped its owner. Until
 # then nothing else may use its buffers: these lists keep them alive.
-_ABANDONED: list[object] = []
-_POSTED: set[object] = set()
+_KEPT_FOREVER: list[object] = []
+_KEPT_FOR_NOW: set[object] = set()
 
 
-def keep(*posted: object) -> None:
+def keep_forever(*posted: object) -> None:
     """Hold requests and buffers for as long as the process lives. Not collective."""
-    _ABANDONED.extend(posted)
+    _KEPT_FOREVER.extend(posted)
 
 
-def hold(posted: object) -> None:
-    """Hold an owner of requests and buffers until `let_go_of`. Not collective."""
-    _POSTED.add(posted)
+def keep_until_release(posted: object) -> None:
+    """Hold an owner of requests and buffers until `release`. Not collective."""
+    _KEPT_FOR_NOW.add(posted)
 
 
-def let_go_of(posted: object) -> None:
-    """Release an object that `hold` keeps, once no message is in flight. Not collective."""
-    _POSTED.discard(posted)
+def release(posted: object) -> None:
+    """Release an owner, once no message is in flight. Not collective."""
+    _KEPT_FOR_NOW.discard(posted)
 
 
 def is_called(handle: MPI.Intracomm) -> bool:
@@ -152,19 +152,19 @@ def call_roll(handle: MPI.Intracomm) -> set[int]:
 
     Not collective. Main thread only. Takes some seconds if a rank is silent.
     """
-    sends = _tell_all(handle, Tag.ROLL_CALL)
+    sends = _send_to_all(handle, Tag.ROLL_CALL)
     present = {handle.rank: _NO_WORDS}
     everybody = set(range(handle.size))
     _hear(handle, Tag.ROLL_CALL, present, everybody, _ROLL_CALL_SECONDS)
     # Messages to a rank that never looked may never be received.
-    keep([send for send in sends if not send.Test()])
+    keep_forever([send for send in sends if not send.Test()])
     return set(present)
 
 
 def call_off(handle: MPI.Intracomm) -> None:
     """Make all ranks of a communicator stop waiting. Not collective. Main thread only."""
     # MPI: a message to a rank that never looks stays unreceived.
-    keep(_tell_all(handle, Tag.ROLL_CALL))
+    keep_forever(_send_to_all(handle, Tag.ROLL_CALL))
 
 
 def has_left(handle: MPI.Intracomm) -> list[int]:
@@ -193,7 +193,7 @@ class Farewell:
         self._handle = comm.handle
         self._heard = {comm.rank: words}
         # MPI: some ranks never receive it, but so few bytes are sent at once even so.
-        keep(_tell_all(self._handle, Tag.FAREWELL, words))
+        keep_forever(_send_to_all(self._handle, Tag.FAREWELL, words))
 
     def missing(self, seconds: float) -> list[int]:
         """Wait for the farewells of all others; return the ranks that send none.
@@ -231,7 +231,7 @@ def is_mpi_running() -> bool:
     return not load_mpi().Is_finalized()
 
 
-def _tell_all(
+def _send_to_all(
     handle: MPI.Intracomm, tag: Tag, words: bytes = _NO_WORDS
 ) -> list[MPI.Request]:
     """Start sending a few bytes to every other rank."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.liveness import Patience, Tag, call_off, keep
+from mpi_ckpt.comm.liveness import Patience, Tag, call_off, keep_forever
 from mpi_ckpt.failures import rank_ranges
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Member:
         with suppress(self._mpi.Exception):  # a member may have lost ranks
             if self._comm.is_open:
                 call_off(self._comm.handle)
-        self._tell(Tag.FAILED, np.array(self._ranks, np.int64))
+        self._send(Tag.FAILED, np.array(self._ranks, np.int64))
         waited_for, patience = self.others, Patience(None)
         while waited_for:
             while (heard := self._hear(Tag.FAILED)) is not None:
@@ -92,16 +92,18 @@ class Member:
         patience, nothing = Patience(self._comm.deadline_seconds), np.zeros(0, np.int64)
         while not request.Test():
             while (heard := self._hear(Tag.FAILED)) is not None:
-                keep(self._mpi.COMM_WORLD.Isend(nothing, heard[0], Tag.DONE), nothing)
+                keep_forever(
+                    self._mpi.COMM_WORLD.Isend(nothing, heard[0], Tag.DONE), nothing
+                )
             patience.go_round()
             if patience.is_over:
-                keep(request)
-                self._tell(Tag.DONE, nothing)
+                keep_forever(request)
+                self._send(Tag.DONE, nothing)
                 return
 
-    def _tell(self, tag: Tag, words: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    def _send(self, tag: Tag, words: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         world = self._mpi.COMM_WORLD
-        keep(words, [world.Isend(words, rank, tag) for rank in sorted(self.others)])
+        keep_forever(words, [world.Isend(words, rank, tag) for rank in sorted(self.others)])
 
     def _hear(self, tag: Tag) -> tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None:
         """Receive a message with a tag; return sender and message, or None."""

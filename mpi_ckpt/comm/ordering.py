@@ -67,13 +67,13 @@ def order_ranks(
     claim = agree(ours, doing, ask, error=LaunchError)
     group = -1 if claim.group is None else claim.group
     mine = b"%d %d %d" % (group, claim.rank, claim.size)
-    told = gather_bytes(ours, mine, doing)
-    claims = [_parse(one) for one in told]
+    texts = gather_bytes(ours, mine, doing)
+    claims = [_parse(text) for text in texts]
     problems: list[str] = bcast_json(ours, find_contradictions(claims), doing)
     ours.close()
     if problems:
         raise LaunchError(
-            f"MPI and {library} do not agree about the job; {advice}:\n  "
+            f"MPI and {library} disagree about the ranks of the job; {advice}:\n  "
             + "\n  ".join(problems),
             problems=problems,
         )
@@ -112,6 +112,6 @@ def find_contradictions(claims: Sequence[Claim]) -> list[str]:
     return problems
 
 
-def _parse(told: bytes) -> Claim:
-    group, rank, size = map(int, told.split())
+def _parse(text: bytes) -> Claim:
+    group, rank, size = map(int, text.split())
     return Claim(None if group < 0 else group, rank, size)

@@ -22,9 +22,9 @@ _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
 def main() -> None:
     """Print the findings. Collective: run as a job of one rank."""
     try:
-        _tell(mpi4py=version("mpi4py"))
+        _print_found(mpi4py=version("mpi4py"))
     except PackageNotFoundError:
-        _tell(error="mpi4py is not installed")
+        _print_found(error="mpi4py is not installed")
         return
     import mpi4py
 
@@ -33,10 +33,10 @@ def main() -> None:
     try:
         mpi = load_mpi()
     except LaunchError as error:
-        _tell(error=str(error))
+        _print_found(error=str(error))
         return
     vendor, numbers = mpi.get_vendor()
-    _tell(
+    _print_found(
         vendor=vendor,
         version=".".join(map(str, numbers)),
         library=mpi.Get_library_version().splitlines()[0].strip("\0 "),
@@ -46,11 +46,13 @@ def main() -> None:
     levels = dict(
         zip((getattr(mpi, f"THREAD_{name}") for name in _LEVELS), _LEVELS, strict=True)
     )
-    _tell(thread_level=levels.get(level, str(level)), funneled=level >= mpi.THREAD_FUNNELED)
+    _print_found(
+        thread_level=levels.get(level, str(level)), funneled=level >= mpi.THREAD_FUNNELED
+    )
     mpi.Finalize()
 
 
-def _tell(**found: Any) -> None:  # noqa: ANN401 (JSON)
+def _print_found(**found: Any) -> None:  # noqa: ANN401 (JSON)
     sys.stdout.write(json.dumps(found) + "\n")
     sys.stdout.flush()
 

@@ -122,6 +122,8 @@ class _Dealer:
             self._drain()
         length = self._waiting.pop(rank, 0)
         assert len(data) == length, f"{len(data)} bytes for rank {rank}, not {length}"
+        # MPI: a posted message keeps its bytes in memory until it is sent, so root posts no
+        # more than a window of them.
         bytes_ = np.frombuffer(data, np.uint8)
         cuts = plan_messages([length], self._comm.message_bytes)
         self._sends += [self._comm.isend(bytes_[p.start : p.end], rank) for (p,) in cuts]

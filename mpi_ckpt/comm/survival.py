@@ -33,9 +33,12 @@ def why_lost_ranks_end_the_job(environ: Mapping[str, str] = os.environ) -> str:
     name, version = mpi.get_vendor()
     library = f"{name} {'.'.join(map(str, version))}"
     if name != "Open MPI" or version < (5,):
-        return f"{library} cannot; Open MPI from version 5 on can"
+        return f"{library} cannot survive it; Open MPI can from version 5 on"
     if environ.get(_VARIABLE, "").lower() not in ("1", "true", "yes", "enabled"):
-        return f"{library} was started without it; `mpirun --with-ft ulfm` asks for it"
+        return (
+            f"{library} was started without fault tolerance; start it with "
+            "`mpirun --with-ft ulfm`"
+        )
     return ""
 
 
@@ -49,8 +52,8 @@ def is_rank_failure(error: BaseException) -> bool:
         return False
     classes = {getattr(mpi, name) for name in _CLASSES if hasattr(mpi, name)}
     return any(
-        isinstance(one, mpi.Exception) and one.Get_error_class() in classes
-        for one in _chain(error)
+        isinstance(cause, mpi.Exception) and cause.Get_error_class() in classes
+        for cause in _chain(error)
     )
 
 
@@ -69,7 +72,9 @@ def is_sign_of_loss(error: BaseException, handle: MPI.Intracomm) -> bool:
         return True
     # MPI: a broken connection is sometimes reported as such.
     kind = load_mpi().Exception
-    return any(isinstance(one, kind) for one in _chain(error)) and _has_lost_ranks(handle)
+    return any(isinstance(cause, kind) for cause in _chain(error)) and _has_lost_ranks(
+        handle
+    )
 
 
 def _has_lost_ranks(handle: MPI.Intracomm) -> bool:
@@ -83,8 +88,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
-        one = pending.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            pending += [one.__cause__, one.__context__]
+        cause = pending.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            pending += [cause.__cause__, cause.__context__]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
-from mpi_ckpt.comm.liveness import hold, let_go_of
+from mpi_ckpt.comm.liveness import keep_until_release, release
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import CheckpointError, CollectiveError, Printing
 from mpi_ckpt.failures import name_ranks
@@ -90,7 +90,7 @@ class Vote:
         self._put(_ALIKE, digest)
         self._confusions = self._comm.confusions
         self._request = self._comm.start_all_reduce(self._mine, self._all, "bor")
-        hold(self)
+        keep_until_release(self)
 
     def take(self) -> Joined:
         """Wait for the posted vote.
@@ -103,7 +103,7 @@ class Vote:
         """
         request, self._request = self._request, None
         assert request is not None
-        let_go_of(self)
+        release(self)
         self._comm.wait([request], self._doing, buffers=(self._mine, self._all))
         if not self._is_alike(_DOING):
             self._refuse_confusion()
@@ -133,16 +133,18 @@ class Vote:
     def _refuse_confusion(self) -> None:
         comm, doing = self._comm, self._doing
         comm.confusions += 1
-        texts = [one.decode() for one in gather_bytes(comm, doing.encode(), doing)]
+        texts = [text.decode() for text in gather_bytes(comm, doing.encode(), doing)]
         groups: dict[str, list[int]] = {}
         for rank, text in enumerate(texts):
             groups.setdefault(text, []).append(rank)
-        lines = [f"{name_ranks(one, comm.hosts)}: {text}" for text, one in groups.items()]
-        told = bcast_json(comm, lines, doing)
+        lines = [
+            f"{name_ranks(ranks, comm.hosts)}: {text}" for text, ranks in groups.items()
+        ]
+        differing = bcast_json(comm, lines, doing)
         error = CollectiveError(
             f"the ranks do different things; {UNTOUCHED}. Each collective call must "
-            "be made by all ranks, in the same order:\n  " + "\n  ".join(told),
-            problems=told,
+            "be made by all ranks, in the same order:\n  " + "\n  ".join(differing),
+            problems=differing,
         )
         raise printed_by(comm, error)
 
@@ -161,6 +163,6 @@ def printed_by(comm: Communicator, error: Error, *printers: int) -> Error:
         printers: The ranks that print it in full if it is uncaught; none for root.
     """
     by = printers or (comm.root,)
-    brief = f"{type(error).__name__}, as told by rank {by[0]}"
+    brief = f"{type(error).__name__}, reported in full by rank {by[0]}"
     error.printing = Printing(comm.name, "" if comm.rank in by else brief)
     return error

@@ -230,8 +230,8 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
     def _bound(self) -> Communicator:
         if self._comm is None:
             raise CheckpointError(
-                f"accumulator {self.name!r} belongs to no manager yet: give it to one "
-                "among its states"
+                f"accumulator {self.name!r} belongs to no manager yet: pass it to a "
+                "manager as a state"
             )
         return self._comm
 
@@ -258,9 +258,9 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
             return None
         if self._updates and visit == 0 and self._bound().is_root:
             logger.warning(
-                "accumulator %r: epoch %d is run again, so synchronized() gives what it "
-                "gave before the restart, without what was added since; where the program "
-                "goes on in mid-epoch by itself, call synchronized(replayed=False)",
+                "accumulator %r: epoch %d is run again, so synchronized() returns its sums "
+                "from before the restart, without the values added since; if the program "
+                "itself resumes in mid-epoch, call synchronized(replayed=False)",
                 *(self.name, epochs.current),
             )
         self._updates.clear()
@@ -276,9 +276,10 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         self._history = None
         if self._bound().is_root:
             logger.warning(
-                "accumulator %r: synchronized() more than %d times in epoch %s: should a "
-                "restart run this epoch again, its sums have what it adds twice; where it "
-                "goes on in mid-epoch, call synchronized(replayed=False)",
+                "accumulator %r: synchronized() was called more than %d times in epoch %s: "
+                "if a restart runs this epoch again, its sums contain repeated values "
+                "twice; if the program resumes in mid-epoch, call "
+                "synchronized(replayed=False)",
                 *(self.name, _REMEMBERED_MAX, self._history_epoch),
             )
 

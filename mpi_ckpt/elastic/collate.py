@@ -57,6 +57,6 @@ def _emptied(batch: Any) -> Any:  # noqa: ANN401
         return type(batch)(*map(_emptied, batch))
     if isinstance(batch, (list, tuple)):
         # Texts, which no tensor can hold, are a list as long as the batch.
-        fields = () if all(isinstance(one, (str, bytes)) for one in batch) else batch
+        fields = () if all(isinstance(sample, (str, bytes)) for sample in batch) else batch
         return type(batch)(map(_emptied, fields))
     return batch[:0]

@@ -82,9 +82,9 @@ class EpochState(LeafState):
             return ""
         return (
             f"epoch {self.finished} is about to be repeated: it was saved after the last "
-            f"batch of {', '.join(map(repr, at_end))}, so no batch of it is left, and what "
-            "the body does after its batches is done again, if it was done before the "
-            f"save; a save at the end of the body comes after {self.name}.done()"
+            f"batch of {', '.join(map(repr, at_end))}, so no batch is left, and the code "
+            "after the batches runs again if it ran before the save; call "
+            f"{self.name}.done() before a save at the end of the loop body"
         )
 
     def capture(self) -> Capture:
@@ -109,7 +109,9 @@ class EpochState(LeafState):
         return Arrival((), adopt)
 
     def _samplers(self) -> list[ElasticSampler]:
-        return [one for one in self._states.values() if isinstance(one, ElasticSampler)]
+        return [
+            state for state in self._states.values() if isinstance(state, ElasticSampler)
+        ]
 
 
 def remaining_epochs_until(limit: int, epochs: EpochState) -> Iterator[int]:

@@ -58,13 +58,13 @@ class StopRequests:
             OptionsError: On the calling rank, if MPI_CKPT_DEADLINE is not a point in time.
         """
         now = time.time()
-        told = end_of_job(os.environ, now) if self._when.wall_time else WallTime()
-        for text in told.ignored:
+        wall_time = end_of_job(os.environ, now) if self._when.wall_time else WallTime()
+        for text in wall_time.ignored:
             logger.warning("the end of the job is not known: %s", text)
-        if told.end is not None:
-            left = told.end.time - now
-            self._end = _End(time.monotonic() + left, told.end.source, left)
-            logger.info("the job ends in %.0f s by %s", left, told.end.source)
+        if wall_time.end is not None:
+            left = wall_time.end.time - now
+            self._end = _End(time.monotonic() + left, wall_time.end.source, left)
+            logger.info("the job ends in %.0f s by %s", left, wall_time.end.source)
 
     def reason(self, save_seconds: float | None, step_seconds: float) -> str:
         """Return why to stop now; empty if there is no reason. Root only.
@@ -99,11 +99,13 @@ class StopRequests:
             if answer is None or isinstance(answer, bool):
                 return bool(answer)
             if math.isnan(answer):
-                raise ValueError("no number of seconds")
+                raise ValueError("not a number of seconds")
             self._asked_end = _End(time.monotonic() + answer, "StopWhen.asked")
         # The user's function may fail in any way, on root alone; the training goes on.
         except Exception:
-            logger.warning("StopWhen.asked has failed: not asked any more", exc_info=True)
+            logger.warning(
+                "StopWhen.asked has failed: it is not called again", exc_info=True
+            )
             self._asked = None
         return False
 

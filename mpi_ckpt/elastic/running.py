@@ -82,21 +82,20 @@ def run(
         handle = duplicate(comm)
         if handle.rank == ROOT:
             logger.warning(
-                "a lost rank ends this job: %s; start it by `mpi-ckpt run` to have it "
-                "started again",
+                "a lost rank ends this job: %s; `mpi-ckpt run` restarts such a job",
                 reason,
             )
         return train(World(handle, memory))
     if _DEPARTURE.is_prepared:
         raise LaunchError("ranks were lost in an earlier run(): call it once in a program")
-    one = _Run(
+    run = _Run(
         train,
         memory,
         replace=replace,
         max_recoveries=max_recoveries,
         start_seconds=start_seconds,
     )
-    return one.go(comm)
+    return run.go(comm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +146,8 @@ class _Run(Generic[Result]):
                 meet_at_the_end(handle, done=False)
             if self._failures >= self._max_recoveries:
                 raise CollectiveError(
-                    f"ranks were lost {self._failures + 1} times, {self._max_recoveries} "
-                    "losses were to be survived; published generations are untouched"
+                    f"ranks were lost {self._failures + 1} times, max_recoveries is "
+                    f"{self._max_recoveries}; published generations are untouched"
                 ) from ending.loss
             handle = self._recover(handle, seen)
             _DEPARTURE.prepare(handle, [])
@@ -156,9 +155,9 @@ class _Run(Generic[Result]):
 
     def _begin(self, comm: MPI.Intracomm | None) -> MPI.Intracomm:
         if is_spawned():
-            handle, told = join()
+            handle, numbers = join()
             _DEPARTURE.prepare(handle, [])
-            self._wanted, self._failures, self._lost = told
+            self._wanted, self._failures, self._lost = numbers
         else:
             handle = duplicate(comm)
             self._wanted = handle.size
@@ -217,10 +216,10 @@ def _forget(loss: BaseException | None) -> None:
     # Not before the repair: until then MPI may still write to their buffers.
     pending, seen = [loss], set[int]()
     while pending:
-        one = pending.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
-            pending += [one.__cause__, one.__context__]
-            one.__traceback__ = None
+        cause = pending.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            traceback.clear_frames(cause.__traceback__)
+            pending += [cause.__cause__, cause.__context__]
+            cause.__traceback__ = None
     gc.collect()

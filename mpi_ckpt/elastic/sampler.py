@@ -82,7 +82,7 @@ class ElasticSampler(LeafState):
         self._shuffle = shuffle
         self._seed = seed
         self._comm: Communicator | None = None
-        self._told_length: int | None = None
+        self._announced_length: int | None = None
         self._iterating = 0
         self._given = 0
         self._recorded = 0
@@ -102,11 +102,11 @@ class ElasticSampler(LeafState):
                 f"{min(self._length, self._batch_size)} samples"
             )
         self._comm = comm
-        if self._told_length not in (None, len(self)) and comm.is_root:
+        if self._announced_length not in (None, len(self)) and comm.is_root:
             logger.warning(
-                "sampler %r: an epoch has %d batches with %d ranks, not %d, as it said "
-                "before it knew of them: ask for its length when the manager is made",
-                *(self.name, len(self), comm.size, self._told_length),
+                "sampler %r: an epoch has %d batches with %d ranks, not %d, its length "
+                "before it knew the ranks: ask for the length after the manager is made",
+                *(self.name, len(self), comm.size, self._announced_length),
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -138,7 +138,7 @@ class ElasticSampler(LeafState):
         """
         whole = self._count(0)
         if self._comm is None:
-            self._told_length = whole
+            self._announced_length = whole
         return whole
 
     @property
@@ -199,7 +199,9 @@ class ElasticSampler(LeafState):
             if saved.get(key) != value
         ]
         position = saved.get("epoch"), saved.get("consumed")
-        if not problems and not all(type(one) is int and one >= 0 for one in position):
+        if not problems and not all(
+            type(count) is int and count >= 0 for count in position
+        ):
             problems = ["it holds no position"]
         if problems:
             # Another order: going on with it would repeat some samples and miss others.
@@ -219,14 +221,14 @@ class ElasticSampler(LeafState):
     ) -> Callable[[], Change]:
         """See `LeafState`. Not collective."""
         saved, now = structure.get("batch_size"), self._batch_size
-        told = f"{self.name}: a batch of {now} samples is {_share(now, size)} a rank"
+        text = f"{self.name}: a batch of {now} samples is {_share(now, size)} a rank"
         if type(saved) is not int:  # saved by a release that lacked it
-            return lambda: Change(told)
+            return lambda: Change(text)
         was = _share(saved, saved_size)
         if saved == now:
-            return lambda: Change(f"{told}, no longer {was}")
-        told = f"{told}; it was saved with batches of {saved}, {was} a rank"
-        return lambda: Change(told, is_unusual=True)
+            return lambda: Change(f"{text}, no longer {was}")
+        text = f"{text}; it was saved with batches of {saved}, {was} a rank"
+        return lambda: Change(text, is_unusual=True)
 
     def _identity(self) -> dict[str, int | bool]:
         return {"length": self._length, "shuffle": self._shuffle, "seed": self._seed}
@@ -236,7 +238,7 @@ class ElasticSampler(LeafState):
             # As rank 0 of 1, every rank would train on the whole batch.
             raise CheckpointError(
                 f"sampler {self.name!r} belongs to no manager yet and does not know its "
-                "rank: give it to one among its states"
+                "rank: pass it to a manager as a state"
             )
         return self._comm
 

@@ -72,7 +72,8 @@ def as_number(key: object, value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, (int, float, complex, np.longdouble, np.clongdouble)):
         return value
     raise TypeError(
-        f"accumulator[{key!r}]: {type(value).__name__} is no number or array of them"
+        f"accumulator[{key!r}]: {type(value).__name__} is not a number or an array of "
+        "numbers"
     )
 
 

@@ -92,8 +92,8 @@ def parse_deadline(text: str) -> float:
             seconds, fault = math.nan, f" ({error})"
     if not _EPOCH_RANGE[0] <= seconds < _EPOCH_RANGE[1]:
         raise OptionsError(
-            f"{DEADLINE}={text!r} is no point in time: give seconds since the epoch, say "
-            f"$(( $(date +%s) + 3600 )) in the job's script, or a time such as "
+            f"{DEADLINE}={text!r} is not a point in time: give seconds since the epoch, "
+            "say $(( $(date +%s) + 3600 )) in the job's script, or a time such as "
             f"2031-05-01T12:00:00+00:00{fault}"
         )
     return seconds
@@ -127,7 +127,7 @@ def end_of_job(
         else:
             if end is not None:
                 found.append(end)
-    first = min(found, key=lambda one: one.time, default=None)
+    first = min(found, key=lambda end: end.time, default=None)
     return WallTime(first, tuple(ignored))
 
 
@@ -191,7 +191,7 @@ def _believable(name: str, text: str, now: float) -> float:
     except ValueError:
         seconds = math.nan
     if not _EPOCH_RANGE[0] <= seconds < _EPOCH_RANGE[1]:
-        raise ValueError(f"{name}={text!r} is no point in time: not used")
+        raise ValueError(f"{name}={text!r} is not a point in time: not used")
     if seconds < now - _STALE_SECONDS:
         raise ValueError(
             f"{name} is {now - seconds:.0f} s ago: taken for another job's, not used"

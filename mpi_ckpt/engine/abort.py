@@ -112,7 +112,7 @@ class AbortOnError:
         code = _code_of(error) if isinstance(error, SystemExit) else 0
         self.exit_code = 0 if code == expected else code
 
-    def is_told_by_root(self, error: BaseException) -> bool:
+    def is_printed_by_root(self, error: BaseException) -> bool:
         """Send the farewell with an error; return whether root leaves by the same error.
 
         Not collective. Ranks may raise the same error without an agreement.
@@ -126,7 +126,7 @@ class AbortOnError:
         try:
             said = self._farewell.words_of(self.comm.root, _ERROR_SECONDS)
         except Exception:
-            logger.exception("what root leaves by cannot be found out")
+            logger.exception("the error by which root leaves cannot be received")
             return False
         return said == _words_of(error)
 
@@ -147,7 +147,7 @@ class AbortOnError:
         try:
             return self._farewell is None or bool(self._farewell.missing(seconds))
         except Exception:
-            logger.exception("how the other ranks fare cannot be found out")
+            logger.exception("it cannot be found out whether the other ranks leave")
             return True
 
     def _say_farewell(self, error: BaseException | None) -> None:
@@ -194,29 +194,29 @@ class _Hook:
             # A manager whose creation failed was closed on all ranks.
             name = "" if is_printed_only else _printing_of(error).name
             if name:
-                self._tell(name, kind, error, trace)
+                self._print_error(name, kind, error, trace)
             else:
                 self._previous(kind, error, trace)
             return
-        self._tell(armed[0].name, kind, error, trace, armed[0])
+        self._print_error(armed[0].name, kind, error, trace, armed[0])
         if is_rank_failure(error):  # a dead rank answers no farewell
             _abort(armed[0], 1)
-        for one in armed:
-            one.leave(error)
-        for one in armed:
-            if one.is_alone(_ERROR_SECONDS):
-                _abort(one, _INTERRUPTED if kind is KeyboardInterrupt else 1)
+        for guard in armed:
+            guard.leave(error)
+        for guard in armed:
+            if guard.is_alone(_ERROR_SECONDS):
+                _abort(guard, _INTERRUPTED if kind is KeyboardInterrupt else 1)
         self.armed.clear()
 
     def at_exit(self) -> None:
         armed = self._in_reach()
-        for one in armed:
-            one.leave()
-        for one in armed:
+        for guard in armed:
+            guard.leave()
+        for guard in armed:
             # No rank can leave while a rank that missed a deadline is still stuck.
-            code = one.exit_code or int(one.comm.is_broken)
-            if code and one.is_alone(_EXIT_SECONDS):
-                _abort(one, code)
+            code = guard.exit_code or int(guard.comm.is_broken)
+            if code and guard.is_alone(_EXIT_SECONDS):
+                _abort(guard, code)
         if self.member is not None and os.getpid() == self._owner and is_mpi_running():
             with suppress(OSError, ValueError, AttributeError):
                 sys.stdout.flush()  # this may be the end
@@ -226,9 +226,9 @@ class _Hook:
         # A forked process does not take part in MPI.
         if os.getpid() != self._owner:
             return []
-        return [one for one in self.armed if one.comm.is_open]
+        return [guard for guard in self.armed if guard.comm.is_open]
 
-    def _tell(
+    def _print_error(
         self,
         name: str,
         kind: type[BaseException],
@@ -239,9 +239,9 @@ class _Hook:
         printing = _printing_of(error)
         brief = printing.brief
         is_unsaid = isinstance(error, CheckpointError) and not printing.name
-        if is_unsaid and armed is not None and armed.is_told_by_root(error):
+        if is_unsaid and armed is not None and armed.is_printed_by_root(error):
             brief = f"{kind.__name__}: {error}".partition("\n")[0]
-            brief += f" (rank {armed.comm.root} tells it in full)"
+            brief += f" (rank {armed.comm.root} prints it in full)"
         if brief:
             # Every rank has this error: a thousand copies of its text would not help.
             _write(f"{name}: {brief}\n")
@@ -271,14 +271,16 @@ def _words_of(error: BaseException | None) -> bytes:
 
 def _printing_of(error: BaseException) -> Printing:
     """Return how this rank prints an error of the package, or one caused by it."""
-    one: BaseException | None = error
+    cause: BaseException | None = error
     seen: set[int] = set()
-    while isinstance(one, CheckpointError) and id(one) not in seen:
-        if one.printing is not None:
-            brief = one.printing.brief.replace(type(one).__name__, type(error).__name__, 1)
-            return Printing(one.printing.name, brief)
-        seen.add(id(one))
-        one = one.__cause__ or one.__context__
+    while isinstance(cause, CheckpointError) and id(cause) not in seen:
+        if cause.printing is not None:
+            brief = cause.printing.brief.replace(
+                type(cause).__name__, type(error).__name__, 1
+            )
+            return Printing(cause.printing.name, brief)
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
     return Printing("", "")
 
 
@@ -294,17 +296,17 @@ def _is_printed_only() -> bool:
     return frame is not None
 
 
-def _abort(one: AbortOnError, code: int) -> None:
+def _abort(guard: AbortOnError, code: int) -> None:
     """End the job, after the other members of an ensemble, if any, have ended."""
     end = f"the job is aborted with code {code}"
-    if one.member is not None:
+    if guard.member is not None:
         end = f"this member is given up, and when all others have ended {end}"
     _write(
-        f"{one.name}: this rank leaves the job by an error and others do not; they would "
+        f"{guard.name}: this rank leaves the job by an error and others do not; they would "
         f"wait for one another without end, so {end}\n"
     )
-    if one.member is not None:
-        one.member.outlive()
+    if guard.member is not None:
+        guard.member.outlive()
     abort_job(code)
 
 

@@ -100,8 +100,10 @@ class Outline:
             metrics=dict(manifest.metrics),
             block_bytes=manifest.block_bytes,
             files=tuple(file.name for file in manifest.files),
-            states=tuple(_outline_of(one, deals=wanted[one.name]) for one in stored),
-            others=tuple(one.name for one in manifest.states if one.name not in wanted),
+            states=tuple(_outline_of(state, deals=wanted[state.name]) for state in stored),
+            others=tuple(
+                state.name for state in manifest.states if state.name not in wanted
+            ),
             quarantined=quarantined,
         )
 
@@ -132,16 +134,16 @@ class Outline:
             "files": self.files,
             "states": [
                 [
-                    one.name,
-                    one.structure,
-                    [spec.to_json() for spec in one.specs],
+                    state.name,
+                    state.structure,
+                    [spec.to_json() for spec in state.specs],
                     # In columns: with thousands of leaves that halves the work.
-                    [numbers[extent.file] for extent in one.extents],
-                    [extent.offset for extent in one.extents],
-                    one.parts,
-                    one.is_stream,
+                    [numbers[extent.file] for extent in state.extents],
+                    [extent.offset for extent in state.extents],
+                    state.parts,
+                    state.is_stream,
                 ]
-                for one in self.states
+                for state in self.states
             ],
             "others": self.others,
             "quarantined": dict(self.quarantined),

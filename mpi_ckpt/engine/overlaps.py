@@ -71,9 +71,9 @@ def find_overlaps(leaves: Sequence[Leaf | None]) -> list[Overlap]:
     if not (starts[1:] < reach[:-1]).any():
         return []
     return [
-        Overlap((i, j), (one, other))
+        Overlap((i, j), (first_place, second_place))
         for i, j in _pairs(order.tolist(), starts.tolist(), ends.tolist())
-        if (one := _place(leaves[i])) and (other := _place(leaves[j]))
+        if (first_place := _place(leaves[i])) and (second_place := _place(leaves[j]))
     ]
 
 
@@ -107,20 +107,24 @@ def differing_overlaps(
 
     def judge(pairs: bytes) -> list[bool]:
         if pairs not in known:
-            known[pairs] = [not _agree(one, source) for one in _decode(pairs)]
+            known[pairs] = [not _agree(overlap, source) for overlap in _decode(pairs)]
         return known[pairs]
 
-    told = collect(
+    verdicts = collect(
         comm,
         doing,
         lambda: _encode(mine),
         lambda parts: [judge(part) for part in parts],
         error=error,
     )
-    return [one for one, matters in zip(mine, told[comm.rank], strict=True) if matters]
+    return [
+        overlap
+        for overlap, matters in zip(mine, verdicts[comm.rank], strict=True)
+        if matters
+    ]
 
 
-def move_apart(
+def separate_overlaps(
     overlaps: Sequence[Overlap],
     move: Callable[[int], bool],
     name_of: Callable[[int], str],
@@ -139,8 +143,8 @@ def move_apart(
     """
     moved: set[int] = set()
     problems = []
-    for one in overlaps:
-        first, second = one.leaves
+    for overlap in overlaps:
+        first, second = overlap.leaves
         if moved & {first, second}:
             continue
         for candidate in (second, first):
@@ -160,24 +164,26 @@ def move_apart(
         )
 
 
-def hold_both(one: Place, first: memoryview, other: Place, second: memoryview) -> bool:
+def hold_both(
+    first_place: Place, first: memoryview, second_place: Place, second: memoryview
+) -> bool:
     """Return whether memory can hold the bytes of two leaves at once.
 
     Not collective. Thread-safe. Pure: tries it in an image of the memory.
 
     Args:
-        one: Place of the first.
+        first_place: Place of the first.
         first: Its bytes, in C order.
-        other: Place of the second.
+        second_place: Place of the second.
         second: Its bytes.
     """
-    (start, end), (other_start, other_end) = one.span, other.span
+    (start, end), (other_start, other_end) = first_place.span, second_place.span
     base = min(start, other_start)
     image = np.zeros(max(end, other_end) - base, np.uint8)
-    targets = [_within(image, base, place) for place in (one, other)]
+    targets = [_within(image, base, place) for place in (first_place, second_place)]
     values = [
         np.frombuffer(data, f"V{place.itemsize}").reshape(place.shape)
-        for place, data in ((one, first), (other, second))
+        for place, data in ((first_place, first), (second_place, second))
     ]
     for target, value in zip(targets, values, strict=True):
         target[...] = value
@@ -188,10 +194,10 @@ def hold_both(one: Place, first: memoryview, other: Place, second: memoryview) -
 
 
 def _agree(overlap: Overlap, source: Source) -> bool:
-    (i, j), (one, other) = overlap.leaves, overlap.places
-    if one == other:
+    (i, j), (first_place, second_place) = overlap.leaves, overlap.places
+    if first_place == second_place:
         return source.digest_of(i) == source.digest_of(j)
-    return hold_both(one, source.bytes_of(i), other, source.bytes_of(j))
+    return hold_both(first_place, source.bytes_of(i), second_place, source.bytes_of(j))
 
 
 def _within(image: np.ndarray, base: int, place: Place) -> np.ndarray:
@@ -222,13 +228,13 @@ def _pairs(
 
 
 def _encode(overlaps: Sequence[Overlap]) -> bytes:
-    return json.dumps([[one.leaves, one.places] for one in overlaps]).encode()
+    return json.dumps([[overlap.leaves, overlap.places] for overlap in overlaps]).encode()
 
 
 def _decode(text: bytes) -> list[Overlap]:
     return [
-        Overlap((i, j), (_to_place(one), _to_place(other)))
-        for (i, j), (one, other) in json.loads(text)
+        Overlap((i, j), (_to_place(first_place), _to_place(second_place)))
+        for (i, j), (first_place, second_place) in json.loads(text)
     ]
 
 

@@ -12,7 +12,7 @@ from mpi_ckpt.comm import agree, compare_texts, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import LeafState, State
-from mpi_ckpt.storage.format.layout import check_names_apart
+from mpi_ckpt.storage.format.layout import check_names_differ
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -78,7 +78,7 @@ class Registry:
         """
         if not isinstance(state, State):
             raise RegistrationError(f"{state!r} is not a State")
-        check_names_apart([*self._states, state.name])
+        check_names_differ([*self._states, state.name])
         if isinstance(state, LeafState):
             state.bind(self._comm)
             state.join(self._view)
@@ -118,7 +118,7 @@ class Registry:
         *,
         error: type[CheckpointError],
         skipped: bool = False,
-        tell: Callable[[Result], bytes] | None = None,
+        encode: Callable[[Result], bytes] | None = None,
     ) -> Meeting[Result]:
         """Choose states and begin work on them, the same on all ranks, in one meeting.
 
@@ -130,7 +130,7 @@ class Registry:
             work: Called with them on every rank; must not communicate.
             error: Class for exceptions that this package does not define.
             skipped: Whether "all" includes states with ``skip``.
-            tell: Returns the part of its result that root sends to all ranks.
+            encode: Returns the part of its result that root sends to all ranks.
 
         Raises:
             RegistrationError: On every rank, if a name is unknown on any, or names or
@@ -147,7 +147,7 @@ class Registry:
         def digest(_: Result) -> bytes:
             return digest_bytes(json.dumps([state.name for state in chosen]).encode())
 
-        met = meet(self._comm, doing, begin, error=error, digest=digest, tell=tell)
+        met = meet(self._comm, doing, begin, error=error, digest=digest, encode=encode)
         if not met.is_alike:
             self._refuse_differences([state.name for state in chosen])
         return met
@@ -194,8 +194,8 @@ def numbered_alike(some: Iterable[str], others: Iterable[str]) -> list[tuple[str
     ]
 
 
-def _differ_in_numbers(one: str, other: str) -> bool:
-    return one != other and _without_numbers(one) == _without_numbers(other)
+def _differ_in_numbers(first: str, second: str) -> bool:
+    return first != second and _without_numbers(first) == _without_numbers(second)
 
 
 def _without_numbers(text: str) -> str:

@@ -33,20 +33,20 @@ def in_full(error: BaseException) -> str:
     if text.count("\n") <= _LINES_MAX or not isinstance(error, CheckpointError):
         return text
     levels = list(_chain(error))
-    told = [_LED_TO.join(_level(one, is_last=one is error) for one in levels)]
-    return "".join(["Traceback, without what mpi_ckpt itself did:\n", *told])
+    parts = [_LED_TO.join(_level(level, is_last=level is error) for level in levels)]
+    return "".join(["Traceback, without the frames of mpi_ckpt:\n", *parts])
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield the chain of an exception, first cause first, itself last."""
     chain: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in chain:
-        chain.append(one)
-        hidden = one.__suppress_context__ or one.__cause__ is not None
-        one = one.__cause__ if hidden else one.__context__
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        hidden = cause.__suppress_context__ or cause.__cause__ is not None
+        cause = cause.__cause__ if hidden else cause.__context__
     # Another rank prints its own traceback.
-    causes = [one for one in chain[:0:-1] if not isinstance(one, RemoteTraceback)]
+    causes = [cause for cause in chain[:0:-1] if not isinstance(cause, RemoteTraceback)]
     yield from [*causes[: _LEVELS_MAX - 1], error]
 
 
@@ -64,7 +64,7 @@ def _level(error: BaseException, *, is_last: bool) -> str:
         + (f"    {frame.line}\n" if frame.line else "")
         for frame in frames
     ]
-    told = "".join(traceback.format_exception_only(error))
+    headline = "".join(traceback.format_exception_only(error))
     if not is_last:
-        told = told.split("\n")[0] + "\n"
-    return "".join([*places, told])
+        headline = headline.split("\n")[0] + "\n"
+    return "".join([*places, headline])

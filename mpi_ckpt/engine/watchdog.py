@@ -82,7 +82,11 @@ class Watchdog:
                 return
 
     def _look(self) -> object:
-        return self._phase(), self._steps(), [_bytes_moved(one) for one in self._threads()]
+        return (
+            self._phase(),
+            self._steps(),
+            [_bytes_moved(thread) for thread in self._threads()],
+        )
 
     def _threads(self) -> list[threading.Thread]:
         ours = [
@@ -90,7 +94,7 @@ class Watchdog:
             for thread in threading.enumerate()
             if thread.name.startswith(_OUR_THREADS) and thread.name != _NAME
         ]
-        return [self._watched, *(one for one in ours if one is not self._watched)]
+        return [self._watched, *(thread for thread in ours if thread is not self._watched)]
 
     def _warn(self, seconds: float) -> None:
         frames = sys._current_frames()  # noqa: SLF001 (documented)

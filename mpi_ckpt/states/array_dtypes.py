@@ -159,17 +159,19 @@ def _record_of(dtype: np.dtype[Any]) -> dtypes.Record:
 
 def _dtype_of(record: dtypes.Record) -> np.dtype[Any]:
     kinds = [
-        _dtype_of(one.type) if isinstance(one.type, dtypes.Record) else np.dtype(one.type)
-        for one in record.fields
+        _dtype_of(field.type)
+        if isinstance(field.type, dtypes.Record)
+        else np.dtype(field.type)
+        for field in record.fields
     ]
     return np.dtype(
         {
-            "names": [one.name for one in record.fields],
+            "names": [field.name for field in record.fields],
             "formats": [
-                (kind, one.shape) if one.shape else kind
-                for kind, one in zip(kinds, record.fields, strict=True)
+                (kind, field.shape) if field.shape else kind
+                for kind, field in zip(kinds, record.fields, strict=True)
             ],
-            "offsets": [one.offset for one in record.fields],
+            "offsets": [field.offset for field in record.fields],
             "itemsize": record.nbytes,
         }
     )

@@ -266,25 +266,26 @@ def _no_array(key: str, value: object) -> str | None:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, np.ndarray):
         return (
-            f"{key} is a {kind}, of which more than the numbers would be lost: give "
+            f"{key} is a {kind}, of which only the numbers would be saved: give "
             "np.asarray() of it"
         )
     return (
-        f"{key} is a {kind}, no array: a copy of it would never be seen to change. Give "
-        "np.asarray() of it if that shares its memory, else take an ObjectState"
+        f"{key} is a {kind}, not an array: converting it makes a copy, which does not "
+        "follow its changes. Give np.asarray() of it if that shares its memory, else take "
+        "an ObjectState"
     )
 
 
 def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
-    told = None
+    problem = None
     if not array.flags.writeable:
-        told = f"{key} is read-only: nothing could be put back into it"
+        problem = f"{key} is read-only: nothing could be put back into it"
     elif overlaps_itself(array.shape, array.strides, array.itemsize):
-        told = (
+        problem = (
             f"{key} overlaps itself in memory, as after np.broadcast_to(): bytes cannot be "
             "put back into it; give a copy"
         )
-    return told
+    return problem
 
 
 def _nothing_left() -> None:

@@ -128,9 +128,9 @@ def _describe_array(name: str, array: Any) -> tuple[dict[str, Any], Leaf]:  # no
     if type(array) is not np.ndarray:
         if type(array) not in (np.matrix, np.recarray):
             raise StageError(
-                f"{name or 'the value'} is a {_class_of(array)}, of which more than the "
-                "numbers would be lost: save np.asarray() of it, and what else it holds "
-                "beside"
+                f"{name or 'the value'} is a {_class_of(array)}, of which only the numbers "
+                "would be saved: save np.asarray() of it, and the rest of its content "
+                "separately"
             )
         node["class"] = type(array).__name__
     elif array.dtype.type is np.record:

@@ -124,19 +124,19 @@ class ModuleState(LeafState):
         parts: dict[str, torch.nn.Module] = {}
         homes: dict[str, str] = {}
         for name in unfit:
-            for path, one in owners(self._module, live.outer.get(name, name)):
-                if loads_itself(one):
-                    parts[path], homes[name] = one, path
+            for path, part in owners(self._module, live.outer.get(name, name)):
+                if loads_itself(part):
+                    parts[path], homes[name] = part, path
                     break
         accepted: set[str] = set()
-        for path, one in parts.items():
+        for path, part in parts.items():
             prefix = f"{path}." if path else ""
             values = {
                 live.outer.get(name, name).removeprefix(prefix): value
                 for name, value in self._forms(saved, live).items()
                 if live.outer.get(name, name).startswith(prefix)
             }
-            if try_loading(one, values, strict=strict) is None:
+            if try_loading(part, values, strict=strict) is None:
                 accepted |= {name for name, home in homes.items() if home == path}
         return accepted
 
@@ -305,5 +305,5 @@ def _absent(saved: _Saved, live: ModuleContents) -> dict[str, str]:
     }
 
 
-def _alike(one: LeafSpec, other: LeafSpec) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape)
+def _alike(first: LeafSpec, second: LeafSpec) -> bool:
+    return (first.dtype, first.shape) == (second.dtype, second.shape)

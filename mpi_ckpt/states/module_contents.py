@@ -190,20 +190,23 @@ def owners(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.M
         module: The outermost module.
         name: Name of the entry, with the names of wrappers; unknown parts are skipped.
     """
-    path, one = "", module
-    yield path, one
+    path, owner = "", module
+    yield path, owner
     for part in name.split(".")[:-1]:
-        inside = getattr(one, "_modules", {}).get(part)
+        inside = getattr(owner, "_modules", {}).get(part)
         if inside is None:
             return
-        path, one = f"{path}.{part}" if path else part, inside
-        yield path, one
+        path, owner = f"{path}.{part}" if path else part, inside
+        yield path, owner
 
 
 def _state_dict(module: Any) -> Mapping[str, Any]:  # noqa: ANN401
     # Older modules have their own state_dict() without arguments.
     takes = inspect.signature(module.state_dict).parameters.values()
-    if any(one.name == "keep_vars" or one.kind is one.VAR_KEYWORD for one in takes):
+    if any(
+        parameter.name == "keep_vars" or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in takes
+    ):
         found: Mapping[str, Any] = module.state_dict(keep_vars=True)
         return found
     plain: Mapping[str, Any] = module.state_dict()

@@ -237,9 +237,10 @@ class SchedulerState(NestedState):
             problems.append(f"it was saved from a {saved}, the program has a {live}")
         was_off, now_off = bool(structure.get("off")), is_off(self._scheduler)
         if was_off != now_off:
-            told = ["enabled", "switched off"]
+            modes = ["enabled", "switched off"]
             problems.append(
-                f"the {live} was {told[was_off]} when it was saved, and is {told[now_off]}"
+                f"the {live} was {modes[was_off]} when it was saved, "
+                f"and is {modes[now_off]}"
             )
         raise_mismatch(self.name, problems)
 
@@ -254,7 +255,7 @@ def is_stateful(value: object) -> bool:
     Not collective.
     """
     methods = ("state_dict", "load_state_dict")
-    return all(callable(getattr(value, one, None)) for one in methods)
+    return all(callable(getattr(value, method, None)) for method in methods)
 
 
 def is_off(value: object) -> bool:

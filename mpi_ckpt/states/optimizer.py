@@ -61,9 +61,9 @@ class OptimizerState(NestedState):
         super().__init__(name, sync=sync)
         if not is_optimizer(optimizer):
             raise RegistrationError(
-                f"state {name!r}: a {type(optimizer).__name__} is no optimizer, which has "
-                "state_dict(), load_state_dict() and param_groups; for something else with "
-                "the first two take a SchedulerState"
+                f"state {name!r}: a {type(optimizer).__name__} is not an optimizer: it "
+                "lacks state_dict(), load_state_dict() or param_groups; for an object "
+                "that has the first two, take a SchedulerState"
             )
         self._optimizer = optimizer
         self._module = module
@@ -113,9 +113,9 @@ class OptimizerState(NestedState):
         content = dict(self._optimizer.state_dict())
         # An empty entry of a parameter means the same as none, until its first step.
         content["state"] = {
-            key: one
-            for key, one in content["state"].items()
-            if not (isinstance(one, dict) and not one)
+            key: value
+            for key, value in content["state"].items()
+            if not (isinstance(value, dict) and not value)
         }
         shapes, names = self._described()
         return {

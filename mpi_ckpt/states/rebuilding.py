@@ -61,7 +61,9 @@ def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any
     if _is_module(structure):
         return _module(structure, values)
     if _is_training(structure):
-        return {key: rebuild(one, _inside(key, values)) for key, one in structure.items()}
+        return {
+            key: rebuild(inner, _inside(key, values)) for key, inner in structure.items()
+        }
     try:
         nodes = leaf_nodes(structure)
         if set(nodes) == set(values):

@@ -214,8 +214,8 @@ class RNGState(RankedState):
         )
         if differing and roots["kinds"] == theirs["kinds"]:
             raise DivergedError(
-                f"state {self.name!r}: {differing} are declared shared by all ranks, and "
-                f"rank {rank} is not where root is in them"
+                f"state {self.name!r}: {differing} are declared shared by all ranks, but "
+                f"differ between rank {rank} and root"
             )
         raise StageError(
             f"state {self.name!r}: rank {rank} has the streams {theirs['kinds']}, root has "

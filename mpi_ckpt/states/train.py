@@ -63,10 +63,10 @@ class TrainState(LeafState):
         # The optimizer comes after the module it optimizes, the scheduler after the
         # optimizer whose rates it sets.
         self._all: dict[str, LeafState] = {"module": ModuleState("module", module)}
-        for key, one in _numbered("optimizer", optimizer):
-            self._all[key] = _optimizer_state(key, one, module, overlap=overlap)
-        for key, one in _numbered("scheduler", scheduler):
-            self._all[key] = SchedulerState(key, one)
+        for key, item in _numbered("optimizer", optimizer):
+            self._all[key] = _optimizer_state(key, item, module, overlap=overlap)
+        for key, item in _numbered("scheduler", scheduler):
+            self._all[key] = SchedulerState(key, item)
         if scaler is not None:
             self._all["scaler"] = SchedulerState("scaler", scaler)
         self._scaler = scaler
@@ -88,9 +88,13 @@ class TrainState(LeafState):
         """See `LeafState`. Not collective."""
         captured = {key: part.capture() for key, part in self._parts.items()}
         leaves = [
-            leaf.under(f"{key}/") for key, one in captured.items() for leaf in one.leaves
+            leaf.under(f"{key}/")
+            for key, content in captured.items()
+            for leaf in content.leaves
         ]
-        return Capture({key: one.structure for key, one in captured.items()}, leaves)
+        return Capture(
+            {key: content.structure for key, content in captured.items()}, leaves
+        )
 
     def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
@@ -133,7 +137,8 @@ class TrainState(LeafState):
 
         found = [targets.get(spec.name) for spec in specs]
         leaves = [
-            one and Leaf(spec, one.buffer) for spec, one in zip(specs, found, strict=True)
+            leaf and Leaf(spec, leaf.buffer)
+            for spec, leaf in zip(specs, found, strict=True)
         ]
 
         def elsewhere(index: int) -> Leaf | None:
@@ -189,7 +194,7 @@ def _numbered(key: str, given: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
     if given is None:
         return []
     if isinstance(given, (list, tuple)):
-        return [(f"{key}{number}", one) for number, one in enumerate(given)]
+        return [(f"{key}{number}", item) for number, item in enumerate(given)]
     return [(key, given)]
 
 
@@ -201,8 +206,8 @@ def _optimizer_state(
         return OptimizerState(key, given, module=module)
     if overlap:
         raise RegistrationError(
-            f"overlap=True needs an optimizer of torch's, whose step() waits for the copy: "
-            f"a {type(optimizer).__name__} is none"
+            "overlap=True needs an optimizer of torch's, whose step() waits for the copy: "
+            f"a {type(optimizer).__name__} is not one of torch's"
         )
     # An object that keeps its state in its own form is saved as a whole.
     return SchedulerState(key, given)

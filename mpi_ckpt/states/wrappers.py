@@ -40,10 +40,10 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
     given: Any = module
     if not (callable(getattr(given, "state_dict", None)) and hasattr(given, "modules")):
         raise RegistrationError(
-            f"state {state!r}: a {type(module).__name__} is no torch.nn.Module; for "
-            "something else with state_dict() and load_state_dict() take a SchedulerState"
+            f"state {state!r}: a {type(module).__name__} is not a torch.nn.Module; for "
+            "another object with state_dict() and load_state_dict(), take a SchedulerState"
         )
-    if any(_is_a(one, *_FSDP) for one in module.modules()):
+    if any(_is_a(part, *_FSDP) for part in module.modules()):
         raise RegistrationError(
             f"state {state!r}: the module is sharded by FullyShardedDataParallel, and each "
             "rank has a part of it; mpi_ckpt saves replicas. Use torch.distributed."
@@ -66,8 +66,8 @@ def inner_names(module: torch.nn.Module) -> Callable[[str], str]:
         module: Any module.
     """
     wrapped = []
-    for path, one in module.named_modules(remove_duplicate=False):
-        attribute = _wraps(one)
+    for path, part in module.named_modules(remove_duplicate=False):
+        attribute = _wraps(part)
         if attribute is not None:
             outer = f"{path}." if path else ""
             wrapped.append((f"{outer}{attribute}.", outer))

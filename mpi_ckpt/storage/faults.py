@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _ADVICE = {
     errno.ENOSPC: "the file system is full",
-    errno.EDQUOT: "the quota is used up, which free space says nothing of",
+    errno.EDQUOT: "the quota is used up, which the free space does not show",
     errno.EROFS: "the file system is read-only",
     errno.EFBIG: "the file-size limit of the process or the file system is reached",
     errno.EXDEV: "the directory spans several file systems",

@@ -225,8 +225,11 @@ def link_file(source: Path, target: Path) -> None:
     """
     try:
         os.link(source, target, follow_symlinks=False)
-        one, other = os.lstat(source), os.lstat(target)
-        if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+        original, second_name = os.lstat(source), os.lstat(target)
+        if (original.st_dev, original.st_ino) != (
+            second_name.st_dev,
+            second_name.st_ino,
+        ):
             raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
     except FileExistsError:
         raise

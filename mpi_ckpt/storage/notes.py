@@ -75,7 +75,7 @@ class Notes:
         try:
             filesystem.append(self._path, line.encode())
         except OSError as error:
-            logger.warning("mpi-ckpt run will not hear of %r: %s", event, error)
+            logger.warning("mpi-ckpt run will not learn of %r: %s", event, error)
 
     def add_error(self, error: BaseException, **facts: str | int) -> None:
         """Note an exception that ends the job."""
@@ -109,7 +109,7 @@ def remove_notes(prefix: Path) -> None:
 
 def _names(prefix: Path) -> list[str]:
     names = filesystem.list_names(prefix.parent)
-    return [one for one in names if one.startswith(f"{prefix.name}.")]
+    return [name for name in names if name.startswith(f"{prefix.name}.")]
 
 
 def _parse(line: bytes, writer: str) -> Note | None:

@@ -82,9 +82,9 @@ def uncaught(monkeypatch):
 
 def guard(comm=None, settling=None, *, how=True):
     settling = settling or Settling()
-    one = AbortOnError(comm or Comm(), settling.close, how)
-    one.kept = settling  # held weakly otherwise
-    return one
+    armed = AbortOnError(comm or Comm(), settling.close, how)
+    armed.kept = settling  # held weakly otherwise
+    return armed
 
 
 def test_nothing_is_touched_before_it_is_armed():
@@ -111,10 +111,10 @@ def test_who_took_the_hook_after_us_keeps_it():
     def theirs(kind, error, trace):
         pass
 
-    one = guard()
-    one.arm()
+    armed = guard()
+    armed.arm()
     sys.excepthook = theirs
-    one.disarm()
+    armed.disarm()
     assert sys.excepthook is theirs
 
 
@@ -132,11 +132,11 @@ def test_there_is_no_hook_where_none_is_needed(monkeypatch, reason):
 )
 def test_an_error_of_this_rank_alone(monkeypatch, capsys, aborted, uncaught, error, code):
     monkeypatch.setattr(Farewell, "staying", (0, 2))
-    one = guard()
-    one.arm()
+    armed = guard()
+    armed.arm()
     uncaught(error)
     assert aborted == [code]
-    assert one.kept.count == 1, "a pending save was given its end"
+    assert armed.kept.count == 1, "a pending save was given its end"
     told = capsys.readouterr().err
     assert told.startswith(f"rank 1 of 3 on h:\n{type(error).__name__}")
     assert f"the job is aborted with code {code}" in told
@@ -153,8 +153,8 @@ def test_an_error_of_all_ranks(capsys, aborted, uncaught):
 
 def test_a_hook_that_was_there_prints(monkeypatch, capsys, aborted, uncaught):
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: print("theirs"))
-    one = guard()
-    one.arm()
+    armed = guard()
+    armed.arm()
     uncaught(ValueError("no luck"))
     assert capsys.readouterr() == ("theirs\n", "rank 1 of 3 on h:\n")
 
@@ -162,15 +162,15 @@ def test_a_hook_that_was_there_prints(monkeypatch, capsys, aborted, uncaught):
 @pytest.mark.parametrize("where", ["by hand", "forked", "closed"])
 def test_the_hook_only_prints(monkeypatch, capsys, aborted, uncaught, where):
     monkeypatch.setattr(Farewell, "staying", (0,))
-    one = guard()
-    one.arm()
+    armed = guard()
+    armed.arm()
     if where == "by hand":  # a module is being run: that is what called this
         monkeypatch.setattr(abort, "_is_printed_only", lambda: True)
     elif where == "forked":
         process = os.getpid()
         monkeypatch.setattr(os, "getpid", lambda: process + 1)
     else:
-        one.comm.is_open = False
+        armed.comm.is_open = False
     uncaught(ValueError("no luck"))
     assert aborted == []
     assert capsys.readouterr().err == "ValueError: no luck\n"
@@ -199,35 +199,35 @@ def printed_only():
 )
 def test_sys_exit_through_the_block(monkeypatch, aborted, code, expected, found):
     monkeypatch.setattr(Farewell, "staying", (0,))
-    one = guard()
-    one.arm()
-    one.note(SystemExit(code), expected=expected)
+    armed = guard()
+    armed.arm()
+    armed.note(SystemExit(code), expected=expected)
     assert aborted == []
     abort._HOOK.at_exit()
     assert aborted == found
 
 
 def test_sys_exit_of_all_ranks_aborts_nothing(aborted):
-    one = guard()
-    one.arm()
-    one.note(SystemExit(7), expected=0)
+    armed = guard()
+    armed.arm()
+    armed.note(SystemExit(7), expected=0)
     abort._HOOK.at_exit()
     assert aborted == []
 
 
 def test_an_exception_through_the_block_may_still_be_caught(monkeypatch, aborted):
     monkeypatch.setattr(Farewell, "staying", (0,))
-    one = guard()
-    one.arm()
-    one.note(ValueError("no luck"), expected=0)
+    armed = guard()
+    armed.arm()
+    armed.note(ValueError("no luck"), expected=0)
     abort._HOOK.at_exit()
     assert aborted == []
 
 
 def test_farewell_is_said_before_a_save_is_waited_for(uncaught, aborted):
-    one = guard()
-    one.arm()
-    one.note(ValueError("no luck"), expected=0)
+    armed = guard()
+    armed.arm()
+    armed.note(ValueError("no luck"), expected=0)
     assert Farewell.said == 1
     uncaught(ValueError("no luck"))
     assert Farewell.said == 1, "once is enough"
@@ -251,18 +251,18 @@ def test_mpi_that_fails_ends_the_job_too(monkeypatch, aborted, uncaught, what):
 
 def test_nobody_leaves_while_a_rank_is_missing(monkeypatch, aborted):
     monkeypatch.setattr(Farewell, "staying", (0,))
-    one = guard()
-    one.arm()
-    one.comm.is_broken = True
-    one.disarm()
+    armed = guard()
+    armed.arm()
+    armed.comm.is_broken = True
+    armed.disarm()
     abort._HOOK.at_exit()
     assert aborted == [1]
 
 
 def test_a_manager_that_is_gone_has_nothing_to_settle(aborted, uncaught):
-    one = guard()
-    one.arm()
-    del one.kept
+    armed = guard()
+    armed.arm()
+    del armed.kept
     uncaught(ValueError("no luck"))
     assert aborted == []
 
@@ -273,12 +273,14 @@ def test_an_error_that_root_leaves_by_as_well(monkeypatch, capsys, aborted, unca
     guard().arm()
     uncaught(RegistrationError("'a' is taken:\n  twice"))
     told = capsys.readouterr().err
-    brief = "rank 1 of 3 on h: RegistrationError: 'a' is taken: (rank 0 tells it in full)\n"
+    brief = (
+        "rank 1 of 3 on h: RegistrationError: 'a' is taken: (rank 0 prints it in full)\n"
+    )
     assert (told == brief) == same
     assert same or told.endswith("RegistrationError: 'a' is taken:\n  twice\n")
 
 
-@pytest.mark.parametrize("brief", ["", "OptionsError, as told by rank 0"])
+@pytest.mark.parametrize("brief", ["", "OptionsError, reported in full by rank 0"])
 def test_a_manager_that_could_not_be_made_on_any_rank(capsys, aborted, uncaught, brief):
     error = OptionsError("they differ")
     error.printing = Printing("rank 1 of 3 on h", brief)

@@ -33,26 +33,26 @@ def test_it_travels_as_bytes_of_one_length():
     assert own.process == os.getpid()
     assert own.started > 0
     long = replace(own, host="ü" * 100)
-    for one in (own, long, replace(own, objects=True)):
-        encoded = one.encode()
+    for presence in (own, long, replace(own, objects=True)):
+        encoded = presence.encode()
         assert encoded.nbytes == Presence.nbytes
         again = Presence.decode(encoded.tobytes())
-        assert replace(again, host=one.host) == one
+        assert replace(again, host=presence.host) == presence
     assert Presence.decode(own.encode().tobytes()) == own
 
 
 def test_what_a_process_is_at(child):
-    one = presence_of(child.pid)
-    assert one.is_visible
-    assert wait_for(lambda: one.describe().startswith(f"process {child.pid} waits"))
+    presence = presence_of(child.pid)
+    assert presence.is_visible
+    assert wait_for(lambda: presence.describe().startswith(f"process {child.pid} waits"))
     child.send_signal(signal.SIGSTOP)
     stopped = f"process {child.pid} is stopped by a signal"
-    assert wait_for(lambda: one.describe() == stopped)
+    assert wait_for(lambda: presence.describe() == stopped)
     child.kill()
-    assert wait_for(lambda: one.describe() == f"process {child.pid} has died")
+    assert wait_for(lambda: presence.describe() == f"process {child.pid} has died")
     child.wait()
-    assert one.describe() == f"process {child.pid} is not there any more"
-    assert not one.is_visible
+    assert presence.describe() == f"process {child.pid} is not there any more"
+    assert not presence.is_visible
 
 
 def test_another_process_of_the_same_number_is_not_mistaken_for_it():

@@ -114,8 +114,8 @@ def test_bytes_of_another_thread_are_not(warnings, in_thread):
 
 def test_its_thread_ends_with_the_operation():
     before = threading.enumerate()
-    one = watchdog(quiet_seconds=1e6)
-    with pytest.raises(ValueError, match="no luck"), one:
+    watch = watchdog(quiet_seconds=1e6)
+    with pytest.raises(ValueError, match="no luck"), watch:
         raise ValueError("no luck" if len(threading.enumerate()) > len(before) else "none")
     assert threading.enumerate() == before
 

@@ -87,7 +87,7 @@ def test_prune_says_what_it_ranks_by_before_anything_goes(tmp_path, monkeypatch)
 def test_what_is_kept_by_no_rule_but_as_the_newest_is_said(tmp_path):
     root = fill(tmp_path / "c", 3)
     text = run("prune", root, "--keep-best", "loss", "--mode", "max", "--dry-run").stdout
-    assert "kept besides, as the newest good one: 3" in text
+    assert "also kept, as the newest good generation: 3" in text
 
 
 def test_a_dry_run_says_the_same_and_does_nothing(tmp_path):

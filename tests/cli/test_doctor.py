@@ -105,7 +105,7 @@ def test_directories_that_cannot_be_fsynced_are_wrong(tmp_path, monkeypatch):
     checks = place.check_directory(tmp_path)
     assert verdicts(checks)["fsync"] == "wrong"
     assert verdicts(checks)["rename"] == "ok"
-    (advice,) = [one.advice for one in checks if one.name == "fsync"]
+    (advice,) = [check.advice for check in checks if check.name == "fsync"]
     assert "IO(sync_directories=False)" in advice
 
 

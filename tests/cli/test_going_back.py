@@ -123,8 +123,8 @@ def test_a_directory_of_which_all_was_set_aside_is_no_fresh_start(tmp_path):
     ("words", "told"),
     [
         ([9], "has no generation 9"),
-        ([], "say the GENERATION"),
-        ([2, "--undo"], "say the GENERATION"),
+        ([], "give the GENERATION"),
+        ([2, "--undo"], "give the GENERATION"),
         (["--undo"], "nothing that a rollback has set aside"),
         (["two"], "is no generation"),
     ],
@@ -144,7 +144,7 @@ def test_a_damaged_one_is_not_gone_back_to(tmp_path):
     flip(root / "checkpoint-00000002" / "manifest.json", 100)
     result = run("rollback", root, 2)
     assert result.exit_code == 1
-    assert "choose another. Nothing was changed" in result.stderr
+    assert "choose another generation. Nothing was changed" in result.stderr
     assert numbers(root) == (1, 2, 3)
 
 
@@ -169,7 +169,7 @@ def test_a_copy_that_is_in_the_way_is_told(tmp_path):
     (tmp_path / "other" / "checkpoint-00000001").rename(root / "checkpoint-00000002")
     result = run("rollback", root, "--undo")
     assert result.exit_code == 1
-    assert "generations 2 are there and set aside as well" in result.stderr
+    assert "holds generations 2 twice, published and set aside" in result.stderr
     assert len(recovery.survey(root).rolled_back) == 1
 
 

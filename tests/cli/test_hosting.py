@@ -58,8 +58,8 @@ def test_script_is_asked(script):
         ("exit 3", 0o755, "ended with code 3"),
         ("echo a:2; kill -9 $$", 0o755, "ended with code -9"),
         ("echo a:2; sleep 60", 0o755, "hung for 1 s"),
-        ("echo '<html>'", 0o755, "is no host:slots"),
-        ("printf '\\377\\376'", 0o755, "is no host:slots"),
+        ("echo '<html>'", 0o755, "is not of the form host:slots"),
+        ("printf '\\377\\376'", 0o755, "is not of the form host:slots"),
         ("echo a", 0o644, "cannot be run"),
     ],
 )

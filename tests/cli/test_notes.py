@@ -27,7 +27,7 @@ def test_nothing_is_noted_unless_somebody_asks(tmp_path, monkeypatch):
 
 def test_training_goes_on_where_notes_cannot_be_written(tmp_path, caplog):
     Notes(str(tmp_path / "missing" / "notes")).add("saved", step=5)
-    assert "will not hear of 'saved'" in caplog.text
+    assert "will not learn of 'saved'" in caplog.text
 
 
 def test_error_without_a_text_is_noted_by_its_class(tmp_path):
@@ -55,4 +55,4 @@ def test_rubbish_and_what_is_cut_off_are_passed_over(tmp_path, caplog):
         Note(event="saved", step=3, writer="n.host-1.jsonl")
     ]
     remove_notes(tmp_path / "n")
-    assert [one.name for one in tmp_path.iterdir()] == ["n2.host-1.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["n2.host-1.jsonl"]

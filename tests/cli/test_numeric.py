@@ -30,8 +30,8 @@ def test_differences_are_those_of_torch(dtype):
     kind = _DTYPES[dtype]
     made = [torch.randn(3000, dtype=torch.float64) * 40 for _ in range(2)]
     if kind.is_complex:
-        made = [torch.complex(one, one.flip(0)) for one in made]
-    a, b = (one.abs().to(kind) if dtype == "U8" else one.to(kind) for one in made)
+        made = [torch.complex(tensor, tensor.flip(0)) for tensor in made]
+    a, b = (tensor.abs().to(kind) if dtype == "U8" else tensor.to(kind) for tensor in made)
     b[:1000] = a[:1000]
     found = measure(dtype, in_bytes(a), in_bytes(b))
     wide = torch.complex128 if kind.is_complex else torch.float64

@@ -67,11 +67,11 @@ def test_failures_are_the_same_by_class_and_step_not_by_text():
     def failed(error: str, step: int) -> Ending:
         return judge(1, [STARTED, note("failed", step, error=error)])
 
-    one = failed("ValueError: at 0x1234", 7)
-    assert one.error == "ValueError: at 0x1234"
-    assert one.sign == failed("ValueError: at 0x5678", 7).sign
-    assert one.sign != failed("ValueError: at 0x1234", 8).sign
-    assert one.sign != failed("TypeError: at 0x1234", 7).sign
+    ending = failed("ValueError: at 0x1234", 7)
+    assert ending.error == "ValueError: at 0x1234"
+    assert ending.sign == failed("ValueError: at 0x5678", 7).sign
+    assert ending.sign != failed("ValueError: at 0x1234", 8).sign
+    assert ending.sign != failed("TypeError: at 0x1234", 7).sign
     killed = judge(137, [STARTED, note("saved", 20)])
     assert killed.sign == judge(137, [STARTED, note("restored", 20)]).sign
     assert killed.sign != judge(137, [STARTED, note("saved", 25)]).sign

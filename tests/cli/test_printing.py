@@ -42,9 +42,10 @@ ON_DISK = "n\n" + TEXT.replace("/", "")[:60]
 
 def harmless(text: str) -> bool:
     return all(
-        one == "\n" or (unicodedata.category(one)[0] != "C" and clean(one) == one)
-        for one in text
-        if unicodedata.category(one)[0] != "M"
+        character == "\n"
+        or (unicodedata.category(character)[0] != "C" and clean(character) == character)
+        for character in text
+        if unicodedata.category(character)[0] != "M"
     )
 
 
@@ -71,7 +72,7 @@ def test_what_is_not_simply_shown_is_written_out(text):
 def test_whatever_unicode_has_is_shown_or_written_out():
     places = [*range(0x3100), *range(0xD800, 0x20000, 7), *range(0xE0000, 0xE0200)]
     everything = "".join(map(chr, places))
-    kinds = {unicodedata.category(one) for one in clean(everything)}
+    kinds = {unicodedata.category(character) for character in clean(everything)}
     assert kinds.isdisjoint({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
@@ -155,7 +156,7 @@ def test_a_path_that_is_no_text_is_written_out(tmp_path):
 
 def test_a_line_end_in_a_name_makes_no_line_of_ours(tmp_path):
     told = run("ls", tmp_path / "x\nerror: all is well").stderr
-    assert [one for one in told.splitlines() if one.startswith("error")] == [
+    assert [line for line in told.splitlines() if line.startswith("error")] == [
         f"error: {tmp_path}/x"
     ]
 

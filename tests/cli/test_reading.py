@@ -127,8 +127,8 @@ def test_show_names_states_leaves_and_digests(tmp_path):
     (state,) = answer["states"]
     with GenerationReader(root / "checkpoint-00000002") as reader:
         leaves = reader.manifest.state("arrays").leaves
-    assert [one["digest"] for one in state["leaves"]] == [
-        one.digest.whole.hex() for one in leaves
+    assert [stored["digest"] for stored in state["leaves"]] == [
+        leaf.digest.whole.hex() for leaf in leaves
     ]
     assert state["leaves"][1]["shape"] == [0, 4]
 
@@ -181,9 +181,9 @@ def test_structures_nested_to_the_limit_are_no_crash(tmp_path):
         document = document_of(path)
         document["states"] = [{"name": "s", "structure": inner, "leaves": []}]
         (path / "manifest.json").write_bytes(sealed_document(document))
-    one, two = (tmp_path / n / "checkpoint-00000001" for n in "ab")
-    assert run("diff", one, two).exit_code == 1
-    assert run("show", one, "--structure").exit_code in (0, 1)
+    first, second = (tmp_path / n / "checkpoint-00000001" for n in "ab")
+    assert run("diff", first, second).exit_code == 1
+    assert run("show", first, "--structure").exit_code in (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,16 @@ def test_verify_proves_every_byte_and_names_the_leaf(tmp_path):
     root = fill(tmp_path / "c")
     answer = ask("verify", root, "--all")
     assert answer["good"]
-    assert [one["generation"] for one in answer["generations"]] == [3, 2, 1]
-    assert all(one["bytes"] > 44000 for one in answer["generations"])
+    assert [record["generation"] for record in answer["generations"]] == [3, 2, 1]
+    assert all(record["bytes"] > 44000 for record in answer["generations"])
     path = root / "checkpoint-00000003" / "rank-00000.safetensors"
     flip(path, path.stat().st_size - 1)
     answer = ask("verify", root, "--all", code=1)
-    assert [one["state"] for one in answer["generations"]] == ["damaged", "good", "good"]
+    assert [record["state"] for record in answer["generations"]] == [
+        "damaged",
+        "good",
+        "good",
+    ]
     (problem,) = answer["generations"][0]["problems"]
     assert problem["leaf"] == "arrays/grows"
     text = run("verify", root).stdout
@@ -278,7 +282,7 @@ def test_what_vanishes_meanwhile_is_gone_not_bad(tmp_path, monkeypatch):
     fill_again = shutil.copytree(root / "checkpoint-00000001", root / "checkpoint-00000002")
     assert fill_again.exists()
     answer = ask("verify", root, "--all")
-    assert [one["state"] for one in answer["generations"]] == ["good", "gone", "good"]
+    assert [record["state"] for record in answer["generations"]] == ["good", "gone", "good"]
     shutil.copytree(root / "checkpoint-00000001", root / "checkpoint-00000002")
     assert ask("show", root, "2", code=1)["error"]["kind"] == "gone"
     shutil.copytree(root / "checkpoint-00000001", root / "checkpoint-00000002")
@@ -315,15 +319,15 @@ def test_diff_counts_and_measures(tmp_path):
 
 
 def test_diff_tells_added_removed_and_reshaped(tmp_path):
-    one = publish(tmp_path / "a", [ArrayState("s", {"x": np.ones(6), "old": np.ones(1)})])
-    two = publish(
+    first = publish(tmp_path / "a", [ArrayState("s", {"x": np.ones(6), "old": np.ones(1)})])
+    second = publish(
         tmp_path / "b", [ArrayState("s", {"x": np.ones((2, 3)), "new": np.ones(1)})]
     )
-    answer = ask("diff", one, two, code=1)
+    answer = ask("diff", first, second, code=1)
     assert {leaf["leaf"]: leaf["change"] for leaf in answer["leaves"]} == {
         "x": "changed", "old": "removed", "new": "added",
     }  # fmt: skip
-    assert "6 -> 2 x 3" in run("diff", one, two).stdout
+    assert "6 -> 2 x 3" in run("diff", first, second).stdout
 
 
 def test_diff_in_trouble_is_not_a_difference(tmp_path):
@@ -355,7 +359,7 @@ def test_verify_shows_how_far_it_is_where_somebody_looks(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     shown = run("verify", root, "--all").stderr
     for generation in ("1 of 2, checkpoint-00000002", "2 of 2, checkpoint-00000001"):
-        line = next(one for one in reversed(shown.split("\r")) if generation in one)
+        line = next(line for line in reversed(shown.split("\r")) if generation in line)
         assert "43.1/43.1 KiB" in line
         assert "B/s" in line
         assert "0:00:00" in line

@@ -108,7 +108,7 @@ def site(tmp_path):
 
 
 def outcomes(site: Site) -> list[str]:
-    return [one["outcome"] for one in site.log()]
+    return [attempt["outcome"] for attempt in site.log()]
 
 
 def test_job_is_started_until_it_has_finished(site):
@@ -124,14 +124,14 @@ def test_job_is_started_until_it_has_finished(site):
     assert done.returncode == 0, done.stderr
     assert outcomes(site) == ["preempted", "failed", "lost", "finished"]
     log = site.log()
-    assert [one["code"] for one in log] == [143, 137, 0, 0]
-    assert [(one["step_from"], one["step_to"]) for one in log] == [
+    assert [attempt["code"] for attempt in log] == [143, 137, 0, 0]
+    assert [(attempt["step_from"], attempt["step_to"]) for attempt in log] == [
         (0, 10), (12, 20), (20, 20), (20, 30),
     ]  # fmt: skip
     assert "hello" in done.stdout
     assert "finished; log: " in done.stdout
     assert site.calls() == [f"-x MPI_CKPT_NOTES -n 4 {site.folder}/job --json"] * 4
-    assert [one.name for one in (site.folder / "mpi-ckpt-run").iterdir()] == [
+    assert [path.name for path in (site.folder / "mpi-ckpt-run").iterdir()] == [
         "attempts.jsonl"
     ]
 
@@ -259,16 +259,16 @@ def test_hosts_script_is_asked_before_each_attempt_and_ranks_follow(site):
     site.job("note started 0; note restored $n; [ $n = 4 ] || exit 9; note finished 9")
     done = site.run("--min-np", 2, "--hosts-script", script)
     assert done.returncode == 0, done.stderr
-    hosts = [one["hosts"] for one in site.log()]
+    hosts = [attempt["hosts"] for attempt in site.log()]
     assert hosts == [["a", "b"], ["a"], ["a"], ["a", "b"]]
-    assert [one["np"] for one in site.log()] == [4, 2, 2, 4]
+    assert [attempt["np"] for attempt in site.log()] == [4, 2, 2, 4]
     assert "its last answer is used" in done.stderr
     assert "--host a:2,b:2 " in site.calls()[0]
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("exit 7", "code 7"), ("sleep 60", "hung"), ("echo '?'", "no host:slots")],
+    [("exit 7", "code 7"), ("sleep 60", "hung"), ("echo '?'", "form host:slots")],
 )
 def test_hosts_script_that_never_answers_ends_the_loop(site, text, told):
     site.job("exit 0")
@@ -290,8 +290,8 @@ def test_host_that_failed_twice_is_left_out(site):
     )
     done = site.run("--min-np", 2, "--hostfile", site.folder / "hosts")
     assert done.returncode == 0, done.stderr
-    assert [one["hosts"] for one in site.log()] == [["a", "b"], ["a", "b"], ["a"]]
-    assert [one["left_out"] for one in site.log()] == [[], ["b"], []]
+    assert [attempt["hosts"] for attempt in site.log()] == [["a", "b"], ["a", "b"], ["a"]]
+    assert [attempt["left_out"] for attempt in site.log()] == [[], ["b"], []]
     assert "left out from now on: b" in done.stderr
 
 
@@ -312,7 +312,7 @@ def test_too_few_hosts_are_waited_for_and_then_told(site):
         (["--launcher", "ls"], "is no launcher of"),
         (["--hostfile", "missing"], "does not exist"),
         (["--hostfile", "job", "--hosts-script", "job"], "not both"),
-        (["--hostfile", "job"], "is no host:slots"),
+        (["--hostfile", "job"], "is not of the form host:slots"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_started(site, words, told):

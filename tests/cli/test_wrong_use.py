@@ -87,7 +87,7 @@ REFUSED = {
     "x" * 300: "ENAMETOOLONG",
     "adaptdl": "as adaptdl names them",
     "adaptdl/checkpoint-2": "as adaptdl names them",
-    "run/.quarantine": "set aside; give the directory that it lies in",
+    "run/.quarantine": "set aside; give the directory that contains it",
     "run/.partial-00000009-abc": "is a leftover",
 }
 

@@ -137,7 +137,7 @@ def stuck(root, monkeypatch):
 def test_what_was_retired_is_spared_where_nothing_newer_is_left(stuck, root):
     for number in (3, 4):
         shutil.rmtree(root / f"checkpoint-0000000{number}")
-    stuck.remove_left("job")
+    stuck.retry_removals("job")
     assert numbers(stuck) == [1, 2]
 
 
@@ -163,29 +163,29 @@ def undone(request):
 
 
 def test_what_could_not_be_done_is_done_before_the_next_save(undone, root):
-    undone.remove_left("job")
+    undone.retry_removals("job")
     assert numbers(undone) == [3, 4]
     assert sorted(os.listdir(root)) == [
         ".lock",
         "checkpoint-00000003",
         "checkpoint-00000004",
     ]
-    undone.remove_left("job")
+    undone.retry_removals("job")
     assert numbers(undone) == [3, 4]
 
 
 def test_what_was_retired_is_spared_once_a_newer_one_is_bad(undone):
-    undone.spare_left()
-    undone.remove_left("job")
+    undone.cancel_removals()
+    undone.retry_removals("job")
     assert numbers(undone) == [1, 2, 3, 4]
 
 
 def test_nothing_is_removed_while_the_directory_cannot_be_listed(unlisted, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(filesystem, "list_names", refuse)
-        unlisted.remove_left("job")
+        unlisted.retry_removals("job")
     assert numbers(unlisted) == [1, 2, 3, 4]
-    unlisted.remove_left("job")
+    unlisted.retry_removals("job")
     assert numbers(unlisted) == [3, 4]
 
 

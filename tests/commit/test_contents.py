@@ -20,17 +20,17 @@ def state(**changed) -> ArrayState:
 def test_every_leaf_has_its_own_digest(threads):
     states = [state(), ObjectState("o", {"x": np.ones(2), "y": 1}), state()]
     contents = digest_states(capture_states(states), threads)
-    assert [one.state for one in contents] == states
-    for one in contents:
-        assert len(one.digests) == len(one.leaves)
-        for leaf, digest in zip(one.leaves, one.digests, strict=True):
+    assert [content.state for content in contents] == states
+    for content in contents:
+        assert len(content.digests) == len(content.leaves)
+        for leaf, digest in zip(content.leaves, content.digests, strict=True):
             assert digest == Digest.of(leaf.buffer.read())
     assert contents[1].structure["y"] == 1
 
 
-def changed_summaries(other: ArrayState | ObjectState, one=None) -> list[bool]:
+def changed_summaries(other: ArrayState | ObjectState, content=None) -> list[bool]:
     """Tell which of the three digests (forms, structure, bytes) differ."""
-    first, second = digest_states(capture_states([one or state(), other]), 1)
+    first, second = digest_states(capture_states([content or state(), other]), 1)
     return [a != b for a, b in zip(first.summary(), second.summary(), strict=True)]
 
 
@@ -40,8 +40,8 @@ def test_summary_tells_what_kind_of_difference_there_is():
     assert changed_summaries(state(b=np.arange(6, dtype="i2"))) == [True, False, False]
     assert changed_summaries(state(a=np.arange(4.0).view("i8"))) == [True, False, False]
     assert changed_summaries(state(c=np.ones(1))) == [True, False, True]
-    one, other = (ObjectState("o", {"n": n, "x": np.ones(2)}) for n in (1, 2))
-    assert changed_summaries(other, one) == [False, True, False]
+    first, other = (ObjectState("o", {"n": n, "x": np.ones(2)}) for n in (1, 2))
+    assert changed_summaries(other, first) == [False, True, False]
 
 
 def test_nothing_is_copied():
@@ -53,7 +53,7 @@ def test_nothing_is_copied():
 
 def test_what_was_digested_is_not_digested_again():
     captured = capture_states([state(), state(a=np.ones(2))])
-    assert [one.digests for one in captured] == [None, None]
+    assert [content.digests for content in captured] == [None, None]
     mixed = [*digest_states(capture_states([state()]), 1), captured[1]]
     digested = digest_states(mixed, 1)
     assert digested[0] is mixed[0]

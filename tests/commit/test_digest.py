@@ -39,9 +39,9 @@ def test_digest_is_the_canonical_xxh3_128():
 
 
 def test_whole_of_one_block_is_its_digest_and_of_many_the_digest_of_digests():
-    one = Digest.of(b"abcd", 4)
+    digest = Digest.of(b"abcd", 4)
     two = Digest.of(b"abcde", 4)
-    assert one.whole == digest_bytes(b"abcd")
+    assert digest.whole == digest_bytes(b"abcd")
     assert two.whole == digest_bytes(digest_bytes(b"abcd") + digest_bytes(b"e"))
 
 

@@ -154,10 +154,10 @@ def take_over_slowly(root, monkeypatch, signs: int, sweeps: int) -> bool:
         old.own()
         patch.setattr(filesystem, "os", recorder)
         save(old, [], step=2)
-    for one in held:
+    for directory in held:
         if recorder.left > 0:
             sweep()  # the save ended before its time came
-        one.close()
+        directory.close()
         assert sorted(recovery.survey(root).generations) == sorted(seen)
     return bool(held)
 

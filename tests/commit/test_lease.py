@@ -6,11 +6,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -60,19 +59,9 @@ def no_flock(monkeypatch):
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(start_owner):
     """Start processes that want the directory, and say what became of each."""
-    started = []
-
-    def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path), name]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate(timeout=limit(30))
+    return partial(start_owner, PROGRAM)
 
 
 def hold(root, name: str) -> DirectoryLock:

@@ -5,8 +5,6 @@ import errno
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from contextlib import closing
 
@@ -135,20 +133,15 @@ time.sleep(60)
 
 
 @pytest.fixture
-def owner(tmp_path):
+def owner(start_owner):
     """Start a process that owns the directory."""
-    started = []
 
-    def start(mode: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", OWNER, str(tmp_path), mode]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        assert started[-1].stdout.readline() == "owned\n"
-        return started[-1]
+    def start(mode: str):
+        process = start_owner(OWNER, mode)
+        assert process.stdout.readline() == "owned\n"
+        return process
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate(timeout=limit(30))
+    return start
 
 
 def test_owner_in_another_process_is_named(tmp_path, owner):

@@ -214,8 +214,8 @@ def test_bad_newest_is_set_aside_and_told_once(manage, tmp_path, caplog):
 
 
 def test_partial_restores_take_one_generation(manage):
-    one, other = (mpi_ckpt.ObjectState(name, 1) for name in ("one", "other"))
-    manager = manage(one, other)
+    first, other = (mpi_ckpt.ObjectState(name, 1) for name in ("one", "other"))
+    manager = manage(first, other)
     manager.save()
     assert manager.restore(only=["one"]).generation == 1
     assert manager.restore(only=["other"]).missing == ()

@@ -65,7 +65,7 @@ def test_safetensors_opens_the_file_and_finds_every_leaf(states, random):
         stored_dtype, shape = dtypes.stored_form(spec.dtype, spec.shape)
         named = [k for k in found if k.endswith(f"/{spec.name}")]
         match = [found[k] for k in named if bytes(found[k]["data"]) == data]
-        assert any(one["shape"] == list(shape) for one in match), stored_dtype
+        assert any(row["shape"] == list(shape) for row in match), stored_dtype
 
 
 @pytest.mark.parametrize(

@@ -122,15 +122,21 @@ def test_files_are_renamed_wherever_they_are_named(older):
 )
 def test_sample_misses_no_run_of_more_than_its_share(sizes, count, data):
     states = [
-        ArrayState(f"s{i}", {f"a{n}": np.zeros(m, "u1") for n, m in enumerate(one)})
-        for i, one in enumerate(sizes)
+        ArrayState(f"s{i}", {f"a{n}": np.zeros(m, "u1") for n, m in enumerate(size)})
+        for i, size in enumerate(sizes)
     ]
     contents = capture_states(states)
     picked = {
-        (one.name, leaf.spec.name) for one in sample(contents, count) for leaf in one.leaves
+        (content.name, leaf.spec.name)
+        for content in sample(contents, count)
+        for leaf in content.leaves
     }
     assert len(picked) <= count
-    every = [((one.name, spec.name), spec.nbytes) for one in contents for spec in one.specs]
+    every = [
+        ((content.name, spec.name), spec.nbytes)
+        for content in contents
+        for spec in content.specs
+    ]
     first = data.draw(st.integers(0, len(every)))
     run = every[first : data.draw(st.integers(first, len(every)))]
     if sum(nbytes for _, nbytes in run) > sum(nbytes for _, nbytes in every) / count:

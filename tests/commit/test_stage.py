@@ -31,14 +31,14 @@ def test_what_changes_afterwards_is_not_seen():
     module = torch.nn.Linear(3, 2).to(torch.bfloat16)
     plain = Words("words")
     contents = capture_states([ArrayState("arrays", arrays), ModuleState("module", module)])
-    before = [bytes_of(one) for one in contents]
+    before = [bytes_of(content) for content in contents]
     staged = stage(Arena(), [*contents, plain]).states
     arrays["a"][:] = -1
     arrays["t"][:] = 7
     with torch.no_grad():
         module.weight.zero_()
     plain.text = b"after"
-    assert [bytes_of(one) for one in staged[:2]] == before
+    assert [bytes_of(content) for content in staged[:2]] == before
     stream = io.BytesIO()
     staged[2].save(stream)
     assert stream.getvalue() == b"before"
@@ -48,7 +48,8 @@ def test_the_order_is_kept():
     contents = capture_states([ArrayState("one", {"a": np.ones(2)})])
     staged = stage(Arena(), [Words("first"), *contents, Words("last")]).states
     names = [
-        one.state.name if isinstance(one, CapturedState) else one.name for one in staged
+        content.state.name if isinstance(content, CapturedState) else content.name
+        for content in staged
     ]
     assert names == ["first", "one", "last"]
 

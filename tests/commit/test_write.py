@@ -174,7 +174,9 @@ def digested(monkeypatch) -> list[int]:
     counts = []
 
     def note(contents, threads):
-        counts.append(sum(len(one.leaves) for one in contents if one.digests is None))
+        counts.append(
+            sum(len(content.leaves) for content in contents if content.digests is None)
+        )
         return digest_states(contents, threads)
 
     monkeypatch.setattr(draft, "_SAMPLED_BYTES_MIN", 0)
@@ -187,8 +189,8 @@ def test_digests_are_taken_ahead_only_where_a_sample_is_unchanged(directory, dig
     state = ArrayState("s", leaves)
     save(directory, [state], options=REUSE)
     assert digested == []  # there is nothing to share with
-    for one in leaves.values():
-        one += 1
+    for leaf in leaves.values():
+        leaf += 1
     assert save(directory, [state], options=REUSE).bytes_reused == 0
     assert digested == [8]
     leaves["x07"] += 1
@@ -206,7 +208,7 @@ def test_leaf_of_several_blocks_is_digested_on_the_way(directory):
         verify(reader)
         stored = reader.manifest.state("s").leaves
         found = {leaf.spec.name: leaf.digest for leaf in stored}
-    assert found == {name: Digest.of(one.data) for name, one in leaves.items()}
+    assert found == {name: Digest.of(leaf.data) for name, leaf in leaves.items()}
 
 
 def test_what_can_be_shared_is_where_there_is_no_room_for_all(
@@ -391,6 +393,6 @@ def test_a_manifest_that_has_grown_large_is_told_of_once(directory, monkeypatch,
     many = {f"x{n}": np.ones(1) for n in range(20)}
     for _ in range(2):
         save(directory, [ArrayState("many", many), ArrayState("few", {"x": np.ones(1)})])
-    (told,) = [one.getMessage() for one in caplog.records]
+    (told,) = [record.getMessage() for record in caplog.records]
     assert "a save of more than 67,108,864 is refused" in told
     assert "of state 'many'" in told

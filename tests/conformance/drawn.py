@@ -176,11 +176,11 @@ class Plan:
                 if can_be_filled(tensor):
                     drawn = torch.rand(tensor.shape, generator=stream) * 5
                     tensor.copy_(drawn)
-        for number, one in enumerate(module.modules()):
-            if isinstance(one, PerChannelMinMaxObserver) and seed == 1:
-                one(torch.rand(3, 3, generator=stream))  # a fresh one has other shapes
-            if isinstance(one, Derives):
-                one.count = seed * 100 + number
+        for number, part in enumerate(module.modules()):
+            if isinstance(part, PerChannelMinMaxObserver) and seed == 1:
+                part(torch.rand(3, 3, generator=stream))  # a fresh one has other shapes
+            if isinstance(part, Derives):
+                part.count = seed * 100 + number
         return module
 
     def _make(self, *, fresh: bool) -> nn.Module:
@@ -282,7 +282,9 @@ class Tuning:
 def tunings(draw: Any, module: nn.Module) -> Tuning:
     """Draw an optimizer over some parameters of a module, in any groups and order."""
     names = [
-        name for name, one in module.named_parameters() if one.requires_grad and one.numel()
+        name
+        for name, param in module.named_parameters()
+        if param.requires_grad and param.numel()
     ]
     chosen = draw(st.permutations(names))[: draw(st.integers(1, len(names)))]
     cut = draw(st.integers(0, len(chosen) - 1))

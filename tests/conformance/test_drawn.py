@@ -82,8 +82,10 @@ def test_a_module_of_another_making_is_refused_and_not_changed(plan: Plan, other
 def values(entries: dict[str, Any]) -> dict[str, Any]:
     """Return the bits of entries, as another making may lie in memory in another order."""
     return {
-        key: (one.dtype, tuple(one.shape), bits(one)) if torch.is_tensor(one) else one
-        for key, one in sorted(entries.items())
+        key: (value.dtype, tuple(value.shape), bits(value))
+        if torch.is_tensor(value)
+        else value
+        for key, value in sorted(entries.items())
     }
 
 
@@ -126,8 +128,8 @@ def test_any_optimizer_goes_on_by_names_in_any_order(plan: Plan, data: Any, begu
 
 def by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what an optimizer keeps for each parameter, and its groups without them."""
-    names = {id(one): name for name, one in module.named_parameters()}
-    kept = {names[id(one)]: dict(entry) for one, entry in optimizer.state.items()}
+    names = {id(param): name for name, param in module.named_parameters()}
+    kept = {names[id(param)]: dict(entry) for param, entry in optimizer.state.items()}
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups

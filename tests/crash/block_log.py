@@ -69,7 +69,7 @@ def draw_cuts(
         rng: Draws.
         first: Where in the log to begin.
     """
-    flushes = [i for i, one in enumerate(records) if one.kind == FLUSH and i >= first]
+    flushes = [i for i, record in enumerate(records) if record.kind == FLUSH and i >= first]
     cuts: dict[Cut, None] = {}
     for turn in range(_TRIES * number):
         if turn % len(flushes) == 0:
@@ -89,7 +89,9 @@ def acknowledged(records: Sequence[Record], cut: Cut) -> int:
     An acknowledgement counts until the next flush: none came between it and the cut.
     """
     before = records[: _next_flush(records, cut.flush)]
-    return max((one.offset for one in before if one.kind == ACKNOWLEDGED), default=-1)
+    return max(
+        (record.offset for record in before if record.kind == ACKNOWLEDGED), default=-1
+    )
 
 
 def disk_after(base: bytes, records: Sequence[Record], cut: Cut) -> bytearray:

@@ -205,10 +205,10 @@ def judge_crashes(
     with quiet_scratch() as sandbox:
         for digest, (done, choice, image) in zip(digests, states, strict=True):
             # Two that only a job's name or the time tells apart are one.
-            one = (digest, scenario.acked_after(done))
-            if one in judged:
+            state = (digest, scenario.acked_after(done))
+            if state in judged:
                 continue
-            judged.add(one)
+            judged.add(state)
             fault = judge_image(scenario, done, image, sandbox, gone_on)
             if fault is not None:
                 last = scenario.ops[done - 1] if done else "nothing"

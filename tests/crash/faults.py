@@ -110,7 +110,7 @@ NOT_THERE = (
     "does not show",
     "no lock file",
     "this host does not see it",
-    "is not there, and cannot be made",
+    "does not exist and cannot be made",
 )
 """What errors say of a directory, a lock file, a partial and a root that are missing."""
 
@@ -361,7 +361,7 @@ def joint_workloads() -> list[Workload]:
 
 
 def workloads() -> list[Workload]:
-    one, _ = saved_image([1])
+    image, _ = saved_image([1])
     two, _ = saved_image([1, 2])
     three, _ = saved_image([1, 2, 3])
     damaged = dict(two)
@@ -387,7 +387,7 @@ def workloads() -> list[Workload]:
         ),
         Workload(
             "carrying save",
-            one,
+            image,
             Saved.of(1),
             Saved(5, 1, 5),
             lambda t: t.save(5, only=["plain"]),
@@ -404,7 +404,7 @@ def workloads() -> list[Workload]:
         ),
         Workload(
             "direct save",
-            one,
+            image,
             Saved.of(1),
             Saved.of(5),
             lambda t: t.save(5),
@@ -671,7 +671,7 @@ def assert_soon(seconds: Sequence[float]) -> None:
     The promise is ten seconds; once in a run the machine itself may stand still.
     """
     assert max(seconds, default=0) < 50
-    assert sum(one > 10 for one in seconds) <= 1
+    assert sum(fault > 10 for fault in seconds) <= 1
 
 
 def run_table(

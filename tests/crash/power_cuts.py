@@ -209,7 +209,9 @@ def all_cuts(disk: Disk) -> list[Cut]:
     cuts = []
     for way, how in itertools.product(WAYS, SHUTDOWNS):
         numbers = range(1, count_changes(disk, way) + 1)
-        moments = [Moment(*one) for one in itertools.product(numbers, ("inside", "after"))]
+        moments = [
+            Moment(*drawn) for drawn in itertools.product(numbers, ("inside", "after"))
+        ]
         moments += [Moment(number, "acked") for number in range(1, _SAVES + 1)]
         cuts += [Cut(way, how, moment) for moment in moments]
     return cuts

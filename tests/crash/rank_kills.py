@@ -81,7 +81,7 @@ class Figures:
                 *(f"  {number:5d}  {what}" for what, number in sorted(self.kills.items())),
                 f"{ends}; exit codes {dict(self.codes)}",
                 f"{len(self.restarts)} jobs did not recover",
-                *(f"  {one}" for one in self.restarts),
+                *(f"  {restart}" for restart in self.restarts),
             ]
         )
 
@@ -146,25 +146,27 @@ class Training:
             file.seek(after)
             lines = file.read().splitlines(keepends=True)
         # A rank that was killed may have left half a line.
-        return [json.loads(one) for one in lines if one[:1] == "{" and one[-2:] == "}\n"]
+        return [
+            json.loads(line) for line in lines if line[:1] == "{" and line[-2:] == "}\n"
+        ]
 
     @property
     def has_shrunk(self) -> bool:
         """Whether it went on with fewer ranks, at least for a while."""
-        sizes = {one["size"] for one in self.events() if one["event"] == "start"}
+        sizes = {event["size"] for event in self.events() if event["event"] == "start"}
         return sizes != {self.ranks}
 
     def result(self) -> tuple[dict[int, str], set[str]]:
         """Return loss by step, and the fingerprints of the weights at the end."""
         losses: dict[int, str] = {}
         digests = set()
-        for one in self.events():
-            if one["event"] == "step":
+        for event in self.events():
+            if event["event"] == "step":
                 # The last counts. MPI: a collective in which a rank dies may end well, and
                 # without its share; a step that is not met for afterwards is done again.
-                losses[one["step"]] = one["loss"]
-            elif one["event"] == "end":
-                digests.add(one["digest"])
+                losses[event["step"]] = event["loss"]
+            elif event["event"] == "end":
+                digests.add(event["digest"])
         return losses, digests
 
     def wait(self, seconds: float) -> int | None:
@@ -266,7 +268,7 @@ class Killing:
         return not self._replace and len(ranks_of(training.job)) == 1
 
     def _is_over(self, training: Training) -> bool:
-        return any(one["event"] == "end" for one in training.events())
+        return any(event["event"] == "end" for event in training.events())
 
     def _is_under_way(self, training: Training) -> bool:
         """Wait until it trains since the last kill; False if it has ended, or is stuck."""
@@ -274,14 +276,14 @@ class Killing:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             new = training.events(self._seen)
-            starts = [n for n, one in enumerate(new) if one["event"] == "start"]
+            starts = [n for n, event in enumerate(new) if event["event"] == "start"]
             if starts and len(new) > starts[-1] + 2:
                 return True
             if training.job.poll() is not None:
                 if not self._is_over(training):
                     self._note(training, f"ended with code {training.job.returncode}")
                 return False
-            if any(one["event"] == "end" for one in new):
+            if any(event["event"] == "end" for event in new):
                 return False
             time.sleep(0.02)
         self._note(training, "is stuck")
@@ -307,16 +309,16 @@ class Killing:
         kind = self._rng.choices(["one", "two at once", "one more meanwhile"], [5, 2, 3])[0]
         spared = 0 if self._replace else 1
         first = alive[spared:][: 2 if kind == "two at once" else 1]
-        hit = sum(_kill(one) for one in first)
+        hit = sum(_kill(rank) for rank in first)
         self._last = f"{kind}: {first}"
         self.figures.kills[kind] += hit
         if kind == "one more meanwhile":
             time.sleep(self._rng.random() * 0.6)
-            rest = [one for one in ranks_of(training.job) if one not in first]
+            rest = [rank for rank in ranks_of(training.job) if rank not in first]
             if len(rest) > spared:
-                one = self._rng.choice(rest)
-                self._last += f" then {one}"
-                more = _kill(one)
+                rank = self._rng.choice(rest)
+                self._last += f" then {rank}"
+                more = _kill(rank)
                 self.figures.kills[kind] += more
                 hit += more
         return hit
@@ -342,8 +344,8 @@ def stack(process: int) -> str:
 def _assert_close(losses: dict[int, str], expected: dict[int, str]) -> None:
     assert losses.keys() == expected.keys()
     for step, loss in losses.items():
-        one, other = float.fromhex(loss), float.fromhex(expected[step])
-        assert abs(one - other) <= 1e-6 * abs(other) + 1e-12, f"step {step}"
+        found, other = float.fromhex(loss), float.fromhex(expected[step])
+        assert abs(found - other) <= 1e-6 * abs(other) + 1e-12, f"step {step}"
 
 
 def _kill(process: int) -> int:

@@ -80,7 +80,10 @@ def to_json(ops: list[Op]) -> str:
 
 def from_json(text: str) -> list[Op]:
     """Read what `to_json` wrote."""
-    return [Op(**{**one, "data": bytes.fromhex(one["data"])}) for one in json.loads(text)]
+    return [
+        Op(**{**record, "data": bytes.fromhex(record["data"])})
+        for record in json.loads(text)
+    ]
 
 
 def merge(records: list[tuple[list[int], str]]) -> list[Op]:
@@ -97,7 +100,7 @@ def merge(records: list[tuple[list[int], str]]) -> list[Op]:
             # Files of two ranks have the same numbers.
             serial = op.file and op.file * len(records) + rank
             timed.append((latest, rank, len(timed), replace(op, file=serial)))
-    return [op for _, _, _, op in sorted(timed, key=lambda one: one[:3])]
+    return [op for _, _, _, op in sorted(timed, key=lambda timing: timing[:3])]
 
 
 class Recorder:

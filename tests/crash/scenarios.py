@@ -199,7 +199,9 @@ def recorded_on_all_ranks(ranks: int) -> dict[str, list[Op]]:
             write_image(saved_image([1])[0], sandbox / way)
         outcome = run_job(ranks, [RECORD_WRITERS, str(sandbox), str(out)], timeout=100)
         assert outcome.code == 0, outcome.text
-        recorded = {way: merge(one) for way, one in json.loads(out.read_text()).items()}
+        recorded = {
+            way: merge(records) for way, records in json.loads(out.read_text()).items()
+        }
         for way, ops in recorded.items():
             scenario = Scenario(way, saved_image([1])[0], ops)
             assert_explained(scenario, sandbox / way)

@@ -84,7 +84,9 @@ class Call:
                 for at in _DIRECTORIES[self.name]
             ]
         if self.name in _WITH_PATHS:
-            texts = [at for at, one in enumerate(self.arguments) if one[:1] == '"']
+            texts = [
+                at for at, argument in enumerate(self.arguments) if argument[:1] == '"'
+            ]
             return [os.path.abspath(os.fsdecode(self.text(at))) for at in texts]
         return []
 
@@ -253,7 +255,9 @@ class _Reader:
 
 def _words(call: Call) -> set[str]:
     """Return the flags that were passed, of all arguments."""
-    return {word for one in call.arguments for word in re.findall(r"\b[A-Z_]+\b", one)}
+    return {
+        word for argument in call.arguments for word in re.findall(r"\b[A-Z_]+\b", argument)
+    }
 
 
 def _unescape(text: str) -> bytes:

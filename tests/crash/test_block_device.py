@@ -123,7 +123,7 @@ def test_a_missing_flush_is_found(missing, folder, device, monkeypatch):
         without.setattr(filesystem, missing, lambda *_, **__: None)
         saves = saves_of(device, "blocking")
     records = device.records()
-    first = next(i for i, one in enumerate(records) if one.kind == ACKNOWLEDGED)
+    first = next(i for i, record in enumerate(records) if record.kind == ACKNOWLEDGED)
     flush = max(i for i in range(first) if records[i].kind == FLUSH)
     nothing_more = Cut(flush, frozenset())
     fault = judge_cut(folder, device, records, nothing_more, saves)

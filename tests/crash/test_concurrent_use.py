@@ -62,7 +62,7 @@ def test_readers_never_fail_beside_a_job_that_saves_and_prunes(start, tmp_path):
     assert saves >= NUMBER
     assert told["restore"]["generations"] > 5, "it was not saved while it was read"
     COUNTS["saves beside readers"] += saves
-    COUNTS["loads beside a writer"] += sum(one["loads"] for one in told.values())
+    COUNTS["loads beside a writer"] += sum(outcome["loads"] for outcome in told.values())
 
 
 def test_a_second_job_is_refused_and_told_whose_the_directory_is(start, tmp_path):

@@ -99,7 +99,9 @@ def test_one_rank_writes_as_root_does_whoever_is_to_write(writers, way):
 def test_crash_while_recovering_from_a_crash():
     rng = random.Random(SEED)
     firsts = [make() for make, _ in RUNS.values()]
-    firsts += [scenarios.saves_of_writers(*one) for one in WRITERS if "root" not in one[1]]
+    firsts += [
+        scenarios.saves_of_writers(*writer) for writer in WRITERS if "root" not in writer[1]
+    ]
     for first in firsts:
         images = list(crash_images(first.base, first.ops, rng, samples=SAMPLES))
         for done, _, image in rng.sample(images, 20 if STRESS else 3):
@@ -169,7 +171,8 @@ def test_states_are_drawn_by_the_seed():
 
     def states(seed):
         return [
-            str(one) for one in crash_images(scenario.base, scenario.ops, seed, samples=5)
+            str(image)
+            for image in crash_images(scenario.base, scenario.ops, seed, samples=5)
         ]
 
     assert states(random.Random(1)) == states(random.Random(1))

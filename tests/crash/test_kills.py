@@ -67,10 +67,10 @@ def test_kill_at_every(kind, few, directory):
     assert number > 30  # restore, a save that prunes, another one
     kills = list(itertools.product(range(1, number + 1), MOMENTS, VICTIMS))
     hits = 0
-    for count, one in enumerate(kills if STRESS else spread(kills, few, rng)):
+    for count, planned in enumerate(kills if STRESS else spread(kills, few, rng)):
         # Two, three and four by turns, or who is to be killed is not there.
-        least = 3 if one[-1] == "2" else 2
-        hits += kill_at(directory, kind, one, ranks=max(2 + count % 3, least))
+        least = 3 if planned[-1] == "2" else 2
+        hits += kill_at(directory, kind, planned, ranks=max(2 + count % 3, least))
         COUNTS[f"kills at a {kind}"] += 1
     # How a job saves depends on what was acked, and so does how much it does; and the last
     # thing that it does may be too late to be noticed.
@@ -83,18 +83,18 @@ def test_kill_at_every(kind, few, directory):
 def spread(items, few, rng):
     """Draw one of each of so many equal parts of a list; return them in any order."""
     edges = [len(items) * part // few for part in range(few + 1)]
-    drawn = [items[rng.randrange(*one)] for one in itertools.pairwise(edges)]
+    drawn = [items[rng.randrange(*bounds)] for bounds in itertools.pairwise(edges)]
     return rng.sample(drawn, few)
 
 
-def kill_at(directory, kind, one, ranks):
+def kill_at(directory, kind, planned, ranks):
     """Run a job that is killed at a moment; tell whether it was."""
     acked = last_line(directory / "acked")
-    env = {"MPI_CKPT_TEST_KILL": " ".join(map(str, (kind, *one)))}
+    env = {"MPI_CKPT_TEST_KILL": " ".join(map(str, (kind, *planned)))}
     outcome = run_job(ranks, [PROGRAM, str(directory), "2"], env=env)
     # A killed mpirun is gone before its ranks are.
     running = [int(pid) for pid in (directory / "pids").read_text().split()]
-    assert wait_for(lambda: not alive(running), 60), f"{one}: {alive(running)} live on"
+    assert wait_for(lambda: not alive(running), 60), f"{kill}: {alive(running)} live on"
     forget_survivors(directory)
     fail_on_problem(directory)
     assert outcome.code != 124, outcome.text

@@ -29,9 +29,10 @@ from tests.draws import COUNTS, SEED, STRESS, TIMES
 
 KINDS = ("back soon", "back", "away", "empty", "older", "newer")
 WORKLOADS = {
-    one.name: one
-    for one in faults.workloads()
-    if one.name in ("save with prune", "sharing save", "asynchronous save", "direct save")
+    workload.name: workload
+    for workload in faults.workloads()
+    if workload.name
+    in ("save with prune", "sharing save", "asynchronous save", "direct save")
 }
 
 

@@ -81,4 +81,4 @@ def test_one_that_is_being_written_is_left_alone(tmp_path, monkeypatch):
     state = state_at(0)
     load_alone(path, state)
     assert state.arrays["w"][0] == 2
-    assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -309,11 +309,11 @@ def test_a_lease_keeps_out_a_job_of_another_host(odd_disks, tmp_path, monkeypatc
     """Each host grants flock to its own, or to nobody, and sees what the other renews."""
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
     monkeypatch.setattr(lease, "TERM_SECONDS", 2.0)
-    one, other = [
+    first, other = [
         odd_disks(backing=tmp_path / "server", locks="kernel", **how).path
         for how in ({}, {"flock": "ENOTSUP"})
     ]
-    held = DirectoryLock(one, "first", locking="lease")
+    held = DirectoryLock(first, "first", locking="lease")
     with pytest.raises(LockedError, match="job first"):
         DirectoryLock(other, "second", 0.2, locking="lease")
     held._lease.close()  # as if its host was off: what it has signed stays
@@ -336,7 +336,8 @@ def test_a_disk_that_lies_once(odd_disks, backing, tmp_path):
         cases = []
         for _ in range(6 * TIMES):
             kind, how = rng.choice(
-                [("listing", one) for one in LISTINGS] + [("open", one) for one in OPENINGS]
+                [("listing", call) for call in LISTINGS]
+                + [("open", call) for call in OPENINGS]
             )
             at = rng.randint(1, SOME_LISTINGS if kind == "listing" else SOME_OPENINGS // 2)
             cases.append([{kind: {**how, "at": at}}, rng.choice(WAYS)])

@@ -115,7 +115,7 @@ def all_is_right(jobs: Jobs, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "drawn", [*DRAWN, *(pytest.param(one, marks=pytest.mark.long) for one in MORE)]
+    "drawn", [*DRAWN, *(pytest.param(case, marks=pytest.mark.long) for case in MORE)]
 )
 def test_a_rank_that_is_stopped_for_a_while(jobs, tmp_path, drawn):
     assert stop_at(jobs, tmp_path, *drawn), "the moment does not come any more"

@@ -46,13 +46,13 @@ pytestmark = [
 
 
 def test_an_fsync_after_a_failed_one_is_seen(tmp_path):
-    one = Traced(Fault("fsync", 1, errno.EIO), tmp_path)
+    traced = Traced(Fault("fsync", 1, errno.EIO), tmp_path)
     path = tmp_path / "one.bin"
-    with one.in_place(), path.open("wb") as file:
+    with traced.in_place(), path.open("wb") as file:
         with pytest.raises(OSError, match="Input/output error"):
             os.fsync(file.fileno())
         os.fsync(file.fileno())
-    assert (one.fired, one.missed, one.retried) == (1, 0, [str(path)])
+    assert (traced.fired, traced.missed, traced.retried) == (1, 0, [str(path)])
 
 
 def kinds():

@@ -232,7 +232,7 @@ def test_failed_fsync_of_a_directory_is_ignored(monkeypatch):
 
 
 def workload(name):
-    return next(one for one in faults.workloads() if one.name == name)
+    return next(workload for workload in faults.workloads() if workload.name == name)
 
 
 def table(name, errnos=(errno.EIO,)):
@@ -254,7 +254,9 @@ def test_fault_table_sees_a_prune_that_fails_a_save(monkeypatch):
     def strict(self, policy):
         there = self.generations()
         kept = policy.keep(there)
-        return tuple(one.generation for one in there if one.generation not in kept)
+        return tuple(
+            summary.generation for summary in there if summary.generation not in kept
+        )
 
     monkeypatch.setattr(catalog.Catalog, "choose", strict)
     assert any("expected Saved(step=3" in line for line in table("save with prune"))

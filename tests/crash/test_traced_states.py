@@ -54,10 +54,10 @@ def in_one_order(ops):
     return result
 
 
-def later(one, other):
+def later(scenario, other):
     """Tell whether two neighbours are writes to one file, the first of the later bytes."""
-    writes = one.kind == other.kind == "pwrite" and one.file == other.file
-    return writes and one.offset > other.offset
+    writes = scenario.kind == other.kind == "pwrite" and scenario.file == other.file
+    return writes and scenario.offset > other.offset
 
 
 @contextlib.contextmanager

@@ -27,32 +27,32 @@ def totals(accumulator: Accumulator) -> dict:
 def folded(*accumulators: Accumulator) -> Accumulator:
     """Do what a save does with the parts of several ranks."""
     root = accumulators[0]
-    root.combine([one.part() for one in accumulators])
-    for one in accumulators:
-        one.combined()
+    root.combine([sums.part() for sums in accumulators])
+    for sums in accumulators:
+        sums.combined()
     return root
 
 
 def test_amounts_are_added_up_over_ranks_in_rank_order():
     ranks = [Accumulator({"n": 5}) for _ in range(3)]
-    for rank, one in enumerate(ranks, 1):
-        one["n"] += rank
-        one["loss"] -= rank / 2
-        one.update({"seen": 1}, other=2)
-        one.subtract(seen=3)
+    for rank, accumulator in enumerate(ranks, 1):
+        accumulator["n"] += rank
+        accumulator["loss"] -= rank / 2
+        accumulator.update({"seen": 1}, other=2)
+        accumulator.subtract(seen=3)
     assert totals(folded(*ranks)) == {"n": 11, "loss": -3.0, "seen": -6, "other": 6}
 
 
 def test_amounts_are_counted_once():
-    one = Accumulator()
-    one["n"] += 1
-    folded(one)
-    folded(one)
-    assert totals(one) == {"n": 1}
+    sums = Accumulator()
+    sums["n"] += 1
+    folded(sums)
+    folded(sums)
+    assert totals(sums) == {"n": 1}
 
 
 def test_numbers_of_any_library_are_taken():
-    one = Accumulator()
+    sums = Accumulator()
     for value in (
         1,
         2.5,
@@ -62,17 +62,17 @@ def test_numbers_of_any_library_are_taken():
         torch.tensor(4),
         torch.ones((), requires_grad=True),
     ):
-        one["x"] += value
-    assert totals(folded(one)) == {"x": 13.0}
+        sums["x"] += value
+    assert totals(folded(sums)) == {"x": 13.0}
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2", "f8", "i8", "u1"])
 def test_arrays_are_added_and_saved_to_the_last_bit(dtype):
     array = np.array([[1, 0, 1]]).astype(dtype)
-    one = Accumulator()
-    one["x"] += array
-    one[7] += torch.arange(3)
-    found = totals(folded(one))
+    sums = Accumulator()
+    sums["x"] += array
+    sums[7] += torch.arange(3)
+    found = totals(folded(sums))
     assert found["x"].dtype == np.dtype(dtype)
     assert found["x"].tolist() == array.tolist()
     assert found[7].tolist() == [0, 1, 2]
@@ -80,28 +80,28 @@ def test_arrays_are_added_and_saved_to_the_last_bit(dtype):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1, -0.0, 2**100])
 def test_sums_of_any_value_are_saved_as_json_that_all_can_read(value):
-    one = Accumulator()
-    one["loss"] += value
-    one["all"] += np.array([1.0, value], np.float64) if value != 2**100 else 0
-    folded(one)
-    json.dumps(one.capture().structure, allow_nan=False)
-    assert repr(totals(one)["loss"]) == repr(0 + value)
+    sums = Accumulator()
+    sums["loss"] += value
+    sums["all"] += np.array([1.0, value], np.float64) if value != 2**100 else 0
+    folded(sums)
+    json.dumps(sums.capture().structure, allow_nan=False)
+    assert repr(totals(sums)["loss"]) == repr(0 + value)
 
 
 def test_outside_it_reads_as_empty_and_takes_only_sums():
-    one = Accumulator({"n": 5})
-    assert len(one) == 0
-    assert "n" not in one
-    assert list(one) == []
+    sums = Accumulator({"n": 5})
+    assert len(sums) == 0
+    assert "n" not in sums
+    assert list(sums) == []
     with pytest.raises(TypeError, match="only be added to"):
-        one["n"] = 3
+        sums["n"] = 3
     with pytest.raises(TypeError, match="only be added to"):
-        one["n"] = one["m"]
+        sums["n"] = sums["m"]
     with pytest.raises(TypeError, match="only be read inside"):
-        one["n"] += one["m"]
+        sums["n"] += sums["m"]
     with pytest.raises(KeyError):
-        del one["n"]
-    assert totals(folded(one)) == {"n": 5}
+        del sums["n"]
+    assert totals(folded(sums)) == {"n": 5}
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_restored_sums_replace_and_pending_amounts_are_dropped():
 
 
 def test_capture_and_part_change_nothing():
-    one = Accumulator()
-    one["n"] += 1
-    assert one.part() == one.part()
-    assert one.capture().structure == one.capture().structure
-    assert totals(folded(one)) == {"n": 1}
+    sums = Accumulator()
+    sums["n"] += 1
+    assert sums.part() == sums.part()
+    assert sums.capture().structure == sums.capture().structure
+    assert totals(folded(sums)) == {"n": 1}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ ELEMENTS = ["?", "b", "B", "h", "H", "i", "I", "l", "L", "e", "f", "d", "g", "F"
 
 @given(st.data())
 def test_sums_of_every_kind_of_number_come_back_as_they_were(data):
-    one, expected = Accumulator(), {}
+    sums, expected = Accumulator(), {}
     for key in range(data.draw(st.integers(1, 4))):
         dtype = np.dtype(data.draw(st.sampled_from(ELEMENTS)))
         shape = data.draw(st.sampled_from([(), (1,), (0,), (2, 3)]))
@@ -183,10 +183,10 @@ def test_sums_of_every_kind_of_number_come_back_as_they_were(data):
         if dtype.kind == "c":
             value = value * dtype.type(1j)
         for _ in range(data.draw(st.integers(1, 3))):
-            one[key] += value
+            sums[key] += value
             number = value if value.ndim else value.item()
             expected[key] = expected.get(key, 0) + number
-    found = totals(folded(one))
+    found = totals(folded(sums))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert type(found[key]) is type(value)
@@ -196,10 +196,10 @@ def test_sums_of_every_kind_of_number_come_back_as_they_were(data):
 
 @pytest.mark.parametrize("value", [np.longdouble(1) / 3, np.clongdouble(1j) / 3, 1 + 2j])
 def test_wide_and_complex_numbers_keep_every_bit(value):
-    one = Accumulator()
-    one["x"] += value
-    one["y"] += np.array([value, value])
-    found = totals(folded(one))
+    sums = Accumulator()
+    sums["x"] += value
+    sums["y"] += np.array([value, value])
+    found = totals(folded(sums))
     assert found["x"] == value
     assert found["y"].dtype == np.array([value]).dtype
     assert (found["y"] == value).all()
@@ -215,11 +215,11 @@ def test_wide_and_complex_numbers_keep_every_bit(value):
     ],
 )
 def test_tensors_that_numpy_has_no_kind_for_are_summed_exactly(dtype, sums):
-    one = Accumulator()
+    accumulator = Accumulator()
     for _ in range(300):  # in bfloat16 the sum would stand still at 256
-        one["x"] += torch.ones(3).to(dtype)
-        one["n"] += torch.tensor(1.0).to(dtype)
-    found = totals(folded(one))
+        accumulator["x"] += torch.ones(3).to(dtype)
+        accumulator["n"] += torch.tensor(1.0).to(dtype)
+    found = totals(folded(accumulator))
     assert found["x"].dtype == sums
     assert found["x"].tolist() == [300] * 3
     assert found["n"] == 300
@@ -227,39 +227,39 @@ def test_tensors_that_numpy_has_no_kind_for_are_summed_exactly(dtype, sums):
 
 def test_numbers_of_ml_dtypes_are_taken():
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    one = Accumulator()
-    one["x"] += np.full(2, 1.5, ml_dtypes.bfloat16)
-    one["n"] += ml_dtypes.bfloat16(0.25)
-    found = totals(folded(one))
+    sums = Accumulator()
+    sums["x"] += np.full(2, 1.5, ml_dtypes.bfloat16)
+    sums["n"] += ml_dtypes.bfloat16(0.25)
+    found = totals(folded(sums))
     assert (found["x"].dtype, found["x"].tolist()) == (np.float32, [1.5, 1.5])
     assert found["n"] == 0.25
 
 
 def test_a_mapping_is_added_and_subtracted_as_a_whole():
-    one = Accumulator({"n": 1})
-    one += {"n": 2, "x": np.ones(2)}
-    one -= {"n": 1}
-    assert isinstance(one, Accumulator)
-    found = totals(folded(one))
+    sums = Accumulator({"n": 1})
+    sums += {"n": 2, "x": np.ones(2)}
+    sums -= {"n": 1}
+    assert isinstance(sums, Accumulator)
+    found = totals(folded(sums))
     assert found["n"] == 2
     assert found["x"].tolist() == [1, 1]
 
 
 def test_arrays_and_history_are_leaves():
-    one = Accumulator({"big": np.zeros(100_000), "n": 1})
-    one._history_epoch, one._history = 3, [{"loss": n / 7} for n in range(400)]
-    captured = one.capture()
+    sums = Accumulator({"big": np.zeros(100_000), "n": 1})
+    sums._history_epoch, sums._history = 3, [{"loss": n / 7} for n in range(400)]
+    captured = sums.capture()
     assert sorted(leaf.spec.name for leaf in captured.leaves) == ["history", "results/big"]
     assert len(json.dumps(captured.structure)) < 1000
     other = Accumulator()
-    carry(one, other)
-    assert (other._history_epoch, other._history) == (3, one._history)
+    carry(sums, other)
+    assert (other._history_epoch, other._history) == (3, sums._history)
 
 
 def test_what_was_read_is_not_written_to_by_a_restore():
-    one, other = Accumulator({"x": np.ones(3)}), Accumulator({"x": np.zeros(3)})
+    sums, other = Accumulator({"x": np.ones(3)}), Accumulator({"x": np.zeros(3)})
     read = other._results["x"]
-    carry(one, other)
+    carry(sums, other)
     assert read.tolist() == [0, 0, 0]
     assert other._results["x"].tolist() == [1, 1, 1]
 
@@ -270,8 +270,8 @@ def test_sums_of_the_first_form_are_read():
         "results": [["x", array], [3, {"float": "nan"}]],
         "history": [[None, [[["x", 1]]]], [4, [[["x", 2]], [["x", 3]]]], [3, []]],
     }
-    one = Accumulator()
-    one.prepare(structure, [], strict=True).adopt()
-    assert one._results["x"].tolist() == [1, 2]
-    assert math.isnan(one._results[3])
-    assert (one._history_epoch, one._history) == (4, [{"x": 2}, {"x": 3}])
+    sums = Accumulator()
+    sums.prepare(structure, [], strict=True).adopt()
+    assert sums._results["x"].tolist() == [1, 2]
+    assert math.isnan(sums._results[3])
+    assert (sums._history_epoch, sums._history) == (4, [{"x": 2}, {"x": 3}])

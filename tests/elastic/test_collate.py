@@ -33,7 +33,7 @@ def form(batch):
     if isinstance(batch, dict):
         return {key: form(value) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)) and not all(isinstance(x, str) for x in batch):
-        return type(batch), [form(one) for one in batch]
+        return type(batch), [form(sample) for sample in batch]
     return type(batch)
 
 
@@ -41,7 +41,7 @@ def lengths(batch):
     if isinstance(batch, dict):
         return {n for value in batch.values() for n in lengths(value)}
     if isinstance(batch, (list, tuple)) and not all(isinstance(x, str) for x in batch):
-        return {n for one in batch for n in lengths(one)}
+        return {n for sample in batch for n in lengths(sample)}
     return {len(batch)}
 
 

@@ -36,7 +36,7 @@ class Program:
         self.states = [self.epochs, self.sampler, self.sums]
         for state in self.states:
             state.bind(self.comm)
-            state.join({one.name: one for one in self.states})
+            state.join({state.name: state for state in self.states})
 
     def resumed(self):
         """Save what there is, and make the program that restores it."""

@@ -47,7 +47,9 @@ def test_a_time_without_an_offset_is_local(monkeypatch):
     ["3600", "4:00:00", "soon", "nan", "inf", "-1", "1e300", "2030-13-01T00:00:00Z", "%s"],
 )
 def test_what_is_no_point_in_time_is_refused(text):
-    with pytest.raises(OptionsError, match="is no point in time: give seconds since the"):
+    with pytest.raises(
+        OptionsError, match="is not a point in time: give seconds since the"
+    ):
         parse_deadline(text)
 
 
@@ -101,7 +103,7 @@ def test_a_job_a_little_over_its_time_is_over(tmp_path):
 def test_rubbish_of_a_scheduler_is_not_used(tmp_path, text):
     found = find({"SLURM_JOB_END_TIME": text}, tmp_path=tmp_path)
     assert found.end is None
-    assert "is no point in time: not used" in found.ignored[0]
+    assert "is not a point in time: not used" in found.ignored[0]
 
 
 def test_torque_tells_a_limit_and_the_node_file_the_start(tmp_path):

@@ -193,9 +193,9 @@ def _whole_text(path: Path) -> bytes:
 def _million_leaves(path: Path) -> None:
     document = document_of(path)
     text = json.dumps(document, separators=(",", ":"))
-    one = json.dumps(leaf_of(document), separators=(",", ":"))
-    start, end = text.split(one, 1)
-    leaves = b",".join([one.encode()] * 1_000_000)
+    leaf_text = json.dumps(leaf_of(document), separators=(",", ":"))
+    start, end = text.split(leaf_text, 1)
+    leaves = b",".join([leaf_text.encode()] * 1_000_000)
     (path / MANIFEST).write_bytes(sealed(start.encode() + leaves + end.encode()[:-1]))
 
 
@@ -393,7 +393,7 @@ def _add_state(name: str):
             "bytes": 0,
             "digest": digest_bytes(b"").hex(),
         }
-        document["states"] += [{"name": one, "stream": empty} for one in name.split("|")]
+        document["states"] += [{"name": part, "stream": empty} for part in name.split("|")]
 
     return _said(change)
 

@@ -56,7 +56,7 @@ def test_nothing_of_it_is_run_and_the_directory_stays_good(whole, tmp_path, case
 
 
 def test_what_a_link_out_of_the_directory_of_adaptdl_names_is_not_taken(whole, tmp_path):
-    case = next(one for one in CASES if one.name == "a link out of the directory")
+    case = next(case for case in CASES if case.name == "a link out of the directory")
     case.make(tmp_path / "old")
     answer = run("import", tmp_path / "old", "--into", tmp_path / "new", "--trust-pickle")
     assert answer.exit_code == 1

@@ -61,25 +61,25 @@ values = st.recursive(
 )
 
 
-def same(one, other) -> bool:
+def same(first, other) -> bool:
     """Compare nested values: arrays bit for bit, and -0.0 is not 0.0 elsewhere either."""
-    if type(one) is not type(other):
+    if type(first) is not type(other):
         return False
-    if isinstance(one, np.ndarray):
-        little = one.astype(one.dtype.newbyteorder("<"))
+    if isinstance(first, np.ndarray):
+        little = first.astype(first.dtype.newbyteorder("<"))
         theirs = other.astype(other.dtype.newbyteorder("<"))
-        return (little.dtype, one.shape, little.tobytes()) == (
+        return (little.dtype, first.shape, little.tobytes()) == (
             *(theirs.dtype, other.shape, theirs.tobytes()),
         )
-    if isinstance(one, (float, complex)):
-        return repr(one) == repr(other)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, dict):
-        return list(map(repr, one)) == list(map(repr, other)) and all(
-            map(same, one.values(), other.values())
+    if isinstance(first, (float, complex)):
+        return repr(first) == repr(other)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(other) and all(map(same, first, other))
+    if isinstance(first, dict):
+        return list(map(repr, first)) == list(map(repr, other)) and all(
+            map(same, first.values(), other.values())
         )
-    return one == other
+    return first == other
 
 
 def write(root: Path, states: list):
@@ -117,7 +117,7 @@ def read_into(path: Path, targets: list) -> None:
 )
 def test_a_generation_holds_what_was_saved(held, value, stream, names):
     try:
-        layout.check_names_apart(names)
+        layout.check_names_differ(names)
         for name in names:
             layout.check_state_name(name)
     except RegistrationError:
@@ -155,7 +155,7 @@ PAYLOADS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "bits"), PAYLOADS, ids=lambda one: str(one)[:5])
+@pytest.mark.parametrize(("dtype", "bits"), PAYLOADS, ids=lambda value: str(value)[:5])
 def test_every_kind_of_nan_and_minus_nothing_come_back_bit_for_bit(tmp_path, dtype, bits):
     held = np.array(bits, dtype.replace("f", "u")).view(dtype)
     path = write(tmp_path, [ArrayState("a", {"x": held})])
@@ -191,7 +191,7 @@ def test_a_header_tells_what_it_was_made_of(leaves, note):
 @given(st.lists(state_names, min_size=1, max_size=6, unique=True))
 def test_names_that_are_taken_make_different_files_also_where_case_is_not_told(names):
     try:
-        layout.check_names_apart(names)
+        layout.check_names_differ(names)
         for name in names:
             layout.check_state_name(name)
     except RegistrationError:

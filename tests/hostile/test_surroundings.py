@@ -91,7 +91,9 @@ def test_no_fresh_start_where_the_quarantine_cannot_be_looked_into(
     root = tmp_path / "empty"
     root.mkdir()
     KINDS[kind](root / ".quarantine", elsewhere)
-    with pytest.raises(CorruptGenerationError, match="whether there ever was is not known"):
+    with pytest.raises(
+        CorruptGenerationError, match="it is not known whether there ever was one"
+    ):
         Program().restore(root)
     (root / ".quarantine").unlink()
     assert Program().restore(root) is None
@@ -281,7 +283,7 @@ def test_a_file_that_changes_between_check_and_read_is_found(root, monkeypatch, 
     ("mode", "told"),
     [
         (0o777, "add, change and remove"),
-        (0o1777, "everybody on this system may add generations"),
+        (0o1777, "any user of this system may add generations"),
         (0o2775, None),
         (0o770, None),
         (0o775, None),

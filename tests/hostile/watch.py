@@ -64,7 +64,9 @@ class Watch:
             self._note_change(event, given[1:] if event == "os.symlink" else given)
 
     def _note_change(self, event: str, given: tuple[object, ...]) -> None:
-        paths = [os.fsdecode(one) for one in given if isinstance(one, (str, bytes, Path))]
+        paths = [
+            os.fsdecode(path) for path in given if isinstance(path, (str, bytes, Path))
+        ]
         for path in paths:
             real = os.path.realpath(os.path.dirname(path))
             ours = f"{real}/".startswith(f"{os.path.realpath(self.root)}/")
@@ -118,5 +120,5 @@ def _reset_peak() -> int:
 
 def _status(name: str) -> int:
     text = Path("/proc/self/status").read_text()
-    line = next(one for one in text.splitlines() if one.startswith(f"{name}:"))
+    line = next(line for line in text.splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) << 10

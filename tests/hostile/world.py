@@ -114,7 +114,7 @@ def replace_file(path: Path, data: bytes, *, listed: bool = True) -> None:
         return
 
     def tell(document: dict) -> None:
-        entry = next(one for one in document["files"] if one["name"] == path.name)
+        entry = next(file for file in document["files"] if file["name"] == path.name)
         entry["bytes"] = len(data)
         entry["header_bytes"] = min(entry["header_bytes"], len(data))
         entry["header_digest"] = digest_bytes(data[: entry["header_bytes"]]).hex()
@@ -124,18 +124,20 @@ def replace_file(path: Path, data: bytes, *, listed: bool = True) -> None:
 
 def leaf_of(document: dict, state: str = "arrays", number: int = 0) -> dict:
     """Return the entry of a leaf, in the manifest."""
-    entry = next(one for one in document["states"] if one["name"] == state)
+    entry = next(stored for stored in document["states"] if stored["name"] == state)
     return entry["leaves"][number]
 
 
 def stream_of(document: dict) -> dict:
     """Return the extent of the plain state, in the manifest."""
-    return next(one for one in document["states"] if one["name"] == "plain")["stream"]
+    return next(stored for stored in document["states"] if stored["name"] == "plain")[
+        "stream"
+    ]
 
 
 def file_of(document: dict, name: str) -> dict:
     """Return the entry of a file, in the manifest."""
-    return next(one for one in document["files"] if one["name"] == name)
+    return next(file for file in document["files"] if file["name"] == name)
 
 
 def copy_of(root: Path, target: Path) -> Path:
@@ -148,8 +150,8 @@ def make_socket(path: Path) -> None:
     before = os.open(".", os.O_RDONLY)
     os.chdir(path.parent)
     try:
-        with socket.socket(socket.AF_UNIX) as one:
-            one.bind(path.name)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
     finally:
         os.fchdir(before)
         os.close(before)

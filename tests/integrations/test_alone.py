@@ -35,7 +35,7 @@ def test_round_trip_over_several_blocks(tmp_path):
 def test_saved_again_only_the_newer_is_left(tmp_path):
     save_alone(tmp_path, ObjectState("one", {"old": 1}), step=1)
     save_alone(tmp_path, ObjectState("one", value()), step=2)
-    assert [one.name for one in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000002"]
     assert_loaded(tmp_path, value())
 
 

@@ -23,8 +23,8 @@ def test_the_order_is_horovods():
     order = list(range(10))
     random.Random(7 + 3).shuffle(order)
     first, second = samplers(10, 2, seed=7)
-    for one in (first, second):
-        one.set_epoch(3)
+    for indices in (first, second):
+        indices.set_epoch(3)
     assert list(first) == order[0::2]
     assert list(second) == order[1::2]
 
@@ -40,19 +40,19 @@ def test_with_another_number_of_ranks_the_rest_is_read(
     length, size, batches, batch, new_size
 ):
     before = samplers(length, size)
-    read = [list(one) for one in before]
+    read = [list(indices) for indices in before]
     taken = min(batches * batch, len(read[0]))
-    done = {index for one in read for index in one[:taken]}
+    done = {index for indices in read for index in indices[:taken]}
     for number, start in enumerate(range(0, taken, batch)):
-        for one in before:
-            one.record_batch(number, min(batch, taken - start))
+        for indices in before:
+            indices.record_batch(number, min(batch, taken - start))
     after = samplers(length, new_size)
-    for one in after:
-        one.load_state_dict(before[0].state_dict())
-    rest = [list(one) for one in after]
-    assert len({len(one) for one in rest}) == 1
-    assert [len(one) for one in after] == [len(one) for one in rest]
-    assert {index for one in rest for index in one} == set(range(length)) - done
+    for indices in after:
+        indices.load_state_dict(before[0].state_dict())
+    rest = [list(indices) for indices in after]
+    assert len({len(indices) for indices in rest}) == 1
+    assert [len(indices) for indices in after] == [len(indices) for indices in rest]
+    assert {index for indices in rest for index in indices} == set(range(length)) - done
 
 
 def test_an_epoch_that_is_being_sampled_is_gone_on_with():

@@ -111,7 +111,7 @@ def test_plugin_tells_of_what_it_cannot_do(tmp_path):
 def test_lightning_of_another_form_is_refused():
     trainer = SimpleNamespace(_checkpoint_connector=SimpleNamespace(dump_checkpoint=None))
     with pytest.raises(
-        LaunchError, match=r"keeps its checkpoints otherwise.*restore_model"
+        LaunchError, match=r"makes its checkpoints in another way.*restore_model"
     ):
         TrainerState(trainer)
 

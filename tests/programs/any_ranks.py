@@ -63,7 +63,7 @@ class Note(State):
 
 def share_out(values: list[list[int]], size: int) -> list[list[int]]:
     """Deal out what all saved ranks had in their bags."""
-    everything = [one for value in values for one in value]
+    everything = [item for value in values for item in value]
     return [everything[rank::size] for rank in range(size)]
 
 
@@ -235,14 +235,16 @@ def check_own(comm: MPI.Intracomm, program: Program, kept: int) -> None:
     else:
         assert position == FRESH
     bags = sorted(joined(comm, program.bag.value))
-    assert bags == [10 * rank + one for rank in range(len(bags) // 2) for one in (0, 1)]
+    assert bags == [
+        10 * rank + number for rank in range(len(bags) // 2) for number in (0, 1)
+    ]
 
 
 def check_streams(comm: MPI.Intracomm, mine: list, saved: list) -> None:
     if comm.rank < len(saved):
         assert mine == saved[comm.rank], "a random stream did not go on"
     everyone = comm.allgather(mine)
-    numbers = [number for one in everyone for number in one]
+    numbers = [number for stream in everyone for number in stream]
     assert len(set(numbers)) == len(numbers), f"ranks share a stream: {everyone}"
 
 
@@ -267,7 +269,7 @@ def check_samples(comm: MPI.Intracomm, sampler: ElasticSampler, seen: list) -> N
 
 
 def joined(comm: MPI.Intracomm, mine: list) -> list:
-    return [one for part in comm.allgather(mine) for one in part]
+    return [item for part in comm.allgather(mine) for item in part]
 
 
 def flat(value: object) -> object:

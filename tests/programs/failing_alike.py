@@ -87,7 +87,7 @@ def diverged() -> None:
 
 def diverged_states() -> None:
     given = [{"x": np.full(3, float(own + rank % 2))} for _ in range(200)]
-    states = [ArrayState(f"a{n}", one, sync="check") for n, one in enumerate(given)]
+    states = [ArrayState(f"a{n}", state, sync="check") for n, state in enumerate(given)]
     with make(*states) as manager:
         manager.save()
 

@@ -207,9 +207,9 @@ def case_plugin():
         return model
 
     run(1)
-    names = sorted(one.name for one in path.iterdir())
+    names = sorted(entry.name for entry in path.iterdir())
     model = run(2, ckpt_path="last")
-    after = sorted(one.name for one in path.iterdir())
+    after = sorted(entry.name for entry in path.iterdir())
     return [names, after, model.loaded, len(model.seen)]
 
 

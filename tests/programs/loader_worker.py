@@ -47,7 +47,7 @@ def main() -> None:
 
 def terminate_worker(worker: int, batches) -> None:
     """Do what ends a worker that does not end by itself."""
-    (process,) = (one for one in batches._workers if one.pid == worker)
+    (process,) = (candidate for candidate in batches._workers if candidate.pid == worker)
     try:
         process.terminate()
         process.join(60)

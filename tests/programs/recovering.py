@@ -133,7 +133,7 @@ def train(world: elastic.World) -> float:
             failures=world.failures,
             step=manager.steps,
             memory=restored is not None and restored.from_memory,
-            partials=[one.name for one in ROOT.glob(".partial-*")],
+            partials=[path.name for path in ROOT.glob(".partial-*")],
         )
         while manager.steps < STEPS:
             mine = np.arange(12)[world.rank :: world.size].sum(dtype=float)

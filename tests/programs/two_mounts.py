@@ -104,11 +104,11 @@ def each_save_is_seen(here: Path, there: Path, saves: int, counts: Counts) -> No
             counts.saves_seen += 1
 
 
-def jobs_take_turns(one: Job, other: Job, turns: int, counts: Counts) -> None:
+def jobs_take_turns(here: Job, other: Job, turns: int, counts: Counts) -> None:
     """A job goes on where one on the other mount has ended, back and forth."""
-    step = one.ask("restore")
-    one.ask("close")
-    for job in itertools.islice(itertools.cycle((other, one)), turns):
+    step = here.ask("restore")
+    here.ask("close")
+    for job in itertools.islice(itertools.cycle((other, here)), turns):
         found = job.ask("restore")
         assert found == step, f"{step} is acknowledged, {found} came back"
         step += 1
@@ -187,9 +187,9 @@ def main() -> None:
     saves = 50 if mode == "every" else 6
     here, there = (Path(mount, "ckpt") for mount in os.environ["NFS_MOUNTS"].split(":"))
     each_save_is_seen(here, there, saves, counts)
-    with Job(here) as one, Job(there) as other:
-        jobs_take_turns(one, other, saves // 2, counts)
-        server_stops(one, other, mode, counts)
+    with Job(here) as job, Job(there) as other:
+        jobs_take_turns(job, other, saves // 2, counts)
+        server_stops(job, other, mode, counts)
     second_job_is_refused(here, there)
     successor_fences_off(here, there)
     print(json.dumps(asdict(counts)))

@@ -31,7 +31,7 @@ def figure(contender, seconds=1.0, **given):
 
 
 def target(name):
-    (found,) = (one for one in targets.TARGETS if one.name == name)
+    (found,) = (target for target in targets.TARGETS if target.name == name)
     return found
 
 
@@ -71,7 +71,7 @@ class TestMeasure:
         figures = self.measure(contenders, repeats=2)
         a, b = ["before a", "a", "after a"], ["before b", "b", "after b"]
         assert done == [*a, *b, *b, *a, *a, *b]
-        assert [len(one.seconds) for one in figures] == [2, 2]
+        assert [len(measured.seconds) for measured in figures] == [2, 2]
 
     def test_notes_the_median_of_what_the_runs_say(self):
         returned = iter([100, 1, 9, 5])
@@ -89,9 +89,11 @@ class TestMeasure:
 
 class TestFigure:
     def test_survives_a_json_line(self):
-        one = figure("a", group="g", values={"x": 1.0}, hosts=2, run="now", ceiling=True)
-        (same,) = read_figures([one.to_json(), ""])
-        assert same.to_json() == one.to_json()
+        original = figure(
+            "a", group="g", values={"x": 1.0}, hosts=2, run="now", ceiling=True
+        )
+        (same,) = read_figures([original.to_json(), ""])
+        assert same.to_json() == original.to_json()
 
     def test_older_and_newer_lines_are_read(self):
         line = '{"case": "save", "contender": "a", "ranks": 1, "nbytes": 1, "seconds": [1]}'
@@ -162,7 +164,7 @@ class TestTargets:
 
     def test_hosts_are_told_from_ranks_on_one_host(self):
         group = {"case": "sync", "group": "all differ"}
-        one = [
+        figures = [
             figure(names.BCAST, 3.0, **group),
             figure(names.IBCAST, 2.0, **group),
             figure(names.SYNC, 1.6, **group),
@@ -173,13 +175,15 @@ class TestTargets:
             figure(names.SYNC, 1.25, hosts=4, ranks=4, **group),
         ]
         better = "sync, all differ: better of Bcast and Ibcast / ours"
-        assert evaluate_one(better, one + many).measured == pytest.approx(2.0 / 1.6)
-        hop = evaluate_one("sync, all differ, hosts: one hop / ours", one + many)
+        assert evaluate_one(better, figures + many).measured == pytest.approx(2.0 / 1.6)
+        hop = evaluate_one("sync, all differ, hosts: one hop / ours", figures + many)
         assert (hop.measured, hop.verdict) == (0.8, "missed")
         assert hop.cells()[1] == "4 on 4 hosts"
-        bcast = evaluate_one("sync, all differ, hosts: Bcast / ours", one + many)
+        bcast = evaluate_one("sync, all differ, hosts: Bcast / ours", figures + many)
         assert bcast.measured == pytest.approx(2.4)
-        assert evaluate_one("sync, all differ, hosts: Bcast / ours", one).measured is None
+        assert (
+            evaluate_one("sync, all differ, hosts: Bcast / ours", figures).measured is None
+        )
 
     def test_groups_of_a_case_are_not_mixed(self):
         figures = [
@@ -226,7 +230,7 @@ class TestTargets:
         assert targets.to_table(results).row_count == len(targets.TARGETS)
 
     def test_names_are_unique(self):
-        assert len({one.name for one in targets.TARGETS}) == len(targets.TARGETS)
+        assert len({target.name for target in targets.TARGETS}) == len(targets.TARGETS)
 
 
 class TestWorkload:
@@ -255,9 +259,9 @@ class TestWorkload:
         assert scaled((10,), 1e-9) == (1,)
 
     def test_the_state_is_equal_on_all_ranks(self):
-        one, other = (adam_state([(3, 2), (5,)]) for _ in range(2))
-        assert len(one) == 6
-        assert all(np.array_equal(one[name], other[name]) for name in one)
+        first, other = (adam_state([(3, 2), (5,)]) for _ in range(2))
+        assert len(first) == 6
+        assert all(np.array_equal(first[name], other[name]) for name in first)
 
     def test_sizes_are_all_there(self):
         assert sum(tensor_sizes(100_003)) == 100_003

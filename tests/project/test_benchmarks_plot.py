@@ -19,7 +19,7 @@ VOID = {"meta", "img", "source", "br"}
 
 
 def line(case="save", contender="mpi_ckpt save", seconds=(1.0, 1.1, 1.4), **more):
-    one = {
+    figure = {
         "case": case,
         "contender": contender,
         "ranks": 2,
@@ -31,7 +31,7 @@ def line(case="save", contender="mpi_ckpt save", seconds=(1.0, 1.1, 1.4), **more
         "something": "newer",
         **more,
     }
-    return json.dumps(one)
+    return json.dumps(figure)
 
 
 def saves(ranks):
@@ -61,7 +61,7 @@ def sweep(contender, speed):
 
 
 LINES = [
-    *(one for ranks in (1, 2, 4) for one in saves(ranks)),
+    *(figure for ranks in (1, 2, 4) for figure in saves(ranks)),
     *sweep("mpi_ckpt sync", 9e9),
     *sweep("raw Bcast", 6e9),
     *sweep("Horovod <broadcast>", 3e9),

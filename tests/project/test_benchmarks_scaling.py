@@ -138,7 +138,7 @@ def test_bytes_are_readable():
 def test_check_tells_of_growth_that_nobody_knew(tmp_path, capsys):
     file = tmp_path / "counts.jsonl"
     lines = [line(ranks, 0, messages=ranks) for ranks in SIZES]
-    file.write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     with pytest.raises(SystemExit) as left:
         scaling.main(["check", str(file), "--width", "120"])
     assert left.value.code == 1
@@ -166,8 +166,8 @@ def test_counting_runs_with_one_size_only(tmp_path):
     words = ["-m", "benchmarks", "scaling", "measure", "--smoke", "--json", str(file)]
     job = run_job(2, words)
     assert job.code == 0, job.text
-    lines = [json.loads(one) for one in file.read_text().splitlines()]
-    assert {(one["ranks"], one["rank"]) for one in lines} == {(2, 0), (2, 1)}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(line["ranks"], line["rank"]) for line in lines} == {(2, 0), (2, 1)}
 
 
 @pytest.mark.long
@@ -175,8 +175,8 @@ def test_counting_finds_what_is_built_in(tmp_path, capsys):
     file = tmp_path / "counts.jsonl"
     job = run_job(8, ["-m", "benchmarks.scaling", "measure", "--json", str(file)])
     assert job.code == 0, job.text
-    lines = [json.loads(one) for one in file.read_text().splitlines()]
-    assert {one["ranks"] for one in lines} == {1, 2, 4, 8}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {line["ranks"] for line in lines} == {1, 2, 4, 8}
     counted = fit_all(lines)
     growing = {key for key, growth in counted.items() if growth.per_rank > 0}
     assert growing == {key for key, growth in MEASURED.items() if growth.per_rank > 0}

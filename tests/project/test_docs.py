@@ -83,7 +83,7 @@ def block_with(document, part):
     """Return the one example of a page that has this part."""
     text = (REPOSITORY / "docs" / document).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (block,) = (one for one in blocks if part in one)
+    (block,) = (block for block in blocks if part in block)
     return block
 
 
@@ -108,8 +108,8 @@ def test_example_of_rescaling_keeps_the_schedule():
     exec(block_of("elastic.md", "rescale"), found)
     for _ in range(3):
         assert optimizer.param_groups[0]["lr"] == expected.param_groups[0]["lr"]
-        for one, schedule in ((optimizer, scheduler), (expected, other)):
-            one.step()
+        for tested, schedule in ((optimizer, scheduler), (expected, other)):
+            tested.step()
             schedule.step()
 
 

@@ -226,7 +226,7 @@ def test_threads_are_started_where_no_mpi_is():
             in ("ThreadPoolExecutor", "threading.Thread", "threading.Timer", "Thread")
         )
     )
-    modules = {one.partition(":")[0] for one in starters}
+    modules = {place.partition(":")[0] for place in starters}
     assert modules == {
         "comm/ulfm/guard.py", "digest.py",
         "engine/save/background.py", "engine/watchdog.py",
@@ -252,7 +252,9 @@ def test_collectives_are_not_called_by_root_alone():
         return any(called(n) in collectives for body in bodies for n in ast.walk(body))
 
     # Here every rank calls it, with a source or a target of its own.
-    assert {one.partition(":")[0] for one in where(guarded)} <= {"engine/sync/sending.py"}
+    assert {place.partition(":")[0] for place in where(guarded)} <= {
+        "engine/sync/sending.py"
+    }
 
 
 def test_signal_handler_sets_a_flag_and_steps_aside():
@@ -267,7 +269,7 @@ def test_signal_handler_sets_a_flag_and_steps_aside():
     }  # fmt: skip
     installed = where(lambda node: called(node) == "signal.signal")
     # The restart loop is no part of a training: its handlers only count.
-    assert {one.partition(":")[0] for one in installed} == {
+    assert {place.partition(":")[0] for place in installed} == {
         "elastic/preemption.py", "cli/restart/looping.py",
     }  # fmt: skip
 
@@ -280,7 +282,7 @@ def test_hook_for_what_nobody_catches_is_set_in_one_module():
             and isinstance(node.ctx, ast.Store)
         )
     )
-    assert {one.partition(":")[0] for one in touched} == {"engine/abort.py"}
+    assert {place.partition(":")[0] for place in touched} == {"engine/abort.py"}
 
 
 def test_logging_is_never_configured():
@@ -293,7 +295,7 @@ def test_logging_is_never_configured():
     )
     assert touched == []
     printed = [called(n) for n in nodes_of(MODULES["cli/screen.py"])]
-    assert [one for one in printed if one.endswith("print")] == ["console.print"]
+    assert [call for call in printed if call.endswith("print")] == ["console.print"]
     for name, tree in MODULES.items():
         for node in nodes_of(tree):
             if called(node) == "logging.getLogger":

@@ -180,8 +180,8 @@ def test_reasons_to_stop_out_of_range_are_refused(given):
 
 
 def test_a_function_may_be_another_on_each_rank():
-    one, other = (Options(stop=StopWhen(asked=lambda: None)) for _ in range(2))
-    assert one.describe() == other.describe()
+    first, other = (Options(stop=StopWhen(asked=lambda: None)) for _ in range(2))
+    assert first.describe() == other.describe()
 
 
 def test_interval_may_be_worked_out():
@@ -223,6 +223,6 @@ def test_unreadable_variables_are_all_named():
 
 
 def test_description_differs_where_options_do():
-    one, other = Options(interval=5).describe(), Options(interval=6).describe()
-    assert [name for name in one if one[name] != other[name]] == ["interval"]
-    assert Options(interval=5).describe() == one
+    first, other = Options(interval=5).describe(), Options(interval=6).describe()
+    assert [name for name in first if first[name] != other[name]] == ["interval"]
+    assert Options(interval=5).describe() == first

@@ -72,13 +72,13 @@ def test_nothing_is_touched_until_it_is_asked_for(tmp_path, opened, monkeypatch)
 def test_owning_twice_is_owning_once_and_closing_lets_go(tmp_path, opened, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
     monkeypatch.setattr(lock.DirectoryLock.__init__, "__defaults__", (0.0,))
-    one, other = opened(tmp_path), opened(tmp_path)
-    one.own()
-    one.own()
-    with pytest.raises(LockedError, match=f"job {one.job}"):
+    first, other = opened(tmp_path), opened(tmp_path)
+    first.own()
+    first.own()
+    with pytest.raises(LockedError, match=f"job {first.job}"):
         other.own()
-    one.close()
-    one.close()
+    first.close()
+    first.close()
     other.own()
 
 
@@ -264,11 +264,11 @@ def test_directory_that_must_be_writable_is_refused_at_once(tmp_path, monkeypatc
     monkeypatch.setattr(lock, "os", ReadOnly(errno.EROFS))
     with closing(
         CheckpointDirectory(tmp_path, ownership=Ownership(read_only=False))
-    ) as one:
+    ) as directory:
         with pytest.raises(SaveError, match="EROFS"):
-            one.open_newest()
+            directory.open_newest()
         with pytest.raises(SaveError, match="EROFS"):
-            one.open(Choice(generation=1))
+            directory.open(Choice(generation=1))
 
 
 def test_directory_that_is_only_read_is_left_as_it_is(tmp_path, opened, caplog):
@@ -276,10 +276,12 @@ def test_directory_that_is_only_read_is_left_as_it_is(tmp_path, opened, caplog):
     opened(tmp_path).own()  # of another job: no lock is asked for
     (tmp_path / ".partial-00000003-dead").mkdir()
     before = sorted(os.listdir(tmp_path))
-    with closing(CheckpointDirectory(tmp_path, ownership=Ownership(read_only=True))) as one:
-        assert newest(one) == 1
+    with closing(
+        CheckpointDirectory(tmp_path, ownership=Ownership(read_only=True))
+    ) as directory:
+        assert newest(directory) == 1
         with pytest.raises(OptionsError, match="read_only=True"):
-            one.own()
+            directory.own()
         damage(tmp_path / "checkpoint-00000001")
     assert sorted(os.listdir(tmp_path)) == before
     assert caplog.text == ""
@@ -288,7 +290,7 @@ def test_directory_that_is_only_read_is_left_as_it_is(tmp_path, opened, caplog):
 def test_directory_that_is_only_read_and_not_there_is_no_fresh_start(tmp_path):
     root = tmp_path / "missing"
     reader = CheckpointDirectory(root, ownership=Ownership(read_only=True))
-    with closing(reader), pytest.raises(ReadError, match="is not there"):
+    with closing(reader), pytest.raises(ReadError, match="does not exist"):
         reader.open_newest()
     assert not root.exists()
 
@@ -305,29 +307,29 @@ def test_file_system_without_fsync_of_directories_is_told_at_the_start(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with closing(CheckpointDirectory(tmp_path / "a")) as one:
+    with closing(CheckpointDirectory(tmp_path / "a")) as directory:
         with pytest.raises(OptionsError, match="no fsync of directories") as caught:
-            one.open_newest()
+            directory.open_newest()
         assert caught.value.errno == code
         assert "sync_directories=False" in str(caught.value)
     without = Ownership(sync_names=False)
     for root in (tmp_path / "a", tmp_path / "made" / "now"):
-        with closing(CheckpointDirectory(root, ownership=without)) as one:
-            assert newest(one) is None
+        with closing(CheckpointDirectory(root, ownership=without)) as directory:
+            assert newest(directory) is None
             for number in (1, 2):
-                assert save(one, some_states()).generation == number
-            one.remove([1])
-            assert newest(one) == 2
+                assert save(directory, some_states()).generation == number
+            directory.remove([1])
+            assert newest(directory) == 2
     assert caplog.text.count("has no fsync of directories: after a power cut") == 2
 
 
 def test_fsync_of_a_directory_that_fails_is_not_taken_for_none(tmp_path, monkeypatch):
     without = Ownership(sync_names=False)
-    with closing(CheckpointDirectory(tmp_path, ownership=without)) as one:
-        one.own()
+    with closing(CheckpointDirectory(tmp_path, ownership=without)) as directory:
+        directory.own()
         monkeypatch.setattr(filesystem, "os", FailingFsync(errno.EIO))
         with pytest.raises(SaveError, match="EIO"):
-            save(one, some_states())
+            save(directory, some_states())
 
 
 class FailingFsync:
@@ -474,7 +476,7 @@ def test_reader_looks_again_before_it_says_that_nothing_is_there(tmp_path, monke
 def test_a_listing_of_what_is_not_there_is_no_fresh_start(tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "survey", lambda root: Survey(generations=(2, 1)))
     directory = reader_of(tmp_path, monkeypatch, lambda number: None)
-    with pytest.raises(ReadError, match=r"lists generations \[2, 1\], and none is there"):
+    with pytest.raises(ReadError, match=r"generations \[2, 1\], but none of them exists"):
         directory.open_newest()
 
 
@@ -600,7 +602,7 @@ def test_a_directory_that_is_moved_away_and_back(tmp_path, monkeypatch, opened):
     root.rename(tmp_path / "elsewhere")
     with pytest.raises(SaveError):
         save(directory, some_states())
-    with pytest.raises(ReadError, match="itself, and this job owns it"):
+    with pytest.raises(ReadError, match="itself, though this job owns it"):
         directory.open_newest()
     (tmp_path / "elsewhere").rename(root)
     assert save(directory, some_states()).generation == 2
@@ -621,7 +623,7 @@ def test_what_somebody_has_removed_by_hand_is_no_lie(tmp_path, opened):
 def test_a_link_to_nothing_is_no_fresh_start(tmp_path, opened, target):
     link = tmp_path / "run"
     link.symlink_to(tmp_path / target)
-    with pytest.raises(ReadError, match="is not there, and cannot be made"):
+    with pytest.raises(ReadError, match="does not exist and cannot be made"):
         opened(link).open_newest()
 
 
@@ -732,7 +734,7 @@ def test_a_link_that_is_no_second_name_is_noticed(tmp_path, monkeypatch, kind):
     source.write_bytes(b"x")
     make = shutil.copy if kind == "copy" else os.symlink
     monkeypatch.setattr(
-        filesystem.os, "link", lambda one, other, follow_symlinks: make(one, other)
+        filesystem.os, "link", lambda source, other, follow_symlinks: make(source, other)
     )
     with pytest.raises(OSError, match="no second names"):
         filesystem.link_file(source, target)
@@ -746,9 +748,9 @@ def test_a_link_that_fails_and_is_there_all_the_same_is_in_nobodys_way(
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(b"x")
 
-    def make(one, other, follow_symlinks):
-        os.symlink(one, other)
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(one), None, str(other))
+    def make(source, other, follow_symlinks):
+        os.symlink(source, other)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(source), None, str(other))
 
     monkeypatch.setattr(filesystem.os, "link", make)
     with pytest.raises(OSError, match="Input/output error"):

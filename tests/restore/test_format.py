@@ -102,8 +102,8 @@ def test_this_release_restores_the_golden_generation(golden, manage):
         ObjectState("object"),
         *(words := [Words("my/words"), Words(".hidden")]),
     ]
-    for one in words:
-        one.data = b""
+    for word in words:
+        word.data = b""
     report = manage(*states, root=golden.parent).restore()
     assert (report.generation, report.step) == (1, STEP)
     assert repr(report.metrics) == repr(METRICS)
@@ -112,7 +112,7 @@ def test_this_release_restores_the_golden_generation(golden, manage):
     assert torch.equal(module["weight"], make_golden.module()["weight"])
     assert module["tied"] is module["weight"]
     assert str(states[2].value) == str(make_golden.value())
-    assert [one.data for one in words] == [TEXT, TEXT]
+    assert [word.data for word in words] == [TEXT, TEXT]
 
 
 def test_this_release_still_writes_that_format(manage):

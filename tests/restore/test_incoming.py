@@ -20,7 +20,7 @@ from tests.making import Stream, publish, some_states
 def outline(tmp_path):
     path = publish(tmp_path)
     made = Outline.of_generation(
-        read_manifest(path), str(path), {one.name: False for one in some_states()}, {}
+        read_manifest(path), str(path), {state.name: False for state in some_states()}, {}
     )
     told = Outline.from_json(json.loads(json.dumps(made.to_json())))
     assert told == made
@@ -30,20 +30,20 @@ def outline(tmp_path):
 def test_place_is_found_for_every_byte(outline):
     states = some_states()
     matched = match_states(outline, states, strict=True)
-    assert [one.state for one in matched] == states
-    assert [len(one.arrival.leaves) for one in matched] == [4, 1, 1, 1]
+    assert [pair.state for pair in matched] == states
+    assert [len(pair.arrival.leaves) for pair in matched] == [4, 1, 1, 1]
     stream = matched[2].arrival.leaves[0].spec
     assert (stream.dtype, stream.nbytes) == ("U8", 100)
-    for one in matched:
-        lengths = [leaf.spec.nbytes for leaf in one.arrival.leaves]
-        assert [extent.nbytes for extent in one.saved.extents] == lengths
-        assert [spec.nbytes for spec in one.saved.specs] == lengths
+    for pair in matched:
+        lengths = [leaf.spec.nbytes for leaf in pair.arrival.leaves]
+        assert [extent.nbytes for extent in pair.saved.extents] == lengths
+        assert [spec.nbytes for spec in pair.saved.specs] == lengths
 
 
 def test_what_is_not_asked_for_is_told_by_name_only(tmp_path):
     manifest = read_manifest(publish(tmp_path))
     outline = Outline.of_generation(manifest, "", {"stream": False}, {"a": "bad"})
-    assert [one.name for one in outline.states] == ["stream"]
+    assert [outlined.name for outlined in outline.states] == ["stream"]
     assert outline.others == ("arrays", "a/b", "nothing")
     assert outline.quarantined == {"a": "bad"}
     assert outline.title == "generation 1"

@@ -79,7 +79,10 @@ def test_leftovers_tell_whose_they_are():
     assert moved == ".partial-00000042-9f3cxab12"
     assert layout.is_partial_name(moved)
     assert layout.partial_number(moved) == 42
-    assert [layout.is_condemned_name(one) for one in (name, moved)] == [False, True]
+    assert [layout.is_condemned_name(leftover) for leftover in (name, moved)] == [
+        False,
+        True,
+    ]
     assert [layout.is_partial_of(name, job) for job in ("9f3c", "ab12")] == [True, False]
     assert [layout.is_partial_of(moved, job) for job in ("9f3c", "ab12")] == [False, True]
 
@@ -99,17 +102,17 @@ def test_file_of_a_legal_name_stays_in_its_directory(name):
 
 
 @given(names, names)
-def test_different_names_have_different_files(one, other):
-    if one != other and is_legal(one) and is_legal(other):
-        assert layout.stream_file_name(one) != layout.stream_file_name(other)
+def test_different_names_have_different_files(first, second):
+    if first != second and is_legal(first) and is_legal(second):
+        assert layout.stream_file_name(first) != layout.stream_file_name(second)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [("a/b", "a%2Fb"), (".a", "%2Ea"), ("a b", "a%20b"), ("ä", "%C3%A4")],
 )
-def test_encoded_looking_names_do_not_meet(one, other):
-    assert layout.stream_file_name(one) != layout.stream_file_name(other)
+def test_encoded_looking_names_do_not_meet(first, second):
+    assert layout.stream_file_name(first) != layout.stream_file_name(second)
 
 
 @pytest.mark.parametrize(
@@ -170,18 +173,18 @@ def test_file_names_that_lead_elsewhere_are_refused(name):
 
 def test_names_equal_but_for_case_or_form_collide():
     composed, decomposed = "é", unicodedata.normalize("NFD", "é")
-    layout.check_names_apart(["a", "b", "ab", "é"])
+    layout.check_names_differ(["a", "b", "ab", "é"])
     with pytest.raises(RegistrationError, match="'a' is given twice"):
-        layout.check_names_apart(["a", "b", "a"])
+        layout.check_names_differ(["a", "b", "a"])
     for names in (["Model", "model"], [composed, decomposed], ["ß", "SS"]):
         told = re.escape(f"{names[0]!r} and {names[1]!r} differ only in case or form")
         with pytest.raises(RegistrationError, match=told):
-            layout.check_names_apart(names)
+            layout.check_names_differ(names)
 
 
 def test_all_collisions_are_named_at_once():
     with pytest.raises(RegistrationError) as caught:
-        layout.check_names_apart(["a", "A", "b", "b", "c"])
+        layout.check_names_differ(["a", "A", "b", "b", "c"])
     assert len(caught.value.problems) == 2
     assert isinstance(caught.value, ValueError)
 

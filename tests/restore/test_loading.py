@@ -167,12 +167,12 @@ def test_what_is_open_can_be_read_while_a_job_prunes_it(root):
 
 def test_names_that_are_not_there_are_told_with_those_that_are(root):
     with mpi_ckpt.load(root) as saved:
-        with pytest.raises(NotSavedError, match="3 has no state 'arraiz'") as one:
+        with pytest.raises(NotSavedError, match="3 has no state 'arraiz'") as error:
             _ = saved["arraiz"]
-        assert "did you mean 'arrays'?" in str(one.value)
+        assert "did you mean 'arrays'?" in str(error.value)
         with pytest.raises(NotSavedError, match="there: 'wide', 'narrow', 'none', 'one'"):
             _ = saved["arrays"]["weight"]
-        assert isinstance(one.value, KeyError)
+        assert isinstance(error.value, KeyError)
         assert saved.get("arraiz") is None
         assert saved["arrays"].get("weight") is None
 
@@ -183,9 +183,9 @@ def test_names_that_are_not_there_are_told_with_those_that_are(root):
         ({"generation": 9}, NoCheckpointError, "there are: 1 .step 10, loss=0.5."),
         ({"step": 9}, NoCheckpointError, "no generation of step 9"),
         ({"best": "accuracy", "mode": "max"}, NoCheckpointError, "metric 'accuracy'"),
-        ({"best": "loss"}, OptionsError, "say mode='min' or mode='max'"),
-        ({"generation": 1, "step": 10}, OptionsError, "say only one of these"),
-        ({"generation": "3"}, OptionsError, "anything but a number"),
+        ({"best": "loss"}, OptionsError, "give mode='min' or mode='max'"),
+        ({"generation": 1, "step": 10}, OptionsError, "give only one of these"),
+        ({"generation": "3"}, OptionsError, "must be integers"),
     ],
 )
 def test_what_is_not_there_or_makes_no_sense_is_told(root, asked, error, told):
@@ -223,16 +223,16 @@ def test_a_damaged_newest_gives_way_with_a_warning_and_one_asked_for_does_not(ro
     with mpi_ckpt.load(root) as saved:
         assert saved.generation == 2
     assert "generation 3 is not used" in caplog.text
-    with pytest.raises(CorruptGenerationError, match="generation 3 was asked for"):
+    with pytest.raises(CorruptGenerationError, match="generation 3 was requested"):
         mpi_ckpt.load(root, 3)
 
 
 def test_a_closed_one_says_so(root):
     saved = mpi_ckpt.load(root)
-    one = saved["arrays"]["one"]
+    array = saved["arrays"]["one"]
     saved.close()
     saved.close()
-    assert one == 7
+    assert array == 7
     with pytest.raises(RestoreError, match="is closed; read what you need before"):
         _ = saved["arrays"]["one"]
 
@@ -283,7 +283,7 @@ def test_torch_states_give_tensors_and_what_load_state_dict_takes(tmp_path):
         assert value["x"] == (1, {2})
         assert isinstance(saved["arrays"]["a"], np.ndarray)
         moments = [saved["optimizer"][name] for name in saved["optimizer"]]
-        assert all(isinstance(one, torch.Tensor) for one in moments)
+        assert all(isinstance(moment, torch.Tensor) for moment in moments)
 
 
 def test_the_parts_of_a_training_come_by_their_names(tmp_path):

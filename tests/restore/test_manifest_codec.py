@@ -78,9 +78,9 @@ def manifests(draw):
     )
 
 
-def same(one: Manifest, other: Manifest) -> bool:
+def same(manifest: Manifest, other: Manifest) -> bool:
     """Compare manifests; a NaN is the same as a NaN."""
-    return repr(one) == repr(other)
+    return repr(manifest) == repr(other)
 
 
 @given(manifests())

@@ -35,19 +35,19 @@ def test_windows_come_in_order_with_their_bytes(reader, monkeypatch, chunk):
     ranges = [(0, 1), (0, 0), (4095, 4097), (1, 20_000), (49_000, 50_000), (4096, 8192)]
     windows = [window(name, *span) for span in ranges for name in ("a.bin", "b.bin")]
     with closing(Prefetcher(reader, windows)) as ahead:
-        for one in windows:
-            data = DATA if one.file == "a.bin" else DATA[::-1]
-            assert bytes(ahead.take()) == data[one.start : one.end]
+        for span in windows:
+            data = DATA if span.file == "a.bin" else DATA[::-1]
+            assert bytes(ahead.take()) == data[span.start : span.end]
 
 
 def test_bytes_are_good_while_the_next_window_is_read(reader):
     windows = [window("a.bin", start, start + 100) for start in range(0, 500, 100)]
     with closing(Prefetcher(reader, windows)) as ahead:
-        for one in windows:
+        for span in windows:
             taken = ahead.take()
             for future in ahead._reading:
                 future.result()
-            assert bytes(taken) == DATA[one.start : one.end]
+            assert bytes(taken) == DATA[span.start : span.end]
 
 
 def test_file_that_ends_early_is_damage(reader):

@@ -60,7 +60,10 @@ def test_dead_bytes_between_leaves_are_skipped():
     far = 10 << 20
     extents = [Extent("a", 0, 100), Extent("a", far, 100)]
     windows = plan(extents, block_bytes=1 << 20, window_bytes=64 << 20)
-    assert [(one.start, one.end) for one in windows] == [(0, 100), (far, far + 100)]
+    assert [(window.start, window.end) for window in windows] == [
+        (0, 100),
+        (far, far + 100),
+    ]
 
 
 @given(layouts(), st.integers(1, 5000))

@@ -103,9 +103,9 @@ def test_further_files_change_nothing(generation):
 def test_files_swapped_among_one_generation_are_found(tmp_path):
     states = [Stream("a", b"first"), Stream("b", b"other")]
     generation = publish(tmp_path, states)
-    one, other = generation / "a.bin", generation / "b.bin"
-    one.rename(tmp_path / "swap")
-    other.rename(one)
+    first, other = generation / "a.bin", generation / "b.bin"
+    first.rename(tmp_path / "swap")
+    other.rename(first)
     (tmp_path / "swap").rename(other)
     refused(generation)
 

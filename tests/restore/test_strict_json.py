@@ -75,6 +75,9 @@ def test_a_key_that_comes_twice_among_many_is_found_at_once():
 
 @given(st.recursive(st.integers() | st.text() | st.binary(), st.lists))
 def test_what_is_shown_is_short_and_on_one_line(value):
-    for one in (value, value * 1000 if isinstance(value, (str, bytes, list)) else value):
-        assert len(shown(one)) < 20_000
-        assert shown(one).isprintable()
+    for document in (
+        value,
+        value * 1000 if isinstance(value, (str, bytes, list)) else value,
+    ):
+        assert len(shown(document)) < 20_000
+        assert shown(document).isprintable()

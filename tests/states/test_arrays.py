@@ -226,11 +226,11 @@ def test_all_bits_of_a_long_double_return_in_either_byte_order(order):
     source = values.astype(values.dtype.newbyteorder(order))
     record = np.zeros(3, [("x", source.dtype)])
     record["x"] = source
-    for one in (source, record):
-        spec = LeafSpec("a", array_dtype_name(one.dtype), one.shape)
+    for array in (source, record):
+        spec = LeafSpec("a", array_dtype_name(array.dtype), array.shape)
         target = empty_array(spec)
         target.view(np.uint8)[...] = 0xFF
-        ArrayBuffer(target).write(ArrayBuffer(one).read())
+        ArrayBuffer(target).write(ArrayBuffer(array).read())
         assert np.array_equal(target["x"] if target.dtype.names else target, values)
 
 

@@ -73,8 +73,8 @@ def restore(saved: tuple, live: tuple) -> None:
     carry(OptimizerState("optimizer", saved[1]), OptimizerState("optimizer", live[1]))
 
 
-def same_parameters(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
+def same_parameters(net: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(net.parameters(), other.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -261,7 +261,7 @@ def test_contents_of_another_state_are_a_mismatch():
 def test_empty_entries_count_as_none():
     saved, live = make("SGD"), make("SGD")
     train(*saved, range(1))  # torch notes an entry without contents
-    captured = [OptimizerState("o", one[1]).capture().structure for one in (saved, live)]
+    captured = [OptimizerState("o", side[1]).capture().structure for side in (saved, live)]
     assert captured[0] == captured[1]
 
 

@@ -95,7 +95,7 @@ def scheduler(seed: int) -> Case:
 def train(seed: int) -> Case:
     held = trained(seed)
     state = mpi_ckpt.TrainState(module=held[0], optimizer=held[1], scheduler=held[2])
-    return Case(state, lambda: shown([one.state_dict() for one in held]))
+    return Case(state, lambda: shown([leaf.state_dict() for leaf in held]))
 
 
 def value(seed: int) -> Case:
@@ -286,4 +286,4 @@ def test_every_public_state_is_tried(make):
         and issubclass(value, LeafState)
     }
     assert type(make(1).state) in public
-    assert public == {type(one(1).state) for one in MAKERS}
+    assert public == {type(maker(1).state) for maker in MAKERS}

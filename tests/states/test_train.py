@@ -23,7 +23,7 @@ class Training:
         self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
 
     def state(self, *left_out: str) -> TrainState:
-        parts = {key: one for key, one in vars(self).items() if key not in left_out}
+        parts = {key: value for key, value in vars(self).items() if key not in left_out}
         return TrainState(**parts)
 
     def run(self, steps: range) -> list[bytes]:

@@ -43,14 +43,14 @@ def test_any_nested_value_returns_as_it_was(value):
 
 @given(VALUES)
 def test_taking_apart_copies_nothing_and_is_the_same_each_time(value):
-    one, other = flatten(value), flatten(value)
-    assert one.structure == other.structure
-    assert list(one.leaves) == list(other.leaves) == list(one.values)
+    first, other = flatten(value), flatten(value)
+    assert first.structure == other.structure
+    assert list(first.leaves) == list(other.leaves) == list(first.values)
     copied = ("numbers", "bytes", "text")
     assert all(
-        one.values[name] is other.values[name]
-        for name in one.values
-        if one.nodes[name]["~"] not in copied
+        first.values[name] is other.values[name]
+        for name in first.values
+        if first.nodes[name]["~"] not in copied
     )
 
 
@@ -266,10 +266,10 @@ def test_cycles_are_refused():
 
 
 def test_sets_are_taken_in_one_order():
-    one, other = {"a", "b", "c", "d"}, set()
+    first, other = {"a", "b", "c", "d"}, set()
     for item in ("d", "b", "a", "c"):
         other.add(item)
-    assert flatten(one).structure == flatten(other).structure
+    assert flatten(first).structure == flatten(other).structure
 
 
 @pytest.mark.parametrize(

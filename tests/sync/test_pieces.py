@@ -36,8 +36,8 @@ def test_cuts_fall_between_elements(lengths, message_bytes, unit):
 
 @given(LENGTHS, st.integers(1, 200))
 def test_every_rank_plans_the_same(lengths, message_bytes):
-    one = list(plan_messages(lengths, message_bytes))
-    assert one == list(plan_messages(tuple(lengths), message_bytes))
+    messages = list(plan_messages(lengths, message_bytes))
+    assert messages == list(plan_messages(tuple(lengths), message_bytes))
 
 
 @given(LENGTHS, st.integers(1, 200))

@@ -68,7 +68,7 @@ _FORMATS = {
     "--format",
     "form",
     type=click.Choice(["safetensors", "torch"]),
-    help="Of the file; by default the end of its name tells.",
+    help="Format of the file; default: by the ending of its name.",
 )
 @click.option(
     "--state",
@@ -95,7 +95,7 @@ def export(
     form = form or _FORMATS.get(target.suffix.lower())
     if form is None:
         raise CommandError(
-            f"{target}: say --format safetensors or --format torch",
+            f"{target}: give --format safetensors or --format torch",
             code=MISUSED,
             kind="usage",
         )
@@ -162,7 +162,7 @@ def _write_safetensors(
 ) -> None:
     entries = _entries(states, alone=alone)
     # Larger elements first, so that all of them are aligned.
-    order = sorted(entries, key=lambda one: -dtypes.element_bytes(one[1].dtype))
+    order = sorted(entries, key=lambda item: -dtypes.element_bytes(item[1].dtype))
     metadata = {"format": "pt", METADATA_KEY: _metadata(reader.manifest, states, entries)}
     header = encode_header([(name, spec) for name, spec, _ in order], metadata)
     filesystem.write_all(descriptor, header, 0)

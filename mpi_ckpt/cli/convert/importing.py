@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _OWN_OF_ADAPTDL = "adaptdl-"
 
 
-@command("import", "Make a generation of a file.")
+@command("import", "Make a generation from a file.")
 @click.argument("source", metavar="FILE", type=DirectoryPath())
 @click.option(
     "--into",
@@ -94,7 +94,7 @@ def import_file(
             states = [_one_state(name or source.stem, form, list(content.leaves.values()))]
         elif name is not None and source.suffix == ".safetensors":
             raise CommandError(
-                f"{source} says itself what its states are called; --state is for others",
+                f"{source} names its states itself; --state is for files that do not",
                 code=MISUSED,
                 kind="usage",
             )
@@ -115,8 +115,8 @@ def import_file(
     )
     if left_out:
         screen.warn(
-            f"left out, as adaptdl's own forms are not ours: {', '.join(left_out)}; the "
-            "job starts these anew"
+            f"left out, since they have a format of adaptdl's own: {', '.join(left_out)}; "
+            "the job starts these anew"
         )
     return GOOD
 
@@ -127,9 +127,9 @@ def _require_source(source: Path) -> None:
         raise CommandError(f"{source} does not exist", code=MISUSED, kind="absent")
     if kind in ("checkpoints", "generation"):
         raise CommandError(
-            f"{source} is of mpi_ckpt already: to take one generation into another "
-            f"directory, mpi-ckpt export {quote(str(source))} --to FILE.safetensors, and "
-            "import that",
+            f"{source} already belongs to mpi_ckpt: to copy one generation into another "
+            f"directory, run mpi-ckpt export {quote(str(source))} --to FILE.safetensors, "
+            "and import that file",
             code=MISUSED,
             kind="usage",
         )
@@ -172,7 +172,7 @@ def _publish(
 
 def _one_state(name: str, form: str | None, leaves: list[Leaf]) -> FixedState:
     if form == "values":
-        nodes = {one.spec.name: {"~": "tensor", "leaf": one.spec.name} for one in leaves}
+        nodes = {leaf.spec.name: {"~": "tensor", "leaf": leaf.spec.name} for leaf in leaves}
         return FixedState(name, nodes, leaves)
     return FixedState(name, {"ties": {}, "extra": {}}, leaves)
 
@@ -199,7 +199,8 @@ def _state_of(name: str, form: str | None, value: Any) -> FixedState:  # noqa: A
 
     if form == "module" and not is_module(value):
         raise CommandError(
-            f"{name!r} is no dict of tensors alone, as a module's is; leave out --as",
+            f"{name!r} is not a dict that holds tensors only, as a module's does; leave "
+            "out --as",
             code=MISUSED,
             kind="usage",
         )
@@ -216,7 +217,7 @@ def _adaptdl(source: Path, *, trusted: bool) -> tuple[Content, list[str]]:
         raise CommandError(
             f"{path} is a checkpoint of adaptdl: its files are pickles. Nothing is run "
             "now, but the job that loads them will run whatever they hold; if you trust "
-            "whoever made them: --trust-pickle",
+            "the people who made them, give --trust-pickle",
             code=MISUSED,
             kind="untrusted",
         )
@@ -236,8 +237,8 @@ def _newest_of_adaptdl(source: Path) -> Path:
         names = [n for n in filesystem.list_names(source) if is_adaptdl_name(n)]
     if not names:
         raise CommandError(
-            f"{source} is a directory, and none of adaptdl's: nothing in it is called "
-            "checkpoint-0 or the like",
+            f"{source} is a directory, but not one of adaptdl's: nothing in it has a name "
+            "such as checkpoint-0",
             code=MISUSED,
             kind="usage",
         )

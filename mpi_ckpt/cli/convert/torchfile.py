@@ -90,9 +90,9 @@ def _refuse_unsafe(version: str) -> None:
     if found is None or (int(found[1]), int(found[2])) < _SAFE_TORCH:
         least = ".".join(map(str, _SAFE_TORCH))
         raise CommandError(
-            f"torch {version} can be made to run code by a file, also with weights_only "
+            f"a file can make torch {version} run code, even with weights_only "
             f"(CVE-2025-32434, CVE-2026-24747): upgrade to {least}, or convert the file to "
-            "safetensors where you trust it",
+            "safetensors on a machine where you trust it",
             kind="missing",
         )
 
@@ -101,7 +101,7 @@ def _refuse_compressed(path: Path) -> None:
     # Torch never compresses. If mapped, compressed bytes would count as the tensor's; if
     # unpacked, a small file could fill the memory.
     with zipfile.ZipFile(path) as archive:
-        if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise ValueError("it is compressed, which torch.save never does")
 
 
@@ -125,12 +125,12 @@ def module_form(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     """
     first: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
-    for name, one in tensors.items():
-        form = (one.data_ptr(), one.dtype, tuple(one.shape), one.stride())
-        source = first.setdefault(form, name) if one.numel() else name
+    for name, tensor in tensors.items():
+        form = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        source = first.setdefault(form, name) if tensor.numel() else name
         if source != name:
             ties[name] = source
-    kept = {name: one for name, one in tensors.items() if name not in ties}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ties}
     return {"ties": ties, "extra": {}}, kept
 
 

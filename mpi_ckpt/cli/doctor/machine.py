@@ -68,7 +68,8 @@ def check_mpi(environ: Mapping[str, str]) -> list[Check]:
                 "library",
                 "cannot be loaded",
                 "wrong",
-                f"{found['error']}; jobs cannot start, this command line works without",
+                f"{found['error']}; jobs cannot start, but this command line works without "
+                "it",
             )
         )
         return checks
@@ -214,7 +215,7 @@ def ask(
     return _ask(arguments, environ, seconds, subprocess.STDOUT)
 
 
-def ask_apart(
+def ask_for_output(
     arguments: Sequence[str], environ: Mapping[str, str], seconds: float
 ) -> tuple[str, str]:
     """Do the same as `ask`, but pass on the program's standard error."""

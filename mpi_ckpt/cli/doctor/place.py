@@ -92,7 +92,7 @@ def _name(directory: Path, place: Path) -> Check:
     if place == directory.absolute():
         return _check("directory", str(directory))
     return _check(
-        "directory", f"{directory}: not made yet", "ok", f"{place} is looked at instead"
+        "directory", f"{directory}: not made yet", "ok", f"{place} is examined instead"
     )
 
 
@@ -100,7 +100,7 @@ def _file_system(place: Path) -> Check:
     try:
         table = filesystem.read_start(Path("/proc/self/mountinfo"), _MOUNTS_BYTES)
     except OSError as error:
-        return _check("file system", in_words(error), "note", "not known what it is")
+        return _check("file system", in_words(error), "note", "its kind is unknown")
     kind, options = mount_of(place.resolve(), table.decode(errors="replace"))
     given = options.split(",")
     if "nobarrier" in given or "barrier=0" in given:
@@ -203,7 +203,7 @@ def _sync(shop: Path) -> Check:
     taken = statistics.median(times)
     found = f"{1000 * taken:.2f} ms for a file and its directory"
     if taken > _SLOW_FSYNC_SECONDS:
-        advice = "slow: Options(asynchronous=True) takes it out of the training's way"
+        advice = "slow: with Options(asynchronous=True) the training does not wait for it"
         return _check("fsync", found, "note", advice)
     return _check("fsync", found, "ok", "a save waits for about three of these")
 
@@ -257,7 +257,7 @@ def _guard(directory: Path) -> list[Check]:
         return []
     checks = []
     if mode & stat.S_IWOTH:
-        advice = "whoever writes here can forge generations: chmod o-w"
+        advice = "any user who can write here can forge generations: chmod o-w"
         checks.append(_check("permissions", "anybody may write", "note", advice))
     holder = lock_holder(directory)
     if holder is not None:

@@ -139,7 +139,7 @@ def _entries(reader: GenerationReader) -> dict[tuple[str, str], _Entry]:
 def _state_entries(state: StoredState) -> dict[tuple[str, str], _Entry]:
     if state.is_stream:
         return {(state.name, STREAM): (None, state.leaves[0])}
-    return {(state.name, one.spec.name): (one.spec, one) for one in state.leaves}
+    return {(state.name, leaf.spec.name): (leaf.spec, leaf) for leaf in state.leaves}
 
 
 def _one_sided(

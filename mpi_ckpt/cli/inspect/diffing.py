@@ -66,7 +66,7 @@ def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
         with screen.progress("comparing", total) as done:
             changes = compare_generations(left, right, done)
         values = _values(left.manifest, right.manifest)
-    counts = Counter(one.change for one in changes)
+    counts = Counter(change.change for change in changes)
     same = counts["equal"] == len(changes) and not values
     kinds = ("equal", "changed", "added", "removed")
     screen.data(
@@ -76,7 +76,9 @@ def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
             "same": same,
             **{kind: counts[kind] for kind in kinds},
             "leaves": [
-                one.to_json() for one in changes if everything or one.change != "equal"
+                change.to_json()
+                for change in changes
+                if everything or change.change != "equal"
             ],
             "values": [
                 {"state": state, "path": path, "left": a, "right": b}
@@ -86,7 +88,7 @@ def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
         }
     )
     _show(screen, changes, values, everything=everything)
-    equal = sum(one.left_bytes for one in changes if one.change == "equal")
+    equal = sum(change.left_bytes for change in changes if change.change == "equal")
     screen.say(
         f"{plural(counts['equal'], 'leaf')} equal ({bytes_text(equal)}), "
         + ", ".join(f"{counts[kind]} {kind}" for kind in kinds[1:])
@@ -126,7 +128,7 @@ def _own_directory(name: str) -> Path:
 
 def _values(left: Manifest, right: Manifest) -> _Values:
     found: _Values = {}
-    sides = [{state.name: state for state in one.states} for one in (left, right)]
+    sides = [{state.name: state for state in side.states} for side in (left, right)]
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         mine, other = sides[0].get(name), sides[1].get(name)
         changes = structure_changes(
@@ -140,15 +142,15 @@ def _values(left: Manifest, right: Manifest) -> _Values:
 def _show(
     screen: Screen, changes: list[LeafChange], values: _Values, *, everything: bool
 ) -> None:
-    shown = [one for one in changes if everything or one.change != "equal"]
-    for state in dict.fromkeys([*(one.state for one in shown), *values]):
-        inside = [one for one in changes if one.state == state]
-        differing = sum(one.change != "equal" for one in inside)
+    shown = [change for change in changes if everything or change.change != "equal"]
+    for state in dict.fromkeys([*(change.state for change in shown), *values]):
+        inside = [change for change in changes if change.state == state]
+        differing = sum(change.change != "equal" for change in inside)
         count = f": {differing} of {plural(len(inside), 'leaf')} changed"
         screen.say(state + (count if inside else ""), style="bold")
         screen.table(
             _COLUMNS,
-            [_cells(one) for one in shown if one.state == state],
+            [_cells(change) for change in shown if change.state == state],
             indent=2,
         )
         found = values.get(state, [])
@@ -160,18 +162,18 @@ def _show(
         screen.say()
 
 
-def _cells(one: LeafChange) -> list[str]:
-    spec, other = one.left or one.right, one.right or one.left
+def _cells(change: LeafChange) -> list[str]:
+    spec, other = change.left or change.right, change.right or change.left
     if spec is None or other is None:
-        sizes = f"{bytes_text(one.left_bytes)} -> {bytes_text(one.right_bytes)}"
-        return [one.leaf, one.change, "", sizes, "", "", ""]
+        sizes = f"{bytes_text(change.left_bytes)} -> {bytes_text(change.right_bytes)}"
+        return [change.leaf, change.change, "", sizes, "", "", ""]
     dtype, shape = spec.dtype, shape_text(spec.shape)
     if other.dtype != dtype:
         dtype = f"{dtype} -> {other.dtype}"
     if other.shape != spec.shape:
         shape = f"{shape} -> {shape_text(other.shape)}"
-    cells = [one.leaf, one.change, dtype, shape]
-    far = one.difference
+    cells = [change.leaf, change.change, dtype, shape]
+    far = change.difference
     if far is None:
         return [*cells, "", "", ""]
     share = 100 * far.differing / max(1, math.prod(spec.shape))

@@ -73,21 +73,23 @@ class Difference:
     def _add(self, left: memoryview, right: memoryview) -> None:
         for a, b in self._differing(left, right):
             if self.dtype in _INTEGERS:
-                apart = _subtract_exactly(a, b)
+                distance = _subtract_exactly(a, b)
                 size = np.maximum(np.abs(a.astype(np.float64)), np.abs(b.astype(float)))
             else:
                 with np.errstate(all="ignore"):
-                    apart = np.abs(a - b)
+                    distance = np.abs(a - b)
                     size = np.maximum(np.abs(a), np.abs(b))
                 # The difference of two finite numbers may exceed the largest number.
                 finite = np.isfinite(a) & np.isfinite(b)
                 self.not_finite += int(np.count_nonzero(~finite))
-                apart, size = apart[finite], size[finite]
-                apart = np.nan_to_num(apart, posinf=np.finfo(np.float64).max)
-            if len(apart):
-                self.max_abs = max(self.max_abs, float(apart.max()))
+                distance, size = distance[finite], size[finite]
+                distance = np.nan_to_num(distance, posinf=np.finfo(np.float64).max)
+            if len(distance):
+                self.max_abs = max(self.max_abs, float(distance.max()))
                 # Zero and minus zero differ only in their bits.
-                relative = np.divide(apart, size, out=np.zeros(len(apart)), where=size > 0)
+                relative = np.divide(
+                    distance, size, out=np.zeros(len(distance)), where=size > 0
+                )
                 self.max_rel = max(self.max_rel, float(relative.max()))
 
     def _differing(
@@ -130,8 +132,8 @@ def _subtract_exactly(a: Array, b: Array) -> Array:
     # In the unsigned type of the same width, the larger minus the smaller never overflows.
     unsigned = np.dtype(f"u{a.dtype.itemsize}")
     upper, lower = np.maximum(a, b).view(unsigned), np.minimum(a, b).view(unsigned)
-    apart: Array = upper - lower
-    return apart.astype(np.float64)
+    distance: Array = upper - lower
+    return distance.astype(np.float64)
 
 
 def _eight_bit_table(dtype: str) -> Array:

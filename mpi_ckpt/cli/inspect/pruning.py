@@ -59,19 +59,24 @@ class _PrunePlan:
     rankings: list[Ranking]
 
 
-@command("prune", "Remove generations that are not to be kept.")
+@command("prune", "Remove all generations but those that the options keep.")
 @directory_argument()
 @click.option(
-    "--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest."
+    "--keep-last",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Keep the N newest generations.",
 )
 @click.option(
     "--keep-every",
     type=click.IntRange(min=1),
     metavar="STEPS",
-    help="Keep the first of every STEPS steps.",
+    help="Keep the first generation of every STEPS steps.",
 )
 @click.option(
-    "--keep-best", metavar="METRIC", help="Keep the one with the best value of METRIC."
+    "--keep-best",
+    metavar="METRIC",
+    help="Keep the generation with the best value of METRIC.",
 )
 @click.option(
     "--mode",
@@ -79,9 +84,11 @@ class _PrunePlan:
     help="Whether its lowest or its highest value is the best.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Prove what stays first; what is bad is not counted."
+    "--verify",
+    is_flag=True,
+    help="First prove the generations that stay; bad ones do not count.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would go, and why.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed, and why.")
 def prune(
     screen: Screen,
     directory: Path,
@@ -116,7 +123,7 @@ def prune(
     screen.data(
         {
             "dry_run": dry_run,
-            "ranked_by": [one.to_json() for one in plan.rankings],
+            "ranked_by": [ranking.to_json() for ranking in plan.rankings],
             "removed": [number for number in plan.removed if number not in failed],
             "kept": list(plan.kept),
             "left_alone": list(plan.left_alone),
@@ -142,20 +149,20 @@ def _policies(
     if best is not None:
         if mode is None:
             raise CommandError(
-                f"--keep-best {best}: which value is best? say --mode min or --mode max",
+                f"--keep-best {best}: which value is best? give --mode min or --mode max",
                 code=MISUSED,
                 kind="usage",
             )
         policies.append(KeepBest(best, mode=mode))
     elif mode is not None:
         raise CommandError(
-            f"--mode {mode}: of which metric? say --keep-best METRIC as well",
+            f"--mode {mode}: of which metric? give --keep-best METRIC as well",
             code=MISUSED,
             kind="usage",
         )
     if not policies:
         raise CommandError(
-            "say what stays: --keep-last N, --keep-every STEPS or --keep-best METRIC; a "
+            "give what to keep: --keep-last N, --keep-every STEPS or --keep-best METRIC; a "
             "generation stays if any of them keeps it",
             code=MISUSED,
             kind="usage",
@@ -197,10 +204,11 @@ def _plan(
 def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
     there = _summaries(good)
     # A misspelled name would remove all that it was meant to keep.
-    for one in unmet_policies(policy, there) if there else ():
+    for unmet in unmet_policies(policy, there) if there else ():
         raise CommandError(
-            f"--keep-best {one.metric} --mode {one.mode}: no generation has that metric; "
-            f"there: {', '.join(metric_names(there)) or 'none'}. Nothing was removed",
+            f"--keep-best {unmet.metric} --mode {unmet.mode}: no generation has that "
+            f"metric; there: {', '.join(metric_names(there)) or 'none'}. "
+            "Nothing was removed",
             code=MISUSED,
             kind="absent",
         )
@@ -219,7 +227,7 @@ def _say_ranking(screen: Screen, plan: _PrunePlan) -> None:
     kept = {number for ranking in plan.rankings for number in ranking.kept}
     besides = [number for number in plan.kept if number not in kept]
     if besides:
-        screen.say(f"kept besides, as the newest good one: {_listed(besides)}")
+        screen.say(f"also kept, as the newest good generation: {_listed(besides)}")
 
 
 def _proves(screen: Screen, path: Path) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "--reason",
     default="set aside by hand",
     show_default=True,
-    help="Why; kept beside it.",
+    help="The reason; stored beside the generation.",
 )
 def quarantine(screen: Screen, directory: Path, generation: str, reason: str) -> int:
     """Set a generation aside in DIR/.quarantine; nothing is deleted.

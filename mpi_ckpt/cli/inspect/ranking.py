@@ -67,7 +67,7 @@ def rank(
     policies: Sequence[RetentionPolicy], generations: Collection[GenerationSummary]
 ) -> list[Ranking]:
     """Return how each of some rules orders the generations."""
-    ordered = sorted(generations, key=lambda one: one.generation)
+    ordered = sorted(generations, key=lambda summary: summary.generation)
     return [_rank(policy, ordered) for policy in policies]
 
 
@@ -75,7 +75,10 @@ def _rank(policy: RetentionPolicy, ordered: Sequence[GenerationSummary]) -> Rank
     kept = policy.keep(ordered)
     if isinstance(policy, KeepBest):
         best = best_first(policy.metric, policy.mode, ordered)
-        values = {one.generation: one.metrics.get(policy.metric, 0.0) for one in ordered}
+        values = {
+            summary.generation: summary.metrics.get(policy.metric, 0.0)
+            for summary in ordered
+        }
         low = policy.mode == "min"
         return Ranking(
             "keep-best",
@@ -84,7 +87,9 @@ def _rank(policy: RetentionPolicy, ordered: Sequence[GenerationSummary]) -> Rank
             "the first" if policy.count == 1 else f"the first {policy.count}",
             tuple((number, values[number]) for number in best),
             tuple(number for number in best if number in kept),
-            tuple(one.generation for one in ordered if one.generation not in best),
+            tuple(
+                summary.generation for summary in ordered if summary.generation not in best
+            ),
         )
     if isinstance(policy, KeepEvery):
         return Ranking(
@@ -92,11 +97,11 @@ def _rank(policy: RetentionPolicy, ordered: Sequence[GenerationSummary]) -> Rank
             "step",
             "oldest",
             f"the first of every {policy.steps} steps",
-            tuple((one.generation, one.step) for one in ordered),
-            tuple(one.generation for one in ordered if one.generation in kept),
+            tuple((summary.generation, summary.step) for summary in ordered),
+            tuple(summary.generation for summary in ordered if summary.generation in kept),
         )
     assert isinstance(policy, KeepLast)
-    newest = [one.generation for one in reversed(ordered)]
+    newest = [summary.generation for summary in reversed(ordered)]
     return Ranking(
         "keep-last",
         "generation",

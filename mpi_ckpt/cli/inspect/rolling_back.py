@@ -58,7 +58,7 @@ def rollback(
     directory = directory_of_all(directory, "rollback")
     if undo == (generation is not None):
         raise CommandError(
-            "say the GENERATION to go back to, or --undo", code=MISUSED, kind="usage"
+            "give the GENERATION to go back to, or --undo", code=MISUSED, kind="usage"
         )
     if generation is None:
         return _undo(screen, directory)
@@ -77,7 +77,7 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
             raise CommandError(f"{path} is no published generation")
         step = _step_of(path)
         try:
-            aside = set_newer_aside(directory, number)
+            moved = set_newer_aside(directory, number)
         except SaveError as error:
             raise CommandError(_cut_off(directory, error)) from error
         following = recovery.survey(directory).next_generation
@@ -87,13 +87,13 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         {
             "generation": number,
             "step": step,
-            "set_aside": list(aside),
+            "set_aside": list(moved),
             "next_generation": following,
             "names": [row.name for row in rows],
         }
     )
-    if aside:
-        screen.say(f"set aside: {_listed(aside)}")
+    if moved:
+        screen.say(f"set aside: {_listed(moved)}")
     else:
         screen.say(f"nothing is newer than generation {number}; nothing was done")
     screen.say(
@@ -121,8 +121,9 @@ def _undo(screen: Screen, directory: Path) -> int:
         taken = sorted(there.intersection(last_rolled_back(directory)))
         if taken:
             raise CommandError(
-                f"generations {_listed(taken)} are there and set aside as well: somebody "
-                "has copied them; move one of the two elsewhere. Nothing was changed"
+                f"{directory} holds generations {_listed(taken)} twice, published and set "
+                "aside: somebody has copied them; move one copy of each elsewhere. "
+                "Nothing was changed"
             )
         try:
             back = bring_back(directory)
@@ -159,7 +160,8 @@ def _step_of(path: Path) -> int:
             return reader.manifest.step
     except CheckpointError as error:
         raise CommandError(
-            f"{error}; nobody could go on from it: choose another. Nothing was changed",
+            f"{error}; no job could go on from it: choose another generation. Nothing was "
+            "changed",
             kind="damaged",
         ) from error
 

@@ -84,8 +84,10 @@ def verify(
             "give a generation or --all, not both", code=MISUSED, kind="usage"
         )
     verdicts = _verify_chosen(screen, directory, generation, everything=everything)
-    bad = [one for one in verdicts if one.state not in ("good", "gone")]
-    screen.data({"good": not bad, "generations": [one.to_json() for one in verdicts]})
+    bad = [verdict for verdict in verdicts if verdict.state not in ("good", "gone")]
+    screen.data(
+        {"good": not bad, "generations": [verdict.to_json() for verdict in verdicts]}
+    )
     _show(screen, verdicts)
     if bad:
         screen.say(
@@ -106,7 +108,7 @@ def _verify_chosen(
             _verify(screen, path, f"{place} of {len(paths)}, {path.name}")
             for place, path in enumerate(paths, 1)
         ]
-        if any(one.state != "gone" for one in verdicts):
+        if any(verdict.state != "gone" for verdict in verdicts):
             return verdicts
         # A generation pruned meanwhile is no finding: a newer one exists then.
         if generation not in (None, "newest") or paths == before:
@@ -203,19 +205,19 @@ def _show(screen: Screen, verdicts: list[_Verdict]) -> None:
         ],
         [
             [
-                generation_number(one.path.name) or one.path.name,
-                "" if one.step is None else one.step,
-                bytes_text(one.nbytes),
-                f"{one.seconds:.2f} s",
-                f"{bytes_text(int(one.nbytes / max(one.seconds, 1e-9)))}/s",
-                one.state,
+                generation_number(verdict.path.name) or verdict.path.name,
+                "" if verdict.step is None else verdict.step,
+                bytes_text(verdict.nbytes),
+                f"{verdict.seconds:.2f} s",
+                f"{bytes_text(int(verdict.nbytes / max(verdict.seconds, 1e-9)))}/s",
+                verdict.state,
             ]
-            for one in verdicts
+            for verdict in verdicts
         ],
     )
-    for one in verdicts:
-        for leaf, message in one.problems[:_PROBLEMS_SHOWN]:
+    for verdict in verdicts:
+        for leaf, message in verdict.problems[:_PROBLEMS_SHOWN]:
             screen.say(f"{leaf}: {message}" if leaf else message, style="red")
-        hidden = len(one.problems) - _PROBLEMS_SHOWN
+        hidden = len(verdict.problems) - _PROBLEMS_SHOWN
         if hidden > 0:
             screen.say(f"... and {plural(hidden, 'problem')} more (--json has them)")

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import CommandError
-from mpi_ckpt.cli.doctor.machine import ask_apart
+from mpi_ckpt.cli.doctor.machine import ask_for_output
 from mpi_ckpt.cli.restart.launching import Host
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
             continue
         match = _LINE.fullmatch(wanted)
         if match is None:
-            raise ValueError(f"line {number}, {wanted[:80]!r}, is no host:slots")
+            raise ValueError(
+                f"line {number}, {wanted[:80]!r}, is not of the form host:slots"
+            )
         slots[match["name"]] += int(match["slots"] or 1)
     return tuple(Host(name, count) for name, count in slots.items())
 
@@ -52,7 +54,7 @@ def ask_hosts_script(
     Raises:
         CommandError: If it cannot be run, fails, hangs, or prints other text.
     """
-    printed, ended = ask_apart([str(script)], environ, seconds)
+    printed, ended = ask_for_output([str(script)], environ, seconds)
     if ended != "ended with code 0":
         raise CommandError(f"hosts script {script}: {ended}", kind="hosts")
     try:
@@ -80,7 +82,9 @@ def suspects(said: str, hosts: Collection[str]) -> set[str]:
         hosts: Names of the used hosts: no other word counts as one.
     """
     named = {
-        found["host"].rstrip(".,:") for one in _COMPLAINTS for found in one.finditer(said)
+        found["host"].rstrip(".,:")
+        for pattern in _COMPLAINTS
+        for found in pattern.finditer(said)
     }
     return {host for host in hosts if host in named}
 

@@ -118,7 +118,7 @@ class Loop:
         book: The hosts.
         requests: Signals that ask to stop.
         environ: The environment of the job.
-        tell: Prints events for users.
+        say: Prints events for users.
         quiet: Whether to keep the job's standard output apart from the loop's.
 
     Attributes:
@@ -132,7 +132,7 @@ class Loop:
         book: HostBook,
         requests: Requests,
         environ: Mapping[str, str],
-        tell: Callable[[str], None],
+        say: Callable[[str], None],
         *,
         quiet: bool,
     ) -> None:
@@ -140,7 +140,7 @@ class Loop:
         self._book = book
         self._requests = requests
         self._environ = environ
-        self._tell = tell
+        self._say = say
         self._quiet = quiet
         self._run = secrets.token_hex(4)
         self._endings: list[Ending] = []
@@ -169,7 +169,7 @@ class Loop:
             if ending.outcome == "preempted" and plan.stop_when_preempted:
                 self.reason = "preempted"
             if not self.reason and move.seconds:
-                self._tell(f"next attempt in {move.seconds:.0f} s")
+                self._say(f"next attempt in {move.seconds:.0f} s")
                 self._rest(move.seconds)
         return self.reason == "finished"
 
@@ -178,7 +178,7 @@ class Loop:
         if not self._book.is_known:
             return plan.size, ()
         deadline = time.monotonic() + plan.patience
-        told = False
+        has_said = False
         while not self.reason:
             usable = self._book.usable()
             size, hosts = place(usable, plan.size, plan.least)
@@ -188,11 +188,11 @@ class Loop:
             if time.monotonic() >= deadline:
                 self.reason = (
                     f"{slots} slots on {len(usable)} hosts, {plan.least} are needed, and "
-                    f"no more came in {plan.patience:.0f} s"
+                    f"no more became free within {plan.patience:.0f} s"
                 )
-            elif not told:
-                self._tell(f"waiting for hosts: {slots} slots, {plan.least} are needed")
-                told = True
+            elif not has_said:
+                self._say(f"waiting for hosts: {slots} slots, {plan.least} are needed")
+                has_said = True
             self._rest(_HOSTS_SECONDS if plan.patience else 0)
         return 0, ()
 
@@ -204,7 +204,7 @@ class Loop:
         environ = {**self._environ, VARIABLE: str(prefix)}
         names = tuple(host.name for host in hosts)
         where = f" on {', '.join(names)}" if names else ""
-        self._tell(f"attempt {number}: {size} ranks{where}")
+        self._say(f"attempt {number}: {size} ranks{where}")
         began, start = time.time(), time.monotonic()
         with Child(command, environ, quiet=self._quiet) as child:
             code, hung = self._watch(child, prefix)
@@ -251,7 +251,10 @@ class Loop:
                 if count != sign:
                     sign, alive = count, now
                 elif now - alive > self._plan.timeout:
-                    self._tell(f"no sign of life for {self._plan.timeout:.0f} s: ended")
+                    self._say(
+                        f"no sign of life for {self._plan.timeout:.0f} s: the "
+                        "attempt is ended"
+                    )
                     child.end()
                     return PREEMPTED_CODE, True
         return code, False
@@ -269,8 +272,8 @@ class Loop:
         try:
             filesystem.append(self._plan.folder / LOG, line.encode())
         except OSError as error:
-            self._tell(f"{self._plan.folder / LOG} cannot be written: {error}")
+            self._say(f"{self._plan.folder / LOG} cannot be written: {error}")
         text = f"attempt {attempt.attempt}: {attempt.outcome} at step {attempt.step_to}"
-        self._tell(f"{text}: {attempt.error}" if attempt.error else text)
+        self._say(f"{text}: {attempt.error}" if attempt.error else text)
         if attempt.left_out:
-            self._tell(f"left out from now on: {', '.join(attempt.left_out)}")
+            self._say(f"left out from now on: {', '.join(attempt.left_out)}")

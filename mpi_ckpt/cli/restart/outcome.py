@@ -136,7 +136,7 @@ def next_move(endings: Sequence[Ending], max_restarts: int, backoff: float) -> M
     last = endings[-1]
     if last.outcome == "finished":
         return Move(stop="finished")
-    same = _run_length(endings, lambda one: one.sign == last.sign is not None)
+    same = _run_length(endings, lambda ending: ending.sign == last.sign is not None)
     if same >= SAME_FAILURES:
         return Move(stop=f"the same failure {same} times at step {last.reached}")
     if _run_length(endings, _is_stopped_at_once) >= SAME_FAILURES:
@@ -146,6 +146,7 @@ def next_move(endings: Sequence[Ending], max_restarts: int, backoff: float) -> M
     if last.outcome == "preempted":
         return Move()
     barren = _run_length(
-        endings, lambda one: one.outcome != "preempted" and one.reached <= one.began
+        endings,
+        lambda ending: ending.outcome != "preempted" and ending.reached <= ending.began,
     )
     return Move(seconds=min(backoff * 2.0 ** max(0, barren - 1), BACKOFF_MAX_SECONDS))

@@ -39,7 +39,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=Tru
 _SECONDS = click.FloatRange(min=0)
 
 
-@command("run", "Start a job, again until it has finished.")
+@command("run", "Start a job, and restart it until it has finished.")
 @click.option(
     "--np",
     "size",
@@ -53,7 +53,7 @@ _SECONDS = click.FloatRange(min=0)
     "least",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Start fewer ranks, down to so many, if hosts are missing.",
+    help="If hosts are missing, start fewer ranks, but at least N.",
 )
 @click.option(
     "--max-restarts",
@@ -61,7 +61,7 @@ _SECONDS = click.FloatRange(min=0)
     type=click.IntRange(min=0),
     default=20,
     show_default=True,
-    help="How many attempts there may be after the first.",
+    help="How many restarts there may be.",
 )
 @click.option("--hostfile", type=_FILE, help="A file of lines such as host:slots.")
 @click.option(
@@ -80,7 +80,7 @@ _SECONDS = click.FloatRange(min=0)
 @click.option(
     "--launcher",
     metavar="COMMAND",
-    help="By default mpirun, else srun.",
+    help="Command that starts ranks; default: mpirun, else srun.",
 )
 @click.option(
     "--backoff",
@@ -95,7 +95,7 @@ _SECONDS = click.FloatRange(min=0)
     metavar="SECONDS",
     type=_SECONDS,
     default=0,
-    help="End an attempt that has recorded nothing for so long; 0: never.",
+    help="End an attempt that has recorded nothing for this long; 0: never.",
 )
 @click.option(
     "--patience",
@@ -115,12 +115,12 @@ _SECONDS = click.FloatRange(min=0)
 @click.option(
     "--trust-exit-code",
     is_flag=True,
-    help="Take 0 for success if nothing is recorded.",
+    help="Take exit code 0 for success if nothing is recorded.",
 )
 @click.option(
     "--stop-when-preempted",
     is_flag=True,
-    help="End then: a scheduler starts this again.",
+    help="End when the job is preempted: a scheduler starts this command again.",
 )
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
@@ -208,24 +208,24 @@ def _report(screen: Screen, loop: Loop, log: Path) -> None:
             "finished": loop.reason == "finished",
             "reason": loop.reason,
             "log": str(log),
-            "attempts": [one.to_json() for one in loop.attempts],
+            "attempts": [attempt.to_json() for attempt in loop.attempts],
         }
     )
     screen.table(
         _COLUMNS,
         [
             (
-                one.attempt,
-                one.np,
-                " ".join(one.hosts),
-                f"{one.seconds:.1f}",
-                one.code,
-                one.outcome,
-                one.step_from,
-                one.step_to,
-                one.error.partition("\n")[0][:100],
+                attempt.attempt,
+                attempt.np,
+                " ".join(attempt.hosts),
+                f"{attempt.seconds:.1f}",
+                attempt.code,
+                attempt.outcome,
+                attempt.step_from,
+                attempt.step_to,
+                attempt.error.partition("\n")[0][:100],
             )
-            for one in loop.attempts
+            for attempt in loop.attempts
         ],
     )
     screen.say(f"{loop.reason}; log: {log}")

@@ -91,11 +91,15 @@ class Departure:
         try:
             is_done_within(handle.Ibarrier(), _MEETING_SECONDS)
         except mpi.Exception as error:
-            logger.info("the others are not met at the end: %s", error)
+            logger.info("the other ranks were not met at the end: %s", error)
 
     def _free_all(self) -> None:
         mpi = load_mpi()
-        ours = [handle for one in open_communicators() for handle in one.give_up()]
+        ours = [
+            handle
+            for communicator in open_communicators()
+            for handle in communicator.give_up()
+        ]
         for handle in [*self._others, *ours, *reversed(made())]:
             with suppress(mpi.Exception):
                 if handle != mpi.COMM_NULL:

@@ -76,9 +76,11 @@ def let_go(handle: MPI.Intracomm, others: Iterable[MPI.Comm] = ()) -> None:
         handle: Communicator that lost a rank.
         others: Communicators of the user.
     """
-    ours = [one for communicator in open_communicators() for one in communicator.give_up()]
-    for one in [*ours, *others, handle]:
-        _revoke(one)
+    # MPI: only ranks that wait in the broken communicator learn of the loss; those that
+    # wait in another one would wait for ever.
+    ours = [own for communicator in open_communicators() for own in communicator.give_up()]
+    for revoked in [*ours, *others, handle]:
+        _revoke(revoked)
     spawning.remember(*ours)
 
 
@@ -171,12 +173,12 @@ def _step(survivors: MPI.Intracomm, work: Callable[[], Result], *used: MPI.Comm)
         logger.info("a step of the repair failed: %s", error)
         done = False
         # Ranks that wait in it wait for this rank.
-        for one in (*used, survivors):
-            _revoke(one)
+        for revoked in (*used, survivors):
+            _revoke(revoked)
     if meet_at_the_end(survivors, done):
         return result  # type: ignore[no-any-return]
-    for one in (*used, *([result] if isinstance(result, mpi.Comm) else [])):
-        _revoke(one)
+    for revoked in (*used, *([result] if isinstance(result, mpi.Comm) else [])):
+        _revoke(revoked)
     raise _AgainError
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.liveness import Tag, keep
+from mpi_ckpt.comm.liveness import Tag, keep_forever
 from mpi_ckpt.comm.ulfm.guard import Guard, end_as_lost
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _CONNECT_SECONDS = 15.0
 _STAGGER_SECONDS = 3.0
 _LETTER_BYTES = 2048
 _CONNECTING = "connecting with a new rank"
-_TOLD = 3
+_NUMBERS = 3
 
 # MPI: a new rank whose parents die waits in MPI_Init for ever, and mpirun for it. An alarm
 # survives exec, and needs no running interpreter.
@@ -117,7 +117,7 @@ def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
     """
     mpi = load_mpi()
     signal.setitimer(signal.ITIMER_REAL, 0)
-    letter, told = _pack([]), np.zeros(_TOLD, np.int64)
+    letter, numbers = _pack([]), np.zeros(_NUMBERS, np.int64)
     try:
         with Guard("joining the others in place of a lost rank", 2 * _CONNECT_SECONDS):
             parent = mpi.Comm.Get_parent()
@@ -130,15 +130,15 @@ def join() -> tuple[MPI.Intracomm, tuple[int, ...]]:
             with Guard(_CONNECTING, float(wait) + 2 * _CONNECT_SECONDS):
                 between = merged.Accept("", root=int(starter))
             merged = merge(between, high=False)
-        with Guard("being told where the job stands", 2 * _CONNECT_SECONDS):
+        with Guard("receiving the position of the job", 2 * _CONNECT_SECONDS):
             _introduce(merged)
-            merged.Bcast(told)
+            merged.Bcast(numbers)
     except mpi.Exception as error:
         # The others have begun again, and start another rank in its place.
         sys.stderr.write(f"mpi_ckpt: this replacement is not needed: {error}\n")
         sys.stderr.flush()
         end_as_lost()
-    return merged, tuple(told.tolist())
+    return merged, tuple(numbers.tolist())
 
 
 def _spans_hosts(environ: Mapping[str, str] = os.environ) -> bool:
@@ -172,18 +172,18 @@ def _pack(lines: Sequence[str]) -> NDArray[np.uint8]:
     return np.frombuffer(bytearray(text.ljust(_LETTER_BYTES, b"\0")), np.uint8)
 
 
-def greet(handle: MPI.Intracomm, telling: Sequence[int]) -> None:
+def greet(handle: MPI.Intracomm, numbers: Sequence[int]) -> None:
     """Send the new ranks the state of the job. Collective, on the present ranks.
 
     Main thread only.
 
     Args:
         handle: Communicator of all ranks, including the new ones.
-        telling: Three numbers, the same on every rank.
+        numbers: Three numbers, the same on every rank.
     """
     with Guard("meeting new ranks", 2 * _CONNECT_SECONDS):
         _introduce(handle)
-        handle.Bcast(np.array(telling, np.int64))
+        handle.Bcast(np.array(numbers, np.int64))
 
 
 def _introduce(handle: MPI.Intracomm) -> None:
@@ -200,7 +200,7 @@ def _introduce(handle: MPI.Intracomm) -> None:
     try:
         mpi.Request.Waitall(posted)
     except mpi.Exception:
-        keep(posted, token, into)
+        keep_forever(posted, token, into)
         raise
 
 

@@ -81,7 +81,7 @@ def deal_parts(
         CorruptGenerationError: On every rank, if bytes are not those saved.
     """
     comm = session.comm
-    matched = {one.state.name: one for one in match.states}
+    matched = {pair.state.name: pair for pair in match.states}
     arrivals: dict[str, Arrival] = {}
 
     def open_part(state: RankedState, part: bytes) -> None:
@@ -106,9 +106,9 @@ def deal_parts(
 
 def _dealt_states(match: StateMatch) -> list[RankedState]:
     return [
-        one.state
-        for one in match.states
-        if isinstance(one.state, RankedState) and one.saved.parts is not None
+        matched.state
+        for matched in match.states
+        if isinstance(matched.state, RankedState) and matched.saved.parts is not None
     ]
 
 

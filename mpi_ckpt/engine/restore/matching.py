@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.engine.overlaps import Overlap, move_apart
+from mpi_ckpt.engine.overlaps import Overlap, separate_overlaps
 from mpi_ckpt.engine.registry import ADVICE, numbered_alike
 from mpi_ckpt.errors import StateMismatchError, cut_lines
 from mpi_ckpt.failures import concerning
@@ -56,28 +56,28 @@ class StateMatch:
     @property
     def specs(self) -> list[LeafSpec]:
         """The specs of the leaves that will arrive, of all states in order."""
-        return [spec for one in self.states for spec in one.saved.specs]
+        return [spec for matched in self.states for spec in matched.saved.specs]
 
     @property
     def extents(self) -> list[Extent]:
         """The position of each in the files; empty for a copy in memory."""
-        return [extent for one in self.states for extent in one.saved.extents]
+        return [extent for matched in self.states for extent in matched.saved.extents]
 
     @property
     def leaves(self) -> list[Leaf | None]:
         """The destination of each; None for a leaf that the program lacks."""
-        return [leaf for one in self.states for leaf in one.arrival.leaves]
+        return [leaf for matched in self.states for leaf in matched.arrival.leaves]
 
     @property
     def missing_leaves(self) -> Mapping[str, tuple[str, ...]]:
         """State -> names of leaves that only the program has."""
-        found = {one.state.name: one.arrival.missing for one in self.states}
+        found = {matched.state.name: matched.arrival.missing for matched in self.states}
         return {state: names for state, names in found.items() if names}
 
     @property
     def unexpected_leaves(self) -> Mapping[str, tuple[str, ...]]:
         """State -> names of leaves that only the generation has."""
-        found = {one.state.name: one.arrival.unexpected for one in self.states}
+        found = {matched.state.name: matched.arrival.unexpected for matched in self.states}
         return {state: names for state, names in found.items() if names}
 
     def warnings(self) -> list[str]:
@@ -85,22 +85,23 @@ class StateMatch:
 
         Not collective.
         """
-        told = []
-        for one in self.states:
-            if isinstance(one.state, LeafState):
-                with concerning(f"state {one.state.name!r}"):
-                    told.append(one.state.restored())
-        return [text for text in told if text]
+        texts = []
+        for matched in self.states:
+            if isinstance(matched.state, LeafState):
+                with concerning(f"state {matched.state.name!r}"):
+                    texts.append(matched.state.restored())
+        return [text for text in texts if text]
 
     def name_of(self, index: int) -> str:
         """Return the name of a leaf in messages. Not collective."""
-        for one in self.states:
-            if index < len(one.saved.specs):
-                return f"state {one.state.name!r}, leaf {one.saved.specs[index].name!r}"
-            index -= len(one.saved.specs)
+        for matched in self.states:
+            if index < len(matched.saved.specs):
+                leaf = matched.saved.specs[index].name
+                return f"state {matched.state.name!r}, leaf {leaf!r}"
+            index -= len(matched.saved.specs)
         raise IndexError
 
-    def apart(self, overlaps: Sequence[Overlap]) -> StateMatch:
+    def without_overlaps(self, overlaps: Sequence[Overlap]) -> StateMatch:
         """Return the match with private memory for one leaf of each overlap.
 
         Not collective.
@@ -110,10 +111,10 @@ class StateMatch:
         """
         homes = [
             (number, at)
-            for number, one in enumerate(self.states)
-            for at in range(len(one.arrival.leaves))
+            for number, matched in enumerate(self.states)
+            for at in range(len(matched.arrival.leaves))
         ]
-        leaves = [list(one.arrival.leaves) for one in self.states]
+        leaves = [list(matched.arrival.leaves) for matched in self.states]
 
         def move(index: int) -> bool:
             number, at = homes[index]
@@ -121,19 +122,19 @@ class StateMatch:
             leaves[number][at] = leaf or leaves[number][at]
             return leaf is not None
 
-        move_apart(overlaps, move, self.name_of)
+        separate_overlaps(overlaps, move, self.name_of)
         return self.with_arrivals(
             {
-                one.state.name: replace(one.arrival, leaves=mine)
-                for one, mine in zip(self.states, leaves, strict=True)
+                matched.state.name: replace(matched.arrival, leaves=mine)
+                for matched, mine in zip(self.states, leaves, strict=True)
             }
         )
 
     def with_arrivals(self, arrivals: Mapping[str, Arrival]) -> StateMatch:
         """Return the match with other arrivals for some states. Not collective."""
         states = tuple(
-            replace(one, arrival=arrivals.get(one.state.name, one.arrival))
-            for one in self.states
+            replace(matched, arrival=arrivals.get(matched.state.name, matched.arrival))
+            for matched in self.states
         )
         return replace(self, states=states)
 
@@ -155,7 +156,7 @@ def compare_names(
     Raises:
         StateMismatchError: On every rank, with all missing and unexpected names.
     """
-    saved = {one.name for one in outline.states}
+    saved = {outlined.name for outlined in outline.states}
     missing = tuple(state.name for state in states if state.name not in saved)
     unexpected = () if partial else outline.others
     problems = [f"state {name!r} is in the program, not saved" for name in missing]
@@ -188,7 +189,7 @@ def match_states(
     Raises:
         StateMismatchError: On the calling rank, with all mismatches of all states.
     """
-    by_name = {one.name: one for one in outline.states}
+    by_name = {outlined.name: outlined for outlined in outline.states}
     matched: list[MatchedState] = []
     problems: list[str] = []
     for state in states:

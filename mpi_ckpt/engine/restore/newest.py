@@ -100,15 +100,15 @@ def open_newest(
                     opened.append(stack.enter_context(found))
             return states
 
-        def tell(states: list[State]) -> bytes:
+        def encode(states: list[State]) -> bytes:
             if copy is not None:
                 return copy.text
             if not opened:
                 return b""
             deals = {state.name: isinstance(state, RankedState) for state in states}
-            aside = session.directory.set_aside
+            quarantined = session.directory.set_aside
             outline = Outline.of_generation(
-                opened[0].manifest, str(opened[0].path), deals, aside
+                opened[0].manifest, str(opened[0].path), deals, quarantined
             )
             return json.dumps(outline.to_json()).encode()
 
@@ -118,17 +118,17 @@ def open_newest(
             look,
             error=RestoreError,
             skipped=True,
-            tell=tell,
+            encode=encode,
         )
-        if not met.told:
+        if not met.message:
             look_elsewhere(session)
             yield None
             return
         states = tuple(met.result)
-        outline = Outline.from_json(json.loads(met.told))
+        outline = Outline.from_json(json.loads(met.message))
         outline = outline.only([state.name for state in states])
         if outline.generation == 0:
-            mine = copy if copy is not None and copy.text == met.told else None
+            mine = copy if copy is not None and copy.text == met.message else None
             yield OpenGeneration(outline, states, copy=mine)
             return
         ranks = choose_ranks(session.options.io.readers, comm.topology)
@@ -163,8 +163,8 @@ def open_on_readers(
         except CorruptGenerationError as error:
             # Root has found it good: the fault is in this host's view of it.
             raise ReadError(
-                f"{error}. Root reads it well; several readers need a directory that all "
-                "see, IO(readers='root') does not",
+                f"{error}. Root can read it; several readers need a directory that all "
+                "hosts see, IO(readers='root') does not",
                 path=path,
             ) from error
         return replace(found, reader=reader)
@@ -185,7 +185,8 @@ def reject(
     # The finding alone: the reason must not describe the states, since another generation
     # will be restored.
     reason = CorruptGenerationError(
-        "; ".join(dict.fromkeys(one.message for one in problem.failures)) or str(problem),
+        "; ".join(dict.fromkeys(failure.message for failure in problem.failures))
+        or str(problem),
         path=problem.path,
         generation=problem.generation,
     )
@@ -217,13 +218,15 @@ def list_generations(session: Session) -> list[GenerationInfo]:
     """
     catalog = session.directory.catalog
     session.comm.call = "generations()"
-    told = on_root(
+    records = on_root(
         session.comm,
         "listing generations",
-        lambda: [one.to_json() for one in catalog.generations()],
+        lambda: [info.to_json() for info in catalog.generations()],
         error=RestoreError,
     )
-    return [GenerationInfo(**{**one, "path": Path(one["path"])}) for one in told]
+    return [
+        GenerationInfo(**{**record, "path": Path(record["path"])}) for record in records
+    ]
 
 
 def _open(

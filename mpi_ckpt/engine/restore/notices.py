@@ -44,16 +44,16 @@ class ResizeWatch:
         if outline.size == size:
             return cls()
         observed = []
-        for one in matched.states:
-            if isinstance(one.state, LeafState):
-                with concerning(f"state {one.state.name!r}"):
-                    watch = one.state.observe_resize(
-                        one.saved.structure, outline.size, size
+        for pair in matched.states:
+            if isinstance(pair.state, LeafState):
+                with concerning(f"state {pair.state.name!r}"):
+                    watch = pair.state.observe_resize(
+                        pair.saved.structure, outline.size, size
                     )
                 observed.append(watch)
         return cls(observed)
 
-    def tell(self, report: RestoreReport) -> None:
+    def log(self, report: RestoreReport) -> None:
         """Log in one line what has changed, if this is root. Not collective."""
         changes = [change for watch in self.observed if (change := watch()).text]
         if not self.observed:

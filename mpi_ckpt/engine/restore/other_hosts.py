@@ -66,11 +66,12 @@ def look_elsewhere(session: Session) -> None:
         mine = comm.hosts[comm.root]
         if held:
             raise ReadError(
-                f"root, on {mine}, finds no generation in {directory.root}, and other "
-                f"hosts have some under that name: {'; '.join(held)}. If the "
-                "directory is one of each host's own, start the job so that root is there, "
-                "or copy them to where all hosts see them; if all see it, root is shown an "
-                "old state: start again. Nothing was changed",
+                f"root, on {mine}, finds no generation in {directory.root}, but other "
+                f"hosts have some under that name: {'; '.join(held)}. If each host has a "
+                "directory of its own, start the job with root on such a host, or copy "
+                "the generations to a directory that all hosts see; if all hosts see this "
+                "directory, root sees an old state of it: start the job again. Nothing "
+                "was changed",
                 path=directory.root,
             )
         unseen = [host for host, (_, _, owner) in seen.items() if owner != directory.owner]

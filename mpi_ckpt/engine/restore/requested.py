@@ -35,7 +35,7 @@ def explain_choice(
         error=RestoreError,
     )
     return CorruptGenerationError(
-        f"{problem}. Generation {number} was asked for, so no other is taken for it; "
+        f"{problem}. Generation {number} was requested, so no other is used instead; "
         f"{others}",
         path=problem.path,
         generation=number,
@@ -61,7 +61,7 @@ def go_on_from(session: Session, chosen: Outline | None) -> None:
         directory.forget_newest()
     if chosen is not None:
         logger.info(
-            "restored generation %d, step %d, as was asked for%s",
+            "restored generation %d, step %d, as requested%s",
             chosen.generation,
             chosen.step,
             _newer(session, chosen.generation),
@@ -77,8 +77,8 @@ def _newer(session: Session, chosen: int) -> str:
     if not newer:
         return ""
     return (
-        f"; newer ones stay: {', '.join(map(str, newer))}. The next save has a number "
-        "above theirs, and is the newest then; until it is there, a restore that asks for "
-        f"nothing takes generation {newer[-1]}. To set them aside, end this job, then: "
-        f"mpi-ckpt rollback {root} {chosen}"
+        f"; newer generations stay: {', '.join(map(str, newer))}. The next save gets a "
+        "higher number and is the newest from then on; until then, a restore without a "
+        f"request takes generation {newer[-1]}. To set the newer generations aside, end "
+        f"this job, then: mpi-ckpt rollback {root} {chosen}"
     )

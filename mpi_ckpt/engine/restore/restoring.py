@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 OnResize: TypeAlias = "Callable[[int, int], object]"
 """Given the number of ranks that saved, and that of now."""
 
-_RESTORED = "the states are as they were saved, but for what it has changed itself"
+_RESTORED = "the states are restored, except for changes by on_resize() itself"
 
 
 class Restore:
@@ -64,10 +64,10 @@ class Restore:
     Or from the generation that the program has asked for, and from no other.
 
     Collective, as is every method. Main thread only. ``find`` finds the next source to try,
-    `aside_if_bad` quarantines a generation that turns out bad on the way::
+    `quarantine_if_bad` quarantines a generation that turns out bad on the way::
 
         while restore.find():
-            with restore.aside_if_bad():
+            with restore.quarantine_if_bad():
                 restore.match()
                 restore.transfer()
                 restore.adopt()
@@ -140,7 +140,7 @@ class Restore:
         return found is not None
 
     @contextmanager
-    def aside_if_bad(self) -> Iterator[None]:
+    def quarantine_if_bad(self) -> Iterator[None]:
         """Quarantine a generation that turns out bad within the block, to try the next.
 
         Raises:
@@ -206,7 +206,7 @@ class Restore:
             )
             self._match = met.result
             if overlaps or not met.is_alike:
-                self._move_apart(overlaps, doing)
+                self._separate(overlaps, doing)
 
     def transfer(self) -> None:
         """Put every byte, proven, into its destination.
@@ -236,9 +236,9 @@ class Restore:
 
         def take_over() -> None:
             self._deferred.raise_failure()
-            for one in matched.states:
-                with concerning(f"state {one.state.name!r}"):
-                    one.arrival.adopt()
+            for pair in matched.states:
+                with concerning(f"state {pair.state.name!r}"):
+                    pair.arrival.adopt()
             warnings.extend(matched.warnings())
 
         with self._clock.phase("adopt"):
@@ -252,7 +252,7 @@ class Restore:
         self.report = self._make_report()
         warn_of_restored(session, self._generation.outline, warnings)
 
-    def tell_of_resize(self, callback: OnResize | None) -> None:
+    def report_resize(self, callback: OnResize | None) -> None:
         """Let the program adapt to another number of ranks than the one that saved.
 
         Args:
@@ -266,20 +266,28 @@ class Restore:
         if report is None or report.saved_size == report.size:
             return
 
-        def tell() -> None:
+        def report_change() -> None:
             if callback is not None:
                 callback(report.saved_size, report.size)
-            self._resize.tell(report)
+            self._resize.log(report)
 
-        agree(self._session.comm, "on_resize()", tell, error=RestoreError, safe=_RESTORED)
+        agree(
+            self._session.comm,
+            "on_resize()",
+            report_change,
+            error=RestoreError,
+            safe=_RESTORED,
+        )
 
-    def _move_apart(self, overlaps: Sequence[Overlap], doing: str) -> None:
+    def _separate(self, overlaps: Sequence[Overlap], doing: str) -> None:
         """Give leaves private memory if their places cannot hold all arriving bytes."""
         found, match, comm = self._generation, self._matched, self._session.comm
         differing = differing_overlaps(
             comm, overlaps, SavedBytes(found, match), doing=doing, error=RestoreError
         )
-        self._match = agree(comm, doing, lambda: match.apart(differing), error=RestoreError)
+        self._match = agree(
+            comm, doing, lambda: match.without_overlaps(differing), error=RestoreError
+        )
 
     @property
     def _generation(self) -> OpenGeneration:

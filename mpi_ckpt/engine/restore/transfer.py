@@ -61,7 +61,9 @@ def transfer_files(
         window_bytes=session.options.io.window_bytes // 2,
     )
     turns = [found.readers[turn % len(found.readers)] for turn in range(len(windows))]
-    mine = [one for one, rank in zip(windows, turns, strict=True) if rank == comm.rank]
+    mine = [
+        window for window, rank in zip(windows, turns, strict=True) if rank == comm.rank
+    ]
     with closing(_read(found, match, mine)) as proven:
         for turn, (window, source) in enumerate(zip(windows, turns, strict=True)):
             groups = window.groups()
@@ -176,13 +178,17 @@ class SavedBytes:
 def _stored_leaves(found: OpenGeneration, match: StateMatch) -> list[StoredLeaf]:
     assert found.reader is not None
     manifest = found.reader.manifest
-    stored = [manifest.state(one.saved.name) for one in match.states if one.saved.extents]
+    stored = [
+        manifest.state(matched.saved.name)
+        for matched in match.states
+        if matched.saved.extents
+    ]
     return [leaf for state in stored if state for leaf in state.leaves]
 
 
 def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:
     held = {} if copy is None else copy.leaves
-    return [data for one in match.states for data in held.get(one.saved.name, ())]
+    return [data for matched in match.states for data in held.get(matched.saved.name, ())]
 
 
 def _read(

@@ -45,7 +45,7 @@ class Background:
         except RuntimeError:
             # The interpreter is ending and starts no more background work.
             return run_here(work)
-        self._futures = [one for one in self._futures if not one.done()]
+        self._futures = [future for future in self._futures if not future.done()]
         self._futures.append(future)
         _UNDER_WAY[future] = (self._exit_seconds, self._give_up)
         future.add_done_callback(_forget)

@@ -54,13 +54,13 @@ def copy_into(
     """
     # All meetings of the ranks come first: only a copy follows, which no other rank can
     # block.
-    told = _tell(comm, memory, request.states)
+    from_root = _send_from_root(comm, memory, request.states)
 
     def keep() -> Staged | None:
         if not comm.is_root and memory.holders == "root":
             return None
         memory.clear()
-        staged = stage(memory.arena, list(_take_here(comm, request.states, told)))
+        staged = stage(memory.arena, list(_take_here(comm, request.states, from_root)))
         staged.late.when_copied(lambda: _hold(memory, request, staged))
         if staged.late and not (late and comm.is_root):
             staged.late.copy()
@@ -70,65 +70,65 @@ def copy_into(
     return agree(comm, _DOING, keep, error=StageError)
 
 
-def _tell(
+def _send_from_root(
     comm: Communicator, memory: Memory, states: Sequence[CapturedState | State]
 ) -> Mapping[str, bytes]:
     """Send all ranks what only root knows: state name -> bytes. Collective."""
     if comm.size == 1 or memory.holders == "root":
         return {}
-    theirs = [one for one in states if _is_roots(one)]
+    theirs = [content for content in states if _is_roots(content)]
     encoded: list[bytes] = []
 
     def encode() -> None:
-        encoded.extend(_encode(one) for one in theirs)
+        encoded.extend(_encode(content) for content in theirs)
 
     on_root(comm, _DOING, encode, error=StageError)
     return {
-        one.name: bcast_bytes(comm, encoded[number] if encoded else None, _DOING)
-        for number, one in enumerate(theirs)
+        content.name: bcast_bytes(comm, encoded[number] if encoded else None, _DOING)
+        for number, content in enumerate(theirs)
     }
 
 
-def _is_roots(one: CapturedState | State) -> bool:
+def _is_roots(content: CapturedState | State) -> bool:
     """Return whether only root knows the contents of a state that a save would write."""
-    state = _state_of(one)
+    state = _state_of(content)
     if not isinstance(state, LeafState) or isinstance(state, PartsState):
         return True
     return state.sync_mode == "none"
 
 
-def _state_of(one: CapturedState | State) -> State:
-    return one.state if isinstance(one, CapturedState) else one
+def _state_of(content: CapturedState | State) -> State:
+    return content.state if isinstance(content, CapturedState) else content
 
 
-def _encode(one: CapturedState | State) -> bytes:
+def _encode(content: CapturedState | State) -> bytes:
     stream = io.BytesIO()
-    if isinstance(one, CapturedState):
-        write_leaves(stream, one.structure, one.leaves)
+    if isinstance(content, CapturedState):
+        write_leaves(stream, content.structure, content.leaves)
     else:
-        one.save(stream)
+        content.save(stream)
     return stream.getvalue()
 
 
 def _take_here(
     comm: Communicator,
     states: Sequence[CapturedState | State],
-    told: Mapping[str, bytes],
+    from_root: Mapping[str, bytes],
 ) -> Iterator[CapturedState | State]:
-    for one in states:
-        state = _state_of(one)
-        if comm.is_root and isinstance(one, CapturedState):
-            yield one
-        elif isinstance(state, LeafState) and state.name in told:
-            yield _decode(state, told[state.name])
+    for content in states:
+        state = _state_of(content)
+        if comm.is_root and isinstance(content, CapturedState):
+            yield content
+        elif isinstance(state, LeafState) and state.name in from_root:
+            yield _decode(state, from_root[state.name])
         elif isinstance(state, LeafState):
             # Capture again: a sync stored bytes after it had captured. Digests that no
             # longer match belong to a state that only root writes.
             (mine,) = capture_states([state])
-            known = one.digests if isinstance(one, CapturedState) else None
+            known = content.digests if isinstance(content, CapturedState) else None
             yield replace(mine, digests=known)
-        elif state.name in told:
-            yield StagedStream(state.name, memoryview(told[state.name]))
+        elif state.name in from_root:
+            yield StagedStream(state.name, memoryview(from_root[state.name]))
         else:
             yield state
 
@@ -146,23 +146,24 @@ def _hold(memory: Memory, request: SaveRequest, staged: Staged) -> None:
         step=request.step,
         size=request.size,
         metrics=dict(request.metrics),
-        states=tuple(_outline_of(one) for one in staged.states),
+        states=tuple(_outline_of(content) for content in staged.states),
     )
     leaves = {
-        one.name: [leaf.buffer.read() for leaf in _leaves_of(one)] for one in staged.states
+        content.name: [leaf.buffer.read() for leaf in _leaves_of(content)]
+        for content in staged.states
     }
     text = json.dumps(outline.to_json()).encode()
     memory.copy = MemoryCopy(request.step, text, leaves)
 
 
-def _outline_of(one: CapturedState | State) -> StateOutline:
-    if isinstance(one, CapturedState):
-        return StateOutline(one.name, one.structure, one.specs)
-    return StateOutline.of_stream(one.name, _leaves_of(one)[0].spec.nbytes)
+def _outline_of(content: CapturedState | State) -> StateOutline:
+    if isinstance(content, CapturedState):
+        return StateOutline(content.name, content.structure, content.specs)
+    return StateOutline.of_stream(content.name, _leaves_of(content)[0].spec.nbytes)
 
 
-def _leaves_of(one: CapturedState | State) -> Sequence[Leaf]:
-    if isinstance(one, CapturedState):
-        return one.leaves
-    assert isinstance(one, StagedStream)
-    return [one.leaf()]
+def _leaves_of(content: CapturedState | State) -> Sequence[Leaf]:
+    if isinstance(content, CapturedState):
+        return content.leaves
+    assert isinstance(content, StagedStream)
+    return [content.leaf()]

@@ -79,8 +79,8 @@ class Draft:
         self.partial = partial
         self.captured = captured
         self.fresh = [
-            [n for n in range(len(one.leaves)) if (i, n) not in shared.leaves]
-            for i, one in enumerate(captured)
+            [n for n in range(len(content.leaves)) if (i, n) not in shared.leaves]
+            for i, content in enumerate(captured)
         ]
 
     @classmethod
@@ -128,7 +128,7 @@ class Draft:
     @property
     def fresh_states(self) -> list[CapturedState]:
         """The leaves that must be written, by state."""
-        return [pick_leaves(*one) for one in zip(self.captured, self.fresh, strict=True)]
+        return [pick_leaves(*pair) for pair in zip(self.captured, self.fresh, strict=True)]
 
     def write(self, captured: Sequence[CapturedState], plain: Sequence[State]) -> None:
         """Write root's share: the streams of plain states, and one file of leaves.
@@ -154,19 +154,19 @@ class Draft:
         manifest = self._complete([*self._shards, *others])
         encoded = encode(manifest)
         if len(encoded) > _WARNED_BYTES:
-            self._tell_of_size(manifest, len(encoded))
+            self._check_size(manifest, len(encoded))
         path = self.partial.publish(encoded)
         self._directory.note_published(manifest, path, len(encoded))
         return Published(
             generation=manifest.generation,
             path=path,
             bytes_written=self.partial.bytes_written
-            + sum(one.file.nbytes for one in others),
+            + sum(shard.file.nbytes for shard in others),
             bytes_reused=_bytes_reused(manifest),
             retired=self._directory.catalog.choose(self._options.retention),
         )
 
-    def _tell_of_size(self, manifest: Manifest, nbytes: int) -> None:
+    def _check_size(self, manifest: Manifest, nbytes: int) -> None:
         name, most = largest_state(manifest)
         advice = (
             f"{most:,} of them are of state {name!r}: keep its many small values in arrays"
@@ -176,8 +176,8 @@ class Draft:
                 f"the manifest would take {nbytes:,} bytes, at most {MANIFEST_BYTES_MAX:,} "
                 f"can be read; nothing was published. {advice}"
             )
-        if not self._directory.is_told_of_size:
-            self._directory.is_told_of_size = True
+        if not self._directory.has_warned_of_size:
+            self._directory.has_warned_of_size = True
             logger.warning(
                 "the manifest takes %s bytes, and a save of more than %s is refused; %s",
                 *(f"{nbytes:,}", f"{MANIFEST_BYTES_MAX:,}", advice),
@@ -187,13 +187,13 @@ class Draft:
         request = self._request
         written = {key: leaf for shard in shards for key, leaf in shard.leaves.items()}
         states = {state.name: state for state in self._streams}
-        for index, one in enumerate(self.captured):
-            name, shared = one.name, self._shared.leaves
+        for index, content in enumerate(self.captured):
+            name, shared = content.name, self._shared.leaves
             leaves = [
                 shared.get((index, number)) or written[LeafKey(name, spec.name)]
-                for number, spec in enumerate(one.specs)
+                for number, spec in enumerate(content.specs)
             ]
-            states[name] = StoredState(name, one.structure, tuple(leaves))
+            states[name] = StoredState(name, content.structure, tuple(leaves))
         return Manifest(
             generation=self.partial.generation,
             step=operator.index(request.step),
@@ -206,7 +206,10 @@ class Draft:
                 *self._stream_files,
                 *(shard.file for shard in shards),
             ),
-            states=(*(states[one.name] for one in request.states), *self._shared.states),
+            states=(
+                *(states[state.name] for state in request.states),
+                *self._shared.states,
+            ),
         )
 
     def _write_stream(self, state: State) -> None:
@@ -246,8 +249,8 @@ def _digest_ahead(
     A file is shared if half of it is unchanged, and a sample finds some of that half.
     """
     threads = options.io.digest_threads
-    undigested = [one for one in captured if one.digests is None]
-    nbytes = sum(one.form.nbytes for one in undigested)
+    undigested = [content for content in captured if content.digests is None]
+    nbytes = sum(content.form.nbytes for content in undigested)
     if nbytes >= _SAMPLED_BYTES_MIN and _has_room(partial, nbytes):
         older = _newest(directory, needed=False)
         if older is None:
@@ -282,7 +285,7 @@ def _link_unchanged(
         older = _newest(directory, needed=carry is not None)
     if older is None:
         return SharedLeaves()
-    saved = {one.name for one in request.states}
+    saved = {state.name for state in request.states}
     others = [state for state in older.states if state.name not in saved]
     carried = [state for state in others if carry is not None and carry(state.name)]
     shared = plan_reuse(

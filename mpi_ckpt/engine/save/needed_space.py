@@ -40,16 +40,16 @@ def foresee_space(
         fresh: For each of them, the indices of the leaves that must be written.
         plain: The states that write themselves.
     """
-    every = [spec for one in captured for spec in one.specs]
+    every = [spec for content in captured for spec in content.specs]
     written = [
-        one.specs[number]
-        for one, numbers in zip(captured, fresh, strict=True)
+        content.specs[number]
+        for content, numbers in zip(captured, fresh, strict=True)
         for number in numbers
     ]
     manifest = sum(len(spec.name) + _MANIFEST_ENTRY_BYTES for spec in every)
     headers = sum(len(spec.name) + _HEADER_ENTRY_BYTES for spec in written)
     leaves = sum(spec.nbytes for spec in written)
-    streams = sum(one.nbytes for one in plain if isinstance(one, StagedStream))
+    streams = sum(stream.nbytes for stream in plain if isinstance(stream, StagedStream))
     return SpaceNeeded(
         nbytes=manifest + headers + leaves + streams,
         files=1 + bool(written) + len(plain),  # the manifest first

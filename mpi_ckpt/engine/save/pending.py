@@ -42,8 +42,8 @@ class PendingSave:
         self._save = save
         self._error: CheckpointError | None = None
         # Also after the last reference to this is gone, and when the interpreter ends.
-        tell = partial(_tell_of_the_end, save, comm.is_root)
-        self.leave = weakref.finalize(self, _leave, save.work, tell)
+        log_end = partial(_log_end, save, comm.is_root)
+        self.leave = weakref.finalize(self, _leave, save.work, log_end)
 
     @property
     def report(self) -> SaveReport | None:
@@ -64,7 +64,7 @@ class PendingSave:
     def done(self) -> bool:
         """Return whether `wait` would return at once.
 
-        Collective. Costs one allreduce of 56 bytes.
+        Collective. Durations one allreduce of 56 bytes.
 
         Raises:
             CollectiveError: On every live rank, if one never arrives.
@@ -101,12 +101,12 @@ class PendingSave:
         self._save.prune()
 
 
-def _leave(work: Future[None] | None, tell: partial[None]) -> None:
+def _leave(work: Future[None] | None, log_end: partial[None]) -> None:
     if work is not None:
-        work.add_done_callback(tell)
+        work.add_done_callback(log_end)
 
 
-def _tell_of_the_end(save: Save, is_root: bool, work: Future[None]) -> None:
+def _log_end(save: Save, is_root: bool, work: Future[None]) -> None:
     """Log how a save ended if the ranks did not meet for it again."""
     if not is_root:
         return
@@ -118,7 +118,7 @@ def _tell_of_the_end(save: Save, is_root: bool, work: Future[None]) -> None:
         logger.warning("%s; generation %d is durable", left, save.published.generation)
     else:
         logger.warning(
-            "%s and is given up: what several ranks write only all together can publish; "
-            "what is there of it is swept at the next start",
+            "%s and is given up: only all ranks together can publish what several ranks "
+            "write; the next start removes its files",
             left,
         )

@@ -51,12 +51,12 @@ class SaveRequest:
     @property
     def captured(self) -> list[CapturedState]:
         """The leaf states."""
-        return [one for one in self.states if isinstance(one, CapturedState)]
+        return [state for state in self.states if isinstance(state, CapturedState)]
 
     @property
     def plain(self) -> list[State]:
         """The states that write themselves."""
-        return [one for one in self.states if not isinstance(one, CapturedState)]
+        return [state for state in self.states if not isinstance(state, CapturedState)]
 
 
 @dataclass(frozen=True, slots=True)

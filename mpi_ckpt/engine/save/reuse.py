@@ -44,9 +44,9 @@ class SharedLeaves:
     def without_files(self, refused: set[str]) -> SharedLeaves:
         """Return it without some files; their leaves are written again. Not collective."""
         leaves = {
-            at: one for at, one in self.leaves.items() if one.extent.file not in refused
+            at: leaf for at, leaf in self.leaves.items() if leaf.extent.file not in refused
         }
-        files = {name: one for name, one in self.files.items() if name not in refused}
+        files = {name: file for name, file in self.files.items() if name not in refused}
         return SharedLeaves(leaves, self.states, files)
 
     def renamed(self, rename: Callable[[str, int], str]) -> SharedLeaves:
@@ -56,7 +56,7 @@ class SharedLeaves:
             rename: Makes the new name from the old one and the generation that wrote the
                 file.
         """
-        names = {name: rename(name, one.generation) for name, one in self.files.items()}
+        names = {name: rename(name, file.generation) for name, file in self.files.items()}
 
         def moved(leaf: StoredLeaf) -> StoredLeaf:
             extent = leaf.extent._replace(file=names[leaf.extent.file])
@@ -69,8 +69,8 @@ class SharedLeaves:
                 for state in self.states
             ),
             files={
-                names[name]: replace(one, name=names[name])
-                for name, one in self.files.items()
+                names[name]: replace(file, name=names[name])
+                for name, file in self.files.items()
             },
         )
 
@@ -121,14 +121,14 @@ def sample(captured: Sequence[CapturedState], count: int) -> list[CapturedState]
     Not collective. Thread-safe. From adjacent leaves that hold more than one part in
     ``count`` of all bytes, it always picks one.
     """
-    sizes = [spec.nbytes for one in captured for spec in one.specs]
+    sizes = [spec.nbytes for content in captured for spec in content.specs]
     ends = list(accumulate(sizes, initial=0))
     places = (np.arange(count) + 0.5) * (ends[-1] / count)
     picked = set(np.searchsorted(ends[1:], places, side="right").tolist())
-    firsts = accumulate((len(one.leaves) for one in captured), initial=0)
+    firsts = accumulate((len(content.leaves) for content in captured), initial=0)
     return [
-        pick_leaves(one, [n for n in range(len(one.leaves)) if first + n in picked])
-        for one, first in zip(captured, firsts, strict=False)
+        pick_leaves(content, [n for n in range(len(content.leaves)) if first + n in picked])
+        for content, first in zip(captured, firsts, strict=False)
     ]
 
 
@@ -144,12 +144,14 @@ def _unchanged(
     older: Manifest, captured: Sequence[CapturedState]
 ) -> dict[tuple[int, int], StoredLeaf]:
     found: dict[tuple[int, int], StoredLeaf] = {}
-    for index, one in enumerate(captured):
-        stored = older.state(one.name)
-        if stored is None or one.digests is None or stored.is_stream:
+    for index, content in enumerate(captured):
+        stored = older.state(content.name)
+        if stored is None or content.digests is None or stored.is_stream:
             continue
         known = {leaf.spec.name: leaf for leaf in stored.leaves}
-        for number, (spec, digest) in enumerate(zip(one.specs, one.digests, strict=True)):
+        for number, (spec, digest) in enumerate(
+            zip(content.specs, content.digests, strict=True)
+        ):
             leaf = known.get(spec.name)
             # Compare digests first: they usually differ.
             if (

@@ -14,10 +14,10 @@ from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.request import Begun, SaveRequest
 from mpi_ckpt.engine.save.saving import Save, Workshop
-from mpi_ckpt.engine.steps.interval import Costs
-from mpi_ckpt.engine.sync.announcing import SyncTeller
+from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import combine_parts, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
+from mpi_ckpt.engine.sync.sync_log import SyncLog
 from mpi_ckpt.errors import OptionsError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.state import LeafState
@@ -45,7 +45,7 @@ class Saver:
         registry: The manager's.
 
     Attributes:
-        costs: The times that saves have taken in this run.
+        durations: The times that saves have taken in this run.
         pending: The pending save; None for none.
     """
 
@@ -56,8 +56,8 @@ class Saver:
         how = options.abort_on_error
         end_job = partial(_end_job, member_of(session.comm, how)) if how else None
         background = Background(options.deadline_seconds, end_job)
-        self.costs = Costs()
-        self._workshop = Workshop(Arena(), background, self.costs, SyncTeller())
+        self.durations = Durations()
+        self._workshop = Workshop(Arena(), background, self.durations, SyncLog())
         self.pending: PendingSave | None = None
 
     @property
@@ -83,8 +83,8 @@ class Saver:
                 return self.pending
             if asynchronous == "raise":
                 raise SaveError(
-                    "a save is still under way, and Options.asynchronous is 'raise'; it "
-                    "goes on, nothing else was saved"
+                    "a save is still under way, and Options.asynchronous is 'raise'; that "
+                    "save goes on, and no other was begun"
                 )
         self.finish()
         return None
@@ -139,13 +139,13 @@ class Saver:
 
     def leave(self, save: Save) -> PendingSave:
         """Leave a save to finish in the background. Not collective."""
-        self.costs.note_save(save.seconds)
+        self.durations.note_save(save.seconds)
         self.pending = PendingSave(self._session.comm, save)
         return self.pending
 
     def end(self, save: Save) -> SaveReport:
         """Return the report of a save that has ended. Not collective."""
-        self.costs.note_save(save.seconds)
+        self.durations.note_save(save.seconds)
         assert save.report is not None
         return save.report
 
@@ -171,7 +171,7 @@ class Saver:
         doing = "beginning to remember the states"
         begun = self._registry.begin(doing, None, begin, error=SaveError).result
         combine_parts(comm, begun.states, begun.parts)
-        by_name = {one.name: one for one in capture_on_root(comm, begun.states)}
+        by_name = {content.name: content for content in capture_on_root(comm, begun.states)}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
         copy_into(memory, comm, request, late=False)
@@ -189,7 +189,7 @@ class Saver:
             if pending is not None and not pending.finished:
                 start = time.perf_counter()
                 pending.wait()
-                self.costs.note_end_of_save(time.perf_counter() - start)
+                self.durations.note_end_of_save(time.perf_counter() - start)
         finally:
             self._workshop.background.join()  # not collective
 
@@ -219,9 +219,9 @@ class Saver:
 
 def _end_job(member: Member | None) -> None:
     logger.critical(
-        "the program is at its end, but a save is not and makes it wait: the job is "
+        "the program has ended, but a save has not, and would keep it waiting: the job is "
         "aborted%s",
-        "" if member is None else " when the other members of it have ended",
+        "" if member is None else " when its other members have ended",
     )
     if member is not None:
         member.outlive()

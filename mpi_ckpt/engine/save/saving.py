@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.request import Begun, Published
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.steps.interval import Costs
-    from mpi_ckpt.engine.sync.announcing import SyncTeller
+    from mpi_ckpt.engine.steps.interval import Durations
+    from mpi_ckpt.engine.sync.sync_log import SyncLog
     from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
@@ -51,14 +51,14 @@ class Workshop:
     Attributes:
         arena: Memory for the copies of an asynchronous save.
         background: Root's thread, or another writer's.
-        costs: The times that saves have taken.
-        teller: Logs what syncs have changed.
+        durations: The times that saves have taken.
+        sync_log: Logs what syncs have changed.
     """
 
     arena: Arena
     background: Background
-    costs: Costs
-    teller: SyncTeller
+    durations: Durations
+    sync_log: SyncLog
 
 
 class Save:
@@ -135,10 +135,10 @@ class Save:
                     comm, states, self._session.options, parts=parts
                 )
                 if comm.is_root:
-                    self._workshop.teller.tell_of_save(self._synced, states, self.step)
+                    self._workshop.sync_log.log_save(self._synced, states, self.step)
             else:
                 captured = capture_on_root(comm, states, parts)
-        by_name = {one.name: one for one in captured}
+        by_name = {content.name: content for content in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
 
@@ -179,6 +179,7 @@ class Save:
         background = self._workshop.background
         if self._late:
             copied = background.submit(self._late.copy)
+            # Before the training goes on: an optimizer's step now waits for the copy.
             for gate in self._late.gates:
                 gate.hold(copied)
             self.work = background.submit(lambda: self._write(copied))
@@ -193,27 +194,27 @@ class Save:
         """
         comm = self._session.comm
         if self._task is None:
-            told = on_root(comm, "saving", self._conclude, error=SaveError)
+            facts = on_root(comm, "saving", self._conclude, error=SaveError)
         else:
             try:
                 doing = "writing a share of a save"
                 agree(comm, doing, self._await_work, error=SaveError)
-                told = on_root(comm, "publishing", self._publish, error=SaveError)
+                facts = on_root(comm, "publishing", self._publish, error=SaveError)
             except BaseException:
                 self.abandon()
                 raise
         self.report = SaveReport(
-            generation=told["generation"],
-            path=Path(told["path"]),
+            generation=facts["generation"],
+            path=Path(facts["path"]),
             step=self.step,
             size=comm.size,
-            bytes_written=told["bytes_written"],
-            bytes_reused=told["bytes_reused"],
-            seconds={**told["seconds"], **self._clock.seconds()},
-            pruned=tuple(told["pruned"]),
+            bytes_written=facts["bytes_written"],
+            bytes_reused=facts["bytes_reused"],
+            seconds={**facts["seconds"], **self._clock.seconds()},
+            pruned=tuple(facts["pruned"]),
             sync=self._synced,
         )
-        self._workshop.costs.note_durable(self.report.seconds["total"])
+        self._workshop.durations.note_durable(self.report.seconds["total"])
         # Otherwise Python's next garbage collection would scan these.
         self._request, self._mine, self._draft = replace(self._request, states=()), (), None
 
@@ -255,7 +256,7 @@ class Save:
 
     def _proven_equal(self) -> set[str]:
         captured = self._request.captured
-        compared = {one.name for one in captured if one.digests is not None}
+        compared = {content.name for content in captured if content.digests is not None}
         return compared - set(self._synced.differing)
 
     def _share_out(self, writers: Sequence[int], equal: set[str]) -> None:
@@ -292,8 +293,8 @@ class Save:
         if copied is not None:
             copied.result()
         session, task, clock = self._session, self._task, self._clock
-        captured = [one for one in self._mine if isinstance(one, CapturedState)]
-        plain = [one for one in self._mine if not isinstance(one, CapturedState)]
+        captured = [state for state in self._mine if isinstance(state, CapturedState)]
+        plain = [state for state in self._mine if not isinstance(state, CapturedState)]
         behind = session.options.asynchronous
         with session.watch_behind(clock) if behind else nullcontext():
             if task is None:
@@ -334,5 +335,5 @@ class Save:
             if rank != ROOT
         ]
         with self._clock.phase("publish"), without_collections():
-            self.published = self._draft.publish([one for one in others if one])
+            self.published = self._draft.publish([shard for shard in others if shard])
         return self._conclude()

@@ -79,7 +79,7 @@ def write_shard(
     Raises:
         SaveError: On the calling rank.
     """
-    if not any(one.leaves for one in captured):
+    if not any(content.leaves for content in captured):
         return None
     plan = _plan_of(captured)
     digests: list[Digest] = []
@@ -87,14 +87,14 @@ def write_shard(
     def runs() -> Iterator[memoryview]:
         yield memoryview(plan.header)
         for state, leaf in plan.order:
-            one = captured[state]
+            content = captured[state]
             try:
-                data = one.leaves[leaf].buffer.read()
+                data = content.leaves[leaf].buffer.read()
             except Exception:
-                with about_leaf(one, one.leaves[leaf]):
+                with about_leaf(content, content.leaves[leaf]):
                     raise
-            if one.digests:
-                digests.append(one.digests[leaf])
+            if content.digests:
+                digests.append(content.digests[leaf])
                 yield data
                 continue
             # Block by block: otherwise the disk would be idle while a large leaf is
@@ -121,7 +121,7 @@ def foresee_shard(
         rank: The other rank.
         generation: The generation being written.
     """
-    if not any(one.leaves for one in captured):
+    if not any(content.leaves for content in captured):
         return None
     plan = _plan_of(captured)
     digests = [(captured[state].digests or ())[leaf] for state, leaf in plan.order]
@@ -164,7 +164,7 @@ def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
 
 
 def _plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
-    return _plan_forms(tuple((one.name, one.form) for one in captured))
+    return _plan_forms(tuple((content.name, content.form) for content in captured))
 
 
 @lru_cache(maxsize=4)
@@ -181,7 +181,7 @@ def _describe(
     generation: int,
 ) -> Shard:
     name = shard_file_name(rank)
-    forms = [(one.name, one.specs) for one in captured]
+    forms = [(content.name, content.specs) for content in captured]
     leaves = {}
     for (number, leaf), offset, digest in zip(
         plan.order, plan.offsets, digests, strict=True

@@ -57,12 +57,12 @@ def share_out(
     """
     free: list[tuple[tuple[str, int], int]] = []
     bound: list[tuple[str, int]] = []
-    for one, numbers in zip(captured, fresh, strict=True):
+    for content, numbers in zip(captured, fresh, strict=True):
         for number in numbers:
-            if one.name in equal:
-                free.append(((one.name, number), one.specs[number].nbytes))
+            if content.name in equal:
+                free.append(((content.name, number), content.specs[number].nbytes))
             else:
-                bound.append((one.name, number))
+                bound.append((content.name, number))
     split = split_by_bytes(free, len(writers))
     split[0] = [*bound, *split[0]]
     shares: dict[int, Share] = {rank: {} for rank in writers}
@@ -100,7 +100,11 @@ def pick_share(
     captured: Sequence[CapturedState], share: Mapping[str, Sequence[int]]
 ) -> list[CapturedState]:
     """Return the leaves of a share. Not collective. Thread-safe."""
-    return [pick_leaves(one, share[one.name]) for one in captured if one.name in share]
+    return [
+        pick_leaves(content, share[content.name])
+        for content in captured
+        if content.name in share
+    ]
 
 
 def deal_tasks(comm: Communicator, tasks: Sequence[Task], window_bytes: int) -> Task:
@@ -113,11 +117,13 @@ def deal_tasks(comm: Communicator, tasks: Sequence[Task], window_bytes: int) -> 
         tasks: A task for each rank, in rank order, on root; empty elsewhere.
         window_bytes: Limit of the bytes in flight.
     """
-    encoded = [json.dumps([one.generation, one.job, one.share]).encode() for one in tasks]
+    encoded = [
+        json.dumps([task.generation, task.job, task.share]).encode() for task in tasks
+    ]
     mine = scatter_bytes(
         comm,
-        [len(one) for one in encoded],
-        (([rank], one) for rank, one in enumerate(encoded)),
+        [len(text) for text in encoded],
+        (([rank], text) for rank, text in enumerate(encoded)),
         "sharing out a save",
         error=SaveError,
         window_bytes=window_bytes,

@@ -78,7 +78,7 @@ class LateCopies:
     @property
     def gates(self) -> set[Gate]:
         """The gates that block changes until `copy` has ended."""
-        return {one.leaf.gate for one in self._copies if one.leaf.gate is not None}
+        return {copy.leaf.gate for copy in self._copies if copy.leaf.gate is not None}
 
     def add(self, leaf: Leaf, place: memoryview, digest: Digest | None) -> None:
         """Add a leaf, its destination, and its digest if already taken."""
@@ -98,9 +98,9 @@ class LateCopies:
             StageError: On the calling rank, with the names of leaves that other code
                 changed meanwhile without passing the gate.
         """
-        for one in self._copies:
-            one.leaf.buffer.copy_to(one.place)
-        changed = [one.leaf.spec.name for one in self._copies if one.is_spoilt()]
+        for copy in self._copies:
+            copy.leaf.buffer.copy_to(copy.place)
+        changed = [copy.leaf.spec.name for copy in self._copies if copy.is_spoilt()]
         if changed:
             raise StageError(
                 "changed while they were being copied, not by an optimizer's step(): "
@@ -141,32 +141,34 @@ def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
     Raises:
         StageError: On the calling rank, if memory is short or a state's ``save`` fails.
     """
-    captured = [one for one in states if isinstance(one, CapturedState)]
+    captured = [state for state in states if isinstance(state, CapturedState)]
     sizes = [
-        round_up(leaf.spec.nbytes, _ALIGNMENT) for one in captured for leaf in one.leaves
+        round_up(leaf.spec.nbytes, _ALIGNMENT)
+        for content in captured
+        for leaf in content.leaves
     ]
     memory = _take(arena, sum(sizes))
     offset = 0
     staged: list[CapturedState | State] = []
     late = LateCopies()
-    for one in states:
-        if not isinstance(one, CapturedState):
-            staged.append(_stage_stream(one))
+    for state in states:
+        if not isinstance(state, CapturedState):
+            staged.append(_stage_stream(state))
             continue
         leaves = []
-        for number, leaf in enumerate(one.leaves):
+        for number, leaf in enumerate(state.leaves):
             place = memory[offset : offset + leaf.spec.nbytes]
             if leaf.gate is None:
                 try:
                     leaf.buffer.copy_to(place)
                 except Exception:
-                    with about_leaf(one, leaf):
+                    with about_leaf(state, leaf):
                         raise
             else:
-                late.add(leaf, place, one.digests[number] if one.digests else None)
+                late.add(leaf, place, state.digests[number] if state.digests else None)
             leaves.append(Leaf(leaf.spec, MemoryBuffer(place)))
             offset += round_up(leaf.spec.nbytes, _ALIGNMENT)
-        staged.append(replace(one, leaves=tuple(leaves)))
+        staged.append(replace(state, leaves=tuple(leaves)))
     return Staged(staged, late)
 
 

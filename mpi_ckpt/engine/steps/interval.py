@@ -31,17 +31,19 @@ class Interval:
 
     Args:
         every: Steps, or a time, or an `AutoInterval`, or None for never.
-        costs: The measured times of saves and steps.
+        durations: The measured times of saves and steps.
 
     Attributes:
         failures: How often the job fails, as far as known.
     """
 
-    def __init__(self, every: int | timedelta | AutoInterval | None, costs: Costs) -> None:
+    def __init__(
+        self, every: int | timedelta | AutoInterval | None, durations: Durations
+    ) -> None:
         self._steps = every if isinstance(every, int) else None
         self._seconds = every.total_seconds() if isinstance(every, timedelta) else None
         self._auto = every if isinstance(every, AutoInterval) else None
-        self._costs = costs
+        self._durations = durations
         self._planned_after = -1
         self.failures = ASSUMED
         self._saved_at = time.monotonic()
@@ -63,16 +65,16 @@ class Interval:
         return time.monotonic() - self._saved_at >= self._seconds
 
     def _plan(self, auto: AutoInterval) -> None:
-        stall = self._costs.stall_seconds
-        if stall is None or not self._costs.step_seconds:
+        stall = self._durations.stall_seconds
+        if stall is None or not self._durations.step_seconds:
             self._seconds = _FIRST_SECONDS
             return
-        if self._planned_after == self._costs.notes:
+        if self._planned_after == self._durations.notes:
             return
-        self._planned_after = self._costs.notes
+        self._planned_after = self._durations.notes
         seconds = best_interval(
             stall,
-            self._costs.durable_seconds or 0.0,
+            self._durations.durable_seconds or 0.0,
             self.failures.mtbf_seconds,
             auto.overhead,
         )
@@ -89,9 +91,9 @@ class Interval:
         logger.log(
             level,
             "saving every %.3g s (about %d steps): a save stops the training for %.3g s, "
-            "failures are %.3g h apart (%s), saves may take %g%% of the time",
+            "the job fails every %.3g h (%s), saves may take %g%% of the time",
             seconds,
-            max(1, round(seconds / self._costs.step_seconds)),
+            max(1, round(seconds / self._durations.step_seconds)),
             stall,
             self.failures.mtbf_seconds / 3600,
             self.failures.source,
@@ -99,7 +101,7 @@ class Interval:
         )
 
 
-class Costs:
+class Durations:
     """Remembers the last few saves, and how long a step takes. Not collective.
 
     Not thread-safe. Every step reads it, so it computes its values when a save is noted.

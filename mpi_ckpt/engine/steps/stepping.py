@@ -75,14 +75,14 @@ class Steps:
             self._requests = StopRequests(session.options.stop, root)
         every = session.options.interval
         self._every = AutoInterval() if every == "auto" else every
-        self._interval = Interval(self._every, saver.costs)
+        self._interval = Interval(self._every, saver.durations)
         self._turn = 0  # the number of saves and restores so far
         self._posted_in = 0
         self._is_long = False
         self._is_agreed = False
         self._reason = ""
         self._why = ""
-        self._is_told_of_displaced = False
+        self._has_warned_of_displaced = False
         self._guard.is_heeded = False
 
     @property
@@ -123,14 +123,14 @@ class Steps:
         if self._turn == 0 and self._session.comm.is_root:
             self._interval.failures = self._known_failures()
         self._turn += 1
-        self._tell_of_displaced()
+        self._warn_of_displaced()
         self._interval.restart()
-        self._saver.costs.restart_step(time.monotonic())
+        self._saver.durations.restart_step(time.monotonic())
 
     def decide(self, step: int) -> StepActions:
         """Agree on what to do at the end of a step; then do it, and call `go_on`.
 
-        Collective. Costs one allreduce of 56 bytes, usually posted a step ago.
+        Collective. Durations one allreduce of 56 bytes, usually posted a step ago.
 
         Args:
             step: Steps done.
@@ -139,7 +139,7 @@ class Steps:
             CollectiveError: On every live rank, if a rank never arrives or is in another
                 call.
         """
-        self._saver.costs.note_step(time.monotonic())
+        self._saver.durations.note_step(time.monotonic())
         self._guard.is_heeded = True
         self._session.comm.call = "step()"
         if self._vote.is_posted:
@@ -164,7 +164,7 @@ class Steps:
 
         Collective. Returns at once.
         """
-        self._saver.costs.restart_step(time.monotonic())
+        self._saver.durations.restart_step(time.monotonic())
         if not self._is_long and not self._is_agreed:
             self._vote.post(self._flags())
             self._posted_in = self._turn
@@ -217,35 +217,35 @@ class Steps:
         mine = self._reason or (f"{signal} on {comm.name}" if signal else "")
 
         def combine(parts: list[bytes]) -> str:
-            told = [part.decode() for part in parts if part]
-            more = len(told) - _REASONS_MAX
-            cut = "; ".join(told[:_REASONS_MAX])
+            reasons = [part.decode() for part in parts if part]
+            more = len(reasons) - _REASONS_MAX
+            cut = "; ".join(reasons[:_REASONS_MAX])
             return f"{cut} and {more:,} more ranks" if more > 0 else cut
 
-        doing = "telling why to stop"
+        doing = "collecting the reasons to stop"
         self._why = collect(comm, doing, mine.encode, combine, error=CollectiveError)
         return True
 
-    def _tell_of_displaced(self) -> None:
+    def _warn_of_displaced(self) -> None:
         names = self._guard.displaced()
-        if names and self._session.comm.is_root and not self._is_told_of_displaced:
-            self._is_told_of_displaced = True
+        if names and self._session.comm.is_root and not self._has_warned_of_displaced:
+            self._has_warned_of_displaced = True
             logger.warning(
                 "a handler for %s was installed after this manager: unless it calls the "
-                "one that it found, such a signal no longer asks for a save",
+                "handler that it replaced, such a signal no longer asks for a save",
                 ", ".join(names),
             )
 
     def _flags(self) -> int:
         flags = _STOP * self.must_stop + _WRITING * self._saver.is_writing
         if self._requests is not None:
-            costs = self._saver.costs
-            flags |= _LONG * (costs.last_step_seconds >= _LONG_STEP_SECONDS)
+            durations = self._saver.durations
+            flags |= _LONG * (durations.last_step_seconds >= _LONG_STEP_SECONDS)
             flags |= _DUE * self._interval.is_due_now()
             if not self._reason:
                 self._reason = self._requests.reason(
-                    costs.durable_seconds,
-                    max(costs.step_seconds, costs.last_step_seconds),
+                    durations.durable_seconds,
+                    max(durations.step_seconds, durations.last_step_seconds),
                 )
             flags |= _STOP * bool(self._reason)
         return flags
@@ -257,7 +257,7 @@ class Steps:
         if every.mtbf is not None:
             return Failures(every.mtbf.total_seconds(), "as given")
         try:
-            saves = [(one.job, one.time) for one in directory.catalog.generations()]
+            saves = [(info.job, info.time) for info in directory.catalog.generations()]
         except CheckpointError:
             # Only root is here. If the directory cannot be listed, the next save fails.
             return ASSUMED

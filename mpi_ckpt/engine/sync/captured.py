@@ -86,22 +86,27 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
         captured: The states.
         threads: Threads that hash.
     """
-    todo = [(one, leaf) for one in captured if one.digests is None for leaf in one.leaves]
+    todo = [
+        (content, leaf)
+        for content in captured
+        if content.digests is None
+        for leaf in content.leaves
+    ]
     reads = [leaf.buffer.read for _, leaf in todo]
     try:
         taken = digest_many(reads, [leaf.spec.nbytes for _, leaf in todo], threads)
     except Exception:
         # A parallel failure does not name its leaf: find the first leaf that fails alone.
-        for one, leaf in todo:
-            with about_leaf(one, leaf):
+        for content, leaf in todo:
+            with about_leaf(content, leaf):
                 leaf.buffer.read()
         raise
     digests = iter(taken)
     return [
-        one
-        if one.digests is not None
-        else replace(one, digests=tuple(islice(digests, len(one.leaves))))
-        for one in captured
+        content
+        if content.digests is not None
+        else replace(content, digests=tuple(islice(digests, len(content.leaves))))
+        for content in captured
     ]
 
 
@@ -117,7 +122,9 @@ def about_leaf(captured: CapturedState, leaf: Leaf) -> Iterator[None]:
 
 def digest_of(captured: Iterable[CapturedState]) -> bytes:
     """Return one digest of the contents of some digested states. Not collective."""
-    return digest_bytes(b"".join(digest for one in captured for digest in one.summary()))
+    return digest_bytes(
+        b"".join(digest for content in captured for digest in content.summary())
+    )
 
 
 def pick_leaves(captured: CapturedState, numbers: Sequence[int]) -> CapturedState:

@@ -83,7 +83,7 @@ def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    summaries = [digest for one in captured for digest in one.summary()]
+    summaries = [digest for content in captured for digest in content.summary()]
     differs = differing_digests(comm, summaries, _DOING).reshape(-1, 3)
     # Compare digests of single leaves where the leaves agree in name and form, but some
     # byte differs.
@@ -98,7 +98,7 @@ def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
             leaves = tuple(int(i) for i in np.flatnonzero(flags))
         if specs or structure or leaves:
             found.append(StateDifference(index, bool(specs or structure), leaves))
-    return Comparison(captured, found, sum(one.form.nbytes for one in captured))
+    return Comparison(captured, found, sum(content.form.nbytes for content in captured))
 
 
 def compare_heads_first(
@@ -121,42 +121,42 @@ def compare_heads_first(
     """
     plain = _find_by_heads(comm, captured)
     others = [
-        [n for n in range(len(one.leaves)) if n not in differ]
-        for one, differ in zip(captured, plain, strict=True)
+        [n for n in range(len(content.leaves)) if n not in differ]
+        for content, differ in zip(captured, plain, strict=True)
     ]
 
     def digest() -> list[CapturedState]:
-        rests = [pick_leaves(*one) for one in zip(captured, others, strict=True)]
+        rests = [pick_leaves(*pair) for pair in zip(captured, others, strict=True)]
         return digest_states(rests, threads)
 
     rests = agree(comm, "digesting the states", digest, error=StageError)
     compared = compare(comm, rests)
-    by_digest = {one.index: one for one in compared.differences}
+    by_digest = {difference.index: difference for difference in compared.differences}
     found = []
     for index, differ in enumerate(plain):
-        one = by_digest.get(index)
+        difference = by_digest.get(index)
         if differ:
-            one = one or StateDifference(index, form=False, leaves=())
-            more = {others[index][n] for n in one.leaves or ()}
-            one = replace(one, leaves=tuple(sorted(differ | more)))
-        if one is not None:
-            found.append(one)
+            difference = difference or StateDifference(index, form=False, leaves=())
+            more = {others[index][n] for n in difference.leaves or ()}
+            difference = replace(difference, leaves=tuple(sorted(differ | more)))
+        if difference is not None:
+            found.append(difference)
     whole = [
-        one if differ else rest
-        for one, rest, differ in zip(captured, rests, plain, strict=True)
+        content if differ else rest
+        for content, rest, differ in zip(captured, rests, plain, strict=True)
     ]
     return Comparison(whole, found, compared.bytes_hashed)
 
 
 def _find_by_heads(comm: Communicator, captured: Sequence[CapturedState]) -> list[set[int]]:
     """Return for each state the leaves whose first bytes differ between ranks."""
-    forms = [digest_bytes(one.form.text) for one in captured]
+    forms = [digest_bytes(content.form.text) for content in captured]
     other_form = differing_digests(comm, forms, _DOING)
     large = [
         (index, number)
-        for index, one in enumerate(captured)
-        if one.state.sync_mode == "root" and not other_form[index]
-        for number, spec in enumerate(one.specs)
+        for index, content in enumerate(captured)
+        if content.state.sync_mode == "root" and not other_form[index]
+        for number, spec in enumerate(content.specs)
         if spec.nbytes >= _LARGE_BYTES
     ]
     leaves = [captured[index].leaves[number] for index, number in large]

@@ -11,7 +11,7 @@ import numpy as np
 from mpi_ckpt import dtypes
 from mpi_ckpt.comm import Deferred, agree, meet, on_root
 from mpi_ckpt.digest import Digest, digest_bytes
-from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, move_apart
+from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, separate_overlaps
 from mpi_ckpt.engine.sync.sending import average_leaves, send_leaves
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
@@ -73,8 +73,8 @@ def deliver(
     averaged = _transfer(comm, captured, deliveries, options, deferred)
     _adopt(comm, captured, deliveries, deferred)
     return Delivered(
-        {captured[one.index].name: one.names for one in deliveries},
-        sum(one.nbytes for one in deliveries),
+        {captured[delivery.index].name: delivery.names for delivery in deliveries},
+        sum(delivery.nbytes for delivery in deliveries),
         averaged,
     )
 
@@ -113,15 +113,17 @@ def _prepare(
     captured: Sequence[CapturedState],
     differences: Sequence[StateDifference],
 ) -> list[_Delivery]:
-    forms = _tell_forms(comm, [captured[one.index] for one in differences])
+    forms = _send_forms(comm, [captured[difference.index] for difference in differences])
     overlaps: list[Overlap] = []
 
     def prepare() -> list[_Delivery]:
         deliveries = []
-        for one, form in zip(differences, forms, strict=True):
-            with concerning(f"state {captured[one.index].name!r}"):
+        for difference, form in zip(differences, forms, strict=True):
+            with concerning(f"state {captured[difference.index].name!r}"):
                 deliveries.append(
-                    _deliver(captured[one.index], one, *form, is_root=comm.is_root)
+                    _deliver(
+                        captured[difference.index], difference, *form, is_root=comm.is_root
+                    )
                 )
         overlaps.extend([] if comm.is_root else _overlaps(captured, deliveries))
         return deliveries
@@ -141,22 +143,25 @@ def _prepare(
         deliveries = agree(
             comm,
             _FITTING,
-            lambda: _apart(captured, deliveries, differing),
+            lambda: _without_overlaps(captured, deliveries, differing),
             error=StageError,
         )
     return deliveries
 
 
-def _tell_forms(
+def _send_forms(
     comm: Communicator, captured: Sequence[CapturedState]
 ) -> list[tuple[Structure, list[LeafSpec]]]:
     def forms() -> list[list[object]]:
-        return [[one.structure, [spec.to_json() for spec in one.specs]] for one in captured]
+        return [
+            [content.structure, [spec.to_json() for spec in content.specs]]
+            for content in captured
+        ]
 
-    told = on_root(comm, "sending the form of the states", forms, error=StageError)
+    received = on_root(comm, "sending the form of the states", forms, error=StageError)
     return [
         (structure, [LeafSpec.from_json(spec) for spec in specs])
-        for structure, specs in told
+        for structure, specs in received
     ]
 
 
@@ -210,17 +215,19 @@ def _keep_equal(
 
 
 def _same_memory(leaf: Leaf, target: Leaf) -> bool:
-    one, other = leaf.buffer.view(), target.buffer.view()
-    if one is None or other is None or not len(one):
+    source, destination = leaf.buffer.view(), target.buffer.view()
+    if source is None or destination is None or not len(source):
         return False
-    return bool(np.shares_memory(np.frombuffer(one, "u1"), np.frombuffer(other, "u1")))
+    return bool(
+        np.shares_memory(np.frombuffer(source, "u1"), np.frombuffer(destination, "u1"))
+    )
 
 
 class _RootsBytes:
     """Root's bytes of each leaf of all compared states."""
 
     def __init__(self, captured: Sequence[CapturedState]) -> None:
-        self._leaves = [leaf for one in captured for leaf in one.leaves]
+        self._leaves = [leaf for content in captured for leaf in content.leaves]
 
     def bytes_of(self, index: int) -> memoryview:
         return self._leaves[index].buffer.read()
@@ -233,12 +240,12 @@ def _flat(
     captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
 ) -> list[tuple[int, int, Leaf]]:
     """Return state index, leaf index and destination for each of root's leaves."""
-    delivered = {one.index: one for one in deliveries}
+    delivered = {delivery.index: delivery for delivery in deliveries}
     return [
         (index, n, leaf)
-        for index, one in enumerate(captured)
+        for index, content in enumerate(captured)
         for n, leaf in enumerate(
-            delivered[index].targets if index in delivered else one.leaves
+            delivered[index].targets if index in delivered else content.leaves
         )
     ]
 
@@ -248,21 +255,27 @@ def _overlaps(
 ) -> list[Overlap]:
     """Return this rank's overlaps in which a leaf is about to be overwritten."""
     flat = _flat(captured, deliveries)
-    changing = {(one.index, n) for one in deliveries for n in (*one.sent, *one.averaged)}
+    changing = {
+        (delivery.index, n)
+        for delivery in deliveries
+        for n in (*delivery.sent, *delivery.averaged)
+    }
     found = find_overlaps([leaf for _, _, leaf in flat])
     return [
-        one for one in found if any(flat[index][:2] in changing for index in one.leaves)
+        overlap
+        for overlap in found
+        if any(flat[index][:2] in changing for index in overlap.leaves)
     ]
 
 
-def _apart(
+def _without_overlaps(
     captured: Sequence[CapturedState],
     deliveries: Sequence[_Delivery],
     overlaps: Sequence[Overlap],
 ) -> list[_Delivery]:
     """Return the deliveries with private memory for one leaf of each overlap."""
     flat = _flat(captured, deliveries)
-    found = {one.index: one for one in deliveries}
+    found = {delivery.index: delivery for delivery in deliveries}
 
     def name_of(index: int) -> str:
         state, _, leaf = flat[index]
@@ -281,8 +294,8 @@ def _apart(
         found[state] = replace(found[state], targets=tuple(targets))
         return True
 
-    move_apart(overlaps, move, name_of)
-    return [found[one.index] for one in deliveries]
+    separate_overlaps(overlaps, move, name_of)
+    return [found[delivery.index] for delivery in deliveries]
 
 
 def _transfer(
@@ -294,12 +307,12 @@ def _transfer(
 ) -> dict[str, CapturedState]:
     """Send and average; return the states whose values changed on root as well."""
     averaged: dict[str, CapturedState] = {}
-    for one in deliveries:
-        if one.averaged:
-            average_leaves(comm, [one.targets[n] for n in one.averaged], deferred)
-            own = captured[one.index]
-            averaged[own.name] = _with_new_digests(own, one)
-    sent = [one.targets[n] for one in deliveries for n in one.sent]
+    for delivery in deliveries:
+        if delivery.averaged:
+            average_leaves(comm, [delivery.targets[n] for n in delivery.averaged], deferred)
+            own = captured[delivery.index]
+            averaged[own.name] = _with_new_digests(own, delivery)
+    sent = [delivery.targets[n] for delivery in deliveries for n in delivery.sent]
     send_leaves(comm, sent, options.io.window_bytes, deferred)
     return averaged
 
@@ -319,9 +332,9 @@ def _adopt(
 ) -> None:
     def adopt() -> None:
         deferred.raise_failure()
-        for one in deliveries:
-            if one.arrival is not None:
-                with concerning(f"state {captured[one.index].name!r}"):
-                    one.arrival.adopt()
+        for delivery in deliveries:
+            if delivery.arrival is not None:
+                with concerning(f"state {captured[delivery.index].name!r}"):
+                    delivery.arrival.adopt()
 
     agree(comm, "taking over root's states", adopt, error=StageError)

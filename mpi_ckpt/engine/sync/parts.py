@@ -62,7 +62,7 @@ def combine_parts(comm: Communicator, states: Sequence[State], mine: bytes | Non
     gathered = gather_bytes(comm, mine, _DOING)
 
     def combine() -> None:
-        of_ranks = [_split(one) for one in gathered]
+        of_ranks = [_split(text) for text in gathered]
         for number, state in enumerate(parted if comm.is_root else ()):
             with concerning(f"state {state.name!r}"):
                 state.combine([parts[number] for parts in of_ranks])

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, meet, on_root, printed_by
-from mpi_ckpt.engine.sync.announcing import listed, tell_of_sync
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
     capture_states,
@@ -22,6 +21,7 @@ from mpi_ckpt.engine.sync.comparing import (
 )
 from mpi_ckpt.engine.sync.deliveries import deliver
 from mpi_ckpt.engine.sync.parts import combine_parts
+from mpi_ckpt.engine.sync.sync_log import listed, log_sync
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.state import LeafState
@@ -78,7 +78,7 @@ def sync_states(
             agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
     combine_parts(comm, states, parts)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
-    comparison, apart = _compare(comm, leaf_states, options, forced=forced)
+    comparison, root_only = _compare(comm, leaf_states, options, forced=forced)
     captured = comparison.captured
     if not forced:
         _refuse_divergence(comm, captured, comparison.differences)
@@ -89,9 +89,12 @@ def sync_states(
         bytes_sent=delivered.nbytes,
     )
     if forced and comm.is_root:
-        tell_of_sync(report, states)
+        log_sync(report, states)
     averaged = delivered.averaged
-    return [*(averaged.get(one.name, one) for one in captured), *apart], report
+    return [
+        *(averaged.get(content.name, content) for content in captured),
+        *root_only,
+    ], report
 
 
 @without_collections()
@@ -128,15 +131,15 @@ def _compare(
     comm: Communicator, states: Sequence[LeafState], options: Options, *, forced: bool
 ) -> tuple[Comparison, list[CapturedState]]:
     """Capture and compare the compared states; capture the others on root only."""
-    names = {state.name for state in states if _is_apart(comm, state, forced=forced)}
+    names = {state.name for state in states if _is_root_only(comm, state, forced=forced)}
     threads = options.io.digest_threads
 
     def capture() -> tuple[list[CapturedState], list[CapturedState]]:
         compared = capture_states(state for state in states if state.name not in names)
         if not forced:
             compared = digest_states(compared, threads)
-        apart = [state for state in states if state.name in names]
-        return compared, capture_states(apart if comm.is_root else ())
+        root_only = [state for state in states if state.name in names]
+        return compared, capture_states(root_only if comm.is_root else ())
 
     met = meet(
         comm,
@@ -150,10 +153,10 @@ def _compare(
         return compare_heads_first(comm, compared, threads), rest
     if not met.is_alike:
         return compare(comm, compared), rest
-    return Comparison(compared, [], sum(one.form.nbytes for one in compared)), rest
+    return Comparison(compared, [], sum(content.form.nbytes for content in compared)), rest
 
 
-def _is_apart(comm: Communicator, state: LeafState, *, forced: bool) -> bool:
+def _is_root_only(comm: Communicator, state: LeafState, *, forced: bool) -> bool:
     """Return whether a state is captured on root alone, without a comparison.
 
     A save also compares a state with sync mode "none": otherwise it would acknowledge the
@@ -170,11 +173,11 @@ def _refuse_divergence(
     differences: Sequence[StateDifference],
 ) -> None:
     lines, problems = [], []
-    for one in differences:
-        own = captured[one.index]
+    for difference in differences:
+        own = captured[difference.index]
         if own.state.sync_mode in ("check", "none"):
             # If the leaves' forms differ between ranks, no names are common to all.
-            names = one.names(() if one.leaves is None else own.specs)
+            names = difference.names(() if difference.leaves is None else own.specs)
             problems.append(f"state {own.name!r}: {', '.join(names)} differ between ranks")
             lines.append(f"state {own.name!r}: {listed(names)} differ between ranks")
     # The ranks agreed on the differences, so all ranks reach this or none.

@@ -109,9 +109,9 @@ class Commits:
         manager, updated = self.meet(doing)
         if not self._is_synced:
             raise CheckpointError(
-                f"{doing} before the first sync(): what earlier runs have committed would "
-                "be passed over; nothing was committed. Call sync() once at the start, as "
-                "run() does"
+                f"{doing} before the first sync(): the commits of earlier runs would be "
+                "ignored; nothing was committed. Call sync() once at the start, as run() "
+                "does"
             )
         stop = manager.step()
         self.count = manager.steps
@@ -203,7 +203,7 @@ class Commits:
             CollectiveError: On every rank.
         """
         assert self._comm is not None
-        kept = f"commit {self.count} is what the states hold"
+        kept = f"the states hold commit {self.count}"
 
         def fail() -> None:
             raise error

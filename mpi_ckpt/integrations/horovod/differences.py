@@ -39,9 +39,9 @@ def raise_differences(what: str, problems: Sequence[str]) -> None:
         StateMismatchError: On the calling rank, if the list is not empty.
     """
     if problems:
-        told = sorted(problems)
+        ordered = sorted(problems)
         raise StateMismatchError(
             f"its {what} do not fit root's; nothing was changed:\n    "
-            + "\n    ".join(told),
-            problems=told,
+            + "\n    ".join(ordered),
+            problems=ordered,
         )

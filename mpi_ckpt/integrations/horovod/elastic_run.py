@@ -104,7 +104,7 @@ class _Recovery:
             commits.give_up(self._failures, error)
         logger.log(
             logging.WARNING if commits.ranks.rank == 0 else logging.INFO,
-            "gone back to commit %d, try %d of %d, after: %s",
+            "went back to commit %d, try %d of %d, after: %s",
             *(commits.count, self._failures, self._tries, error),
         )
 

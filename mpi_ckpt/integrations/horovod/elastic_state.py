@@ -50,7 +50,9 @@ class HorovodState:
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (any value)
         if not name.startswith("_"):
             if hasattr(HorovodState, name):
-                raise RegistrationError(f"{name!r} means something else in a state")
+                raise RegistrationError(
+                    f"{name!r} has another meaning in a state: choose another name"
+                )
             self._tracked.check(name, value)
         super().__setattr__(name, value)
 

@@ -34,7 +34,7 @@ class HostsUpdatedInterrupt(RuntimeError):
     """
 
     def __init__(self, skip_sync: bool = False) -> None:
-        super().__init__("the ranks meet anew")
+        super().__init__("the ranks meet again")
         self.skip_sync = skip_sync
 
 

@@ -9,7 +9,7 @@ from mpi_ckpt.comm import agree, bcast_buffers, bcast_bytes, bcast_json
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.integrations.horovod.attach import attached
 from mpi_ckpt.integrations.horovod.packing import Packed, pack, unpack
-from mpi_ckpt.integrations.horovod.room import make_room
+from mpi_ckpt.integrations.horovod.receive_buffers import allocate_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,7 +120,7 @@ def _broadcast(
             return packed.buffers, True
         if in_place and (own := pack(obj)).fits(pickled, lengths):
             return own.buffers, True
-        return make_room(lengths), False
+        return allocate_buffers(lengths), False
 
     room, is_there = agreed("making room", find_room)
     bcast_buffers(comm, room, doing)

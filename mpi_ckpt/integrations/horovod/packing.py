@@ -33,14 +33,14 @@ class Packed:
     @property
     def lengths(self) -> list[int]:
         """Bytes of each buffer."""
-        return [len(one) for one in self.buffers]
+        return [len(buffer) for buffer in self.buffers]
 
     def fits(self, pickled: bytes, lengths: Sequence[int]) -> bool:
         """Return whether these arrays can receive another rank's. Not collective."""
         return (
             self.pickled == pickled
             and self.lengths == list(lengths)
-            and not any(one.readonly for one in self.buffers)
+            and not any(buffer.readonly for buffer in self.buffers)
         )
 
 

@@ -128,7 +128,7 @@ class _Parameters(NestedState):
         ]
         if theirs != ours and not isinstance(self._given, (dict, list)):
             problems += [
-                f"{name} is no tensor and differs: only a dict or a list can take it"
+                f"{name} is no tensor and differs: only a dict or a list can receive it"
                 for name in theirs.keys() & ours
                 if theirs[name] != ours[name]
             ]
@@ -149,9 +149,13 @@ def _named(params: Any) -> Iterable[tuple[Any, str, Any]]:  # noqa: ANN401
     if hasattr(params, "items"):
         yield from ((key, str(key), value) for key, value in params.items())
         return
-    for index, one in enumerate(params):
-        is_pair = isinstance(one, tuple)
-        yield index, str(one[0]) if is_pair else str(index), one[1] if is_pair else one
+    for index, param in enumerate(params):
+        is_pair = isinstance(param, tuple)
+        yield (
+            index,
+            str(param[0]) if is_pair else str(index),
+            param[1] if is_pair else param,
+        )
 
 
 def _overlaps(value: Any) -> bool:  # noqa: ANN401
@@ -175,10 +179,11 @@ class _Optimizer(OptimizerState):
         theirs, (ours, _) = structure["params"], self._described()
         if len(theirs) != len(ours):
             problems.append(f"root has {len(theirs)} groups, this rank {len(ours)}")
-        for group, (one, other) in enumerate(zip(theirs, ours, strict=False)):
-            if sorted(one) != sorted(other):
+        for group, (their_group, own_group) in enumerate(zip(theirs, ours, strict=False)):
+            if sorted(their_group) != sorted(own_group):
                 problems.append(
-                    f"group {group}: root has parameters of shapes {one}, this rank {other}"
+                    f"group {group}: root has parameters of shapes {their_group}, "
+                    f"this rank {own_group}"
                 )
         raise_differences("optimizer", problems)
         return super().prepare(structure, specs, strict=strict)

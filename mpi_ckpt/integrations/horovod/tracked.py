@@ -59,9 +59,9 @@ class Tracked:
             flatten(value, name)
         except StageError as error:
             raise RegistrationError(
-                f"attribute {name!r} would be tracked, but cannot be saved: {error}. What "
-                "need not be saved belongs in a variable of its own, or in an attribute "
-                "whose name begins with an underscore"
+                f"attribute {name!r} would be tracked, but cannot be saved: {error}. If it "
+                "need not be saved, keep it in a variable outside of the state, or in an "
+                "attribute whose name begins with an underscore"
             ) from error
 
     def states(self) -> list[State]:
@@ -101,7 +101,7 @@ class Tracked:
 
 def tracked_of(owner: object) -> dict[str, Any]:
     """Return the attributes of an object that are tracked. Not collective."""
-    return {name: one for name, one in vars(owner).items() if not name.startswith("_")}
+    return {name: value for name, value in vars(owner).items() if not name.startswith("_")}
 
 
 class _ValuesState(NestedState):
@@ -128,8 +128,8 @@ class _ValuesState(NestedState):
         # saved state.
         for name in set(self._tracked.plain()) - set(value) - self._tracked.declared:
             delattr(self._owner, name)
-        for name, one in value.items():
-            setattr(self._owner, name, one)
+        for name, attribute in value.items():
+            setattr(self._owner, name, attribute)
 
 
 class _SamplerState(NestedState):
@@ -182,8 +182,8 @@ def _make_state(name: str, value: Any) -> State | None:  # noqa: ANN401 (any val
         return ModuleState(name, value)
     if torch is not None and isinstance(value, torch.optim.Optimizer):
         return OptimizerState(name, value)
-    methods = (getattr(value, one, None) for one in ("state_dict", "load_state_dict"))
-    if not isinstance(value, type) and all(callable(one) for one in methods):
+    methods = (getattr(value, name, None) for name in ("state_dict", "load_state_dict"))
+    if not isinstance(value, type) and all(callable(method) for method in methods):
         return SchedulerState(name, value)
     return None
 

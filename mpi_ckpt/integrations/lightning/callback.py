@@ -115,7 +115,7 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
             restored = self._trainer_state.hand_over()
         except (RuntimeError, KeyError, ValueError) as error:
             raise StateMismatchError(
-                f"Lightning does not take what was saved in {self._root}: {error}"
+                f"Lightning cannot load what was saved in {self._root}: {error}"
             ) from error
         if restored is not None:
             self._place_sampler(restored["loops"]["fit_loop"])
@@ -236,7 +236,7 @@ def _order_as(trainer: Any, comm: MPI.Intracomm | None) -> MPI.Intracomm | None:
         ranks = trainer.num_nodes * trainer.num_devices
         if ranks != trainer.world_size:
             raise LaunchError(
-                f"Lightning runs {trainer.world_size} ranks, and was told of "
+                f"Lightning runs {trainer.world_size} ranks, but is set up for "
                 f"{trainer.num_nodes} nodes with {trainer.num_devices} devices: its "
                 f"samplers would share out the data among {ranks}; {_ADVICE}"
             )

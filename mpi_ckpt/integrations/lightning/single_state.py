@@ -138,7 +138,7 @@ def remove_alone(path: Path) -> None:
         foreign = [name for name in names if not _is_ours(name)]
         if foreign:
             raise SaveError(
-                f"{path} is not removed: it holds {foreign}, which is not of our making",
+                f"{path} is not removed: it holds {foreign}, which mpi_ckpt did not write",
                 path=path,
             )
         # CRASH: one rename removes the name of the whole; a half-deleted one has no name.
@@ -180,7 +180,7 @@ def _delete(path: Path) -> None:
 
 
 def _read(reader: GenerationReader, state: LeafState) -> None:
-    stored = {one.name: one for one in reader.manifest.states}
+    stored = {state.name: state for state in reader.manifest.states}
     if set(stored) != {state.name}:
         raise NoCheckpointError(
             f"{reader.path} holds {sorted(stored)}, not one {state.name!r}: it was saved "

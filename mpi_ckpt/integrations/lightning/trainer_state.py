@@ -94,7 +94,7 @@ def _connector_of(trainer: Any) -> Any:  # noqa: ANN401
     missing = [name for name in needed if not hasattr(connector, name)]
     if missing:
         raise LaunchError(
-            f"this version of Lightning keeps its checkpoints otherwise (no {missing}); "
-            "mpi_ckpt was tested with 2.6"
+            "this version of Lightning makes its checkpoints in another way (no "
+            f"{missing}); mpi_ckpt was tested with 2.6"
         )
     return connector

@@ -55,10 +55,10 @@ class Catalog:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._told: set[str] = set()
+        self._warned_metrics: set[str] = set()
         self._known: dict[int, GenerationInfo] = {}
-        self._left: list[int] = []
-        self._unasked: RetentionPolicy | None = None
+        self._to_remove: list[int] = []
+        self._policy_to_retry: RetentionPolicy | None = None
         self._seen: set[int] = set()
         self._looked = False
         self.is_owned = False
@@ -80,11 +80,11 @@ class Catalog:
                 break
             if pause is None:
                 raise ReadError(
-                    f"{self.root} does not show {hidden}; nothing is written there as long "
-                    "as it does not: is the file system there, was the directory moved?",
+                    f"{self.root} {hidden}; nothing is written there until this has "
+                    "changed: is the file system mounted, was the directory moved?",
                     path=self.root,
                 )
-            logger.warning("%s does not show %s: looking again", self.root, hidden)
+            logger.warning("%s %s: looking again", self.root, hidden)
             time.sleep(pause)
         # Generations that only an old listing shows would count as missing as long as the
         # job lives.
@@ -99,16 +99,16 @@ class Catalog:
     def _hidden(self, found: Survey) -> str:
         """Return in words the known generations that a listing did not show."""
         if found.is_missing:
-            return "itself, and this job owns it" if self.is_owned else ""
+            return "does not show itself, though this job owns it" if self.is_owned else ""
         missing = sorted(self._seen - set(found.generations))
         # A generation that was removed, by its owner or by hand, has no name; a listing
         # that is only old still shows others of this job.
         there = [n for n in missing if not is_gone(self.root / generation_name(n))]
         if there:
-            return f"generations {there}, which are there"
+            return f"does not show generations {there}, which exist"
         is_empty = not (found.generations or found.quarantined or found.rolled_back)
         if self.is_owned and missing and is_empty:
-            return f"generations {missing}, nor any other, and this job has seen them"
+            return f"does not show any generation, though this job has seen {missing} there"
         return ""
 
     def add(self, manifest: Manifest, path: Path, manifest_bytes: int) -> None:
@@ -148,46 +148,48 @@ class Catalog:
             ReadError: On the calling rank, if the directory cannot be listed.
         """
         return [
-            GenerationSummary(one.generation, one.step, one.metrics)
-            for one in self.generations()
+            GenerationSummary(info.generation, info.step, info.metrics)
+            for info in self.generations()
         ]
 
     def choose(self, policy: RetentionPolicy) -> tuple[int, ...]:
         """Return the numbers that a policy gives up; on failure log it and give up none.
 
-        Not collective. If the directory could not be listed, `remove_left` asks the policy
-        again.
+        Not collective. If the directory could not be listed, `retry_removals` asks the
+        policy again.
         """
         # The newest generation is durable: no later failure may fail the save.
-        self._unasked = policy
+        self._policy_to_retry = policy
         try:
             there = self.summaries()
-            self._unasked = None
+            self._policy_to_retry = None
             kept = select_kept(policy, there)
         except Exception:
             logger.exception("retention failed; nothing is removed")
             return ()
-        given_up = tuple(one.generation for one in there if one.generation not in kept)
+        given_up = tuple(
+            summary.generation for summary in there if summary.generation not in kept
+        )
         if given_up:
-            self._tell_of_unknown_metrics(policy, there)
+            self._warn_of_unknown_metrics(policy, there)
         return given_up
 
     def remove(self, numbers: Iterable[int], job: str) -> None:
-        """Remove generations; log failures, which `remove_left` tries again.
+        """Remove generations; log failures, which `retry_removals` tries again.
 
         Not collective. The caller holds the lock.
         """
         doomed: list[Path] = []
-        self._left = list(numbers)
+        self._to_remove = list(numbers)
         try:
-            while self._left:
-                number = self._left[0]
+            while self._to_remove:
+                number = self._to_remove[0]
                 source = self.root / generation_name(number)
                 target = self.root / partial_name(number, job)
                 filesystem.rename_new(source, target)
                 self._known.pop(number, None)
                 self._seen.discard(number)
-                del self._left[0]
+                del self._to_remove[0]
                 doomed.append(target)
             if doomed:
                 # CRASH: files may vanish before the rename is durable; a generation would
@@ -198,7 +200,7 @@ class Catalog:
         except OSError as error:
             logger.warning("old generations were not all removed: %s", error)
 
-    def remove_left(self, job: str) -> None:
+    def retry_removals(self, job: str) -> None:
         """Remove generations that could not be chosen or removed before a save needs space.
 
         Not collective. The caller holds the lock.
@@ -206,33 +208,34 @@ class Catalog:
         Raises:
             ReadError: On the calling rank, if the directory cannot be listed.
         """
-        if self._unasked is not None:
-            self._left = list(self.choose(self._unasked))
-        if not self._left:
+        if self._policy_to_retry is not None:
+            self._to_remove = list(self.choose(self._policy_to_retry))
+        if not self._to_remove:
             return
         present = self.look().generations
-        left = [number for number in self._left if number in present]
+        left = [number for number in self._to_remove if number in present]
         if left and present[0] not in left:
             self.remove(left, job)
 
-    def spare_left(self) -> None:
+    def cancel_removals(self) -> None:
         """Cancel pending removals, as a newer generation is bad. Not collective."""
-        self._left, self._unasked = [], None
+        self._to_remove, self._policy_to_retry = [], None
 
-    def _tell_of_unknown_metrics(
+    def _warn_of_unknown_metrics(
         self, policy: RetentionPolicy, there: Sequence[GenerationSummary]
     ) -> None:
         # Not before a generation is given up: a later save may bring the metric.
-        for one in unmet_policies(policy, there):
-            if one.metric in self._told:
+        for unmet in unmet_policies(policy, there):
+            if unmet.metric in self._warned_metrics:
                 continue
-            self._told.add(one.metric)
+            self._warned_metrics.add(unmet.metric)
             logger.warning(
-                "%r keeps nothing: no generation in %s was saved with a metric %r (there "
-                "are: %s), and others are given up now; give it to save(metrics=...)",
-                one,
+                "%r keeps nothing: no generation in %s was saved with a metric %r (metrics "
+                "there: %s), and other generations are removed now; pass the metric to "
+                "save(metrics=...)",
+                unmet,
                 self.root,
-                one.metric,
+                unmet.metric,
                 ", ".join(map(repr, metric_names(there))) or "none",
             )
 

@@ -51,7 +51,7 @@ class CheckpointDirectory:
         root: The directory.
         job: A name for this run of the job, in names of partials and in manifests.
         catalog: The published generations.
-        is_told_of_size: Whether a warning of large manifests was logged.
+        has_warned_of_size: Whether a warning of large manifests was logged.
         base: Number of an older generation that the next save builds on, after this job
             went back to it; None for the newest. Call `forget_newest` when it changes.
     """
@@ -68,7 +68,7 @@ class CheckpointDirectory:
         self._staging = Arena()
         self.job = secrets.token_hex(6)
         self.catalog = Catalog(root)
-        self.is_told_of_size = False
+        self.has_warned_of_size = False
         self._lock: DirectoryLock | None = None
         self._swept = False
         self._aside: dict[int, str] = {}
@@ -205,9 +205,9 @@ class CheckpointDirectory:
             before = found
         if found.is_missing and refused is not None:
             raise ReadError(
-                f"{self.root} is not there, and cannot be made: {refused}. To begin anew "
-                "where nobody can save would lose all of it: is the file system mounted, "
-                "does a link lead somewhere, is the path right?",
+                f"{self.root} does not exist and cannot be made: {refused}. A training "
+                "that began anew could not save anything there: is the file system "
+                "mounted, does a link lead somewhere, is the path right?",
                 path=self.root,
             ) from refused
         explain_absence(self.root, found, self._aside)
@@ -267,7 +267,7 @@ class CheckpointDirectory:
         A generation that was pruned while it was read is only skipped.
         """
         self._newest = None
-        self.catalog.spare_left()
+        self.catalog.cancel_removals()
         if self.has_lost(number):
             logger.info("generation %d was pruned meanwhile: %s", number, problem)
             return
@@ -276,7 +276,7 @@ class CheckpointDirectory:
         if self._owns():
             where = recovery.quarantine(self.root, number, problem)
         logger.warning(
-            "generation %d failed to verify and is not used: %s; kept for you in %s",
+            "generation %d failed to verify and is not used: %s; it is kept in %s",
             number,
             problem,
             where,
@@ -298,7 +298,7 @@ class CheckpointDirectory:
 
     def _survey_without_mine(self) -> recovery.Survey:
         """Survey the directory, without leftovers that this job could not delete before."""
-        self.catalog.remove_left(self.job)
+        self.catalog.retry_removals(self.job)
         found = self.catalog.look()
         # A successor's partials must not be touched.
         mine = tuple(name for name in found.partials if is_partial_of(name, self.job))

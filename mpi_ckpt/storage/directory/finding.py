@@ -70,7 +70,7 @@ def open_chosen(
         except CorruptGenerationError as problem:
             if not is_gone(path) or number == tried:
                 raise CorruptGenerationError(
-                    f"{problem}. {choice} was asked for, so no other is taken for it; "
+                    f"{problem}. {choice} was requested, so no other is used instead; "
                     f"{describe_others(catalog, number)}",
                     path=path,
                     generation=number,
@@ -157,7 +157,7 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
     vanished = [n for n in found.generations if n not in bad]
     if vanished:
         raise ReadError(
-            f"{root} lists generations {vanished}, and none is there: somebody "
+            f"{root} lists generations {vanished}, but none of them exists: somebody "
             "deletes them, or this host sees an old listing",
             path=root,
         )
@@ -180,8 +180,8 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
         )
     if found.unlisted:
         raise CorruptGenerationError(
-            f"there is no generation in {root}, and whether there ever was is not "
-            f"known: {found.unlisted}. To start anew, move that elsewhere",
+            f"there is no generation in {root}, and it is not known whether there ever was "
+            f"one: {found.unlisted}. To start anew, move that elsewhere",
             path=root / QUARANTINE,
         )
     if found.adaptdl:
@@ -203,7 +203,7 @@ def describe_others(catalog: Catalog, besides: int | None = None) -> str:
     Raises:
         ReadError: On the calling rank, if the directory cannot be listed.
     """
-    there = [one for one in catalog.summaries() if one.generation != besides]
+    there = [summary for summary in catalog.summaries() if summary.generation != besides]
     listed = ", ".join(map(_describe, there[-_LISTED:])) or "none"
     more = f" and {len(there) - _LISTED} older" if len(there) > _LISTED else ""
     what = "there are" if besides is None else "ask for another; there are"
@@ -257,6 +257,6 @@ def _aside(catalog: Catalog, choice: Choice) -> str:
     return _hint(catalog.root, found) if is_behind else ""
 
 
-def _describe(one: GenerationSummary) -> str:
-    metrics = "".join(f", {name}={value:.6g}" for name, value in one.metrics.items())
-    return f"{one.generation} (step {one.step}{metrics})"
+def _describe(summary: GenerationSummary) -> str:
+    metrics = "".join(f", {name}={value:.6g}" for name, value in summary.metrics.items())
+    return f"{summary.generation} (step {summary.step}{metrics})"

@@ -66,13 +66,13 @@ class Survey:
     @property
     def highest_published(self) -> int:
         """The highest number that a generation has or had; 0 for none."""
-        aside = [
+        quarantined = [
             number
             for name in self.quarantined
             if (number := generation_number(name.partition("~")[0])) is not None
         ]
         back = [n for name in self.rolled_back for n in rolled_back_numbers(name) or ()]
-        return max([0, *self.generations, *aside, *back])
+        return max([0, *self.generations, *quarantined, *back])
 
     @property
     def highest(self) -> int:
@@ -95,8 +95,9 @@ class Survey:
         """
         if self.highest >= GENERATION_MAX:
             raise SaveError(
-                f"there is a {generation_name(self.highest)}, and no higher number has a "
-                "name: nobody saved that often, so move it elsewhere; nothing was published"
+                f"{generation_name(self.highest)} exists, and a name can hold no higher "
+                "number: no job saves that often, so move it elsewhere; nothing was "
+                "published"
             )
         return self.highest + 1
 
@@ -115,12 +116,14 @@ def survey(root: Path) -> Survey:
             names = filesystem.list_names(root)
         except FileNotFoundError:
             return Survey(is_missing=True)
-    aside, unlisted = _set_aside(root / QUARANTINE) if QUARANTINE in names else ([], "")
+    quarantined, unlisted = (
+        _set_aside(root / QUARANTINE) if QUARANTINE in names else ([], "")
+    )
     numbers = [n for name in names if (n := generation_number(name)) is not None]
     return Survey(
         generations=tuple(sorted(numbers, reverse=True)),
         partials=tuple(name for name in names if is_partial_name(name)),
-        quarantined=tuple(aside),
+        quarantined=tuple(quarantined),
         rolled_back=tuple(name for name in names if rolled_back_numbers(name)),
         adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
         unlisted=unlisted,
@@ -168,7 +171,9 @@ def _set_aside(shelf: Path) -> tuple[list[str], str]:
 def _refuse_foreign(shelf: Path) -> None:
     # A link could send generations to any place.
     if shelf.is_symlink() or (shelf.exists() and not shelf.is_dir()):
-        raise NotADirectoryError(errno.ENOTDIR, "is no directory of ours", str(shelf))
+        raise NotADirectoryError(
+            errno.ENOTDIR, "is not a directory that mpi_ckpt made", str(shelf)
+        )
 
 
 def sweep(root: Path, partials: tuple[str, ...], job: str) -> bool:
@@ -249,6 +254,9 @@ def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> 
             target = shelf / f"{source.name}~{attempt}"
         reason = json.dumps({"generation": generation, "reason": str(problem)})
         filesystem.rename_new(source, target)
+        # CRASH: the new name becomes durable before the old name is durably gone: a power
+        # cut leaves the generation under one of them at least. The reason comes last: a
+        # generation without a reason is quarantined all the same.
         filesystem.sync_directory(shelf, if_possible=True)
         filesystem.sync_directory(root, if_possible=True)
         _leave_reason(target, reason.encode())

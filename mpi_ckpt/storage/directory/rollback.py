@@ -82,6 +82,8 @@ def bring_back(root: Path) -> tuple[int, ...]:
             another call continues with the rest.
     """
     names = _last(root)
+    # CRASH: the oldest is renamed first, so that here too the rest always equals the
+    # directory before some save.
     with os_errors_as(SaveError, "bringing generations back", root):
         for number in sorted(names):
             filesystem.rename_new(root / names[number], root / generation_name(number))
@@ -91,6 +93,8 @@ def bring_back(root: Path) -> tuple[int, ...]:
 
 
 def _last(root: Path) -> dict[int, str]:
-    aside = {name: rolled_back_numbers(name) for name in settled_survey(root).rolled_back}
-    last = max((pair[1] for pair in aside.values() if pair), default=0)
-    return {pair[0]: name for name, pair in aside.items() if pair and pair[1] == last}
+    rolled_back = {
+        name: rolled_back_numbers(name) for name in settled_survey(root).rolled_back
+    }
+    last = max((pair[1] for pair in rolled_back.values() if pair), default=0)
+    return {pair[0]: name for name, pair in rolled_back.items() if pair and pair[1] == last}

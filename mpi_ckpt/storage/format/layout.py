@@ -172,7 +172,7 @@ def _fault_of(name: str) -> str | None:
     return None
 
 
-def check_names_apart(names: Iterable[str]) -> None:
+def check_names_differ(names: Iterable[str]) -> None:
     """Refuse names that are equal, or equal on some file systems.
 
     Not collective. Thread-safe.

@@ -19,7 +19,7 @@ from mpi_ckpt.errors import UnsupportedFormatError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.format.layout import (
     check_file_name,
-    check_names_apart,
+    check_names_differ,
     check_state_name,
 )
 from mpi_ckpt.storage.format.manifest import (
@@ -57,7 +57,7 @@ def encode(manifest: Manifest) -> bytes:
             refuse: a step that is not an integer, a structure that is not JSON, names that
             collide with those of carried states.
     """
-    check_names_apart(state.name for state in manifest.states)
+    check_names_differ(state.name for state in manifest.states)
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -129,7 +129,7 @@ def largest_state(manifest: Manifest) -> tuple[str, int]:
     has grown large.
     """
     sizes = {state.name: len(_encode_state(state).encode()) for state in manifest.states}
-    return max(sizes.items(), key=lambda one: one[1], default=("", 0))
+    return max(sizes.items(), key=lambda item: item[1], default=("", 0))
 
 
 def decode(data: bytes | bytearray) -> Manifest:
@@ -154,7 +154,7 @@ def decode(data: bytes | bytearray) -> Manifest:
     except KeyError as error:
         raise ValueError(f"the manifest lacks {shown(error.args[0])}") from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"the manifest has a value of a wrong kind: {error}") from error
+        raise ValueError(f"the manifest has a value of the wrong kind: {error}") from error
 
 
 def _refuse_other_formats(document: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ def _decode_manifest(document: dict[str, Any]) -> Manifest:
     states = tuple(
         _decode_state(entry, sizes, block_bytes) for entry in _list(document["states"])
     )
-    check_names_apart(state.name for state in states)
+    check_names_differ(state.name for state in states)
     _check_extents(states, sizes)
     return Manifest(
         generation=_integer(document["generation"], _NUMBER_MAX),
@@ -264,7 +264,7 @@ def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]
             by_file[leaf.extent.file].append(leaf.extent)
     for name, extents in by_file.items():
         end = 0
-        for extent in sorted(extents, key=lambda one: (one.offset, one.nbytes)):
+        for extent in sorted(extents, key=lambda extent: (extent.offset, extent.nbytes)):
             if extent.offset < end:
                 raise ValueError(f"{name}: leaves overlap at {extent.offset}")
             end = extent.offset + extent.nbytes

@@ -122,8 +122,8 @@ class DirectoryLock:
         with os_errors_as(SaveError, "signing the lock", self._path):
             if os.fstat(self._descriptor).st_nlink > 1:
                 raise SaveError(
-                    f"{self._path} has a second name, which may be that of a file of "
-                    "somebody's: it is not written to; remove it",
+                    f"{self._path} has a second name, which somebody may use as another "
+                    "file: nothing was written to it; remove this lock file",
                     path=self._path,
                 )
             # In place: that needs no space on a full disk.
@@ -184,8 +184,8 @@ class DirectoryLock:
                     "must support flock (Lustre does when mounted with -o flock), unless "
                     "the options do without it: Options(lock='lease') keeps a second job "
                     "out by a file that root rewrites every few seconds; with lock='none' "
-                    "you see to it that one job runs at a time; read_only=True is for a "
-                    "job that only restores",
+                    "you must make sure that only one job runs at a time; read_only=True "
+                    "is for a job that only restores",
                     path=self._path,
                     errno=error.errno,
                 ) from error

@@ -60,7 +60,7 @@ class Ownership:
         """
         if self.read_only:
             raise OptionsError(
-                f"{root} is not saved to: Options(read_only=True)", path=root
+                f"nothing is saved to {root}: Options(read_only=True)", path=root
             )
         _refuse_unmounted(root)
         with os_errors_as(SaveError, "making", root):
@@ -87,8 +87,8 @@ class Ownership:
         # A full or failing disk may still be readable, and have space later.
         logger.warning(
             "restoring without a lock, as a reader does: %s. A save would fail as well: "
-            "Options(read_only=True) if none is meant, read_only=False to have this fail "
-            "at once",
+            "give Options(read_only=True) if this job only restores, read_only=False to "
+            "fail at once",
             refusal,
         )
 
@@ -124,5 +124,5 @@ def _warn_if_open_to_all(root: Path) -> None:
         if mode & stat.S_IWOTH:
             harm = "add" if mode & stat.S_ISVTX else "add, change and remove"
             logger.warning(
-                "everybody on this system may %s generations in %s: chmod o-w", harm, root
+                "any user of this system may %s generations in %s: chmod o-w", harm, root
             )

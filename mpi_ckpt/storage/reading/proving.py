@@ -126,7 +126,7 @@ class Prefetcher:
     def __init__(self, reader: GenerationReader, windows: Sequence[Window]) -> None:
         self._reader = reader
         self._windows = list(windows)
-        longest = max((_length(one) for one in self._windows), default=0)
+        longest = max((_length(window) for window in self._windows), default=0)
         memory = Arena().take(2 * longest)
         self._halves = [memory[:longest], memory[longest : 2 * longest]]
         self._pool = ThreadPoolExecutor(_THREADS, "mpi_ckpt-read")

@@ -97,9 +97,9 @@ def plan_reads(
     if not extents:
         return []
     numbers = {name: number for number, name in enumerate(files)}
-    file = np.array([numbers[one.file] for one in extents], np.int64)
-    offsets = np.array([one.offset for one in extents], np.int64)
-    lengths = np.array([one.nbytes for one in extents], np.int64)
+    file = np.array([numbers[extent.file] for extent in extents], np.int64)
+    offsets = np.array([extent.offset for extent in extents], np.int64)
+    lengths = np.array([extent.nbytes for extent in extents], np.int64)
     # An empty leaf has the offset of the next leaf and must come before it.
     order = np.lexsort((lengths, offsets, file))
     counts = np.maximum(1, -(-lengths[order] // block_bytes))
@@ -109,7 +109,7 @@ def plan_reads(
     end = np.minimum(start + block_bytes, lengths[leaves])
     offset = offsets[leaves] + start
     columns = (leaves, number, start, end, offset, end == lengths[leaves])
-    blocks = [Block(*one) for one in zip(*(c.tolist() for c in columns), strict=True)]
+    blocks = [Block(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     until = offset + end - start
     return [
         Window(files[file[leaves[i]]], int(offset[i]), int(until[j - 1]), blocks[i:j])
@@ -124,9 +124,9 @@ def _group(
     window_bytes: int,
 ) -> Iterator[tuple[int, int]]:
     """Cut blocks in file order into windows: index of the first, one past the last."""
-    apart = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > _GAP_BYTES)
+    is_gap = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > _GAP_BYTES)
     first = 0
-    for stop in [*(np.flatnonzero(apart) + 1).tolist(), len(starts)]:
+    for stop in [*(np.flatnonzero(is_gap) + 1).tolist(), len(starts)]:
         while first < stop:
             most = starts[first] + window_bytes
             fitting = int(np.searchsorted(ends[first:stop], most, side="right"))

@@ -188,6 +188,7 @@ class Partial:
         self.bytes_written += len(manifest)
         target = self._root / generation_name(self.generation)
         with self._errors_as(PublishError, "publishing", self.path):
+            # CRASH: the bytes of all files are durable; this makes their names durable.
             self._sync(self.path)
             # INVARIANT: a successor first signs the lock, then sweeps. If it swept before
             # this partial was made, this check sees its name; if it sweeps later, the
@@ -197,6 +198,8 @@ class Partial:
             # CRASH: before this rename the generation does not exist; everything it
             # needs is durable, so after it the generation is whole.
             filesystem.rename_new(self.path, target)
+            # CRASH: until this fsync a power cut may undo the rename, so nobody may hear of
+            # the generation before.
             try:
                 self._sync(self._root)
             except OSError as cause:

@@ -74,10 +74,10 @@ def require_space(directory: Path, what: Path, *, nbytes: int, files: int) -> No
     ):
         return
     raise WriteError(
-        f"{what}: {in_words(OSError(errno.ENOSPC, ''))}: "
-        f"{_amount(nbytes, files)} needed, {_amount(free.nbytes, free.files)} free; "
-        "nothing of it was written. An old generation is deleted once the new one is "
-        "durable, so one more than are kept must fit: make room, or keep fewer "
+        f"{what}: {in_words(OSError(errno.ENOSPC, ''))}: {_amount(nbytes, files)} needed, "
+        f"{_amount(free.nbytes, free.files)} free; nothing of it was written. An old "
+        "generation is removed only after the new generation is durable, so the disk must "
+        "hold one generation more than are kept: make room, or keep fewer "
         "(Options.retention)",
         path=what,
         errno=errno.ENOSPC,
@@ -96,6 +96,6 @@ def _can_reserve(probe: Path, nbytes: int) -> bool:
 
 
 def _amount(nbytes: float, files: float) -> str:
-    told = [] if nbytes == float("inf") else [f"{nbytes:,} bytes"]
-    told += [] if files == float("inf") else [f"{files:,} file{'s' * (files != 1)}"]
-    return " and ".join(told)
+    amounts = [] if nbytes == float("inf") else [f"{nbytes:,} bytes"]
+    amounts += [] if files == float("inf") else [f"{files:,} file{'s' * (files != 1)}"]
+    return " and ".join(amounts)

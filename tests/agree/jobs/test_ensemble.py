@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ENSEMBLE = PROGRAMS / "ensemble.py"
 STEPS = 6
-LONG = [pytest.param(*one, marks=pytest.mark.long) for one in [("exit", 7), ("late", 1)]]
+LONG = [pytest.param(*case, marks=pytest.mark.long) for case in [("exit", 7), ("late", 1)]]
 
 
 def steps_of(folder: Path, member: int) -> list[int]:

@@ -63,7 +63,7 @@ def own_lines(text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("how", "way", "kind"),
-    [*ALWAYS, *(pytest.param(*one, marks=pytest.mark.long) for one in LONG)],
+    [*ALWAYS, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)],
 )
 def test_ranks_that_all_fail(
     jobs: Jobs, tmp_path: Path, how: str, way: str, kind: str

@@ -82,7 +82,7 @@ def test_an_error_of_all_ranks_is_told_once_and_aborts_nothing(
     outcome = jobs.run(4, LEAVING, root, "agreed_error", "all")
     assert outcome.code == 1, outcome.text
     assert outcome.err.count("WriteError: saving failed; published generations are") == 1
-    assert outcome.err.count("WriteError, as told by rank 0") == 3
+    assert outcome.err.count("WriteError, reported in full by rank 0") == 3
     assert set(headings(outcome)) == {0}
     assert "aborted" not in outcome.err
     assert generations(root) == ["checkpoint-00000001"]
@@ -147,7 +147,7 @@ def test_a_save_that_hangs_does_not_keep_the_job_from_its_end(
     assert outcome.code == 1, outcome.text
     assert "rank 0 of" in outcome.err
     assert "saving: no progress for" in outcome.err
-    assert "CRITICAL the program is at its end, but a save is not" in outcome.err
+    assert "CRITICAL the program has ended, but a save has not" in outcome.err
     assert generations(root) == ["checkpoint-00000001"]
 
 

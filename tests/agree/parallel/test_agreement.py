@@ -205,19 +205,19 @@ def test_results_are_compared_and_told_in_the_same_meeting(comm, communicator):
             lambda mine=mine: mine,
             error=SaveError,
             digest=lambda result: digest_bytes(result.encode()),
-            tell=lambda result: result.encode(),
+            encode=lambda result: result.encode(),
         )
         assert met.result == mine
-        assert met.told == comm.bcast(mine).encode()
+        assert met.message == comm.bcast(mine).encode()
         assert met.is_alike == (comm.size == 1 or mine == "the same")
 
 
 def test_what_fails_while_it_is_told_is_agreed_on(comm, communicator):
-    def tell(result):
+    def encode(result):
         raise ValueError("no words for it")
 
     with same_error(comm, SaveError, f"rank 0 of {comm.size} on {HOST}", "no words"):
-        meet(communicator, "telling", nothing, error=SaveError, tell=tell)
+        meet(communicator, "sending", nothing, error=SaveError, encode=encode)
 
 
 def test_bytes_of_all_are_combined_on_root_for_all(comm, communicator):

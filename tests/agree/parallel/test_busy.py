@@ -32,7 +32,7 @@ def warned(monkeypatch):
 
 
 @pytest.fixture
-def one(comm, shared_path):
+def checkpoints(comm, shared_path):
     """A manager whose deadline is short from now on, once all ranks have their part."""
     with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as made:
         made.save()
@@ -54,48 +54,48 @@ def call_of(made, call):
 
 
 LONG = [
-    pytest.param(one, marks=pytest.mark.long)
-    for one in ("save", "sync", "restore", "should_stop", "generations")
+    pytest.param(call, marks=pytest.mark.long)
+    for call in ("save", "sync", "restore", "should_stop", "generations")
 ]
 
 
 @pytest.mark.parametrize("call", ["step", *LONG])
-def test_every_call_waits_for_a_busy_rank(peers, one, call):
+def test_every_call_waits_for_a_busy_rank(peers, checkpoints, call):
     last = peers.size - 1
-    call_of(one, call)()  # step() posts the vote that it reads in the next
+    call_of(checkpoints, call)()  # step() posts the vote that it reads in the next
     if peers.rank == last:
-        with one.busy("writing VTK"):
+        with checkpoints.busy("writing VTK"):
             time.sleep(BUSY_SECONDS)
-    call_of(one, call)()
-    assert one.save().generation > 1
+    call_of(checkpoints, call)()
+    assert checkpoints.save().generation > 1
 
 
-def test_root_and_others_at_once_and_nested(peers, one):
+def test_root_and_others_at_once_and_nested(peers, checkpoints):
     with ExitStack() as stack:
         if peers.rank == 0 or peers.rank == peers.size - 1:
-            stack.enter_context(one.busy("the first"))
-            with suppress(ValueError), one.busy("the second"):
+            stack.enter_context(checkpoints.busy("the first"))
+            with suppress(ValueError), checkpoints.busy("the second"):
                 time.sleep(0.2)
                 raise ValueError("no luck")
             time.sleep(BUSY_SECONDS)
-    one.save()
+    checkpoints.save()
 
 
-def test_all_ranks_are_busy_and_one_waits_within(peers, one):
-    with one.busy("everything"):
-        one.save()
+def test_all_ranks_are_busy_and_one_waits_within(peers, checkpoints):
+    with checkpoints.busy("everything"):
+        checkpoints.save()
         time.sleep(0.1)
-    one.save()
+    checkpoints.save()
     assert busy._OWN == []
 
 
-def test_what_a_rank_is_busy_with_is_told(peers, one, warned, monkeypatch):
+def test_what_a_rank_is_busy_with_is_told(peers, checkpoints, warned, monkeypatch):
     monkeypatch.setattr(absence, "WARNED_SECONDS", 0.3)
     last = peers.size - 1
     if peers.rank == last:
-        with one.busy("writing\n  VTK"):
+        with checkpoints.busy("writing\n  VTK"):
             time.sleep(BUSY_SECONDS)
-    one.save()
+    checkpoints.save()
     told = [text for text in warned if "writing VTK" in text]
     if peers.rank == 0:
         name = rf"rank {last} on \S+ has been busy for \d s: writing VTK"
@@ -106,87 +106,87 @@ def test_what_a_rank_is_busy_with_is_told(peers, one, warned, monkeypatch):
         assert told == []
 
 
-def test_after_its_end_the_deadline_counts_anew(peers, one):
+def test_after_its_end_the_deadline_counts_anew(peers, checkpoints):
     last = peers.size - 1
     if peers.rank == last:
-        with one.busy("the first half"):
+        with checkpoints.busy("the first half"):
             time.sleep(BUSY_SECONDS)
         time.sleep(0.6 * DEADLINE)
-    one.save()
+    checkpoints.save()
 
 
 def test_two_managers_hear_of_it(peers, shared_path):
     states = ArrayState("a", {"x": np.arange(5.0)})
     with (
-        manager(shared_path / "one", states) as one,
+        manager(shared_path / "one", states) as checkpoints,
         manager(shared_path / "two", states) as two,
     ):
         peers.barrier()
         two._session.comm.deadline_seconds = DEADLINE
         if peers.rank == 0:
-            with one.busy("training"):
+            with checkpoints.busy("training"):
                 time.sleep(BUSY_SECONDS)
         two.save()
         two._session.comm.deadline_seconds = 35
 
 
 def test_before_the_first_meeting_and_after_the_last(comm, shared_path):
-    with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as one:
-        with one.busy("reading"):
+    with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as checkpoints:
+        with checkpoints.busy("reading"):
             pass
-        one.save()
-        inside = one.busy("tidying up")
+        checkpoints.save()
+        inside = checkpoints.busy("tidying up")
         inside.__enter__()
     inside.__exit__(None, None, None)
-    with one.busy("when nobody waits any more"):
+    with checkpoints.busy("when nobody waits any more"):
         pass
     assert busy._OWN == []
-    with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as one:
-        assert one.restore().generation == 1
+    with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as checkpoints:
+        assert checkpoints.restore().generation == 1
 
 
 def test_many_managers_one_after_the_other_lose_no_message(comm, shared_path):
     for _ in range(20):
-        with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as one:
+        with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as checkpoints:
             for _ in range(5):
-                with one.busy("a moment"):
+                with checkpoints.busy("a moment"):
                     pass
-            assert one.should_stop() is False
-            with one.busy("the last moment"):
+            assert checkpoints.should_stop() is False
+            with checkpoints.busy("the last moment"):
                 pass
 
 
-def test_messages_cost_nothing_while_nobody_is_busy(comm, one):
-    one._session.comm.deadline_seconds = 35
-    with RecordingHandle(one._session.comm) as recorded:
-        one.save()
+def test_messages_cost_nothing_while_nobody_is_busy(comm, checkpoints):
+    checkpoints._session.comm.deadline_seconds = 35
+    with RecordingHandle(checkpoints._session.comm) as recorded:
+        checkpoints.save()
         quiet = recorded.sent_by("Isend")
-        one.step()
+        checkpoints.step()
         assert recorded.sent_by("Isend") == quiet
         before = len(recorded.messages)
-        with one.busy("a moment"):
+        with checkpoints.busy("a moment"):
             pass
         assert len(recorded.messages) - before == 2 * (comm.size - 1)
         assert recorded.sent_by("Isend") - quiet == 2 * (comm.size - 1) * 256
 
 
 @pytest.mark.parametrize("most", [0, -1, float("inf"), float("nan")])
-def test_what_makes_no_sense_is_refused(comm, one, most):
-    one._session.comm.deadline_seconds = 35
+def test_what_makes_no_sense_is_refused(comm, checkpoints, most):
+    checkpoints._session.comm.deadline_seconds = 35
     with pytest.raises(OptionsError, match="at_most_seconds"):
-        one.busy("training", at_most_seconds=most).__enter__()
+        checkpoints.busy("training", at_most_seconds=most).__enter__()
     with pytest.raises(OptionsError, match="few words"):
-        one.busy(" \n").__enter__()
+        checkpoints.busy(" \n").__enter__()
     assert busy._OWN == []
 
 
-def test_another_thread_is_refused(comm, one):
-    one._session.comm.deadline_seconds = 35
+def test_another_thread_is_refused(comm, checkpoints):
+    checkpoints._session.comm.deadline_seconds = 35
     caught = []
 
     def enter():
         try:
-            with one.busy("training"):
+            with checkpoints.busy("training"):
                 pass
         except CollectiveError as error:
             caught.append(str(error))

@@ -44,10 +44,10 @@ def test_hundreds_of_cycles(comm, shared_path, counted):
     states = [ArrayState("a", arrays), value]
     for number in range(1, cycles + 1):
         arrays["x"][:] = value.value = number
-        with manager(shared_path, *states, comm=counted) as one:
-            one.save(step=number)
+        with manager(shared_path, *states, comm=counted) as checkpoints:
+            checkpoints.save(step=number)
             arrays["x"][:] = value.value = -1
-            assert one.restore().generation == number
+            assert checkpoints.restore().generation == number
         assert value.value == number
         assert (arrays["x"] == number).all()
     assert (counted.made, counted.open) == (cycles, 0)
@@ -62,19 +62,19 @@ def test_cycles_that_end_in_errors(comm, shared_path, counted):
     for _ in range(30):
         with pytest.raises(RegistrationError):
             manager(shared_path, state, state, comm=counted)
-        with manager(shared_path, state, comm=counted) as one:
+        with manager(shared_path, state, comm=counted) as checkpoints:
             if comm.rank == comm.size - 1:
                 state.value = object()
             with pytest.raises(CheckpointError):
-                one.save()
+                checkpoints.save()
             state.value = 0
-            one.save()
+            checkpoints.save()
         other = ObjectState("other")
         with (
-            manager(shared_path, other, comm=counted) as one,
+            manager(shared_path, other, comm=counted) as checkpoints,
             pytest.raises(CheckpointError),
         ):
-            one.restore()
+            checkpoints.restore()
     assert (counted.made, counted.open) == (90, 0)
 
 
@@ -84,11 +84,11 @@ def test_cycles_behind_the_training(comm, shared_path, counted):
     for number in range(1, 31):
         arrays["x"][:] = number
         state = ArrayState("a", arrays)
-        with manager(shared_path, state, comm=counted, asynchronous=True) as one:
-            one.save()
+        with manager(shared_path, state, comm=counted, asynchronous=True) as checkpoints:
+            checkpoints.save()
             arrays["x"][:] = -1
-    with manager(shared_path, state, comm=counted) as one:
-        one.restore()
+    with manager(shared_path, state, comm=counted) as checkpoints:
+        checkpoints.restore()
     assert (arrays["x"] == 30).all()
     assert (counted.made, counted.open) == (31, 0)
 
@@ -108,12 +108,12 @@ def test_the_adaptdl_surface_is_closed(comm, shared_path, counted):
 
 def test_a_closed_manager_is_gone(comm, shared_path):
     state = ObjectState("value", 0)
-    one = manager(shared_path, state)
-    one.save()
-    one.close()
-    one.close()
-    seen = weakref.ref(one)
-    del one
+    checkpoints = manager(shared_path, state)
+    checkpoints.save()
+    checkpoints.close()
+    checkpoints.close()
+    seen = weakref.ref(checkpoints)
+    del checkpoints
     gc.collect()
     assert seen() is None
 
@@ -127,25 +127,27 @@ def test_a_block_that_fails_on_one_rank_waits_for_nobody(comm, shared_path):
     except ZeroDivisionError:
         failed = True
     assert comm.allgather(failed) == [True] + [False] * (comm.size - 1)
-    with manager(shared_path, ObjectState("value")) as one:
-        assert one.save().generation == 1
+    with manager(shared_path, ObjectState("value")) as checkpoints:
+        assert checkpoints.save().generation == 1
 
 
 def test_nothing_is_logged_where_nothing_is_wrong(comm, shared_path, caplog, capfd):
     caplog.set_level(logging.INFO)
     options = Options(interval=1)
-    with CheckpointManager(shared_path, [ObjectState("value", 1)], options=options) as one:
-        assert one.restore() is None
-        one.save()
-        one.restore()
-        one.step()
-        one.generations()
+    with CheckpointManager(
+        shared_path, [ObjectState("value", 1)], options=options
+    ) as checkpoints:
+        assert checkpoints.restore() is None
+        checkpoints.save()
+        checkpoints.restore()
+        checkpoints.step()
+        checkpoints.generations()
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_communicator_is_closed_once(comm, counted):
-    one = Communicator(counted, deadline_seconds=35)
-    one.close()
-    one.close()
+    tested = Communicator(counted, deadline_seconds=35)
+    tested.close()
+    tested.close()
     assert (counted.made, counted.open) == (1, 0)

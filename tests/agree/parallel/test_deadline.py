@@ -51,18 +51,18 @@ def short_roll_call(monkeypatch):
 @pytest.fixture
 def make(peers, broken_ones):
     def make():
-        one = communicator.Communicator(peers, deadline_seconds=35)
-        broken_ones.append(one)
-        one.deadline_seconds = DEADLINE
-        return one
+        tested = communicator.Communicator(peers, deadline_seconds=35)
+        broken_ones.append(tested)
+        tested.deadline_seconds = DEADLINE
+        return tested
 
     return make
 
 
-def meet(one):
+def meet(tested):
     """Post an allreduce and wait for it; return the error."""
     with pytest.raises(CollectiveError) as caught:
-        one.all_reduce(np.ones(4), "sum", "meeting")
+        tested.all_reduce(np.ones(4), "sum", "meeting")
     return str(caught.value)
 
 
@@ -71,14 +71,14 @@ def named(ranks, size):
 
 
 def test_a_late_rank_is_named_by_all_others(peers):
-    one = communicator.Communicator(peers, deadline_seconds=35)
-    one.deadline_seconds = 1
+    tested = communicator.Communicator(peers, deadline_seconds=35)
+    tested.deadline_seconds = 1
     late = peers.size - 1
     start = time.monotonic()
     with coming_late(peers, late):
-        text = meet(one)
+        text = meet(tested)
     assert 1 <= time.monotonic() - start < SOON_SECONDS
-    again = meet(one)
+    again = meet(tested)
     # What each sees of the late one is its own; what is known to all comes first.
     others = peers.allgather(again.partition("\n")[0])[:late]
     if peers.rank == late:
@@ -91,19 +91,19 @@ def test_a_late_rank_is_named_by_all_others(peers):
     reason = "the others gave up" if peers.rank == late else named([late], peers.size)
     assert reason in again
     assert len(set(others)) == 1
-    one.close()
+    tested.close()
 
 
 def test_what_is_known_of_a_late_rank_is_told(peers, make, short_roll_call):
-    one = make()
+    tested = make()
     processes = peers.allgather(os.getpid())
     # The first meeting takes place, however busy the machine is; the second does not.
-    one.deadline_seconds = 35
-    assert one.all_reduce(np.ones(1), "sum", "training")[0] == peers.size
-    one.deadline_seconds = DEADLINE
+    tested.deadline_seconds = 35
+    assert tested.all_reduce(np.ones(1), "sum", "training")[0] == peers.size
+    tested.deadline_seconds = DEADLINE
     late = peers.size - 1
     with coming_late(peers, late):
-        text = meet(one)
+        text = meet(tested)
     last_met = r"; all ranks last met \d+ s ago \(for: training\)"
     if peers.rank == late:
         assert re.search(f"the others gave up waiting for this rank{last_met}; ", text)
@@ -116,10 +116,10 @@ def test_a_process_on_another_host_is_not_looked_for(
     peers, make, on_hosts, short_roll_call
 ):
     on_hosts([f"h{rank}" for rank in range(peers.size)])
-    one = make()
+    tested = make()
     late = peers.size - 1
     with coming_late(peers, late):
-        text = meet(one)
+        text = meet(tested)
     if peers.rank != late:
         assert text.splitlines()[1:] == [f"  rank {late} on h{late}"]
 
@@ -128,9 +128,9 @@ def test_a_process_on_another_host_is_not_looked_for(
 def test_exactly_the_absent_are_named(peers, make, short_roll_call, absent):
     ranks = list(range(peers.size))
     gone = {"root": ranks[:1], "all but root": ranks[1:]}[absent]
-    one = make()
+    tested = make()
     with coming_late(peers, *gone):
-        text = meet(one)
+        text = meet(tested)
     if peers.rank in gone:
         assert "the others gave up waiting for this rank" in text
     else:
@@ -164,16 +164,16 @@ def test_a_rank_that_does_not_come_to_a_broadcast(peers, monkeypatch, short_roll
     assert given["w"].tolist() == [peers.rank] * 4
 
 
-def send(one, contents):
-    bcast_buffers(one, [memoryview(contents)], "sending")
+def send(tested, contents):
+    bcast_buffers(tested, [memoryview(contents)], "sending")
     # Who only sends may be done with that.
-    agree(one, "sending", int, error=SaveError)
+    agree(tested, "sending", int, error=SaveError)
 
 
 def test_every_kind_of_wait_ends(peers, make, short_roll_call):
     calls = {
-        "sending": lambda one: send(one, bytearray(5 << 20)),
-        "gathering": lambda one: gather_bytes(one, bytes(3 << 20), "gathering"),
+        "sending": lambda tested: send(tested, bytearray(5 << 20)),
+        "gathering": lambda tested: gather_bytes(tested, bytes(3 << 20), "gathering"),
     }
     ones = {doing: make() for doing in calls}
     late = peers.size - 1
@@ -196,23 +196,23 @@ def test_a_chain_that_misses_a_rank(peers, make, on_hosts, short_roll_call, host
     hosts = hosts[: peers.size]
     on_hosts(hosts)
     for late in range(peers.size):
-        one = make()
+        tested = make()
         contents = np.full(5 << 20, peers.rank, np.uint8)
         with coming_late(peers, late), pytest.raises(CollectiveError) as caught:
-            send(one, contents)
+            send(tested, contents)
         texts = peers.allgather(str(caught.value).partition(";")[0])
         refusal = texts.pop(late)
         assert "the others gave up waiting for this rank" in refusal
         gone = f"rank {late} on {hosts[late]} of {peers.size}"
         assert set(texts) == {f"sending: {gone} did not arrive within 0.2 s"}
-        one.close()
-        assert one.handle  # not freed: that would have waited
+        tested.close()
+        assert tested.handle  # not freed: that would have waited
 
 
 def test_results_that_come_late_go_nowhere(peers, make, short_roll_call):
-    one = make()
+    tested = make()
     with coming_late(peers, peers.size - 1):
-        meet(one)
+        meet(tested)
     gc.collect()  # what the traceback still held
     fresh = [np.zeros(4) for _ in range(2000)]
     # The late rank has posted its part by now, so MPI finishes what was given up: into
@@ -223,75 +223,77 @@ def test_results_that_come_late_go_nowhere(peers, make, short_roll_call):
 
 
 def test_a_rank_that_closes_without_meeting_does_not_wait(peers, make, short_roll_call):
-    one = make()
+    tested = make()
     late = peers.size - 1
     with coming_late(peers, late):
         if peers.rank != late:
-            meet(one)
+            meet(tested)
     start = time.monotonic()
-    one.close()
+    tested.close()
     assert time.monotonic() - start < SOON_SECONDS
 
 
 def test_a_save_to_which_a_rank_does_not_come(peers, shared_path, short_roll_call):
     arrays = {"x": np.arange(5.0)}
     late = peers.size - 1
-    with manager(shared_path, ArrayState("a", arrays)) as one:
-        one.save()
-        one._session.comm.deadline_seconds = DEADLINE
+    with manager(shared_path, ArrayState("a", arrays)) as checkpoints:
+        checkpoints.save()
+        checkpoints._session.comm.deadline_seconds = DEADLINE
         with coming_late(peers, late), pytest.raises(CollectiveError) as caught:
-            one.save()
+            checkpoints.save()
         with pytest.raises(CollectiveError, match="cannot meet any more"):
-            one.restore()
+            checkpoints.restore()
     text = peers.bcast(str(caught.value))
     assert named([late], peers.size) in text
     arrays["x"][:] = 0
-    with manager(shared_path, ArrayState("a", arrays)) as one:
-        assert one.restore().generation == 1
-        assert [info.generation for info in one.generations()] == [1]
+    with manager(shared_path, ArrayState("a", arrays)) as checkpoints:
+        assert checkpoints.restore().generation == 1
+        assert [info.generation for info in checkpoints.generations()] == [1]
     assert arrays["x"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_ranks_that_do_different_things_are_told(peers, make_communicator):
-    one = make_communicator()
+    tested = make_communicator()
     last = peers.size - 1
     doing = "loading" if peers.rank == last else "saving"
     with same_error(
         peers,
         CollectiveError,
         "the ranks do different things; published generations are untouched",
-        f"{name_ranks(range(last), one.hosts)}: saving",
+        f"{name_ranks(range(last), tested.hosts)}: saving",
         f"rank {last} on {HOST}: loading",
     ):
-        agree(one, doing, int, error=SaveError)
-    assert agree(one, "going on", int, error=SaveError) == 0
+        agree(tested, doing, int, error=SaveError)
+    assert agree(tested, "going on", int, error=SaveError) == 0
 
 
 @pytest.mark.parametrize("call", ["sync", "restore", "step", "generations"])
 def test_a_save_on_root_alone_is_told(peers, shared_path, call):
-    with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as one:
+    with manager(shared_path, ArrayState("a", {"x": np.arange(5.0)})) as checkpoints:
         with same_error(peers, CollectiveError, "the ranks do different things"):
-            getattr(one, "save" if peers.rank == 0 else call)()
-        assert one.save().generation == 1
+            getattr(checkpoints, "save" if peers.rank == 0 else call)()
+        assert checkpoints.save().generation == 1
 
 
 def test_no_progress_though_all_are_there(peers, make):
-    one = make()
+    tested = make()
     # Everybody waits for everybody, and nobody sends.
     into = np.zeros(1, np.uint8)
     with same_error(peers, CollectiveError, "they disagree about what comes next"):
-        one.wait([one.irecv(into, rank) for rank in range(peers.size)], "waiting")
+        tested.wait([tested.irecv(into, rank) for rank in range(peers.size)], "waiting")
     with pytest.raises(CollectiveError, match="cannot meet any more"):
-        one.all_reduce(np.ones(1), "max", "meeting")
+        tested.all_reduce(np.ones(1), "max", "meeting")
 
 
 def test_what_mpi_cannot_do_breaks_the_communicator(comm):
-    one = communicator.Communicator(comm, deadline_seconds=35)
-    sent = one.isend(np.ones(100, np.uint8), one.rank)
+    tested = communicator.Communicator(comm, deadline_seconds=35)
+    sent = tested.isend(np.ones(100, np.uint8), tested.rank)
     with pytest.raises(CollectiveError, match="sending to myself: MPI failed: "):
-        one.wait([one.irecv(np.zeros(10, np.uint8), one.rank), sent], "sending to myself")
+        tested.wait(
+            [tested.irecv(np.zeros(10, np.uint8), tested.rank), sent], "sending to myself"
+        )
     with pytest.raises(CollectiveError, match=r"cannot meet any more.*MPI failed"):
-        one.all_reduce(np.ones(1), "max", "meeting")
+        tested.all_reduce(np.ones(1), "max", "meeting")
 
 
 def test_a_rank_alone_never_waits(comm):
@@ -312,9 +314,9 @@ def comm_self():
 
 
 def test_a_slow_rank_within_the_deadline_is_waited_for(comm, make_communicator):
-    one = make_communicator()
+    tested = make_communicator()
     if comm.rank == comm.size - 1:
         time.sleep(0.3)
     with same_error(comm, SaveError, "too late"):
-        agree(one, "working", lambda: int("too late"), error=SaveError)
-    assert one.all_reduce(np.ones(1), "sum", "meeting")[0] == comm.size
+        agree(tested, "working", lambda: int("too late"), error=SaveError)
+    assert tested.all_reduce(np.ones(1), "sum", "meeting")[0] == comm.size

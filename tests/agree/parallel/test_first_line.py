@@ -100,11 +100,11 @@ def test_a_communicator_of_two_groups(comm, shared_path):
 
 @pytest.mark.parametrize("call", ["save", "restore", "sync", "generations", "step"])
 def test_a_manager_that_is_closed_says_so(comm, shared_path, call):
-    one = manager(shared_path / "c", ObjectState("a", 1))
-    one.close()
+    checkpoints = manager(shared_path / "c", ObjectState("a", 1))
+    checkpoints.close()
     with pytest.raises(CollectiveError, match="this manager is closed"):
-        getattr(one, call)()
-    one.close()
+        getattr(checkpoints, call)()
+    checkpoints.close()
     # Nothing was taken hold of that would keep the next one out.
     with manager(shared_path / "c", ObjectState("a", 1)) as another:
         another.save()
@@ -113,34 +113,34 @@ def test_a_manager_that_is_closed_says_so(comm, shared_path, call):
 def test_another_thread_is_refused_at_once(comm, shared_path):
     caught = []
 
-    def save(one):
+    def save(checkpoints):
         try:
-            one.save()
+            checkpoints.save()
         except CollectiveError as error:
             caught.append(str(error))
 
-    with manager(shared_path / "c", ObjectState("a", 1)) as one:
-        thread = threading.Thread(target=save, args=(one,))
+    with manager(shared_path / "c", ObjectState("a", 1)) as checkpoints:
+        thread = threading.Thread(target=save, args=(checkpoints,))
         thread.start()
         thread.join()
         assert "called in another thread" in caught[0]
-        one.save()
+        checkpoints.save()
 
 
 def test_a_forked_process_is_refused_at_once(comm, shared_path):
-    with manager(shared_path / "c", ObjectState("a", 1)) as one:
-        one.save()
+    with manager(shared_path / "c", ObjectState("a", 1)) as checkpoints:
+        checkpoints.save()
         child = os.fork()
         if child == 0:  # it must not come back into the tests
             code = 1
             try:
-                one.save()
+                checkpoints.save()
             except CollectiveError as error:
                 code = 0 if "was forked from rank" in str(error) else 2
             finally:
                 os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
-        one.save()
+        checkpoints.save()
 
 
 def test_who_waits_says_so_before_it_gives_up(peers, shared_path, monkeypatch, caplog):
@@ -148,10 +148,10 @@ def test_who_waits_says_so_before_it_gives_up(peers, shared_path, monkeypatch, c
     monkeypatch.setattr(absence, "WARNED_SECONDS", 0.2)
     caplog.set_level(logging.WARNING)
     late = comm.size - 1
-    with manager(shared_path / "c", ObjectState("a", 1)) as one:
+    with manager(shared_path / "c", ObjectState("a", 1)) as checkpoints:
         if comm.rank == late:
             time.sleep(1.0)
-        one.save()
+        checkpoints.save()
     told = [text for text in caplog.messages if "s for other ranks, in" in text]
     if comm.rank <= 1 and comm.rank != late:
         assert "in save() (" in told[0]

@@ -58,8 +58,8 @@ def test_states_that_differ_between_ranks(peers, shared_path, here, there):
         make(shared_path, states(*mine))
     assert isinstance(caught.error, ValueError)
     assert len(caught.error.problems) == 1
-    with manager(shared_path, *states(*here)) as one:
-        one.save()
+    with manager(shared_path, *states(*here)) as checkpoints:
+        checkpoints.save()
 
 
 @pytest.mark.parametrize(
@@ -118,54 +118,54 @@ def test_options_of_the_environment_may_differ_and_are_told(peers, shared_path):
 
 @pytest.mark.parametrize("call", ["save", "restore", "sync"])
 def test_only_what_is_there(comm, shared_path, call):
-    with manager(shared_path, *states("a", "b")) as one:
+    with manager(shared_path, *states("a", "b")) as checkpoints:
         with same_error(comm, RegistrationError, "there are no states ['x', 'y']"):
-            getattr(one, call)(only=["a", "y", "x"])
+            getattr(checkpoints, call)(only=["a", "y", "x"])
         only = ["z"] if last(comm) else ["a"]
         with same_error(comm, RegistrationError, "there are no states ['z']"):
-            getattr(one, call)(only=only)
-        getattr(one, call)(only=["b", "a"])
+            getattr(checkpoints, call)(only=only)
+        getattr(checkpoints, call)(only=["b", "a"])
 
 
 @pytest.mark.parametrize("call", ["save", "restore", "sync"])
 def test_only_the_same_on_all_ranks(peers, shared_path, call):
     only, text = ["b"] if last(peers) else ["a"], "has ['b'], root has ['a']"
     with (
-        manager(shared_path, *states("a", "b")) as one,
+        manager(shared_path, *states("a", "b")) as checkpoints,
         same_error(peers, RegistrationError, text),
     ):
-        getattr(one, call)(only=only)
+        getattr(checkpoints, call)(only=only)
 
 
 def test_states_added_and_removed_later(comm, shared_path):
-    with manager(shared_path, *states("a", "b")) as one:
-        one.add(ObjectState("c", 3))
-        one.remove("a")
-        assert one.names == ["b", "c"]
-        one.save()
+    with manager(shared_path, *states("a", "b")) as checkpoints:
+        checkpoints.add(ObjectState("c", 3))
+        checkpoints.remove("a")
+        assert checkpoints.names == ["b", "c"]
+        checkpoints.save()
         with pytest.raises(RegistrationError, match="there is no state 'a'"):
-            one.remove("a")
+            checkpoints.remove("a")
         with pytest.raises(RegistrationError, match="'c' is given twice"):
-            one.add(ObjectState("c", 4))
-        assert one.names == ["b", "c"]
+            checkpoints.add(ObjectState("c", 4))
+        assert checkpoints.names == ["b", "c"]
         if comm.size > 1:
             if last(comm):
-                one.add(ObjectState("mine alone", 4))
+                checkpoints.add(ObjectState("mine alone", 4))
             with same_error(comm, RegistrationError, "'mine alone'"):
-                one.save()
+                checkpoints.save()
             if last(comm):
-                one.remove("mine alone")
-        assert one.save().generation == 2
+                checkpoints.remove("mine alone")
+        assert checkpoints.save().generation == 2
 
 
 def test_skip_the_same_on_all_ranks(peers, shared_path):
     given = states("a", "b")
     given[1].skip = last(peers)
-    with manager(shared_path, *given) as one:
+    with manager(shared_path, *given) as checkpoints:
         with same_error(peers, RegistrationError, "has ['a'], root has ['a', 'b']"):
-            one.save()
+            checkpoints.save()
         given[1].skip = False
-        one.save()
+        checkpoints.save()
 
 
 def test_more_ranks_than_a_batch_has_samples(comm, shared_path):
@@ -263,18 +263,18 @@ class Counting(State):
 
 def test_who_is_called_for_what(comm, shared_path):
     state, array = Counting("plain"), ArrayState("array", {"x": np.ones(2)})
-    with manager(shared_path, state, array) as one:
-        one.save()
-        one.restore()
-        one.restore(only=["array"])
-        one.save(only=["array"])
-        one.restore(only=["plain"])
+    with manager(shared_path, state, array) as checkpoints:
+        checkpoints.save()
+        checkpoints.restore()
+        checkpoints.restore(only=["array"])
+        checkpoints.save(only=["array"])
+        checkpoints.restore(only=["plain"])
     on_root = ["sync", "save", "load", "load"]
     assert state.calls == (on_root if comm.rank == 0 else ["sync", "load", "load"])
 
 
 @pytest.mark.parametrize("aborts", [True, False])
 def test_ending_the_job_for_one_rank_can_be_left_off(comm, shared_path, aborts):
-    with manager(shared_path, abort_on_error=aborts) as one:
-        watches = one._abort in abort._HOOK.armed
+    with manager(shared_path, abort_on_error=aborts) as checkpoints:
+        watches = checkpoints._abort in abort._HOOK.armed
     assert watches == (aborts and comm.size > 1)

@@ -90,18 +90,18 @@ def test_killed_again_and_again_it_ends_with_the_weights_of_a_run_that_was_not(t
         answer = loop.finish()
     assert answer["finished"], loop.told()
     attempts = answer["attempts"]
-    assert [one["outcome"] for one in attempts[-1:]] == ["finished"]
-    assert all(one["outcome"] in ("failed", "lost") for one in attempts[:-1])
+    assert [attempt["outcome"] for attempt in attempts[-1:]] == ["finished"]
+    assert all(attempt["outcome"] in ("failed", "lost") for attempt in attempts[:-1])
     assert len(attempts) == len(kills) + 1
-    assert [one["np"] for one in attempts[:4]] == [3, 2, 4, 1]
+    assert [attempt["np"] for attempt in attempts[:4]] == [3, 2, 4, 1]
     # An attempt goes on where the one before had saved, and never before that.
     for before, after in pairwise(attempts):
         assert after["step_from"] >= before["step_to"]
     losses, weights = train_alone(steps)
     assert json.loads((tmp_path / "weights.json").read_text()) == weights
     curve = [json.loads(line) for line in loop.lines("curve.jsonl")]
-    assert {one["step"] for one in curve} == set(range(steps))
-    assert [one for one in curve if one["loss"] != losses[one["step"]]] == []
+    assert {event["step"] for event in curve} == set(range(steps))
+    assert [event for event in curve if event["loss"] != losses[event["step"]]] == []
 
 
 def test_signal_to_the_loop_saves_and_stops_and_it_goes_on_later(tmp_path):
@@ -111,7 +111,7 @@ def test_signal_to_the_loop_saves_and_stops_and_it_goes_on_later(tmp_path):
         loop.process.send_signal(signal.SIGTERM)
         answer = loop.finish()
     assert loop.process.returncode == 143
-    assert [one["outcome"] for one in answer["attempts"]] == ["preempted"]
+    assert [attempt["outcome"] for attempt in answer["attempts"]] == ["preempted"]
     with Watched(tmp_path, *words, 0) as loop:
         answer = loop.finish()
     assert loop.process.returncode == 0
@@ -164,6 +164,6 @@ def test_program_tells_how_it_ends(tmp_path, program, way, outcomes, error):
     words = ["--np", 2, "--backoff", 0, "--", sys.executable, "-m", "mpi4py", path]
     with Loop(tmp_path, *words, tmp_path / "run", way) as loop:
         answer = loop.finish()
-    assert [one["outcome"] for one in answer["attempts"]] == outcomes, loop.told()
+    assert [attempt["outcome"] for attempt in answer["attempts"]] == outcomes, loop.told()
     assert answer["attempts"][-1]["error"] == error
     assert answer["finished"] == (outcomes == ["finished"])

@@ -133,7 +133,7 @@ class Training:
         """Return step and number of ranks of every start."""
         path = self.folder / "starts"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [(int(one.split()[0]), int(one.split()[1])) for one in lines]
+        return [(int(line.split()[0]), int(line.split()[1])) for line in lines]
 
     def curve(self) -> list[dict]:
         return logged(self.folder / "curve.jsonl")
@@ -158,8 +158,8 @@ class Training:
         losses, weights = train_alone(self.steps)
         assert json.loads((self.folder / "weights.json").read_text()) == weights
         curve = self.curve()
-        assert {one["step"] for one in curve} == set(range(self.steps))
-        assert [one for one in curve if one["loss"] != losses[one["step"]]] == []
+        assert {event["step"] for event in curve} == set(range(self.steps))
+        assert [event for event in curve if event["loss"] != losses[event["step"]]] == []
 
     def state(self) -> str:
         return self.slurm.ask("scontrol", "show", "job", self.job)

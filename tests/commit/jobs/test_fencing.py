@@ -28,7 +28,7 @@ def test_stopped_job_that_wakes_beside_its_successor_publishes_nothing(
     job = jobs.start(2, PROGRAMS / "cut_off.py", tmp_path, mode)
     steps = [tmp_path / f"step-{rank}" for rank in range(2)]
     jobs.wait_until(
-        job, lambda: all(one.exists() and int(one.read_text() or 0) > 3 for one in steps)
+        job, lambda: all(file.exists() and int(file.read_text() or 0) > 3 for file in steps)
     )
     ranks = ranks_of(job)
     for rank in ranks:

@@ -82,7 +82,7 @@ def test_step_acknowledges_and_the_next_save_waits(comm, shared_path):
             array += 1
             assert manager.step() is False
         manager.wait()
-        assert [one.step for one in manager.generations()] == [6, 8]
+        assert [info.step for info in manager.generations()] == [6, 8]
     array[:] = 0
     assert restored(shared_path, comm, ArrayState("a", {"x": array})).step == 8
     assert (array == 8).all()
@@ -243,6 +243,8 @@ def test_what_becomes_of_a_save_that_is_left_is_told_once(comm, shared_path, gat
     del manager
     gc.collect()
     left = "the save of step 7 was left without wait() or close(); generation 1 is durable"
-    assert [one for one in caplog.messages if "left" in one] == [left] * (comm.rank == 0)
+    assert [message for message in caplog.messages if "left" in message] == [left] * (
+        comm.rank == 0
+    )
     comm.barrier()
     assert restored(shared_path, comm, ArrayState("a", {"x": np.ones(9)})).step == 7

@@ -28,11 +28,11 @@ def peak_of(act):
 
 @pytest.mark.parametrize("options", [{}, {"writers": "all"}])
 def test_a_blocking_save_and_a_restore_hold_no_copy(comm, shared_path, arrays, options):
-    with manager(shared_path, ArrayState("arrays", arrays), **options) as one:
-        saving = peak_of(one.save)
+    with manager(shared_path, ArrayState("arrays", arrays), **options) as checkpoints:
+        saving = peak_of(checkpoints.save)
         for array in arrays.values():
             array[:] = -1
-        restoring = peak_of(one.restore)
+        restoring = peak_of(checkpoints.restore)
     assert {int(array[-1]) for array in arrays.values()} == set(range(LEAVES))
     most = OTHERS_BYTES_MAX if comm.rank else ROOT_BYTES_MAX
     assert saving <= most

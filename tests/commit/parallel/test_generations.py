@@ -36,19 +36,21 @@ def counter():
     return ObjectState("counter", 0)
 
 
-def numbers(one):
-    return [info.generation for info in one.generations()]
+def numbers(checkpoints):
+    return [info.generation for info in checkpoints.generations()]
 
 
 def test_generations_say_what_they_are(comm, shared_path, counter):
     before = time.time()
-    with manager(shared_path, counter, ArrayState("a", {"x": np.arange(1000.0)})) as one:
-        assert one.generations() == []
+    with manager(
+        shared_path, counter, ArrayState("a", {"x": np.arange(1000.0)})
+    ) as checkpoints:
+        assert checkpoints.generations() == []
         reports = [
-            one.save(step=5, metrics={"loss": 0.5, "other": math.inf}),
-            one.save(step=7, metrics={"loss": math.nan}),
+            checkpoints.save(step=5, metrics={"loss": 0.5, "other": math.inf}),
+            checkpoints.save(step=7, metrics={"loss": math.nan}),
         ]
-        found = one.generations()
+        found = checkpoints.generations()
     assert_same(comm, [(i.generation, i.path, i.step, i.time, i.nbytes) for i in found])
     assert [info.generation for info in found] == [1, 2]
     assert [info.path for info in found] == [report.path for report in reports]
@@ -64,8 +66,8 @@ def test_generations_say_what_they_are(comm, shared_path, counter):
     )
     assert [info.nbytes for info in found] == sizes
     # A manager that only reads them off the disk finds the same.
-    with manager(shared_path, counter) as one:
-        again = one.generations()
+    with manager(shared_path, counter) as checkpoints:
+        again = checkpoints.generations()
         assert [(i.generation, i.step, i.nbytes) for i in again] == [
             (i.generation, i.step, i.nbytes) for i in found
         ]
@@ -74,10 +76,10 @@ def test_generations_say_what_they_are(comm, shared_path, counter):
 def test_the_report_of_a_save(comm, shared_path, counter):
     stream = Stream("stream")
     stream.text = "x" * 123
-    with manager(shared_path, counter, stream, retention=KeepLast(1)) as one:
-        first = one.save(step=3)
+    with manager(shared_path, counter, stream, retention=KeepLast(1)) as checkpoints:
+        first = checkpoints.save(step=3)
         counter.value = 1
-        second = one.save()
+        second = checkpoints.save()
     for report in (first, second):
         assert_same(comm, plain(report))
         assert report.size == comm.size
@@ -93,15 +95,15 @@ def test_a_save_of_some_takes_the_others_along(comm, shared_path):
     value, alone = ObjectState("value", "v1"), ObjectState("alone", np.zeros(50))
     states = [ArrayState("arrays", arrays), stream, value, alone]
     stream.text = "s1"
-    with manager(shared_path, *states) as one:
-        one.save()
+    with manager(shared_path, *states) as checkpoints:
+        checkpoints.save()
         arrays["x"][:], stream.text, value.value = 2, "s2", "v2"
-        one.save(only=["stream"])
+        checkpoints.save(only=["stream"])
         arrays["x"][:], stream.text, value.value = 3, "s3", "v3"
-        one.save(only=["arrays", "alone"])
-        assert numbers(one) == [1, 2, 3]
+        checkpoints.save(only=["arrays", "alone"])
+        assert numbers(checkpoints) == [1, 2, 3]
         arrays["x"][:], stream.text, value.value = -1, "", ""
-        one.restore()
+        checkpoints.restore()
         assert (arrays["x"] == 3).all()
         assert (stream.text, value.value) == ("s2", "v1")
     # Each is whole by itself: the others can go.
@@ -112,45 +114,45 @@ def test_a_save_of_some_takes_the_others_along(comm, shared_path):
             (shared_path / f"checkpoint-{number:08d}").rmdir()
     comm.barrier()
     arrays["x"][:], stream.text, value.value = -1, "", ""
-    with manager(shared_path, *states) as one:
-        assert one.restore().generation == 3
+    with manager(shared_path, *states) as checkpoints:
+        assert checkpoints.restore().generation == 3
     assert (arrays["x"] == 3).all()
     assert (stream.text, value.value) == ("s2", "v1")
 
 
 def test_a_first_save_of_some(comm, shared_path, counter):
     other = ObjectState("other", "kept")
-    with manager(shared_path, counter, other, strict=False) as one:
-        assert one.save(only=["counter"]).generation == 1
+    with manager(shared_path, counter, other, strict=False) as checkpoints:
+        assert checkpoints.save(only=["counter"]).generation == 1
         other.value = "live"
-        assert one.restore().missing == ("other",)
+        assert checkpoints.restore().missing == ("other",)
     assert other.value == "live"
 
 
 def test_restore_of_some(comm, shared_path, counter):
     other = ObjectState("other", "saved")
-    with manager(shared_path, counter, other) as one:
-        one.save(step=4)
+    with manager(shared_path, counter, other) as checkpoints:
+        checkpoints.save(step=4)
         counter.value, other.value = comm.rank + 1, "live"
-        report = one.restore(only=["counter"])
-        assert (report.step, one.steps) == (4, 4)
+        report = checkpoints.restore(only=["counter"])
+        assert (report.step, checkpoints.steps) == (4, 4)
         assert (report.missing, report.unexpected) == ((), ())
         assert (counter.value, other.value) == (0, "live")
 
 
 def test_skipped_states_are_restored_but_not_saved(comm, shared_path, counter):
     other = ObjectState("other", "saved")
-    with manager(shared_path, counter, other, strict=False) as one:
-        one.save()
+    with manager(shared_path, counter, other, strict=False) as checkpoints:
+        checkpoints.save()
         other.skip = True
         other.value, counter.value = "live", 5
-        one.save()
+        checkpoints.save()
         counter.value = -1
-        report = one.restore()
+        report = checkpoints.restore()
         assert (report.generation, report.missing) == (2, ("other",))
         assert (counter.value, other.value) == (5, "live")
         other.skip = False
-        one.save(only=["other"])
+        checkpoints.save(only=["other"])
 
 
 @pytest.mark.parametrize(
@@ -168,15 +170,15 @@ def test_skipped_states_are_restored_but_not_saved(comm, shared_path, counter):
 def test_retention(comm, shared_path, counter, policy, kept):
     losses = [0.9, 0.8, 0.5, 0.1, 0.2, math.nan, None, 0.7]
     pruned = []
-    with manager(shared_path, counter, retention=policy) as one:
+    with manager(shared_path, counter, retention=policy) as checkpoints:
         for number, loss in enumerate(losses, start=1):
             counter.value = number
             metrics = {} if loss is None else {"loss": loss}
-            pruned += one.save(step=10 * number, metrics=metrics).pruned
-        assert numbers(one) == kept
+            pruned += checkpoints.save(step=10 * number, metrics=metrics).pruned
+        assert numbers(checkpoints) == kept
         assert sorted(pruned + kept) == list(range(1, 9))
         counter.value = 0
-        one.restore()
+        checkpoints.restore()
     assert counter.value == 8
     left = comm.bcast(sorted(os.listdir(shared_path)) if comm.rank == 0 else None)
     assert left == [".lock", *(f"checkpoint-{number:08d}" for number in kept)]
@@ -190,67 +192,67 @@ def test_a_policy_that_fails_does_not_fail_the_save(comm, shared_path, counter):
         def __repr__(self):
             return "Broken()"
 
-    with manager(shared_path, counter, retention=Broken()) as one:
-        assert one.save().pruned == ()
-        one.save()
-        assert numbers(one) == [1, 2]
+    with manager(shared_path, counter, retention=Broken()) as checkpoints:
+        assert checkpoints.save().pruned == ()
+        checkpoints.save()
+        assert numbers(checkpoints) == [1, 2]
 
 
 def test_steps_that_save(comm, shared_path, counter):
-    with manager(shared_path, counter, interval=3, retention=KeepLast(9)) as one:
+    with manager(shared_path, counter, interval=3, retention=KeepLast(9)) as checkpoints:
         for number in range(1, 11):
             counter.value = number
-            assert one.step(metrics={"n": number}) is False
-        assert one.steps == 10
-        assert [info.step for info in one.generations()] == [3, 6, 9]
-        assert one.generations()[-1].metrics == {"n": 9}
-    with manager(shared_path, counter, interval=3) as one:
-        one.restore()
-        assert (one.steps, counter.value) == (9, 9)
+            assert checkpoints.step(metrics={"n": number}) is False
+        assert checkpoints.steps == 10
+        assert [info.step for info in checkpoints.generations()] == [3, 6, 9]
+        assert checkpoints.generations()[-1].metrics == {"n": 9}
+    with manager(shared_path, counter, interval=3) as checkpoints:
+        checkpoints.restore()
+        assert (checkpoints.steps, counter.value) == (9, 9)
         for _ in range(3):
-            one.step()
-        assert one.generations()[-1].step == 12
+            checkpoints.step()
+        assert checkpoints.generations()[-1].step == 12
 
 
 def test_no_interval_saves_nothing(comm, shared_path, counter):
-    with manager(shared_path, counter) as one:
+    with manager(shared_path, counter) as checkpoints:
         for _ in range(5):
-            assert one.step() is False
-        assert one.steps == 5
-        assert numbers(one) == []
+            assert checkpoints.step() is False
+        assert checkpoints.steps == 5
+        assert numbers(checkpoints) == []
 
 
 def test_steps_that_save_by_roots_clock(comm, shared_path, counter):
     start = time.monotonic()
-    with manager(shared_path, counter, interval=timedelta(seconds=0.1)) as one:
+    with manager(shared_path, counter, interval=timedelta(seconds=0.1)) as checkpoints:
         saved = []
         # The others' clocks say nothing: they step and save as root does.
         while comm.bcast(time.monotonic() - start < 0.35 or not saved):
-            before = one.generations()[-1:]
-            one.step()
-            if one.generations()[-1:] != before:
+            before = checkpoints.generations()[-1:]
+            checkpoints.step()
+            if checkpoints.generations()[-1:] != before:
                 saved.append(time.monotonic() - start)
         assert 1 <= len(saved) <= 4
         assert saved[0] >= 0.1
-        assert_same(comm, (len(saved), one.steps, numbers(one)))
+        assert_same(comm, (len(saved), checkpoints.steps, numbers(checkpoints)))
 
 
 def test_a_save_of_any_kind_starts_the_time_anew(comm, shared_path, counter):
-    with manager(shared_path, counter, interval=timedelta(seconds=60)) as one:
+    with manager(shared_path, counter, interval=timedelta(seconds=60)) as checkpoints:
 
         def let_pass(seconds):
-            one._steps._interval._saved_at -= seconds
+            checkpoints._steps._interval._saved_at -= seconds
 
         def take_steps():
             for _ in range(3):  # what is due is saved a step later
-                one.step()
-            return numbers(one)
+                checkpoints.step()
+            return numbers(checkpoints)
 
         let_pass(100)
-        one.save()
+        checkpoints.save()
         assert take_steps() == [1]
         let_pass(100)
-        one.restore()
+        checkpoints.restore()
         assert take_steps() == [1]
         if comm.rank > 0:
             let_pass(100)

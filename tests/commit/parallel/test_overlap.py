@@ -42,7 +42,7 @@ class Training:
 
     def contents(self):
         captured = self.state.capture()
-        leaves = {one.spec.name: bytes(one.buffer.read()) for one in captured.leaves}
+        leaves = {leaf.spec.name: bytes(leaf.buffer.read()) for leaf in captured.leaves}
         return captured.structure, leaves
 
 
@@ -66,9 +66,9 @@ class Copier:
 @pytest.fixture
 def copier(monkeypatch):
     def install(stop_after):
-        one = Copier(stop_after)
-        monkeypatch.setattr(TensorBuffer, "copy_to", lambda *both: one(*both))
-        return one
+        copier = Copier(stop_after)
+        monkeypatch.setattr(TensorBuffer, "copy_to", lambda *both: copier(*both))
+        return copier
 
     return install
 

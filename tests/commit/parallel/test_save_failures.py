@@ -65,17 +65,17 @@ def names(comm, path):
     return comm.bcast(sorted(p.name for p in path.iterdir()) if comm.rank == 0 else None)
 
 
-def assert_nothing_happened(comm, one, root, job):
+def assert_nothing_happened(comm, checkpoints, root, job):
     """Require generation 1 to be all there is, whole, and the next save to work."""
-    assert [info.generation for info in one.generations()] == [1]
+    assert [info.generation for info in checkpoints.generations()] == [1]
     assert names(comm, root) == [".lock", "checkpoint-00000001"]
     job.change()
-    one.restore()
+    checkpoints.restore()
     assert job.is_first()
     job.change()
-    assert one.save().generation == 2
+    assert checkpoints.save().generation == 2
     assert names(comm, root) == [".lock", "checkpoint-00000001", "checkpoint-00000002"]
-    one.restore()
+    checkpoints.restore()
     assert job.object.value == {"n": 2}
 
 
@@ -84,33 +84,33 @@ def test_a_file_where_the_directory_should_be(comm, shared_path, job):
     if comm.rank == 0:
         root.write_text("something else")
     comm.barrier()
-    with manager(root, *job.states) as one:
+    with manager(root, *job.states) as checkpoints:
         for _ in range(2):
             with same_error(
                 comm, SaveError, f"rank 0 of {comm.size} on {HOST}", root
             ) as caught:
-                one.save()
+                checkpoints.save()
             assert caught.error.errno in (errno.EEXIST, errno.ENOTDIR)
         comm.barrier()
         if comm.rank == 0:
             root.unlink()
         comm.barrier()
-        assert one.save().generation == 1
+        assert checkpoints.save().generation == 1
 
 
 def test_a_file_where_a_parent_should_be(comm, shared_path, job):
     if comm.rank == 0:
         (shared_path / "file").write_text("")
     comm.barrier()
-    with manager(shared_path / "file" / "deep" / "er", *job.states) as one:
+    with manager(shared_path / "file" / "deep" / "er", *job.states) as checkpoints:
         with same_error(comm, SaveError, "ENOTDIR", shared_path / "file") as caught:
-            one.save()
+            checkpoints.save()
         assert caught.error.errno == errno.ENOTDIR
 
 
 def test_save_of_a_plain_state_that_fails_on_root(comm, shared_path, job):
-    with manager(shared_path, *job.states) as one:
-        one.save()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.save()
         job.stream.error = ZeroDivisionError("within save")
         with same_error(
             comm,
@@ -118,29 +118,29 @@ def test_save_of_a_plain_state_that_fails_on_root(comm, shared_path, job):
             f"rank 0 of {comm.size} on {HOST}, saving",
             "save() of state 'stream': ZeroDivisionError('within save')",
         ):
-            one.save()
+            checkpoints.save()
         job.stream.error = None
-        assert_nothing_happened(comm, one, shared_path, job)
+        assert_nothing_happened(comm, checkpoints, shared_path, job)
 
 
 def test_a_plain_state_that_finds_the_disk_full(comm, shared_path, job):
-    with manager(shared_path, *job.states) as one:
-        one.save()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.save()
         job.stream.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with same_error(
             comm, WriteError, "stream.bin", "the file system is full"
         ) as caught:
-            one.save()
+            checkpoints.save()
         assert caught.error.errno == errno.ENOSPC
         assert isinstance(caught.error, OSError)
         job.stream.error = None
-        assert_nothing_happened(comm, one, shared_path, job)
+        assert_nothing_happened(comm, checkpoints, shared_path, job)
 
 
 def test_a_value_that_one_rank_cannot_save(comm, shared_path, job):
     last = comm.size - 1
-    with manager(shared_path, *job.states) as one:
-        one.save()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.save()
         if comm.rank == last:
             job.object.value = {"deep": [1, object()]}
         with same_error(
@@ -149,10 +149,10 @@ def test_a_value_that_one_rank_cannot_save(comm, shared_path, job):
             f"rank {last} of {comm.size} on {HOST}, capturing the states",
             "deep/1 is of type builtins.object",
         ) as caught:
-            one.save()
+            checkpoints.save()
         assert [failure.rank for failure in caught.error.failures] == [last]
         job.object.value = {"n": 1}
-        assert_nothing_happened(comm, one, shared_path, job)
+        assert_nothing_happened(comm, checkpoints, shared_path, job)
 
 
 def test_a_capture_that_is_interrupted(comm, shared_path, job):
@@ -163,14 +163,14 @@ def test_a_capture_that_is_interrupted(comm, shared_path, job):
             raise KeyboardInterrupt
         return ArrayState.capture(job.array)
 
-    with manager(shared_path, *job.states) as one:
-        one.save()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.save()
         job.array.capture = interrupted
         expected = KeyboardInterrupt if comm.rank == last else StageError
         with pytest.raises(expected):
-            one.save()
+            checkpoints.save()
         del job.array.capture
-        assert_nothing_happened(comm, one, shared_path, job)
+        assert_nothing_happened(comm, checkpoints, shared_path, job)
 
 
 CALLS = [
@@ -213,8 +213,8 @@ def test_a_file_function_that_fails_at_each_call(
     comm, shared_path, job, monkeypatch, name, code
 ):
     failing = FailingCall(comm, monkeypatch, name, code)
-    with manager(shared_path, *job.states, io=IO(mode="buffered")) as one:
-        one.save()
+    with manager(shared_path, *job.states, io=IO(mode="buffered")) as checkpoints:
+        checkpoints.save()
         number = 0
         while True:
             number += 1
@@ -223,13 +223,13 @@ def test_a_file_function_that_fails_at_each_call(
             failing.arm(number)
             error = None
             try:
-                one.save()
+                checkpoints.save()
             except CheckpointError as caught:
                 error = caught
             failing.arm(None)
             found = comm.allgather((type(error).__name__, str(error)))
             assert len(set(found)) == 1, found
-            generations = [info.generation for info in one.generations()]
+            generations = [info.generation for info in checkpoints.generations()]
             if error is None:
                 break
             assert isinstance(error, SaveError) or name == "list_names"
@@ -242,7 +242,7 @@ def test_a_file_function_that_fails_at_each_call(
             if name == "sync_directory":
                 left = [entry for entry in left if not entry.startswith(".partial-")]
             assert left == [".lock", "checkpoint-00000001"]
-            one.restore()
+            checkpoints.restore()
             assert job.is_first()
         assert number > 1, "the function was never called"
         assert generations == [1, 2]
@@ -253,36 +253,36 @@ def test_a_file_function_that_fails_at_each_call(
 def test_a_directory_of_another_job(comm, shared_path, job, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(lock.DirectoryLock.__init__, "__defaults__", (0.1,))
-    with manager(shared_path, *job.states) as one:
-        one.save()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.save()
         with manager(shared_path, *Job().states) as other:
             for call in (other.save, other.restore):
                 with same_error(comm, LockedError, "belongs to another running job", HOST):
                     call()
-        assert one.save().generation == 2
-    with manager(shared_path, *job.states) as one:
-        assert one.restore().generation == 2
+        assert checkpoints.save().generation == 2
+    with manager(shared_path, *job.states) as checkpoints:
+        assert checkpoints.restore().generation == 2
 
 
 def test_leftovers_are_swept_by_the_next_job(comm, shared_path, job):
-    with manager(shared_path, *job.states) as one:
-        one.save()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.save()
     leftover = shared_path / ".partial-00000002-abcdef"
     if comm.rank == 0:
         leftover.mkdir()
         (leftover / "rank-00000.safetensors").write_bytes(b"torn")
     comm.barrier()
-    with manager(shared_path, *job.states) as one:
-        one.restore()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.restore()
         assert names(comm, shared_path) == [".lock", "checkpoint-00000001"]
-        assert one.save().generation == 2
+        assert checkpoints.save().generation == 2
 
 
 def test_metrics_that_are_no_numbers(comm, shared_path, job):
-    with manager(shared_path, *job.states) as one:
-        one.save()
+    with manager(shared_path, *job.states) as checkpoints:
+        checkpoints.save()
         with same_error(comm, SaveError, "could not convert string to float"):
-            one.save(metrics={"loss": "low"})
+            checkpoints.save(metrics={"loss": "low"})
         with same_error(comm, SaveError, "cannot be interpreted as an integer"):
-            one.save(step="last")
-        assert_nothing_happened(comm, one, shared_path, job)
+            checkpoints.save(step="last")
+        assert_nothing_happened(comm, checkpoints, shared_path, job)

@@ -29,8 +29,8 @@ def test_all_ranks_hear_what_is_needed_and_what_is_free(
 ):
     arrays = {name: np.zeros(1000) for name in "abcdefgh"}
     options = {"writers": writers, "asynchronous": asynchronous}
-    with manager(shared_path, ArrayState("arrays", arrays), **options) as one:
-        one.save().wait()
+    with manager(shared_path, ArrayState("arrays", arrays), **options) as checkpoints:
+        checkpoints.save().wait()
         for array in arrays.values():
             array[:] = 1
         # Among several writers it is the last that finds its disk full, else root.
@@ -40,8 +40,8 @@ def test_all_ranks_hear_what_is_needed_and_what_is_free(
                 fill_disk(patch, 1234)
             told = ["1,234 bytes and 100 files free", "nothing of it was written"]
             with same_error(comm, WriteError, f"rank {full} of {comm.size}", *told):
-                one.save().wait()
+                checkpoints.save().wait()
         assert names(shared_path) == ["checkpoint-00000001"]
         comm.barrier()
-        assert one.save().wait().generation == 2
-        assert one.restore().generation == 2
+        assert checkpoints.save().wait().generation == 2
+        assert checkpoints.restore().generation == 2

@@ -140,7 +140,7 @@ def test_failure_of_one_writer_is_everyones(
             with same_error(comm, WriteError, "No space left", f"rank {failing}"):
                 mine.save().wait()
         comm.Barrier()
-        assert [one.generation for one in mine.generations()] == [1]
+        assert [info.generation for info in mine.generations()] == [1]
         assert not list(shared_path.glob(".partial-*"))
         assert mine.save().wait().generation == 2
     assert_restored(shared_path, 2.0, comm)

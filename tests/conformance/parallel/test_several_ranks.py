@@ -23,7 +23,7 @@ LONG = ("modules", "elements")
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(one, marks=pytest.mark.long if one in LONG else ()) for one in CASES
+        pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES
     ],
 )
 def savable(request):
@@ -55,10 +55,12 @@ def savable(request):
 def test_all_that_can_be_saved_comes_back_from_one_save(comm, shared_path, savable):
     saved, _ = savable
     assert len(saved) > 20
-    with manager(shared_path, *(one.state(n) for n, (_, one) in saved.items())) as root:
+    with manager(
+        shared_path, *(subject.state(n) for n, (_, subject) in saved.items())
+    ) as root:
         assert root.save().sync.bytes_sent == 0
     live = {name: case.make(FRESH) for name, (case, _) in saved.items()}
-    with manager(shared_path, *(one.state(n) for n, one in live.items())) as root:
+    with manager(shared_path, *(subject.state(n) for n, subject in live.items())) as root:
         root.restore()
     for name, (case, subject) in saved.items():
         require_same(case, subject, live[name])

@@ -43,7 +43,7 @@ def fault_of(call, number, how, forever):
 asked, told = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
 pretend_hosts(comm)
-known = {one.name: one for one in [*workloads(), *joint_workloads()]}
+known = {workload.name: workload for workload in [*workloads(), *joint_workloads()]}
 sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
 
 with quiet(), told.open("w") if comm.rank == 0 else open(os.devnull, "w") as lines:
@@ -61,10 +61,10 @@ with quiet(), told.open("w") if comm.rank == 0 else open(os.devnull, "w") as lin
         if comm.rank == 0:
             report = {
                 "fault": f"{name}, rank {victim}: {drawn}",
-                "fired": any(one.fired for one in gathered),
-                "errors": [one.error for one in gathered],
-                "wrong": [line for one in gathered for line in one.wrong],
-                "seconds": [one.seconds for one in gathered],
+                "fired": any(record.fired for record in gathered),
+                "errors": [record.error for record in gathered],
+                "wrong": [line for record in gathered for line in record.wrong],
+                "seconds": [record.seconds for record in gathered],
             }
             print(json.dumps(report), file=lines, flush=True)
 if comm.rank == 0:

@@ -45,7 +45,9 @@ def main() -> None:
         writers, way = name.split()
         records[name] = comm.gather(record(sandbox / name, writers, way, comm))
         if comm.rank == 0:
-            ranks = {one for one, (_, text) in enumerate(records[name]) if "pwrite" in text}
+            ranks = {
+                number for number, (_, text) in enumerate(records[name]) if "pwrite" in text
+            }
             several = {"root": {0}, "node": set(range(0, comm.size, per_host))}
             assert ranks == several.get(writers, set(range(comm.size))), (name, ranks)
     if comm.rank == 0:

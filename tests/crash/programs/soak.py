@@ -46,7 +46,7 @@ WARM_UP = 8  # turns: every way twice, so that memory kept for reuse is there
 SETTLING = 0.5
 
 # Calls that every save makes, so that a fault does happen.
-SURE = [one for one in CALLS if one not in ("preadv", "link", "ftruncate", "statvfs")]
+SURE = [call for call in CALLS if call not in ("preadv", "link", "ftruncate", "statvfs")]
 
 
 class Hardship:
@@ -277,7 +277,7 @@ def growth(settled: list[int]) -> float:
 def report_of(soak: Soak) -> dict[str, Any]:
     """Return the figures of a run, of all ranks. Collective."""
     comm = soak.comm
-    wrong = [line for one in comm.allgather(soak.wrong) for line in one]
+    wrong = [line for lines in comm.allgather(soak.wrong) for line in lines]
     opened = soak.open[WARM_UP:]
     if len(set(opened)) > 1 and opened[-1] > opened[0]:
         wrong.append(f"rank {comm.rank}: descriptors and threads grew: {opened}")
@@ -299,11 +299,11 @@ def report_of(soak: Soak) -> dict[str, Any]:
         "acknowledged": len(soak.resident) - sum(soak.failed.values()),
         "faults": soak.faults,
         "failed": dict(soak.failed),
-        "wrong": sorted({line for one in comm.allgather(wrong) for line in one}),
+        "wrong": sorted({line for lines in comm.allgather(wrong) for line in lines}),
         "most_generations_at_once": soak.hardship.most,
         "open_files_and_threads": comm.allgather((opened[0], opened[-1])),
         "memory_mib": comm.allgather(
-            [round(one / (1 << 20), 2) for one in tenths(soak.resident)]
+            [round(nbytes / (1 << 20), 2) for nbytes in tenths(soak.resident)]
         ),
         "memory_growth": comm.allgather(round(growth(settled), 5)),
         "save_seconds_median": round(median, 4),

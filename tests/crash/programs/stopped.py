@@ -100,5 +100,5 @@ with (
         put(f"error-{world.rank}", error)
         everybody = [directory / f"error-{rank}" for rank in range(world.size)]
         # Whoever leaves ends the job, and the one that is stopped with it.
-        assert wait_for(lambda: all(one.exists() for one in everybody), 60)
+        assert wait_for(lambda: all(record.exists() for record in everybody), 60)
         raise

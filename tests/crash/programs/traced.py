@@ -22,7 +22,7 @@ from tests.crash.world import pretend_hosts, scratch
 asked, told = Path(sys.argv[1]), Path(sys.argv[2])
 comm = MPI.COMM_WORLD
 pretend_hosts(comm)
-known = {one.name: one for one in [*workloads(), *joint_workloads()]}
+known = {workload.name: workload for workload in [*workloads(), *joint_workloads()]}
 sandbox = comm.bcast(scratch() if comm.rank == 0 else None)
 
 
@@ -35,16 +35,16 @@ def report_of(workload, victim, fault):
         return made[-1]
 
     outcome = attempt(workload, fault, sandbox, comm, victim, make, deadline_seconds=60)
-    missed = any(one.missed for one in made)
+    missed = any(record.missed for record in made)
     gathered = comm.allgather((outcome, missed))
     return {
         "fault": f"{workload.name}, rank {victim}: {fault}",
         "call": fault.call,
-        "fired": any(one.fired for one, _ in gathered),
+        "fired": any(record.fired for record, _ in gathered),
         "missed": any(missed for _, missed in gathered),
-        "errors": [one.error for one, _ in gathered],
-        "wrong": [line for one, _ in gathered for line in one.wrong],
-        "seconds": [one.seconds for one, _ in gathered],
+        "errors": [record.error for record, _ in gathered],
+        "wrong": [line for record, _ in gathered for line in record.wrong],
+        "seconds": [record.seconds for record, _ in gathered],
     }
 
 

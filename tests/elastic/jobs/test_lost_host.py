@@ -33,7 +33,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def wait_for_step(loop: Loop, log: Path, step: int) -> None:
-    loop.wait_until(lambda: any(one.get("step", 0) >= step for one in logged(log)))
+    loop.wait_until(lambda: any(event.get("step", 0) >= step for event in logged(log)))
 
 
 @pytest.mark.long
@@ -65,10 +65,10 @@ def test_lost_rank_is_survived_in_place_and_a_lost_host_by_the_loop(hosts, tmp_p
     first, *_, last = answer["attempts"]
     assert (first["np"], last["np"]) == (4, 3), loop.told()
     assert last["hosts"] == ["host1", "host2", "host3"]
-    starts = [one for one in logged(log) if one["event"] == "start"]
-    assert [(one["size"], one["source"]) for one in starts] == [
+    starts = [event for event in logged(log) if event["event"] == "start"]
+    assert [(event["size"], event["source"]) for event in starts] == [
         (4, "nothing"), (3, "memory"), (3, "files"),
     ]  # fmt: skip
     # The save of step 30 was acknowledged before the host went.
     assert 30 <= starts[-1]["step"] == last["step_from"]
-    assert [one for one in logged(log) if one["event"] == "end"]
+    assert [event for event in logged(log) if event["event"] == "end"]

@@ -164,5 +164,5 @@ def test_a_duration_is_refused_before_anything_is_done(stoppable: Stoppable) -> 
     exits = [(stoppable.notes / f"exit-{rank}").read_text() for rank in range(2)]
     assert exits[0] == exits[1]
     assert exits[0].startswith("OptionsError: ")
-    assert "MPI_CKPT_DEADLINE='4:00:00' is no point in time" in exits[0]
+    assert "MPI_CKPT_DEADLINE='4:00:00' is not a point in time" in exits[0]
     assert not stoppable.root.exists()

@@ -82,14 +82,14 @@ def test_last_batch_with_a_sample_for_some_ranks_only(peers, shared_path, train_
     length = size + size // 2  # two batches for one rank, the second below size
     alone = peers.Split(peers.rank, 0)
     whole = Training(length, size)
-    with manager(shared_path / f"{peers.rank}", *whole.states, comm=alone) as one:
+    with manager(shared_path / f"{peers.rank}", *whole.states, comm=alone) as checkpoints:
         whole.run(train_on, alone, steps=1)
-        one.save()
+        checkpoints.save()
         assert whole.run(train_on, alone) == [length // 2]
 
     resumed = Training(length, size)
-    with manager(shared_path / "0", *resumed.states) as one:
-        one.restore()
+    with manager(shared_path / "0", *resumed.states) as checkpoints:
+        checkpoints.restore()
         (count,) = resumed.run(train_on, peers)
     alone.Free()
     counts = peers.allgather(count)

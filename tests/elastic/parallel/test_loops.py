@@ -35,7 +35,7 @@ def make_states():
     return epochs, sampler, Accumulator(epochs=epochs)
 
 
-def train(one, states, batches):
+def train(checkpoints, states, batches):
     """Train on so many batches of one epoch; return what is told in and after its loop."""
     epochs, sampler, sums = states
     told = {}
@@ -48,7 +48,7 @@ def train(one, states, batches):
                 told[number] = sums["samples"]
             sampler.record_batch()
             if number + 1 == batches:
-                one.save()
+                checkpoints.save()
                 return told
         sums["evaluated"] += 1
         with sums.synchronized():
@@ -58,12 +58,12 @@ def train(one, states, batches):
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_no_sample_is_lost_or_counted_twice(comm, shared_path, cut, caplog):
-    with manager(shared_path, *make_states()) as one:
-        told = train(one, one._registry._states.values(), cut)
+    with manager(shared_path, *make_states()) as checkpoints:
+        told = train(checkpoints, checkpoints._registry._states.values(), cut)
     states = make_states()
-    with manager(shared_path, *states) as one:
-        one.restore()
-        told |= train(one, states, None)
+    with manager(shared_path, *states) as checkpoints:
+        checkpoints.restore()
+        told |= train(checkpoints, states, None)
     assert_same(comm, told)
     assert [told[number] for number in range(4)] == [8, 16, 21, 26]
     assert told["end"] == (SAMPLES, comm.size, [1] * SAMPLES)
@@ -75,15 +75,15 @@ def test_no_sample_is_lost_or_counted_twice(comm, shared_path, cut, caplog):
 def test_sums_of_all_ranks_in_a_loop_over_steps(comm, shared_path):
     for start in (0, 10, 20):
         sums = Accumulator()
-        with manager(shared_path, sums, interval=5) as one:
-            one.restore()
-            assert one.steps == start
+        with manager(shared_path, sums, interval=5) as checkpoints:
+            checkpoints.restore()
+            assert checkpoints.steps == start
             for step in range(start + 1, start + 11):
                 sums["n"] += comm.rank + 1
                 if step % 5 == 0:
                     with sums.synchronized():
                         assert sums["n"] == step * comm.size * (comm.size + 1) // 2
-                one.step()
+                checkpoints.step()
 
 
 def test_ranks_agree_where_they_are(peers, shared_path):
@@ -104,13 +104,13 @@ def test_ranks_agree_where_they_are(peers, shared_path):
 def test_values_of_every_kind_are_summed_and_saved(comm, shared_path):
     third = np.longdouble(1) / 3
     sums = Accumulator()
-    with manager(shared_path, sums) as one:
+    with manager(shared_path, sums) as checkpoints:
         sums += {"c": 1j, "long": third, "longs": np.array([third, 1])}
         sums["brain"] += torch.full((2,), 1.5, dtype=torch.bfloat16)
-        one.save()
+        checkpoints.save()
     fresh = Accumulator()
-    with manager(shared_path, fresh) as one:
-        one.restore()
+    with manager(shared_path, fresh) as checkpoints:
+        checkpoints.restore()
         with fresh.synchronized():
             assert fresh["c"] == comm.size * 1j
             total = sum([third] * comm.size, np.longdouble(0))
@@ -122,8 +122,8 @@ def test_epochs_that_are_done_are_not_repeated(comm, shared_path, caplog):
     for run in range(3):
         epochs = EpochState()
         sampler = ElasticSampler(SAMPLES, BATCH)
-        with manager(shared_path, epochs, sampler) as one:
-            one.restore()
+        with manager(shared_path, epochs, sampler) as checkpoints:
+            checkpoints.restore()
             for epoch in remaining_epochs_until(3, epochs):
                 assert epoch == run
                 sampler.set_epoch(epoch)
@@ -131,7 +131,7 @@ def test_epochs_that_are_done_are_not_repeated(comm, shared_path, caplog):
                 for _ in sampler:
                     sampler.record_batch()
                 epochs.done()
-                one.save()
+                checkpoints.save()
                 break
     assert told_by_root(comm, caplog) == []
 
@@ -144,8 +144,8 @@ def test_a_call_that_is_wrong_is_wrong_on_every_rank(comm):
 def saved_by_one_rank(comm, path, *states):
     """Save with root alone; return when it is done."""
     if comm.rank == 0:
-        with manager(path, *states, comm=MPI.COMM_SELF) as one:
-            one.save()
+        with manager(path, *states, comm=MPI.COMM_SELF) as checkpoints:
+            checkpoints.save()
     comm.barrier()
 
 
@@ -162,8 +162,8 @@ def test_what_another_number_of_ranks_changes_is_said_once(comm, shared_path, ca
     caplog.clear()
     module, optimizer = make_training(0.1 * comm.size)
     train = TrainState(module=module, optimizer=optimizer)
-    with manager(shared_path, train, ElasticSampler(SAMPLES, 8)) as one:
-        one.restore()
+    with manager(shared_path, train, ElasticSampler(SAMPLES, 8)) as checkpoints:
+        checkpoints.restore()
     texts = told_by_root(comm, caplog, logging.INFO)
     lines = [text for text in texts if text.startswith("restored on")]
     share = {2: "4", 3: "2 to 3", 4: "2"}
@@ -187,8 +187,8 @@ def test_a_rate_that_the_program_sets_right_is_no_news(
             group["lr"] *= new / old if rescaled else 1
 
     caplog.clear()
-    with manager(shared_path, OptimizerState("o", optimizer)) as one:
-        one.restore(on_resize=rescale)
+    with manager(shared_path, OptimizerState("o", optimizer)) as checkpoints:
+        checkpoints.restore(on_resize=rescale)
     texts = [t for t in told_by_root(peers, caplog) if t.startswith("restored on")]
     assert len(texts) == (not rescaled)
 
@@ -196,7 +196,7 @@ def test_a_rate_that_the_program_sets_right_is_no_news(
 def test_another_batch_size_is_a_warning(peers, shared_path, caplog):
     saved_by_one_rank(peers, shared_path, ElasticSampler(SAMPLES, 4))
     caplog.clear()
-    with manager(shared_path, ElasticSampler(SAMPLES, 12)) as one:
-        one.restore()
+    with manager(shared_path, ElasticSampler(SAMPLES, 12)) as checkpoints:
+        checkpoints.restore()
     (text,) = told_by_root(peers, caplog)
     assert "it was saved with batches of 4, 4 a rank" in text

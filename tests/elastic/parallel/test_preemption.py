@@ -59,70 +59,72 @@ def send(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 
 
-def train(one, counter, *, until=LIMIT, act=lambda step: None):
+def train(checkpoints, counter, *, until=LIMIT, act=lambda step: None):
     """Take steps until told to stop; return how many there were."""
     for step in range(1, until + 1):
-        counter.value = one.steps + 1
+        counter.value = checkpoints.steps + 1
         act(step)
-        if one.step():
+        if checkpoints.step():
             return step
     return None
 
 
-def saved(one):
-    return [info.step for info in one.generations()]
+def saved(checkpoints):
+    return [info.step for info in checkpoints.generations()]
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_on_one_rank_stops_all(comm, shared_path, counter, number, delay):
     last = comm.size - 1
-    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as checkpoints:
 
         def act(step):
-            assert one.exit_code == 0 or comm.rank == last
+            assert checkpoints.exit_code == 0 or comm.rank == last
             if comm.rank == last and step == 4:
                 send(number)
 
-        step = train(one, counter, act=act)
+        step = train(checkpoints, counter, act=act)
         assert_same(comm, step)
         assert step == 4 + delay
-        assert one.exit_code == 143
-        assert saved(one) == [step]
+        assert checkpoints.exit_code == 143
+        assert saved(checkpoints) == [step]
         # It goes on saying so, and a second request is as good as the first.
-        assert one.step() is True
+        assert checkpoints.step() is True
         counter.value = 0
-        one.restore()
+        checkpoints.restore()
     assert_same(comm, counter.value)
     assert counter.value == 4 + delay
 
 
 def test_a_signal_on_all_ranks(comm, shared_path, counter, delay):
     options = {"preemption_signals": (signal.SIGUSR1,), "stop": StopWhen(exit_code=7)}
-    with manager(shared_path, counter, interval=1, **options) as one:
+    with manager(shared_path, counter, interval=1, **options) as checkpoints:
 
         def act(step):
             if step == 2:
                 send(signal.SIGUSR1)
 
-        assert train(one, counter, act=act) == 2 + delay
-        assert one.exit_code == 7
-        assert saved(one) == list(range(1, 3 + delay))
+        assert train(checkpoints, counter, act=act) == 2 + delay
+        assert checkpoints.exit_code == 7
+        assert saved(checkpoints) == list(range(1, 3 + delay))
 
 
 def test_a_signal_before_the_first_step(comm, shared_path, counter):
-    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as checkpoints:
         send()
-        assert train(one, counter) == 1
-        assert saved(one) == [1]
+        assert train(checkpoints, counter) == 1
+        assert saved(checkpoints) == [1]
 
 
 def test_a_handler_of_the_users_is_called_too(comm, shared_path, counter):
     seen = []
     previous = signal.signal(signal.SIGUSR1, lambda *_: seen.append("mine"))
     try:
-        with manager(shared_path, counter, preemption_signals=(signal.SIGUSR1,)) as one:
+        with manager(
+            shared_path, counter, preemption_signals=(signal.SIGUSR1,)
+        ) as checkpoints:
             send(signal.SIGUSR1)
-            assert one.step() is True
+            assert checkpoints.step() is True
         assert seen == ["mine"]
         send(signal.SIGUSR1)
         assert seen == ["mine", "mine"]
@@ -132,50 +134,50 @@ def test_a_handler_of_the_users_is_called_too(comm, shared_path, counter):
 
 def test_a_last_save_that_fails_can_be_tried_again(comm, shared_path, counter):
     last = comm.size - 1
-    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as checkpoints:
         if comm.rank == last:
             send()
             counter.value = object()
         with same_error(comm, StageError, f"rank {last} of"):
-            one.step()
+            checkpoints.step()
         counter.value = 1
-        assert one.step() is True
-        assert saved(one) == [2]
+        assert checkpoints.step() is True
+        assert saved(checkpoints) == [2]
 
 
 @pytest.mark.usefixtures("delay")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_signal_during_a_save(comm, shared_path, counter, asynchronous):
     options = {"preemption_signals": SIGNALS, "asynchronous": asynchronous, "interval": 3}
-    with manager(shared_path, counter, **options) as one:
+    with manager(shared_path, counter, **options) as checkpoints:
         if comm.rank == comm.size - 1:
             counter.at_save = send
         # The vote that is posted after the save knows of it.
-        assert train(one, counter) == 4
-        assert saved(one) == [3, 4], "what was being saved is not lost"
+        assert train(checkpoints, counter) == 4
+        assert saved(checkpoints) == [3, 4], "what was being saved is not lost"
 
 
 def test_a_signal_during_a_restore(comm, shared_path, counter):
-    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as checkpoints:
         counter.value = 17
-        one.save(step=17)
+        checkpoints.save(step=17)
         if comm.rank == comm.size - 1:
             counter.at_load = send
-        assert one.restore().step == 17
+        assert checkpoints.restore().step == 17
         assert counter.value == 17
-        assert train(one, counter) == 1
-        assert saved(one) == [17, 18]
+        assert train(checkpoints, counter) == 1
+        assert saved(checkpoints) == [17, 18]
 
 
 def test_two_signals_are_one_request(comm, shared_path, counter, delay):
-    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as checkpoints:
 
         def act(step):
             if comm.rank == 0 and step in (2, 3):
                 send()
 
-        assert train(one, counter, act=act) == 2 + delay
-        assert saved(one) == [2 + delay]
+        assert train(checkpoints, counter, act=act) == 2 + delay
+        assert saved(checkpoints) == [2 + delay]
 
 
 def test_a_halt_file_stops_all_and_stays(comm, shared_path, counter, monkeypatch, delay):
@@ -185,20 +187,20 @@ def test_a_halt_file_stops_all_and_stays(comm, shared_path, counter, monkeypatch
         if step == 3 and comm.rank == 0:
             (shared_path / "halt").touch()
 
-    with manager(shared_path, counter) as one:
-        assert train(one, counter, act=act) == 3 + delay
-        assert one.exit_code == 143
-        assert saved(one) == [3 + delay]
-    with manager(shared_path, counter) as one:
-        one.restore()
+    with manager(shared_path, counter) as checkpoints:
+        assert train(checkpoints, counter, act=act) == 3 + delay
+        assert checkpoints.exit_code == 143
+        assert saved(checkpoints) == [3 + delay]
+    with manager(shared_path, counter) as checkpoints:
+        checkpoints.restore()
         # The next run finds it as well, before it has trained if it asks.
-        assert one.should_stop() is True
+        assert checkpoints.should_stop() is True
         comm.barrier()
         if comm.rank == 0:
             (shared_path / "halt").unlink()
-    with manager(shared_path, counter) as one:
-        one.restore()
-        assert train(one, counter, until=3) is None
+    with manager(shared_path, counter) as checkpoints:
+        checkpoints.restore()
+        assert train(checkpoints, counter, until=3) is None
 
 
 def test_a_function_on_root_stops_all(comm, shared_path, counter, monkeypatch, delay):
@@ -214,14 +216,14 @@ def test_a_function_on_root_stops_all(comm, shared_path, counter, monkeypatch, d
         stop = step >= 5
 
     # Another function on every rank, as after any `def`: options are the same all the same.
-    with manager(shared_path, counter, stop=StopWhen(asked=asked)) as one:
-        assert train(one, counter, act=act) == 5 + delay
+    with manager(shared_path, counter, stop=StopWhen(asked=asked)) as checkpoints:
+        assert train(checkpoints, counter, act=act) == 5 + delay
 
 
 def test_a_function_that_fails_on_root_stops_nobody(comm, shared_path, counter):
     stop = StopWhen(asked=lambda: [][0])
-    with manager(shared_path, counter, stop=stop) as one:
-        assert train(one, counter, until=10) is None
+    with manager(shared_path, counter, stop=stop) as checkpoints:
+        assert train(checkpoints, counter, until=10) is None
 
 
 def test_the_end_of_the_job_stops_all_in_time(comm, shared_path, counter, monkeypatch):
@@ -231,22 +233,22 @@ def test_the_end_of_the_job_stops_all_in_time(comm, shared_path, counter, monkey
     monkeypatch.setenv("MPI_CKPT_DEADLINE", str(told))
     if comm.rank > 0:
         monkeypatch.setattr(time, "time", lambda: 5e9)
-    with manager(shared_path, counter, stop=StopWhen(margin_seconds=0)) as one:
-        one.save()  # tells that a save takes next to nothing
-        step = train(one, counter, until=10**9, act=lambda step: time.sleep(0.005))
+    with manager(shared_path, counter, stop=StopWhen(margin_seconds=0)) as checkpoints:
+        checkpoints.save()  # tells that a save takes next to nothing
+        step = train(checkpoints, counter, until=10**9, act=lambda step: time.sleep(0.005))
         took = comm.bcast(time.monotonic() - start)
         assert_same(comm, step)
         # Half of so short a time belongs to the training.
         assert took > 0.9
-        assert one.exit_code == 143
-        assert saved(one)[-1] == step
+        assert checkpoints.exit_code == 143
+        assert saved(checkpoints)[-1] == step
 
 
 def test_an_end_that_has_passed(comm, shared_path, counter, monkeypatch, caplog):
     monkeypatch.setenv("MPI_CKPT_DEADLINE", str(time.time() - 3600))
-    with manager(shared_path, counter) as one:
-        assert train(one, counter) == 1
-        assert saved(one) == [1]
+    with manager(shared_path, counter) as checkpoints:
+        assert train(checkpoints, counter) == 1
+        assert saved(checkpoints) == [1]
     said = [text for text in caplog.messages if "should have ended" in text]
     assert len(said) == (comm.rank == 0)
 
@@ -254,45 +256,51 @@ def test_an_end_that_has_passed(comm, shared_path, counter, monkeypatch, caplog)
 def test_variables_of_another_job_stop_nobody(comm, shared_path, counter, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() - 86400)))
-    with manager(shared_path, counter) as one:
-        assert train(one, counter, until=5) is None
-        assert one.exit_code == 0
+    with manager(shared_path, counter) as checkpoints:
+        assert train(checkpoints, counter, until=5) is None
+        assert checkpoints.exit_code == 0
 
 
 def test_rubbish_in_the_users_variable_is_one_error(comm, shared_path, monkeypatch):
     if comm.rank == 0:  # mpirun need not pass it on
         monkeypatch.setenv("MPI_CKPT_DEADLINE", "4:00:00")
-    with same_error(comm, OptionsError, "MPI_CKPT_DEADLINE='4:00:00' is no point in time"):
+    with same_error(
+        comm, OptionsError, "MPI_CKPT_DEADLINE='4:00:00' is not a point in time"
+    ):
         manager(shared_path)
 
 
 def test_asking_counts_no_step_and_saves_nothing(comm, shared_path, counter):
     options = {"preemption_signals": SIGNALS, "interval": 1}
-    with manager(shared_path, counter, **options) as one:
-        assert one.should_stop() is False
-        one.step()
-        assert one.should_stop() is False
+    with manager(shared_path, counter, **options) as checkpoints:
+        assert checkpoints.should_stop() is False
+        checkpoints.step()
+        assert checkpoints.should_stop() is False
         if comm.rank == comm.size - 1:
             send()
-        assert one.should_stop() is True
-        assert (one.exit_code, one.steps, saved(one)) == (143, 1, [1])
-        assert one.should_stop() is True
+        assert checkpoints.should_stop() is True
+        assert (checkpoints.exit_code, checkpoints.steps, saved(checkpoints)) == (
+            143,
+            1,
+            [1],
+        )
+        assert checkpoints.should_stop() is True
         # Agreed on already: the next step obeys, whatever was under way.
-        assert one.step() is True
-        assert saved(one) == [1, 2]
+        assert checkpoints.step() is True
+        assert saved(checkpoints) == [1, 2]
 
 
 @pytest.mark.parametrize("call", ["step", "should_stop"])
 def test_who_asked_is_told_by_root(comm, shared_path, counter, caplog, call):
     asking = comm.size - 1
-    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
-        one.step()
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as checkpoints:
+        checkpoints.step()
         if comm.rank == asking:
             send(signal.SIGUSR2)
-        while not getattr(one, call)():
+        while not getattr(checkpoints, call)():
             pass
         told = [text for text in caplog.messages if text.startswith("asked to stop")]
-        one.wait()
+        checkpoints.wait()
     if comm.rank == 0:
         (line,) = told
         assert (
@@ -303,10 +311,10 @@ def test_who_asked_is_told_by_root(comm, shared_path, counter, caplog, call):
 
 
 def test_a_handler_that_takes_our_place_is_told_once(comm, shared_path, counter, caplog):
-    with manager(shared_path, counter, preemption_signals=SIGNALS) as one:
+    with manager(shared_path, counter, preemption_signals=SIGNALS) as checkpoints:
         ours = signal.signal(signal.SIGUSR1, lambda *_: None)
-        one.save()
-        one.save()
+        checkpoints.save()
+        checkpoints.save()
         signal.signal(signal.SIGUSR1, ours)
     told = [text for text in caplog.messages if "a handler for SIGUSR1 was" in text]
     assert len(told) == (comm.rank == 0)

@@ -38,13 +38,13 @@ def counter():
     return ObjectState("counter", 0)
 
 
-def take_steps(one, count):
+def take_steps(checkpoints, count):
     for _ in range(count):
-        one.step()
+        checkpoints.step()
 
 
-def numbers(one):
-    return [info.generation for info in one.generations()]
+def numbers(checkpoints):
+    return [info.generation for info in checkpoints.generations()]
 
 
 def test_flags_of_all_ranks_meet(comm, make_communicator):
@@ -86,8 +86,8 @@ def test_a_posted_vote_waits_for_nobody(peers, make_communicator):
 
 
 def test_votes_of_forgotten_managers_go_nowhere(peers, make_communicator):
-    one = make_communicator()
-    vote = Vote(one, "voting")
+    communicator = make_communicator()
+    vote = Vote(communicator, "voting")
     if peers.rank < peers.size - 1:
         vote.post(255)
     alive = vote if peers.rank == peers.size - 1 else None
@@ -101,49 +101,49 @@ def test_votes_of_forgotten_managers_go_nowhere(peers, make_communicator):
         peers.barrier()
     assert not any(array.any() for array in fresh)
     # What is under way is matched before the communicator is freed.
-    assert one.all_reduce(np.ones(1), "sum", "meeting")[0] == peers.size
+    assert communicator.all_reduce(np.ones(1), "sum", "meeting")[0] == peers.size
 
 
 def test_a_step_is_one_small_message(comm, shared_path, counter):
-    with manager(shared_path, counter, interval=1000) as one:
-        one.step()
-        with RecordingHandle(one._session.comm) as recorded:
+    with manager(shared_path, counter, interval=1000) as checkpoints:
+        checkpoints.step()
+        with RecordingHandle(checkpoints._session.comm) as recorded:
             for _ in range(10):
-                one.step()
+                checkpoints.step()
         assert recorded.messages == [("Iallreduce", 56)] * 10
 
 
 def test_steps_that_save_by_their_number_ask_nobody(comm, shared_path, counter):
-    with manager(shared_path, counter, interval=2) as one:
+    with manager(shared_path, counter, interval=2) as checkpoints:
         for _ in range(4):
-            one.step()
+            checkpoints.step()
         # At the very step, not a step later.
-        assert [info.step for info in one.generations()] == [2, 4]
+        assert [info.step for info in checkpoints.generations()] == [2, 4]
 
 
 def test_what_is_due_by_roots_clock_is_saved_once(comm, shared_path, counter):
-    with manager(shared_path, counter, interval=timedelta(hours=1)) as one:
-        one.step()
+    with manager(shared_path, counter, interval=timedelta(hours=1)) as checkpoints:
+        checkpoints.step()
         if comm.rank == 0:
-            one._steps._interval._saved_at -= 3601
-        one.step()
-        assert numbers(one) == []
-        one.step()
-        assert numbers(one) == [1]
+            checkpoints._steps._interval._saved_at -= 3601
+        checkpoints.step()
+        assert numbers(checkpoints) == []
+        checkpoints.step()
+        assert numbers(checkpoints) == [1]
         for _ in range(5):
-            one.step()
-        assert numbers(one) == [1]
+            checkpoints.step()
+        assert numbers(checkpoints) == [1]
 
 
 def test_a_save_of_the_users_is_as_good_as_the_one_that_was_due(comm, shared_path, counter):
-    with manager(shared_path, counter, interval=timedelta(hours=1)) as one:
-        one.step()
+    with manager(shared_path, counter, interval=timedelta(hours=1)) as checkpoints:
+        checkpoints.step()
         if comm.rank == 0:
-            one._steps._interval._saved_at -= 3601
-        one.step()  # posts that a save is due
-        one.save()
-        one.step()
-        assert numbers(one) == [1]
+            checkpoints._steps._interval._saved_at -= 3601
+        checkpoints.step()  # posts that a save is due
+        checkpoints.save()
+        checkpoints.step()
+        assert numbers(checkpoints) == [1]
 
 
 def test_an_old_vote_does_not_hold_up_a_new_save(comm, shared_path, counter, monkeypatch):
@@ -155,48 +155,48 @@ def test_an_old_vote_does_not_hold_up_a_new_save(comm, shared_path, counter, mon
         real(descriptor)
 
     monkeypatch.setattr(filesystem, "sync_file", held)
-    with manager(shared_path, counter, asynchronous=True) as one:
-        one.step()  # posts that nothing is being written
-        pending = one.save()
+    with manager(shared_path, counter, asynchronous=True) as checkpoints:
+        checkpoints.step()  # posts that nothing is being written
+        pending = checkpoints.save()
         for _ in range(5):
-            one.step()  # would wait for ever, if it believed that
+            checkpoints.step()  # would wait for ever, if it believed that
         assert not pending.finished
         opened.set()
         deadline = time.monotonic() + 30
         while not pending.finished and time.monotonic() < deadline:
-            one.step()
+            checkpoints.step()
         assert pending.report.generation == 1
 
 
 def test_everything_else_may_come_between_two_steps(comm, shared_path, counter):
-    with manager(shared_path, counter, interval=3) as one:
+    with manager(shared_path, counter, interval=3) as checkpoints:
         for turn in range(1, 5):
-            one.step()
+            checkpoints.step()
             counter.value = turn
-            one.save()
-            one.step()
-            one.sync()
-            one.step()
-            one.wait()
-            one.step()
-            assert one.should_stop() is False
-            one.step()
-            one.restore()
-            assert_same(comm, (one.steps, numbers(one), counter.value))
+            checkpoints.save()
+            checkpoints.step()
+            checkpoints.sync()
+            checkpoints.step()
+            checkpoints.wait()
+            checkpoints.step()
+            assert checkpoints.should_stop() is False
+            checkpoints.step()
+            checkpoints.restore()
+            assert_same(comm, (checkpoints.steps, numbers(checkpoints), counter.value))
 
 
 def test_closing_leaves_nothing_under_way(comm, shared_path, counter):
     for _ in range(20):
-        one = manager(shared_path, counter)
-        one.step()
-        one.close()
-        one.close()
+        checkpoints = manager(shared_path, counter)
+        checkpoints.step()
+        checkpoints.close()
+        checkpoints.close()
 
 
 def take_steps_and_fail(shared_path, counter):
-    with manager(shared_path, counter) as one:
-        one.step()
-        one.step()
+    with manager(shared_path, counter) as checkpoints:
+        checkpoints.step()
+        checkpoints.step()
         raise KeyError
 
 
@@ -204,21 +204,21 @@ def test_a_manager_left_by_an_exception_leaves_its_vote(comm, shared_path, count
     for _ in range(5):
         with pytest.raises(KeyError):
             take_steps_and_fail(shared_path, counter)
-    with manager(shared_path, counter) as one:
-        assert one.save().generation == 1
+    with manager(shared_path, counter) as checkpoints:
+        assert checkpoints.save().generation == 1
 
 
 def test_a_rank_that_comes_to_no_step_is_named(peers, shared_path, counter, monkeypatch):
     monkeypatch.setattr(liveness, "_ROLL_CALL_SECONDS", 2.5)
     late = peers.size - 1
-    with manager(shared_path, counter) as one:
+    with manager(shared_path, counter) as checkpoints:
         for _ in range(3):
-            one.step()
-        one._session.comm.deadline_seconds = 0.2
+            checkpoints.step()
+        checkpoints._session.comm.deadline_seconds = 0.2
         with coming_late(peers, late), pytest.raises(CollectiveError) as caught:
-            take_steps(one, 2)  # the first only reads the vote of before
+            take_steps(checkpoints, 2)  # the first only reads the vote of before
         with pytest.raises(CollectiveError, match="cannot meet any more"):
-            one.step()
+            checkpoints.step()
         # And out of the block, without an error: closing waits for nobody.
     texts = peers.allgather(str(caught.value).partition(";")[0])
     refusal = texts.pop(late)
@@ -230,38 +230,38 @@ def test_a_rank_that_comes_to_no_step_is_named(peers, shared_path, counter, monk
 @pytest.mark.parametrize("call", ["save", "restore", "sync", "generations", "should_stop"])
 @pytest.mark.parametrize("before", [0, 1, 4])
 def test_a_step_on_some_ranks_alone_is_told(peers, shared_path, counter, call, before):
-    with manager(shared_path, counter) as one:
+    with manager(shared_path, counter) as checkpoints:
         for _ in range(before):
-            one.step()
+            checkpoints.step()
         with same_error(peers, CollectiveError, "the ranks do different things"):
             if peers.rank == 0:
-                getattr(one, call)()
+                getattr(checkpoints, call)()
             else:
-                take_steps(one, 2)  # the first posts, the second reads
+                take_steps(checkpoints, 2)  # the first posts, the second reads
         # All have heard of it: nothing of before is read any more.
         for _ in range(3):
-            assert one.step() is False
-        assert one.save().generation == 1
+            assert checkpoints.step() is False
+        assert checkpoints.save().generation == 1
 
 
 def test_an_interval_that_is_worked_out(comm, shared_path, counter, monkeypatch):
     monkeypatch.setattr(interval, "_FIRST_SECONDS", 0.05)
     auto = AutoInterval(mtbf=timedelta(seconds=0.1), overhead=0.9)
-    with manager(shared_path, counter, interval=auto, io=IO(reuse=False)) as one:
+    with manager(shared_path, counter, interval=auto, io=IO(reuse=False)) as checkpoints:
         deadline = time.monotonic() + 20
-        while comm.bcast(len(numbers(one)) < 3 and time.monotonic() < deadline):
-            one.step()
+        while comm.bcast(len(numbers(checkpoints)) < 3 and time.monotonic() < deadline):
+            checkpoints.step()
             time.sleep(0.001)
-        assert_same(comm, (one.steps, numbers(one)))
-        assert len(numbers(one)) == 3
+        assert_same(comm, (checkpoints.steps, numbers(checkpoints)))
+        assert len(numbers(checkpoints)) == 3
 
 
 def test_failures_of_earlier_jobs_are_counted(comm, shared_path, counter):
     for job in range(4):
-        with manager(shared_path, counter, interval="auto") as one:
-            one.restore()
-            one.save()
-            failures = one._steps._interval.failures
+        with manager(shared_path, counter, interval="auto") as checkpoints:
+            checkpoints.restore()
+            checkpoints.save()
+            failures = checkpoints._steps._interval.failures
         if comm.rank == 0:
             # Root counts, and needs three ends of a job to say anything.
             assert failures.source.startswith("3 jobs" if job == 3 else "assumed")

@@ -41,7 +41,7 @@ class Played:
         return [self.results[rank] for rank in range(len(self.results))]
 
     @property
-    def one(self) -> Any:
+    def common(self) -> Any:
         """What all ranks returned, the same on each."""
         first = self.all[0]
         assert all(result == first for result in self.all), self.all

@@ -20,7 +20,7 @@ def scene(name, ranks=2, *arguments, **options):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_optimizer_state_is_broadcast_without_a_step(ranks):
-    found = scene("optimizers", ranks).one
+    found = scene("optimizers", ranks).common
     parameters = 4
     for name in ("AdamW", "SGD with decay"):
         theirs, ours = found[f"{name}, horovod"], found[f"{name}, ours"]
@@ -36,18 +36,18 @@ def test_rate_of_an_optimizer_without_state_is_broadcast():
 
 
 def test_lbfgs():
-    found = scene("lbfgs").one
+    found = scene("lbfgs").common
     assert found["horovod"] == "ValueError: cannot broadcast torch.optim.LBFGS state"
     assert found["state"]
     assert found["equal"]
 
 
 def test_horovods_distributed_optimizer():
-    assert scene("distributed_optimizer").one == {"equal": True, "still": True}
+    assert scene("distributed_optimizer").common == {"equal": True, "still": True}
 
 
 def test_dtypes_that_horovod_does_not_know():
-    found = scene("dtypes").one
+    found = scene("dtypes").common
     assert set(found) == set(DTYPES)
     for name, (theirs, equal, byte) in found.items():
         assert theirs is not None, name
@@ -57,7 +57,7 @@ def test_dtypes_that_horovod_does_not_know():
 
 
 def test_generators_layouts_and_plain_values():
-    found = scene("forms").one
+    found = scene("forms").common
     failures = {
         "generator": "ValueError: invalid params of type",
         "not contiguous": "ValueError: Tensor is required to be contiguous",
@@ -91,7 +91,7 @@ def test_more_elements_than_an_int_counts():
 # Horovod would make a list of the bytes first, of eight times their size.
 @pytest.mark.parametrize("kind", ["array", "pickled"])
 def test_objects_of_more_bytes_than_an_int_counts(kind):
-    found = scene("object_of_more_than_two_gib", 2, 16, kind, timeout=200).one
+    found = scene("object_of_more_than_two_gib", 2, 16, kind, timeout=200).common
     assert found == [0, *[0] * 15, 7]
 
 
@@ -116,5 +116,5 @@ def test_two_of_one_name():
 
 
 def test_ours_while_horovods_are_under_way():
-    assert scene("beside_horovods_operations").one is True
-    assert scene("beside_horovods_operations", 4).one is True
+    assert scene("beside_horovods_operations").common is True
+    assert scene("beside_horovods_operations", 4).common is True

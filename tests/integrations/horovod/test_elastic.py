@@ -37,61 +37,63 @@ def ours(name, *arguments, **options):
 
 def test_changes_in_place_and_later_attributes_are_undone(both):
     theirs, ours = both("in_place")
-    assert theirs.one == {"history": [1, "uncommitted"], "later": "uncommitted"}
-    assert ours.one == {"history": [1], "later": [1]}
+    assert theirs.common == {"history": [1, "uncommitted"], "later": "uncommitted"}
+    assert ours.common == {"history": [1], "later": [1]}
 
 
 def test_sync_takes_live_values_of_everything(both):
     theirs, ours = both("live_weights_old_counters")
-    assert theirs.one == {"weight": 23, "batch": 1}
-    assert ours.one == {"weight": 23, "batch": 23}
+    assert theirs.common == {"weight": 23, "batch": 1}
+    assert ours.common == {"weight": 23, "batch": 23}
 
 
 def test_restore_after_sync_brings_nothing_old_back(both):
     theirs, ours = both("sync_then_restore")
-    assert [one["weight"] for one in theirs.all] == [10, 11]
-    assert [one["lr"] for one in theirs.all] == [0.1, 0.2]
-    assert ours.one == {"synced": 10, "weight": 10, "lr": 0.1}
+    assert [record["weight"] for record in theirs.all] == [10, 11]
+    assert [record["lr"] for record in theirs.all] == [0.1, 0.2]
+    assert ours.common == {"synced": 10, "weight": 10, "lr": 0.1}
 
 
 @pytest.mark.parametrize(("rank", "found"), [(0, "interrupted"), (1, "nothing")])
 def test_a_notice_counts_on_whichever_rank_it_comes(both, rank, found):
     theirs, ours = both("told_on", rank)
-    assert theirs.one == found
-    assert ours.one == "interrupted"
+    assert theirs.common == found
+    assert ours.common == "interrupted"
 
 
 def test_a_tracked_scheduler_stays_the_optimizers(both):
     theirs, ours = both("scheduler_after_sync")
     # Horovod has put a pickled copy in its place on rank 1, over an optimizer of its own.
     assert theirs.all == [0.05, 0.1]
-    assert ours.one == 0.05
+    assert ours.common == 0.05
 
 
 def test_single_methods(both):
     theirs, ours = both("small_things", ranks=3)
-    assert theirs.one == {"position": 0, "few": "AssertionError: ", "assigned": 2}
-    assert ours.one == {"position": 6, "few": None, "assigned": 1}
+    assert theirs.common == {"position": 0, "few": "AssertionError: ", "assigned": 2}
+    assert ours.common == {"position": 6, "few": None, "assigned": 1}
 
 
 def test_ranks_that_track_different_attributes_are_told(both):
     theirs, ours = both("tracks_more_on_one_rank")
-    assert theirs.one is None
-    assert ours.one.startswith("RegistrationError: the ranks track different attributes")
+    assert theirs.common is None
+    assert ours.common.startswith("RegistrationError: the ranks track different attributes")
 
 
 def test_ranks_that_commit_unequally_often_are_told(both):
     theirs, ours = both("save_on_one_rank")
-    assert [one["batch"] for one in theirs.all] == [5, 0]
-    for one in ours.all:
-        assert one["batch"] == 0
-        assert [text.split(": ")[1] for text in one["told"]] == ["save()", "restore()"]
+    assert [record["batch"] for record in theirs.all] == [5, 0]
+    for record in ours.all:
+        assert record["batch"] == 0
+        assert [text.split(": ")[1] for text in record["told"]] == ["save()", "restore()"]
 
 
 def test_a_bug_is_not_tried_for_ever(both):
     theirs, ours = both("mismatched_shapes")
-    assert theirs.one["kind"] == "EnoughError", "it has ended by the test's own limit only"
-    found = ours.one
+    assert theirs.common["kind"] == "EnoughError", (
+        "it has ended by the test's own limit only"
+    )
+    found = ours.common
     assert (found["tries"], found["kind"]) == (3, "CollectiveError")
     assert "3 times in a row" in found["text"]
     assert "One rank sent a tensor of shape [2]" in found["text"]
@@ -124,17 +126,17 @@ def test_samplers_share_out_again_after_a_removal(both):
 
 def test_states_go_on_where_the_program_has_shut_horovod_down(both):
     theirs, ours = both("shut_down_under_us")
-    assert theirs.one == "ValueError: Horovod has not been initialized; use hvd.init()."
-    assert ours.one == 2
+    assert theirs.common == "ValueError: Horovod has not been initialized; use hvd.init()."
+    assert ours.common == 2
 
 
 def test_a_run_starts_horovod_again_that_one_rank_has_shut_down(root):
-    found = ours("shut_down_in_a_run", root).one
+    found = ours("shut_down_in_a_run", root).common
     assert found == {"starts": [0, 3], "batch": 6, "equal": True}
 
 
 def test_an_error_on_one_rank_alone_lets_all_go_back(root):
-    assert ours("internal_error_on_one", root).one == {"batch": 4, "starts": [0, 2]}
+    assert ours("internal_error_on_one", root).common == {"batch": 4, "starts": [0, 2]}
 
 
 def run_scene(*arguments, timeout=40):
@@ -147,7 +149,9 @@ def test_a_bug_on_one_rank_ends_the_job_with_its_commit_on_disk(root, where):
     job = run_scene("leaves_alone", "ours", root, where)
     assert job.code not in (0, 124), job.text
     assert "ZeroDivisionError: a bug on one rank" in job.err
-    assert [one.name for one in Path(root).glob("checkpoint-*")] == ["checkpoint-00000001"]
+    assert [path.name for path in Path(root).glob("checkpoint-*")] == [
+        "checkpoint-00000001"
+    ]
 
 
 def test_a_bug_on_one_rank_leaves_horovods_peers_hanging_in_mpi4py(root):
@@ -166,9 +170,9 @@ def test_a_rank_that_goes_back_alone_while_others_are_in_mpi4py_names_them(root)
 def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(root, where):
     played = ours("dies_in", root, where, timeout=40)
     assert played.job.code not in (0, 124), played.job.text
-    left = [one.name for one in Path(root).iterdir() if one.name.startswith(".partial")]
+    left = [path.name for path in Path(root).iterdir() if path.name.startswith(".partial")]
     assert bool(left) == (where == "save")
-    assert ours("dies_in", root, "nowhere").one == 2
+    assert ours("dies_in", root, "nowhere").common == 2
     assert not list(Path(root).glob(".partial-*"))
 
 

@@ -35,13 +35,13 @@ def start(jobs, tmp_path):
 
 
 def events(folder, kind):
-    return [one for one in logged(folder / "log") if one["event"] == kind]
+    return [event for event in logged(folder / "log") if event["event"] == kind]
 
 
 def wait_for(jobs, job, folder, batch):
     """Return once a batch was committed."""
     jobs.wait_until(
-        job, lambda: any(one["batch"] >= batch for one in events(folder, "commit"))
+        job, lambda: any(event["batch"] >= batch for event in events(folder, "commit"))
     )
 
 
@@ -66,7 +66,7 @@ def test_the_example_killed_at_random_points_ends_with_the_same_weights(
         reached = events(folder, "commit")[-1]["batch"]
     outcome = jobs.finish(start("killed"))
     assert outcome.code == 0, (SEED, outcome.text)
-    starts = [one["batch"] for one in events(folder, "start")]
+    starts = [event["batch"] for event in events(folder, "start")]
     assert starts == sorted(starts), SEED
     assert starts[-1] > 0, SEED
     assert events(folder, "end") == [whole], SEED

@@ -23,11 +23,11 @@ def test_mpi4py_first_and_horovod_shut_down_and_started_again_under_us(root):
 
 
 def test_our_manager_first(root):
-    assert play(starting.ours_first, 2, root).one is True
+    assert play(starting.ours_first, 2, root).common is True
 
 
 def test_horovod_first_is_refused_and_the_reason_is_real(root):
-    found = play(starting.horovod_first, 2, root).one
+    found = play(starting.horovod_first, 2, root).common
     for refused in found["refused"]:
         assert refused.startswith("LaunchError: Horovod's thread has started MPI")
         assert "import mpi4py.MPI before hvd.init()" in refused
@@ -38,19 +38,19 @@ def test_horovod_first_is_refused_and_the_reason_is_real(root):
 
 
 def test_mpi_for_one_thread_is_refused_beside_horovod_only(root):
-    found = play(starting.funneled, 2, root).one
+    found = play(starting.funneled, 2, root).common
     assert found["level"]
     for refused in found["refused"]:
         assert refused.startswith("LaunchError: MPI was started for calls from one thread")
 
 
 def test_horovod_without_mpi_is_refused(root):
-    for refused in play(starting.without_mpi, 2, root).one:
+    for refused in play(starting.without_mpi, 2, root).common:
         assert refused.startswith("LaunchError: Horovod runs 2 ranks (without MPI)")
 
 
 def test_horovod_on_one_rank_only_is_refused_on_all(root):
-    refused = play(starting.initialised_on_one, 2, root).one
+    refused = play(starting.initialised_on_one, 2, root).common
     assert refused.startswith("LaunchError: rank 1: Horovod runs 1 ranks (over MPI)")
 
 

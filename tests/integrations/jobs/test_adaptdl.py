@@ -46,14 +46,14 @@ def test_program_for_adaptdl_survives_a_kill_with_other_ranks(
         if saved < 2 * SAVES_AN_EPOCH:
             break
     assert SAVES_AN_EPOCH < saved < 2 * SAVES_AN_EPOCH
-    assert [one["epoch"] for one in lines()] == [0]
+    assert [line["epoch"] for line in lines()] == [0]
 
     outcome = jobs.finish(start(3))
     assert outcome.code == 0, outcome.text
     # Entered again in the middle of the second epoch, not at its start or the first.
-    assert [one["epoch"] for one in lines()] == [0, 1, 2, 3]
-    assert [one["samples"] for one in lines()] == [2400] * EPOCHS
-    losses = [one["loss"] for one in lines()]
+    assert [line["epoch"] for line in lines()] == [0, 1, 2, 3]
+    assert [line["samples"] for line in lines()] == [2400] * EPOCHS
+    losses = [line["loss"] for line in lines()]
     assert losses[-1] < 0.05
     assert generation() - saved == EPOCHS * SAVES_AN_EPOCH - saved
 
@@ -61,5 +61,5 @@ def test_program_for_adaptdl_survives_a_kill_with_other_ranks(
     root, results = tmp_path / "whole", tmp_path / "whole.jsonl"
     outcome = jobs.finish(start(1))
     assert outcome.code == 0, outcome.text
-    for one, loss in zip(lines(), losses, strict=True):
-        assert abs(one["loss"] - loss) < 1e-4 * one["loss"]
+    for line, loss in zip(lines(), losses, strict=True):
+        assert abs(line["loss"] - loss) < 1e-4 * line["loss"]

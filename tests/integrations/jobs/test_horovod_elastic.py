@@ -45,13 +45,13 @@ class Training:
         return self.jobs.finish(self.start(ranks))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [one for one in logged(self.log) if one["event"] == kind]
+        return [event for event in logged(self.log) if event["event"] == kind]
 
     def start_until(self, ranks: int, batch: int) -> Popen[str]:
         """Return a job that has committed a batch, and is held there to be caught."""
         job = self.start(ranks, TEST_PACE="0.03", TEST_HOLD=str(batch))
         self.jobs.wait_until(
-            job, lambda: any(one["batch"] >= batch for one in self.events("commit"))
+            job, lambda: any(event["batch"] >= batch for event in self.events("commit"))
         )
         return job
 
@@ -86,7 +86,7 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(
         reached = training.events("commit")[-1]["batch"]
     outcome = training.run(2)
     assert outcome.code == 0, (SEED, outcome.text)
-    starts = [one["batch"] for one in training.events("start")]
+    starts = [event["batch"] for event in training.events("start")]
     assert starts == sorted(starts), SEED
     assert starts[0] == 0 < starts[-1], SEED
     (end,) = training.events("end")
@@ -101,7 +101,7 @@ def test_asked_to_stop_it_loses_nothing_and_goes_on_with_another_number_of_ranks
     signal_to(job, signal.SIGTERM, 1)
     outcome = jobs.finish(job)
     assert outcome.code == 143, outcome.text
-    codes = {one.name: one.read_text() for one in tmp_path.glob("exit-*")}
+    codes = {path.name: path.read_text() for path in tmp_path.glob("exit-*")}
     assert codes == {"exit-0": "143", "exit-1": "143"}
     done = training.events("commit")[-1]["batch"] + 1  # the last commit left by the code
     outcome = training.run(3)

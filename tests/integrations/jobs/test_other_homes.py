@@ -90,7 +90,7 @@ def test_lightning_goes_on_with_another_number_of_ranks(jobs: Jobs, tmp_path: Pa
     assert second["step"] in (saved, saved + INTERVAL)
     assert training.step == 48
     # Every step after the restart once, and none before.
-    steps = [one["step"] for one in training.events("step")][-(48 - second["step"]) :]
+    steps = [event["step"] for event in training.events("step")][-(48 - second["step"]) :]
     assert steps == list(range(second["step"] + 1, 49))
 
 
@@ -123,7 +123,7 @@ def test_lightning_resumes_bit_equal_with(cases, case: str) -> None:
 @needs_lightning
 def test_replicas_of_lightning_that_differ_are_made_equal(cases) -> None:
     # The ranks' results are compared where they are read.
-    assert [len(one) for one in cases["drift"]] == [3, 3, 1, 1]
+    assert [len(event) for event in cases["drift"]] == [3, 3, 1, 1]
 
 
 @needs_lightning
@@ -139,7 +139,11 @@ def test_generation_wins_over_the_path_given_to_fit(cases) -> None:
         ("hyper_parameter", "StageError", "save_hyperparameters(ignore="),
         ("other_model", "StateMismatchError", "size mismatch for layers.0.weight"),
         ("other_batch_size", "StateMismatchError", "2 batches of epoch 0, and 3 are left"),
-        ("devices", "LaunchError", "runs 2 ranks, and was told of 1 nodes with 3 devices"),
+        (
+            "devices",
+            "LaunchError",
+            "runs 2 ranks, but is set up for 1 nodes with 3 devices",
+        ),
     ],
 )
 def test_lightning_refuses_on_all_ranks(cases, case: str, kind: str, text: str) -> None:

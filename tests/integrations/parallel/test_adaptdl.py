@@ -145,21 +145,21 @@ def test_a_state_that_was_not_saved_before(comm, directory, restart):
 
 
 def test_save_state_alone(comm, directory, restart):
-    one, other = Pickled(comm, "one"), Pickled(comm, "other")
+    first, other = Pickled(comm, "one"), Pickled(comm, "other")
     save_all_states()
-    one.value["n"], other.value["n"] = 1, 1
-    one.calls.clear()
-    save_state(one, directory)
-    assert one.calls == (["sync", "save"] if comm.rank == 0 else ["sync"])
-    one.value["n"] = 2
-    one.calls.clear()
-    save_state(one, directory, sync=False)
-    assert one.calls == (["save"] if comm.rank == 0 else [])
+    first.value["n"], other.value["n"] = 1, 1
+    first.calls.clear()
+    save_state(first, directory)
+    assert first.calls == (["sync", "save"] if comm.rank == 0 else ["sync"])
+    first.value["n"] = 2
+    first.calls.clear()
+    save_state(first, directory, sync=False)
+    assert first.calls == (["save"] if comm.rank == 0 else [])
     restart()
-    one, other = Pickled(comm, "one"), Pickled(comm, "other")
-    assert load_state(one)
+    first, other = Pickled(comm, "one"), Pickled(comm, "other")
+    assert load_state(first)
     assert load_state(other)
-    assert one.value["n"] == 2
+    assert first.value["n"] == 2
     assert "n" not in other.value
     assert other.value["sum"] == comm.size * (comm.size + 1) // 2
 
@@ -327,16 +327,16 @@ def test_what_was_told_is_told_again(comm, directory, restart):
 
 def test_accumulators_of_the_same_epoch_keep_apart(comm, directory, restart):
     for _ in remaining_epochs_until(1):
-        one, other = Accumulator(), Accumulator()
-        one["x"] += 1
+        first, other = Accumulator(), Accumulator()
+        first["x"] += 1
         other["x"] += 10
         save_all_states()
         break
     restart()
     for _ in remaining_epochs_until(1):
-        one, other = Accumulator(), Accumulator()
-        with one.synchronized(), other.synchronized():
-            assert (one["x"], other["x"]) == (comm.size, 10 * comm.size)
+        first, other = Accumulator(), Accumulator()
+        with first.synchronized(), other.synchronized():
+            assert (first["x"], other["x"]) == (comm.size, 10 * comm.size)
 
 
 def test_values_that_cannot_be_summed_on_one_rank(comm, directory):

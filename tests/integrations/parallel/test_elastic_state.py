@@ -160,8 +160,8 @@ def test_a_new_process_goes_on_from_the_last_durable_commit(comm, configured):
         assert weights(state.model) == expected
         assert state.sampler.processed_num == 7
         left = comm.allgather(list(state.sampler))
-    assert len({len(one) for one in left}) == 1
-    assert len({index for one in left for index in one}) == 93
+    assert len({len(indices) for indices in left}) == 1
+    assert len({index for indices in left for index in indices}) == 93
 
 
 def test_what_is_given_later_is_tracked(comm):
@@ -199,7 +199,7 @@ def test_what_cannot_be_saved_is_refused_when_it_is_set(comm):
     state = ObjectState(epoch=0)
     with pytest.raises(RegistrationError, match="begins with an underscore"):
         state.ranks = comm
-    with pytest.raises(RegistrationError, match="'commit' means something else"):
+    with pytest.raises(RegistrationError, match="'commit' has another meaning"):
         state.commit = 3
     state._loader = object()
 
@@ -238,7 +238,7 @@ def test_durable_commits_are_on_disk_when_they_return(comm, configured):
         assert list(configured.glob("checkpoint-*")) == []
         state.epoch = 1
         state.commit(durable=True)
-        assert [one.name for one in configured.glob("checkpoint-*")] == [
+        assert [path.name for path in configured.glob("checkpoint-*")] == [
             "checkpoint-00000001"
         ]
         comm.Barrier()
@@ -391,7 +391,7 @@ def test_run_does_not_try_one_commit_for_ever(comm):
         comm,
         CollectiveError,
         "3 times in a row",
-        "commit 2 is what the states hold",
+        "the states hold commit 2",
         f"shapes do not match on rank {comm.size - 1}",
     ) as caught:
         train(state)
@@ -495,7 +495,9 @@ def test_ranks_that_leave_take_nothing_with_them(comm, configured):
         state.sync()
         assert (sampler.rank, sampler.num_replicas) == (rest.rank, rest.size)
         left = rest.allgather(list(sampler))
-        assert {index for one in left for index in one} == set(range(2 * comm.size, 24))
+        assert {index for indices in left for index in indices} == set(
+            range(2 * comm.size, 24)
+        )
         state.close()
         rest.Free()
 

@@ -222,14 +222,14 @@ class TestOptimizerState:
         assert optimizer.param_groups[0]["lr"] == 0.1 * (peers.rank + 1)
 
     def test_groups_and_shapes_that_differ_are_told(self, peers):
-        def one(*shapes):
+        def make_optimizer(*shapes):
             groups = [{"params": [torch.nn.Parameter(torch.ones(s))]} for s in shapes]
             return torch.optim.Adam(groups, lr=0.1 * (peers.rank + 1))
 
-        optimizer = one(2, 3) if peers.rank == 0 else one(2)
+        optimizer = make_optimizer(2, 3) if peers.rank == 0 else make_optimizer(2)
         with same_error(peers, StateMismatchError, "root has 2 groups, this rank 1"):
             horovod.broadcast_optimizer_state(optimizer)
-        optimizer = one(2, 3) if peers.rank == 0 else one(2, 4)
+        optimizer = make_optimizer(2, 3) if peers.rank == 0 else make_optimizer(2, 4)
         shapes = "group 1: root has parameters of shapes [[3]], this rank [[4]]"
         with same_error(peers, StateMismatchError, shapes):
             horovod.broadcast_optimizer_state(optimizer)
@@ -344,7 +344,7 @@ class TestObjects:
 
         last = peers.size - 1
         if peers.rank == last:
-            monkeypatch.setattr(object_exchange, "make_room", no_room)
+            monkeypatch.setattr(object_exchange, "allocate_buffers", no_room)
         with same_error(peers, StageError, f"rank {last} of", "8000 bytes (MemoryError)"):
             horovod.broadcast_object(np.ones(1000))
 

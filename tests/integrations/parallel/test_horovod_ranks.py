@@ -112,8 +112,8 @@ def test_a_process_set(peers, run, shared_path):
     assert found.allgather(peers.rank) == ranks
     # Fewer than Horovod has, and all the same right for a manager.
     state = ArrayState("x", {"x": np.full(3, found.rank)}, sync="root")
-    with manager(shared_path / "set", state, comm=found) as one:
-        one.save(step=4)
+    with manager(shared_path / "set", state, comm=found) as checkpoints:
+        checkpoints.save(step=4)
     assert state.arrays["x"].tolist() == [0] * 3
     found.Free()
     # Roots are Horovod's ranks, not those in the set.
@@ -143,8 +143,8 @@ def test_horovod_on_some_ranks_only_is_refused_on_all(peers, run, shared_path):
         manager(shared_path / "root")
     # The next communicator is free of it.
     run(peers)
-    with manager(shared_path / "root") as one:
-        assert one.generations() == []
+    with manager(shared_path / "root") as checkpoints:
+        assert checkpoints.generations() == []
 
 
 def test_ranks_that_are_not_horovods_are_refused(peers, run):
@@ -153,7 +153,7 @@ def test_ranks_that_are_not_horovods_are_refused(peers, run):
     with same_error(
         peers,
         LaunchError,
-        "MPI and Horovod do not agree about the job",
+        "MPI and Horovod disagree about the ranks of the job",
         "ranks 0 and 1 of MPI are both rank 0 there",
     ):
         horovod.communicator(peers)

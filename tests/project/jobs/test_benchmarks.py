@@ -32,7 +32,9 @@ def test_every_case_runs(everything):
     assert {figure.case for figure in figures} == set(CASES)
     groups = {(figure.case, figure.group) for figure in figures}
     for key in groups:
-        assert any(one.ceiling for one in figures if (one.case, one.group) == key), key
+        assert any(
+            figure.ceiling for figure in figures if (figure.case, figure.group) == key
+        ), key
     assert all(figure.ranks == 2 and figure.hosts == 1 for figure in figures)
     assert all(figure.median > 0 for figure in figures)
     assert len({figure.run for figure in figures}) == 1

@@ -67,10 +67,10 @@ def job():
 @pytest.fixture
 def saved(comm, shared_path, job):
     """A directory with generations 1, 2 and 3, of those numbers."""
-    with manager(shared_path, *job.states) as one:
+    with manager(shared_path, *job.states) as checkpoints:
         for number in (1, 2, 3):
             job.set(number)
-            one.save(step=10 * number)
+            checkpoints.save(step=10 * number)
     job.set(-1)
     return shared_path
 
@@ -140,8 +140,8 @@ def test_what_is_pruned_while_it_is_opened_is_not_bad(
     comm, saved, job, monkeypatch, caplog
 ):
     prune_once_open_on_root(comm, saved, monkeypatch)
-    with manager(saved, *job.states, io=IO(readers="all")) as one:
-        report = one.restore()
+    with manager(saved, *job.states, io=IO(readers="all")) as checkpoints:
+        report = checkpoints.restore()
         # Root alone goes on with what it has open; the others have nothing to open.
         assert report.generation == (3 if comm.size == 1 else 2)
         assert job.holds(report.generation)
@@ -152,14 +152,14 @@ def test_what_is_pruned_while_it_is_opened_is_not_bad(
 
 
 def test_a_pinned_generation_that_is_pruned_is_not_replaced(comm, saved, job, monkeypatch):
-    with manager(saved, *job.states, io=IO(readers="all")) as one:
-        one.restore(only=["object"])
+    with manager(saved, *job.states, io=IO(readers="all")) as checkpoints:
+        checkpoints.restore(only=["object"])
         prune_once_open_on_root(comm, saved, monkeypatch)
         if comm.size == 1:
-            assert one.restore(only=["arrays"]).generation == 3
+            assert checkpoints.restore(only=["arrays"]).generation == 3
         else:
             with same_error(comm, ReadError, "checkpoint-00000003"):
-                one.restore(only=["arrays"])
+                checkpoints.restore(only=["arrays"])
 
 
 def damage_on_root(comm, path, how):
@@ -172,18 +172,18 @@ def damage_on_root(comm, path, how):
 def test_the_older_one_is_used(comm, saved, job, how):
     bad = saved / "checkpoint-00000003"
     damage_on_root(comm, bad, how)
-    with manager(saved, *job.states, io=IO(window_bytes=1)) as one:
-        report = one.restore()
+    with manager(saved, *job.states, io=IO(window_bytes=1)) as checkpoints:
+        report = checkpoints.restore()
         assert job.holds(2)
         assert_same(comm, plain(report))
-        assert (report.generation, report.step, one.steps) == (2, 20, 20)
+        assert (report.generation, report.step, checkpoints.steps) == (2, 20, 20)
         assert list(report.quarantined) == [str(bad)]
-        assert [info.generation for info in one.generations()] == [1, 2]
+        assert [info.generation for info in checkpoints.generations()] == [1, 2]
         # A number that was used is not used again, whatever became of it.
         job.set(4)
-        assert one.save().generation == 4
+        assert checkpoints.save().generation == 4
         job.set(-1)
-        assert one.restore().generation == 4
+        assert checkpoints.restore().generation == 4
         assert job.holds(4)
     if comm.rank == 0:
         aside = saved / ".quarantine" / "checkpoint-00000003"
@@ -201,27 +201,27 @@ def test_the_older_one_is_used(comm, saved, job, how):
 def test_two_bad_ones_in_a_row(comm, saved, job):
     damage_on_root(comm, saved / "checkpoint-00000003", "last leaf")
     damage_on_root(comm, saved / "checkpoint-00000002", "no manifest")
-    with manager(saved, *job.states) as one:
-        report = one.restore()
+    with manager(saved, *job.states) as checkpoints:
+        report = checkpoints.restore()
     assert job.holds(1)
     assert len(report.quarantined) == 2
-    with manager(saved, *job.states) as one:
-        assert one.restore().quarantined == {}
+    with manager(saved, *job.states) as checkpoints:
+        assert checkpoints.restore().quarantined == {}
 
 
 def test_an_older_bad_one_is_not_looked_at(comm, saved, job):
     damage_on_root(comm, saved / "checkpoint-00000002", "last leaf")
-    with manager(saved, *job.states) as one:
-        assert one.restore().quarantined == {}
+    with manager(saved, *job.states) as checkpoints:
+        assert checkpoints.restore().quarantined == {}
         assert job.holds(3)
-        assert [info.generation for info in one.generations()] == [1, 2, 3]
+        assert [info.generation for info in checkpoints.generations()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("how", ["stream", "no shard", "garbage manifest"])
 def test_none_is_good(comm, saved, job, how):
     for number in (1, 2, 3):
         damage_on_root(comm, saved / f"checkpoint-{number:08d}", how)
-    with manager(saved, *job.states) as one:
+    with manager(saved, *job.states) as checkpoints:
         for _ in range(2):
             with same_error(
                 comm,
@@ -229,23 +229,23 @@ def test_none_is_good(comm, saved, job, how):
                 f"no generation in {saved} is good",
                 ".quarantine",
             ) as caught:
-                one.restore()
+                checkpoints.restore()
             assert len(caught.error.problems) == 3
-    with manager(saved, *job.states) as one:
+    with manager(saved, *job.states) as checkpoints:
         with same_error(comm, CorruptGenerationError, "checkpoint-00000002"):
-            one.restore()
+            checkpoints.restore()
         # It is still possible to start anew, and to go on from there.
         job.set(7)
-        assert one.save().generation == 4
+        assert checkpoints.save().generation == 4
         job.set(-1)
-        assert one.restore().generation == 4
+        assert checkpoints.restore().generation == 4
     assert job.holds(7)
 
 
 def test_root_alone_warns_once(comm, saved, job, caplog):
     damage_on_root(comm, saved / "checkpoint-00000003", "last leaf")
-    with manager(saved, *job.states) as one:
-        one.restore()
+    with manager(saved, *job.states) as checkpoints:
+        checkpoints.restore()
     warned = [r for r in caplog.records if "failed to verify" in r.getMessage()]
     assert len(warned) == (comm.rank == 0)
 
@@ -253,23 +253,23 @@ def test_root_alone_warns_once(comm, saved, job, caplog):
 def test_a_bad_one_found_by_a_partial_restore(comm, saved, job):
     # The damage is in a state that is not asked for: all of them must be of one save.
     damage_on_root(comm, saved / "checkpoint-00000003", "stream")
-    with manager(saved, *job.states) as one:
-        report = one.restore(only=["arrays"])
+    with manager(saved, *job.states) as checkpoints:
+        report = checkpoints.restore(only=["arrays"])
         assert report.generation == 2
         assert (job.arrays["a"] == 2).all()
-        assert one.restore(only=["stream", "object"]).generation == 2
+        assert checkpoints.restore(only=["stream", "object"]).generation == 2
         assert job.holds(2)
 
 
 def test_partial_restores_use_one_generation(comm, saved, job):
-    with manager(saved, *job.states) as one:
-        assert one.restore(only=["arrays"]).generation == 3
+    with manager(saved, *job.states) as checkpoints:
+        assert checkpoints.restore(only=["arrays"]).generation == 3
         damage_on_root(comm, saved / "checkpoint-00000003", "stream")
         with same_error(comm, CorruptGenerationError, "stream.bin"):
-            one.restore(only=["stream"])
+            checkpoints.restore(only=["stream"])
         assert job.stream.text == "-1" * 5000
         # From the start again, all are of the one before.
-        assert one.restore().generation == 2
+        assert checkpoints.restore().generation == 2
         assert job.holds(2)
 
 
@@ -277,7 +277,7 @@ def test_everything_that_does_not_fit_is_listed(comm, saved, job):
     job.arrays["a"] = np.zeros(999)
     job.arrays["b"] = np.zeros(1000, "f4")
     job.arrays["d"] = job.arrays.pop("c")
-    with manager(saved, *job.states) as one:
+    with manager(saved, *job.states) as checkpoints:
         with same_error(
             comm,
             StateMismatchError,
@@ -287,7 +287,7 @@ def test_everything_that_does_not_fit_is_listed(comm, saved, job):
             "c F64[1000] is saved, the program has no such leaf",
             "d F64[1000] is in the program, not in the checkpoint",
         ) as caught:
-            one.restore()
+            checkpoints.restore()
         assert caught.error.generation == 3
     assert not job.arrays["b"].any()
     assert (job.arrays["d"] == -1).all()
@@ -302,14 +302,14 @@ def test_what_does_not_fit_one_rank_is_told_to_all(comm, saved, job):
     last = comm.size - 1
     if comm.rank == last:
         job.arrays["a"] = np.zeros(5)
-    with manager(saved, *job.states) as one:
+    with manager(saved, *job.states) as checkpoints:
         with same_error(
             comm, StateMismatchError, f"rank {last} of", "the program has a F64[5]"
         ):
-            one.restore()
+            checkpoints.restore()
         assert (job.arrays["b"] == -1).all()
         job.arrays["a"] = np.zeros(1000)
-        assert one.restore().generation == 3
+        assert checkpoints.restore().generation == 3
     assert job.holds(3)
 
 
@@ -320,8 +320,11 @@ def test_a_state_that_became_another_kind(comm, saved, job):
         "'arrays' was saved as leaves",
         "'object' was saved as leaves",
     )
-    with manager(saved, *states) as one, same_error(comm, StateMismatchError, *expected):
-        one.restore()
+    with (
+        manager(saved, *states) as checkpoints,
+        same_error(comm, StateMismatchError, *expected),
+    ):
+        checkpoints.restore()
     assert states[0].value == 1
     assert [state.text for state in states[1:]] == ["", ""]
 
@@ -329,17 +332,17 @@ def test_a_state_that_became_another_kind(comm, saved, job):
 def test_states_that_are_missing_or_unexpected(comm, saved, job):
     new = ObjectState("new", "untouched")
     states = [*job.states[:2], new]
-    with manager(saved, *states) as one:
+    with manager(saved, *states) as checkpoints:
         with same_error(
             comm,
             StateMismatchError,
             "state 'new' is in the program, not saved",
             "state 'stream' is saved, not in the program",
         ):
-            one.restore()
+            checkpoints.restore()
         assert (job.arrays["a"] == -1).all()
-    with manager(saved, *states, strict=False) as one:
-        report = one.restore()
+    with manager(saved, *states, strict=False) as checkpoints:
+        report = checkpoints.restore()
     assert (report.missing, report.unexpected) == (("new",), ("stream",))
     assert (job.arrays["a"] == 3).all()
     assert job.object.value["n"] == 3
@@ -350,11 +353,11 @@ def test_states_that_are_missing_or_unexpected(comm, saved, job):
 def test_nothing_was_ever_saved(comm, shared_path, job):
     job.set(5)
     for root in (shared_path, shared_path / "not" / "there"):
-        with manager(root, *job.states) as one:
-            assert one.restore() is None
-            assert one.restore(only=["arrays"]) is None
-            assert one.generations() == []
-            assert one.steps == 0
+        with manager(root, *job.states) as checkpoints:
+            assert checkpoints.restore() is None
+            assert checkpoints.restore(only=["arrays"]) is None
+            assert checkpoints.generations() == []
+            assert checkpoints.steps == 0
     assert job.holds(5)
     # Owned from the start: a second job must hear of the first before it trains.
     assert comm.bcast((shared_path / "not" / "there" / ".lock").exists())
@@ -365,15 +368,15 @@ def test_checkpoints_of_adaptdl_are_not_read(comm, shared_path, job):
         (shared_path / "checkpoint-3").mkdir()
         (shared_path / "checkpoint-3" / "model").write_bytes(b"a pickle")
     comm.barrier()
-    with manager(shared_path, *job.states) as one:
+    with manager(shared_path, *job.states) as checkpoints:
         for _ in range(2):
             with same_error(
                 comm, UnsupportedFormatError, "checkpoints of adaptdl (checkpoint-3)"
             ):
-                one.restore()
+                checkpoints.restore()
         job.set(1)
-        assert one.save().generation == 1
-        assert one.restore().generation == 1
+        assert checkpoints.save().generation == 1
+        assert checkpoints.restore().generation == 1
     assert comm.bcast((shared_path / "checkpoint-3" / "model").exists())
 
 
@@ -384,11 +387,11 @@ def test_a_newer_format_is_not_gone_behind(comm, saved, job):
             lambda text: text.replace('"version":1', '"version":2'),
         )
     comm.barrier()
-    with manager(saved, *job.states) as one:
+    with manager(saved, *job.states) as checkpoints:
         with same_error(comm, UnsupportedFormatError, "version 2", "checkpoint-00000003"):
-            one.restore()
+            checkpoints.restore()
         assert job.holds(-1)
-        assert [info.generation for info in one.generations()] == [1, 2]
+        assert [info.generation for info in checkpoints.generations()] == [1, 2]
     assert comm.bcast((saved / "checkpoint-00000003").exists())
 
 
@@ -399,9 +402,9 @@ def test_a_load_that_fails_on_one_rank(comm, saved, job):
         Stream.load(job.stream, fileobj)
 
     job.stream.load = load
-    with manager(saved, *job.states) as one:
+    with manager(saved, *job.states) as checkpoints:
         with same_error(comm, RestoreError, "cannot load that here", "mixture"):
-            one.restore()
+            checkpoints.restore()
         del job.stream.load
-        assert one.restore().generation == 3
+        assert checkpoints.restore().generation == 3
     assert job.holds(3)

@@ -121,7 +121,7 @@ def test_a_restore_undoes_what_was_changed_in_place(comm, shared_path, holders):
             report = manager.restore()
             assert program.seen() == before
         # In place: what a program has taken hold of is still what it trains.
-        assert [id(one) for one in program.module.parameters()] == [*map(id, weights)]
+        assert [id(param) for param in program.module.parameters()] == [*map(id, weights)]
         assert (report.from_memory, report.generation, report.step) == (True, 0, 5)
         assert (manager.steps, report.size, report.saved_size) == (5, comm.size, comm.size)
         assert manager.generations() == []
@@ -287,12 +287,14 @@ def test_a_program_of_another_form_is_refused(comm, shared_path):
 def test_several_writers_write_from_the_copies(comm, shared_path):
     memory = Memory("all")
     program = Program(comm.rank)
-    with make(shared_path, program, comm, memory, writers="all", asynchronous=True) as one:
-        pending = one.save(step=1)
+    with make(
+        shared_path, program, comm, memory, writers="all", asynchronous=True
+    ) as checkpoints:
+        pending = checkpoints.save(step=1)
         before = program.seen()
         program.change()
         pending.wait()
-        assert one.restore().from_memory
+        assert checkpoints.restore().from_memory
         assert program.seen() == before
     later = Program(comm.rank, seed=3)
     with make(shared_path, later, comm, None) as manager:

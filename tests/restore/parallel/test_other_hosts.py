@@ -40,17 +40,21 @@ def test_generations_of_another_host_are_no_fresh_start(comm, apart, shared_path
             earlier.save()
             earlier.save()
     alone.Free()
-    with manager(apart, array) as one:
+    with manager(apart, array) as checkpoints:
         with same_error(comm, ReadError, "root, on h0", f"2 on h{last}, the newest 2"):
-            one.restore()
-        one.save()  # who wants to begin anew may, and finds it again
-        assert one.restore().generation == 1
+            checkpoints.restore()
+        checkpoints.save()  # who wants to begin anew may, and finds it again
+        assert checkpoints.restore().generation == 1
 
 
 def test_a_directory_that_root_alone_sees_is_told_of(comm, apart, array, caplog):
-    with manager(apart, array) as one, caplog.at_level(logging.WARNING):
-        assert one.restore() is None
-    told = [one for one in caplog.messages if "no other" in one or "do not see it" in one]
+    with manager(apart, array) as checkpoints, caplog.at_level(logging.WARNING):
+        assert checkpoints.restore() is None
+    told = [
+        message
+        for message in caplog.messages
+        if "no other" in message or "do not see it" in message
+    ]
     assert len(told) == (comm.rank == 0 and comm.size > 1)
     for line in told:
         assert f"{comm.size - 1} other hosts do not see it, h1 first" in line
@@ -59,10 +63,10 @@ def test_a_directory_that_root_alone_sees_is_told_of(comm, apart, array, caplog)
 
 def test_a_directory_that_all_see_is_no_matter(comm, on_hosts, shared_path, array, caplog):
     on_hosts([f"h{rank}" for rank in range(comm.size)])
-    with manager(shared_path, array) as one, caplog.at_level(logging.WARNING):
-        assert one.restore() is None
-        one.save()
-        assert one.restore().generation == 1
+    with manager(shared_path, array) as checkpoints, caplog.at_level(logging.WARNING):
+        assert checkpoints.restore() is None
+        checkpoints.save()
+        assert checkpoints.restore().generation == 1
     assert_same(comm, caplog.messages)
     assert caplog.messages == []
 
@@ -73,16 +77,16 @@ def test_a_listing_of_old_on_roots_host_is_no_fresh_start(
     on_hosts([f"h{rank}" for rank in range(comm.size)])
     if comm.size == 1:
         pytest.skip("one rank has no other host")
-    with manager(shared_path, array) as one:
-        one.save()
+    with manager(shared_path, array) as checkpoints:
+        checkpoints.save()
     if comm.rank == 0:
         for name in ("survey", "settled_survey"):
             monkeypatch.setattr(catalog, name, lambda _: Survey())
     with (
-        manager(shared_path, array) as one,
-        same_error(comm, ReadError, "root is shown an old state"),
+        manager(shared_path, array) as checkpoints,
+        same_error(comm, ReadError, "root sees an old state of it"),
     ):
-        one.restore()
+        checkpoints.restore()
 
 
 @pytest.mark.parametrize("kind", ["ext4", None])
@@ -91,10 +95,10 @@ def test_a_batch_job_on_a_local_disk_is_told_of_it(
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(elsewhere, "local_file_system", lambda _: kind)
-    with manager(shared_path, array) as one, caplog.at_level(logging.WARNING):
-        assert one.restore() is None
-        one.save()
-        one.restore()
+    with manager(shared_path, array) as checkpoints, caplog.at_level(logging.WARNING):
+        assert checkpoints.restore() is None
+        checkpoints.save()
+        checkpoints.restore()
     told = [line for line in caplog.messages if "ext4, which no other host sees" in line]
     assert len(told) == (kind is not None and comm.rank == 0)
 

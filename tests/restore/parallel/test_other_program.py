@@ -43,15 +43,15 @@ def values(module):
 def refused(comm, root, state, texts, *, strict=False):
     """Require a restore to be refused alike on all ranks."""
     with (
-        manager(root, state, strict=strict) as one,
+        manager(root, state, strict=strict) as checkpoints,
         same_error(comm, StateMismatchError, *texts),
     ):
-        one.restore()
+        checkpoints.restore()
 
 
 def saved_with(root, *states):
-    with manager(root, *states) as one:
-        one.save()
+    with manager(root, *states) as checkpoints:
+        checkpoints.save()
 
 
 def test_arrays_that_only_one_side_has(comm, shared_path):
@@ -60,8 +60,8 @@ def test_arrays_that_only_one_side_has(comm, shared_path):
     texts = ["old", "new", "nothing was changed"]
     refused(comm, shared_path, ArrayState("a", arrays), texts, strict=True)
     assert (arrays["x"] == 0).all()
-    with manager(shared_path, ArrayState("a", arrays), strict=False) as one:
-        report = one.restore()
+    with manager(shared_path, ArrayState("a", arrays), strict=False) as checkpoints:
+        report = checkpoints.restore()
     assert report.missing_leaves == {"a": ("new",)}
     assert report.unexpected_leaves == {"a": ("old",)}
     assert (arrays["x"] == 1).all()
@@ -73,8 +73,8 @@ def test_parameters_that_only_one_side_has(comm, shared_path):
     old = network(1, gone=torch.nn.Linear(2, 2), mark=Extra("saved"), lost=Extra("x"))
     saved_with(shared_path, ModuleState("net", old))
     live = network(2, more=torch.nn.Linear(6, 6), mark=Extra("live"))
-    with manager(shared_path, ModuleState("net", live), strict=False) as one:
-        report = one.restore()
+    with manager(shared_path, ModuleState("net", live), strict=False) as checkpoints:
+        report = checkpoints.restore()
     assert set(report.missing_leaves["net"]) == {"more.weight", "more.bias"}
     assert set(report.unexpected_leaves["net"]) == {
         "gone.weight", "gone.bias", "lost._extra_state",
@@ -126,8 +126,8 @@ def test_scheduler_that_only_one_side_has(comm, shared_path, had_it):
     saved_with(shared_path, state)
     live, live_optimizer, state = training(0.25, with_scheduler=not had_it)
     refused(comm, shared_path, state, ["scheduler"], strict=True)
-    with manager(shared_path, state, strict=False) as one:
-        report = one.restore()
+    with manager(shared_path, state, strict=False) as checkpoints:
+        report = checkpoints.restore()
     told = report.unexpected_leaves if had_it else report.missing_leaves
     assert told == {"train": ("scheduler/*",)}
     assert values(live) == values(module)
@@ -142,8 +142,8 @@ def test_module_can_be_had_without_its_optimizer(comm, shared_path):
     saved_with(shared_path, state)
     live, _, state = training(0.25, with_scheduler=False, more=torch.nn.Linear(2, 2))
     refused(comm, shared_path, state, ["more.weight is in the program"])
-    with manager(shared_path, TrainState(module=live), strict=False) as one:
-        report = one.restore()
+    with manager(shared_path, TrainState(module=live), strict=False) as checkpoints:
+        report = checkpoints.restore()
     assert report.unexpected_leaves == {"train": ("optimizer/*",)}
     assert report.missing_leaves == {"train": ("module/more.weight", "module/more.bias")}
     assert values(live) | values(module) == values(live)
@@ -166,7 +166,7 @@ def test_names_that_carry_the_number_of_ranks_are_told_with_advice(comm, shared_
     saved_with(shared_path, ObjectState("cache of 7", 1))
     live = ObjectState("cache of 8", 2)
     refused(comm, shared_path, live, ["cache of 7", "PerRankState"], strict=True)
-    with manager(shared_path, live, strict=False) as one:
-        report = one.restore()
+    with manager(shared_path, live, strict=False) as checkpoints:
+        report = checkpoints.restore()
     assert (report.missing, report.unexpected) == (("cache of 8",), ("cache of 7",))
     assert live.value == 2

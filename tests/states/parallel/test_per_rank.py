@@ -79,22 +79,22 @@ def test_failure_in_the_midst_reaches_all_and_leaves_nothing_behind(
 
 def test_every_rank_gets_its_own_value_back(comm, shared_path):
     state = PerRankState("position", value_of(comm.rank))
-    with manager(shared_path, state) as one:
-        report = one.save()
+    with manager(shared_path, state) as checkpoints:
+        report = checkpoints.save()
         state.value = None
-        one.restore()
+        checkpoints.restore()
     assert report.sync.differing == {}
     assert is_value_of(comm.rank, state.value)
 
 
 def test_what_a_rank_receives_does_not_grow_with_the_ranks(peers, shared_path):
     states = PerRankState("cache", bytes([peers.rank]) * 10_000), RNGState()
-    with manager(shared_path, *states) as one:
-        one.save()
+    with manager(shared_path, *states) as checkpoints:
+        checkpoints.save()
         own = sum(len(state.part()) for state in states)
-        communicator = one._session.comm
+        communicator = checkpoints._session.comm
         with RecordingHandle(communicator) as handle:
-            one.restore()
+            checkpoints.restore()
     if peers.rank:
         received = handle.sent_by("Irecv") + handle.sent_by("Ibcast")
         assert own <= received < own + 3000  # and what is told of the generation
@@ -109,14 +109,14 @@ def fewer(peers):
 
 
 def test_fewer_ranks_take_the_values_of_the_first(peers, fewer, shared_path, caplog):
-    with manager(shared_path, PerRankState("p", value_of(peers.rank))) as one:
-        one.save()
+    with manager(shared_path, PerRankState("p", value_of(peers.rank))) as checkpoints:
+        checkpoints.save()
     if peers.rank < peers.size - 1:
         state = PerRankState("p")
-        with manager(shared_path, state, comm=fewer) as one:
-            one.restore()
+        with manager(shared_path, state, comm=fewer) as checkpoints:
+            checkpoints.restore()
         assert is_value_of(peers.rank, state.value)
-        told = [one for one in caplog.messages if "go to no rank" in one]
+        told = [message for message in caplog.messages if "go to no rank" in message]
         assert len(told) == (peers.rank == 0)
 
 
@@ -126,8 +126,8 @@ def test_more_ranks_keep_what_they_have(peers, fewer, shared_path):
             m.save()
     peers.Barrier()
     state = PerRankState("p", "as made")
-    with manager(shared_path, state) as one:
-        one.restore()
+    with manager(shared_path, state) as checkpoints:
+        checkpoints.restore()
     if peers.rank < peers.size - 1:
         assert is_value_of(peers.rank, state.value)
     else:
@@ -148,14 +148,14 @@ def test_resize_makes_the_values_of_another_number_of_ranks(peers, fewer, shared
         return share_out(values, size)
 
     mine = [10 * peers.rank, 10 * peers.rank + 1]
-    with manager(shared_path, PerRankState("seen", mine, resize=resize)) as one:
-        one.save()
-        one.restore()
+    with manager(shared_path, PerRankState("seen", mine, resize=resize)) as checkpoints:
+        checkpoints.save()
+        checkpoints.restore()
     assert calls == []  # the same number: each its own
     if peers.rank < peers.size - 1:
         state = PerRankState("seen", resize=resize)
-        with manager(shared_path, state, comm=fewer) as one:
-            one.restore()
+        with manager(shared_path, state, comm=fewer) as checkpoints:
+            checkpoints.restore()
         everything = [10 * rank + more for rank in range(peers.size) for more in (0, 1)]
         assert state.value == everything[peers.rank :: fewer.size]
         assert calls == ([peers.size] if peers.rank == 0 else [])
@@ -176,16 +176,18 @@ def test_resize_that_fails_fails_on_all_and_changes_nothing(
     peers, fewer, shared_path, resize, text
 ):
     arrays = {"x": np.ones(10)}
-    with manager(shared_path, ArrayState("a", arrays), PerRankState("seen", [1])) as one:
-        one.save()
+    with manager(
+        shared_path, ArrayState("a", arrays), PerRankState("seen", [1])
+    ) as checkpoints:
+        checkpoints.save()
     arrays["x"][:] = 5
     if peers.rank < peers.size - 1:
         state = PerRankState("seen", "mine", resize=resize)
         with (
-            manager(shared_path, ArrayState("a", arrays), state, comm=fewer) as one,
+            manager(shared_path, ArrayState("a", arrays), state, comm=fewer) as checkpoints,
             same_error(fewer, RestoreError, "seen", text),
         ):
-            one.restore()
+            checkpoints.restore()
         assert state.value == "mine"
         assert (arrays["x"] == 5).all()
 
@@ -193,16 +195,16 @@ def test_resize_that_fails_fails_on_all_and_changes_nothing(
 def test_damaged_part_of_any_rank_makes_all_fall_back(comm, shared_path):
     arrays = {"x": np.zeros(10)}
     state = PerRankState("p")
-    with manager(shared_path, ArrayState("a", arrays), state) as one:
+    with manager(shared_path, ArrayState("a", arrays), state) as checkpoints:
         for number in (1, 2):
             state.value = b"%d %d" % (number, comm.rank) * 100
             arrays["x"][:] = number
-            path = one.save().path
+            path = checkpoints.save().path
         state.value = None
         if comm.rank == 0:
             flip(path / SHARD, -1)  # in the part of the last rank
         comm.Barrier()
-        report = one.restore()
+        report = checkpoints.restore()
     assert report.generation == 1
     assert list(report.quarantined)
     assert state.value == b"1 %d" % comm.rank * 100
@@ -224,32 +226,35 @@ def test_parts_larger_than_the_window_and_than_a_block(
     state = PerRankState("p", mine)
     with manager(
         shared_path, state, io=IO(window_bytes=window_bytes, message_bytes=100)
-    ) as one:
-        one.save()
+    ) as checkpoints:
+        checkpoints.save()
         state.value = None
-        one.restore()
+        checkpoints.restore()
     assert state.value == mine
 
 
 def test_states_of_other_kinds_are_a_mismatch_on_all(comm, shared_path):
-    with manager(shared_path, PerRankState("s", 1), ObjectState("o", 2)) as one:
-        one.save()
+    with manager(shared_path, PerRankState("s", 1), ObjectState("o", 2)) as checkpoints:
+        checkpoints.save()
     for states in (
         (RNGState("s"), ObjectState("o")),
         (ObjectState("s"), ObjectState("o")),
         (PerRankState("s"), PerRankState("o")),
     ):
-        with manager(shared_path, *states) as one, same_error(comm, StateMismatchError):
-            one.restore()
+        with (
+            manager(shared_path, *states) as checkpoints,
+            same_error(comm, StateMismatchError),
+        ):
+            checkpoints.restore()
 
 
 def test_asynchronous_save_has_the_values_of_its_moment(comm, shared_path):
     state = PerRankState("p", [comm.rank])
-    with manager(shared_path, state, asynchronous=True) as one:
-        pending = one.save()
+    with manager(shared_path, state, asynchronous=True) as checkpoints:
+        pending = checkpoints.save()
         state.value.append("later")
         pending.wait()
-        one.restore()
+        checkpoints.restore()
     assert state.value == [comm.rank]
 
 
@@ -257,10 +262,10 @@ def test_all_write_and_all_read(comm, shared_path):
     arrays = {f"{n}": np.full(100, n) for n in range(8)}
     state = PerRankState("p", comm.rank)
     options = {"writers": "all", "io": IO(readers="all")}
-    with manager(shared_path, ArrayState("a", arrays), state, **options) as one:
-        one.save()
+    with manager(shared_path, ArrayState("a", arrays), state, **options) as checkpoints:
+        checkpoints.save()
         state.value = None
-        one.restore()
+        checkpoints.restore()
     assert state.value == comm.rank
     assert_same(comm, sorted(arrays))
 
@@ -289,33 +294,33 @@ def test_callback_is_told_of_another_number_of_ranks(peers, fewer, shared_path):
     def note(old, new):
         calls.append((old, new, arrays["x"][0]))
 
-    with manager(shared_path, ArrayState("a", arrays)) as one:
-        assert one.restore(on_resize=note) is None
-        one.save(step=7)
+    with manager(shared_path, ArrayState("a", arrays)) as checkpoints:
+        assert checkpoints.restore(on_resize=note) is None
+        checkpoints.save(step=7)
         arrays["x"][:] = 0
-        one.restore(on_resize=note)
+        checkpoints.restore(on_resize=note)
         assert calls == []  # as many as saved
     arrays["x"][:] = 0
     if peers.rank < peers.size - 1:
-        with manager(shared_path, ArrayState("a", arrays), comm=fewer) as one:
-            one.restore()
-            one.restore(["a"], on_resize=note)
+        with manager(shared_path, ArrayState("a", arrays), comm=fewer) as checkpoints:
+            checkpoints.restore()
+            checkpoints.restore(["a"], on_resize=note)
         assert calls == [(peers.size, fewer.size, 1.0)]  # with the restored state
 
 
 def test_callback_that_fails_on_one_rank_fails_on_all(peers, fewer, shared_path):
     state = ArrayState("a", {"x": np.zeros(3)})
-    with manager(shared_path, state) as one:
-        one.save(step=7)
+    with manager(shared_path, state) as checkpoints:
+        checkpoints.save(step=7)
 
     def break_on_root(old, new):
         if peers.rank == 0:
             raise ZeroDivisionError(f"{old} to {new}")
 
     if peers.rank < peers.size - 1:
-        with manager(shared_path, state, comm=fewer) as one:
+        with manager(shared_path, state, comm=fewer) as checkpoints:
             text = f"{peers.size} to {fewer.size}"
             with same_error(fewer, RestoreError, "on_resize", text, "rank 0"):
-                one.restore(on_resize=break_on_root)
-            assert one.steps == 7
-            one.restore()
+                checkpoints.restore(on_resize=break_on_root)
+            assert checkpoints.steps == 7
+            checkpoints.restore()

@@ -104,15 +104,15 @@ def described(states):
 def test_every_state_comes_back(comm, shared_path):
     saved = everything(seed=2)
     expected = described(saved)
-    with manager(shared_path, *saved) as one:
-        report = one.save(step=17, metrics={"loss": 0.25})
+    with manager(shared_path, *saved) as checkpoints:
+        report = checkpoints.save(step=17, metrics={"loss": 0.25})
     assert report.sync.bytes_sent == 0
     assert_same(comm, plain(report))
     fresh = everything(seed=comm.rank if comm.rank != 2 else 9)
     pointers = [p.data_ptr() for p in fresh[0]._module.parameters()]
-    with manager(shared_path, *fresh) as one:
-        report = one.restore()
-        assert one.steps == 17
+    with manager(shared_path, *fresh) as checkpoints:
+        report = checkpoints.restore()
+        assert checkpoints.steps == 17
     assert described(fresh) == expected
     assert [p.data_ptr() for p in fresh[0]._module.parameters()] == pointers
     assert_same(comm, plain(report))
@@ -136,19 +136,20 @@ def test_training_goes_on_as_if_nothing_had_happened(comm, shared_path):
             train(model, optimizer)
             scheduler.step()
 
-    one = make(0)
-    go_on(*one)
+    training = make(0)
+    go_on(*training)
     with manager(
-        shared_path, TrainState(module=one[0], optimizer=one[1], scheduler=one[2])
+        shared_path,
+        TrainState(module=training[0], optimizer=training[1], scheduler=training[2]),
     ) as m:
         m.save()
-    go_on(*one)
+    go_on(*training)
     other = make(comm.rank + 1)
     state = TrainState(module=other[0], optimizer=other[1], scheduler=other[2])
     with manager(shared_path, state) as m:
         m.restore()
     go_on(*other)
-    for ours, theirs in zip(one[0].parameters(), other[0].parameters(), strict=True):
+    for ours, theirs in zip(training[0].parameters(), other[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -188,21 +189,21 @@ def only_root_touches_files(comm, shared_path, monkeypatch):
 def test_other_ranks_never_touch_a_file(comm, shared_path):
     states = everything(seed=1)
     root = shared_path / "deep" / "directory"
-    with manager(root, *states) as one:
-        one.restore()
-        one.save()
-        one.save(only=["model"])
-        one.restore()
-        one.restore(only=["arrays"])
-        assert len(one.generations()) == 2
-    with manager(root, *everything(seed=0)) as one:
-        one.restore()
+    with manager(root, *states) as checkpoints:
+        checkpoints.restore()
+        checkpoints.save()
+        checkpoints.save(only=["model"])
+        checkpoints.restore()
+        checkpoints.restore(only=["arrays"])
+        assert len(checkpoints.generations()) == 2
+    with manager(root, *everything(seed=0)) as checkpoints:
+        checkpoints.restore()
 
 
 def test_root_reads_each_byte_once(comm, shared_path, monkeypatch):
     states = everything(seed=1)
-    with manager(shared_path, *states) as one:
-        one.save()
+    with manager(shared_path, *states) as checkpoints:
+        checkpoints.save()
     reads = []
     read_at = filesystem.read_at
 
@@ -212,8 +213,8 @@ def test_root_reads_each_byte_once(comm, shared_path, monkeypatch):
         return read_at(descriptor, into, offset)
 
     monkeypatch.setattr(filesystem, "read_at", recorded)
-    with manager(shared_path, *states) as one:
-        report = one.restore()
+    with manager(shared_path, *states) as checkpoints:
+        report = checkpoints.restore()
     if comm.rank > 0:
         assert reads == []
         return
@@ -245,8 +246,8 @@ def test_windows_of_any_size(comm, shared_path, window_bytes, monkeypatch):
     streams = [Stream(f"stream {n}", "x" * n) for n in (0, 64, 65, 500)]
     states = [ArrayState("a", {k: v.copy() for k, v in arrays.items()}), *streams]
     states.append(ArrayState("strided", {"s": strided.copy(order="F")}))
-    with manager(shared_path, *states) as one:
-        path = one.save().path
+    with manager(shared_path, *states) as checkpoints:
+        path = checkpoints.save().path
     if comm.rank == 0:
         assert read_manifest(path).block_bytes == 64
     for array in (*states[0].arrays.values(), *states[-1].arrays.values()):
@@ -255,8 +256,8 @@ def test_windows_of_any_size(comm, shared_path, window_bytes, monkeypatch):
         stream.text = ""
     with manager(
         shared_path, *states, io=IO(window_bytes=window_bytes, message_bytes=64)
-    ) as one:
-        one.restore()
+    ) as checkpoints:
+        checkpoints.restore()
     for name, array in arrays.items():
         assert np.array_equal(states[0].arrays[name], array)
     assert np.array_equal(states[-1].arrays["s"], strided)
@@ -267,10 +268,10 @@ def test_leaves_of_several_blocks(comm, shared_path):
     size = 40 << 20
     whole = np.arange(size // 4, dtype="i4")
     arrays = {"large": whole.copy(), "small": np.arange(10)}
-    with manager(shared_path, ArrayState("a", arrays)) as one:
-        one.save()
+    with manager(shared_path, ArrayState("a", arrays)) as checkpoints:
+        checkpoints.save()
         arrays["large"][:] = 0
-        report = one.restore()
+        report = checkpoints.restore()
     assert np.array_equal(arrays["large"], whole)
     assert report.bytes_read < size + 10_000
 
@@ -303,15 +304,15 @@ def test_every_rank_gets_its_own_random_streams_back(comm, shared_path):
     torch.manual_seed(seed)
     generators = make_generators(seed)
     draw(generators)
-    with manager(shared_path, RNGState(generators=generators)) as one:
-        report = one.save()
+    with manager(shared_path, RNGState(generators=generators)) as checkpoints:
+        report = checkpoints.save()
         expected = [draw(generators) for _ in range(4)]
     assert report.sync.differing == {}
     generators = make_generators(0)
-    with manager(shared_path, RNGState(generators=generators)) as one:
-        one.restore()
+    with manager(shared_path, RNGState(generators=generators)) as checkpoints:
+        checkpoints.restore()
         assert [draw(generators) for _ in range(4)] == expected
-        one.restore()
+        checkpoints.restore()
         assert [draw(generators) for _ in range(4)] == expected
     firsts = [drawn[0][0] for drawn in comm.allgather(expected)]
     assert len(set(firsts)) == comm.size
@@ -319,32 +320,32 @@ def test_every_rank_gets_its_own_random_streams_back(comm, shared_path):
 
 def test_a_later_save_has_the_streams_of_then(comm, shared_path):
     np.random.seed(comm.rank)
-    with manager(shared_path, RNGState()) as one:
-        one.save()
+    with manager(shared_path, RNGState()) as checkpoints:
+        checkpoints.save()
         np.random.rand(5)
         for sync in (True, False):
-            one.save(sync=sync)
+            checkpoints.save(sync=sync)
             expected = np.random.rand(3).tolist()
-            one.restore()
+            checkpoints.restore()
             assert np.random.rand(3).tolist() == expected
 
 
 def test_an_accumulator_saves_what_is_pending_on_any_rank(comm, shared_path):
     sums = Accumulator(name="sums")
-    with manager(shared_path, sums) as one:
+    with manager(shared_path, sums) as checkpoints:
         sums["n"] += comm.rank + 1
         sums["list"] += np.array([1.0, comm.rank])
-        one.save()
-        one.save()
+        checkpoints.save()
+        checkpoints.save()
         with sums.synchronized():
             found = dict(sums)
     total = comm.size * (comm.size + 1) // 2
     assert found["n"] == total
     assert found["list"].tolist() == [comm.size, total - comm.size]
     fresh = Accumulator(name="sums")
-    with manager(shared_path, fresh) as one:
+    with manager(shared_path, fresh) as checkpoints:
         fresh["n"] += 1000  # an update of a run that starts over is not counted
-        one.restore()
+        checkpoints.restore()
         fresh["n"] += 1
         with fresh.synchronized(replayed=False):
             assert fresh["n"] == total + comm.size
@@ -354,16 +355,16 @@ def test_an_accumulator_saves_what_is_pending_on_any_rank(comm, shared_path):
 def test_the_sampler_goes_on_where_it_was(comm, shared_path):
     sampler = ElasticSampler(50, 12, seed=3)
     seen = []
-    with manager(shared_path, sampler) as one:
+    with manager(shared_path, sampler) as checkpoints:
         sampler.set_epoch(4)
         batches = iter(sampler)
         for _ in range(2):
             seen += next(batches)
             sampler.record_batch()
-        one.save()
+        checkpoints.save()
     fresh = ElasticSampler(50, 12, seed=3)
-    with manager(shared_path, fresh) as one:
-        one.restore()
+    with manager(shared_path, fresh) as checkpoints:
+        checkpoints.restore()
         fresh.set_epoch(4)
         rest = [index for batch in fresh for index in batch]
         assert_same(comm, len(list(fresh)))
@@ -373,25 +374,25 @@ def test_the_sampler_goes_on_where_it_was(comm, shared_path):
 
 def test_epochs_go_on_where_they_were(comm, shared_path):
     epochs = EpochState()
-    with manager(shared_path, epochs) as one:
+    with manager(shared_path, epochs) as checkpoints:
         for epoch in remaining_epochs_until(5, epochs):
             if epoch == 2:
-                one.save()
+                checkpoints.save()
                 break
     fresh = EpochState()
-    with manager(shared_path, fresh) as one:
-        one.restore()
+    with manager(shared_path, fresh) as checkpoints:
+        checkpoints.restore()
         assert list(remaining_epochs_until(5, fresh)) == [2, 3, 4]
     assert_same(comm, fresh.finished)
 
 
 def test_what_root_saved_is_what_all_get_without_a_sync(comm, shared_path):
     arrays = {"x": np.full(3, comm.rank)}
-    with manager(shared_path, ArrayState("a", arrays)) as one:
-        report = one.save(sync=False)
+    with manager(shared_path, ArrayState("a", arrays)) as checkpoints:
+        report = checkpoints.save(sync=False)
         assert report.sync.bytes_hashed == 0
         assert arrays["x"].tolist() == [comm.rank] * 3
-        one.restore()
+        checkpoints.restore()
     assert arrays["x"].tolist() == [0, 0, 0]
 
 
@@ -399,11 +400,11 @@ def test_ranks_of_a_part_of_the_job_have_a_root_of_their_own(comm, shared_path):
     part = comm.Split(color=comm.rank % 2)
     arrays = {"x": np.full(3, comm.rank)}
     root = shared_path / str(comm.rank % 2)
-    with manager(root, ArrayState("a", arrays, sync="root"), comm=part) as one:
-        assert one.is_root == (part.rank == 0)
-        assert one.save().size == part.size
+    with manager(root, ArrayState("a", arrays, sync="root"), comm=part) as checkpoints:
+        assert checkpoints.is_root == (part.rank == 0)
+        assert checkpoints.save().size == part.size
         arrays["x"][:] = -1
-        one.restore()
+        checkpoints.restore()
     assert arrays["x"].tolist() == [comm.rank % 2] * 3
     part.Free()
 

@@ -32,12 +32,12 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(topology, "_CHAIN_PIECE_BYTES_LEAST", LEAST)
 
 
-def check_bcast(one, contents, source):
-    if one.rank == source:
+def check_bcast(communicator, contents, source):
+    if communicator.rank == source:
         buffers = [memoryview(content) for content in contents]  # read-only
     else:
         buffers = [memoryview(bytearray(len(content))) for content in contents]
-    bcast_buffers(one, buffers, "testing", source)
+    bcast_buffers(communicator, buffers, "testing", source)
     assert [bytes(buffer) for buffer in buffers] == contents
 
 
@@ -46,41 +46,41 @@ def test_any_grouping_and_any_source(comm, on_hosts, make_communicator, small_pi
     stream = randoms(case)
     for hosts in groupings(comm.size):
         on_hosts(hosts)
-        one = make_communicator()
+        communicator = make_communicator()
         for source in range(comm.size):
             contents = [stream.randbytes(length) for length in LENGTHS[case]]
-            check_bcast(one, contents, source)
+            check_bcast(communicator, contents, source)
 
 
 def test_random_shapes(comm, on_hosts, make_communicator, small_pieces):
     stream = randoms("chains")
     for hosts in groupings(comm.size):
         on_hosts(hosts)
-        one = make_communicator()
+        communicator = make_communicator()
         for _ in range(8):
-            one.message_bytes = stream.randint(64, 1000)
+            communicator.message_bytes = stream.randint(64, 1000)
             lengths = [
                 int(stream.expovariate(1 / 700)) if stream.random() < 0.9 else 0
                 for _ in range(stream.randint(0, 40))
             ]
             contents = [stream.randbytes(length) for length in lengths]
-            with RecordingHandle(one) as handle:
-                check_bcast(one, contents, stream.randrange(comm.size))
-            assert handle.largest <= one.message_bytes
+            with RecordingHandle(communicator) as handle:
+                check_bcast(communicator, contents, stream.randrange(comm.size))
+            assert handle.largest <= communicator.message_bytes
 
 
 def test_each_link_carries_each_byte_once(comm, on_hosts, make_communicator, small_pieces):
     lengths = [5000, 1, 20, 30_000, 8]
     for hosts in groupings(comm.size):
         on_hosts(hosts)
-        one = make_communicator()
+        communicator = make_communicator()
         if len(set(hosts)) == 1:
-            assert one.node is None
+            assert communicator.node is None
             continue
         for source in range(comm.size):
-            with RecordingHandle(one) as handle:
-                check_bcast(one, [bytes(length) for length in lengths], source)
-            link = one.topology.link(comm.rank, source)
+            with RecordingHandle(communicator) as handle:
+                check_bcast(communicator, [bytes(length) for length in lengths], source)
+            link = communicator.topology.link(comm.rank, source)
             received = sum(lengths) if link.before is not None else 0
             sent = sum(lengths) if link.after is not None else 0
             assert handle.sent_by("Irecv") == received
@@ -91,10 +91,10 @@ def test_each_link_carries_each_byte_once(comm, on_hosts, make_communicator, sma
 
 def test_what_does_not_fill_a_chain_goes_by_the_library(comm, on_hosts, make_communicator):
     on_hosts([str(rank) for rank in range(comm.size)])
-    one = make_communicator()
+    communicator = make_communicator()
     content = randoms("little").randbytes(10_000)
-    with RecordingHandle(one) as handle:
-        check_bcast(one, [content], comm.size - 1)
+    with RecordingHandle(communicator) as handle:
+        check_bcast(communicator, [content], comm.size - 1)
     assert handle.sent_by("Isend") == handle.sent_by("Irecv") == 0
     assert handle.sent_by("Ibcast") == (len(content) if comm.size > 1 else 0)
 
@@ -102,13 +102,13 @@ def test_what_does_not_fill_a_chain_goes_by_the_library(comm, on_hosts, make_com
 def test_neighbouring_bytes_are_left_alone(comm, on_hosts, make_communicator, small_pieces):
     for hosts in groupings(comm.size):
         on_hosts(hosts)
-        one = make_communicator()
+        communicator = make_communicator()
         memory = bytearray(b"#" * 30_000)
         middle = memoryview(memory)[100:29_900]
         if comm.rank == comm.size - 1:
             middle[:] = b"x" * 29_800
         parts = [middle[:5], middle[5:20_000], middle[20_000:]]
-        bcast_buffers(one, parts, "testing", comm.size - 1)
+        bcast_buffers(communicator, parts, "testing", comm.size - 1)
         assert bytes(memory) == b"#" * 100 + b"x" * 29_800 + b"#" * 100
 
 
@@ -116,9 +116,9 @@ def test_pieces_of_real_length(comm, on_hosts, make_communicator):
     content = randoms("real").randbytes((20 << 20) + 3)
     for hosts in (["a", "b", "a", "b"], ["a", "b", "c", "d"], ["a"] * 4):
         on_hosts(hosts[: comm.size])
-        one = make_communicator()
+        communicator = make_communicator()
         for source in range(comm.size):
-            check_bcast(one, [content[:1000], content, content[-5:]], source)
+            check_bcast(communicator, [content[:1000], content, content[-5:]], source)
 
 
 def test_other_transfers_between_broadcasts(
@@ -126,13 +126,13 @@ def test_other_transfers_between_broadcasts(
 ):
     # They use the same tag between the same ranks.
     on_hosts([str(rank) for rank in range(comm.size)])
-    one = make_communicator(message_bytes=64)
+    communicator = make_communicator(message_bytes=64)
     for source in range(comm.size):
-        check_bcast(one, [bytes([source]) * 3000], source)
-        gathered = gather_bytes(one, b"%d" % comm.rank * 500, "testing")
+        check_bcast(communicator, [bytes([source]) * 3000], source)
+        gathered = gather_bytes(communicator, b"%d" % comm.rank * 500, "testing")
         expected = [b"%d" % rank * 500 for rank in range(comm.size)]
-        assert gathered == (expected if one.is_root else [])
-        assert bcast_bytes(one, b"y" * 2000, "testing") == b"y" * 2000
+        assert gathered == (expected if communicator.is_root else [])
+        assert bcast_bytes(communicator, b"y" * 2000, "testing") == b"y" * 2000
 
 
 @pytest.mark.parametrize("slow", ["first", "last"])
@@ -140,7 +140,7 @@ def test_a_slow_rank_is_waited_for(
     comm, on_hosts, make_communicator, small_pieces, monkeypatch, slow
 ):
     on_hosts([str(rank) for rank in range(comm.size)])
-    one = make_communicator()
+    communicator = make_communicator()
     content = randoms(slow).randbytes(50_000)
     if comm.rank == {"first": 0, "last": comm.size - 1}[slow]:
         pack = broadcast._Flow._pack
@@ -150,20 +150,20 @@ def test_a_slow_rank_is_waited_for(
             return pack(self, message)
 
         monkeypatch.setattr(broadcast._Flow, "_pack", slowly)
-    check_bcast(one, [content, *[b"z" * 5] * 300], 0)
+    check_bcast(communicator, [content, *[b"z" * 5] * 300], 0)
 
 
 @pytest.mark.parametrize("hosts", ["aaaa", "abcd", "abab"])
 def test_a_window_of_buckets_is_all_it_takes(comm, on_hosts, make_communicator, hosts):
     on_hosts(hosts[: comm.size])
-    one = make_communicator(message_bytes=32 << 10)
+    communicator = make_communicator(message_bytes=32 << 10)
     contents = np.zeros((6000, 4 << 10), np.uint8)  # 750 buckets
     if comm.rank == 0:
         contents[:] = np.arange(6000)[:, np.newaxis] % 251
     buffers = [memoryview(row) for row in contents]
     tracemalloc.start()
     try:
-        bcast_buffers(one, buffers, "testing")
+        bcast_buffers(communicator, buffers, "testing")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -175,13 +175,13 @@ def test_a_window_of_buckets_is_all_it_takes(comm, on_hosts, make_communicator, 
 def test_closing_frees_what_the_ranks_of_a_host_share(comm, on_hosts, make_communicator):
     for hosts in groupings(comm.size):
         on_hosts(hosts)
-        one = make_communicator()
+        communicator = make_communicator()
         several = len(set(hosts)) not in (1, comm.size)
-        assert (one.node is not None) == several
+        assert (communicator.node is not None) == several
         if several:
             here = [rank for rank in range(comm.size) if hosts[rank] == hosts[comm.rank]]
-            assert one.node.allgather(comm.rank) == here
-        one.close()
+            assert communicator.node.allgather(comm.rank) == here
+        communicator.close()
         if several:
-            assert not one.node
-        one.close()
+            assert not communicator.node
+        communicator.close()

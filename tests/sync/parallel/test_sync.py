@@ -66,15 +66,15 @@ def test_equal_replicas_send_nothing(comm, shared_path, training):
         ArrayState("arrays", {"x": np.arange(1000.0), "nothing": np.zeros((0, 3))}),
         ObjectState("objects", {"a": [1, 2.5, None], "b": {3, 1, 2}, "t": torch.ones(3)}),
     ]
-    with manager(shared_path, *states) as one:
-        with RecordingHandle(one._session.comm) as handle:
-            report = one.sync()
+    with manager(shared_path, *states) as checkpoints:
+        with RecordingHandle(checkpoints._session.comm) as handle:
+            report = checkpoints.sync()
             assert handle.sent_by("Ibcast") == 0
         assert report.differing == {}
         assert report.bytes_sent == 0
         # With one rank there is nothing to compare; a save digests what it writes.
         assert (report.bytes_hashed > 8000) == (comm.size > 1)
-        assert one.save().sync == report
+        assert checkpoints.save().sync == report
     assert_same(comm, report)
 
 
@@ -82,14 +82,14 @@ def test_only_the_leaf_that_differs_is_sent(comm, shared_path):
     model = make_model()
     state = ModuleState("model", model)
     before = contents(state)
-    with manager(shared_path, state) as one:
+    with manager(shared_path, state) as checkpoints:
         for culprit in range(comm.size):
             if comm.rank == culprit:
                 with torch.no_grad():
                     model[2].weight[1, 2] += 1 + culprit
             roots = comm.bcast(contents(state))
-            with RecordingHandle(one._session.comm) as handle:
-                report = one.sync()
+            with RecordingHandle(checkpoints._session.comm) as handle:
+                report = checkpoints.sync()
             assert contents(state) == roots
             if comm.size == 1:
                 assert report.differing == {}
@@ -98,7 +98,7 @@ def test_only_the_leaf_that_differs_is_sent(comm, shared_path):
             assert report.bytes_sent == 3 * 11 * 4
             # The leaf, and the form of the one state it is in.
             assert 3 * 11 * 4 < handle.sent_by("Ibcast") < 3 * 11 * 4 + 2000
-            assert one.sync().differing == {}
+            assert checkpoints.sync().differing == {}
     # What root changed has stayed, what others changed has not.
     expected = before[1]["2.weight F32[3, 11]"]
     assert contents(state)[1]["2.weight F32[3, 11]"] != expected
@@ -129,9 +129,9 @@ def test_large_leaves_that_plainly_differ_are_found_without_a_digest(
     }
     targets = [ArrayState(name, arrays, sync="root") for name, arrays in states.items()]
     targets[2] = ObjectState("other", states["other"], sync="root")
-    with manager(shared_path, *targets) as one:
-        report = one.save().sync if save else one.sync()
-        again = one.sync()
+    with manager(shared_path, *targets) as checkpoints:
+        report = checkpoints.save().sync if save else checkpoints.sync()
+        again = checkpoints.sync()
     assert_same(comm, report)
     assert (again.differing, again.bytes_sent) == ({}, 0)
     for name, array in make_large(0).items():
@@ -152,22 +152,22 @@ def test_leaf_that_cannot_be_looked_at_is_an_error_on_all_ranks(
     if comm.size == 1:
         pytest.skip("one rank compares nothing")
     arrays = make_large(comm.rank)
-    with manager(shared_path, ArrayState("arrays", arrays)) as one:
+    with manager(shared_path, ArrayState("arrays", arrays)) as checkpoints:
         with monkeypatch.context() as patched:
             if comm.rank == comm.size - 1:
                 patched.setattr(ArrayBuffer, "view", lambda _: 1 / 0)
             with same_error(comm, StageError, f"rank {comm.size - 1}", "ZeroDivision"):
-                one.sync()
+                checkpoints.sync()
         assert arrays["all"][0] == comm.rank
-        one.sync()
+        checkpoints.sync()
     assert arrays["all"][0] == 0
 
 
 @pytest.mark.parametrize("sync", ["mean", "check"])
 def test_other_modes_need_all_digests(comm, shared_path, sync):
     arrays = make_large(comm.rank if sync == "mean" else 0)
-    with manager(shared_path, ArrayState("arrays", arrays, sync=sync)) as one:
-        report = one.sync()
+    with manager(shared_path, ArrayState("arrays", arrays, sync=sync)) as checkpoints:
+        report = checkpoints.sync()
     assert arrays["all"][0] == (comm.size - 1) / 2 * (sync == "mean")
     assert report.bytes_hashed == (5 * 640_000 if comm.size > 1 else 0)
 
@@ -181,8 +181,8 @@ def test_root_wins_in_everything(comm, shared_path):
     arrays = {"x": np.full(10, comm.rank), "y": np.zeros(2)}
     roots = comm.bcast(contents(state))
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
-    with manager(shared_path, state, ArrayState("arrays", arrays)) as one:
-        report = one.sync()
+    with manager(shared_path, state, ArrayState("arrays", arrays)) as checkpoints:
+        report = checkpoints.sync()
     assert_same(comm, plain_differing(report))
     assert contents(state) == roots
     assert arrays["x"].tolist() == [0] * 10
@@ -219,9 +219,9 @@ def test_the_mean_of_tensors(comm, shared_path, message_bytes):
     state = ModuleState("mean", module, sync="mean")
     with manager(
         shared_path, state, io=IO(message_bytes=message_bytes, window_bytes=1)
-    ) as one:
-        with RecordingHandle(one._session.comm) as handle:
-            report = one.save()
+    ) as checkpoints:
+        with RecordingHandle(checkpoints._session.comm) as handle:
+            report = checkpoints.save()
         assert handle.largest <= message_bytes
         shift = (comm.size - 1) / 2
         for name, value in values.items():
@@ -240,7 +240,7 @@ def test_the_mean_of_tensors(comm, shared_path, message_bytes):
         # What was saved is the mean, and its digests are those of the mean.
         for value in module.buffers():
             value.zero_()
-        one.restore()
+        checkpoints.restore()
         assert contents(state) == saved
 
 
@@ -249,8 +249,8 @@ def test_the_mean_is_rounded_once(comm, shared_path):
     arrays = torch.full((4,), 256.0 if comm.rank % 2 else 258.0, dtype=torch.bfloat16)
     module = torch.nn.Module()
     module.register_buffer("x", arrays)
-    with manager(shared_path, ModuleState("m", module, sync="mean")) as one:
-        one.sync()
+    with manager(shared_path, ModuleState("m", module, sync="mean")) as checkpoints:
+        checkpoints.sync()
     exact = sum(256.0 if rank % 2 else 258.0 for rank in range(comm.size)) / comm.size
     expected = torch.tensor(exact, dtype=torch.float32).to(torch.bfloat16)
     assert module.x.tolist() == [expected.item()] * 4
@@ -260,12 +260,12 @@ def test_the_mean_of_values_that_are_not_in_place(comm, shared_path):
     value = {"scalar": np.float64(comm.rank), "array": np.full(3, comm.rank, "f4"), "n": 1}
     state = ObjectState("objects", value, sync="mean")
     mean = (comm.size - 1) / 2
-    with manager(shared_path, state) as one:
-        one.save()
+    with manager(shared_path, state) as checkpoints:
+        checkpoints.save()
         assert state.value["scalar"] == mean
         assert state.value["array"].tolist() == [mean] * 3
         state.value = None
-        one.restore()
+        checkpoints.restore()
     assert state.value["scalar"] == mean
     assert type(state.value["scalar"]) is np.float64
 
@@ -274,8 +274,8 @@ def test_a_mean_of_other_forms_is_roots(comm, shared_path):
     state = ObjectState(
         "objects", {"x": np.full(2 + comm.rank, 1.0 + comm.rank)}, sync="mean"
     )
-    with manager(shared_path, state) as one:
-        one.sync()
+    with manager(shared_path, state) as checkpoints:
+        checkpoints.sync()
     assert state.value["x"].tolist() == [1, 1]
 
 
@@ -283,8 +283,8 @@ def test_check_names_the_leaves_that_differ(comm, shared_path):
     arrays = {"a": np.zeros(3), "b": np.zeros(3), "c": np.zeros(3)}
     state = ArrayState("checked", arrays, sync="check")
     value = ObjectState("plain", {"epoch": 3}, sync="check")
-    with manager(shared_path, state, value) as one:
-        assert one.save().sync.differing == {}
+    with manager(shared_path, state, value) as checkpoints:
+        assert checkpoints.save().sync.differing == {}
         if comm.size == 1:
             return
         if comm.rank == comm.size - 1:
@@ -297,41 +297,41 @@ def test_check_names_the_leaves_that_differ(comm, shared_path):
             "state 'checked': b, c differ between ranks",
             "state 'plain': (structure) differ between ranks",
         ) as caught:
-            one.save()
+            checkpoints.save()
         assert len(caught.error.problems) == 2
-        assert [info.generation for info in one.generations()] == [1]
+        assert [info.generation for info in checkpoints.generations()] == [1]
         # Nothing was changed either.
         assert comm.allgather(arrays["b"][1]) == [0] * (comm.size - 1) + [1]
         arrays["b"][1] = arrays["c"][2] = 0
         value.value["epoch"] = 4
-        assert one.save().generation == 2
+        assert checkpoints.save().generation == 2
 
 
 def test_check_of_other_forms(comm, shared_path):
     arrays = {"a": np.zeros(3 + (comm.rank == comm.size - 1))}
-    with manager(shared_path, ArrayState("checked", arrays, sync="check")) as one:
+    with manager(shared_path, ArrayState("checked", arrays, sync="check")) as checkpoints:
         if comm.size == 1:
-            one.save()
+            checkpoints.save()
         else:
             with same_error(comm, DivergedError, "(structure)"):
-                one.save()
+                checkpoints.save()
             with same_error(comm, StateMismatchError, "a F64[3]", "a F64[4]"):
-                one.sync()
+                checkpoints.sync()
 
 
 def test_none_leaves_ranks_apart_and_saves_no_rank_for_all(comm, shared_path):
     arrays = {"x": np.full(4, comm.rank + 10)}
     state = ArrayState("apart", arrays, sync="none")
-    with manager(shared_path, state) as one:
-        assert one.sync().differing == {}
+    with manager(shared_path, state) as checkpoints:
+        assert checkpoints.sync().differing == {}
         assert arrays["x"].tolist() == [comm.rank + 10] * 4
         if comm.size > 1:
             with same_error(comm, DivergedError, "'apart': x", "PerRankState"):
-                one.save()
+                checkpoints.save()
             assert arrays["x"].tolist() == [comm.rank + 10] * 4
-        assert one.save(sync=False).sync.differing == {}
+        assert checkpoints.save(sync=False).sync.differing == {}
         arrays["x"][:] = 7
-        assert one.save().generation == 2
+        assert checkpoints.save().generation == 2
 
 
 @pytest.mark.parametrize("kind", ["Adam", "SGD", "Adagrad", "LBFGS"])
@@ -356,8 +356,8 @@ def test_optimizer_state_of_root_alone(comm, shared_path, kind):
     parameters = [parameter.clone() for parameter in model.parameters()]
     state = OptimizerState("optimizer", optimizer)
     roots = comm.bcast(contents(state))
-    with manager(shared_path, state) as one:
-        report = one.sync()
+    with manager(shared_path, state) as checkpoints:
+        report = checkpoints.sync()
     assert contents(state) == roots
     assert "exp_avg" in roots[0] or kind != "Adam"
     for parameter, before in zip(model.parameters(), parameters, strict=True):
@@ -377,8 +377,8 @@ def test_objects_of_other_shapes_and_kinds(comm, shared_path):
     state = ObjectState("objects", values[comm.rank])
     kept = ObjectState("kept", {"x": np.zeros(4) + comm.rank, "y": np.ones(3)})
     live = kept.value["x"]
-    with manager(shared_path, state, kept) as one:
-        report = one.sync()
+    with manager(shared_path, state, kept) as checkpoints:
+        report = checkpoints.sync()
     assert_same(comm, contents(state))
     assert state.value["x"].tolist() == [0, 1, 2]
     assert state.value["deep"][1] == "text"
@@ -397,8 +397,8 @@ def test_objects_of_other_shapes_and_kinds(comm, shared_path):
 
 def test_pickled_values(comm, shared_path):
     state = ObjectState("pickled", complex(comm.rank, 1), pickle=True)
-    with manager(shared_path, state) as one:
-        one.sync()
+    with manager(shared_path, state) as checkpoints:
+        checkpoints.sync()
     assert state.value == complex(0, 1)
 
 
@@ -414,12 +414,12 @@ def test_tensors_that_are_not_contiguous(comm, shared_path):
     strides = [value.stride() for value in module.state_dict().values()]
     state = ModuleState("strided", module)
     roots = comm.bcast(contents(state))
-    with manager(shared_path, state, io=IO(message_bytes=64)) as one:
-        report = one.save()
+    with manager(shared_path, state, io=IO(message_bytes=64)) as checkpoints:
+        report = checkpoints.save()
         assert contents(state) == roots
         for value in module.state_dict().values():
             value.zero_()
-        one.restore()
+        checkpoints.restore()
     assert contents(state) == roots
     assert [value.stride() for value in module.state_dict().values()] == strides
     if comm.size > 1:
@@ -432,9 +432,11 @@ def test_small_messages_and_windows(comm, shared_path):
     arrays = {f"a{i}": stream.integers(0, 255, size=i * 37, dtype="u1") for i in range(40)}
     wide = {"wide": stream.standard_normal((100, 200))}
     states = [ArrayState("many", arrays), ArrayState("wide", wide)]
-    with manager(shared_path, *states, io=IO(message_bytes=64, window_bytes=1)) as one:
-        with RecordingHandle(one._session.comm) as handle:
-            one.sync()
+    with manager(
+        shared_path, *states, io=IO(message_bytes=64, window_bytes=1)
+    ) as checkpoints:
+        with RecordingHandle(checkpoints._session.comm) as handle:
+            checkpoints.sync()
         assert handle.largest <= 64
     for state in states:
         assert_same(comm, contents(state))
@@ -470,15 +472,15 @@ class UserState(State):
 def test_sync_of_the_users_own(comm, shared_path):
     state = UserState(comm)
     expected = comm.size * (comm.size - 1) / 2
-    with manager(shared_path, state) as one:
-        one.save()
+    with manager(shared_path, state) as checkpoints:
+        checkpoints.save()
         assert state.value == expected
         assert state.calls == ["sync", "save"] if comm.rank == 0 else ["sync"]
         state.value = -1.0
-        one.restore()
+        checkpoints.restore()
         assert state.value == expected
         state.calls.clear()
-        one.save(sync=False)
+        checkpoints.save(sync=False)
         assert state.calls == (["save"] if comm.rank == 0 else [])
 
 
@@ -489,7 +491,7 @@ def test_sync_of_the_user_that_fails_on_one_rank(comm, shared_path):
                 raise ZeroDivisionError("in the user's sync")
 
     state = Failing("mine")
-    with manager(shared_path, state, ArrayState("a", {"x": np.zeros(1)})) as one:
+    with manager(shared_path, state, ArrayState("a", {"x": np.zeros(1)})) as checkpoints:
         with same_error(
             comm,
             StageError,
@@ -497,10 +499,10 @@ def test_sync_of_the_user_that_fails_on_one_rank(comm, shared_path):
             "sync() of state 'mine'",
             "in the user's sync (ZeroDivisionError)",
         ):
-            one.save()
+            checkpoints.save()
         assert isinstance(StageError("x"), SaveError)
         Failing.sync = State.sync
-        assert one.save().generation == 1
+        assert checkpoints.save().generation == 1
 
 
 def test_root_contents_that_do_not_fit_a_rank(comm, shared_path):
@@ -509,12 +511,12 @@ def test_root_contents_that_do_not_fit_a_rank(comm, shared_path):
     else:
         model = torch.nn.Linear(2, 2 + (comm.rank == comm.size - 1))
     before = [parameter.clone() for parameter in model.parameters()]
-    with manager(shared_path, ModuleState("model", model)) as one:
+    with manager(shared_path, ModuleState("model", model)) as checkpoints:
         if comm.size == 1:
-            one.sync()
+            checkpoints.sync()
         else:
             with same_error(comm, StateMismatchError, "weight F32[2, 2]", "[3, 2]"):
-                one.sync()
+                checkpoints.sync()
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
 
@@ -527,8 +529,8 @@ def test_tied_and_frozen_parameters(comm, shared_path):
         model[0].weight.fill_(comm.rank)
         model[0].bias.fill_(comm.rank)
         model[1].bias.fill_(5)
-    with manager(shared_path, ModuleState("model", model)) as one:
-        report = one.sync()
+    with manager(shared_path, ModuleState("model", model)) as checkpoints:
+        report = checkpoints.sync()
     assert model[1].weight is model[0].weight
     assert not model[0].weight.any()
     assert not model[0].bias.any()
@@ -540,8 +542,8 @@ def test_tied_and_frozen_parameters(comm, shared_path):
 def test_sync_of_some(comm, shared_path):
     one_array, other = {"x": np.full(2, comm.rank)}, {"x": np.full(2, comm.rank)}
     states = [ArrayState("one", one_array), ArrayState("other", other)]
-    with manager(shared_path, *states) as one:
-        one.sync(only=["other"])
+    with manager(shared_path, *states) as checkpoints:
+        checkpoints.sync(only=["other"])
     assert one_array["x"].tolist() == [comm.rank] * 2
     assert other["x"].tolist() == [0, 0]
     assert comm.bcast(list(shared_path.iterdir())) == []
@@ -549,8 +551,8 @@ def test_sync_of_some(comm, shared_path):
 
 def test_nan_and_negative_zero_are_compared_by_their_bytes(comm, shared_path):
     arrays = {"nan": np.full(3, np.nan), "zero": np.full(3, -0.0 if comm.rank else 0.0)}
-    with manager(shared_path, ArrayState("a", arrays)) as one:
-        report = one.sync()
+    with manager(shared_path, ArrayState("a", arrays)) as checkpoints:
+        report = checkpoints.sync()
     assert not np.signbit(arrays["zero"]).any()
     assert report.differing == ({"a": ("zero",)} if comm.size > 1 else {})
 
@@ -562,5 +564,5 @@ def test_states_that_write_themselves_are_the_same_stream(comm, shared_path, tra
     state.save(stream)
     assert_same(comm, stream.getvalue())
     assert issubclass(OptimizerState, NestedState)
-    with manager(shared_path, state) as one:
-        assert plain(one.save()).sync.differing == {}
+    with manager(shared_path, state) as checkpoints:
+        assert plain(checkpoints.save()).sync.differing == {}

@@ -19,7 +19,7 @@ def listen(caplog):
 
 
 def told(caplog, level: int) -> list[str]:
-    return [one.getMessage() for one in caplog.records if one.levelno == level]
+    return [record.getMessage() for record in caplog.records if record.levelno == level]
 
 
 def test_a_save_names_what_it_makes_equal_once_then_counts(comm, shared_path, caplog):
@@ -34,14 +34,16 @@ def test_a_save_names_what_it_makes_equal_once_then_counts(comm, shared_path, ca
             assert arrays["a"].tolist() == [1] * 3
     differ = comm.size > 1
     warned = told(caplog, logging.WARNING)
-    counted = [one for one in told(caplog, logging.INFO) if "were made equal" in one]
+    counted = [
+        record for record in told(caplog, logging.INFO) if "were made equal" in record
+    ]
     if comm.rank or not differ:
         assert warned == counted == []
         return
     (line,) = warned
     assert "'statistics'" in line
-    assert "root's values of a now" in line
-    assert [one.split(": ")[1] for one in counted] == [
+    assert "all ranks now have root's values of a" in line
+    assert [record.split(": ")[1] for record in counted] == [
         "1 leaves of 1 states differed between ranks, and were made equal"
     ] * 3
 
@@ -53,7 +55,7 @@ def test_the_average_is_called_so(comm, shared_path, caplog):
         m.save()
     warned = told(caplog, logging.WARNING)
     assert len(warned) == (comm.rank == 0 and comm.size > 1)
-    assert all("the average" in one for one in warned)
+    assert all("the average" in record for record in warned)
 
 
 def test_a_long_list_of_leaves_is_cut(comm, shared_path, caplog):
@@ -76,7 +78,9 @@ def test_a_sync_that_was_asked_for_says_what_differed(comm, shared_path, caplog)
     if comm.rank == 0 and comm.size > 1:
         (line,) = told(caplog, logging.WARNING)
         assert "sync(): state 'compared' differed" in line
-        assert any("sync(): state 'rooted'" in one for one in told(caplog, logging.INFO))
+        assert any(
+            "sync(): state 'rooted'" in record for record in told(caplog, logging.INFO)
+        )
     else:
         assert told(caplog, logging.WARNING) == []
 

@@ -280,7 +280,7 @@ def _shares(sampler, rest):
     return {
         "replicas": sampler.num_replicas,
         "size": size,
-        "read": sorted(index for one in everyone for index in one),
+        "read": sorted(index for indices in everyone for index in indices),
     }
 
 

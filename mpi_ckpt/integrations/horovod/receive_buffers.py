@@ -29,7 +29,7 @@ _ALIGNMENT = 64
 _kept: list[Arena] = []
 
 
-def make_room(lengths: Sequence[int]) -> list[memoryview]:
+def allocate_buffers(lengths: Sequence[int]) -> list[memoryview]:
     """Return memory for the buffers of an object, several in one block.
 
     Not collective. A block is free again when nothing refers to any part of it.
@@ -81,5 +81,5 @@ def _find_kept(nbytes: int) -> Arena | None:
 
 def _give_back(arena: Arena) -> None:
     _kept.append(arena)
-    while sum(one.nbytes for one in _kept) > _KEPT_BYTES_MAX:
+    while sum(arena.nbytes for arena in _kept) > _KEPT_BYTES_MAX:
         del _kept[:1]

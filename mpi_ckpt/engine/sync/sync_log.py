@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _NAMES_MAX = 12
 
 
-class SyncTeller:
+class SyncLog:
     """Logs what saves have made equal: by name at first, then in numbers.
 
     Not collective. Called on root only. The running statistics of batch normalization
@@ -28,9 +28,9 @@ class SyncTeller:
     """
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._named_states: set[str] = set()
 
-    def tell_of_save(self, report: SyncReport, states: Sequence[State], step: int) -> None:
+    def log_save(self, report: SyncReport, states: Sequence[State], step: int) -> None:
         """Log what the sync before a save has changed, and name each state once.
 
         Args:
@@ -39,18 +39,18 @@ class SyncTeller:
             step: The training step of the save.
         """
         # States in parts differ until root has joined the parts.
-        parts = {one.name for one in states if isinstance(one, PartsState)}
+        parts = {state.name for state in states if isinstance(state, PartsState)}
         differing = {k: leaves for k, leaves in report.differing.items() if k not in parts}
         if not differing:
             return
         modes = _modes(states)
         for name, leaves in differing.items():
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._named_states:
+                self._named_states.add(name)
                 logger.warning(
                     "state %r differed between ranks at step %d, and the save has made it "
-                    "equal: all ranks have %s of %s now. Later saves report numbers "
-                    "only (INFO, and SaveReport.sync)",
+                    "equal: all ranks now have %s of %s. Later saves report numbers only "
+                    "(INFO, and SaveReport.sync)",
                     *(name, step, _source(modes[name]), listed(leaves)),
                 )
         logger.info(
@@ -59,7 +59,7 @@ class SyncTeller:
         )
 
 
-def tell_of_sync(report: SyncReport, states: Sequence[State]) -> None:
+def log_sync(report: SyncReport, states: Sequence[State]) -> None:
     """Log what an explicit sync has changed.
 
     Not collective. Called on root only. A warning for a state that compares its replicas,
@@ -74,18 +74,18 @@ def tell_of_sync(report: SyncReport, states: Sequence[State]) -> None:
         level = logging.WARNING if modes[name] == "check" else logging.INFO
         logger.log(
             level,
-            "sync(): state %r differed between ranks: all have %s of %s now",
+            "sync(): state %r differed between ranks: all now have %s of %s",
             *(name, _source(modes[name]), listed(leaves)),
         )
 
 
 def _modes(states: Sequence[State]) -> dict[str, str]:
-    return {one.name: one.sync_mode for one in states if isinstance(one, LeafState)}
+    return {state.name: state.sync_mode for state in states if isinstance(state, LeafState)}
 
 
 def _source(mode: str) -> str:
     if mode == "mean":
-        return "the average (of what cannot be averaged root's)"
+        return "the average (or root's values, where there is no average)"
     return "root's values"
 
 

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from mpi_ckpt.integrations.horovod import room
+from mpi_ckpt.integrations.horovod import receive_buffers
 from mpi_ckpt.integrations.horovod.packing import pack, unpack
-from mpi_ckpt.integrations.horovod.room import make_room
+from mpi_ckpt.integrations.horovod.receive_buffers import allocate_buffers
 
 LARGE = 20 << 20
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    room._kept.clear()
+    receive_buffers._kept.clear()
     yield
-    room._kept.clear()
+    receive_buffers._kept.clear()
 
 
 def address(memory):
@@ -28,7 +28,7 @@ def address(memory):
 def received(value):
     """Return an object as another rank would have it."""
     packed = pack(value)
-    space = make_room(packed.lengths)
+    space = allocate_buffers(packed.lengths)
     for target, source in zip(space, packed.buffers, strict=True):
         target[:] = source
     return unpack(packed.pickled, space)
@@ -36,14 +36,14 @@ def received(value):
 
 @pytest.mark.parametrize("lengths", [[], [0], [1, 0, 63, 64, 65], [LARGE, 3, LARGE, 0, 5]])
 def test_every_buffer_has_its_length_and_lies_apart(lengths):
-    space = make_room(lengths)
-    assert [len(one) for one in space] == lengths
-    for number, one in enumerate(space):
-        one[:] = bytes([number]) * len(one)
-    for number, one in enumerate(space):
-        assert bytes(one[:1]) == bytes([number])[: len(one)]
-        assert bytes(one[-1:]) == bytes([number])[: len(one)]
-        assert len(one) == 0 or address(one) % 16 == 0
+    space = allocate_buffers(lengths)
+    assert [len(buffer) for buffer in space] == lengths
+    for number, buffer in enumerate(space):
+        buffer[:] = bytes([number]) * len(buffer)
+    for number, buffer in enumerate(space):
+        assert bytes(buffer[:1]) == bytes([number])[: len(buffer)]
+        assert bytes(buffer[-1:]) == bytes([number])[: len(buffer)]
+        assert len(buffer) == 0 or address(buffer) % 16 == 0
 
 
 def test_what_is_in_use_is_not_given_out_again():
@@ -61,34 +61,34 @@ def test_what_is_gone_is_used_again():
     where = address(first)
     view = first[3:]
     del first
-    assert room._kept == []
+    assert receive_buffers._kept == []
     del view
-    assert [one.nbytes for one in room._kept] == [LARGE]
+    assert [arena.nbytes for arena in receive_buffers._kept] == [LARGE]
     assert address(received(np.ones(LARGE // 8))) == where
 
 
 def test_memory_of_another_size_is_left_where_it_is():
-    del_me = make_room([LARGE])
+    del_me = allocate_buffers([LARGE])
     del del_me
-    small, large = make_room([LARGE // 3]), make_room([3 * LARGE])
-    assert len(room._kept) == 1
-    fitting = make_room([LARGE - 100])
+    small, large = allocate_buffers([LARGE // 3]), allocate_buffers([3 * LARGE])
+    assert len(receive_buffers._kept) == 1
+    fitting = allocate_buffers([LARGE - 100])
     assert len(fitting[0]) == LARGE - 100
-    assert room._kept == []
+    assert receive_buffers._kept == []
     del small, large
 
 
 def test_no_more_is_kept_than_a_limit(monkeypatch):
-    monkeypatch.setattr(room, "_KEPT_BYTES_MAX", 2 * LARGE)
-    space = make_room([LARGE] * 5)
+    monkeypatch.setattr(receive_buffers, "_KEPT_BYTES_MAX", 2 * LARGE)
+    space = allocate_buffers([LARGE] * 5)
     del space
-    assert [one.nbytes for one in room._kept] == [LARGE] * 2
+    assert [arena.nbytes for arena in receive_buffers._kept] == [LARGE] * 2
 
 
 def test_small_objects_keep_nothing():
     small = received([np.ones(3), torch.ones(4)])
     del small
-    assert room._kept == []
+    assert receive_buffers._kept == []
 
 
 def test_a_tensor_that_is_more_than_its_memory_goes_as_torch_has_it():

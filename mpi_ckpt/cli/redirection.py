@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 
-class StreamGate(io.TextIOBase):
+class RedirectedStream(io.TextIOBase):
     """Replaces standard output or standard error.
 
     Args:
@@ -55,7 +55,7 @@ class StreamGate(io.TextIOBase):
             self.write("\n")
 
 
-class LogGate(logging.Handler):
+class RedirectedLog(logging.Handler):
     """Takes the logged warnings of the library and of the packages that it uses.
 
     Args:
