@@ -22,7 +22,7 @@ class Columns:
 
     __slots__ = ()
 
-    def rows(self: AnyColumns, rows: NDArray[np.int64]) -> AnyColumns:
+    def rows(self: AnyColumns, rows: NDArray[np.int64] | slice) -> AnyColumns:
         """Return some rows, in any order."""
         return type(self)(
             *(

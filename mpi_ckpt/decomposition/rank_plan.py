@@ -139,6 +139,7 @@ class Turn:
         window: Row of the window that it reads; None if it reads nothing.
         pieces: Rows of the window's pieces.
         sends: Messages to others, by increasing rank; rows of the outgoing fragments.
+        first_alike: For each of these the first with the same bytes, maybe itself.
         receives: Messages from others, by increasing rank; rows of the incoming fragments.
         kept: Rows of the fragments that it reads for itself.
     """
@@ -146,6 +147,7 @@ class Turn:
     window: int | None
     pieces: range
     sends: tuple[Transfer, ...]
+    first_alike: tuple[int, ...]
     receives: tuple[Transfer, ...]
     kept: range
 
@@ -177,10 +179,12 @@ class RankPlan:
         window = rows.start if rows else None
         first = int(self.reads.first_piece[rows.start]) if rows else 0
         pieces = range(first, first + int(self.reads.pieces[rows.start]) if rows else 0)
+        sends = _transfers(self.sends, self.sends.source, number)
         return Turn(
             window,
             pieces,
-            _transfers(self.sends, self.sends.source, number),
+            sends,
+            _first_alike(self.sends, sends),
             _transfers(self.receives, self.receives.goal, number),
             _rows_of(self.kept.turn, number),
         )
@@ -244,3 +248,15 @@ def _transfers(
         )
         for first, end in pairwise(bounds)
     )
+
+
+def _first_alike(table: Outgoing, sends: tuple[Transfer, ...]) -> tuple[int, ...]:
+    """Find messages with the same bytes: ranks may want the same box."""
+    firsts: dict[tuple[bytes, ...], int] = {}
+    found = []
+    for number, send in enumerate(sends):
+        fragments = table.rows(slice(send.fragments.start, send.fragments.stop)).named()
+        del fragments["rank"]
+        content = tuple(column.tobytes() for column in fragments.values())
+        found.append(firsts.setdefault(content, number))
+    return tuple(found)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.decomposition.copying import keep, pack, unpack
 from mpi_ckpt.decomposition.fragments import SavedTiles, WantedTiles
 from mpi_ckpt.decomposition.rank_plan import RankPlan
+from mpi_ckpt.decomposition.regions import elements_of
 from mpi_ckpt.decomposition.reshard import plan_reshard
 from tests.decomposition.drawing import slices
 
@@ -77,10 +77,12 @@ def play(case: Case, plan) -> Played:
             piece = read_window(case, played, rank, one, turn)
             keep(one, turn, piece, target_of(played, rank))
             assert [t.rank for t in turn.sends] == sorted({t.rank for t in turn.sends})
-            for transfer in turn.sends:
+            for at, transfer in enumerate(turn.sends):
                 message = np.empty(transfer.nbytes, np.uint8)
                 pack(one, transfer, piece, message)
                 mail[rank, transfer.rank] = message
+                first = turn.sends[turn.first_alike[at]]
+                assert np.array_equal(message, mail[rank, first.rank])
                 played.messages.append((number, rank, transfer.rank, transfer.nbytes))
         for rank, (one, turn) in enumerate(zip(plans, turns, strict=True)):
             for transfer in turn.receives:
@@ -118,3 +120,37 @@ def target_of(played, rank):
 
 def expected_bytes(case: Case, leaf: int, box: Box) -> bytes:
     return case.arrays[leaf][slices(box)].tobytes()
+
+
+def pack(plan, transfer, piece, message):
+    """Fill a message with its fragments."""
+    position = 0
+    for row in transfer.fragments:
+        unit = int(plan.sends.unit[row])
+        elements = elements_of(piece(int(plan.sends.piece[row])), unit)
+        view = plan.sends.source.view(row, elements)
+        end = position + view.size * unit
+        elements_of(message[position:end], unit).reshape(view.shape)[...] = view
+        position = end
+
+
+def unpack(plan, transfer, message, target):
+    """Put the fragments of a message where they belong."""
+    position = 0
+    for row in transfer.fragments:
+        unit = int(plan.receives.unit[row])
+        elements = elements_of(target(int(plan.receives.target[row])), unit)
+        view = plan.receives.goal.view(row, elements)
+        end = position + view.size * unit
+        view[...] = elements_of(message[position:end], unit).reshape(view.shape)
+        position = end
+
+
+def keep(plan, turn, piece, target):
+    """Copy the fragments that a rank reads for itself."""
+    kept = plan.kept
+    for row in turn.kept:
+        unit = int(kept.unit[row])
+        source = elements_of(piece(int(kept.piece[row])), unit)
+        goal = elements_of(target(int(kept.target[row])), unit)
+        kept.goal.view(row, goal)[...] = kept.source.view(row, source)

@@ -245,3 +245,13 @@ def test_many_senders_to_one_rank_take_turns():
         incoming[turn] = incoming.get(turn, 0) + nbytes
     assert max(incoming.values()) == 16
     assert plan.turns == 4
+
+
+def test_messages_with_the_same_bytes_are_known():
+    array = np.arange(12.0).reshape(3, 4)
+    whole, column = Box((0, 0), (3, 4)), Box((0, 2), (3, 1))
+    wanted = [(0, rank, 0, box) for rank, box in enumerate([whole, whole, column, whole])]
+    case = Case([array], [(0, 0, 0, whole)], wanted, [array.tobytes()], 4)
+    plan = case.plan(digest_bytes=96, readers=[0], window_bytes=1 << 20)
+    assert plan.of_rank(0).turn(0).first_alike == (0, 1, 0)
+    play(case, plan)
