@@ -72,7 +72,7 @@ def find_fragments_by_kind(
     first_leaves, kinds = _kinds(
         units[leaves],
         (tiles, np.column_stack((saved.offsets, saved.shapes))),
-        (targets, np.column_stack((wanted.rank, wanted.offsets, wanted.shapes))),
+        (targets, np.column_stack((wanted.offsets, wanted.shapes))),
     )
     some_tiles, some_targets = tiles.select(first_leaves), targets.select(first_leaves)
     pieces, fragments = find_fragments(

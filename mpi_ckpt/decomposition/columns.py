@@ -47,7 +47,7 @@ def _values(table: Any) -> list[tuple[str, Any]]:  # noqa: ANN401 (fields() take
 
 
 def encode_columns(columns: Mapping[str, NDArray[np.int64]], turns: int) -> bytes:
-    """Return columns and one number as bytes. Not collective. Thread-safe."""
+    """Return columns and a number, none of them negative, as bytes. Not collective."""
     narrow = {name: column.astype(_narrowest(column)) for name, column in columns.items()}
     described = [[name, c.dtype.str, list(c.shape)] for name, c in narrow.items()]
     head = json.dumps([turns, described]).encode()
@@ -71,9 +71,8 @@ def decode_columns(
 
 
 def _narrowest(column: NDArray[np.int64]) -> np.dtype[Any]:
-    """Return the smallest type of integers for a column: most of them are small."""
-    low, high = int(column.min(initial=0)), int(column.max(initial=0))
-    return np.result_type(np.min_scalar_type(low), np.min_scalar_type(high))
+    """Return the smallest type for a column without negative numbers."""
+    return np.min_scalar_type(int(column.max(initial=0)))
 
 
 def ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -65,7 +65,7 @@ class ReshardPlan:
     reads: Reads
     reader: NDArray[np.int64]
     pieces: ReadPieces
-    # Of each fragment, by turn, reader, receiver, piece and number of the wanted tile.
+    # Of each fragment, by turn, reader and receiver.
     _window: NDArray[np.int64]
     _receiver: NDArray[np.int64]
     _piece: NDArray[np.int64]
@@ -170,7 +170,8 @@ def plan_reshard(
     reader = choose_readers(file[first], stop - start, needs, readers)
     turn = order_turns(reader, needs, window_bytes)
     number = wanted.number[fragments.target]
-    order = _order_of_exchange(turn, reader, window, (receiver, piece, number))
+    # Both sides of a message have its fragments in this order.
+    order = np.lexsort((receiver, reader[window], turn[window]))
     return ReshardPlan(
         turns=int(turn.max(initial=-1)) + 1,
         reads=Reads(turn, file[first], start, stop, first, count),
@@ -240,15 +241,3 @@ def _in_file_order(
     new_number = np.empty(len(pieces.tile), np.int64)
     new_number[rows[order]] = np.arange(len(rows))
     return placed, new_number[piece]
-
-
-def _order_of_exchange(
-    turn: NDArray[np.int64],
-    reader: NDArray[np.int64],
-    window: NDArray[np.int64],
-    keys: tuple[NDArray[np.int64], ...],
-) -> NDArray[np.int64]:
-    """Sort fragments by turn, reader and the given keys: so both sides of a message do."""
-    place = np.empty(len(turn), np.int64)
-    place[np.lexsort((reader, turn))] = np.arange(len(turn))
-    return np.lexsort((*keys[::-1], place[window]))
