@@ -489,7 +489,7 @@ def test_any_json_in_place_of_any_value_is_refused_or_read(data):
 @pytest.mark.parametrize("step", [1.5, True, "7", None, 2**63])
 def test_steps_that_could_not_be_read_are_not_written(step):
     broken = Manifest(generation=1, step=step, time=0.0, job="", size=1)
-    with pytest.raises(ValueError, match="manifest has"):
+    with pytest.raises(ValueError, match=r"is no integer|out of range"):
         encode(broken)
 
 
@@ -516,7 +516,7 @@ def test_names_that_no_reader_would_take_are_not_written():
         with pytest.raises(ValueError, match="collide"):
             encode(Manifest(states=states, **noted))
     leaf = StoredLeaf(LeafSpec(5, "U8", (0,)), *place)
-    with pytest.raises(ValueError, match="where text belongs"):
+    with pytest.raises(ValueError, match="is no text"):
         encode(Manifest(states=(StoredState("a", None, (leaf,)),), **noted))
-    with pytest.raises(ValueError, match="where text belongs"):
+    with pytest.raises(ValueError, match="is no text"):
         encode(Manifest(metrics={5: 0.5}, **noted))
