@@ -17,8 +17,6 @@ from mpi_ckpt.storage.format.strict_json import shown
 SIZE_MAX = 1 << 60
 """Largest offset, length in bytes, and length of a dimension in elements."""
 
-_DIMENSIONS_MAX = 64
-
 
 def as_integer(value: object, most: int, least: int = 0) -> int:
     """Return an integer from ``least`` to ``most``. Not collective. Thread-safe.
@@ -72,19 +70,19 @@ def as_text(value: object) -> str:
     return value
 
 
-def as_shape(value: object) -> tuple[int, ...]:
-    """Return a shape, or an offset, of at most 64 dimensions.
+def as_shape(value: object, dimensions: int = 64) -> tuple[int, ...]:
+    """Return a shape, or an offset. Not collective. Thread-safe.
 
-    Not collective. Thread-safe.
+    Args:
+        value: The list of lengths.
+        dimensions: Largest number of dimensions; NumPy's arrays have at most 64.
 
     Raises:
         ValueError: On the calling rank, for any other value.
     """
     lengths = tuple([as_integer(length, SIZE_MAX) for length in as_list(value)])
-    if len(lengths) > _DIMENSIONS_MAX:
-        raise ValueError(
-            f"{len(lengths)} dimensions, at most {_DIMENSIONS_MAX} are possible"
-        )
+    if len(lengths) > dimensions:
+        raise ValueError(f"{len(lengths)} dimensions, at most {dimensions} are possible")
     return lengths
 
 
