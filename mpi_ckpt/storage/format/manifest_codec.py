@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -31,6 +32,7 @@ from mpi_ckpt.storage.format.layout import (
     check_state_name,
 )
 from mpi_ckpt.storage.format.manifest import (
+    CutLeaf,
     Extent,
     Manifest,
     StoredFile,
@@ -41,7 +43,9 @@ from mpi_ckpt.storage.format.strict_json import read_json, shown
 from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
 
 FORMAT = "mpi_ckpt"
-VERSION = 1
+VERSIONS = (1, 2)
+"""A manifest is of version 2 if, and only if, a leaf in it is cut over the ranks."""
+
 MANIFEST_BYTES_MAX = 64 << 20
 """Names some 300,000 leaves; reading it takes memory by its size (docs/security.md)."""
 
@@ -67,7 +71,7 @@ def encode(manifest: Manifest) -> bytes:
     check_names_apart(state.name for state in manifest.states)
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 2 if any(state.cut for state in manifest.states) else 1,
         "digest_algorithm": ALGORITHM,
         "block_bytes": manifest.block_bytes,
         "generation": manifest.generation,
@@ -107,7 +111,22 @@ def _encode_state(state: StoredState) -> str:
     if state.is_stream:
         return f'{{"name":{name},"stream":{{{_encode_place(state.leaves[0])}}}}}'
     leaves = ",".join([_encode_leaf(leaf) for leaf in state.leaves])
-    return f'{{"name":{name},"structure":{_json(state.structure)},"leaves":[{leaves}]}}'
+    cut = _encode_cut(state) if state.cut else ""
+    structure = _json(state.structure)
+    return f'{{"name":{name},"structure":{structure},"leaves":[{leaves}]{cut}}}'
+
+
+def _encode_cut(state: StoredState) -> str:
+    cut = [
+        {
+            "name": as_text(leaf.spec.name),
+            "dtype": leaf.spec.dtype,
+            "shape": leaf.spec.shape,
+            "tiles": leaf.tiles,
+        }
+        for leaf in state.cut
+    ]
+    return f',"cut":{_json(cut)},"tile_files":{_json(state.files)}'
 
 
 # Built as text: a dict for each of thousands of leaves takes three times as long.
@@ -166,10 +185,11 @@ def decode(data: bytes | bytearray) -> Manifest:
 
 def _refuse_other_formats(document: dict[str, Any]) -> None:
     version = document.get("version")
-    if document.get("format") != FORMAT or type(version) is not int or version != VERSION:
+    is_ours = document.get("format") == FORMAT and type(version) is int
+    if not is_ours or version not in VERSIONS:
         raise UnsupportedFormatError(
             f"the manifest is of format {shown(document.get('format'))} version "
-            f"{shown(version)}; this library reads {FORMAT!r} version {VERSION}"
+            f"{shown(version)}; this library reads {FORMAT!r} versions 1 and 2"
         )
 
 
@@ -182,6 +202,9 @@ def _decode_manifest(document: dict[str, Any]) -> Manifest:
     states = tuple(
         _decode_state(entry, sizes, block_bytes) for entry in as_list(document["states"])
     )
+    if document["version"] > 1:
+        entries = zip(states, document["states"], strict=True)
+        states = tuple(_with_cut(state, entry, sizes) for state, entry in entries)
     check_names_apart(state.name for state in states)
     _check_extents(states, sizes)
     return Manifest(
@@ -224,6 +247,36 @@ def _decode_state(
     return StoredState(name, entry["structure"], leaves)
 
 
+def _with_cut(
+    state: StoredState, entry: dict[str, Any], files: dict[str, StoredFile]
+) -> StoredState:
+    """Return a state with its cut leaves, which version 1 does not have."""
+    if state.is_stream or "cut" not in entry:
+        return state
+    cut = tuple([_decode_cut_leaf(one) for one in as_list(entry["cut"])])
+    names = [leaf.spec.name for leaf in state.leaves]
+    names += [leaf.spec.name for leaf in cut]
+    _expect(len(set(names)) == len(names), f"state {state.name!r} lists a leaf twice")
+    tile_files = tuple([files[as_text(name)].name for name in as_list(entry["tile_files"])])
+    _expect(
+        len(set(tile_files)) == len(tile_files),
+        f"state {state.name!r} lists a file of tiles twice",
+    )
+    _expect(
+        bool(tile_files) == any(leaf.tiles for leaf in cut),
+        f"state {state.name!r} has tiles without files, or files without tiles",
+    )
+    return replace(state, cut=cut, files=tile_files)
+
+
+def _decode_cut_leaf(entry: dict[str, Any]) -> CutLeaf:
+    spec = as_spec(entry["name"], entry["dtype"], entry["shape"])
+    leaf = CutLeaf(spec, as_integer(entry["tiles"], SIZE_MAX))
+    if (leaf.tiles == 0) != (0 in spec.shape):
+        raise ValueError(f"leaf {shown(str(spec))} has {leaf.tiles} tiles")
+    return leaf
+
+
 def _decode_leaf(
     entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
 ) -> StoredLeaf:
@@ -259,6 +312,8 @@ def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]
     for state in states:
         for leaf in state.leaves:
             by_file[leaf.extent.file].append(leaf.extent)
+    for name in {name for state in states for name in state.files}:
+        _expect(not by_file[name], f"{name}: has leaves and tiles")
     for name, extents in by_file.items():
         end = 0
         for extent in sorted(extents, key=lambda one: (one.offset, one.nbytes)):
