@@ -94,7 +94,7 @@ def proven_blocks(
 
 
 def verify(reader: GenerationReader) -> None:
-    """Prove every byte of a generation.
+    """Prove every byte of a generation, and that tiles make up its cut leaves.
 
     Not collective.
 
@@ -102,7 +102,7 @@ def verify(reader: GenerationReader) -> None:
         CorruptGenerationError: On the calling rank, for the first wrong byte.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
-    for _ in proven_blocks(reader, reader.manifest.leaves):
+    for _ in proven_blocks(reader, reader.leaves()):
         pass
 
 

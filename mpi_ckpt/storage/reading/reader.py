@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import BlockHasher, digest_bytes
@@ -14,15 +15,23 @@ from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format import manifest_codec
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_number
 from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
+from mpi_ckpt.storage.format.tile_table import TABLE_BYTES_MAX
 from mpi_ckpt.storage.reading.open_files import OpenFiles
+from mpi_ckpt.storage.reading.tile_index import TileIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
 
-    from mpi_ckpt.storage.format.manifest import Manifest, StoredFile, StoredLeaf
+    from mpi_ckpt.storage.format.manifest import (
+        Manifest,
+        StoredFile,
+        StoredLeaf,
+        StoredTile,
+    )
+    from mpi_ckpt.storage.reading.tile_index import LeafKey
 
 # Errors of open that mean a damaged generation, rather than an unreachable one.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
@@ -88,6 +97,8 @@ class GenerationReader:
         # Threads append; concurrent additions to a number would lose some.
         self._counts: list[int] = []
         self._files = OpenFiles(path)
+        self._lock = Lock()
+        self._tiles: Mapping[LeafKey, tuple[StoredTile, ...]] | None = None
         try:
             for file in self.manifest.files:
                 self._check(file)
@@ -114,6 +125,35 @@ class GenerationReader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def tiles(self) -> Mapping[LeafKey, tuple[StoredTile, ...]]:
+        """Return the tiles of each cut leaf, by the names of its state and of the leaf.
+
+        Not collective. Thread-safe. The first call reads and proves the headers of the
+        files of tiles.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if a header is damaged, contradicts
+                the manifest, or the tiles do not make up the leaves.
+            ReadError: On the calling rank, if the operating system cannot read it.
+        """
+        with self._lock:
+            if self._tiles is None:
+                index = TileIndex(self.manifest)
+                for file in index.files:
+                    with self._reading(file.name):
+                        index.add(file, self._read_header(file))
+                with _corrupt_unless_readable(self.path, self.manifest.generation):
+                    self._tiles = index.finish()
+            return self._tiles
+
+    def leaves(self) -> list[StoredLeaf]:
+        """Return the whole leaves and the tiles of all states. Not collective. Thread-safe.
+
+        Errors are those of `tiles`.
+        """
+        tiles = [tile.leaf for found in self.tiles().values() for tile in found]
+        return self.manifest.leaves + tiles
 
     def read_block(self, leaf: StoredLeaf, block: int) -> memoryview:
         """Return one block of a leaf, proven; `proven_blocks` reads many.
@@ -217,6 +257,17 @@ class GenerationReader:
             hasher.update(into[:count])
         if hasher.finish().whole != file.header_digest:
             raise ValueError("its header does not match its digest")
+
+    def _read_header(self, file: StoredFile) -> bytes:
+        if file.header_bytes > TABLE_BYTES_MAX:
+            raise ValueError(f"{file.header_bytes} bytes are no header of tiles")
+        header = bytearray(file.header_bytes)
+        with self._files.use(file.name) as found, memoryview(header) as into:
+            self._counts.append(filesystem.read_at(found.descriptor, into, 0))
+        # It may have changed since the generation was opened.
+        if digest_bytes(header) != file.header_digest:
+            raise ValueError("its header does not match its digest")
+        return bytes(header)
 
     def _check(self, file: StoredFile) -> None:
         with self._reading(file.name), self._files.use(file.name) as found:

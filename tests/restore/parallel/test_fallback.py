@@ -381,11 +381,11 @@ def test_a_newer_format_is_not_gone_behind(comm, saved, job):
     if comm.rank == 0:
         rewrite(
             saved / "checkpoint-00000003" / "manifest.json",
-            lambda text: text.replace('"version":1', '"version":2'),
+            lambda text: text.replace('"version":1', '"version":3'),
         )
     comm.barrier()
     with manager(saved, *job.states) as one:
-        with same_error(comm, UnsupportedFormatError, "version 2", "checkpoint-00000003"):
+        with same_error(comm, UnsupportedFormatError, "version 3", "checkpoint-00000003"):
             one.restore()
         assert job.holds(-1)
         assert [info.generation for info in one.generations()] == [1, 2]
