@@ -4,17 +4,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import BLOCK_BYTES
+from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.array_dtypes import array_dtype_name
-from mpi_ckpt.storage.format.layout import tile_file_name
-from mpi_ckpt.storage.format.manifest import CutLeaf, Manifest, StoredState
+from mpi_ckpt.storage.format.layout import shard_file_name, tile_file_name
+from mpi_ckpt.storage.format.manifest import (
+    CutLeaf,
+    Extent,
+    Manifest,
+    StoredFile,
+    StoredLeaf,
+    StoredState,
+)
 from mpi_ckpt.storage.format.manifest_codec import encode
+from mpi_ckpt.storage.format.tensorfile import encode_header
 from mpi_ckpt.storage.format.tile_table import TileEntry, plan_tile_file
 from mpi_ckpt.storage.writing.partial import Partial
 from mpi_ckpt.storage.writing.tile_file import write_tile_file
@@ -56,13 +65,26 @@ def write_cut(
     generation: int = 1,
     block_bytes: int = BLOCK_BYTES,
     mode: IOMode = "auto",
-    beside: tuple[StoredState, ...] = (),
+    whole: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Publish a generation of cut leaves, with a file for each rank that has tiles."""
+    """Publish a generation of cut leaves, with a file for each rank that has tiles.
+
+    Args:
+        root: The checkpoint directory.
+        arrays: The cut arrays; all have as many ranks.
+        state: Name of their state.
+        generation: Its number.
+        block_bytes: Block length of the digests.
+        mode: How files are written.
+        whole: Leaves of the same state that every rank has whole.
+    """
     root.mkdir(exist_ok=True)
     partial = Partial(root, generation, "9f3c2a61b07e", mode=mode)
     specs = {name: spec_of(name, one.array) for name, one in arrays.items()}
-    files = []
+    files, leaves = [], ()
+    if whole:
+        file, leaves = write_whole(partial, state, whole, block_bytes)
+        files.append(file)
     for rank in range(max(len(one.boxes) for one in arrays.values())):
         owned = [(n, box) for n, one in arrays.items() for box in one.boxes[rank]]
         if not owned:
@@ -73,7 +95,7 @@ def write_cut(
         files.append(write_tile_file(partial, tile_file_name(rank), plan, tiles))
     counts = {name: sum(map(len, one.boxes)) for name, one in arrays.items()}
     cut = tuple(CutLeaf(spec, counts[name]) for name, spec in specs.items())
-    names = tuple(file.name for file in files)
+    names = tuple(file.name for file in files if file.name.startswith("tiles-"))
     manifest = Manifest(
         generation=generation,
         step=10 * generation,
@@ -82,9 +104,26 @@ def write_cut(
         size=max(len(one.boxes) for one in arrays.values()),
         block_bytes=block_bytes,
         files=tuple(files),
-        states=(StoredState(state, None, cut=cut, files=names), *beside),
+        states=(StoredState(state, None, leaves, cut=cut, files=names),),
     )
     return partial.publish(encode(manifest))
+
+
+def write_whole(
+    partial: Partial, state: str, arrays: dict[str, np.ndarray], block_bytes: int
+) -> tuple[StoredFile, tuple[StoredLeaf, ...]]:
+    """Write leaves that are not cut, as root does."""
+    name, specs = shard_file_name(0), [spec_of(n, a) for n, a in arrays.items()]
+    header = encode_header([(f"{state}/{one.name}", one) for one in specs], {})
+    data = [bytes_of(array, Box.whole(array.shape)) for array in arrays.values()]
+    *offsets, end = accumulate(map(len, data), initial=len(header))
+    partial.write_shard(name, [memoryview(header), *data], end)
+    leaves = tuple(
+        StoredLeaf(spec, Extent(name, offset, len(one)), Digest.of(one, block_bytes))
+        for spec, offset, one in zip(specs, offsets, data, strict=True)
+    )
+    file = StoredFile(name, end, len(header), digest_bytes(header), partial.generation)
+    return file, leaves
 
 
 def spec_of(name: str, array: np.ndarray) -> LeafSpec:
