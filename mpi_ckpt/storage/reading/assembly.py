@@ -41,9 +41,9 @@ class StoredArray:
     tiles: tuple[StoredTile, ...]
 
     @property
-    def is_cut(self) -> bool:
-        """Whether its tiles are in files of tiles."""
-        return [tile.box for tile in self.tiles] != [Box.whole(self.spec.shape)]
+    def is_whole(self) -> bool:
+        """Whether one tile is the leaf, so that its bytes are a run in a file."""
+        return [tile.box for tile in self.tiles] == [Box.whole(self.spec.shape)]
 
 
 def stored_array(
