@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -189,3 +192,131 @@ def test_prune_quarantine_and_rollback_move_generations_with_tiles(tmp_path):
     assert run("rollback", root, "--undo").exit_code == 0
     (verdict,) = ask("verify", root, "3")["generations"]
     assert verdict["state"] == "good"
+
+
+def test_show_counts_tiles_and_files(tmp_path):
+    root = tmp_path / "c"
+    fields(root)
+    text = run("show", root).stdout
+    assert "fields: 6 leaves, 5 of them cut over ranks, 562 B" in text
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
+    assert lines["leaf"][-2:] == ["tiles", "files"]
+    assert lines["rho"][-2:] == ["2", "2"]
+    assert lines["one"][-2:] == ["1", "1"]
+    assert lines["none"][-2:] == ["0", "0"]
+    (state,) = ask("show", root)["states"]
+    leaves = {leaf["name"]: leaf for leaf in state["leaves"]}
+    assert list(leaves) == ["time", *arrays_of(0)]
+    assert leaves["rho"] == {
+        "name": "rho",
+        "dtype": "F64",
+        "shape": [6, 10],
+        "bytes": 480,
+        "digest": None,
+        "file": None,
+        "tiles": 2,
+        "files": ["tiles-00000.safetensors", "tiles-00001.safetensors"],
+    }
+    assert leaves["time"]["file"] == "rank-00000.safetensors"
+    assert "tiles" not in leaves["time"]
+
+
+def test_show_draws_how_a_leaf_is_cut(tmp_path):
+    fields(tmp_path / "c")
+    for name in ("rho", "fields/rho"):
+        text = run("show", tmp_path / "c", "--leaf", name).stdout
+        assert "fields/rho: F64 6 x 10, 480 B, 2 tiles in 2 files" in text
+        assert text.count("│00000000001111111111│") == 6
+        assert "1   [0:6, 5:10]   240 B   tiles-00001.safetensors" in text
+    assert "ids" not in text
+    (state,) = ask("show", tmp_path / "c", "--leaf", "rho")["states"]
+    (leaf,) = state["leaves"]
+    assert [box["offset"] for box in leaf["boxes"]] == [[0, 0], [0, 5]]
+    assert [box["shape"] for box in leaf["boxes"]] == [[6, 5], [6, 5]]
+    assert leaf["boxes"][1]["file"] == "tiles-00001.safetensors"
+    assert leaf["boxes"][1]["bytes"] == 240
+    assert len(leaf["boxes"][1]["digest"]) == 32
+    text = run("show", tmp_path / "c", "--leaf", "time").stdout
+    assert "fields/time: F64 2, 16 B, 1 tile in 1 file" in text
+    assert "│0000000000000000│" in text
+
+
+def test_show_lists_few_of_many_tiles(tmp_path):
+    many = CutArray.by_rows(np.arange(50), [1] * 50)
+    write_cut(tmp_path / "c", {"many": many})
+    text = run("show", tmp_path / "c", "--leaf", "many").stdout
+    assert "... and 10 more: --all shows them" in text
+    assert "[49:50]" not in text
+    assert "[49:50]" in run("show", tmp_path / "c", "--leaf", "many", "--all").stdout
+
+
+def test_show_names_a_leaf_close_to_one_that_is_missing(tmp_path):
+    fields(tmp_path / "c")
+    error = ask("show", tmp_path / "c", "--leaf", "rhoo", code=2)["error"]
+    assert "no leaf 'rhoo'; did you mean 'rho'?" in error["message"]
+    error = ask("show", tmp_path / "c", "--leaf", "xyz", code=2)["error"]
+    assert "show --all lists the leaves" in error["message"]
+
+
+@pytest.fixture(scope="module")
+def painter():
+    """Draw once with matplotlib, which keeps the files of its fonts open."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure.suptitle("title")
+    figure.savefig(io.BytesIO(), format="png")
+
+
+@pytest.mark.usefixtures("painter")
+def test_show_writes_a_picture_once(tmp_path):
+    fields(tmp_path / "c")
+    file = tmp_path / "rho.png"
+    assert run("show", tmp_path / "c", "--leaf", "rho", "--png", file).exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "rho.png"]
+    error = ask("show", tmp_path / "c", "--leaf", "rho", "--png", file, code=2)["error"]
+    assert error["kind"] == "exists"
+
+
+@pytest.mark.usefixtures("painter")
+def test_picture_shows_many_files_and_names_with_dollars(tmp_path):
+    many = CutArray.by_rows(np.arange(30), [1] * 30)
+    write_cut(tmp_path / "c", {"a$b$c\\frac{1}$": many})
+    file = tmp_path / "many.png"
+    words = ("show", tmp_path / "c", "--leaf", "a$b$c\\frac{1}$", "--png", file)
+    assert run(*words).exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fields(tmp_path / "c")
+    file = tmp_path / "rho.png"
+    error = ask("show", tmp_path / "c", "--leaf", "rho", "--png", file, code=1)["error"]
+    assert "pip install matplotlib" in error["message"]
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ((), 2, "--png shows one leaf: give --leaf NAME"),
+        (("--leaf", "one"), 1, "has the shape []: a picture shows an array of one to"),
+        (("--leaf", "none"), 1, "has the shape [0, 3]: a picture"),
+    ],
+)
+def test_pictures_that_cannot_be_are_refused(tmp_path, words, code, message):
+    fields(tmp_path / "c")
+    file = tmp_path / "x.png"
+    error = ask("show", tmp_path / "c", *words, "--png", file, code=code)["error"]
+    assert message in error["message"]
+    assert not file.exists()
+
+
+def test_names_of_cut_leaves_cannot_drive_the_terminal(tmp_path):
+    name = "[red]\x1b[2J\u202eleaf"
+    write_cut(tmp_path / "c", {name: CutArray.by_rows(np.arange(4), [2, 2])})
+    for words in ((), ("--leaf", name)):
+        shown = run("show", tmp_path / "c", *words).stdout
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+        assert "[red]\\x1b[2J\\u202eleaf" in shown

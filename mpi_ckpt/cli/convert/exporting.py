@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,17 +24,16 @@ from mpi_ckpt.cli.command import (
 from mpi_ckpt.cli.directory_kinds import directory_to_look_at
 from mpi_ckpt.cli.generations import open_wanted
 from mpi_ckpt.cli.inspect.showing import pick_states
+from mpi_ckpt.cli.new_file import new_file
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.errors import WriteError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.tensorfile import encode_header
 from mpi_ckpt.storage.reading.assembly import read_box, slabs, state_arrays
 from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.storage.format.manifest import Manifest, StoredState
@@ -110,7 +107,7 @@ def export(
             raise CommandError(f"{path} holds no state", kind="absent")
         total = sum(state.nbytes for state in states)
         alone = len(names) == 1
-        with _new_file(target) as descriptor, screen.progress("exporting", total) as done:
+        with new_file(target) as descriptor, screen.progress("exporting", total) as done:
             if form == "torch":
                 from mpi_ckpt.cli.convert.torchfile import write_file
 
@@ -132,28 +129,6 @@ def export(
         f"{target}, {bytes_text(size)}, {form}"
     )
     return GOOD
-
-
-@contextmanager
-def _new_file(target: Path) -> Iterator[int]:
-    """Yield the descriptor of a file that gets its name once it is complete and durable."""
-    parent = target.absolute().parent
-    if target.is_symlink() or target.exists():
-        raise CommandError(
-            f"{target} exists, and is not overwritten", code=MISUSED, kind="exists"
-        )
-    if not parent.is_dir():
-        raise CommandError(f"{parent} is no directory", code=MISUSED, kind="usage")
-    partial = parent / f".mpi-ckpt-export-{secrets.token_hex(6)}"
-    try:
-        with os_errors_as(WriteError, "writing", target):
-            with filesystem.create_file(partial) as descriptor:
-                yield descriptor
-                filesystem.sync_file(descriptor)
-            filesystem.rename_new(partial, parent / target.name)
-            filesystem.sync_directory(parent, if_possible=True)
-    finally:
-        filesystem.remove_file(partial)
 
 
 def _write_safetensors(

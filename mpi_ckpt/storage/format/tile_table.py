@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.format.manifest import StoredFile
 
 TABLE_BYTES_MAX = 64 << 20
-"""Largest header of a file of tiles: names some 200,000 of them (docs/security.md)."""
+"""Largest header of a file of tiles: names some 300,000 of them (docs/security.md)."""
 
 _FORMAT = "mpi_ckpt"
 _LEAVES = "mpi_ckpt.leaves"
