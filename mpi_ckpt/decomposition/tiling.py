@@ -89,12 +89,12 @@ def _hole(shape: tuple[int, ...], boxes: Sequence[Box]) -> Box:
     """Return a box without elements of the given disjoint boxes, as large as it can be."""
     offsets, shapes = columns_of(boxes, len(shape))
     lows, highs = offsets, offsets + shapes
+    # What lies below the region along an axis is full, or outside: only its end can grow.
     start, end = _empty_region(shape, lows, highs)
     for axis in range(len(shape)):
         others = np.arange(len(shape)) != axis
         beside = ((lows < end) & (highs > start))[:, others].all(axis=1)
-        ends, starts = highs[beside, axis], lows[beside, axis]
-        start[axis] = max(ends[ends <= start[axis]], default=0)
+        starts = lows[beside, axis]
         end[axis] = min(starts[starts >= end[axis]], default=shape[axis])
     return Box(tuple(start.tolist()), tuple((end - start).tolist()))
 

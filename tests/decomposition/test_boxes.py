@@ -6,6 +6,7 @@ import itertools
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -139,6 +140,17 @@ def test_dividing_space_neither_loses_nor_doubles_a_pair(drawn, few, chunk):
     ndim, a, b = drawn
     module = "mpi_ckpt.decomposition.box_columns"
     with patched(module, _FEW_PAIRS=few, _CHUNK_PAIRS=chunk):
+        assert joined(a, b, ndim) == meeting_pairs(a, b)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_boxes_that_straddle_many_cuts_are_paired_once(ndim):
+    random = np.random.default_rng(ndim)
+    sides = [random.integers(0, 40, (2, 200, ndim)) for _ in range(2)]
+    a, b = [
+        [Box(tuple(o), tuple(n // 2)) for o, n in zip(*side, strict=True)] for side in sides
+    ]
+    with patched("mpi_ckpt.decomposition.box_columns", _FEW_PAIRS=100):
         assert joined(a, b, ndim) == meeting_pairs(a, b)
 
 
