@@ -38,7 +38,9 @@ from mpi_ckpt.storage.reading.reader import GenerationReader
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GOLDEN = Path(__file__).parents[2] / "restore" / "golden" / "v1" / "checkpoint-00000001"
+_GOLDEN = Path(__file__).parents[2] / "restore" / "golden"
+GOLDEN = _GOLDEN / "v1" / "checkpoint-00000001"
+CUT_GOLDEN = _GOLDEN / "v2" / "checkpoint-00000001"
 _SMALL_BYTES = 1 << 20
 _TAIL_BYTES = 46
 _BLOCK = 16
@@ -320,12 +322,14 @@ def _tile_headers() -> list[bytes]:
 
 def seeds(target: str) -> list[bytes]:
     """Return good inputs of a target, the golden generation's among them."""
-    golden = _head((GOLDEN / "manifest.json").read_bytes())
+    golden, cut = (
+        _head((path / "manifest.json").read_bytes()) for path in (GOLDEN, CUT_GOLDEN)
+    )
     shard = (GOLDEN / "rank-00000.safetensors").read_bytes()
     length = int.from_bytes(shard[:8], "little")
     small, files = _small_manifest(), _small_files()
     return {
-        "manifest": [small, golden],
+        "manifest": [small, golden, cut],
         "header": [*_headers(), shard[8 : 8 + length].rstrip()],
         "tiles": _tile_headers(),
         "directory": [
