@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.reading.read_plan import Block
+    from mpi_ckpt.storage.reading.read_plan import DigestBlock
 
 _PROBLEMS_SHOWN = 20
 _PROBLEMS_MAX = 1000
@@ -170,7 +170,7 @@ def find_problems(
     ]
     problems: list[tuple[str, CheckpointError]] = []
 
-    def refuse(block: Block, problem: CorruptGenerationError) -> None:
+    def refuse(block: DigestBlock, problem: CorruptGenerationError) -> None:
         problems.append((names[block.leaf], problem))
 
     blocks = proven_blocks(reader, reader.manifest.leaves, refuse=refuse)

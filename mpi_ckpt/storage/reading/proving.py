@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mpi_ckpt.storage.format.manifest import StoredLeaf
-    from mpi_ckpt.storage.reading.read_plan import Block, Window
+    from mpi_ckpt.storage.reading.read_plan import DigestBlock, Window
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 _WINDOW_BYTES = 32 << 20
 
-Refuse: TypeAlias = "Callable[[Block, CorruptGenerationError], None]"
+Refuse: TypeAlias = "Callable[[DigestBlock, CorruptGenerationError], None]"
 """Told of a block that is not what was saved."""
 
 
@@ -72,7 +72,7 @@ def proven_blocks(
     *,
     window_bytes: int = _WINDOW_BYTES,
     refuse: Refuse | None = None,
-) -> Generator[tuple[Block, memoryview]]:
+) -> Generator[tuple[DigestBlock, memoryview]]:
     """Yield the blocks of leaves, in the best order for reading.
 
     Not collective. Not thread-safe. Arguments and errors are those of `proven_windows`.
