@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.retention import KeepBest, KeepEvery, KeepLast
     from mpi_ckpt.state import State
     from mpi_ckpt.states.arrays import ArrayState
+    from mpi_ckpt.states.distributed.blocks import Block
+    from mpi_ckpt.states.distributed.sharded import ShardedArrayState
     from mpi_ckpt.states.module import ModuleState
     from mpi_ckpt.states.nested import ObjectState, SchedulerState
     from mpi_ckpt.states.optimizer import OptimizerState
@@ -37,6 +39,7 @@ _MODULES = {
     "Accumulator": "mpi_ckpt.elastic.accumulator",
     "ArrayState": "mpi_ckpt.states.arrays",
     "AutoInterval": "mpi_ckpt.pacing",
+    "Block": "mpi_ckpt.states.distributed.blocks",
     "CheckpointError": "mpi_ckpt.errors",
     "CheckpointManager": "mpi_ckpt.manager",
     "ElasticCollate": "mpi_ckpt.elastic.collate",
@@ -58,6 +61,7 @@ _MODULES = {
     "RestoreReport": "mpi_ckpt.reports",
     "SaveReport": "mpi_ckpt.reports",
     "SchedulerState": "mpi_ckpt.states.nested",
+    "ShardedArrayState": "mpi_ckpt.states.distributed.sharded",
     "State": "mpi_ckpt.state",
     "StopWhen": "mpi_ckpt.options",
     "SyncReport": "mpi_ckpt.reports",
@@ -71,6 +75,7 @@ __all__ = [
     "Accumulator",
     "ArrayState",
     "AutoInterval",
+    "Block",
     "CheckpointError",
     "CheckpointManager",
     "ElasticCollate",
@@ -91,6 +96,7 @@ __all__ = [
     "RestoreReport",
     "SaveReport",
     "SchedulerState",
+    "ShardedArrayState",
     "State",
     "StopWhen",
     "SyncReport",

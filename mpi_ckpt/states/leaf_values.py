@@ -20,7 +20,7 @@ from mpi_ckpt.states.arrays import array_leaf, empty_array
 from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Sequence
     from types import ModuleType
 
     from mpi_ckpt.leaf import Leaf, LeafSpec
@@ -64,6 +64,41 @@ def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN
         _require_named(name, array.dtype)
         return node, array_leaf(name, array)
     return _describe_array(name, value)
+
+
+def memory_leaf(name: str, value: Any) -> Leaf:  # noqa: ANN401
+    """Return the leaf of an array or tensor, without a description of its kind.
+
+    Not collective. For values that are restored in place.
+
+    Args:
+        name: Name of the leaf.
+        value: An array or a tensor.
+
+    Raises:
+        StageError: On the calling rank, if it is more than plain bytes.
+    """
+    if _is_tensor(value):
+        leaf: Leaf = _tensors().tensor_leaf(name, value)
+        return leaf
+    return array_leaf(name, value)
+
+
+def part_of(value: Any, place: Sequence[slice]) -> Any:  # noqa: ANN401
+    """Return a box of an array or tensor, as a view of the same memory.
+
+    Not collective.
+
+    Args:
+        value: An array or a tensor.
+        place: The range of each dimension.
+    """
+    # With the ellipsis an array without dimensions gives a view too, not a copy.
+    where = (*place, ...)
+    if _is_tensor(value):
+        with _tensors().ordinary():
+            return value.detach()[where]
+    return value[where]
 
 
 def make_value(
