@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import State
     from mpi_ckpt.states.arrays import ArrayState
     from mpi_ckpt.states.distributed.blocks import Block
+    from mpi_ckpt.states.distributed.concat import ConcatState
     from mpi_ckpt.states.distributed.sharded import ShardedArrayState
     from mpi_ckpt.states.module import ModuleState
     from mpi_ckpt.states.nested import ObjectState, SchedulerState
@@ -42,6 +43,7 @@ _MODULES = {
     "Block": "mpi_ckpt.states.distributed.blocks",
     "CheckpointError": "mpi_ckpt.errors",
     "CheckpointManager": "mpi_ckpt.manager",
+    "ConcatState": "mpi_ckpt.states.distributed.concat",
     "ElasticCollate": "mpi_ckpt.elastic.collate",
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
     "EpochState": "mpi_ckpt.elastic.epochs",
@@ -78,6 +80,7 @@ __all__ = [
     "Block",
     "CheckpointError",
     "CheckpointManager",
+    "ConcatState",
     "ElasticCollate",
     "ElasticSampler",
     "EpochState",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.errors import RegistrationError, StageError
+from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.leaf import LeafSpec, Tile
+from mpi_ckpt.states.distributed.array_memory import memory_problem
 from mpi_ckpt.states.distributed.grids import place_in_grid
-from mpi_ckpt.states.leaf_values import is_leaf_value, memory_leaf, part_of, takes_bytes
-from mpi_ckpt.states.wrappers import is_sharded
+from mpi_ckpt.states.leaf_values import memory_leaf, part_of, takes_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Block"]
 
 Ghosts = int | Sequence[int | tuple[int, int]]
-
-# Other subclasses hold more than numbers (a unit, a mask), which the file would lack.
-_ARRAYS = (np.ndarray, np.memmap, np.recarray)
 
 
 @dataclass(frozen=True, slots=True, init=False, eq=False)
@@ -251,32 +248,13 @@ def _interior_shape(
     return tuple(int(length) - low - high for length, (low, high) in sides)
 
 
-def _require_memory(array: object) -> None:
-    given: Any = array
-    is_array = isinstance(array, np.ndarray)
-    if not is_leaf_value(array) or (is_array and type(array) not in _ARRAYS):
-        kind = f"{type(array).__module__}.{type(array).__qualname__}"
-        raise RegistrationError(
-            f"a block of a {kind.removeprefix('builtins.')}: expected a NumPy array or a "
-            "torch tensor; give np.asarray() of it if that shares its memory"
-        )
-    if isinstance(array, np.generic):
-        raise RegistrationError(
-            "a block of a NumPy scalar: bytes cannot be put back into it; give an array"
-        )
-    if is_sharded(array):
-        raise _refusal(
-            array,
-            "it knows its own place in the whole: give it to a ModuleState, an "
-            "OptimizerState, a TrainState or an ObjectState as it is",
-        )
-    try:
-        memory_leaf("the array", given)
-    except StageError as error:
-        raise _refusal(array, str(error)) from None
-    if is_array and not given.flags.writeable:
+def _require_memory(array: Any) -> None:  # noqa: ANN401
+    problem = memory_problem(array)
+    if problem:
+        raise RegistrationError(f"the array of a block {problem}")
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise _refusal(array, "it is read-only: nothing could be put back into it")
-    if not takes_bytes(given):
+    if not takes_bytes(array):
         raise _refusal(
             array,
             "it overlaps itself in memory, as after np.broadcast_to() or expand(): bytes "

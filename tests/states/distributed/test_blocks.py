@@ -202,9 +202,9 @@ def test_an_empty_interior_is_not_saved():
 
 
 BROKEN = {
-    "list": ([1.0], {}, "a block of a list: expected a NumPy array or a torch tensor"),
-    "scalar": (np.float64(1), {}, "a block of a NumPy scalar"),
-    "masked": (np.ma.zeros(4), {}, "a block of a numpy.ma.*MaskedArray"),
+    "list": ([1.0], {}, "is a list, expected a NumPy array or a torch tensor"),
+    "scalar": (np.float64(1), {}, "array of a block is a NumPy scalar"),
+    "masked": (np.ma.zeros(4), {}, "is a numpy.ma.*MaskedArray"),
     "objects": (np.zeros(4, object), {}, "dtype object cannot be saved"),
     "sparse": (torch.zeros(4).to_sparse(), {}, "only dense tensors"),
     "readonly": (np.broadcast_to(np.zeros(4), (4,)), {}, "it is read-only"),
@@ -297,7 +297,7 @@ def test_rows_follow_in_rank_order():
     ("arrays", "message"),
     [
         ([np.zeros((2, 3)), np.zeros((2, 4))], "rank 1 has 4 .* dimension 1, rank 0 has 3"),
-        ([np.zeros((2, 3)), [1.0]], "rank 1: a block of a list"),
+        ([np.zeros((2, 3)), [1.0]], "rank 1: the array of a block is a list"),
         ([np.zeros((2, 3)), np.zeros(3)], r"rank 1 has a grid of \(2,\) ranks, rank 0"),
         ([np.zeros(()), np.zeros(())], "rank 0: .* no dimension to cut"),
     ],
