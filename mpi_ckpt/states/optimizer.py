@@ -9,7 +9,7 @@ from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import Arrival, Capture, Change
 from mpi_ckpt.states.nested import NestedState, is_stateful
 from mpi_ckpt.states.optimizer_params import SavedParams, describe_params
-from mpi_ckpt.states.wrappers import parameter_names
+from mpi_ckpt.states.wrappers import is_dtensor, parameter_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,19 +127,21 @@ class OptimizerState(NestedState):
 
     def device_of(self, leaf: str) -> Any:  # noqa: ANN401
         """See `NestedState`: the device that torch itself would choose. Not collective."""
-        parts = leaf.split("/")  # content/state/<index>/<key>...
-        if parts[:2] != ["content", "state"] or not parts[2].isdecimal():
+        param, group = self._owner_of(leaf)
+        if param is None:
             return "cpu"
-        params = self._params()
-        group_of = [g for g in self._optimizer.param_groups for _ in g["params"]]
-        index = int(parts[2])
-        if index >= len(params):
-            return "cpu"
-        group = group_of[index]
-        on_host = parts[-1] == "step" and not (
-            group.get("capturable") or group.get("fused")
-        )
-        return "cpu" if on_host else params[index].device
+        is_step = leaf.endswith("/step")
+        on_host = is_step and not (group.get("capturable") or group.get("fused"))
+        return "cpu" if on_host else param.device
+
+    def like(self, spec: LeafSpec) -> Any:  # noqa: ANN401
+        """See `NestedState`: the parameter, if it is a DTensor. Not collective."""
+        param, _ = self._owner_of(spec.name)
+        if not is_dtensor(param):
+            return None
+        # Optimizers keep plain tensors for single numbers, such as their steps.
+        is_number = not spec.shape and (param.shape or spec.name.endswith("/step"))
+        return None if is_number else param
 
     def accept(self, value: Any) -> None:  # noqa: ANN401
         """See `NestedState`. Not collective."""
@@ -176,6 +178,17 @@ class OptimizerState(NestedState):
         optimizer.__setstate__(
             {"state": optimizer.state, "param_groups": optimizer.param_groups}
         )
+
+    def _owner_of(self, leaf: str) -> tuple[Any, dict[str, Any]]:
+        """Return the parameter whose state a leaf is, and its group; None for another."""
+        parts = leaf.split("/")  # content/state/<index>/<key>...
+        if parts[:2] == ["content", "state"] and parts[2].isdecimal():
+            index = int(parts[2])
+            for group in self._optimizer.param_groups:
+                if index < len(group["params"]):
+                    return group["params"][index], group
+                index -= len(group["params"])
+        return None, {}
 
     def _has_own_loading(self) -> bool:
         import torch

@@ -133,14 +133,15 @@ class TrainState(LeafState):
 
         found = [targets.get(spec.name) for spec in specs]
         leaves = [
-            one and Leaf(spec, one.buffer) for spec, one in zip(specs, found, strict=True)
+            one and Leaf(spec, one.buffer, tiles=one.tiles)
+            for spec, one in zip(specs, found, strict=True)
         ]
 
         def elsewhere(index: int) -> Leaf | None:
             spec = specs[index]
             arrival, at = homes[spec.name]
             leaf = arrival.elsewhere(at)
-            return leaf and Leaf(spec, leaf.buffer)
+            return leaf and Leaf(spec, leaf.buffer, tiles=leaf.tiles)
 
         return Arrival(leaves, adopt, tuple(missing), tuple(unexpected), elsewhere)
 
