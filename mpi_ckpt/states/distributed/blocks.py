@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.decomposition.boxes import Box
+from mpi_ckpt.decomposition.boxes import Box, grow, wrapped
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.leaf import LeafSpec, Tile
 from mpi_ckpt.states.distributed.array_memory import memory_problem
@@ -19,8 +18,6 @@ from mpi_ckpt.states.distributed.grids import place_in_grid
 from mpi_ckpt.states.leaf_values import memory_leaf, part_of, takes_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from numpy.typing import NDArray
 
@@ -188,15 +185,10 @@ class Block:
 
     def targets(self) -> list[Tile]:
         """Return the tiles that a restore fills, with ghost cells. Not collective."""
-        sides = zip(self.box.offset, self.box.end, self.ghosts, strict=True)
-        ranges = [(first - low, end + high) for first, end, (low, high) in sides]
-        runs = map(_runs, ranges, self.shape, self.periodic)
+        grown = grow(self.box, self.ghosts)
         return [
-            self._tile(
-                Box(tuple(run.start for run in piece), tuple(run.length for run in piece)),
-                [slice(run.at, run.at + run.length) for run in piece],
-            )
-            for piece in product(*runs)
+            self._tile(box, [slice(o, o + n) for o, n in zip(at, box.shape, strict=True)])
+            for box, at in wrapped(grown, self.shape, self.periodic)
         ]
 
     def _tile(self, box: Box, place: Sequence[slice]) -> Tile:
@@ -215,30 +207,6 @@ class Block:
                 self.array,
                 f"its interior {box} does not lie in the whole, {Box.whole(self.shape)}",
             )
-
-
-class _IndexRun(NamedTuple):
-    """Successive elements along a dimension of the whole array, and of a block's array."""
-
-    start: int
-    length: int
-    at: int
-
-
-def _runs(ends: tuple[int, int], length: int, is_periodic: bool) -> Iterator[_IndexRun]:
-    """Cut a range that may leave the domain into runs within it."""
-    first, end = ends
-    if not is_periodic:
-        start, stop = max(first, 0), min(end, length)
-        if start < stop:
-            yield _IndexRun(start, stop - start, start - first)
-        return
-    here = first
-    while length and here < end:
-        start = here % length
-        count = min(length - start, end - here)
-        yield _IndexRun(start, count, here - first)
-        here += count
 
 
 def _interior_shape(
