@@ -152,6 +152,17 @@ def test_thirteen_rows_on_three_times_two_ranks():
     assert boxes == [f"[{run}, 0:4]" for run in rows]
 
 
+def test_a_save_after_the_forward_pass_finds_the_sharded_parameters():
+    for _, mesh in each_rank(2, names=["dp"]):
+        net = sharded_linear(mesh, 13)
+        net.set_reshard_after_forward(False)
+        with torch.no_grad():
+            net(torch.ones(2, 4))
+        assert not isinstance(net.weight, DTensor)
+        captured = ModuleState("m", net).capture()
+        assert [leaf.tiles is not None for leaf in captured.leaves] == [True, True]
+
+
 def test_hybrid_sharding_and_rows_cut_the_other_way():
     captures = []
     for _, mesh in each_rank(2, 2, 2, names=("copies", "dp", "tp")):
