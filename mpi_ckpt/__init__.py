@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mpi_ckpt.retention import KeepBest, KeepEvery, KeepLast
     from mpi_ckpt.state import State
     from mpi_ckpt.states.arrays import ArrayState
+    from mpi_ckpt.states.distributed.blocks import Block
+    from mpi_ckpt.states.distributed.concat import ConcatState
+    from mpi_ckpt.states.distributed.sharded import ShardedArrayState
     from mpi_ckpt.states.module import ModuleState
     from mpi_ckpt.states.nested import ObjectState, SchedulerState
     from mpi_ckpt.states.optimizer import OptimizerState
@@ -37,8 +40,10 @@ _MODULES = {
     "Accumulator": "mpi_ckpt.elastic.accumulator",
     "ArrayState": "mpi_ckpt.states.arrays",
     "AutoInterval": "mpi_ckpt.pacing",
+    "Block": "mpi_ckpt.states.distributed.blocks",
     "CheckpointError": "mpi_ckpt.errors",
     "CheckpointManager": "mpi_ckpt.manager",
+    "ConcatState": "mpi_ckpt.states.distributed.concat",
     "ElasticCollate": "mpi_ckpt.elastic.collate",
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
     "EpochState": "mpi_ckpt.elastic.epochs",
@@ -58,6 +63,7 @@ _MODULES = {
     "RestoreReport": "mpi_ckpt.reports",
     "SaveReport": "mpi_ckpt.reports",
     "SchedulerState": "mpi_ckpt.states.nested",
+    "ShardedArrayState": "mpi_ckpt.states.distributed.sharded",
     "State": "mpi_ckpt.state",
     "StopWhen": "mpi_ckpt.options",
     "SyncReport": "mpi_ckpt.reports",
@@ -71,8 +77,10 @@ __all__ = [
     "Accumulator",
     "ArrayState",
     "AutoInterval",
+    "Block",
     "CheckpointError",
     "CheckpointManager",
+    "ConcatState",
     "ElasticCollate",
     "ElasticSampler",
     "EpochState",
@@ -91,6 +99,7 @@ __all__ = [
     "RestoreReport",
     "SaveReport",
     "SchedulerState",
+    "ShardedArrayState",
     "State",
     "StopWhen",
     "SyncReport",

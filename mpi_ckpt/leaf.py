@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.errors import StageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from concurrent.futures import Future
 
+    from numpy.typing import NDArray
+
     from mpi_ckpt.decomposition.boxes import Box
 
 __all__ = [
-    *("Buffer", "CutBuffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place"),
-    *("Target", "Tile", "copy_bytes"),
+    *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place", "Target"),
+    *("Tile", "TileBuffer", "copy_bytes"),
 ]
 
 # Copies of fewer bytes are done before NumPy has made an array of them.
@@ -111,6 +112,39 @@ class Buffer(Protocol):
         """Return the span of `place`, without making the place; two zeros for none."""
 
 
+class TileBuffer(Buffer, Protocol):
+    """The memory of a tile's elements, of which boxes can be taken."""
+
+    def part(self, index: tuple[slice, ...]) -> Buffer:
+        """Return the memory of a box of the elements, in C order of that box.
+
+        Args:
+            index: A slice for each dimension.
+        """
+
+    def host_bytes(self) -> NDArray[np.uint8] | None:
+        """Return the live bytes of each element, little end first.
+
+        Returns:
+            A writable array of the shape of the tile, with one more dimension for the
+            bytes of an element, which follow one another; other strides are those of the
+            memory. None if it is not host memory in that order.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A box of a leaf that is cut over the ranks, and the memory of its elements.
+
+    Attributes:
+        box: The box, in the indices of the whole leaf.
+        buffer: Its elements, in C order of the box.
+    """
+
+    box: Box
+    buffer: TileBuffer
+
+
 class Place(NamedTuple):
     """Where elements lie in memory: address, sizes and strides.
 
@@ -159,19 +193,6 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """A box of a leaf that is cut over the ranks, and the memory of its elements.
-
-    Attributes:
-        box: The box, in the indices of the whole leaf.
-        buffer: Its elements, in C order of the box.
-    """
-
-    box: Box
-    buffer: Buffer
-
-
-@dataclass(frozen=True, slots=True)
 class Leaf:
     """One named tensor, array or blob, and where its bytes live.
 
@@ -180,7 +201,7 @@ class Leaf:
 
     Attributes:
         spec: Its name, type and shape; of a cut leaf those of the whole.
-        buffer: The memory of its bytes; of a cut leaf a `CutBuffer`.
+        buffer: The memory of its bytes; of a cut leaf none that can be read.
         gate: Gate that all code which changes the leaf passes first. None if there is no
             such promise: an asynchronous save must then copy the leaf at once.
         tiles: This rank's tiles of a cut leaf; None for a whole leaf. In a save two tiles
@@ -196,26 +217,6 @@ class Leaf:
     gate: Gate | None = None
     tiles: tuple[Tile, ...] | None = None
     is_concatenated: bool = False
-
-    @classmethod
-    def cut(
-        cls,
-        spec: LeafSpec,
-        tiles: Sequence[Tile],
-        gate: Gate | None = None,
-        *,
-        is_concatenated: bool = False,
-    ) -> Leaf:
-        """Make a leaf that is cut over the ranks. Not collective.
-
-        Args:
-            spec: Name, type and whole shape.
-            tiles: This rank's tiles.
-            gate: As the attribute.
-            is_concatenated: As the attribute.
-        """
-        taken = tuple(tiles)
-        return cls(spec, CutBuffer(taken), gate, taken, is_concatenated)
 
     def under(self, prefix: str) -> Leaf:
         """Return the same leaf under a longer name. Not collective. Thread-safe."""
@@ -277,43 +278,6 @@ class MemoryBuffer:
 
     def span(self) -> tuple[int, int]:
         """Return nothing: the memory is private. Not collective."""
-        return 0, 0
-
-
-class CutBuffer:
-    """Stands in for the memory of a cut leaf, which is in its tiles. Not collective."""
-
-    def __init__(self, tiles: Sequence[Tile]) -> None:
-        self._tiles = tiles
-
-    def view(self) -> memoryview | None:
-        """Return nothing: no rank has all bytes."""
-        return None
-
-    def read(self) -> memoryview:
-        """Raise: no rank has all bytes.
-
-        Raises:
-            StageError: On the calling rank.
-        """
-        raise StageError("it is cut over the ranks: no rank has all its bytes")
-
-    def copy_to(self, _: memoryview) -> None:
-        """Raise, as `read` does."""
-        self.read()
-
-    write = copy_to
-
-    def stamp(self) -> int:
-        """Return the sum of the tiles' stamps."""
-        return sum(tile.buffer.stamp() for tile in self._tiles)
-
-    def place(self) -> Place | None:
-        """Return nothing: tiles lie anywhere."""
-        return None
-
-    def span(self) -> tuple[int, int]:
-        """Return nothing: tiles lie anywhere."""
         return 0, 0
 
 

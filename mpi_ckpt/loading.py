@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.choice import Choice
-from mpi_ckpt.errors import CorruptGenerationError, NotSavedError, ReadError, RestoreError
-from mpi_ckpt.leaf import Target
+from mpi_ckpt.decomposition.boxes import Box
+from mpi_ckpt.errors import NotSavedError
+from mpi_ckpt.leaf import LeafSpec, Target
 from mpi_ckpt.states.leaf_values import KIND, make_value
 from mpi_ckpt.states.rebuilding import nodes_of, rebuild
 from mpi_ckpt.storage.directory.catalog import Catalog
-from mpi_ckpt.storage.directory.finding import (
-    describe_others,
-    open_chosen,
-    open_newest_there,
-)
-from mpi_ckpt.storage.directory.recovery import is_gone
+from mpi_ckpt.storage.directory.finding import open_chosen, open_newest_there
+from mpi_ckpt.storage.directory.opened import OpenedGeneration
 from mpi_ckpt.storage.format.layout import MANIFEST
 from mpi_ckpt.storage.format.manifest import STREAM
+from mpi_ckpt.storage.reading.assembly import (
+    StoredArray,
+    box_of_index,
+    read_box,
+    stored_array,
+)
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
@@ -34,9 +37,9 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from mpi_ckpt.retention import Mode
-    from mpi_ckpt.storage.format.manifest import StoredLeaf, StoredState
+    from mpi_ckpt.storage.format.manifest import CutLeaf, StoredLeaf, StoredState
 
-__all__ = ["LoadedGeneration", "LoadedState", "load"]
+__all__ = ["LazyLeaf", "LoadedGeneration", "LoadedState", "load"]
 
 _NAMES_SHOWN = 20
 
@@ -117,7 +120,7 @@ class LoadedGeneration(Mapping[str, "LoadedState"]):
         self.time = manifest.time
         self.size = manifest.size
         self.metrics: Mapping[str, float] = dict(manifest.metrics)
-        self._source = _LeafSource(reader, catalog)
+        self._source = OpenedGeneration(reader, catalog)
         self._states = {
             state.name: LoadedState(self._source, state) for state in manifest.states
         }
@@ -176,22 +179,36 @@ class LoadedState(Mapping[str, Any]):
             none.
     """
 
-    def __init__(self, source: _LeafSource, stored: StoredState) -> None:
+    def __init__(self, source: OpenedGeneration, stored: StoredState) -> None:
         self.name = stored.name
         self.structure: Any = stored.structure
         self._source = source
         self._stored = stored
-        self._leaves = {leaf.spec.name: leaf for leaf in stored.leaves}
+        leaves: list[StoredLeaf | CutLeaf] = [*stored.leaves, *stored.cut]
+        self._leaves = {leaf.spec.name: leaf for leaf in leaves}
         self._nodes = nodes_of(stored.structure, self._leaves)
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 (an array or a tensor)
+        leaf = self.lazy(name)
+        return leaf.read(Box.whole(leaf.shape), self._nodes[name])
+
+    def lazy(self, name: str) -> LazyLeaf:
+        """Return a leaf to read in parts: ``state.lazy("rho")[2:5, ...]``.
+
+        Not collective. Nothing is read yet. It works for every leaf; for a leaf that was
+        cut over the ranks, each part may come from several files.
+
+        Args:
+            name: Name of the leaf.
+
+        Raises:
+            NotSavedError: On the calling rank, if there is no such leaf; the message lists
+                those there are.
+        """
         if name not in self._leaves:
             raise _no_such(f"state {self.name!r}", "leaf", name, self._leaves)
-        leaf, node = self._leaves[name], self._nodes[name]
-        return self._source.attempt(
-            f"state {self.name!r}, leaf {name!r}: ",
-            lambda reader: _read(reader, leaf, node),
-        )
+        node = {KIND: self._nodes[name].get(KIND)}
+        return LazyLeaf(self._source, self.name, self._leaves[name], node)
 
     def __contains__(self, name: object) -> bool:
         return name in self._leaves  # Mapping's own method would read the leaf
@@ -209,7 +226,7 @@ class LoadedState(Mapping[str, Any]):
         return id(self)
 
     def __repr__(self) -> str:
-        shown = [str(leaf.spec) for leaf in self._stored.leaves[:_NAMES_SHOWN]]
+        shown = [str(leaf.spec) for leaf in list(self._leaves.values())[:_NAMES_SHOWN]]
         more = ["..."] if len(self._leaves) > _NAMES_SHOWN else []
         return f"<state {self.name!r}: {', '.join([*shown, *more]) or 'no leaves'}>"
 
@@ -231,58 +248,73 @@ class LoadedState(Mapping[str, Any]):
         return rebuild(self.structure, values)
 
 
-class _LeafSource:
-    """The open generation that leaves are read from; its errors name that generation."""
+class LazyLeaf:
+    """A leaf that is read in parts. Made by `LoadedState.lazy`.
 
-    def __init__(self, reader: GenerationReader, catalog: Catalog) -> None:
-        self._reader = reader
-        self._catalog = catalog
-        self._closed = False
+    Not collective. Thread-safe. Indexed like an array, by integers, slices of positive step
+    and ``...``; each access reads and proves the blocks that hold the part, and returns new
+    memory.
 
-    def close(self) -> None:
-        self._closed = True
-        self._reader.close()
+    Args:
+        source: The open generation.
+        state: Name of its state.
+        stored: Its entry in the manifest.
+        node: What the saved structure says of the kind of its value.
 
-    def attempt(self, what: str, work: Any) -> Any:  # noqa: ANN401 (any work)
-        path, number = self._reader.path, self._reader.manifest.generation
-        if self._closed:
-            raise RestoreError(
-                f"{what}{path} is closed; read what you need before close(), or load it "
-                "again",
-                path=path,
-                generation=number,
-            )
-        try:
-            return work(self._reader)
-        except (CorruptGenerationError, ReadError) as problem:
-            if is_gone(path):
-                raise ReadError(
-                    f"{what}{path} was pruned, or set aside, since it was loaded, and this "
-                    f"file was not open yet: load {path.parent} again ({problem})",
-                    path=path,
-                    generation=number,
-                ) from problem
-            if isinstance(problem, ReadError):
-                raise
-            raise CorruptGenerationError(
-                f"{what}{problem}. What was read before is good; "
-                f"{describe_others(self._catalog, number)}",
-                path=problem.path,
-                generation=number,
-            ) from problem
+    Attributes:
+        name: Its name.
+        dtype: Its element type, as ``mpi-ckpt show`` names it.
+        shape: Its whole shape, in elements.
+    """
+
+    def __init__(
+        self,
+        source: OpenedGeneration,
+        state: str,
+        stored: StoredLeaf | CutLeaf,
+        node: dict[str, Any],
+    ) -> None:
+        self.name, self.dtype, self.shape = stored.spec.to_json()
+        self._source, self._state = source, state
+        self._stored, self._node = stored, node
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 (an array or a tensor)
+        box, within = box_of_index(self.shape, index)
+        return self.read(box, self._node)[within]
+
+    def __repr__(self) -> str:
+        return f"<leaf {self._stored.spec} of state {self._state!r}>"
+
+    def read(self, box: Box, node: dict[str, Any]) -> Any:  # noqa: ANN401 (an array or a tensor)
+        """Return one box of it.
+
+        Not collective.
+
+        Args:
+            box: The box.
+            node: What the value is to be, as the saved structure describes values.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if the bytes are not those saved.
+            ReadError: On the calling rank, if the operating system cannot read it.
+        """
+        return self._source.attempt(
+            f"state {self._state!r}, leaf {self.name!r}: ",
+            lambda reader: _read(
+                reader, stored_array(reader, self._state, self._stored), box, node
+            ),
+        )
 
 
-def _read(reader: GenerationReader, leaf: StoredLeaf, node: dict[str, Any]) -> Any:  # noqa: ANN401
-    spec = leaf.spec
+def _read(
+    reader: GenerationReader, array: StoredArray, box: Box, node: dict[str, Any]
+) -> Any:  # noqa: ANN401 (an array or a tensor)
+    spec = LeafSpec(array.spec.name, array.spec.dtype, box.shape)
     if node.get(KIND) == "tensor" and not _has_torch():
         node = {**node, KIND: "array"}
     value, place = make_value(spec, node, "cpu")
     target = Target(spec, place)
-    memory, start = target.memory(), 0
-    for number in range(len(leaf.digest.blocks)):
-        block = reader.read_block(leaf, number)
-        memory[start : start + len(block)] = block
-        start += len(block)
+    read_box(reader, array, box, target.memory())
     target.finish()
     return value
 

@@ -132,7 +132,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         """
         states = self._registry.choose("beginning a sync", only)
         comm, options = self._session.comm, self._session.options
-        return sync_states(comm, states, options, forced=True)[1]
+        return sync_states(comm, states, options, forced=True).report
 
     def save(
         self,

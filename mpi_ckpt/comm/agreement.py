@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-_FAILED = 1
+_FAILED, _FLAGGED, _LENGTH_SHIFT = 1, 2, 2
 _DIFFERENCES_MAX = 16
 _CHARACTERS_MAX = 2000
 _NO_DIGEST = bytes(DIGEST_BYTES)
@@ -78,11 +78,13 @@ class Meeting(Generic[Result]):
         result: What this rank's work returned.
         is_alike: Whether the results of all ranks have one digest.
         message: Bytes that root has sent to all ranks.
+        is_flagged: Whether any rank has flagged its result.
     """
 
     result: Result
     is_alike: bool
     message: bytes
+    is_flagged: bool = False
 
 
 def meet(
@@ -94,6 +96,7 @@ def meet(
     safe: str = UNTOUCHED,
     digest: Callable[[Result], bytes] | None = None,
     encode: Callable[[Result], bytes] | None = None,
+    flag: Callable[[Result], bool] | None = None,
 ) -> Meeting[Result]:
     """Do local work on every rank; raise the same error on all if it failed on any.
 
@@ -108,6 +111,7 @@ def meet(
         safe: What is still safe if the work fails.
         digest: Returns 16 bytes for a result, which the ranks compare.
         encode: Returns the bytes of its result that root sends to all. Called on root.
+        flag: Returns whether a rank's result has a property that all ranks must know of.
 
     Raises:
         CheckpointError: On every rank, if the work failed on any: in the class of the
@@ -116,19 +120,21 @@ def meet(
     """
     comm.require_usable()  # before work that is useless unless all ranks meet
     failure: BaseException | None = None
-    mine, message = _NO_DIGEST, b""
+    mine, message, is_flagged = _NO_DIGEST, b"", False
     try:
         result = work()
         if digest is not None:
             mine = digest(result)
         if encode is not None and comm.is_root:
             message = encode(result)
+        if flag is not None:
+            is_flagged = flag(result)
     # Also KeyboardInterrupt and SystemExit: the other ranks must learn of them.
     except BaseException as caught:
         failure = caught
     # Only root sets the length, so joining the flags of all ranks does not change it.
-    flags = (failure is not None) * _FAILED | len(message) << 1
-    joined = Vote(comm, doing).exchange(flags, mine)
+    flags = (failure is not None) * _FAILED | is_flagged * _FLAGGED
+    joined = Vote(comm, doing).exchange(flags | len(message) << _LENGTH_SHIFT, mine)
     if joined.flags & _FAILED:
         agreed = _exchange(comm, doing, failure, error, safe)
         if failure is None:
@@ -136,11 +142,12 @@ def meet(
         if not isinstance(failure, Exception):
             raise failure
         raise agreed from failure
-    if joined.flags:
-        room = bytearray(message or joined.flags >> 1)
+    length = joined.flags >> _LENGTH_SHIFT
+    if length:
+        room = bytearray(message or length)
         bcast_buffers(comm, [memoryview(room)], doing)
         message = bytes(room)
-    return Meeting(result, joined.is_alike, message)
+    return Meeting(result, joined.is_alike, message, bool(joined.flags & _FLAGGED))
 
 
 def agree(

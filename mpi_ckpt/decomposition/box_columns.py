@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -120,21 +120,37 @@ def pairs_that_meet(
     Returns:
         The rows of the first box and of the second box of each pair, in increasing order.
     """
+    nothing = np.empty(0, np.int64)
+    found = [(nothing, nothing), *meeting_pairs(offsets_a, shapes_a, offsets_b, shapes_b)]
+    i, j = (np.concatenate(rows) for rows in zip(*found, strict=True))
+    order = np.lexsort((j, i))
+    return i[order], j[order]
+
+
+def meeting_pairs(
+    offsets_a: NDArray[np.int64],
+    shapes_a: NDArray[np.int64],
+    offsets_b: NDArray[np.int64],
+    shapes_b: NDArray[np.int64],
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Find pairs as `pairs_that_meet` does, a chunk of bounded size at a time.
+
+    Not collective. Who needs one pair only can stop at the first, however many there are.
+    """
     low_a, low_b = offsets_a.T.copy(), offsets_b.T.copy()
     high_a, high_b = (offsets_a + shapes_a).T.copy(), (offsets_b + shapes_b).T.copy()
     a = np.flatnonzero((shapes_a > 0).all(axis=1))
     b = np.flatnonzero((shapes_b > 0).all(axis=1))
     lows = np.full(len(low_a), np.iinfo(np.int64).min)
     highs = np.full(len(low_a), np.iinfo(np.int64).max)
-    found = [(a[:0], b[:0])]
     regions = [(a, b, lows, highs)]
     while regions:
         a, b, lows, highs = regions.pop()
         sides = [(low_a[:, a], high_a[:, a]), (low_b[:, b], high_b[:, b])]
         cut = _best_cut(sides, lows, highs)
         if cut is None:
-            i, j = _compare(sides, lows)
-            found.append((a[i], b[j]))
+            for i, j in _compare(sides, lows):
+                yield a[i], b[j]
             continue
         axis, at = cut
         (la, ha), (lb, hb) = sides
@@ -142,9 +158,6 @@ def pairs_that_meet(
         below[axis] = above[axis] = at
         regions.append((a[la[axis] < at], b[lb[axis] < at], lows, below))
         regions.append((a[ha[axis] > at], b[hb[axis] > at], above, highs))
-    i, j = (np.concatenate(rows) for rows in zip(*found, strict=True))
-    order = np.lexsort((j, i))
-    return i[order], j[order]
 
 
 def _best_cut(
@@ -175,11 +188,10 @@ def _best_cut(
 
 def _compare(
     sides: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], lows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Compare all pairs; keep those whose first shared element is in the region."""
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Compare all pairs; give those whose first shared element is in the region."""
     (low_a, high_a), (low_b, high_b) = sides
     step = max(1, _CHUNK_PAIRS // max(1, low_b.shape[1]))
-    found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     for start in range(0, low_a.shape[1], step):
         some = slice(start, start + step)
         meets = np.ones((low_a[:, some].shape[1], low_b.shape[1]), bool)
@@ -187,8 +199,7 @@ def _compare(
             meets &= low_a[axis, some, None] < high_b[axis]
             meets &= low_b[axis] < high_a[axis, some, None]
         i, j = np.nonzero(meets)
-        found.append((i + start, j))
-    i, j = (np.concatenate(rows) for rows in zip(*found, strict=True))
-    # A pair that straddles a cut is found on both sides of it, and counts on one side.
-    is_here = (np.maximum(low_a[:, i], low_b[:, j]) >= lows[:, None]).all(axis=0)
-    return i[is_here], j[is_here]
+        i += start
+        # A pair that straddles a cut is found on both sides of it, and counts on one side.
+        is_here = (np.maximum(low_a[:, i], low_b[:, j]) >= lows[:, None]).all(axis=0)
+        yield i[is_here], j[is_here]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.decomposition.box_columns import columns_of, pairs_that_meet
+from mpi_ckpt.decomposition.box_columns import columns_of, meeting_pairs
 from mpi_ckpt.decomposition.boxes import Box, intersection
 
 if TYPE_CHECKING:
@@ -80,9 +80,12 @@ def _first_overlap(boxes: Sequence[Box], ndim: int) -> tuple[int, int] | None:
         pairs = combinations(range(len(boxes)), 2)
         return next(((i, j) for i, j in pairs if intersection(boxes[i], boxes[j])), None)
     offsets, shapes = columns_of(boxes, ndim)
-    a, b = pairs_that_meet(offsets, shapes, offsets, shapes)
-    found = np.flatnonzero(a < b)
-    return (int(a[found[0]]), int(b[found[0]])) if len(found) else None
+    # A forged file may have boxes of which all overlap: stop at the first pair.
+    for a, b in meeting_pairs(offsets, shapes, offsets, shapes):
+        found = np.flatnonzero(a < b)
+        if len(found):
+            return int(a[found[0]]), int(b[found[0]])
+    return None
 
 
 def _hole(shape: tuple[int, ...], boxes: Sequence[Box]) -> Box:

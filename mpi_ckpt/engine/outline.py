@@ -27,11 +27,12 @@ class StateOutline:
     Attributes:
         name: The state's name.
         structure: Its JSON values; None for a stream.
-        specs: Its leaves; a stream has one leaf of bytes.
+        specs: Its whole leaves; a stream has one leaf of bytes.
         extents: Where they are, in the same order; empty for a copy in memory.
         parts: Number of its leaves, if these are parts and each rank is sent its own; None
             for other states.
         is_stream: Whether it is the stream of a plain state.
+        cut: Its leaves that are cut over the ranks; only root knows their tiles.
     """
 
     name: str
@@ -40,6 +41,12 @@ class StateOutline:
     extents: tuple[Extent, ...] = ()
     parts: int | None = None
     is_stream: bool = False
+    cut: tuple[LeafSpec, ...] = ()
+
+    @property
+    def leaves(self) -> tuple[LeafSpec, ...]:
+        """Its leaves, first the whole ones."""
+        return (*self.specs, *self.cut) if self.cut else self.specs
 
     @classmethod
     def of_stream(cls, name: str, nbytes: int) -> StateOutline:
@@ -58,7 +65,7 @@ class Outline:
         size: Number of ranks that saved it.
         metrics: The metrics given at the save.
         block_bytes: Block length of its digests.
-        files: Names of its files, in the order in which they are read.
+        files: Names of its files with whole leaves, in the order in which they are read.
         states: Its requested states, in saving order.
         others: Names of states that were not requested.
         quarantined: Path -> reason, of newer generations that failed to verify.
@@ -92,6 +99,7 @@ class Outline:
             quarantined: Path -> reason, of newer generations that failed to verify.
         """
         stored = [state for state in manifest.states if state.name in wanted]
+        of_tiles = {name for state in manifest.states for name in state.files}
         return cls(
             generation=manifest.generation,
             path=path,
@@ -99,11 +107,9 @@ class Outline:
             size=manifest.size,
             metrics=dict(manifest.metrics),
             block_bytes=manifest.block_bytes,
-            files=tuple(file.name for file in manifest.files),
-            states=tuple(_outline_of(state, deals=wanted[state.name]) for state in stored),
-            others=tuple(
-                state.name for state in manifest.states if state.name not in wanted
-            ),
+            files=tuple(f.name for f in manifest.files if f.name not in of_tiles),
+            states=tuple(_outline_of(one, deals=wanted[one.name]) for one in stored),
+            others=tuple(one.name for one in manifest.states if one.name not in wanted),
             quarantined=quarantined,
         )
 
@@ -142,6 +148,7 @@ class Outline:
                     [extent.offset for extent in state.extents],
                     state.parts,
                     state.is_stream,
+                    [spec.to_json() for spec in state.cut],
                 ]
                 for state in self.states
             ],
@@ -177,6 +184,7 @@ def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
         tuple([leaf.spec for leaf in stored.leaves]),
         tuple([leaf.extent for leaf in stored.leaves]),
         is_stream=stored.is_stream,
+        cut=tuple([leaf.spec for leaf in stored.cut]),
     )
 
 
@@ -189,9 +197,18 @@ def _decode_state(
     offsets: Sequence[int],
     parts: int | None,
     is_stream: bool,
+    cut: Sequence[Any],
 ) -> StateOutline:
     leaves = tuple([LeafSpec.from_json(spec) for spec in specs])
     places = [files[number] for number in numbers]
     lengths = [spec.nbytes for spec in leaves] if places else []
     extents = tuple(map(Extent, places, offsets, lengths))
-    return StateOutline(name, structure, leaves, extents, parts, is_stream)
+    return StateOutline(
+        name,
+        structure,
+        leaves,
+        extents,
+        parts,
+        is_stream,
+        tuple([LeafSpec.from_json(spec) for spec in cut]),
+    )

@@ -60,6 +60,20 @@ def empty_array(spec: LeafSpec, layout: Layout = _C_ORDER) -> NDArray[Any]:
         raise StateMismatchError(f"{spec}: {error}") from None
 
 
+class _Bytes:
+    """The bytes of an array's elements: one more dimension, whatever the strides."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "data": array.__array_interface__["data"],
+            "shape": (*array.shape, array.itemsize),
+            "strides": (*array.strides, 1),
+        }
+
+
 class ArrayBuffer:
     """The bytes of an array of any layout, little end first. Not collective."""
 
@@ -93,6 +107,17 @@ class ArrayBuffer:
         """Write bytes into the array, for any layout."""
         new = np.frombuffer(data, self._little()).reshape(self._array.shape)
         np.copyto(self._array, new)
+
+    def part(self, index: tuple[slice, ...]) -> ArrayBuffer:
+        """Return a box of the array, as `TileBuffer` says."""
+        return ArrayBuffer(self._array[index])
+
+    def host_bytes(self) -> NDArray[np.uint8] | None:
+        """Return the live bytes of each element, as `TileBuffer` says."""
+        array = self._array
+        if array.dtype != self._little() or not array.flags.writeable:
+            return None
+        return np.asarray(_Bytes(array))
 
     def stamp(self) -> int:
         """Return a constant: an array notices no change."""

@@ -20,7 +20,7 @@ from mpi_ckpt.states.arrays import array_leaf, empty_array
 from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Sequence
     from types import ModuleType
 
     from mpi_ckpt.leaf import Leaf, LeafSpec
@@ -66,10 +66,46 @@ def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN
     return _describe_array(name, value)
 
 
+def memory_leaf(name: str, value: Any) -> Leaf:  # noqa: ANN401
+    """Return the leaf of an array or tensor, without a description of its kind.
+
+    Not collective. For values that are restored in place.
+
+    Args:
+        name: Name of the leaf.
+        value: An array or a tensor.
+
+    Raises:
+        StageError: On the calling rank, if it is more than plain bytes.
+    """
+    if _is_tensor(value):
+        leaf: Leaf = _tensors().tensor_leaf(name, value)
+        return leaf
+    return array_leaf(name, value)
+
+
+def part_of(value: Any, place: Sequence[slice]) -> Any:  # noqa: ANN401
+    """Return a box of an array or tensor, as a view of the same memory.
+
+    Not collective.
+
+    Args:
+        value: An array or a tensor.
+        place: The range of each dimension.
+    """
+    # With the ellipsis an array without dimensions gives a view too, not a copy.
+    where = (*place, ...)
+    if _is_tensor(value):
+        with _tensors().ordinary():
+            return value.detach()[where]
+    return value[where]
+
+
 def make_value(
     spec: LeafSpec,
     node: dict[str, Any],
     device: Any = None,  # noqa: ANN401 (a torch device)
+    like: Any = None,  # noqa: ANN401 (a DTensor)
 ) -> tuple[Any, Leaf]:
     """Make an empty tensor or array from its node, and the leaf of it.
 
@@ -80,6 +116,7 @@ def make_value(
         node: Node of the leaf; empty if the structure does not mention it.
         device: Device for a tensor; None for the kind of device it was saved from, if this
             rank has one, else the host.
+        like: DTensor over whose mesh a tensor is cut; None for a whole tensor.
 
     Raises:
         StateMismatchError: On the calling rank, if it cannot be made here.
@@ -92,7 +129,7 @@ def make_value(
     except (TypeError, ValueError) as error:
         raise StateMismatchError(f"{spec}: {error}") from None
     if kind == "tensor":
-        return _make_tensor(spec, node, layout, device)
+        return _make_tensor(spec, node, layout, device, like)
     array = empty_array(spec, layout)
     # Fill the base array: a subclass may interpret bytes in its own way.
     leaf = array_leaf(spec.name, array)
@@ -117,6 +154,7 @@ def takes_bytes(value: Any, memory: Container[int] = ()) -> bool:  # noqa: ANN40
     if type(value) is np.ndarray and value.flags.carray:
         return True
     if _is_tensor(value):
+        value = _tensors().local_tensor(value)
         return not _repeats(value) and not (value.is_cpu and value.data_ptr() in memory)
     if not isinstance(value, np.ndarray) or not value.flags.writeable:
         return False
@@ -159,11 +197,11 @@ def _describe_tensor(name: str, tensor: Any) -> tuple[dict[str, Any], Leaf]:  # 
     torch = sys.modules["torch"]
     node: dict[str, Any] = {KIND: "tensor"}
     leaf = _tensors().tensor_leaf(name, tensor)
-    if type(tensor) is torch.Tensor:
+    if isinstance(tensor, torch.nn.Parameter):
+        node["parameter"] = tensor.requires_grad
+    elif type(tensor) is torch.Tensor or leaf.tiles is not None:
         if tensor.requires_grad and tensor.is_leaf:
             node["grad"] = True
-    elif isinstance(tensor, torch.nn.Parameter):
-        node["parameter"] = tensor.requires_grad
     else:
         raise StageError(
             f"{name or 'the value'} is a {_class_of(tensor)}, of which only the numbers "
@@ -181,15 +219,17 @@ def _make_tensor(
     node: dict[str, Any],
     layout: Layout,
     device: Any,  # noqa: ANN401
+    like: Any,  # noqa: ANN401
 ) -> tuple[Any, Leaf]:
-    from mpi_ckpt.states.tensors import device_here, empty_tensor, ordinary, tensor_leaf
-
-    torch = sys.modules["torch"]
+    torch, tensors = sys.modules["torch"], _tensors()
     if device is None:
-        device = device_here(node.get("device"))
-    with ordinary():
-        tensor = empty_tensor(spec, device, layout)
-        leaf = tensor_leaf(spec.name, tensor)
+        device = tensors.device_here(node.get("device"))
+    with tensors.ordinary():
+        if like is None:
+            tensor = tensors.empty_tensor(spec, device, layout)
+        else:
+            tensor = tensors.tensor_like(spec, like)
+        leaf = tensors.tensor_leaf(spec.name, tensor)
         if "parameter" in node:
             return torch.nn.Parameter(tensor, requires_grad=bool(node["parameter"])), leaf
         return tensor.requires_grad_(bool(node.get("grad"))), leaf

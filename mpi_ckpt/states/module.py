@@ -159,7 +159,7 @@ class ModuleState(LeafState):
         # Tied when saved, separate in this program: each gets the value.
         for name, source in saved.ties.items():
             if name in live.leaves and source in live.leaves:
-                live.leaves[name].buffer.write(live.leaves[source].buffer.read())
+                _copy_leaf(live.leaves[source], live.leaves[name])
         extra = {
             name: value
             for name, value in unflatten(saved.structure["extra"], made).items()
@@ -268,6 +268,11 @@ def _unfit(saved: _Saved, live: ModuleContents) -> dict[str, str]:
     for name, source in saved.ties.items():
         if name in there and not _alike(there[name], specs[source]):
             problems[name] = f"{name}: saved as {specs[source]}, program has {there[name]}"
+        if name in there and source in there and not _cut_alike(live, name, source):
+            problems[name] = (
+                f"{name} is tied to {source} in the checkpoint, and cut over the ranks in "
+                "another way than it in the program"
+            )
         if name in there and source not in there:
             problems[name] = (
                 f"{name} is tied to {source} in the checkpoint, which the program lacks"
@@ -303,6 +308,22 @@ def _absent(saved: _Saved, live: ModuleContents) -> dict[str, str]:
         for name in (*live.extra_names, *live.lazy)
         if name not in saved.entries and name not in specs
     }
+
+
+def _cut_alike(live: ModuleContents, name: str, source: str) -> bool:
+    ours, theirs = live.leaves[name].tiles, live.leaves[source].tiles
+    if ours is None or theirs is None:
+        return ours is theirs
+    return [tile.box for tile in ours] == [tile.box for tile in theirs]
+
+
+def _copy_leaf(source: Leaf, target: Leaf) -> None:
+    """Copy the bytes of a leaf into another, which is cut in the same way."""
+    if source.tiles is None or target.tiles is None:
+        target.buffer.write(source.buffer.read())
+        return
+    for ours, theirs in zip(source.tiles, target.tiles, strict=True):
+        theirs.buffer.write(ours.buffer.read())
 
 
 def _alike(first: LeafSpec, second: LeafSpec) -> bool:

@@ -9,9 +9,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.states.dtensor import local_tensor
 from mpi_ckpt.states.leaf_values import takes_bytes
 from mpi_ckpt.states.tree import Flattened, flatten
-from mpi_ckpt.states.wrappers import inner_names
+from mpi_ckpt.states.wrappers import inner_names, is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -112,7 +113,7 @@ class ModuleContents:
         self.leaves[name] = leaf
         if not takes_bytes(value):
             self.fixed[name] = "overlaps itself in memory, as after expand()"
-        elif self._memory and value.is_cpu and value.data_ptr() in self._memory:
+        elif self._memory and _lies_in(self._memory, value):
             self.fixed[name] = "lies in memory that may only be read, as of a mapped file"
         if id(value) in self._parameters or identity in self._parameters:
             self.parameters.add(name)
@@ -233,11 +234,20 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def _lies_in(memory: ReadonlyMemory, tensor: torch.Tensor) -> bool:
+    local = local_tensor(tensor)
+    return local.is_cpu and local.data_ptr() in memory
+
+
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for two tensors over the same memory."""
     torch = sys.modules["torch"]
     is_lazy = torch.nn.parameter.is_lazy
-    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+    # The address of a DTensor is always zero, and that of its local part says nothing on a
+    # rank whose part is empty: ties must be the same on all ranks.
+    if is_dtensor(tensor) or is_lazy(tensor):
+        return (id(tensor),)
+    if tensor.layout != torch.strided or tensor.numel() == 0:
         return (id(tensor),)
     return (
         tensor.device,

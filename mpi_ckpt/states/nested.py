@@ -54,6 +54,13 @@ class NestedState(LeafState):
         """
         return None
 
+    def like(self, spec: LeafSpec) -> Any:  # noqa: ANN401, ARG002 (a DTensor)
+        """Return the DTensor over whose mesh a new tensor for a leaf is cut, if any.
+
+        Not collective.
+        """
+        return None
+
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         flattened = flatten(self.nested())
@@ -76,7 +83,7 @@ class NestedState(LeafState):
 
         def make(spec: LeafSpec) -> Leaf:
             node, device = nodes.get(spec.name, {}), self.device_of(spec.name)
-            arriving[spec.name], leaf = make_value(spec, node, device)
+            arriving[spec.name], leaf = make_value(spec, node, device, self.like(spec))
             return leaf
 
         targets = []

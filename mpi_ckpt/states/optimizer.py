@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import Arrival, Capture, Change
 from mpi_ckpt.states.nested import NestedState, is_stateful
-from mpi_ckpt.states.optimizer_params import SavedParams, describe_params
-from mpi_ckpt.states.wrappers import parameter_names
+from mpi_ckpt.states.optimizer_params import (
+    OWNED,
+    STATE,
+    SavedParams,
+    describe_params,
+    with_entries,
+)
+from mpi_ckpt.states.wrappers import is_dtensor, parameter_names
+from mpi_ckpt.states.zero import OwnedState, is_dealt_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
 
-    from mpi_ckpt.leaf import Gate, LeafSpec
+    from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
 
 __all__ = ["OptimizerState", "is_optimizer"]
-
-_STATE = "content/state/"
 
 
 class OptimizerState(NestedState):
@@ -30,7 +35,8 @@ class OptimizerState(NestedState):
     Works for any optimizer with ``state_dict()``: empty state, LBFGS, bfloat16 moments,
     0-dim steps, entries that are not tensors. State that the optimizer has is restored in
     place; state that it lacks is made from the saved one: ``step()`` is never called, so no
-    parameter and no gradient changes.
+    parameter and no gradient changes. Of a ZeroRedundancyOptimizer each rank saves and
+    restores the state of the parameters that it owns.
 
     A parameter gets the saved state of the parameter of its name. Names are those of
     ``module``, else those that the optimizer was given (``Adam(model.named_parameters())``,
@@ -66,6 +72,12 @@ class OptimizerState(NestedState):
                 "that has the first two, take a SchedulerState"
             )
         self._optimizer = optimizer
+        self._owned = OwnedState(optimizer) if is_dealt_out(optimizer) else None
+        if self._owned and getattr(optimizer, "_overlap_with_ddp", False):
+            raise RegistrationError(
+                f"state {name!r}: a ZeroRedundancyOptimizer with overlap_with_ddp=True has "
+                "no optimizer of its own before it has stepped; make it without"
+            )
         self._module = module
         self.gate: Gate | None = None
         """Passed by ``step()`` before it changes anything; see `Leaf`."""
@@ -73,10 +85,11 @@ class OptimizerState(NestedState):
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         captured = super().capture()
+        own = self._owned.leaves() if self._owned else []
         # Not the groups: the scheduler may change a rate that is a tensor.
         leaves = [
-            leaf.behind(self.gate) if leaf.spec.name.startswith(_STATE) else leaf
-            for leaf in captured.leaves
+            leaf.behind(self.gate) if leaf.spec.name.startswith(STATE) else leaf
+            for leaf in (*captured.leaves, *own)
         ]
         return Capture(captured.structure, leaves)
 
@@ -84,11 +97,41 @@ class OptimizerState(NestedState):
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
     ) -> Arrival:
         """See `LeafState`. Not collective."""
-        saved = SavedParams(self.name, structure)
-        saved.require_class(type(self._optimizer).__name__)
+        whole = with_entries(structure, [spec.name for spec in specs])
+        saved = SavedParams(self.name, whole)
+        saved.require_class(self._class_name)
         order = saved.order_for(self._described())
         moved, renamed = saved.reordered(order, specs)
+        if self._owned:
+            return self._prepare_owned(self._owned, moved, renamed, strict=strict)
         return super().prepare(moved, renamed, strict=strict)
+
+    def _prepare_owned(
+        self,
+        owned: OwnedState,
+        structure: Structure,
+        specs: Sequence[LeafSpec],
+        *,
+        strict: bool,
+    ) -> Arrival:
+        of_params = [spec for spec in specs if spec.name.startswith(STATE)]
+        others = [spec for spec in specs if not spec.name.startswith(STATE)]
+        leaves, take = owned.targets(structure, of_params, self.device_of)
+        content = {**structure["content"], "state": {}}
+        groups = super().prepare({**structure, "content": content}, others, strict=strict)
+        targets = dict(zip(of_params, leaves, strict=True))
+        targets.update(zip(others, groups.leaves, strict=True))
+        places = {spec: place for place, spec in enumerate(others)}
+
+        def adopt() -> None:
+            take()
+            groups.adopt()
+
+        def elsewhere(index: int) -> Leaf | None:
+            place = places.get(specs[index])
+            return None if place is None else groups.elsewhere(place)
+
+        return Arrival([targets[spec] for spec in specs], adopt, elsewhere=elsewhere)
 
     def observe_resize(
         self,
@@ -110,7 +153,7 @@ class OptimizerState(NestedState):
 
     def nested(self) -> Any:  # noqa: ANN401
         """See `NestedState`. Not collective."""
-        content = dict(self._optimizer.state_dict())
+        content = self._state_dict()
         # An empty entry of a parameter means the same as none, until its first step.
         content["state"] = {
             key: value
@@ -118,35 +161,38 @@ class OptimizerState(NestedState):
             if not (isinstance(value, dict) and not value)
         }
         shapes, names = self._described()
-        return {
-            "class": type(self._optimizer).__name__,
+        value = {
+            "class": self._class_name,
             "content": content,
             "params": shapes,
             "names": names,
         }
+        return {**value, OWNED: 1} if self._owned else value
 
     def device_of(self, leaf: str) -> Any:  # noqa: ANN401
         """See `NestedState`: the device that torch itself would choose. Not collective."""
-        parts = leaf.split("/")  # content/state/<index>/<key>...
-        if parts[:2] != ["content", "state"] or not parts[2].isdecimal():
+        param, group = self._owner_of(leaf)
+        if param is None:
             return "cpu"
-        params = self._params()
-        group_of = [g for g in self._optimizer.param_groups for _ in g["params"]]
-        index = int(parts[2])
-        if index >= len(params):
-            return "cpu"
-        group = group_of[index]
-        on_host = parts[-1] == "step" and not (
-            group.get("capturable") or group.get("fused")
-        )
-        return "cpu" if on_host else params[index].device
+        is_step = leaf.endswith("/step")
+        on_host = is_step and not (group.get("capturable") or group.get("fused"))
+        return "cpu" if on_host else param.device
+
+    def like(self, spec: LeafSpec) -> Any:  # noqa: ANN401
+        """See `NestedState`: the parameter, if it is a DTensor. Not collective."""
+        param, _ = self._owner_of(spec.name)
+        if not is_dtensor(param):
+            return None
+        # Optimizers keep plain tensors for single numbers, such as their steps.
+        is_number = not spec.shape and (param.shape or spec.name.endswith("/step"))
+        return None if is_number else param
 
     def accept(self, value: Any) -> None:  # noqa: ANN401
         """See `NestedState`. Not collective."""
         content = value["content"]
         # Order and names of the parameters are those of this program.
         for live, saved in zip(
-            self._optimizer.state_dict()["param_groups"],
+            self._state_dict()["param_groups"],
             content["param_groups"],
             strict=True,
         ):
@@ -154,7 +200,10 @@ class OptimizerState(NestedState):
             saved.pop("param_names", None)
             if "param_names" in live:
                 saved["param_names"] = live["param_names"]
-        if self._has_own_loading():
+        if self._owned:
+            self._replace_groups(content["param_groups"])
+            self._owned.take_groups()
+        elif self._has_own_loading():
             self._optimizer.load_state_dict(content)
         else:
             self._replace(content)
@@ -166,16 +215,35 @@ class OptimizerState(NestedState):
         optimizer.state.clear()
         for key, entry in content["state"].items():
             optimizer.state[params[key] if isinstance(key, int) else key] = entry
-        for live, saved in zip(
-            optimizer.param_groups, content["param_groups"], strict=True
-        ):
-            members = live["params"]
-            live.clear()
-            live.update({**saved, "params": members})
+        self._replace_groups(content["param_groups"])
         # Optimizers add values here that their older versions did not save.
         optimizer.__setstate__(
             {"state": optimizer.state, "param_groups": optimizer.param_groups}
         )
+
+    def _owner_of(self, leaf: str) -> tuple[Any, dict[str, Any]]:
+        """Return the parameter whose state a leaf is, and its group; None for another."""
+        parts = leaf.split("/")  # content/state/<index>/<key>...
+        if parts[:2] == ["content", "state"] and parts[2].isdecimal():
+            index = int(parts[2])
+            for group in self._optimizer.param_groups:
+                if index < len(group["params"]):
+                    return group["params"][index], group
+                index -= len(group["params"])
+        return None, {}
+
+    def _replace_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for live, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            members = live["params"]
+            live.clear()
+            live.update({**saved, "params": members})
+
+    def _state_dict(self) -> dict[str, Any]:
+        return self._owned.groups() if self._owned else dict(self._optimizer.state_dict())
+
+    @property
+    def _class_name(self) -> str:
+        return self._owned.class_name if self._owned else type(self._optimizer).__name__
 
     def _has_own_loading(self) -> bool:
         import torch

@@ -11,7 +11,7 @@ from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.wrappers import bare_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.state import Structure
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 Shapes = list[list[list[int]]]
 Names = list[list["str | None"]]
 
-_STATE = "content/state/"
+STATE = "content/state/"
+"""Start of the names of leaves of parameters; their index and their key follow."""
+
+OWNED = "owned"
+"""Key of a structure without the entries of parameters, which only their owners knew."""
+
+_OWNED_KEYS = {OWNED, "class", "content", "params", "names"}
 
 
 def describe_params(
@@ -46,6 +52,42 @@ def describe_params(
     return shapes, names
 
 
+def with_entries(structure: Structure, leaves: Iterable[str]) -> Structure:
+    """Return a structure with the entries of parameters, made from the names of leaves.
+
+    Not collective.
+
+    Args:
+        structure: Any saved structure; another than one with `OWNED` is returned as it is.
+        leaves: Names of the saved leaves.
+    """
+    # A value of the program may have a key of that name.
+    if not isinstance(structure, dict) or not set(structure) >= _OWNED_KEYS:
+        return structure
+    if not isinstance(structure["content"], dict):
+        return structure
+    entries: dict[int, dict[str, Any]] = {}
+    for name in leaves:
+        index, _, key = name.removeprefix(STATE).partition("/")
+        if name.startswith(STATE) and index.isdecimal():
+            entries.setdefault(int(index), {})[key] = {"~": "tensor", "leaf": name}
+    plain = {key: value for key, value in structure.items() if key != OWNED}
+    state = {"~": "dict", "items": [[i, entries[i]] for i in sorted(entries)]}
+    return {**plain, "content": {**plain["content"], "state": state}}
+
+
+def entries_of(structure: Structure) -> list[list[Any]]:
+    """Return index and entry of each parameter that has state. Not collective.
+
+    Args:
+        structure: The structure of an optimizer.
+    """
+    entries = structure["content"]["state"]
+    if "~" in entries:
+        return list(entries["items"])
+    return [[key, entry] for key, entry in entries.items()]
+
+
 class SavedParams:
     """The parameters that an optimizer was saved with.
 
@@ -66,10 +108,7 @@ class SavedParams:
             self._shapes: Shapes = structure["params"]
             names: Names = structure.get("names") or [[None] * len(g) for g in self._shapes]
             self._names = names
-            entries = structure["content"]["state"]
-            self._entries: list[list[Any]] = (
-                entries["items"] if "~" in entries else [[k, v] for k, v in entries.items()]
-            )
+            self._entries = entries_of(structure)
             count = sum(map(len, self._shapes))
             fits = list(map(len, names)) == list(map(len, self._shapes)) and all(
                 len(entry) == 2 and not (type(entry[0]) is int and entry[0] >= count)
@@ -191,7 +230,7 @@ def _renamed(node: Any, places: Mapping[str, str]) -> Any:  # noqa: ANN401 (JSON
 
 
 def _rename(leaf: str, places: Mapping[str, str]) -> str:
-    if not leaf.startswith(_STATE):
+    if not leaf.startswith(STATE):
         return leaf
-    index, slash, rest = leaf[len(_STATE) :].partition("/")
-    return f"{_STATE}{places.get(index, index)}{slash}{rest}"
+    index, slash, rest = leaf[len(STATE) :].partition("/")
+    return f"{STATE}{places.get(index, index)}{slash}{rest}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+from mpi_ckpt.errors import StageError
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
@@ -24,6 +25,12 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
         StageError: On the calling rank, for a value that a restore would change.
     """
     flattened = flatten(value)
+    cut = [name for name, leaf in flattened.leaves.items() if leaf.tiles is not None]
+    if cut:
+        raise StageError(
+            f"{', '.join(cut)}: a DTensor is no value of a single rank; save it in an "
+            "ObjectState, or its full_tensor() here"
+        )
     stream = io.BytesIO()
     write_leaves(stream, flattened.structure, tuple(flattened.leaves.values()))
     return stream.getvalue()

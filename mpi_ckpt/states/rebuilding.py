@@ -11,6 +11,7 @@ import numpy as np
 
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.states.leaf_values import KIND
+from mpi_ckpt.states.optimizer_params import with_entries
 from mpi_ckpt.states.tree import leaf_nodes, unflatten
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def nodes_of(structure: Any, names: Mapping[str, Any]) -> dict[str, dict[str, An
             for key, inner in structure.items()
             for name, node in nodes_of(inner, _inside(key, names)).items()
         }
-    nodes = leaf_nodes(structure)
+    nodes = leaf_nodes(with_entries(structure, names))
     return {name: nodes.get(name, _ARRAY) for name in names}
 
 
@@ -65,6 +66,7 @@ def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any
             key: rebuild(inner, _inside(key, values)) for key, inner in structure.items()
         }
     try:
+        structure = with_entries(structure, values)
         nodes = leaf_nodes(structure)
         if set(nodes) == set(values):
             value = unflatten(structure, _as_arrays(nodes, values))

@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import (
 )
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import Leaf, LeafSpec, Place, copy_bytes
+from mpi_ckpt.leaf import Leaf, LeafSpec, Place, Tile, copy_bytes
+from mpi_ckpt.states.dtensor import local_pieces, local_tensor, make_like
 from mpi_ckpt.states.memory_layout import Layout
-from mpi_ckpt.states.wrappers import is_sharded
+from mpi_ckpt.states.wrappers import is_dtensor, is_sharded
+from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,11 +103,30 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
 
 
 def tensor_leaf(name: str, tensor: torch.Tensor) -> Leaf:
-    """Make the leaf of a tensor; see `tensor_spec`. Not collective. Thread-safe."""
+    """Make the leaf of a tensor; see `tensor_spec`. Not collective. Thread-safe.
+
+    The leaf of a DTensor is cut: its tiles are views of the local tensor.
+    """
+    if type(tensor) not in _PLAIN and is_dtensor(tensor):
+        with ordinary():
+            return _cut_leaf(name, tensor)
     if _is_ordinary():
         return Leaf(tensor_spec(name, tensor), TensorBuffer(tensor.detach()))
     with ordinary():
         return Leaf(tensor_spec(name, tensor), TensorBuffer(tensor.detach()))
+
+
+def _cut_leaf(name: str, tensor: torch.Tensor) -> Leaf:
+    pieces = local_pieces(name, tensor)
+    local = local_tensor(tensor).detach()
+    spec = LeafSpec(name, tensor_spec(name, local).dtype, tuple(tensor.shape))
+    tiles = []
+    for box, place in pieces:
+        ranges = zip(place, box.shape, strict=True)
+        # The ellipsis makes a view of a tensor without dimensions too.
+        where = (*[slice(at, at + length) for at, length in ranges], ...)
+        tiles.append(Tile(box, TensorBuffer(local[where], tensor)))
+    return cut_leaf(spec, tiles)
 
 
 def device_here(kind: str | None) -> torch.device:
@@ -138,7 +159,7 @@ def empty_tensor(
             or there is no memory for it.
     """
     if spec.dtype not in _DTYPES:
-        raise StateMismatchError(f"{spec}: torch {torch.__version__} has no such dtype")
+        raise _unknown_dtype(spec)
     try:
         shape = [spec.shape[dim] for dim in layout.order] if layout.order else spec.shape
         lying = torch.empty(shape, dtype=_DTYPES[spec.dtype], device=device)
@@ -148,11 +169,37 @@ def empty_tensor(
         raise StateMismatchError(f"{spec}: {reason}") from None
 
 
-class TensorBuffer:
-    """The bytes of a tensor of any layout, on any device. Not collective."""
+def tensor_like(spec: LeafSpec, like: torch.Tensor) -> torch.Tensor:
+    """Make a DTensor for a leaf, over the mesh of another; see `make_like`.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    Not collective. Call it within `ordinary`.
+
+    Args:
+        spec: Of the leaf.
+        like: A DTensor.
+
+    Raises:
+        StateMismatchError: On the calling rank, if this torch has no such dtype.
+    """
+    if spec.dtype not in _DTYPES:
+        raise _unknown_dtype(spec)
+    made: torch.Tensor = make_like(spec, _DTYPES[spec.dtype], like)
+    return made
+
+
+class TensorBuffer:
+    """The bytes of a tensor of any layout, on any device.
+
+    Not collective.
+
+    Args:
+        tensor: The tensor.
+        owner: DTensor whose local part has it; None for an ordinary tensor.
+    """
+
+    def __init__(self, tensor: torch.Tensor, owner: torch.Tensor | None = None) -> None:
         self._tensor = tensor
+        self._owner = owner
 
     def view(self) -> memoryview | None:
         """Return the live bytes if they are contiguous host memory."""
@@ -189,10 +236,30 @@ class TensorBuffer:
         lazy = tensor.is_conj() or tensor.is_neg()
         return tensor.is_contiguous() and tensor.is_cpu and not lazy
 
+    def part(self, index: tuple[slice, ...]) -> TensorBuffer:
+        """Return a box of the tensor, as `TileBuffer` says."""
+        with ordinary():
+            return TensorBuffer(self._tensor[index], self._owner)
+
+    def host_bytes(self) -> NDArray[np.uint8] | None:
+        """Return the live bytes of each element, as `TileBuffer` says."""
+        tensor = self._tensor
+        if not tensor.is_cpu or tensor.is_conj() or tensor.is_neg():
+            return None
+        with ordinary():
+            # NumPy knows neither bfloat16 nor float8, but bytes.
+            return tensor.unsqueeze(-1).view(torch.uint8).numpy()
+
     def stamp(self) -> int:
         """Return torch's count of changes in place; it misses those through ``.data``."""
+        # Operations on a DTensor are not counted by its local part.
+        counted = (self._tensor,) if self._owner is None else (self._tensor, self._owner)
         # Inference tensors have no count.
-        return 0 if self._tensor.is_inference() else self._tensor._version  # noqa: SLF001
+        return sum(
+            tensor._version  # noqa: SLF001 (torch has no public name for it)
+            for tensor in counted
+            if not tensor.is_inference()
+        )
 
     def place(self) -> Place:
         """Return the tensor's place in memory."""
@@ -208,6 +275,10 @@ class TensorBuffer:
             start: int = tensor.data_ptr()
             return start, start + tensor.nbytes
         return self.place().span
+
+
+def _unknown_dtype(spec: LeafSpec) -> StateMismatchError:
+    return StateMismatchError(f"{spec}: torch {torch.__version__} has no such dtype")
 
 
 def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
@@ -234,9 +305,8 @@ def _refuse_foreign(name: str, tensor: torch.Tensor) -> None:
     kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
     if is_sharded(tensor):
         raise StageError(
-            f"tensor {name!r} is a {type(tensor).__name__}, of which each rank has a part; "
-            "mpi_ckpt saves replicas. Use torch.distributed.checkpoint for it, or save "
-            "its full_tensor()"
+            f"tensor {name!r} is a {type(tensor).__name__}, of which each rank has a part "
+            "that is not known here: make it a DTensor, or save a whole tensor"
         )
     if is_lazy(tensor):
         raise StageError(

@@ -137,7 +137,7 @@ class TrainState(LeafState):
 
         found = [targets.get(spec.name) for spec in specs]
         leaves = [
-            leaf and Leaf(spec, leaf.buffer)
+            leaf and Leaf(spec, leaf.buffer, tiles=leaf.tiles)
             for spec, leaf in zip(specs, found, strict=True)
         ]
 
@@ -145,7 +145,7 @@ class TrainState(LeafState):
             spec = specs[index]
             arrival, at = homes[spec.name]
             leaf = arrival.elsewhere(at)
-            return leaf and Leaf(spec, leaf.buffer)
+            return leaf and Leaf(spec, leaf.buffer, tiles=leaf.tiles)
 
         return Arrival(leaves, adopt, tuple(missing), tuple(unexpected), elsewhere)
 

@@ -45,9 +45,9 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
         )
     if any(_is_a(part, *_FSDP) for part in module.modules()):
         raise RegistrationError(
-            f"state {state!r}: the module is sharded by FullyShardedDataParallel, and each "
-            "rank has a part of it; mpi_ckpt saves replicas. Use torch.distributed."
-            "checkpoint for it"
+            f"state {state!r}: the module is sharded by FullyShardedDataParallel, whose "
+            "flat parameters hide which part of which parameter a rank has. Shard it by "
+            "torch.distributed.fsdp.fully_shard, which a state saves as it is"
         )
     attribute = _wraps(module)
     while attribute is not None:
@@ -102,18 +102,21 @@ def parameter_names(module: torch.nn.Module) -> dict[int, str]:
     return {id(parameter): inner(name) for name, parameter in module.named_parameters()}
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Return whether a tensor is a DTensor, of which each rank of a mesh has a part.
+
+    Not collective. Thread-safe.
+    """
+    return _is_a(tensor, "torch.distributed.tensor", "DTensor")
+
+
 def is_sharded(tensor: object) -> bool:
     """Return whether a tensor is this rank's part of a tensor split over ranks.
 
     Not collective. Thread-safe.
     """
-    return any(
-        _is_a(tensor, module, kind)
-        for module, kind in (
-            ("torch.distributed.tensor", "DTensor"),
-            ("torch.distributed._shard.sharded_tensor", "ShardedTensor"),
-        )
-    )
+    home = "torch.distributed._shard.sharded_tensor"
+    return is_dtensor(tensor) or _is_a(tensor, home, "ShardedTensor")
 
 
 def _wraps(module: torch.nn.Module) -> str | None:

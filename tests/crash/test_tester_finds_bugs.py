@@ -19,7 +19,7 @@ from mpi_ckpt.storage.directory import catalog, finding, recovery
 from mpi_ckpt.storage.directory import checkpoint_directory as directory
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.owning import ownership
-from mpi_ckpt.storage.reading import reader
+from mpi_ckpt.storage.reading import file_reader, reader
 from mpi_ckpt.storage.writing import partial
 from tests.crash import faults, scenarios
 from tests.crash.crashes import judge_crashes
@@ -301,7 +301,7 @@ def test_numbers_that_are_those_of_one_listing(monkeypatch):
 
 def test_generations_that_are_set_aside_at_the_first_look(monkeypatch):
     monkeypatch.setattr(finding, "_PASSING", ())
-    monkeypatch.setattr(reader, "_is_listed", lambda *_: False)
+    monkeypatch.setattr(file_reader, "_is_listed", lambda *_: False)
     monkeypatch.setattr(directory, "open_twice", reader.GenerationReader)
     wrong = table("restore after a crash", (errno.ENOENT,))
     assert any("came back under the fault" in line for line in wrong)

@@ -14,7 +14,7 @@ from tests.hostile.fuzzing.targets import TARGETS, clear, seeds
 from tests.hostile.watch import watched
 
 _POOL_BYTES = 5000
-INPUTS = {"manifest": 2500, "header": 1500, "directory": 1000}
+INPUTS = {"manifest": 2500, "header": 1500, "tiles": 2000, "directory": 1000}
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from mpi4py import MPI  # noqa: F401 (a test would leave what starting it opens)
 import mpi_ckpt
 from mpi_ckpt import PerRankState
 from mpi_ckpt.options import ENVIRONMENT, IO, Options, StopWhen
-from tests.project import rooms
+from tests.project import listings, rooms
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
@@ -52,6 +52,12 @@ def test_the_first_pages_stay_short():
     }
     assert lines["README.md"] <= 130
     assert lines["ARCHITECTURE.md"] <= 260
+
+
+@pytest.mark.parametrize("document", listings.DOCUMENTS, ids=lambda path: path.name)
+def test_the_programs_in_documents_are_those_of_today(document):
+    text = document.read_text()
+    assert listings.with_listings(text) == text, "python -m tests.project.listings --write"
 
 
 def test_the_picture_of_the_rooms_is_of_today():

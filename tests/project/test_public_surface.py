@@ -19,7 +19,9 @@ def test_names_are_sorted_unique_and_few():
     names = sorted(set(mpi_ckpt.__all__), key=lambda name: (not name.isupper(), name))
     assert mpi_ckpt.__all__ == names
     assert set(mpi_ckpt.__all__) == set(mpi_ckpt._MODULES)
-    assert len(mpi_ckpt.__all__) <= 30
+    # 30 names for replicas and per-rank values, and three for arrays cut over the ranks:
+    # Block, ShardedArrayState, ConcatState.
+    assert len(mpi_ckpt.__all__) <= 33
 
 
 @pytest.mark.parametrize("name", mpi_ckpt.__all__)

@@ -3,8 +3,9 @@
 
     python -m tests.restore.make_golden v1
 
-golden/v1 was written so by version 0.1.0 (CPython 3.11, NumPy 2.4, torch 2.13). It is not
-written again: every later release must read those very bytes.
+golden/v1 was written so by version 0.1.0 (CPython 3.11, NumPy 2.4, torch 2.13); golden/v2
+in one process, without a job. They are not written again: every later release must read
+those very bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, ModuleState, ObjectState, Options, State
+from mpi_ckpt.decomposition.boxes import Box
+from tests.cutting import CutArray, write_cut
 
 GOLDEN = Path(__file__).parent / "golden"
 STEP = 1234
@@ -86,9 +89,50 @@ def states() -> list[State]:
     ]
 
 
-if __name__ == "__main__":
+def cut_arrays() -> dict[str, CutArray]:
+    """Return arrays that four ranks hold in parts; the second rank has none of them."""
+    field = np.arange(70, dtype=np.float64).reshape(7, 10) / 8
+    quarters = [
+        [Box((0, 0), (4, 6)), Box((4, 0), (3, 6))],
+        [],
+        [Box((0, 6), (4, 4))],
+        [Box((4, 6), (3, 4))],
+    ]
+    cube = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
+    planes = [[Box((0, 0, 2 * n), (2, 3, 2))] for n in range(2)]
+    particles = np.array([[1.5, -0.0], [math.inf, 3.0], [4.0, 5e-324]])
+    return {
+        "field": CutArray(field, quarters),
+        "cube": CutArray(cube, [planes[0], [], [], planes[1]]),
+        "particles": CutArray.by_rows(particles, [2, 0, 0, 1]),
+        "ids": CutArray.by_rows(np.array([7, 8, 9], np.uint32), [2, 0, 0, 1]),
+        "scalar": CutArray(np.array(1.5, np.float32), [[], [], [Box((), ())], []]),
+        "complex": CutArray.by_rows(np.array([1 + 2j, -3j], np.complex64), [0, 0, 1, 1]),
+        "words": CutArray.by_rows(np.array(["ä", "bc", ""]), [1, 0, 1, 1]),
+        "flags": CutArray.by_rows(np.array([True, False, True]), [3, 0, 0, 0]),
+        "empty": CutArray.by_rows(np.empty((0, 3), np.float32), [0, 0, 0, 0]),
+    }
+
+
+def whole_arrays() -> dict[str, np.ndarray]:
+    """Return arrays of the same state that every rank holds whole."""
+    return {"time": np.array(0.25), "spacing": np.array([1.0, 2.0, 0.5], np.float32)}
+
+
+def write_v2() -> Path:
+    """Write the golden generation of version 2: blocks are short, so tiles have several."""
+    arrays, whole = cut_arrays(), whole_arrays()
+    return write_cut(GOLDEN / "v2", arrays, whole=whole, block_bytes=64)
+
+
+def write_v1() -> None:
+    """Write the golden generation of version 1."""
     options = Options(preemption_signals=())
-    root = GOLDEN / sys.argv[1]
+    root = GOLDEN / "v1"
     with CheckpointManager(root, states(), comm=MPI.COMM_SELF, options=options) as manager:
         manager.save(STEP, metrics=METRICS)
     (root / ".lock").unlink()
+
+
+if __name__ == "__main__":
+    {"v1": write_v1, "v2": write_v2}[sys.argv[1]]()

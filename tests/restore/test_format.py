@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from mpi_ckpt import ArrayState, ModuleState, ObjectState
+from mpi_ckpt.storage.reading.proving import verify
+from mpi_ckpt.storage.reading.reader import GenerationReader
+from tests.cutting import bytes_of, write_cut
 from tests.restore import make_golden, stranger
 from tests.restore.make_golden import GOLDEN, METRICS, STEP, TEXT, Words
 
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 NUMPY = {"F64": "<f8", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8", "U16": "<u2"}
-NUMPY |= {"BOOL": "?", "C64": "<c8"}
+NUMPY |= {"BOOL": "?", "C64": "<c8", "I16": "<i2", "U32": "<u4"}
 
 
 def array_of(leaf: stranger.Leaf) -> np.ndarray:
@@ -26,15 +29,25 @@ def array_of(leaf: stranger.Leaf) -> np.ndarray:
     return np.frombuffer(leaf.data, dtype).reshape(leaf.shape)
 
 
-@pytest.fixture(params=VERSIONS)
-def golden(request, tmp_path):
-    """Give a copy of a golden generation that may be changed."""
-    copied = shutil.copytree(GOLDEN / request.param, tmp_path / "golden")
+@pytest.fixture
+def golden(tmp_path):
+    """Give a copy of the golden generation of version 1 that may be changed."""
+    return copy_of("v1", tmp_path)
+
+
+@pytest.fixture
+def cut_golden(tmp_path):
+    """Give a copy of the golden generation of version 2."""
+    return copy_of("v2", tmp_path)
+
+
+def copy_of(version: str, place: Path) -> Path:
+    copied = shutil.copytree(GOLDEN / version, place / version)
     return copied / "checkpoint-00000001"
 
 
 def test_there_is_a_golden_generation_of_every_version():
-    assert VERSIONS == ["v1"]
+    assert VERSIONS == ["v1", "v2"]
 
 
 def test_stranger_knows_nothing_of_this_package():
@@ -115,10 +128,56 @@ def test_this_release_restores_the_golden_generation(golden, manage):
     assert [word.data for word in words] == [TEXT, TEXT]
 
 
+def test_stranger_puts_the_golden_cut_arrays_together(cut_golden):
+    found = stranger.read(cut_golden)
+    assert found.manifest["version"] == 2
+    arrays = {name: one.array for name, one in make_golden.cut_arrays().items()}
+    arrays |= make_golden.whole_arrays()
+    assert set(found.leaves["fields"]) == set(arrays)
+    for name, array in arrays.items():
+        read = array_of(found.leaves["fields"][name])
+        np.testing.assert_array_equal(read, array, strict=True)
+        assert read.tobytes() == array.tobytes()
+
+
+def test_safetensors_reads_the_golden_tiles(cut_golden):
+    names = sorted(os.listdir(cut_golden))
+    ranks = [f"tiles-0000{rank}.safetensors" for rank in (0, 2, 3)]
+    assert names == ["manifest.json", "rank-00000.safetensors", *ranks]
+    found = stranger.tensors(cut_golden)
+    form = {name: (entry["dtype"], entry["shape"]) for name, entry in found.items()}
+    assert form["fields/field@4,6"] == ("F64", [3, 4])
+    assert form["fields/scalar@"] == ("F32", [])
+    assert form["fields/complex@1"] == ("U8", [1, 8])
+    arrays = make_golden.cut_arrays()
+    count = 0
+    for name, cut in arrays.items():
+        for box in (box for rank in cut.boxes for box in rank):
+            tile = found[f"fields/{name}@{','.join(map(str, box.offset))}"]
+            assert bytes(tile["data"]) == bytes(bytes_of(cut.array, box))
+            count += 1
+    assert count + len(make_golden.whole_arrays()) == len(found)
+
+
+def test_this_release_reads_the_golden_tiles(cut_golden):
+    with GenerationReader(cut_golden) as reader:
+        verify(reader)
+        for name, cut in make_golden.cut_arrays().items():
+            found = [tile.box for tile in reader.tiles()["fields", name]]
+            assert found == [box for rank in cut.boxes for box in rank]
+
+
+def test_this_release_still_writes_tiles_so(tmp_path):
+    arrays, whole = make_golden.cut_arrays(), make_golden.whole_arrays()
+    path = write_cut(tmp_path / "again", arrays, whole=whole, block_bytes=64)
+    for file in (GOLDEN / "v2" / path.name).iterdir():
+        assert (path / file.name).read_bytes() == file.read_bytes()
+
+
 def test_this_release_still_writes_that_format(manage):
     manager = manage(*make_golden.states())
     path = manager.save(STEP, metrics=METRICS).path
-    old, new = stranger.read(GOLDEN / VERSIONS[-1] / path.name), stranger.read(path)
+    old, new = stranger.read(GOLDEN / "v1" / path.name), stranger.read(path)
     assert new.leaves == old.leaves
     assert new.structures == old.structures
     assert new.streams == old.streams
@@ -128,7 +187,9 @@ def test_this_release_still_writes_that_format(manage):
     assert new.manifest == old.manifest
 
 
-def test_stranger_sees_every_flipped_byte(golden):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_stranger_sees_every_flipped_byte(tmp_path, version):
+    golden = copy_of(version, tmp_path)
     for file in sorted(golden.iterdir()):
         data = file.read_bytes()
         for position in range(0, len(data), 29):

@@ -191,6 +191,7 @@ def test_all_collisions_are_named_at_once():
 
 def test_carried_file_is_renamed_once():
     assert layout.shard_file_name(0) == "rank-00000.safetensors"
+    assert layout.tile_file_name(3) == "tiles-00003.safetensors"
     first = layout.carried_file_name("rank-00000.safetensors", 7)
     assert first == "rank-00000.from-00000007.safetensors"
     assert layout.carried_file_name(first, 7) == first

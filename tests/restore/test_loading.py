@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from mpi_ckpt import (
     TrainState,
     loading,
 )
+from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     NoCheckpointError,
@@ -37,6 +39,7 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.storage.format import layout
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.reading.reader import GenerationReader
+from tests.cutting import CutArray, write_cut
 from tests.making import Ranks, publish, some_states
 
 SHARD = "rank-00000.safetensors"
@@ -309,6 +312,120 @@ def test_without_torch_its_tensors_come_as_arrays(tmp_path, monkeypatch):
     with mpi_ckpt.load(tmp_path) as saved:
         assert isinstance(saved["model"]["weight"], np.ndarray)
         assert saved["model"].value()["weight"].shape == (2, 3)
+
+
+def cut_root(tmp_path):
+    """Write a generation of arrays that three ranks hold in parts, and one of all ranks."""
+    halves = [[Box((0, 0), (6, 4))], [Box((0, 4), (6, 3))], [Box((0, 7), (6, 3))]]
+    arrays = {
+        "rho": CutArray(np.arange(60.0).reshape(6, 10), halves),
+        "ids": CutArray.by_rows(np.arange(7), [3, 0, 4]),
+        "one": CutArray(np.array(7, np.int16), [[], [Box((), ())], []]),
+        "none": CutArray.by_rows(np.empty((0, 3), np.float32), [0, 0, 0]),
+    }
+    whole = {"time": np.array([0.5, 1.5])}
+    write_cut(tmp_path / "cut", arrays, whole=whole, block_bytes=64)
+    return tmp_path / "cut", {name: one.array for name, one in arrays.items()} | whole
+
+
+def test_arrays_that_were_cut_come_back_whole(tmp_path):
+    root, arrays = cut_root(tmp_path)
+    with mpi_ckpt.load(root) as saved:
+        state = saved["fields"]
+        assert list(state) == ["time", "rho", "ids", "one", "none"]
+        assert "rho F64[6, 10]" in repr(state)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(state[name], array, strict=True)
+        value = state.value()
+        assert set(value) == set(arrays)
+        saved.verify()
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        ..., (), 2, -1, np.int64(3), (2, 3), (..., 9), (0, ...), slice(2, 5),
+        (slice(1, 6, 2), slice(None, None, 3)), (5, slice(-3, 99)),
+        (slice(None), 3), (slice(4, 2), slice(5)),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_part_of_a_leaf_is_what_numpy_would_give(tmp_path, index):
+    root, arrays = cut_root(tmp_path)
+    with mpi_ckpt.load(root) as saved:
+        lazy = saved["fields"].lazy("rho")
+        assert (lazy.name, lazy.dtype, lazy.shape) == ("rho", "F64", (6, 10))
+        assert repr(lazy) == "<leaf rho F64[6, 10] of state 'fields'>"
+        np.testing.assert_array_equal(lazy[index], arrays["rho"][index], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        (6, "6 is out of range for a dimension of 6"),
+        ((0, -11), "-11 is out of range"),
+        ((0, 0, 0), "too many indices"),
+        ((..., ...), "too many indices"),
+        (slice(None, None, -1), "negative step"),
+        ([0, 1], "use integers and slices"),
+        (None, "use integers and slices"),
+        (True, "use integers and slices"),
+        (1.0, "use integers and slices"),
+    ],
+)
+def test_other_indices_are_refused(tmp_path, index, fault):
+    root, _ = cut_root(tmp_path)
+    with (
+        mpi_ckpt.load(root) as saved,
+        pytest.raises(IndexError, match=re.escape(fault)),
+    ):
+        _ = saved["fields"].lazy("rho")[index]
+
+
+def test_parts_of_whole_leaves_scalars_and_streams_are_read_too(root, tmp_path):
+    with mpi_ckpt.load(root) as saved:
+        assert saved["arrays"].lazy("wide")[1, 1:].tolist() == [4, 5]
+        assert saved["stream"].lazy("stream")[2:5].tobytes() == bytes([2, 3, 4])
+        assert saved["a/b"].lazy("seen")[...].tolist() == [0, 1, 2]
+        with pytest.raises(NotSavedError, match="no leaf 'wild'"):
+            saved["arrays"].lazy("wild")
+    cut, _ = cut_root(tmp_path)
+    with mpi_ckpt.load(cut) as saved:
+        assert saved["fields"].lazy("one")[()] == 7
+        assert saved["fields"].lazy("none")[:, 1].shape == (0,)
+
+
+def test_parts_of_tensors_are_tensors(tmp_path):
+    torch = pytest.importorskip("torch")
+    weight = torch.arange(12.0, dtype=torch.bfloat16).reshape(3, 4).t()
+    publish(tmp_path, [ObjectState("object", {"w": torch.nn.Parameter(weight)})])
+    with mpi_ckpt.load(tmp_path) as saved:
+        (name,) = saved["object"]
+        part = saved["object"].lazy(name)[1:3, 2]
+        assert isinstance(part, torch.Tensor)
+        assert torch.equal(part, weight[1:3, 2])
+
+
+def test_a_part_reads_only_the_blocks_that_hold_it(tmp_path, monkeypatch):
+    root, arrays = cut_root(tmp_path)
+    read = []
+    real = GenerationReader.read_block
+    monkeypatch.setattr(
+        GenerationReader,
+        "read_block",
+        lambda self, leaf, n: read.append((leaf.spec.name, n)) or real(self, leaf, n),
+    )
+    with mpi_ckpt.load(root) as saved:
+        lazy = saved["fields"].lazy("rho")
+        assert read == []
+        assert lazy[0:2, 0:2].tolist() == arrays["rho"][0:2, 0:2].tolist()
+        assert read == [("fields/rho@0,0", 0)]  # 8 elements a block, 4 a row
+        read.clear()
+        flip(root / "checkpoint-00000001" / "tiles-00001.safetensors", -10)
+        assert lazy[:, 8].tolist() == arrays["rho"][:, 8].tolist()
+        assert {name for name, _ in read} == {"fields/rho@0,7"}
+        with pytest.raises(CorruptGenerationError, match=r"leaf 'rho': .*tiles-00001"):
+            _ = saved["fields"]["rho"]
 
 
 ALONE = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import UnsupportedFormatError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import (
+    CutLeaf,
     Extent,
     Manifest,
     StoredFile,
@@ -22,6 +25,7 @@ from mpi_ckpt.storage.format.manifest import (
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from tests.making import sealed, sealed_document
 
+GOLDEN = Path(__file__).parent / "golden" / "v1" / "checkpoint-00000001"
 HEADER = digest_bytes(b"header")
 BLOCK = 16
 NUMBER_MAX = 2**63 - 1
@@ -55,7 +59,10 @@ def manifests(draw):
                 )
             )
             offset += spec.nbytes
-        states.append(StoredState(f"s{number}", draw(json_values), tuple(leaves)))
+        cut = tuple(CutLeaf(LeafSpec(f"/{n}", "F32", (5,)), 2) for n in range(number))
+        files = ("tiles-00001.safetensors",) if cut else ()
+        state = StoredState(f"s{number}", draw(json_values), tuple(leaves))
+        states.append(replace(state, cut=cut, files=files))
     stream = draw(st.binary(max_size=70))
     states.append(
         StoredState.of_stream(
@@ -73,6 +80,7 @@ def manifests(draw):
         files=(
             StoredFile("rank-00000.safetensors", offset, 32, HEADER, 1),
             StoredFile("x.bin", len(stream), 0, digest_bytes(b""), 0),
+            StoredFile("tiles-00001.safetensors", 60, 20, HEADER, 1),
         ),
         states=tuple(states),
     )
@@ -208,8 +216,25 @@ PATHS_OF_OBJECTS = [
 ]
 
 
-def replaced(path: tuple, value: object) -> dict:
-    document = copy.deepcopy(small_document())
+def cut_document() -> dict:
+    """Return a manifest of version 2: the small one with two cut leaves in two files."""
+    document = json.loads(encode(cut_manifest()))
+    del document["digest"]
+    return document
+
+
+def cut_manifest() -> Manifest:
+    names = ("tiles-00000.safetensors", "tiles-00003.safetensors")
+    files = tuple(StoredFile(name, 4100, 4096, HEADER, 1) for name in names)
+    rho = CutLeaf(LeafSpec("rho", "F32", (3, 4)), 3)
+    none = CutLeaf(LeafSpec("none", "U8", (0, 4)), 0)
+    first, *others = small().states
+    states = (replace(first, cut=(rho, none), files=names), *others)
+    return replace(small(), files=small().files + files, states=states)
+
+
+def replaced(path: tuple, value: object, whole: dict | None = None) -> dict:
+    document = copy.deepcopy(whole or small_document())
     node = document
     for key in path[:-1]:
         node = node[key]
@@ -287,10 +312,74 @@ def test_documents_of_another_kind_are_refused(document):
     refuse(sealed(data[:-1]))
 
 
-@pytest.mark.parametrize("version", [2, 10**9, 0, -1, "1", True, 1.0, None, [1]], ids=repr)
+@pytest.mark.parametrize("version", [3, 10**9, 0, -1, "1", True, 1.0, None, [1]], ids=repr)
 def test_other_versions_are_named(version):
-    with pytest.raises(UnsupportedFormatError, match="reads 'mpi_ckpt' version 1"):
+    with pytest.raises(UnsupportedFormatError, match="reads 'mpi_ckpt' versions 1 and 2"):
         decode(sealed_document(replaced(("version",), version)))
+
+
+def test_only_cut_leaves_make_a_manifest_of_version_2():
+    assert json.loads(encode(small()))["version"] == 1
+    assert json.loads(encode(cut_manifest()))["version"] == 2
+    golden = (GOLDEN / "manifest.json").read_bytes()
+    assert encode(decode(golden)) == golden
+
+
+def test_cut_leaves_are_encoded_as_the_document_says():
+    assert same(decode(encode(cut_manifest())), cut_manifest())
+    state = cut_document()["states"][0]
+    assert list(state) == ["name", "structure", "leaves", "cut", "tile_files"]
+    assert state["cut"][0] == {
+        "name": "rho",
+        "dtype": "F32",
+        "shape": [3, 4],
+        "tiles": 3,
+    }
+    assert state["tile_files"] == ["tiles-00000.safetensors", "tiles-00003.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fault"),
+    [
+        (("cut",), {}, "no list"),
+        (("cut",), None, "no list"),
+        (("cut",), [], "files without tiles"),
+        (("cut", 0), 5, "wrong kind"),
+        (("cut", 0, "name"), "w", "lists a leaf twice"),
+        (("cut", 0, "name"), "none", "lists a leaf twice"),
+        (("cut", 0, "name"), 5, "no text"),
+        (("cut", 0, "dtype"), "F31", "unknown dtype"),
+        (("cut", 0, "shape"), [3.0], "no integer"),
+        (("cut", 0, "tiles"), -1, "out of range"),
+        (("cut", 0, "tiles"), True, "no integer"),
+        (("cut", 0, "tiles"), 0, "has 0 tiles"),
+        (("cut", 1, "tiles"), 1, "has 1 tiles"),
+        (("tile_files",), [], "tiles without files"),
+        (("tile_files",), "tiles-00000.safetensors", "no list"),
+        (("tile_files", 1), "tiles-00000.safetensors", "file of tiles twice"),
+        (("tile_files", 1), "tiles-00001.safetensors", "lacks"),
+        (("tile_files", 1), ["tiles-00000.safetensors"], "no text"),
+        (("tile_files", 1), "rank-00000.safetensors", "has leaves and tiles"),
+    ],
+)
+def test_cut_leaves_that_break_a_rule_are_refused(path, value, fault):
+    document = replaced(("states", 0, *path), value, cut_document())
+    refuse(sealed_document(document), fault)
+
+
+@pytest.mark.parametrize("key", ["name", "dtype", "shape", "tiles"])
+def test_cut_leaves_that_lack_a_member_are_refused(key):
+    document = cut_document()
+    del document["states"][0]["cut"][0][key]
+    refuse(sealed_document(document), f"lacks '{key}'")
+    document = cut_document()
+    del document["states"][0]["tile_files"]
+    refuse(sealed_document(document), "lacks 'tile_files'")
+
+
+def test_version_1_has_no_cut_leaves():
+    document = replaced(("version",), 1, cut_document())
+    assert decode(sealed_document(document)).states == small().states
 
 
 def test_other_formats_are_named():
@@ -470,13 +559,17 @@ PARTS = [
     ("states", 0, "leaves", 0),
     ("states", 1, "stream"),
 ]
+CUT_PARTS = [("states", 0), ("states", 0, "cut", 0), ("states", 0, "cut", 1)]
 
 
 @given(st.data())
 def test_any_json_in_place_of_any_value_is_refused_or_read(data):
-    document = copy.deepcopy(small_document())
+    parts, whole = data.draw(
+        st.sampled_from([(PARTS, small_document()), (CUT_PARTS, cut_document())])
+    )
+    document = copy.deepcopy(whole)
     node = document
-    for key in data.draw(st.sampled_from(PARTS)):
+    for key in data.draw(st.sampled_from(parts)):
         node = node[key]
     node[data.draw(st.sampled_from(sorted(node)))] = data.draw(json_values)
     try:
@@ -489,7 +582,7 @@ def test_any_json_in_place_of_any_value_is_refused_or_read(data):
 @pytest.mark.parametrize("step", [1.5, True, "7", None, 2**63])
 def test_steps_that_could_not_be_read_are_not_written(step):
     broken = Manifest(generation=1, step=step, time=0.0, job="", size=1)
-    with pytest.raises(ValueError, match="manifest has"):
+    with pytest.raises(ValueError, match=r"is no integer|out of range"):
         encode(broken)
 
 
@@ -516,7 +609,7 @@ def test_names_that_no_reader_would_take_are_not_written():
         with pytest.raises(ValueError, match="collide"):
             encode(Manifest(states=states, **noted))
     leaf = StoredLeaf(LeafSpec(5, "U8", (0,)), *place)
-    with pytest.raises(ValueError, match="where text belongs"):
+    with pytest.raises(ValueError, match="is no text"):
         encode(Manifest(states=(StoredState("a", None, (leaf,)),), **noted))
-    with pytest.raises(ValueError, match="where text belongs"):
+    with pytest.raises(ValueError, match="is no text"):
         encode(Manifest(metrics={5: 0.5}, **noted))

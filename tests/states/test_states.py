@@ -285,5 +285,7 @@ def test_every_public_state_is_tried(make):
         if isinstance(value := getattr(mpi_ckpt, name), type)
         and issubclass(value, LeafState)
     }
+    # Of arrays that are cut over the ranks no rank has all bytes: see distributed/.
+    public -= {mpi_ckpt.ShardedArrayState, mpi_ckpt.ConcatState}
     assert type(make(1).state) in public
     assert public == {type(maker(1).state) for maker in MAKERS}

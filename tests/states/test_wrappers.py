@@ -68,10 +68,11 @@ def test_sharded_module_is_refused_wherever_it_stands(monkeypatch):
 
 
 def test_sharded_tensor_is_refused(monkeypatch):
-    class DTensor(torch.Tensor):
+    class ShardedTensor(torch.Tensor):
         pass
 
-    home = SimpleNamespace(DTensor=DTensor)
-    monkeypatch.setitem(wrappers.sys.modules, "torch.distributed.tensor", home)
-    with pytest.raises(StageError, match="'x' is a DTensor, of which each rank has a part"):
-        tensor_spec("x", torch.zeros(2).as_subclass(DTensor))
+    home = SimpleNamespace(ShardedTensor=ShardedTensor)
+    name = "torch.distributed._shard.sharded_tensor"
+    monkeypatch.setitem(wrappers.sys.modules, name, home)
+    with pytest.raises(StageError, match="'x' is a ShardedTensor, of which each rank has"):
+        tensor_spec("x", torch.zeros(2).as_subclass(ShardedTensor))

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -25,25 +24,27 @@ from mpi_ckpt.cli.command import (
 from mpi_ckpt.cli.directory_kinds import directory_to_look_at
 from mpi_ckpt.cli.generations import open_wanted
 from mpi_ckpt.cli.inspect.showing import pick_states
+from mpi_ckpt.cli.new_file import new_file
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.errors import WriteError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.tensorfile import encode_header
+from mpi_ckpt.storage.reading.assembly import read_box, slabs, state_arrays
 from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.format.manifest import Manifest, StoredLeaf, StoredState
+    from mpi_ckpt.storage.format.manifest import Manifest, StoredState
+    from mpi_ckpt.storage.reading.assembly import StoredArray
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 METADATA_KEY = "mpi_ckpt"
 """Where in a safetensors file the import finds states, structures and step."""
 
 STREAM_NAME = "(stream)"
+_PART_BYTES = 64 << 20
 _FORMATS = {
     ".safetensors": "safetensors",
     ".pt": "torch",
@@ -106,7 +107,7 @@ def export(
             raise CommandError(f"{path} holds no state", kind="absent")
         total = sum(state.nbytes for state in states)
         alone = len(names) == 1
-        with _new_file(target) as descriptor, screen.progress("exporting", total) as done:
+        with new_file(target) as descriptor, screen.progress("exporting", total) as done:
             if form == "torch":
                 from mpi_ckpt.cli.convert.torchfile import write_file
 
@@ -130,28 +131,6 @@ def export(
     return GOOD
 
 
-@contextmanager
-def _new_file(target: Path) -> Iterator[int]:
-    """Yield the descriptor of a file that gets its name once it is complete and durable."""
-    parent = target.absolute().parent
-    if target.is_symlink() or target.exists():
-        raise CommandError(
-            f"{target} exists, and is not overwritten", code=MISUSED, kind="exists"
-        )
-    if not parent.is_dir():
-        raise CommandError(f"{parent} is no directory", code=MISUSED, kind="usage")
-    partial = parent / f".mpi-ckpt-export-{secrets.token_hex(6)}"
-    try:
-        with os_errors_as(WriteError, "writing", target):
-            with filesystem.create_file(partial) as descriptor:
-                yield descriptor
-                filesystem.sync_file(descriptor)
-            filesystem.rename_new(partial, parent / target.name)
-            filesystem.sync_directory(parent, if_possible=True)
-    finally:
-        filesystem.remove_file(partial)
-
-
 def _write_safetensors(
     descriptor: int,
     reader: GenerationReader,
@@ -160,45 +139,61 @@ def _write_safetensors(
     alone: bool,
     done: Callable[[int], None],
 ) -> None:
-    entries = _entries(states, alone=alone)
+    entries = _entries(reader, states, alone=alone)
     # Larger elements first, so that all of them are aligned.
     order = sorted(entries, key=lambda item: -dtypes.element_bytes(item[1].dtype))
     metadata = {"format": "pt", METADATA_KEY: _metadata(reader.manifest, states, entries)}
     header = encode_header([(name, spec) for name, spec, _ in order], metadata)
     filesystem.write_all(descriptor, header, 0)
-    starts, end = [], len(header)
-    for _, spec, _ in order:
-        starts.append(end)
-        end += spec.nbytes
-    leaves = [leaf for _, _, leaf in order]
-    for block, data in proven_blocks(reader, leaves):
-        filesystem.write_all(descriptor, data, starts[block.leaf] + block.start)
+    starts = list(accumulate((spec.nbytes for _, spec, _ in order), initial=len(header)))
+    whole = [(at, one[2].tiles[0].leaf) for at, one in enumerate(order) if one[2].is_whole]
+    for block, data in proven_blocks(reader, [leaf for _, leaf in whole]):
+        start = starts[whole[block.leaf][0]] + block.start
+        filesystem.write_all(descriptor, data, start)
+        done(len(data))
+    for (_, _, array), start in zip(order, starts, strict=False):
+        if not array.is_whole:
+            _write_cut(descriptor, reader, array, start, done)
+
+
+def _write_cut(
+    descriptor: int,
+    reader: GenerationReader,
+    array: StoredArray,
+    start: int,
+    done: Callable[[int], None],
+) -> None:
+    """Write a cut leaf as one run of bytes, a part of it in memory at a time."""
+    width = dtypes.element_bytes(array.spec.dtype)
+    for box in slabs(array.spec.shape, max(1, _PART_BYTES // width)):
+        data = memoryview(bytearray(box.size * width))
+        read_box(reader, array, box, data)
+        filesystem.write_all(descriptor, data, start)
+        start += len(data)
         done(len(data))
 
 
 def _entries(
-    states: Sequence[StoredState], *, alone: bool
-) -> list[tuple[str, LeafSpec, StoredLeaf]]:
+    reader: GenerationReader, states: Sequence[StoredState], *, alone: bool
+) -> list[tuple[str, LeafSpec, StoredArray]]:
     entries = []
     for state in states:
         # Encoded, so that "a/b" + "c" and "a" + "b/c" stay apart.
         prefix = "" if alone else quote(state.name, safe="") + "/"
-        if state.is_stream:
-            spec = LeafSpec(STREAM_NAME, "U8", (state.nbytes,))
-            entries.append((prefix + STREAM_NAME, spec, state.leaves[0]))
-            continue
-        for leaf in state.leaves:
-            name = prefix + leaf.spec.name
+        for array in state_arrays(reader, state):
+            leaf = STREAM_NAME if state.is_stream else array.spec.name
+            name = prefix + leaf
             # One name in the header is not a tensor's.
             name = f"{name}_" if name.startswith("__metadata__") else name
-            entries.append((name, leaf.spec, leaf))
+            spec = LeafSpec(leaf, array.spec.dtype, array.spec.shape)
+            entries.append((name, spec, array))
     return entries
 
 
 def _metadata(
     manifest: Manifest,
     states: Sequence[StoredState],
-    entries: Sequence[tuple[str, LeafSpec, StoredLeaf]],
+    entries: Sequence[tuple[str, LeafSpec, StoredArray]],
 ) -> str:
     names = iter(entries)
     described: list[dict[str, Any]] = []
@@ -207,9 +202,9 @@ def _metadata(
             described.append({"name": state.name, "stream": next(names)[0]})
             continue
         leaves = []
-        for leaf in state.leaves:
-            spec = leaf.spec
-            leaves.append([next(names)[0], spec.name, spec.dtype, list(spec.shape)])
+        for _ in (*state.leaves, *state.cut):
+            name, spec, _ = next(names)
+            leaves.append([name, spec.name, spec.dtype, list(spec.shape)])
         described.append(
             {"name": state.name, "structure": state.structure, "leaves": leaves}
         )

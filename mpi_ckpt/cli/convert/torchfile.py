@@ -9,10 +9,12 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.command import CommandError
+from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.states.rebuilding import rebuild
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.manifest import STREAM
+from mpi_ckpt.storage.reading.assembly import read_box, stored_array
 from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
@@ -141,6 +143,7 @@ def _value(
 
     # A stream becomes a tensor of bytes: weights-only loads refuse an empty `bytes`.
     specs = [leaf.spec for leaf in state.leaves]
+    specs += [leaf.spec for leaf in state.cut]
     targets: list[memoryview] = []
     values: dict[str, Any] = {}
     for spec in specs:
@@ -154,6 +157,10 @@ def _value(
     for block, data in proven_blocks(reader, state.leaves):
         targets[block.leaf][block.start : block.end] = data
         done(len(data))
+    for leaf, target in zip(state.cut, targets[len(state.leaves) :], strict=True):
+        array = stored_array(reader, state.name, leaf)
+        read_box(reader, array, Box.whole(leaf.spec.shape), target)
+        done(len(target))
     return values[STREAM] if state.is_stream else rebuild(state.structure, values)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares two generations: by digest first, by value where digests differ.
 
-Only blocks whose digests differ are read, one of each side at a time, so memory stays at
-two blocks for leaves of any size.
+Of leaves that are cut alike, or not cut, only blocks whose digests differ are read, one of
+each side at a time. Digests of other tiles cannot be compared: those leaves are read, a
+part of each side at a time. So memory stays at a few blocks for leaves of any size.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.cli.inspect.numeric import Difference, is_numeric
+from mpi_ckpt.storage.reading.assembly import read_box, slabs, state_arrays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from mpi_ckpt.decomposition.boxes import Box
     from mpi_ckpt.leaf import LeafSpec
-    from mpi_ckpt.storage.format.manifest import StoredLeaf, StoredState
+    from mpi_ckpt.storage.reading.assembly import StoredArray
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 STREAM = "(stream)"
 _CHANGES_MAX = 1000
+_PART_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,28 @@ class LeafChange:
         return document
 
 
-_Entry = tuple["LeafSpec | None", "StoredLeaf"]
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A leaf or a stream of one side.
+
+    Attributes:
+        reader: The open generation.
+        spec: Form of the leaf; None for a stream.
+        array: Where its bytes are.
+    """
+
+    reader: GenerationReader
+    spec: LeafSpec | None
+    array: StoredArray
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.spec.nbytes
+
+    @property
+    def digests(self) -> dict[Box, tuple[bytes, ...]]:
+        """The digests of the blocks of each tile."""
+        return {tile.box: tile.leaf.digest.blocks for tile in self.array.tiles}
 
 
 def compare_generations(
@@ -96,9 +121,9 @@ def compare_generations(
         if mine is None or other is None:
             changes.append(_one_sided(key, mine, other))
         else:
-            changes.append(_compare(key, (left, mine), (right, other)))
+            changes.append(_compare(key, mine, other))
         if mine is not None:
-            done(mine[1].extent.nbytes)
+            done(mine.nbytes)
     return changes
 
 
@@ -132,14 +157,11 @@ def _at(value: Any, key: Any) -> Any:  # noqa: ANN401 (JSON)
 def _entries(reader: GenerationReader) -> dict[tuple[str, str], _Entry]:
     entries: dict[tuple[str, str], _Entry] = {}
     for state in reader.manifest.states:
-        entries.update(_state_entries(state))
+        for array in state_arrays(reader, state):
+            name = STREAM if state.is_stream else array.spec.name
+            spec = None if state.is_stream else array.spec
+            entries[state.name, name] = _Entry(reader, spec, array)
     return entries
-
-
-def _state_entries(state: StoredState) -> dict[tuple[str, str], _Entry]:
-    if state.is_stream:
-        return {(state.name, STREAM): (None, state.leaves[0])}
-    return {(state.name, leaf.spec.name): (leaf.spec, leaf) for leaf in state.leaves}
 
 
 def _one_sided(
@@ -148,50 +170,80 @@ def _one_sided(
     return LeafChange(
         *key,
         change="added" if mine is None else "removed",
-        left=mine[0] if mine else None,
-        right=other[0] if other else None,
-        left_bytes=mine[1].extent.nbytes if mine else 0,
-        right_bytes=other[1].extent.nbytes if other else 0,
+        left=mine.spec if mine else None,
+        right=other.spec if other else None,
+        left_bytes=mine.nbytes if mine else 0,
+        right_bytes=other.nbytes if other else 0,
     )
 
 
-def _compare(
-    key: tuple[str, str],
-    left: tuple[GenerationReader, _Entry],
-    right: tuple[GenerationReader, _Entry],
-) -> LeafChange:
-    (reader, (spec, leaf)), (other_reader, (other_spec, other)) = left, right
-    same_blocks = reader.manifest.block_bytes == other_reader.manifest.block_bytes
-    equal = spec == other_spec and leaf.extent.nbytes == other.extent.nbytes
-    # Digests of other block lengths cannot be compared: those leaves count as changed.
-    equal = equal and same_blocks and leaf.digest == other.digest
-    difference = None
-    if not equal and spec is not None and spec == other_spec and same_blocks:
-        difference = _difference(spec, (reader, leaf), (other_reader, other))
+def _compare(key: tuple[str, str], left: _Entry, right: _Entry) -> LeafChange:
+    equal, difference = False, None
+    if left.spec == right.spec and left.nbytes == right.nbytes:
+        equal, difference = _compare_bytes(left, right)
     return LeafChange(
         *key,
         change="equal" if equal else "changed",
-        left=spec,
-        right=other_spec,
-        left_bytes=leaf.extent.nbytes,
-        right_bytes=other.extent.nbytes,
+        left=left.spec,
+        right=right.spec,
+        left_bytes=left.nbytes,
+        right_bytes=right.nbytes,
         difference=difference,
     )
 
 
-def _difference(
-    spec: LeafSpec,
-    left: tuple[GenerationReader, StoredLeaf],
-    right: tuple[GenerationReader, StoredLeaf],
-) -> Difference | None:
-    block_bytes = left[0].manifest.block_bytes
-    if not is_numeric(spec.dtype) or block_bytes % dtypes.element_bytes(spec.dtype):
-        return None
-    difference = Difference(spec.dtype)
-    pairs = zip(left[1].digest.blocks, right[1].digest.blocks, strict=True)
-    for block, (ours, theirs) in enumerate(pairs):
-        if ours != theirs:
-            difference.add(
-                left[0].read_block(left[1], block), right[0].read_block(right[1], block)
-            )
-    return difference
+def _compare_bytes(left: _Entry, right: _Entry) -> tuple[bool, Difference | None]:
+    """Return whether leaves of one form are equal, and how far apart they are if known."""
+    mine, other = left.digests, right.digests
+    block_bytes = left.reader.manifest.block_bytes
+    is_alike = mine.keys() == other.keys()
+    is_alike = is_alike and block_bytes == right.reader.manifest.block_bytes
+    if is_alike and mine == other:
+        return True, None
+    dtype = left.array.spec.dtype
+    is_measured = left.spec is not None and is_numeric(dtype)
+    difference = Difference(dtype) if is_measured else None
+    if is_alike and difference is None:
+        return False, None
+    if is_alike and block_bytes % dtypes.element_bytes(dtype) == 0:
+        pairs = _differing_blocks(left, right)
+    else:
+        pairs = _differing_parts(left, right)
+    differs = False
+    for ours, theirs in pairs:
+        differs = True
+        if difference is None:
+            break
+        difference.add(ours, theirs)
+    return not differs, difference if differs else None
+
+
+def _differing_blocks(
+    left: _Entry, right: _Entry
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Give the bytes of both sides of the blocks whose digests differ."""
+    others = {tile.box: tile.leaf for tile in right.array.tiles}
+    for tile in left.array.tiles:
+        mine, other = tile.leaf, others[tile.box]
+        digests = zip(mine.digest.blocks, other.digest.blocks, strict=True)
+        for block, (ours, theirs) in enumerate(digests):
+            if ours != theirs:
+                yield (
+                    left.reader.read_block(mine, block),
+                    right.reader.read_block(other, block),
+                )
+
+
+def _differing_parts(
+    left: _Entry, right: _Entry
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Give the bytes of both sides of the parts of the leaf that differ."""
+    spec = left.array.spec
+    width = dtypes.element_bytes(spec.dtype)
+    for box in slabs(spec.shape, max(1, _PART_BYTES // width)):
+        parts = []
+        for side in (left, right):
+            parts.append(memoryview(bytearray(box.size * width)))
+            read_box(side.reader, side.array, box, parts[-1])
+        if parts[0] != parts[1]:
+            yield parts[0], parts[1]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,14 +19,22 @@ from mpi_ckpt.cli.command import (
 )
 from mpi_ckpt.cli.directory_kinds import directory_to_look_at
 from mpi_ckpt.cli.generations import open_wanted
+from mpi_ckpt.cli.inspect.tile_maps import (
+    TILES_SHOWN,
+    map_leaves,
+    paint_map,
+    pick_leaves,
+    show_map,
+)
 from mpi_ckpt.cli.plain_text import age, bytes_text, iso_date, plural
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from mpi_ckpt.cli.inspect.tile_maps import TileMap
     from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.leaf import LeafSpec
     from mpi_ckpt.storage.format.manifest import Manifest, StoredState
+    from mpi_ckpt.storage.reading.tile_index import LeafKey
 
 _LEAVES_SHOWN = 40
 _DIGITS = 12
@@ -45,6 +54,19 @@ _DIGITS = 12
 @click.option(
     "--structure", is_flag=True, help="Show the values that are not tensors as well."
 )
+@click.option(
+    "--leaf",
+    "leaf",
+    metavar="NAME",
+    help="Show how this leaf is cut over the ranks.",
+)
+@click.option(
+    "--png",
+    "png",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="With --leaf: write the picture to this file, which must not exist.",
+)
 def show(
     screen: Screen,
     directory: Path,
@@ -52,25 +74,53 @@ def show(
     names: tuple[str, ...],
     everything: bool,
     structure: bool,
+    leaf: str | None,
+    png: Path | None,
 ) -> int:
     """Show a generation's states and leaves: dtype, shape, bytes, digest.
 
     Without GENERATION it is the newest good one. DIR may be a generation's own directory.
+    An array that was cut over the ranks has tiles in several files; --leaf draws them.
     """
     directory = directory_to_look_at(directory, generation, "show")
     with open_wanted(directory, generation) as reader:
         path = reader.path
         manifest = reader.manifest
-    states = pick_states(manifest, names)
-    screen.data(_document(path, manifest, states, structure=structure))
+        states = pick_states(manifest, names)
+        maps = map_leaves(reader, states)
+    if leaf is not None:
+        maps = pick_leaves(maps, leaf)
+    if png is not None:
+        _paint(maps, leaf, png)
+    kept = {one.key: one for one in maps}
+    documents = [
+        _state_document(state, kept, structure=structure, tiles=leaf is not None)
+        for state in states
+    ]
+    screen.data(_document(path, manifest, documents))
     _show_head(screen, path, manifest)
+    if leaf is not None:
+        for one in maps:
+            show_map(screen, one, limit=None if everything else TILES_SHOWN)
+        return GOOD
     for state in states:
-        _show_state(screen, state, limit=None if everything else _LEAVES_SHOWN)
+        _show_state(screen, state, kept, limit=None if everything else _LEAVES_SHOWN)
         if structure and not state.is_stream:
             screen.say()
             for line in json.dumps(state.structure, indent=2).splitlines():
                 screen.say(f"  {line}")
     return GOOD
+
+
+def _paint(maps: list[TileMap], leaf: str | None, png: Path) -> None:
+    if leaf is None or len(maps) != 1:
+        raise CommandError(
+            "--png shows one leaf: give --leaf NAME, and the state with it "
+            "(--leaf STATE/NAME) if several states have such a leaf",
+            code=MISUSED,
+            kind="usage",
+        )
+    paint_map(maps[0], png)
 
 
 def pick_states(manifest: Manifest, names: tuple[str, ...]) -> list[StoredState]:
@@ -119,44 +169,52 @@ def _show_head(screen: Screen, path: Path, manifest: Manifest) -> None:
     screen.facts(facts)
 
 
-def _show_state(screen: Screen, state: StoredState, limit: int | None) -> None:
+def _show_state(
+    screen: Screen, state: StoredState, maps: dict[LeafKey, TileMap], limit: int | None
+) -> None:
     screen.say()
     total = bytes_text(state.nbytes)
     if state.is_stream:
         digest = state.leaves[0].digest.whole.hex()[:_DIGITS]
         screen.say(f"{state.name}: a stream of {total}, digest {digest}", style="bold")
         return
-    if not state.leaves:
+    count = len(state.leaves) + len(state.cut)
+    if not count:
         screen.say(f"{state.name}: plain values, no leaves", style="bold")
         return
-    screen.say(f"{state.name}: {plural(len(state.leaves), 'leaf')}, {total}", style="bold")
-    screen.table(
-        [
-            Column("leaf", names=True),
-            Column("dtype", spare=2),
-            Column("shape", spare=1),
-            Column("bytes", right=True, spare=3),
-            Column("digest", spare=4),
-        ],
-        [
-            [
-                leaf.spec.name,
-                leaf.spec.dtype,
-                shape_text(leaf.spec.shape),
-                bytes_text(leaf.extent.nbytes),
-                leaf.digest.whole.hex()[:_DIGITS],
-            ]
-            for leaf in state.leaves[:limit]
-        ],
-        indent=2,
-    )
-    hidden = len(state.leaves) - len(state.leaves[:limit])
+    cut = f", {len(state.cut)} of them cut over ranks" if state.cut else ""
+    screen.say(f"{state.name}: {plural(count, 'leaf')}{cut}, {total}", style="bold")
+    columns = [
+        Column("leaf", names=True),
+        Column("dtype", spare=2),
+        Column("shape", spare=1),
+        Column("bytes", right=True, spare=3),
+        Column("digest", spare=4),
+    ]
+    if state.cut:
+        columns += [
+            Column("tiles", right=True, spare=5),
+            Column("files", right=True, spare=6),
+        ]
+    rows = [
+        [*_form_cells(leaf.spec), leaf.digest.whole.hex()[:_DIGITS], "", ""]
+        for leaf in state.leaves
+    ]
+    for leaf in state.cut:
+        files = maps[state.name, leaf.spec.name].files
+        rows.append([*_form_cells(leaf.spec), "", leaf.tiles, len(files)])
+    screen.table(columns, [row[: len(columns)] for row in rows[:limit]], indent=2)
+    hidden = count - len(rows[:limit])
     if hidden:
         screen.say(f"  ... and {hidden} more: --all shows them", style="dim")
 
 
+def _form_cells(spec: LeafSpec) -> list[object]:
+    return [spec.name, spec.dtype, shape_text(spec.shape), bytes_text(spec.nbytes)]
+
+
 def _document(
-    path: Path, manifest: Manifest, states: list[StoredState], *, structure: bool
+    path: Path, manifest: Manifest, states: list[dict[str, Any]]
 ) -> dict[str, Any]:
     return {
         "path": str(path),
@@ -171,11 +229,13 @@ def _document(
             {"name": file.name, "bytes": file.nbytes, "generation": file.generation}
             for file in manifest.files
         ],
-        "states": [_state_document(state, structure=structure) for state in states],
+        "states": states,
     }
 
 
-def _state_document(state: StoredState, *, structure: bool) -> dict[str, Any]:
+def _state_document(
+    state: StoredState, maps: dict[LeafKey, TileMap], *, structure: bool, tiles: bool
+) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": state.name,
         "bytes": state.nbytes,
@@ -184,15 +244,29 @@ def _state_document(state: StoredState, *, structure: bool) -> dict[str, Any]:
         return {**document, "stream": state.leaves[0].digest.whole.hex()}
     if structure:
         document["structure"] = state.structure
-    document["leaves"] = [
-        {
-            "name": leaf.spec.name,
-            "dtype": leaf.spec.dtype,
-            "shape": list(leaf.spec.shape),
-            "bytes": leaf.extent.nbytes,
-            "digest": leaf.digest.whole.hex(),
-            "file": leaf.extent.file,
-        }
+    leaves = [
+        _leaf_document(leaf.spec, leaf.digest.whole.hex(), leaf.extent.file)
         for leaf in state.leaves
     ]
+    # A cut leaf has no digest: each of its tiles has.
+    leaves += [_leaf_document(leaf.spec, None, None) for leaf in state.cut]
+    cut = {leaf.spec.name for leaf in state.cut}
+    for leaf in leaves:
+        one = maps.get((state.name, leaf["name"]))
+        if one is not None and leaf["name"] in cut:
+            leaf |= {"tiles": len(one.array.tiles), "files": list(one.files)}
+        if one is not None and tiles:
+            leaf["boxes"] = one.to_json()
+    document["leaves"] = [one for one in leaves if (state.name, one["name"]) in maps]
     return document
+
+
+def _leaf_document(spec: LeafSpec, digest: str | None, file: str | None) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "dtype": spec.dtype,
+        "shape": list(spec.shape),
+        "bytes": spec.nbytes,
+        "digest": digest,
+        "file": file,
+    }

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.storage.reading.read_plan import Block
+    from mpi_ckpt.storage.format.manifest import StoredLeaf
+    from mpi_ckpt.storage.reading.read_plan import DigestBlock
 
 _PROBLEMS_SHOWN = 20
 _PROBLEMS_MAX = 1000
@@ -162,20 +163,16 @@ def find_problems(
         done: Called with the number of bytes read.
 
     Returns:
-        Name of the leaf and the error, for each wrong block, in reading order; ends at a
-        file that cannot be read to its end.
+        Name of the leaf (of a tile also its box) and the error, for each wrong block, in
+        reading order; ends at a file that cannot be read to its end.
     """
-    names = [
-        state.name if state.is_stream else f"{state.name}/{leaf.spec.name}"
-        for state in reader.manifest.states
-        for leaf in state.leaves
-    ]
     problems: list[tuple[str, CheckpointError]] = []
+    named = _named_leaves(reader, problems)
 
-    def refuse(block: Block, problem: CorruptGenerationError) -> None:
-        problems.append((names[block.leaf], problem))
+    def refuse(block: DigestBlock, problem: CorruptGenerationError) -> None:
+        problems.append((named[block.leaf][0], problem))
 
-    blocks = proven_blocks(reader, reader.manifest.leaves, refuse=refuse)
+    blocks = proven_blocks(reader, [leaf for _, leaf in named], refuse=refuse)
     try:
         with closing(blocks):
             for _, data in blocks:
@@ -185,6 +182,25 @@ def find_problems(
     except CheckpointError as error:
         problems.append(("", error))
     return problems[:_PROBLEMS_MAX]
+
+
+def _named_leaves(
+    reader: GenerationReader, problems: list[tuple[str, CheckpointError]]
+) -> list[tuple[str, StoredLeaf]]:
+    """Return all leaves and tiles with their names; note tables that cannot be used."""
+    named = [
+        (state.name if state.is_stream else f"{state.name}/{leaf.spec.name}", leaf)
+        for state in reader.manifest.states
+        for leaf in state.leaves
+    ]
+    try:
+        tiles = reader.tiles()
+    except CheckpointError as error:
+        problems.append(("", error))
+        return named
+    for (state, leaf), found in tiles.items():
+        named += [(f"{state}/{leaf} {tile.box}", tile.leaf) for tile in found]
+    return named
 
 
 def _worse(state: str, error: CheckpointError) -> str:

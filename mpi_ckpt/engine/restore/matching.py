@@ -16,9 +16,10 @@ from mpi_ckpt.state import Arrival, LeafState, State
 from mpi_ckpt.states.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.engine.outline import Outline, StateOutline
+    from mpi_ckpt.engine.restore.wanted import LeafIndex
     from mpi_ckpt.storage.format.manifest import Extent
 
 _PROBLEMS_MAX = 18
@@ -38,6 +39,26 @@ class MatchedState:
     saved: StateOutline
     arrival: Arrival
 
+    @property
+    def whole(self) -> Sequence[Leaf | None]:
+        """The destinations of the leaves that were saved whole."""
+        leaves = self.arrival.leaves
+        return leaves[: len(self.saved.specs)] if self.saved.cut else leaves
+
+    def without(self, numbers: Collection[int]) -> MatchedState:
+        """Return the state without some leaves that were saved whole. Not collective."""
+        if not numbers:
+            return self
+        kept = [n for n in range(len(self.saved.specs)) if n not in numbers]
+        saved = replace(
+            self.saved,
+            specs=tuple([self.saved.specs[n] for n in kept]),
+            extents=tuple([self.saved.extents[n] for n in kept]),
+            cut=(),
+        )
+        leaves = [self.arrival.leaves[n] for n in kept]
+        return replace(self, saved=saved, arrival=replace(self.arrival, leaves=leaves))
+
 
 @dataclass(frozen=True, slots=True)
 class StateMatch:
@@ -55,8 +76,8 @@ class StateMatch:
 
     @property
     def specs(self) -> list[LeafSpec]:
-        """The specs of the leaves that will arrive, of all states in order."""
-        return [spec for matched in self.states for spec in matched.saved.specs]
+        """The specs of the leaves that were saved whole, of all states in order."""
+        return [spec for one in self.states for spec in one.saved.specs]
 
     @property
     def extents(self) -> list[Extent]:
@@ -66,7 +87,16 @@ class StateMatch:
     @property
     def leaves(self) -> list[Leaf | None]:
         """The destination of each; None for a leaf that the program lacks."""
-        return [leaf for matched in self.states for leaf in matched.arrival.leaves]
+        return [leaf for one in self.states for leaf in one.whole]
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether any leaf was saved cut over the ranks, or is cut in the program."""
+        return any(
+            one.saved.cut
+            or any(leaf is not None and leaf.tiles is not None for leaf in one.whole)
+            for one in self.states
+        )
 
     @property
     def missing_leaves(self) -> Mapping[str, tuple[str, ...]]:
@@ -79,6 +109,27 @@ class StateMatch:
         """State -> names of leaves that only the generation has."""
         found = {matched.state.name: matched.arrival.unexpected for matched in self.states}
         return {state: names for state, names in found.items() if names}
+
+    def without(self, traded: Collection[LeafIndex]) -> StateMatch:
+        """Return the match without some leaves that were saved whole. Not collective."""
+        states = [
+            matched.without({at for state, at in traded if state == number})
+            for number, matched in enumerate(self.states)
+        ]
+        return replace(self, states=tuple(states)) if traded else self
+
+    def with_unexpected(self, names: Mapping[str, tuple[str, ...]]) -> StateMatch:
+        """Return the match with more leaves that only the generation has. Not collective.
+
+        Args:
+            names: State -> names of leaves.
+        """
+        arrivals = {}
+        for matched in self.states:
+            known, more = matched.arrival.unexpected, names.get(matched.state.name, ())
+            every = tuple(dict.fromkeys((*known, *more)))
+            arrivals[matched.state.name] = replace(matched.arrival, unexpected=every)
+        return self.with_arrivals(arrivals) if names else self
 
     def warnings(self) -> list[str]:
         """Return the warnings of the states after all are restored.
@@ -111,8 +162,8 @@ class StateMatch:
         """
         homes = [
             (number, at)
-            for number, matched in enumerate(self.states)
-            for at in range(len(matched.arrival.leaves))
+            for number, one in enumerate(self.states)
+            for at in range(len(one.whole))
         ]
         leaves = [list(matched.arrival.leaves) for matched in self.states]
 
@@ -223,7 +274,7 @@ def _match(saved: StateOutline, state: State, strict: bool) -> Arrival:
         return Arrival((leaf,), lambda: state.load(io.BytesIO(leaf.buffer.read())))
     if not isinstance(state, LeafState):
         raise StateMismatchError(f"state {state.name!r} was saved as leaves")
-    return state.prepare(saved.structure, saved.specs, strict=strict)
+    return state.prepare(saved.structure, saved.leaves, strict=strict)
 
 
 def _nothing() -> None:

@@ -31,6 +31,8 @@ from mpi_ckpt.engine.restore.notices import (
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
+from mpi_ckpt.engine.restore.trade_plan import Trade, plan_trade
+from mpi_ckpt.engine.restore.trading import trade_tiles
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -105,6 +107,8 @@ class Restore:
         self._found: OpenGeneration | None = None
         self._match: StateMatch | None = None
         self._deals: Mapping[str, Deal] = {}
+        self._trade: Trade | None = None
+        self._bytes_traded = 0
         self._deferred = Deferred()
         self._resize = ResizeWatch()
         self.report: RestoreReport | None = None
@@ -165,7 +169,7 @@ class Restore:
                     raise
             finally:
                 # Otherwise Python's next garbage collection would scan these.
-                self._found = self._match = None
+                self._found = self._match = self._trade = None
                 self._deals = {}
 
     def match(self) -> None:
@@ -203,8 +207,12 @@ class Restore:
                 match,
                 error=RestoreError,
                 digest=lambda _: digest_bytes(repr(overlaps).encode()),
+                flag=lambda matched: matched.has_tiles,
             )
             self._match = met.result
+            if met.is_flagged:
+                self._trade = plan_trade(session, found, met.result)
+                self._match = met.result.with_unexpected(self._trade.unwanted)
             if overlaps or not met.is_alike:
                 self._separate(overlaps, doing)
 
@@ -223,7 +231,12 @@ class Restore:
             found = self._found = open_on_readers(session, self._generation, self._open)
             # Parts come first, since dealing them overwrites nothing yet.
             self._match = deal_parts(session, match, self._deals, self._deferred)
-            transfer_files(session, found, match, self._deferred)
+            traded = frozenset() if self._trade is None else self._trade.leaves
+            transfer_files(session, found, match.without(traded), self._deferred)
+            if self._trade is not None:
+                self._bytes_traded = trade_tiles(
+                    session, found, match, self._trade, self._deferred
+                )
 
     def adopt(self) -> None:
         """Let the states take over the arrived contents, in order; make the report.
@@ -327,6 +340,6 @@ class Restore:
 
     def _count_bytes(self) -> int:
         reader = self._generation.reader
-        mine = np.array([0 if reader is None else reader.bytes_read])
+        mine = np.array([0 if reader is None else reader.bytes_read]) + self._bytes_traded
         counted = self._session.comm.all_reduce(mine, "sum", "counting what was read")
         return int(counted[0])

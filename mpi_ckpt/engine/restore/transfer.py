@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
     from mpi_ckpt.storage.format.manifest import StoredLeaf
-    from mpi_ckpt.storage.reading.read_plan import Block, Window
+    from mpi_ckpt.storage.reading.read_plan import DigestBlock, Window
 
 _COPYING = "bringing back a copy in memory"
 
@@ -70,7 +70,7 @@ def transfer_files(
 
             def read(
                 window: Window = window,
-                groups: Sequence[Sequence[Block]] = groups,
+                groups: Sequence[Sequence[DigestBlock]] = groups,
                 source: int = source,
             ) -> list[memoryview]:
                 deferred.raise_failure()
@@ -177,13 +177,18 @@ class SavedBytes:
 
 def _stored_leaves(found: OpenGeneration, match: StateMatch) -> list[StoredLeaf]:
     assert found.reader is not None
-    manifest = found.reader.manifest
-    stored = [
-        manifest.state(matched.saved.name)
-        for matched in match.states
-        if matched.saved.extents
-    ]
-    return [leaf for state in stored if state for leaf in state.leaves]
+    leaves: list[StoredLeaf] = []
+    for matched in match.states:
+        stored = found.reader.manifest.state(matched.saved.name)
+        if not matched.saved.extents or stored is None:
+            continue
+        specs = matched.saved.specs
+        if len(specs) == len(stored.leaves):
+            leaves += stored.leaves
+            continue
+        names = {spec.name for spec in specs}  # some leaves are traded
+        leaves += [leaf for leaf in stored.leaves if leaf.spec.name in names]
+    return leaves
 
 
 def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:
@@ -200,18 +205,18 @@ def _read(
 
 
 def _cut(
-    window: Window, groups: Sequence[Sequence[Block]], data: memoryview
+    window: Window, groups: Sequence[Sequence[DigestBlock]], data: memoryview
 ) -> list[memoryview]:
     """Return the messages into which the bytes of a window are cut."""
     start = window.start
     return [data[group[0].offset - start : _end(group) - start] for group in groups]
 
 
-def _end(group: Sequence[Block]) -> int:
+def _end(group: Sequence[DigestBlock]) -> int:
     return group[-1].offset + group[-1].nbytes
 
 
-def _room(group: Sequence[Block], targets: Sequence[Target]) -> memoryview:
+def _room(group: Sequence[DigestBlock], targets: Sequence[Target]) -> memoryview:
     """Return memory to receive blocks: the destination itself, if it is one block."""
     if len(group) > 1:
         return memoryview(bytearray(_end(group) - group[0].offset))
@@ -222,7 +227,7 @@ def _room(group: Sequence[Block], targets: Sequence[Target]) -> memoryview:
 def _place(
     match: StateMatch,
     targets: Sequence[Target],
-    groups: Sequence[Sequence[Block]],
+    groups: Sequence[Sequence[DigestBlock]],
     buffers: Sequence[memoryview],
     *,
     is_mine: bool,

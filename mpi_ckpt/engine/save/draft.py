@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import BinaryIO
 
+    from mpi_ckpt.engine.save.own_tiles import TileFiles
     from mpi_ckpt.engine.save.shard import Shard
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
@@ -85,7 +86,12 @@ class Draft:
 
     @classmethod
     def begin(
-        cls, directory: CheckpointDirectory, request: SaveRequest, options: Options
+        cls,
+        directory: CheckpointDirectory,
+        request: SaveRequest,
+        options: Options,
+        *,
+        tile_bytes: int = 0,
     ) -> Draft:
         """Make the directory of a generation, share unchanged leaves, check the free space.
 
@@ -94,6 +100,7 @@ class Draft:
             request: What to save.
             options: They define what is shared with older generations, and which of those
                 may be removed; nothing is removed here.
+            tile_bytes: Bytes of the tiles that all ranks will write.
 
         Raises:
             SaveError: On the calling rank; no files are left behind. A WriteError with
@@ -107,7 +114,7 @@ class Draft:
             shared = _link_unchanged(partial, directory, request, captured, options)
             draft = cls(directory, request, options, partial, captured, shared)
             needed = foresee_space(captured, draft.fresh, request.plain)
-            partial.require_space(needed.nbytes, needed.files)
+            partial.require_space(needed.nbytes + tile_bytes, needed.files)
         except BaseException:
             _drop(partial, directory)
             raise
@@ -142,16 +149,22 @@ class Draft:
         if shard is not None:
             self._shards.append(shard)
 
-    def publish(self, others: Sequence[Shard] = ()) -> Published:
+    def publish(
+        self, others: Sequence[Shard] = (), tiles: TileFiles | None = None
+    ) -> Published:
         """Make the generation exist.
 
         Args:
             others: The files of leaves that other ranks have written, which are durable.
+            tiles: The files of tiles that all ranks have written, which are durable.
 
         Raises:
             SaveError: On the calling rank; nothing was published.
         """
-        manifest = self._complete([*self._shards, *others])
+        manifest = self._complete([*self._shards, *others], tiles)
+        theirs = [shard.file for shard in others]
+        if tiles is not None:
+            theirs += [file for file in tiles.of_ranks[1:] if file is not None]
         encoded = encode(manifest)
         if len(encoded) > _WARNED_BYTES:
             self._check_size(manifest, len(encoded))
@@ -160,8 +173,7 @@ class Draft:
         return Published(
             generation=manifest.generation,
             path=path,
-            bytes_written=self.partial.bytes_written
-            + sum(shard.file.nbytes for shard in others),
+            bytes_written=self.partial.bytes_written + sum(file.nbytes for file in theirs),
             bytes_reused=_bytes_reused(manifest),
             retired=self._directory.catalog.choose(self._options.retention),
         )
@@ -183,7 +195,7 @@ class Draft:
                 *(f"{nbytes:,}", f"{MANIFEST_BYTES_MAX:,}", advice),
             )
 
-    def _complete(self, shards: Sequence[Shard]) -> Manifest:
+    def _complete(self, shards: Sequence[Shard], tiles: TileFiles | None) -> Manifest:
         request = self._request
         written = {key: leaf for shard in shards for key, leaf in shard.leaves.items()}
         states = {state.name: state for state in self._streams}
@@ -193,7 +205,11 @@ class Draft:
                 shared.get((index, number)) or written[LeafKey(name, spec.name)]
                 for number, spec in enumerate(content.specs)
             ]
-            states[name] = StoredState(name, content.structure, tuple(leaves))
+            cut = tiles.joined.leaves.get(name, ()) if tiles else ()
+            files = tiles.files_of(name) if tiles else ()
+            states[name] = StoredState(
+                name, content.structure, tuple(leaves), cut=cut, files=files
+            )
         return Manifest(
             generation=self.partial.generation,
             step=operator.index(request.step),
@@ -205,6 +221,7 @@ class Draft:
                 *self._shared.files.values(),
                 *self._stream_files,
                 *(shard.file for shard in shards),
+                *(tiles.all if tiles else ()),
             ),
             states=(
                 *(states[state.name] for state in request.states),

@@ -65,7 +65,11 @@ class SharedLeaves:
         return SharedLeaves(
             leaves={at: moved(leaf) for at, leaf in self.leaves.items()},
             states=tuple(
-                replace(state, leaves=tuple(map(moved, state.leaves)))
+                replace(
+                    state,
+                    leaves=tuple(map(moved, state.leaves)),
+                    files=tuple(names[file] for file in state.files),
+                )
                 for state in self.states
             ),
             files={
@@ -98,6 +102,7 @@ def plan_reuse(
     files = {file.name: file for file in older.files}
     taken = [leaf for state in carried for leaf in state.leaves]
     needed = {leaf.extent.file for leaf in taken}
+    needed |= {name for state in carried for name in state.files}
     unchanged = _unchanged(older, captured)
     live: dict[str, int] = {}
     for leaf in [*unchanged.values(), *taken]:

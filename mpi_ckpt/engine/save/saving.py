@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one save in its steps: sync, stage, write, publish, prune.
 
-If root writes alone, it publishes right after writing. If several ranks write, each writes
-its own file, and root publishes after all have agreed. Only leaves that every rank has
-proven equal are shared out. Root writes plain states, and the leaves of states that are not
-compared or that this save had to make equal.
+If root writes alone, it publishes right after writing. If several ranks write (`joint`),
+each writes its own files, and root publishes after all have agreed. Only leaves that every
+rank has proven equal are shared out. Root writes plain states, and the leaves of states
+that are not compared or that this save had to make equal. Tiles of leaves that are cut over
+the ranks are written by the ranks that have them.
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, choose_ranks, on_root
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.draft import Draft
+from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.request import SaveRequest
-from mpi_ckpt.engine.save.shard import foresee_shard, write_shard
-from mpi_ckpt.engine.save.sharing import Task, deal_tasks, pick_share, share_out
 from mpi_ckpt.engine.save.staging import LateCopies, stage
-from mpi_ckpt.engine.sync.captured import CapturedState
+from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles
 from mpi_ckpt.engine.sync.replicas import capture_on_root, sync_states
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.options import ROOT
 from mpi_ckpt.reports import SaveReport, SyncReport
 
 if TYPE_CHECKING:
@@ -34,17 +32,19 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mpi_ckpt.engine.save.background import Background
+    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
     from mpi_ckpt.engine.save.request import Begun, Published
-    from mpi_ckpt.engine.save.sharing import Share
+    from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.steps.interval import Durations
+    from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.engine.sync.sync_log import SyncLog
     from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Workshop:
     """The resources that the saves of a manager share.
 
@@ -53,12 +53,14 @@ class Workshop:
         background: Root's thread, or another writer's.
         durations: The times that saves have taken.
         sync_log: Logs what syncs have changed.
+        survey: How cut leaves lay on the ranks at the last save; None for none.
     """
 
     arena: Arena
     background: Background
     durations: Durations
     sync_log: SyncLog
+    survey: TileSurvey | None = None
 
 
 class Save:
@@ -108,10 +110,9 @@ class Save:
         self._synced = SyncReport()
         self._mine: Sequence[CapturedState | State] = ()
         self._late = LateCopies()
-        # If several ranks write: on root, the generation and each rank's share of it.
-        self._task: Task | None = None
-        self._draft: Draft | None = None
-        self._shares: dict[int, Share] = {}
+        self._survey: TileSurvey | None = None
+        self._tiles: Sequence[CapturedTiles] = ()
+        self._joint: JointWrite | None = None
         self.step = step
         self.work: Future[None] | None = None
         self.published: Published | None = None
@@ -129,16 +130,21 @@ class Save:
             CheckpointError: On every rank, if any rank cannot sync or capture the states.
         """
         comm, states, parts = self._session.comm, self._begun.states, self._begun.parts
+        options = self._session.options
         with self._clock.phase("sync"):
             if self._syncs:
-                captured, self._synced = sync_states(
-                    comm, states, self._session.options, parts=parts
-                )
+                synced = sync_states(comm, states, options, parts=parts)
                 if comm.is_root:
-                    self._workshop.sync_log.log_save(self._synced, states, self.step)
+                    self._workshop.sync_log.log_save(synced.report, states, self.step)
             else:
-                captured = capture_on_root(comm, states, parts)
-        by_name = {content.name: content for content in captured}
+                synced = capture_on_root(comm, states, parts)
+            if synced.is_cut:
+                self._survey = self._workshop.survey = survey_tiles(
+                    comm, synced.captured, self._workshop.survey, options.io.window_bytes
+                )
+                self._tiles = take_tiles(comm, synced.captured, self._survey)
+        self._synced = synced.report
+        by_name = {one.name: one for one in synced.captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
 
@@ -154,8 +160,11 @@ class Save:
         writers = choose_ranks(options.writers, comm.topology)
         # All ranks know the result of the comparison: every rank takes the same branch.
         equal = self._proven_equal()
-        if len(writers) > 1 and equal:
-            self._share_out(writers, equal)
+        if self._survey is not None or (len(writers) > 1 and equal):
+            self._joint = JointWrite(
+                self._session, self._request, self._survey, self._tiles
+            )
+            self._mine = self._joint.begin(writers, equal, self._clock)
         elif comm.is_root:
             self._mine = self._request.states
         if options.asynchronous and not is_copied:
@@ -193,13 +202,14 @@ class Save:
             SaveError: On every rank; nothing was published.
         """
         comm = self._session.comm
-        if self._task is None:
+        if self._joint is None:
             facts = on_root(comm, "saving", self._conclude, error=SaveError)
         else:
             try:
                 doing = "writing a share of a save"
                 agree(comm, doing, self._await_work, error=SaveError)
-                facts = on_root(comm, "publishing", self._publish, error=SaveError)
+                publish = self._publish(self._joint)
+                facts = on_root(comm, "publishing", publish, error=SaveError)
             except BaseException:
                 self.abandon()
                 raise
@@ -216,7 +226,8 @@ class Save:
         )
         self._workshop.durations.note_durable(self.report.seconds["total"])
         # Otherwise Python's next garbage collection would scan these.
-        self._request, self._mine, self._draft = replace(self._request, states=()), (), None
+        self._request = replace(self._request, states=())
+        self._mine, self._tiles, self._joint = (), (), None
 
     def prune(self) -> None:
         """Remove generations that retention no longer keeps. Not collective.
@@ -234,16 +245,17 @@ class Save:
 
     def abandon(self) -> None:
         """Remove the partial. Not collective. No rank still writes."""
-        if self._draft is not None:
-            self._draft.drop()
+        if self._joint is not None:
+            self._joint.drop()
 
     def _copy_into_memory(self) -> bool:
         """Copy the states into the `Memory`, if any; return whether the copy is saved."""
         session, request = self._session, self._request
         if session.memory is None:
             return False
-        if request.carry is not None:
-            # A save of only some states leaves no copy, since it would be incomplete.
+        if request.carry is not None or self._survey is not None:
+            # A save of only some states leaves no copy, since it would be incomplete; nor
+            # does one with tiles, since a lost rank takes its tiles along.
             session.memory.clear()
             return False
         with self._clock.phase("stage"):
@@ -259,28 +271,6 @@ class Save:
         compared = {content.name for content in captured if content.digests is not None}
         return compared - set(self._synced.differing)
 
-    def _share_out(self, writers: Sequence[int], equal: set[str]) -> None:
-        """Begin the generation on root, and send each rank its share."""
-        session, request = self._session, self._request
-        comm, options = session.comm, session.options
-
-        def begin() -> None:
-            with self._clock.phase("write"):
-                self._draft = Draft.begin(session.directory, request, options)
-
-        on_root(comm, "beginning a generation", begin, error=SaveError)
-        tasks: list[Task] = []
-        captured = request.captured
-        if self._draft is not None:
-            captured = list(self._draft.captured)
-            self._shares = share_out(captured, self._draft.fresh, equal, writers)
-            number, job = self._draft.partial.generation, session.directory.job
-            shares = [self._shares.get(rank, {}) for rank in range(comm.size)]
-            tasks = [Task(number, job, share) for share in shares]
-        self._task = deal_tasks(comm, tasks, options.io.window_bytes)
-        plain = request.plain if comm.is_root else []
-        self._mine = [*pick_share(captured, self._task.share), *plain]
-
     def _copy(self) -> None:
         if not self._mine:
             return
@@ -292,48 +282,38 @@ class Save:
         """Do this rank's work. On any thread; no MPI."""
         if copied is not None:
             copied.result()
-        session, task, clock = self._session, self._task, self._clock
-        captured = [state for state in self._mine if isinstance(state, CapturedState)]
-        plain = [state for state in self._mine if not isinstance(state, CapturedState)]
+        session, clock = self._session, self._clock
         behind = session.options.asynchronous
         with session.watch_behind(clock) if behind else nullcontext():
-            if task is None:
-                request = replace(self._request, states=self._mine)
+            if self._joint is not None:
                 with clock.phase("write"):
-                    draft = Draft.begin(session.directory, request, session.options)
-                with draft:
-                    with clock.phase("write"):
-                        draft.write(draft.fresh_states, plain)
-                    with clock.phase("publish"):
-                        self.published = draft.publish()
-            elif self._draft is not None:
+                    self._joint.write(self._mine)
+                return
+            request = replace(self._request, states=self._mine)
+            with clock.phase("write"):
+                draft = Draft.begin(session.directory, request, session.options)
+            with draft:
                 with clock.phase("write"):
-                    self._draft.write(captured, plain)
-            else:
-                with clock.phase("write"):
-                    partial = session.directory.join(task.generation, task.job)
-                    write_shard(partial, captured, session.comm.rank)
+                    draft.write(draft.fresh_states, request.plain)
+                with clock.phase("publish"):
+                    self.published = draft.publish()
 
     def _await_work(self) -> None:
         if self.work is not None:
             self.work.result()
 
+    def _publish(self, joint: JointWrite) -> Callable[[], dict[str, Any]]:
+        """Return root's work once all ranks have written their files. Collective."""
+        files = joint.gather_files()
+
+        def publish() -> dict[str, Any]:
+            self.published = joint.publish(files, self._clock)
+            return self._conclude()
+
+        return publish
+
     def _conclude(self) -> dict[str, Any]:
-        """Wait until root alone has written and published. On root."""
+        """Wait until root has written and published. On root."""
         self._await_work()
         assert self.published is not None
         return {**self.published.to_json(), "seconds": self._clock.seconds()}
-
-    def _publish(self) -> dict[str, Any]:
-        """Publish the files of several ranks. On root."""
-        assert self._draft is not None
-        assert self._task is not None
-        captured, number = self._draft.captured, self._task.generation
-        others = [
-            foresee_shard(pick_share(captured, share), rank, number)
-            for rank, share in self._shares.items()
-            if rank != ROOT
-        ]
-        with self._clock.phase("publish"), without_collections():
-            self.published = self._draft.publish([shard for shard in others if shard])
-        return self._conclude()

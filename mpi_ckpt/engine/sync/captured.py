@@ -27,9 +27,10 @@ class CapturedState:
     Attributes:
         state: The state.
         structure: Its JSON values.
-        leaves: Its leaves.
-        form: Specs of the leaves.
-        digests: A digest for each leaf; None as long as they were not needed.
+        leaves: Its whole leaves, which all ranks have.
+        form: Specs of these leaves.
+        digests: A digest for each of them; None as long as they were not needed.
+        cut: Its leaves that are cut over the ranks, as far as this rank has them.
     """
 
     state: LeafState
@@ -37,6 +38,7 @@ class CapturedState:
     leaves: tuple[Leaf, ...]
     form: Form
     digests: tuple[Digest, ...] | None = None
+    cut: tuple[Leaf, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,8 +74,12 @@ def capture_states(states: Iterable[LeafState]) -> list[CapturedState]:
 def _capture(state: LeafState) -> CapturedState:
     with concerning(f"state {state.name!r}"):
         captured = state.capture()
-        form = state.form_of(captured.leaves)
-    return CapturedState(state, captured.structure, captured.leaves, form)
+        leaves = captured.leaves
+        cut = tuple([leaf for leaf in leaves if leaf.tiles is not None])
+        if cut:
+            leaves = tuple([leaf for leaf in leaves if leaf.tiles is None])
+        form = state.form_of(leaves)
+    return CapturedState(state, captured.structure, leaves, form, cut=cut)
 
 
 def digest_states(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:

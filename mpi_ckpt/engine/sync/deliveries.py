@@ -183,8 +183,11 @@ def _deliver(
     )
     targets, arrival = own.leaves, None
     if averaged or not is_root:
-        arrival = own.state.prepare(structure, specs, strict=True)
-        targets = tuple([leaf for leaf in arrival.leaves if leaf is not None])
+        # Tiles stay where they are, but the state expects all of its leaves.
+        cut = [leaf.spec for leaf in own.cut]
+        arrival = own.state.prepare(structure, [*specs, *cut], strict=True)
+        arriving = arrival.leaves[: len(specs)]
+        targets = tuple([leaf for leaf in arriving if leaf is not None])
         if difference.leaves is not None:
             _keep_equal(own.leaves, targets, set() if is_root else set(sent))
     return _Delivery(

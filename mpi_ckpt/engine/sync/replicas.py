@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
-from mpi_ckpt.comm import agree, meet, on_root, printed_by
+from mpi_ckpt.comm import agree, meet, printed_by
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
     capture_states,
@@ -24,7 +25,7 @@ from mpi_ckpt.engine.sync.parts import combine_parts
 from mpi_ckpt.engine.sync.sync_log import listed, log_sync
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.reports import SyncReport
-from mpi_ckpt.state import LeafState
+from mpi_ckpt.state import LeafState, PartsState
 from mpi_ckpt.states.ranked import RankedState
 
 if TYPE_CHECKING:
@@ -42,6 +43,23 @@ _WAYS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class SyncedStates:
+    """The contents of leaf states, ready to be saved.
+
+    Attributes:
+        captured: Root's contents, in any order; on other ranks they may be older than
+            root's, or missing, but for the tiles of cut leaves.
+        report: What has differed.
+        is_cut: Whether any rank has a leaf that is cut over the ranks; the same on every
+            rank.
+    """
+
+    captured: list[CapturedState]
+    report: SyncReport
+    is_cut: bool
+
+
 @without_collections()
 def sync_states(
     comm: Communicator,
@@ -50,7 +68,7 @@ def sync_states(
     *,
     parts: bytes | None = None,
     forced: bool = False,
-) -> tuple[list[CapturedState], SyncReport]:
+) -> SyncedStates:
     """Make states equal on all ranks, each by its own sync mode.
 
     Collective. Main thread only.
@@ -64,10 +82,6 @@ def sync_states(
             are then likely to differ, so first bytes are compared first: leaves that differ
             there need no digest. States that each rank has for itself are left alone.
 
-    Returns:
-        Root's contents of the leaf states after the sync, in any order, and the report. On
-        other ranks the contents may be older.
-
     Raises:
         DivergedError: On every rank, if a state that checks is not equal everywhere.
         StageError: On every rank, if any rank cannot sync or capture a state.
@@ -78,7 +92,7 @@ def sync_states(
             agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
     combine_parts(comm, states, parts)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
-    comparison, root_only = _compare(comm, leaf_states, options, forced=forced)
+    comparison, root_only, is_cut = _compare(comm, leaf_states, options, forced=forced)
     captured = comparison.captured
     if not forced:
         _refuse_divergence(comm, captured, comparison.differences)
@@ -91,17 +105,15 @@ def sync_states(
     if forced and comm.is_root:
         log_sync(report, states)
     averaged = delivered.averaged
-    return [
-        *(averaged.get(content.name, content) for content in captured),
-        *root_only,
-    ], report
+    contents = [*(averaged.get(one.name, one) for one in captured), *root_only]
+    return SyncedStates(contents, report, is_cut)
 
 
 @without_collections()
 def capture_on_root(
     comm: Communicator, states: Sequence[State], parts: bytes | None = None
-) -> list[CapturedState]:
-    """Capture root's leaf states, without any comparison.
+) -> SyncedStates:
+    """Capture root's leaf states and all ranks' tiles, without any comparison.
 
     Collective. Main thread only.
 
@@ -111,25 +123,31 @@ def capture_on_root(
         parts: Result of `take_parts` on this rank; None to take the parts now.
 
     Returns:
-        Their contents on root, not yet digested; nothing elsewhere.
+        The contents, not yet digested; on other ranks those of states with tiles.
 
     Raises:
-        StageError: On every rank, if a state cannot be captured on root.
+        StageError: On every rank, if a state cannot be captured on any.
     """
     combine_parts(comm, states, parts)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
-    captured: list[CapturedState] = []
 
-    def capture() -> None:
-        captured.extend(capture_states(leaf_states))
+    def capture() -> list[CapturedState]:
+        if comm.is_root:
+            return capture_states(leaf_states)
+        may_be_cut = [s for s in leaf_states if not isinstance(s, PartsState)]
+        return [one for one in capture_states(may_be_cut) if one.cut]
 
-    on_root(comm, _CAPTURING, capture, error=StageError)
-    return captured
+    met = meet(comm, _CAPTURING, capture, error=StageError, flag=_has_tiles)
+    return SyncedStates(met.result, SyncReport(), met.is_flagged)
+
+
+def _has_tiles(captured: Sequence[CapturedState]) -> bool:
+    return any(one.cut for one in captured)
 
 
 def _compare(
     comm: Communicator, states: Sequence[LeafState], options: Options, *, forced: bool
-) -> tuple[Comparison, list[CapturedState]]:
+) -> tuple[Comparison, list[CapturedState], bool]:
     """Capture and compare the compared states; capture the others on root only."""
     names = {state.name for state in states if _is_root_only(comm, state, forced=forced)}
     threads = options.io.digest_threads
@@ -147,13 +165,17 @@ def _compare(
         capture,
         error=StageError,
         digest=None if forced else (lambda found: digest_of(found[0])),
+        flag=lambda found: any(map(_has_tiles, found)),
     )
     compared, rest = met.result
     if forced:
-        return compare_heads_first(comm, compared, threads), rest
-    if not met.is_alike:
-        return compare(comm, compared), rest
-    return Comparison(compared, [], sum(content.form.nbytes for content in compared)), rest
+        comparison = compare_heads_first(comm, compared, threads)
+    elif not met.is_alike:
+        comparison = compare(comm, compared)
+    else:
+        nbytes = sum(one.form.nbytes for one in compared)
+        comparison = Comparison(compared, [], nbytes)
+    return comparison, rest, met.is_flagged
 
 
 def _is_root_only(comm: Communicator, state: LeafState, *, forced: bool) -> bool:

@@ -118,6 +118,11 @@ def shard_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
+def tile_file_name(rank: int) -> str:
+    """Return the name of the file with the tiles that a rank wrote."""
+    return f"tiles-{rank:05d}.safetensors"
+
+
 def stream_file_name(state: str) -> str:
     """Return the name of the file with the stream of a plain state."""
     encoded = quote(state, safe="~+")

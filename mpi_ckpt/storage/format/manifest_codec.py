@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from json.encoder import encode_basestring
 from typing import Any
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.digest import ALGORITHM, DIGEST_BYTES, Digest, digest_bytes
 from mpi_ckpt.errors import UnsupportedFormatError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.storage.format.json_values import (
+    SIZE_MAX,
+    as_digest,
+    as_hash,
+    as_integer,
+    as_list,
+    as_real,
+    as_spec,
+    as_text,
+)
 from mpi_ckpt.storage.format.layout import (
     check_file_name,
     check_names_differ,
     check_state_name,
 )
 from mpi_ckpt.storage.format.manifest import (
+    CutLeaf,
     Extent,
     Manifest,
     StoredFile,
@@ -33,7 +43,9 @@ from mpi_ckpt.storage.format.strict_json import read_json, shown
 from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
 
 FORMAT = "mpi_ckpt"
-VERSION = 1
+VERSIONS = (1, 2)
+"""A manifest is of version 2 if, and only if, a leaf in it is cut over the ranks."""
+
 MANIFEST_BYTES_MAX = 64 << 20
 """Names some 300,000 leaves; reading it takes memory by its size (docs/security.md)."""
 
@@ -43,7 +55,6 @@ _TAIL_BYTES = len(_TAIL_START) + 2 * DIGEST_BYTES + len(_TAIL_END)
 _BLOCK_BYTES_RANGE = range(1, (64 << 20) + 1)
 _NUMBER_MAX = (1 << 63) - 1
 _RANK_MAX = (1 << 31) - 1
-_SIZE_MAX = 1 << 60
 _NOT_FINITE = frozenset({"nan", "inf", "-inf"})
 
 
@@ -60,15 +71,15 @@ def encode(manifest: Manifest) -> bytes:
     check_names_differ(state.name for state in manifest.states)
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 2 if any(state.cut for state in manifest.states) else 1,
         "digest_algorithm": ALGORITHM,
         "block_bytes": manifest.block_bytes,
         "generation": manifest.generation,
-        "step": _integer(manifest.step, _NUMBER_MAX, -_NUMBER_MAX),
+        "step": as_integer(manifest.step, _NUMBER_MAX, -_NUMBER_MAX),
         "time": manifest.time,
         "job": manifest.job,
         "size": manifest.size,
-        "metrics": {_text(k): _encode_metric(v) for k, v in manifest.metrics.items()},
+        "metrics": {as_text(k): _encode_metric(v) for k, v in manifest.metrics.items()},
         "files": [
             {
                 "name": file.name,
@@ -100,13 +111,28 @@ def _encode_state(state: StoredState) -> str:
     if state.is_stream:
         return f'{{"name":{name},"stream":{{{_encode_place(state.leaves[0])}}}}}'
     leaves = ",".join([_encode_leaf(leaf) for leaf in state.leaves])
-    return f'{{"name":{name},"structure":{_json(state.structure)},"leaves":[{leaves}]}}'
+    cut = _encode_cut(state) if state.cut else ""
+    structure = _json(state.structure)
+    return f'{{"name":{name},"structure":{structure},"leaves":[{leaves}]{cut}}}'
+
+
+def _encode_cut(state: StoredState) -> str:
+    cut = [
+        {
+            "name": as_text(leaf.spec.name),
+            "dtype": leaf.spec.dtype,
+            "shape": leaf.spec.shape,
+            "tiles": leaf.tiles,
+        }
+        for leaf in state.cut
+    ]
+    return f',"cut":{_json(cut)},"tile_files":{_json(state.files)}'
 
 
 # Built as text: a dict for each of thousands of leaves takes three times as long.
 def _encode_leaf(leaf: StoredLeaf) -> str:
     spec = leaf.spec
-    name, dtype = encode_basestring(_text(spec.name)), encode_basestring(spec.dtype)
+    name, dtype = encode_basestring(as_text(spec.name)), encode_basestring(spec.dtype)
     shape = ",".join(map(str, spec.shape))
     return f'{{"name":{name},"dtype":{dtype},"shape":[{shape}],{_encode_place(leaf)}}}'
 
@@ -159,30 +185,34 @@ def decode(data: bytes | bytearray) -> Manifest:
 
 def _refuse_other_formats(document: dict[str, Any]) -> None:
     version = document.get("version")
-    if document.get("format") != FORMAT or type(version) is not int or version != VERSION:
+    is_ours = document.get("format") == FORMAT and type(version) is int
+    if not is_ours or version not in VERSIONS:
         raise UnsupportedFormatError(
             f"the manifest is of format {shown(document.get('format'))} version "
-            f"{shown(version)}; this library reads {FORMAT!r} version {VERSION}"
+            f"{shown(version)}; this library reads {FORMAT!r} versions 1 and 2"
         )
 
 
 def _decode_manifest(document: dict[str, Any]) -> Manifest:
     _expect(document["digest_algorithm"] == ALGORITHM, "unknown digest algorithm")
-    block_bytes = _integer(document["block_bytes"], _BLOCK_BYTES_RANGE.stop - 1, 1)
-    files = tuple(_decode_file(entry) for entry in _list(document["files"]))
+    block_bytes = as_integer(document["block_bytes"], _BLOCK_BYTES_RANGE.stop - 1, 1)
+    files = tuple(_decode_file(entry) for entry in as_list(document["files"]))
     sizes = {file.name: file for file in files}
     _expect(len(sizes) == len(files), "a file is listed twice")
     states = tuple(
-        _decode_state(entry, sizes, block_bytes) for entry in _list(document["states"])
+        _decode_state(entry, sizes, block_bytes) for entry in as_list(document["states"])
     )
+    if document["version"] > 1:
+        entries = zip(states, document["states"], strict=True)
+        states = tuple(_with_cut(state, entry, sizes) for state, entry in entries)
     check_names_differ(state.name for state in states)
     _check_extents(states, sizes)
     return Manifest(
-        generation=_integer(document["generation"], _NUMBER_MAX),
-        step=_integer(document["step"], _NUMBER_MAX, -_NUMBER_MAX),
-        time=_real(document["time"]),
-        job=_text(document["job"]),
-        size=_integer(document["size"], _RANK_MAX, 1),
+        generation=as_integer(document["generation"], _NUMBER_MAX),
+        step=as_integer(document["step"], _NUMBER_MAX, -_NUMBER_MAX),
+        time=as_real(document["time"]),
+        job=as_text(document["job"]),
+        size=as_integer(document["size"], _RANK_MAX, 1),
         metrics={k: _decode_metric(v) for k, v in document["metrics"].items()},
         block_bytes=block_bytes,
         files=files,
@@ -193,10 +223,10 @@ def _decode_manifest(document: dict[str, Any]) -> Manifest:
 def _decode_file(entry: dict[str, Any]) -> StoredFile:
     file = StoredFile(
         name=check_file_name(entry["name"]),
-        nbytes=_integer(entry["bytes"], _SIZE_MAX),
-        header_bytes=_integer(entry["header_bytes"], HEADER_BYTES_MAX),
-        header_digest=_digest(entry["header_digest"]),
-        generation=_integer(entry["generation"], _NUMBER_MAX),
+        nbytes=as_integer(entry["bytes"], SIZE_MAX),
+        header_bytes=as_integer(entry["header_bytes"], HEADER_BYTES_MAX),
+        header_digest=as_hash(entry["header_digest"]),
+        generation=as_integer(entry["generation"], _NUMBER_MAX),
     )
     _expect(file.header_bytes <= file.nbytes, f"{file.name}: header beyond its end")
     return file
@@ -211,28 +241,51 @@ def _decode_state(
         return StoredState.of_stream(
             name, *_decode_place(entry["stream"], files, block_bytes)
         )
-    leaves = tuple(_decode_leaf(e, files, block_bytes) for e in _list(entry["leaves"]))
+    leaves = tuple(_decode_leaf(e, files, block_bytes) for e in as_list(entry["leaves"]))
     names = {leaf.spec.name for leaf in leaves}
     _expect(len(names) == len(leaves), f"state {name!r} lists a leaf twice")
     return StoredState(name, entry["structure"], leaves)
 
 
+def _with_cut(
+    state: StoredState, entry: dict[str, Any], files: dict[str, StoredFile]
+) -> StoredState:
+    """Return a state with its cut leaves, which version 1 does not have."""
+    if state.is_stream or "cut" not in entry:
+        return state
+    cut = tuple([_decode_cut_leaf(one) for one in as_list(entry["cut"])])
+    names = [leaf.spec.name for leaf in state.leaves]
+    names += [leaf.spec.name for leaf in cut]
+    _expect(len(set(names)) == len(names), f"state {state.name!r} lists a leaf twice")
+    tile_files = tuple([files[as_text(name)].name for name in as_list(entry["tile_files"])])
+    _expect(
+        len(set(tile_files)) == len(tile_files),
+        f"state {state.name!r} lists a file of tiles twice",
+    )
+    _expect(
+        bool(tile_files) == any(leaf.tiles for leaf in cut),
+        f"state {state.name!r} has tiles without files, or files without tiles",
+    )
+    return replace(state, cut=cut, files=tile_files)
+
+
+def _decode_cut_leaf(entry: dict[str, Any]) -> CutLeaf:
+    spec = as_spec(entry["name"], entry["dtype"], entry["shape"])
+    leaf = CutLeaf(spec, as_integer(entry["tiles"], SIZE_MAX))
+    if (leaf.tiles == 0) != (0 in spec.shape):
+        raise ValueError(f"leaf {shown(str(spec))} has {leaf.tiles} tiles")
+    return leaf
+
+
 def _decode_leaf(
     entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
 ) -> StoredLeaf:
-    name, dtype = _text(entry["name"]), _text(entry["dtype"])
-    # Here and below, messages are made only when needed: there may be many leaves.
-    if not dtypes.is_known(dtype):
-        raise ValueError(f"leaf {shown(name)} has the unknown dtype {shown(dtype)}")
-    shape = tuple([_integer(length, _SIZE_MAX) for length in _list(entry["shape"])])
-    if len(shape) > 64:
-        raise ValueError(f"leaf {shown(name)} has {len(shape)} dimensions")
-    spec = LeafSpec(name, dtype, shape)
+    spec = as_spec(entry["name"], entry["dtype"], entry["shape"])
     extent, digest = _decode_place(entry, files, block_bytes)
     if spec.nbytes != extent.nbytes:
         raise ValueError(
-            f"leaf {shown(name)} {dtype}{shown(shape)} takes {shown(spec.nbytes)} bytes, "
-            f"{extent.nbytes} listed"
+            f"leaf {shown(spec.name)} {spec.dtype}{shown(spec.shape)} takes "
+            f"{shown(spec.nbytes)} bytes, {extent.nbytes} listed"
         )
     return StoredLeaf(spec, extent, digest)
 
@@ -241,19 +294,16 @@ def _decode_place(
     entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
 ) -> tuple[Extent, Digest]:
     file = files[entry["file"]]
-    offset = _integer(entry["offset"], _SIZE_MAX)
-    nbytes = _integer(entry["bytes"], _SIZE_MAX)
+    offset = as_integer(entry["offset"], SIZE_MAX)
+    nbytes = as_integer(entry["bytes"], SIZE_MAX)
     if offset < file.header_bytes or offset + nbytes > file.nbytes:
         end = offset + nbytes
         raise ValueError(f"{file.name}: bytes {offset} to {end} lie outside its data")
-    whole = _digest(entry["digest"])
-    blocks = bytes.fromhex(_text(entry["blocks"])) if "blocks" in entry else whole
-    if len(blocks) != max(1, -(-nbytes // block_bytes)) * DIGEST_BYTES:
-        raise ValueError(f"{file.name}: wrong number of blocks")
-    cuts = range(0, len(blocks), DIGEST_BYTES)
-    digest = Digest(tuple([blocks[cut : cut + DIGEST_BYTES] for cut in cuts]))
-    if digest.whole != whole:
-        raise ValueError(f"{file.name}: block digests do not match")
+    whole = entry["digest"]
+    try:
+        digest = as_digest(whole, entry.get("blocks", whole), nbytes, block_bytes)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
     return Extent(file.name, offset, nbytes), digest
 
 
@@ -262,6 +312,8 @@ def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]
     for state in states:
         for leaf in state.leaves:
             by_file[leaf.extent.file].append(leaf.extent)
+    for name in {name for state in states for name in state.files}:
+        _expect(not by_file[name], f"{name}: has leaves and tiles")
     for name, extents in by_file.items():
         end = 0
         for extent in sorted(extents, key=lambda extent: (extent.offset, extent.nbytes)):
@@ -270,46 +322,8 @@ def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]
             end = extent.offset + extent.nbytes
 
 
-def _integer(value: object, most: int, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"the manifest has {shown(value)} where an integer belongs")  # noqa: TRY004 (bad bytes)
-    if not least <= value <= most:
-        raise ValueError(f"the manifest has {shown(value)}, out of range")
-    return value
-
-
-def _real(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"the manifest has {shown(value)} where a number belongs")  # noqa: TRY004 (bad bytes)
-    try:
-        real = float(value)
-    except OverflowError:  # an integer too large for a float
-        real = math.inf
-    _expect(math.isfinite(real), "the manifest has a number out of range")
-    return real
-
-
 def _decode_metric(value: object) -> float:
-    return float(value) if value in _NOT_FINITE else _real(value)
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"the manifest has {shown(value)} where a list belongs")  # noqa: TRY004 (bad bytes)
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"the manifest has {shown(value)} where text belongs")  # noqa: TRY004 (bad bytes)
-    return value
-
-
-def _digest(value: object) -> bytes:
-    digest = bytes.fromhex(_text(value))
-    if len(digest) != DIGEST_BYTES:
-        raise ValueError(f"{shown(value)} is no digest")
-    return digest
+    return float(value) if value in _NOT_FINITE else as_real(value)
 
 
 def _expect(holds: bool, message: str) -> None:

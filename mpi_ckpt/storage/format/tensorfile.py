@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.errors import CorruptGenerationError, SaveError
-from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.memory import round_up
+from mpi_ckpt.storage.format.json_values import as_spec
 from mpi_ckpt.storage.format.strict_json import read_json, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import BinaryIO
 
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaf import Leaf, LeafSpec
 
 DATA_ALIGNMENT = 4096
 HEADER_BYTES_MAX = 100_000_000
@@ -85,9 +85,6 @@ def parse_header(text: bytes) -> dict[str, Any]:
     return header
 
 
-_LENGTH_MAX = 1 << 60
-
-
 def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> None:  # noqa: ANN401 (JSON)
     """Write leaves as a safetensors stream. Not collective.
 
@@ -118,7 +115,7 @@ def read_form(fileobj: BinaryIO) -> tuple[Any, list[LeafSpec]]:
         header = parse_header(_read_exactly(fileobj, length))
         content = read_json(header["__metadata__"]["mpi_ckpt"].encode())
         structure = content["structure"]
-        return structure, [_read_spec(*form) for form in content["leaves"]]
+        return structure, [as_spec(*form) for form in content["leaves"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptGenerationError(
             f"the stream is not one that a leaf state wrote: {error}"
@@ -150,14 +147,6 @@ def fill_leaves(
 def _header_name(leaf: str) -> str:
     # One name in the header is not a tensor's.
     return f"{leaf}_" if leaf.startswith("__metadata__") else leaf
-
-
-def _read_spec(name: Any, dtype: Any, shape: Any) -> LeafSpec:  # noqa: ANN401 (JSON)
-    plain = isinstance(name, str) and isinstance(shape, list) and len(shape) <= 64
-    plain = plain and all(type(n) is int and 0 <= n <= _LENGTH_MAX for n in shape)
-    if not plain or not dtypes.is_known(dtype):
-        raise ValueError(f"a leaf {shown(name)} of {shown(dtype)} {shown(shape)}")
-    return LeafSpec(name, dtype, tuple(shape))
 
 
 def _read_exactly(fileobj: BinaryIO, count: int) -> bytes:

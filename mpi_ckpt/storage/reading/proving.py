@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mpi_ckpt.storage.format.manifest import StoredLeaf
-    from mpi_ckpt.storage.reading.read_plan import Block, Window
+    from mpi_ckpt.storage.reading.file_reader import FileReader
+    from mpi_ckpt.storage.reading.read_plan import DigestBlock, Window
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 _WINDOW_BYTES = 32 << 20
 
-Refuse: TypeAlias = "Callable[[Block, CorruptGenerationError], None]"
+Refuse: TypeAlias = "Callable[[DigestBlock, CorruptGenerationError], None]"
 """Told of a block that is not what was saved."""
 
 
@@ -72,7 +73,7 @@ def proven_blocks(
     *,
     window_bytes: int = _WINDOW_BYTES,
     refuse: Refuse | None = None,
-) -> Generator[tuple[Block, memoryview]]:
+) -> Generator[tuple[DigestBlock, memoryview]]:
     """Yield the blocks of leaves, in the best order for reading.
 
     Not collective. Not thread-safe. Arguments and errors are those of `proven_windows`.
@@ -94,7 +95,7 @@ def proven_blocks(
 
 
 def verify(reader: GenerationReader) -> None:
-    """Prove every byte of a generation.
+    """Prove every byte of a generation, and that tiles make up its cut leaves.
 
     Not collective.
 
@@ -102,7 +103,7 @@ def verify(reader: GenerationReader) -> None:
         CorruptGenerationError: On the calling rank, for the first wrong byte.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
-    for _ in proven_blocks(reader, reader.manifest.leaves):
+    for _ in proven_blocks(reader, reader.leaves()):
         pass
 
 
@@ -123,7 +124,7 @@ class Prefetcher:
         windows: The windows to read.
     """
 
-    def __init__(self, reader: GenerationReader, windows: Sequence[Window]) -> None:
+    def __init__(self, reader: FileReader, windows: Sequence[Window]) -> None:
         self._reader = reader
         self._windows = list(windows)
         longest = max((_length(window) for window in self._windows), default=0)

@@ -24,7 +24,7 @@ _FUSED_BYTES = 256 << 10
 
 
 # A named tuple, not a dataclass: thousands are made at a time, five times as fast.
-class Block(NamedTuple):
+class DigestBlock(NamedTuple):
     """One block of one leaf, as it is read and proven.
 
     Attributes:
@@ -56,20 +56,20 @@ class Window:
     file: str
     start: int
     end: int
-    blocks: Sequence[Block]
+    blocks: Sequence[DigestBlock]
 
-    def cut(self, data: memoryview, block: Block) -> memoryview:
+    def cut(self, data: memoryview, block: DigestBlock) -> memoryview:
         """Return a block's bytes from the window's. Not collective. Thread-safe."""
         start = block.offset - self.start
         return data[start : start + block.end - block.start]
 
-    def groups(self) -> list[list[Block]]:
+    def groups(self) -> list[list[DigestBlock]]:
         """Return the blocks of each message, in order. Not collective. Thread-safe.
 
         A large block is a message of its own, so that it can arrive in its destination;
         adjacent small blocks share one.
         """
-        groups: list[list[Block]] = []
+        groups: list[list[DigestBlock]] = []
         end = -1
         for block in self.blocks:
             length = block.end - block.start
@@ -109,7 +109,8 @@ def plan_reads(
     end = np.minimum(start + block_bytes, lengths[leaves])
     offset = offsets[leaves] + start
     columns = (leaves, number, start, end, offset, end == lengths[leaves])
-    blocks = [Block(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    blocks = [DigestBlock(*row) for row in rows]
     until = offset + end - start
     return [
         Window(files[file[leaves[i]]], int(offset[i]), int(until[j - 1]), blocks[i:j])

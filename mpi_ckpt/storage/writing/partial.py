@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _STREAM_BUFFER_BYTES = 1 << 20
 _COPY_BYTES = 16 << 20
+_ZEROS_BYTES = 1 << 20
 
 
 class Partial:
@@ -48,7 +49,7 @@ class Partial:
         mode: How files are written; see `create_out_file`.
         staging: Memory for direct writes, kept by the caller from save to save.
         joined: Whether root of the job has made it, and this rank is another writer, which
-            writes one file into it.
+            writes its own files into it.
         check: Raises `FencedError` if another job has taken over the directory. Called
             before the commit point, and after any failure: a successor deletes partials,
             and a job that is cut off should report that.
@@ -113,18 +114,46 @@ class Partial:
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
         """
-        # Check again, now with the exact size, and on the host that writes.
-        require_space(self.path, self.path / name, nbytes=nbytes, files=1)
-        with self._file(name, nbytes) as out:
+        with self._sized_file(name, nbytes) as out:
             for run in runs:
                 out.write(run)
             out.finish()
-        if self._joined:
-            # CRASH: root fsyncs the directory too, but on some network file systems only
-            # the host that made an entry can make it durable.
-            with self._errors_as(WriteError, "writing", self.path):
-                self._sync(self.path)
-        self.bytes_written += nbytes
+
+    def write_headed(
+        self,
+        name: str,
+        header_bytes: int,
+        runs: Iterable[memoryview],
+        header: Callable[[], bytes],
+        nbytes: int,
+    ) -> None:
+        """Write runs of bytes behind a header that is known last, as one durable file.
+
+        Not collective.
+
+        Args:
+            name: Name of the file.
+            header_bytes: Length of the header in bytes, a multiple of 4096.
+            runs: The runs; each is used up before the next is requested.
+            header: Called once, after the last run; returns the header.
+            nbytes: Length of header and runs in bytes.
+
+        Raises:
+            WriteError: On the calling rank; the partial must then be dropped.
+        """
+        zeros = memoryview(bytes(min(header_bytes, _ZEROS_BYTES)))
+        with self._sized_file(name, nbytes) as out:
+            for start in range(0, header_bytes, _ZEROS_BYTES):
+                out.write(zeros[: header_bytes - start])
+            for run in runs:
+                out.write(run)
+            # CRASH: up to here the file has zeros in place of its header. Nobody reads it:
+            # the rename that publishes comes after this file's only fsync.
+            descriptor = out.settle()
+            text = header()
+            assert len(text) == header_bytes
+            filesystem.write_all(descriptor, text, 0)
+            out.finish()
 
     def write_stream(
         self, name: str, save: Callable[[BinaryIO], None]
@@ -265,6 +294,20 @@ class Partial:
             except CheckpointError:
                 pass  # the lock cannot be read either: the first failure is reported
             raise
+
+    @contextmanager
+    def _sized_file(self, name: str, nbytes: int) -> Iterator[OutFile]:
+        """Create a file of a rank's own; the writer calls its ``finish`` in the block."""
+        # Check again, now with the exact size, and on the host that writes.
+        require_space(self.path, self.path / name, nbytes=nbytes, files=1)
+        with self._file(name, nbytes) as out:
+            yield out
+        if self._joined:
+            # CRASH: root fsyncs the directory too, but on some network file systems only
+            # the host that made an entry can make it durable.
+            with self._errors_as(WriteError, "writing", self.path):
+                self._sync(self.path)
+        self.bytes_written += nbytes
 
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:

@@ -20,11 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.convert.foreign import open_safetensors
+from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
-from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.storage.format.manifest import StoredFile
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, parse_header, read_form
+from mpi_ckpt.storage.format.tile_table import (
+    TileEntry,
+    decode_tile_header,
+    plan_tile_file,
+)
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parents[2] / "restore" / "golden" / "v1" / "checkpoint-00000001"
 _SMALL_BYTES = 1 << 20
 _TAIL_BYTES = 46
+_BLOCK = 16
 
 
 def _head(manifest: bytes) -> bytes:
@@ -76,6 +84,47 @@ def header(data: bytes) -> bool:
         for leaf in content.leaves.values():
             assert len(leaf.buffer.read()) == leaf.spec.nbytes <= 64
     return good
+
+
+def tiles(data: bytes) -> bool:
+    """Decode the header of a file of tiles; what is taken must be planned as the same.
+
+    The input is the header with the two tables as JSON, not as text in JSON, so that
+    changes of JSON reach what is in them.
+    """
+    with suppress(ValueError):
+        decode_tile_header(data, StoredFile("a", 1 << 20, len(data), b"", 1), _BLOCK)
+    header, file = _with_tables(data)
+    try:
+        found = decode_tile_header(header, file, _BLOCK)
+    except ValueError as error:
+        return _is_short(str(error))
+    entries = [TileEntry(state, spec, tile.box) for state, spec, tile in found]
+    digests = [tile.leaf.digest for _, _, tile in found]
+    plan = plan_tile_file(entries, _BLOCK)
+    planned = plan.encode([digests[at] for at in plan.order])
+    again = StoredFile(file.name, plan.nbytes, plan.header_bytes, b"", 1)
+    boxes = [(state, spec, tile.box) for state, spec, tile in found]
+    assert [
+        (state, spec, tile.box)
+        for state, spec, tile in decode_tile_header(planned, again, _BLOCK)
+    ] == [boxes[at] for at in plan.order]
+    return True
+
+
+def _with_tables(data: bytes) -> tuple[bytes, StoredFile]:
+    """Return a header whose tables are text, and a file that is as long as it says."""
+    end = 0
+    with suppress(ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        document = json.loads(data)
+        ends = [one["data_offsets"][1] for key, one in document.items() if key[:1] != "_"]
+        end = max([n for n in ends if type(n) is int and 0 <= n < 1 << 60], default=0)
+        tables = document["__metadata__"]
+        for key in ("mpi_ckpt.leaves", "mpi_ckpt.tiles"):
+            tables[key] = json.dumps(tables[key])
+        data = json.dumps(document).encode()
+    header = len(data).to_bytes(8, "little") + data
+    return header, StoredFile("a", len(header) + end, len(header), b"", 1)
 
 
 def directory(data: bytes) -> bool:
@@ -250,6 +299,25 @@ def _headers() -> list[bytes]:
     ]
 
 
+def _tile_headers() -> list[bytes]:
+    """Return headers of files of tiles, with their tables as JSON."""
+    rho, one = LeafSpec("rho", "F32", (4, 3)), LeafSpec("one", "C64", ())
+    cuts = [
+        [TileEntry("s", rho, Box((row, 0), (2, 3))) for row in (0, 2)],
+        [TileEntry("s", rho, Box((0, 1), (4, 2))), TileEntry("a/b", one, Box((), ()))],
+    ]
+    headers = []
+    for entries in cuts:
+        plan = plan_tile_file(entries, _BLOCK)
+        digests = [Digest.of(bytes(entries[at].nbytes), _BLOCK) for at in plan.order]
+        document = json.loads(plan.encode(digests)[8:])
+        tables = document["__metadata__"]
+        for key in ("mpi_ckpt.leaves", "mpi_ckpt.tiles"):
+            tables[key] = json.loads(tables[key])
+        headers.append(json.dumps(document).encode())
+    return headers
+
+
 def seeds(target: str) -> list[bytes]:
     """Return good inputs of a target, the golden generation's among them."""
     golden = _head((GOLDEN / "manifest.json").read_bytes())
@@ -259,6 +327,7 @@ def seeds(target: str) -> list[bytes]:
     return {
         "manifest": [small, golden],
         "header": [*_headers(), shard[8 : 8 + length].rstrip()],
+        "tiles": _tile_headers(),
         "directory": [
             join(small + b" " * odd, *files)
             for odd in range(2)
@@ -269,5 +338,6 @@ def seeds(target: str) -> list[bytes]:
 TARGETS: dict[str, Callable[[bytes], bool]] = {
     "manifest": manifest,
     "header": header,
+    "tiles": tiles,
     "directory": directory,
 }

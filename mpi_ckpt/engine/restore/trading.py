@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings leaves that are cut over ranks, in the files or in the program, to their places.
+
+Each saved byte is read by one rank, once, and proven before it is sent or stored.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm import UNTOUCHED, agree, exchange_messages
+from mpi_ckpt.decomposition.regions import elements_of
+from mpi_ckpt.engine.restore.matching import OVERWRITTEN
+from mpi_ckpt.engine.restore.wanted import tiles_here
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.storage.format.layout import generation_name
+from mpi_ckpt.storage.reading.file_reader import FileReader
+from mpi_ckpt.storage.reading.proving import Prefetcher
+from mpi_ckpt.storage.reading.read_plan import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from mpi_ckpt.comm import Deferred
+    from mpi_ckpt.decomposition.rank_plan import Incoming, Local, Outgoing, Turn
+    from mpi_ckpt.decomposition.regions import Regions
+    from mpi_ckpt.engine.restore.matching import StateMatch
+    from mpi_ckpt.engine.restore.newest import OpenGeneration
+    from mpi_ckpt.engine.restore.trade_plan import Trade
+    from mpi_ckpt.engine.restore.wanted import TradedTile
+    from mpi_ckpt.engine.session import Session
+
+_READING = "reading a generation"
+
+
+def trade_tiles(
+    session: Session,
+    found: OpenGeneration,
+    match: StateMatch,
+    trade: Trade,
+    deferred: Deferred,
+) -> int:
+    """Read, prove, send and store the tiles, in turns.
+
+    Collective. Main thread only. In a turn each rank reads at most one window, while it
+    sends and stores the previous one.
+
+    Args:
+        session: The manager's.
+        found: The generation.
+        match: The states to restore, with this rank's destinations.
+        trade: What this rank does.
+        deferred: Keeps failures to store bytes, for the next meeting.
+
+    Returns:
+        Bytes read by this rank.
+
+    Raises:
+        CorruptGenerationError: On every rank, if bytes are not those saved.
+        ReadError: On every rank, if a rank cannot read.
+    """
+    path = session.directory.root / generation_name(found.outline.generation)
+    targets = tiles_here(match, sorted(trade.leaves))
+    with ExitStack() as stack:
+        reader = stack.enter_context(FileReader(path, found.outline.generation))
+        trader = stack.enter_context(closing(_Trader(session, reader, trade, targets)))
+        for number in range(trade.plan.turns):
+            turn = trade.plan.turn(number)
+
+            def read(turn: Turn = turn) -> None:
+                deferred.raise_failure()
+                trader.read(turn)
+
+            safe = OVERWRITTEN if number else UNTOUCHED
+            agree(session.comm, _READING, read, error=RestoreError, safe=safe)
+            trader.exchange(turn, deferred)
+        return reader.bytes_read
+
+
+class _Trader:
+    """This rank's side of a trade, turn by turn.
+
+    Args:
+        session: The manager's.
+        reader: Reads the files that the plan names.
+        trade: What this rank does.
+        targets: The tiles that it wants, by the plan's numbers.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        reader: FileReader,
+        trade: Trade,
+        targets: Sequence[TradedTile],
+    ) -> None:
+        self._comm = session.comm
+        self._reader = reader
+        self._trade = trade
+        self._plan = plan = trade.plan
+        self._targets = targets
+        self._memories = [tile.buffer.host_bytes() for tile in targets]
+        columns = (plan.reads.file, plan.reads.start, plan.reads.end)
+        self._windows = [
+            Window(trade.files[file], start, end, ())
+            for file, start, end in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+        self._start = 0
+        self._data = memoryview(b"")
+
+    @cached_property
+    def _prefetcher(self) -> Prefetcher:
+        return Prefetcher(self._reader, self._windows)
+
+    def close(self) -> None:
+        """End the threads that read."""
+        if "_prefetcher" in vars(self):
+            self._prefetcher.close()
+
+    def read(self, turn: Turn) -> None:
+        """Read and prove the window of a turn, if this rank has one. Not collective.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if its bytes are not those saved.
+            ReadError: On the calling rank, if it cannot read.
+        """
+        if turn.window is None:
+            return
+        self._data = self._take()
+        window, pieces = self._windows[turn.window], self._plan.pieces
+        self._start = window.start
+        for row in turn.pieces:
+            place, digest = int(pieces.position[row]), self._trade.digests[row]
+            self._reader.prove_bytes(window.file, place, self._piece(row), digest)
+
+    def exchange(self, turn: Turn, deferred: Deferred) -> None:
+        """Send and receive the messages of a turn, and store what has arrived.
+
+        Main thread only. Called on every rank, after all have read.
+        """
+        receives = [(one.rank, np.empty(one.nbytes, np.uint8)) for one in turn.receives]
+        sends = [(one.rank, self._pack(one.fragments, one.nbytes)) for one in turn.sends]
+        exchange_messages(self._comm, sends, receives, "sending a generation")
+
+        def store() -> None:
+            for row in turn.kept:
+                self._store(self._plan.kept, row, self._elements(self._plan.kept, row))
+            for one, (_, message) in zip(turn.receives, receives, strict=True):
+                self._unpack(one.fragments, message)
+
+        deferred.attempt(store)
+
+    def _take(self) -> memoryview:
+        try:
+            return self._prefetcher.take()
+        except CorruptGenerationError as error:
+            if self._comm.is_root or not isinstance(error.__cause__, ReadError):
+                raise
+            # Root has found it good: the fault is in this host's view of it.
+            raise ReadError(
+                f"{error}. Root reads it well; state that is cut over ranks needs a "
+                "directory that all ranks see",
+                path=self._reader.path,
+            ) from error
+
+    def _piece(self, row: int) -> memoryview:
+        """Return the bytes of a piece of the window that was read last."""
+        pieces = self._plan.pieces
+        first = int(pieces.position[row]) - self._start
+        return self._data[first : first + int(pieces.nbytes[row])]
+
+    def _elements(self, table: Outgoing | Local, row: int) -> NDArray[Any]:
+        """Return the elements of a fragment of a piece, without a copy."""
+        memory = elements_of(self._piece(int(table.piece[row])), int(table.unit[row]))
+        return table.source.view(row, memory)
+
+    def _pack(self, fragments: range, nbytes: int) -> NDArray[np.uint8]:
+        message = np.empty(nbytes, np.uint8)
+        end = 0
+        for row in fragments:
+            view = self._elements(self._plan.sends, row)
+            start, end = end, end + view.nbytes
+            room = message[start:end].view(view.dtype).reshape(view.shape)
+            np.copyto(room, view)  # lets other threads run
+        return message
+
+    def _unpack(self, fragments: range, message: NDArray[np.uint8]) -> None:
+        table, end = self._plan.receives, 0
+        for row in fragments:
+            shape, unit = table.goal.shape[row], int(table.unit[row])
+            start, end = end, end + int(shape.prod()) * unit
+            elements = elements_of(message[start:end], unit)
+            self._store(table, row, elements.reshape(shape))
+
+    def _store(self, table: Incoming | Local, row: int, elements: NDArray[Any]) -> None:
+        """Put elements where they belong in a wanted tile."""
+        number, goal = int(table.target[row]), table.goal
+        target, memory = self._targets[number], self._memories[number]
+        with concerning(target.name):
+            if memory is None:
+                part = target.buffer.part(_index(goal, row, target.shape))
+                part.write(np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data)
+                return
+            live = memory
+            if elements.itemsize == memory.shape[-1]:
+                live = memory.view(elements.dtype)[..., 0]
+            # The plan has more dimensions, all of length 1: no copy is made.
+            view = live.reshape(goal.outer[row])[_slices(goal, row)]
+            np.copyto(view, elements)
+
+
+def _slices(goal: Regions, row: int) -> tuple[slice, ...]:
+    starts, lengths = goal.start[row].tolist(), goal.shape[row].tolist()
+    return tuple(slice(s, s + n) for s, n in zip(starts, lengths, strict=True))
+
+
+def _index(goal: Regions, row: int, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return the place of a fragment in a tile, without the plan's dimensions of 1."""
+    first = goal.outer.shape[1] - len(shape)
+    if tuple(goal.outer[row, first:].tolist()) != shape:
+        first -= 1  # the last dimension is of bytes, for the sake of other leaves
+    return _slices(goal, row)[first : first + len(shape)]

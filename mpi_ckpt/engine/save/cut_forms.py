@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joins what each rank has of the cut leaves: whole shapes, owners of tiles. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from mpi_ckpt import dtypes
+from mpi_ckpt.decomposition import tiling
+from mpi_ckpt.decomposition.boxes import Box
+from mpi_ckpt.decomposition.owners import assign_owners
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.failures import name_ranks
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.storage.format.manifest import CutLeaf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from mpi_ckpt.engine.sync.captured import CapturedState
+
+_PROBLEMS_MAX = 16
+
+
+class CutForm(NamedTuple):
+    """What one rank has of one cut leaf.
+
+    Attributes:
+        state: Name of the state.
+        spec: Spec of the whole leaf; if concatenated, of this rank's rows.
+        is_concatenated: As that of `Leaf`.
+        is_compared: Whether ranks with the same box must have the same bytes in it.
+        boxes: The boxes of the rank's tiles.
+    """
+
+    state: str
+    spec: LeafSpec
+    is_concatenated: bool
+    is_compared: bool
+    boxes: tuple[Box, ...]
+
+
+class TileNumber(NamedTuple):
+    """Which of a rank's tiles: the number of its form, and of the tile in it."""
+
+    form: int
+    tile: int
+
+
+class Replica(NamedTuple):
+    """A tile that one rank has and another, its owner, writes."""
+
+    state: str
+    leaf: str
+    box: Box
+    rank: int
+    tile: TileNumber
+    owner: int
+    owned: TileNumber
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a rank must know to write its tiles.
+
+    Attributes:
+        owned: The tiles that it writes.
+        compared: Those of its tiles that other ranks have as well.
+        rows: Number of a concatenated form -> all rows, and the first of this rank.
+    """
+
+    owned: tuple[TileNumber, ...]
+    compared: tuple[TileNumber, ...]
+    rows: Mapping[int, tuple[int, int]]
+
+    def encode(self) -> bytes:
+        """Return the assignment as bytes. Not collective. Thread-safe."""
+        rows = [[form, *counts] for form, counts in self.rows.items()]
+        return json.dumps([self.owned, self.compared, rows]).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Assignment:
+        """Return the assignment that `encode` encoded. Not collective. Thread-safe."""
+        owned, compared, rows = json.loads(data)
+        return cls(
+            tuple([TileNumber(*one) for one in owned]),
+            tuple([TileNumber(*one) for one in compared]),
+            {form: (total, first) for form, total, first in rows},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedForms:
+    """What root knows of the cut leaves of all ranks.
+
+    Attributes:
+        leaves: State -> its cut leaves.
+        writers: State -> the ranks that write tiles of it.
+        assignments: One for each rank.
+        replicas: The tiles that are not written, since an equal one is.
+        nbytes: Bytes of all tiles that are written.
+    """
+
+    leaves: Mapping[str, tuple[CutLeaf, ...]]
+    writers: Mapping[str, tuple[int, ...]]
+    assignments: tuple[Assignment, ...]
+    replicas: tuple[Replica, ...]
+    nbytes: int
+
+
+def encode_forms(captured: Iterable[CapturedState]) -> bytes:
+    """Return what this rank has of the cut leaves. Not collective. Thread-safe."""
+    forms = [
+        [
+            one.name,
+            leaf.spec.to_json(),
+            leaf.is_concatenated,
+            one.state.sync_mode != "none",
+            [tile.box for tile in leaf.tiles or ()],
+        ]
+        for one in captured
+        for leaf in one.cut
+    ]
+    return json.dumps(forms).encode()
+
+
+def _decode_forms(data: bytes) -> list[CutForm]:
+    return [
+        CutForm(
+            state,
+            LeafSpec.from_json(spec),
+            is_concatenated,
+            is_compared,
+            tuple([Box(tuple(offset), tuple(shape)) for offset, shape in boxes]),
+        )
+        for state, spec, is_concatenated, is_compared, boxes in json.loads(data)
+    ]
+
+
+def join_forms(encoded: Sequence[bytes], hosts: Sequence[str]) -> JoinedForms:
+    """Find the whole leaves, and the one rank that writes each tile.
+
+    Not collective. Thread-safe.
+
+    Args:
+        encoded: What `encode_forms` returned on each rank, in rank order.
+        hosts: Name of each rank's host.
+
+    Raises:
+        StageError: On the calling rank, if the ranks disagree about a leaf, or its tiles
+            leave a hole or overlap; with every problem.
+    """
+    forms = [_decode_forms(one) for one in encoded]
+    parts: dict[tuple[str, str], list[_Part]] = {}
+    for rank, of_rank in enumerate(forms):
+        for number, form in enumerate(of_rank):
+            key = (form.state, form.spec.name)
+            parts.setdefault(key, []).append(_Part(rank, number, form))
+    problems: list[str] = []
+    placed: list[_PlacedLeaf] = []
+    for (state, leaf), of_leaf in parts.items():
+        try:
+            placed.append(_place(of_leaf, len(encoded), hosts))
+        except ValueError as problem:
+            problems.append(f"state {state!r}, leaf {leaf!r}: {problem}")
+    if problems:
+        more = len(problems) - _PROBLEMS_MAX
+        shown = [*problems[:_PROBLEMS_MAX], *([f"and {more} more"] if more > 0 else [])]
+        raise StageError(
+            "leaves are not cut over the ranks without holes and overlaps; nothing was "
+            "saved:\n    " + "\n    ".join(shown),
+            problems=problems,
+        )
+    return _assign(placed, len(encoded))
+
+
+class _Part(NamedTuple):
+    rank: int
+    number: int
+    form: CutForm
+
+
+@dataclass(frozen=True, slots=True)
+class _PlacedLeaf:
+    """A cut leaf with its whole spec, and the boxes of each rank in its indices."""
+
+    state: str
+    spec: LeafSpec
+    parts: list[_Part]
+    boxes: Sequence[tuple[Box, ...]]
+
+
+def _place(parts: list[_Part], size: int, hosts: Sequence[str]) -> _PlacedLeaf:
+    """Return a leaf with the boxes of all ranks, which are proven to tile it.
+
+    Raises:
+        ValueError: On the calling rank, with the problem.
+    """
+    first = parts[0].form
+    for part in parts:
+        if _kind(part.form) != _kind(first):
+            one, other = name_ranks([parts[0].rank], hosts), name_ranks([part.rank], hosts)
+            raise ValueError(
+                f"{one} has {_described(first)}, {other} has {_described(part.form)}"
+            )
+    if first.is_concatenated:
+        return _concatenate(parts, size, hosts)
+    boxes = [part.form.boxes for part in parts]
+    ranks = [part.rank for part in parts for _ in part.form.boxes]
+    fault = tiling.fault(first.spec.shape, [box for of_rank in boxes for box in of_rank])
+    if fault is not None:
+        concerned = sorted({ranks[number] for number in fault.boxes})
+        where = f" ({name_ranks(concerned, hosts)})" if concerned else ""
+        raise ValueError(f"{fault.text}{where}; the whole has shape {first.spec.shape}")
+    return _PlacedLeaf(first.state, first.spec, parts, boxes)
+
+
+def _kind(form: CutForm) -> tuple[object, ...]:
+    spec = form.spec
+    shape = spec.shape[1:] if form.is_concatenated else spec.shape
+    return spec.dtype, shape, form.is_concatenated
+
+
+def _described(form: CutForm) -> str:
+    if form.is_concatenated:
+        return f"rows of {form.spec.dtype}{list(form.spec.shape[1:])}"
+    return f"boxes of {form.spec.dtype}{list(form.spec.shape)}"
+
+
+def _concatenate(parts: list[_Part], size: int, hosts: Sequence[str]) -> _PlacedLeaf:
+    there = {part.rank for part in parts}
+    lacking = [rank for rank in range(size) if rank not in there]
+    if lacking:
+        raise ValueError(
+            f"{name_ranks(lacking, hosts)} lacks this column; a rank without rows gives "
+            "an array with 0 rows"
+        )
+    spec = parts[0].form.spec
+    row, first = spec.shape[1:], 0
+    boxes: list[tuple[Box, ...]] = []
+    for part in parts:
+        count = part.form.spec.shape[0]
+        boxes.append((Box((first, *(0 for _ in row)), (count, *row)),))
+        first += count
+    whole = LeafSpec(spec.name, spec.dtype, (first, *row))
+    return _PlacedLeaf(parts[0].form.state, whole, parts, boxes)
+
+
+def _assign(placed: Sequence[_PlacedLeaf], size: int) -> JoinedForms:
+    """Give each tile one owner among the ranks that have it."""
+    tiles: list[list[tuple[int, Box]]] = [[] for _ in range(size)]
+    indices: list[list[TileNumber]] = [[] for _ in range(size)]
+    rows: list[dict[int, tuple[int, int]]] = [{} for _ in range(size)]
+    for number, leaf in enumerate(placed):
+        for part, boxes in zip(leaf.parts, leaf.boxes, strict=True):
+            tiles[part.rank] += [(number, box) for box in boxes]
+            indices[part.rank] += [TileNumber(part.number, n) for n in range(len(boxes))]
+            if part.form.is_concatenated:
+                rows[part.rank][part.number] = (leaf.spec.shape[0], boxes[0].offset[0])
+    widths = [dtypes.element_bytes(leaf.spec.dtype) for leaf in placed]
+    owners = assign_owners(tiles, widths)
+    replicas = []
+    compared: list[set[TileNumber]] = [set() for _ in range(size)]
+    for rank, at, owner, owners_at in owners.duplicates:
+        number, box = tiles[rank][at]
+        leaf, mine, theirs = placed[number], indices[rank][at], indices[owner][owners_at]
+        if leaf.parts[0].form.is_compared:
+            name = leaf.spec.name
+            replicas.append(Replica(leaf.state, name, box, rank, mine, owner, theirs))
+            compared[rank].add(mine)
+            compared[owner].add(theirs)
+    assignments = [
+        Assignment(
+            tuple([indices[rank][number] for number in owned]),
+            tuple(sorted(compared[rank])),
+            rows[rank],
+        )
+        for rank, owned in enumerate(owners.owned)
+    ]
+    owned_leaves = [
+        [tiles[rank][number][0] for number in owned]
+        for rank, owned in enumerate(owners.owned)
+    ]
+    return _joined(placed, owned_leaves, tuple(assignments), tuple(replicas))
+
+
+def _joined(
+    placed: Sequence[_PlacedLeaf],
+    owned: Sequence[Sequence[int]],
+    assignments: tuple[Assignment, ...],
+    replicas: tuple[Replica, ...],
+) -> JoinedForms:
+    """Count the tiles of each leaf, given the numbers of those that each rank writes."""
+    of_ranks = [Counter(numbers) for numbers in owned]
+    leaves: dict[str, list[CutLeaf]] = {}
+    writers: dict[str, set[int]] = {}
+    for number, leaf in enumerate(placed):
+        ranks = [rank for rank, owns in enumerate(of_ranks) if number in owns]
+        count = sum(of_ranks[rank][number] for rank in ranks)
+        leaves.setdefault(leaf.state, []).append(CutLeaf(leaf.spec, count))
+        writers.setdefault(leaf.state, set()).update(ranks)
+    return JoinedForms(
+        {state: tuple(of_state) for state, of_state in leaves.items()},
+        {state: tuple(sorted(ranks)) for state, ranks in writers.items()},
+        assignments,
+        replicas,
+        sum(leaf.spec.nbytes for leaf in placed),
+    )

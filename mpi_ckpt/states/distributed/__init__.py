@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Provides the states of arrays that are cut over the ranks."""

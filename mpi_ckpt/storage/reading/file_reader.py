@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads and proves runs of bytes of a generation's files, without its manifest."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.errors import CorruptGenerationError, ReadError
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.reading.open_files import OpenFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+    from types import TracebackType
+
+# Errors of open that mean a damaged generation, rather than an unreachable one.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
+
+Reader = TypeVar("Reader", bound="FileReader")
+
+
+class FileReader:
+    """Reads files of a generation; a context manager.
+
+    Not collective. Several threads can read. Files are opened when first read and stay
+    open, unless there are very many.
+
+    Args:
+        path: Directory of the generation.
+        generation: Its number, for errors.
+    """
+
+    def __init__(self, path: Path, generation: int) -> None:
+        self.path = path
+        self._generation = generation
+        # Threads append; concurrent additions to a number would lose some.
+        self._counts: list[int] = []
+        self._files = OpenFiles(path)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far."""
+        return sum(self._counts)
+
+    def close(self) -> None:
+        """Close the files. Callable twice."""
+        self._files.close()
+
+    def __enter__(self: Reader) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def read_direct(self, file: str, into: memoryview, offset: int) -> int:
+        """Read directly, bypassing the page cache if possible, else through it.
+
+        Not collective. Thread-safe.
+
+        Args:
+            file: Name of a file.
+            into: Buffer aligned to 4096 bytes, its length a multiple of that.
+            offset: A multiple of 4096.
+
+        Returns:
+            Bytes read; fewer than requested only at the end of the file.
+
+        Raises:
+            ReadError: On the calling rank, if the operating system cannot read them.
+        """
+        with self._reading(file):
+            try:
+                with self._files.use(file, direct=True) as found:
+                    count = filesystem.read_at(found.descriptor, into, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Opened for direct reads, but a read fails: the file system needs another
+                # alignment, or (Lustre) alignment of the read at the end too.
+                with self._files.use(file) as found:
+                    count = filesystem.read_at(found.descriptor, into, offset)
+        self._counts.append(count)
+        return count
+
+    def expect(self, file: str, found: int, needed: int) -> None:
+        """Require that a read returned as many bytes as needed. Not collective.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if the file ends too early.
+        """
+        if found < needed:
+            raise CorruptGenerationError(
+                f"{self.path / file} ends at {found}, bytes up to {needed} are listed",
+                path=self.path / file,
+                generation=self._generation,
+            )
+
+    def prove_bytes(
+        self, file: str, offset: int, data: memoryview, expected: bytes
+    ) -> None:
+        """Compare the bytes of a block with their saved digest.
+
+        Not collective. Thread-safe.
+
+        Args:
+            file: Name of the file.
+            offset: Place of the bytes in the file.
+            data: The bytes read.
+            expected: Their saved digest.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if they differ.
+        """
+        found = digest_bytes(data)
+        if found != expected:
+            where = self.path / file
+            raise CorruptGenerationError(
+                f"{where}: bytes {offset} to {offset + len(data)} have digest "
+                f"{found.hex()}, expected {expected.hex()}",
+                path=where,
+                generation=self._generation,
+            )
+
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        return corrupt_unless_readable(self.path / name, self._generation)
+
+
+@contextmanager
+def corrupt_unless_readable(where: Path, generation: int | None) -> Iterator[None]:
+    """Raise errors of files that are not there, or wrong, as those of a damaged generation.
+
+    Not collective.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, for a missing file or a ValueError.
+        ReadError: On the calling rank, if the operating system cannot read it.
+    """
+    try:
+        with os_errors_as(ReadError, "reading", where):
+            yield
+    except ReadError as error:
+        if error.errno not in _NOT_THERE or _is_listed(where, error.errno):
+            raise
+        raise CorruptGenerationError(
+            f"{error}", path=where, generation=generation
+        ) from error
+    except ValueError as error:
+        raise CorruptGenerationError(
+            f"{where}: {error}", path=where, generation=generation
+        ) from error
+
+
+def _is_listed(where: Path, code: int) -> bool:
+    """Return whether a listing shows a file that open did not find: it may exist."""
+    if code != errno.ENOENT:
+        return False
+    try:
+        return where.name in filesystem.list_names(where.parent)
+    except OSError:
+        return where.parent.is_dir()  # it exists, but cannot be listed
