@@ -28,6 +28,7 @@ class Case:
         wanted: Leaf, rank, number and box of each wanted tile.
         files: The bytes of each file.
         size: Number of ranks.
+        digest_bytes: Length of a digest block, as in the last plan.
     """
 
     arrays: list[np.ndarray]
@@ -35,8 +36,10 @@ class Case:
     wanted: list[tuple[int, int, int, Box]]
     files: list[bytes]
     size: int
+    digest_bytes: int = 0
 
     def plan(self, **options):
+        self.digest_bytes = options["digest_bytes"]
         return plan_reshard(
             SavedTiles.of(self.saved),
             WantedTiles.of(self.wanted),
@@ -102,6 +105,8 @@ def read_window(case, played, rank, plan, turn):
     played.reads.append((file, start, end))
     played.loads[rank] = played.loads.get(rank, 0) + end - start
     data = memoryview(case.files[file])[start:end]
+    for row in turn.pieces:
+        check_block(case, plan.pieces, row, file)
 
     def piece(row):
         assert row in turn.pieces
@@ -112,6 +117,21 @@ def read_window(case, played, rank, plan, turn):
         return data[first : first + nbytes]
 
     return piece
+
+
+def check_block(case, pieces, row, file):
+    """Check that a piece is one whole digest block of its tile."""
+    columns = (pieces.tile, pieces.leaf, pieces.number, pieces.position, pieces.nbytes)
+    tile, leaf, number, position, nbytes = (int(column[row]) for column in columns)
+    saved_leaf, saved_file, first, box = case.saved[tile]
+    assert (saved_leaf, saved_file) == (leaf, file)
+    ndim = len(box.shape)
+    offset, shape = pieces.offsets[row].tolist(), pieces.shapes[row].tolist()
+    assert (tuple(offset[len(offset) - ndim :]), tuple(shape[len(shape) - ndim :])) == box
+    start = number * case.digest_bytes
+    whole = box.size * case.arrays[leaf].itemsize
+    assert position == first + start
+    assert nbytes == min(case.digest_bytes, whole - start)
 
 
 def target_of(played, rank):

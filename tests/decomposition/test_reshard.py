@@ -19,13 +19,17 @@ def generations(draw, dtypes=DTYPES):
     arrays, tiles = [], []
     number = 0
     for leaf in range(draw(st.integers(1, 3))):
+        # Leaves that are cut alike are planned at once, whatever the size of an element.
         shape = draw(SHAPES) if leaf == 0 or draw(st.booleans()) else arrays[0].shape
         dtype = np.dtype(draw(st.sampled_from(dtypes)))
         count = int(np.prod(shape, dtype=int))
         array = np.arange(number, number + count * dtype.itemsize).astype("u1").view(dtype)
         arrays.append(array.reshape(shape))
         number += 7 * count + 1
-        tiles += [(leaf, box) for box in draw(tilings(shape, most=8))]
+        if leaf and shape == arrays[0].shape and draw(st.booleans()):
+            tiles += [(leaf, box) for first, box in tiles if first == 0]
+        else:
+            tiles += [(leaf, box) for box in draw(tilings(shape, most=8))]
     files = [bytearray() for _ in range(draw(st.integers(1, 4)))]
     saved = []
     for leaf, box in draw(st.permutations(tiles)):
@@ -50,7 +54,10 @@ def wishes(draw, arrays, size):
 
     for leaf, array in enumerate(arrays):
         kind = draw(st.sampled_from(["tiling", "ghosts", "any", "whole", "none"]))
-        if kind in ("tiling", "ghosts"):
+        if leaf and array.shape == arrays[0].shape and draw(st.booleans()):
+            for box in [box for first, _, _, box in wanted if first == 0]:
+                add(leaf, draw(st.integers(0, size - 1)), draw(moved(box, array.shape)))
+        elif kind in ("tiling", "ghosts"):
             most = 2 if kind == "ghosts" else 0
             ghosts = [(draw(st.integers(0, most)), draw(st.integers(0, most)))] * array.ndim
             periodic = [draw(st.booleans())] * array.ndim
@@ -65,6 +72,15 @@ def wishes(draw, arrays, size):
             for rank in range(size):
                 add(leaf, rank, Box.whole(array.shape))
     return draw(st.permutations(wanted))
+
+
+@st.composite
+def moved(draw, box, shape):
+    """Draw a box of the same shape, often the same."""
+    if draw(st.booleans()):
+        return box
+    ranges = zip(shape, box.shape, strict=True)
+    return Box(tuple(draw(st.integers(0, size - n)) for size, n in ranges), box.shape)
 
 
 @st.composite
@@ -227,6 +243,34 @@ def test_leaves_that_are_cut_alike_are_planned_once(monkeypatch):
     plan = case.plan(digest_bytes=32, readers=[0, 1], window_bytes=1 << 20)
     played = play(case, plan)
     assert [len(one.leaf) for one in seen] == [2]
+    for leaf, rank, number, box in wanted:
+        assert bytes(played.tiles[rank, number]) == expected_bytes(case, leaf, box)
+
+
+def cells(shape):
+    return [Box(index, (1, 1)) for index in np.ndindex(*shape)]
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        # Array, boxes of the saved tiles, wanted box.
+        [(np.ones((4, 4), d), [Box.whole((4, 4))], Box((0, 0), (4, 3))) for d in "dB"],
+        [(np.ones((4, 2)), [Box((0, 0), (4, 2))], Box((r, 0), (2, 2))) for r in (0, 2)],
+        [(np.ones(shape), cells(shape), Box((1, 0), (1, 1))) for shape in ((2, 3), (3, 2))],
+    ],
+    ids=["element", "wanted box", "saved boxes"],
+)
+def test_leaves_that_are_alike_but_for(leaves):
+    arrays, saved, wanted, file = [], [], [], b""
+    for leaf, (ones, boxes, box) in enumerate(leaves):
+        arrays.append((ones.cumsum() + 10 * leaf).astype(ones.dtype).reshape(ones.shape))
+        for tile in boxes:
+            saved.append((leaf, 0, len(file), tile))
+            file += arrays[-1][slice_of(tile)].tobytes()
+        wanted.append((leaf, 0, leaf, box))
+    case = Case(arrays, saved, wanted, [file], 1)
+    played = play(case, case.plan(digest_bytes=64, readers=[0], window_bytes=1 << 20))
     for leaf, rank, number, box in wanted:
         assert bytes(played.tiles[rank, number]) == expected_bytes(case, leaf, box)
 

@@ -79,3 +79,13 @@ def test_a_receiver_closes_a_turn(window_bytes, turns):
 def test_readers_of_their_own_data_all_read_in_each_turn():
     needs = needs_of({0: 10}, {0: 10}, {1: 10}, {1: 10})
     assert order_turns(np.array([0, 0, 1, 1]), needs, 2).tolist() == [0, 1, 0, 1]
+
+
+def test_readers_with_most_windows_left_choose_first():
+    needs = needs_of({3: 10}, {3: 10}, {4: 10}, {5: 10})
+    assert order_turns(np.array([0, 1, 1, 1]), needs, 20).tolist() == [1, 0, 1, 2]
+
+
+def test_what_a_reader_keeps_does_not_count_as_received():
+    needs = needs_of({0: 10}, {0: 10})
+    assert order_turns(np.array([0, 1]), needs, 20).tolist() == [0, 0]
