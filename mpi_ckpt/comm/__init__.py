@@ -24,7 +24,7 @@ from mpi_ckpt.comm.collectives import (
     mean_buffers,
 )
 from mpi_ckpt.comm.communicator import Communicator
-from mpi_ckpt.comm.exchange import exchange_messages
+from mpi_ckpt.comm.exchange import exchange_counts, exchange_messages
 from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
 from mpi_ckpt.comm.members import Member, member_of
 from mpi_ckpt.comm.scatter import scatter_bytes
@@ -55,6 +55,7 @@ __all__ = [
     "collect",
     "compare_texts",
     "differing_digests",
+    "exchange_counts",
     "exchange_messages",
     "gather_bytes",
     "is_mpi_running",

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpi_ckpt.comm.topology import plan_messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm.communicator import Communicator
@@ -49,3 +50,29 @@ def exchange_messages(
     ]
     if requests:
         comm.wait(requests, doing, streaming=True, buffers=(sends, receives))
+
+
+def exchange_counts(
+    comm: Communicator, counts: NDArray[np.int64], doing: str
+) -> NDArray[np.int64]:
+    """Tell each rank some numbers of its own.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        counts: Numbers for each rank, (n, size); n is the same on every rank.
+        doing: What the ranks meet for, for the error if one never arrives.
+
+    Returns:
+        The numbers of each rank for this one, (n, size).
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    mine = np.ascontiguousarray(counts.T)
+    theirs = np.empty_like(mine)
+    if counts.size:
+        request = comm.handle.Ialltoall(mine, theirs)
+        comm.wait([request], doing, buffers=(mine, theirs))
+    return np.ascontiguousarray(theirs.T)

@@ -31,6 +31,7 @@ from mpi_ckpt.engine.restore.notices import (
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
+from mpi_ckpt.engine.restore.routing import route_rows
 from mpi_ckpt.engine.restore.trade_plan import Trade, plan_trade
 from mpi_ckpt.engine.restore.trading import trade_tiles
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
@@ -237,6 +238,8 @@ class Restore:
                 self._bytes_traded = trade_tiles(
                     session, found, match, self._trade, self._deferred
                 )
+                window = session.options.io.window_bytes
+                route_rows(session.comm, match, window, self._deferred)
 
     def adopt(self) -> None:
         """Let the states take over the arrived contents, in order; make the report.

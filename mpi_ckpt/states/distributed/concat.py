@@ -61,6 +61,7 @@ class ConcatState(LeafState):
             new arrays. With a function: those of the last save or restore; after a restore
             the program takes them over from here.
         route: As given.
+        arriving: The columns that a restore is filling; the engine's.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name is illegal, or a column
@@ -79,6 +80,7 @@ class ConcatState(LeafState):
         self._asked = arrays if callable(arrays) else None
         self.arrays: dict[str, Column] = {} if callable(arrays) else dict(arrays)
         self.route = route
+        self.arriving: dict[str, Column] = {}
         self._rank, self._size = 0, 1
         problems = _column_problems(self.arrays)
         if problems:
@@ -115,6 +117,7 @@ class ConcatState(LeafState):
         rows = next((spec.shape[0] for spec in specs if spec.name in known), 0)
         first = rows * self._rank // self._size
         made = self.make_columns(rows * (self._rank + 1) // self._size - first)
+        self.arriving = made
         targets = [
             _cut(memory_leaf(spec.name, made[spec.name]), first, spec.shape)
             if spec.name in known
@@ -123,7 +126,7 @@ class ConcatState(LeafState):
         ]
 
         def adopt() -> None:
-            self.arrays = made
+            self.arrays, self.arriving = self.arriving, {}
 
         unexpected = tuple(spec.name for spec in specs if spec.name not in known)
         return Arrival(targets, adopt, unexpected=unexpected)
