@@ -69,6 +69,7 @@ def find_fragments_by_kind(
     tiles = _by_leaf(leaves, saved.leaf, saved.shapes, saved.offsets)
     numbers = np.column_stack((wanted.rank, wanted.number))
     targets = _by_leaf(leaves, wanted.leaf, wanted.shapes, numbers)
+    # Ranks and files are no part of a kind: boxes alone decide where elements lie.
     first_leaves, kinds = _kinds(
         units[leaves],
         (tiles, np.column_stack((saved.offsets, saved.shapes))),
@@ -105,6 +106,7 @@ def _by_leaf(
 ) -> _Grouped:
     """Group the rows of tiles that are not empty by leaf, and sort each group."""
     rows = np.flatnonzero((shapes > 0).all(axis=1) & np.isin(leaf, leaves))
+    # In one order for all leaves: then equal tables are equal bytes.
     rows = rows[np.lexsort((*keys[rows].T[::-1], leaf[rows]))]
     starts = np.searchsorted(leaf[rows], leaves)
     ends = np.searchsorted(leaf[rows], leaves, side="right")

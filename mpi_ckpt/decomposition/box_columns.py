@@ -75,6 +75,7 @@ def split_runs(
         shape[:, :axis] = 1
         shape[:, axis] = (end - begin)[is_whole]
         found.append((row[is_whole], offset, shape))
+        # At most three boxes leave this axis: a partial first, whole ones, a partial last.
         # The rest lies within single hyperplanes, and is cut along the next axes.
         is_inner = (first == last) & (has_head | has_tail)
         within, until = starts % stride, stops - last * stride
@@ -88,6 +89,7 @@ def split_runs(
         row, prefix = row[rows], prefix[rows]
         prefix[:, axis] = index
     rows, offsets, parts = (np.concatenate(column) for column in zip(*found, strict=True))
+    # The axes were done one after the other; runs need their boxes in order of elements.
     order = np.lexsort((np.einsum("kd,kd->k", offsets, strides[rows]), rows))
     return rows[order], offsets[order], parts[order]
 

@@ -161,6 +161,7 @@ def find_fragments(
     )
     low = np.maximum(offsets[run], wanted.offsets[target])
     high = np.minimum(offsets[run] + shapes[run], (wanted.offsets + wanted.shapes)[target])
+    # The first element of each run, counted from the first of its piece.
     place = (inner * strides_of(saved.shapes)[tiles]).sum(axis=1) - pieces.first[runs]
     source = Regions(place[run], shapes[run], low - offsets[run], high - low)
     goal = Regions(
@@ -176,6 +177,7 @@ def find_fragments(
 
 def _cut_pieces(saved: SavedTiles, units: NDArray[np.int64], digest_bytes: int) -> Pieces:
     sizes = saved.shapes.prod(axis=1)
+    # Digests cover bytes from the tile's first on, whatever its shape.
     longest = digest_bytes // units[saved.leaf]
     counts = -(-sizes // longest)
     tile = np.repeat(np.arange(len(sizes)), counts)
@@ -193,7 +195,8 @@ def _with_axis(
 def _check_counts(
     wanted: WantedTiles, target: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> None:
-    # As floats, which are exact up to 2**53 elements.
+    # A missing fragment would leave old elements in a tile, and nobody would notice. As
+    # floats, which are exact up to 2**53 elements.
     found = np.bincount(target, sizes, len(wanted.leaf)).astype(np.int64)
     expected = wanted.shapes.prod(axis=1)
     wrong = np.flatnonzero(found != expected)

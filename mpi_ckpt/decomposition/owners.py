@@ -65,6 +65,7 @@ def assign_owners(
     holders: dict[tuple[int, Box], list[tuple[int, int]]] = {}
     for rank, shown in enumerate(tiles):
         for number, tile in enumerate(shown):
+            # An empty box is equal to others of no element, and has nothing to write.
             if 0 not in tile[1].shape:
                 holders.setdefault(tile, []).append((rank, number))
     nbytes = {(leaf, box): box.size * itemsizes[leaf] for leaf, box in holders}

@@ -191,6 +191,7 @@ class RankPlan:
 
     def encode(self) -> bytes:
         """Return the plan as bytes, for `decode` on another rank. Not collective."""
+        # INVARIANT: no pickle, although a rank of the same job reads it.
         tables = {name: getattr(self, name) for name in _TABLES}
         columns = {
             k: v for name, one in tables.items() for k, v in one.named(f"{name}.").items()
@@ -239,6 +240,7 @@ def _transfers(
     here = slice(rows.start, rows.stop)
     ranks = table.rank[here]
     nbytes = regions.shape[here].prod(axis=1) * table.unit[here]
+    # Fragments are in the order of ranks: a message ends where the rank changes.
     bounds = [0, *(np.flatnonzero(np.diff(ranks)) + 1).tolist(), len(ranks)]
     return tuple(
         Transfer(

@@ -80,6 +80,7 @@ class ReshardPlan:
 
     def of_rank(self, rank: int) -> RankPlan:
         """Return what one rank does. Not collective. Thread-safe."""
+        # A rank's windows keep their order, so its pieces are found by bisection.
         reads = self.reads.rows(self._windows_of.of(rank))
         pieces = ranges(reads.first_piece, reads.pieces)
         read, received = self._read_by.of(rank), self._received_by.of(rank)
@@ -170,7 +171,7 @@ def plan_reshard(
     reader = choose_readers(file[first], stop - start, needs, readers)
     turn = order_turns(reader, needs, window_bytes)
     number = wanted.number[fragments.target]
-    # Both sides of a message have its fragments in this order.
+    # Messages carry no description: both sides have the fragments in this order.
     order = np.lexsort((receiver, reader[window], turn[window]))
     return ReshardPlan(
         turns=int(turn.max(initial=-1)) + 1,

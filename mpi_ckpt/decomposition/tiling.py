@@ -62,6 +62,7 @@ def fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> TilingFault | None:
         a, b = (distinct[i] for i in overlap)
         text = f"{a} and {b} overlap at {intersection(a, b)}"
         return TilingFault(text, tuple(sorted(places[a] + places[b])))
+    # Without overlaps and inside, boxes with as many elements leave no hole.
     if sum(box.size for box in distinct) == prod(shape):
         return None
     hole = _hole(shape, distinct) if shape else "the scalar"

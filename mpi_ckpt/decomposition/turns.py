@@ -85,9 +85,12 @@ def cut_windows(
         The first piece of each window.
     """
     share = int((end - start).sum()) // (_WINDOWS_EACH * readers)
+    # The other half is for the next window, which is read meanwhile.
     longest = min(window_bytes // 2, max(_SHORT_BYTES, share))
     apart = (np.diff(file) != 0) | (start[1:] - end[:-1] > _GAP_BYTES)
     firsts = []
+    # A window ends at a gap that is not worth reading, but not where another rank's data
+    # begins: ranks may want the tiles of a file in alternation, and reads became short.
     first = 0
     for stop in [*(np.flatnonzero(apart) + 1).tolist(), len(start)]:
         while first < stop:
@@ -117,6 +120,7 @@ def choose_readers(
     Returns:
         The reader of each window.
     """
+    # Even where shares are uneven: a restart as before then needs no message at all.
     own = _owners_of_files(file, needs, readers)
     if own is not None:
         return own[file]
@@ -188,6 +192,7 @@ def order_turns(
     turn = 0
     while waiting:
         incoming: dict[int, int] = {}
+        # The first to choose finds every receiver free, so that each turn takes a window.
         # Readers with most windows left decide how long all take, and choose first.
         for rank in sorted(waiting, key=lambda r: (-len(waiting[r]), r)):
             sent = messages[waiting[rank][0]]
