@@ -15,7 +15,7 @@ from mpi_ckpt.states.distributed.concat import ConcatState
 from mpi_ckpt.states.leaf_values import memory_leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from numpy.typing import NDArray
 
@@ -91,13 +91,14 @@ def _exchange(
     sent = np.array([np.bincount(piece, minlength=comm.size) for piece in pieces], np.int64)
     received = exchange_counts(comm, sent.reshape(rounds, comm.size), doing)
     made = state.make_columns(int(received.sum()))
-    moved = [_column(*pair) for pair in zip(state.arriving.items(), made.values(), strict=True)]
+    moved = [_column(key, old, made[key]) for key, old in state.arriving.items()]
     ends = np.cumsum(received.sum(axis=0))
     filled = ends - received.sum(axis=0)
     for number, piece in enumerate(pieces):
         order = np.argsort(piece, kind="stable") + number * most
+        places = (filled, received[number])
         for column in moved:
-            _send_column(comm, column, order, sent[number], (filled, received[number]), doing)
+            _send_column(comm, doing, column, order, sent[number], places)
         filled += received[number]
 
     def store() -> None:
@@ -110,9 +111,8 @@ def _exchange(
     deferred.attempt(store)
 
 
-def _column(pair: tuple[str, Column], made: Column) -> _Column:
+def _column(key: str, column: Any, made: Any) -> _Column:  # noqa: ANN401 (arrays)
     """Return a column's rows as bytes, and the memory for those that come."""
-    key, column = pair
     old, new = memory_leaf(key, column), memory_leaf(key, made)
     live = new.buffer.view()
     before = np.frombuffer(old.buffer.read(), np.uint8)
@@ -124,3 +124,30 @@ def _column(pair: tuple[str, Column], made: Column) -> _Column:
         after.reshape(new.spec.shape[0], -1) if after.size else after.reshape(0, 0),
         new.buffer,
     )
+
+
+def _send_column(
+    comm: Communicator,
+    doing: str,
+    column: _Column,
+    order: NDArray[np.intp],
+    sent: NDArray[np.int64],
+    places: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> None:
+    """Send rows of a column, in the order of ranks, so many to each; receive others.
+
+    ``places`` are the first row and the number of rows that come of each rank.
+    """
+    packed = column.before[order] if column.before.size else column.before
+    ends = np.cumsum(sent)
+    sends = [
+        (rank, packed[end - count : end].reshape(-1))
+        for rank, (end, count) in enumerate(zip(ends, sent, strict=True))
+        if count and packed.size
+    ]
+    receives = [
+        (rank, column.after[first : first + count].reshape(-1))
+        for rank, (first, count) in enumerate(zip(*places, strict=True))
+        if count and column.after.size
+    ]
+    exchange_messages(comm, sends, receives, doing)

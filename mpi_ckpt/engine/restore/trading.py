@@ -146,7 +146,15 @@ class _Trader:
         Main thread only. Called on every rank, after all have read.
         """
         receives = [(one.rank, np.empty(one.nbytes, np.uint8)) for one in turn.receives]
-        sends = [(one.rank, self._pack(one.fragments, one.nbytes)) for one in turn.sends]
+        # Ranks that want the same are sent the same memory.
+        packed = {
+            number: self._pack(turn.sends[number].fragments, turn.sends[number].nbytes)
+            for number in set(turn.first_alike)
+        }
+        sends = [
+            (one.rank, packed[first])
+            for one, first in zip(turn.sends, turn.first_alike, strict=True)
+        ]
         exchange_messages(self._comm, sends, receives, "sending a generation")
 
         def store() -> None:

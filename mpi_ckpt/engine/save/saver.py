@@ -171,8 +171,11 @@ class Saver:
         doing = "beginning to remember the states"
         begun = self._registry.begin(doing, None, begin, error=SaveError).result
         combine_parts(comm, begun.states, begun.parts)
-        captured = capture_on_root(comm, begun.states).captured
-        by_name = {one.name: one for one in captured}
+        synced = capture_on_root(comm, begun.states)
+        if synced.is_cut:
+            memory.clear()  # a lost rank would take its tiles along
+            return
+        by_name = {content.name: content for content in synced.captured}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
         copy_into(memory, comm, request, late=False)

@@ -17,6 +17,7 @@ from mpi_ckpt.errors import (
     CorruptGenerationError,
     NoCheckpointError,
     SaveError,
+    StageError,
 )
 from mpi_ckpt.leaf import Target
 from mpi_ckpt.options import IO, Options
@@ -86,7 +87,14 @@ def _save_into(path: Path, state: LeafState, step: int) -> None:
     ownership = Ownership(locking="either", sync_names=False)
     with closing(CheckpointDirectory(path, ownership=ownership)) as directory:
         directory.own()
-        request = SaveRequest(states=capture_states([state]), step=step, size=1)
+        captured = capture_states([state])
+        if captured[0].cut:
+            raise StageError(
+                f"{captured[0].cut[0].spec} is cut over the ranks, and a checkpoint of "
+                "Lightning is written by one; save it with a CheckpointManager "
+                "(mpi_ckpt.integrations.lightning.MPICheckpoint)"
+            )
+        request = SaveRequest(states=captured, step=step, size=1)
         with Draft.begin(directory, request, options) as draft:
             draft.write(draft.fresh_states, request.plain)
             published = draft.publish()
