@@ -101,6 +101,13 @@ class BlockHasher:
             self._filled += len(piece)
             view = view[len(piece) :]
 
+    def starts(self, blocks: Sequence[bytes]) -> bool:
+        """Return whether the blocks closed so far are the first of others.
+
+        Not collective.
+        """
+        return self._blocks == list(blocks[: len(self._blocks)])
+
     def finish(self) -> Digest:
         """Return the digest of all bytes added. Not collective."""
         self._close_block()

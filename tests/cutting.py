@@ -92,7 +92,8 @@ def write_cut(
         entries = [TileEntry(state, specs[name], box) for name, box in owned]
         plan = plan_tile_file(entries, block_bytes)
         tiles = ([bytes_of(arrays[owned[at][0]].array, owned[at][1])] for at in plan.order)
-        files.append(write_tile_file(partial, tile_file_name(rank), plan, tiles))
+        file, _ = write_tile_file(partial, tile_file_name(rank), plan, tiles)
+        files.append(file)
     counts = {name: sum(map(len, one.boxes)) for name, one in arrays.items()}
     cut = tuple(CutLeaf(spec, counts[name]) for name, spec in specs.items())
     names = tuple(file.name for file in files if file.name.startswith("tiles-"))

@@ -62,7 +62,7 @@ def _ask(
     return agree(comm, doing, ask, error=RestoreError, safe=OVERWRITTEN)
 
 
-class _Column(NamedTuple):
+class _RowBytes(NamedTuple):
     """The bytes of a column before and after, a row each, and the memory that they fill."""
 
     before: NDArray[np.uint8]
@@ -111,7 +111,7 @@ def _exchange(
     deferred.attempt(store)
 
 
-def _column(key: str, column: Any, made: Any) -> _Column:  # noqa: ANN401 (arrays)
+def _column(key: str, column: Any, made: Any) -> _RowBytes:  # noqa: ANN401 (arrays)
     """Return a column's rows as bytes, and the memory for those that come."""
     old, new = memory_leaf(key, column), memory_leaf(key, made)
     live = new.buffer.view()
@@ -119,7 +119,7 @@ def _column(key: str, column: Any, made: Any) -> _Column:  # noqa: ANN401 (array
     after = np.empty(new.spec.nbytes, np.uint8)
     if live is not None:
         after = np.frombuffer(live, np.uint8)
-    return _Column(
+    return _RowBytes(
         before.reshape(old.spec.shape[0], -1) if before.size else before.reshape(0, 0),
         after.reshape(new.spec.shape[0], -1) if after.size else after.reshape(0, 0),
         new.buffer,
@@ -129,7 +129,7 @@ def _column(key: str, column: Any, made: Any) -> _Column:  # noqa: ANN401 (array
 def _send_column(
     comm: Communicator,
     doing: str,
-    column: _Column,
+    column: _RowBytes,
     order: NDArray[np.intp],
     sent: NDArray[np.int64],
     places: tuple[NDArray[np.int64], NDArray[np.int64]],

@@ -16,6 +16,7 @@ from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import name_ranks
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import CutLeaf
+from mpi_ckpt.storage.format.tile_table import TileEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -50,6 +51,14 @@ class TileNumber(NamedTuple):
     tile: int
 
 
+def handing_order(entry: TileEntry) -> tuple[str, str, Box]:
+    """Return the key by which both sides sort tiles that are handed over.
+
+    Not collective. Thread-safe.
+    """
+    return entry.state, entry.spec.name, entry.box
+
+
 class Replica(NamedTuple):
     """A tile that one rank has and another, its owner, writes."""
 
@@ -70,26 +79,48 @@ class Assignment:
         owned: The tiles that it writes.
         compared: Those of its tiles that other ranks have as well.
         rows: Number of a concatenated form -> all rows, and the first of this rank.
+        writer: The rank that writes them; maybe itself.
+        carried: Rank -> its tiles, if this rank writes those too.
     """
 
     owned: tuple[TileNumber, ...]
     compared: tuple[TileNumber, ...]
     rows: Mapping[int, tuple[int, int]]
+    writer: int
+    carried: Mapping[int, tuple[TileEntry, ...]]
 
     def encode(self) -> bytes:
         """Return the assignment as bytes. Not collective. Thread-safe."""
         rows = [[form, *counts] for form, counts in self.rows.items()]
-        return json.dumps([self.owned, self.compared, rows]).encode()
+        carried = [
+            [rank, [[one.state, one.spec.to_json(), one.box] for one in entries]]
+            for rank, entries in self.carried.items()
+        ]
+        return json.dumps([self.owned, self.compared, rows, self.writer, carried]).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Assignment:
         """Return the assignment that `encode` encoded. Not collective. Thread-safe."""
-        owned, compared, rows = json.loads(data)
+        owned, compared, rows, writer, carried = json.loads(data)
         return cls(
             tuple([TileNumber(*one) for one in owned]),
             tuple([TileNumber(*one) for one in compared]),
             {form: (total, first) for form, total, first in rows},
+            writer,
+            {
+                rank: tuple(
+                    [
+                        TileEntry(state, LeafSpec.from_json(spec), _box(*box))
+                        for state, spec, box in entries
+                    ]
+                )
+                for rank, entries in carried
+            },
         )
+
+
+def _box(offset: Sequence[int], shape: Sequence[int]) -> Box:
+    return Box(tuple(offset), tuple(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +129,12 @@ class JoinedForms:
 
     Attributes:
         leaves: State -> its cut leaves.
-        writers: State -> the ranks that write tiles of it.
         assignments: One for each rank.
         replicas: The tiles that are not written, since an equal one is.
         nbytes: Bytes of all tiles that are written.
     """
 
     leaves: Mapping[str, tuple[CutLeaf, ...]]
-    writers: Mapping[str, tuple[int, ...]]
     assignments: tuple[Assignment, ...]
     replicas: tuple[Replica, ...]
     nbytes: int
@@ -134,13 +163,15 @@ def _decode_forms(data: bytes) -> list[CutForm]:
             LeafSpec.from_json(spec),
             is_concatenated,
             is_compared,
-            tuple([Box(tuple(offset), tuple(shape)) for offset, shape in boxes]),
+            tuple([_box(*box) for box in boxes]),
         )
         for state, spec, is_concatenated, is_compared, boxes in json.loads(data)
     ]
 
 
-def join_forms(encoded: Sequence[bytes], hosts: Sequence[str]) -> JoinedForms:
+def join_forms(
+    encoded: Sequence[bytes], hosts: Sequence[str], writers: Sequence[int]
+) -> JoinedForms:
     """Find the whole leaves, and the one rank that writes each tile.
 
     Not collective. Thread-safe.
@@ -148,6 +179,7 @@ def join_forms(encoded: Sequence[bytes], hosts: Sequence[str]) -> JoinedForms:
     Args:
         encoded: What `encode_forms` returned on each rank, in rank order.
         hosts: Name of each rank's host.
+        writers: The rank that writes the tiles of each rank.
 
     Raises:
         StageError: On the calling rank, if the ranks disagree about a leaf, or its tiles
@@ -174,7 +206,7 @@ def join_forms(encoded: Sequence[bytes], hosts: Sequence[str]) -> JoinedForms:
             "saved:\n    " + "\n    ".join(shown),
             problems=problems,
         )
-    return _assign(placed, len(encoded))
+    return _assign(placed, writers)
 
 
 class _Part(NamedTuple):
@@ -249,8 +281,9 @@ def _concatenate(parts: list[_Part], size: int, hosts: Sequence[str]) -> _Placed
     return _PlacedLeaf(parts[0].form.state, whole, parts, boxes)
 
 
-def _assign(placed: Sequence[_PlacedLeaf], size: int) -> JoinedForms:
+def _assign(placed: Sequence[_PlacedLeaf], writers: Sequence[int]) -> JoinedForms:
     """Give each tile one owner among the ranks that have it."""
+    size = len(writers)
     tiles: list[list[tuple[int, Box]]] = [[] for _ in range(size)]
     indices: list[list[TileNumber]] = [[] for _ in range(size)]
     rows: list[dict[int, tuple[int, int]]] = [{} for _ in range(size)]
@@ -272,39 +305,44 @@ def _assign(placed: Sequence[_PlacedLeaf], size: int) -> JoinedForms:
             replicas.append(Replica(leaf.state, name, box, rank, mine, owner, theirs))
             compared[rank].add(mine)
             compared[owner].add(theirs)
+    entries = [
+        [
+            TileEntry(placed[leaf].state, placed[leaf].spec, box)
+            for leaf, box in [tiles[rank][number] for number in owned]
+        ]
+        for rank, owned in enumerate(owners.owned)
+    ]
     assignments = [
         Assignment(
             tuple([indices[rank][number] for number in owned]),
             tuple(sorted(compared[rank])),
             rows[rank],
+            writers[rank],
+            {
+                other: tuple(sorted(entries[other], key=handing_order))
+                for other, writer in enumerate(writers)
+                if writer == rank != other
+            },
         )
         for rank, owned in enumerate(owners.owned)
     ]
-    owned_leaves = [
-        [tiles[rank][number][0] for number in owned]
-        for rank, owned in enumerate(owners.owned)
-    ]
-    return _joined(placed, owned_leaves, tuple(assignments), tuple(replicas))
+    numbers = [tiles[rank][n][0] for rank, owned in enumerate(owners.owned) for n in owned]
+    return _joined(placed, numbers, tuple(assignments), tuple(replicas))
 
 
 def _joined(
     placed: Sequence[_PlacedLeaf],
-    owned: Sequence[Sequence[int]],
+    owned: Iterable[int],
     assignments: tuple[Assignment, ...],
     replicas: tuple[Replica, ...],
 ) -> JoinedForms:
-    """Count the tiles of each leaf, given the numbers of those that each rank writes."""
-    of_ranks = [Counter(numbers) for numbers in owned]
+    """Count the tiles of each leaf, given the leaf's number for each that is written."""
+    counts = Counter(owned)
     leaves: dict[str, list[CutLeaf]] = {}
-    writers: dict[str, set[int]] = {}
     for number, leaf in enumerate(placed):
-        ranks = [rank for rank, owns in enumerate(of_ranks) if number in owns]
-        count = sum(of_ranks[rank][number] for rank in ranks)
-        leaves.setdefault(leaf.state, []).append(CutLeaf(leaf.spec, count))
-        writers.setdefault(leaf.state, set()).update(ranks)
+        leaves.setdefault(leaf.state, []).append(CutLeaf(leaf.spec, counts[number]))
     return JoinedForms(
         {state: tuple(of_state) for state, of_state in leaves.items()},
-        {state: tuple(sorted(ranks)) for state, ranks in writers.items()},
         assignments,
         replicas,
         sum(leaf.spec.nbytes for leaf in placed),

@@ -162,9 +162,7 @@ class Draft:
             SaveError: On the calling rank; nothing was published.
         """
         manifest = self._complete([*self._shards, *others], tiles)
-        theirs = [shard.file for shard in others]
-        if tiles is not None:
-            theirs += [file for file in tiles.of_ranks[1:] if file is not None]
+        theirs = sum(shard.file.nbytes for shard in others)
         encoded = encode(manifest)
         if len(encoded) > _WARNED_BYTES:
             self._check_size(manifest, len(encoded))
@@ -173,8 +171,10 @@ class Draft:
         return Published(
             generation=manifest.generation,
             path=path,
-            bytes_written=self.partial.bytes_written + sum(file.nbytes for file in theirs),
-            bytes_reused=_bytes_reused(manifest),
+            bytes_written=self.partial.bytes_written
+            + theirs
+            + (tiles.theirs if tiles else 0),
+            bytes_reused=_bytes_reused(manifest) + (tiles.reused if tiles else 0),
             retired=self._directory.catalog.choose(self._options.retention),
         )
 
@@ -205,8 +205,8 @@ class Draft:
                 shared.get((index, number)) or written[LeafKey(name, spec.name)]
                 for number, spec in enumerate(content.specs)
             ]
-            cut = tiles.joined.leaves.get(name, ()) if tiles else ()
-            files = tiles.files_of(name) if tiles else ()
+            cut = tiles.leaves.get(name, ()) if tiles else ()
+            files = tiles.names.get(name, ()) if tiles else ()
             states[name] = StoredState(
                 name, content.structure, tuple(leaves), cut=cut, files=files
             )

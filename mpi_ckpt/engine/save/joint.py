@@ -7,30 +7,32 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, gather_bytes, on_root
+from mpi_ckpt.engine.save.carrying import CarriedTiles, hand_over
 from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.own_tiles import (
     CapturedTiles,
+    OwnTiles,
     TileFiles,
-    decode_file,
-    encode_file,
+    runs_of,
     write_own_tiles,
 )
 from mpi_ckpt.engine.save.shard import foresee_shard, write_shard
 from mpi_ckpt.engine.save.sharing import Task, deal_tasks, pick_share, share_out
+from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.options import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.engine.save.request import Published, SaveRequest
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.save.survey import TileSurvey
+    from mpi_ckpt.engine.save.tile_history import WrittenTiles
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
-    from mpi_ckpt.storage.format.manifest import StoredFile
     from mpi_ckpt.storage.writing.partial import Partial
 
 
@@ -46,6 +48,7 @@ class JointWrite:
         request: What to save.
         survey: How leaves are cut over the ranks; None if none is.
         tiles: The tiles that this rank writes.
+        history: What this rank has in the generation that was saved last.
     """
 
     def __init__(
@@ -54,16 +57,18 @@ class JointWrite:
         request: SaveRequest,
         survey: TileSurvey | None,
         tiles: Sequence[CapturedTiles],
+        history: TileHistory,
     ) -> None:
         self._session = session
         self._request = request
         self._survey = survey
         self._tiles = tiles
+        self._history = history
+        self._own = OwnTiles({})
         self._draft: Draft | None = None
         self._shares: dict[int, Share] = {}
         self._task: Task | None = None
         self._partial: Partial | None = None
-        self._tile_file: StoredFile | None = None
 
     def begin(
         self, writers: Sequence[int], equal: Collection[str], clock: PhaseClock
@@ -86,12 +91,12 @@ class JointWrite:
 
         def begin() -> None:
             joined = None if self._survey is None else self._survey.joined
+            # Tiles that are shared take no space, and only their ranks know of them.
+            may_share = options.io.reuse and self._history.generation > 0
+            nbytes = 0 if joined is None or may_share else joined.nbytes
             with clock.phase("write"):
                 self._draft = Draft.begin(
-                    session.directory,
-                    request,
-                    options,
-                    tile_bytes=0 if joined is None else joined.nbytes,
+                    session.directory, request, options, tile_bytes=nbytes
                 )
 
         on_root(comm, "beginning a generation", begin, error=SaveError)
@@ -127,30 +132,89 @@ class JointWrite:
         Raises:
             SaveError: On the calling rank.
         """
-        rank = self._session.comm.rank
-        tiles = [one for one in mine if isinstance(one, CapturedTiles)]
-        leaves = [one for one in mine if isinstance(one, CapturedState)]
-        captured = [one for one in leaves if not isinstance(one, CapturedTiles)]
+        carried = self._carried()
+        try:
+            self._write(mine, carried)
+        except BaseException:
+            if carried is not None:
+                carried.drain()
+            raise
+
+    @property
+    def carries(self) -> bool:
+        """Whether this rank writes tiles of others."""
+        return self._survey is not None and bool(self._survey.mine.carried)
+
+    def _writes(self, one: CapturedState | State) -> bool:
+        """Return whether this rank writes some contents, rather than hand them over."""
+        if not isinstance(one, CapturedTiles) or self._survey is None:
+            return True
+        return self._survey.mine.writer == self._session.comm.rank
+
+    def _carried(self) -> CarriedTiles | None:
+        """Return the tiles that this rank writes for others, if any."""
+        tiles = {} if self._survey is None else self._survey.mine.carried
+        return CarriedTiles(self._session.comm, tiles) if tiles else None
+
+    def _write(
+        self, mine: Sequence[CapturedState | State], carried: CarriedTiles | None
+    ) -> None:
+        comm = self._session.comm
+        tiles: dict[str, list[CapturedTiles]] = {}
+        captured: list[CapturedState] = []
+        for one in mine:
+            if isinstance(one, CapturedTiles):
+                tiles.setdefault(one.name, []).append(one)
+            elif isinstance(one, CapturedState):
+                captured.append(one)
         partial = self._open(mine)
         if self._draft is not None:
             plain = [one for one in mine if not isinstance(one, CapturedState)]
             self._draft.write(captured, plain)
         elif partial is not None:
-            write_shard(partial, captured, rank)
-        if partial is not None:
-            self._tile_file = write_own_tiles(partial, tiles, rank)
+            write_shard(partial, captured, comm.rank)
+        if self._survey is None:
+            return
+        writer = self._survey.mine.writer
+        if writer != comm.rank:
+            hand_over(comm, writer, tiles)
+        elif partial is not None:
+            self._own = OwnTiles(self._write_tiles(partial, tiles, carried))
 
-    def gather_files(self) -> list[StoredFile | None]:
-        """Return on root the files of tiles that the ranks have written.
+    def _write_tiles(
+        self,
+        partial: Partial,
+        tiles: Mapping[str, Sequence[CapturedTiles]],
+        carried: CarriedTiles | None,
+    ) -> dict[str, WrittenTiles]:
+        """Share the tiles that have not changed since the last save; write the others."""
+        session, io = self._session, self._session.options.io
+        shared: dict[str, WrittenTiles] = {}
+        if io.reuse and carried is None:
+            root = session.directory.root
+            shared = self._history.share_unchanged(
+                root, partial, tiles, runs_of, io.full_every
+            )
+        rest = {state: of_state for state, of_state in tiles.items() if state not in shared}
+        return {**shared, **write_own_tiles(partial, rest, session.comm.rank, carried)}
+
+    @property
+    def history(self) -> TileHistory:
+        """What this rank has in the generation, once that is published."""
+        assert self._task is not None
+        return TileHistory(self._task.generation, self._own.states)
+
+    def gather_files(self) -> list[bytes]:
+        """Return on root the files of tiles of all ranks, encoded.
 
         Collective. Main thread only. Every rank has written its files.
         """
-        if self._survey is None:
+        if self._survey is None or self._task is None:
             return []
-        comm, mine = self._session.comm, encode_file(self._tile_file)
-        return [decode_file(one) for one in gather_bytes(comm, mine, "publishing")]
+        mine = self._own.encode(self._task.generation)
+        return gather_bytes(self._session.comm, mine, "publishing")
 
-    def publish(self, files: Sequence[StoredFile | None], clock: PhaseClock) -> Published:
+    def publish(self, files: Sequence[bytes], clock: PhaseClock) -> Published:
         """Publish the generation. Not collective. On root.
 
         Args:
@@ -168,7 +232,7 @@ class JointWrite:
             if rank != ROOT
         ]
         joined = None if self._survey is None else self._survey.joined
-        tiles = None if joined is None else TileFiles(tuple(files), joined)
+        tiles = None if joined is None else TileFiles.join(files, joined.leaves, number)
         with clock.phase("publish"), without_collections():
             return self._draft.publish([one for one in others if one], tiles)
 
@@ -181,7 +245,7 @@ class JointWrite:
         """Open the generation that root has begun, on a rank that writes."""
         if self._draft is not None:
             self._partial = self._draft.partial
-        elif mine and self._partial is None:
+        elif self._partial is None and (self.carries or any(map(self._writes, mine))):
             assert self._task is not None
             task = self._task
             self._partial = self._session.directory.join(task.generation, task.job)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from mpi_ckpt.digest import BLOCK_BYTES, split_blocks
+from mpi_ckpt.engine.save.tile_history import WrittenTiles
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
 from mpi_ckpt.storage.format.layout import tile_file_name
 from mpi_ckpt.storage.format.manifest import StoredFile
@@ -16,10 +17,10 @@ from mpi_ckpt.storage.format.tile_table import TileEntry, TileFilePlan, plan_til
 from mpi_ckpt.storage.writing.tile_file import write_tile_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from mpi_ckpt.engine.save.cut_forms import JoinedForms
     from mpi_ckpt.leaf import Leaf, TileBuffer
+    from mpi_ckpt.storage.format.manifest import CutLeaf
     from mpi_ckpt.storage.writing.partial import Partial
 
 # Tiles that are not contiguous are copied to be written, so many bytes at a time.
@@ -37,39 +38,109 @@ class CapturedTiles(CapturedState):
     entries: tuple[TileEntry, ...] = ()
 
 
+class Carried(Protocol):
+    """Tiles that other ranks hand over while they are written."""
+
+    entries: list[TileEntry]
+
+    def runs(self, index: int) -> Iterator[memoryview]:
+        """Yield the bytes of a tile, once those before it of its rank were taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTiles:
+    """The files with tiles that a rank gives to a generation.
+
+    Attributes:
+        states: State -> the rank's tiles of it, and their file.
+    """
+
+    states: Mapping[str, WrittenTiles]
+
+    def encode(self, generation: int) -> bytes:
+        """Return what root must know. Not collective. Thread-safe.
+
+        Args:
+            generation: The generation being written.
+        """
+        files = {written.file.name: written.file for written in self.states.values()}
+        reused = [
+            one.nbytes for one in self.states.values() if one.file.generation < generation
+        ]
+        return json.dumps(
+            [
+                [
+                    *(file.name, file.nbytes, file.header_bytes),
+                    *(file.header_digest.hex(), file.generation),
+                    [state for state, one in self.states.items() if one.file == file],
+                ]
+                for file in files.values()
+            ]
+            + [[sum(reused)]]
+        ).encode()
+
+
 def write_own_tiles(
-    partial: Partial, captured: Sequence[CapturedTiles], rank: int
-) -> StoredFile | None:
-    """Write the tiles of some states to one durable file.
+    partial: Partial,
+    captured: Mapping[str, Sequence[CapturedTiles]],
+    rank: int,
+    carried: Carried | None = None,
+) -> dict[str, WrittenTiles]:
+    """Write the tiles of some states to one durable file, if there are any.
 
     Not collective. No tile is copied whole, though one with ghost cells around it is not
     contiguous.
 
     Args:
         partial: The generation being written.
-        captured: The tiles that this rank writes, by state.
+        captured: State -> the tiles of it that this rank writes.
         rank: This rank.
+        carried: The tiles of other ranks that this rank writes as well.
 
     Returns:
-        The file; None if there is no tile to write.
+        State -> its tiles in the file.
 
     Raises:
         SaveError: On the calling rank.
     """
-    tiles = [(one, n) for one in captured for n in range(len(one.leaves))]
-    if not tiles:
-        return None
-    plan = _plan_of(tuple(entry for one in captured for entry in one.entries))
+    tiles = [
+        (one, number)
+        for of_state in captured.values()
+        for one in of_state
+        for number in range(len(one.leaves))
+    ]
+    entries = [one.entries[number] for one, number in tiles]
+    entries += carried.entries if carried else []
+    if not entries:
+        return {}
+    plan = _plan_of(tuple(entries))
 
-    def runs_of(index: int) -> Iterator[memoryview]:
+    def runs(index: int) -> Iterator[memoryview]:
+        if index >= len(tiles):
+            assert carried is not None
+            yield from carried.runs(index - len(tiles))
+            return
         one, number = tiles[index]
         try:
-            yield from _runs_of(one.leaves[number])
+            yield from runs_of(one.leaves[number])
         except Exception:
             with about_leaf(one, one.leaves[number]):
                 raise
 
-    return write_tile_file(partial, tile_file_name(rank), plan, map(runs_of, plan.order))
+    name = tile_file_name(rank)
+    file, in_file_order = write_tile_file(partial, name, plan, map(runs, plan.order))
+    digests = dict(zip(plan.order, in_file_order, strict=True))
+    numbers: dict[str, list[int]] = {}
+    for number, entry in enumerate(entries):
+        numbers.setdefault(entry.state, []).append(number)
+    return {
+        state: WrittenTiles(
+            file,
+            tuple([entries[number] for number in of_state]),
+            tuple([digests[number] for number in of_state]),
+        )
+        for state, of_state in numbers.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,39 +148,47 @@ class TileFiles:
     """The files of tiles of a generation, on root.
 
     Attributes:
-        of_ranks: The file of each rank; None for a rank that has written none.
-        joined: How leaves are cut over the ranks.
+        all: The files of all ranks.
+        names: State -> names of the files with tiles of it.
+        leaves: State -> its cut leaves.
+        theirs: Bytes that other ranks than root have written.
+        reused: Bytes of tiles that are shared with older generations.
     """
 
-    of_ranks: tuple[StoredFile | None, ...]
-    joined: JoinedForms
+    all: tuple[StoredFile, ...]
+    names: Mapping[str, tuple[str, ...]]
+    leaves: Mapping[str, tuple[CutLeaf, ...]]
+    theirs: int
+    reused: int
 
-    @property
-    def all(self) -> list[StoredFile]:
-        """The files, by rank."""
-        return [file for file in self.of_ranks if file is not None]
+    @classmethod
+    def join(
+        cls,
+        encoded: Sequence[bytes],
+        leaves: Mapping[str, tuple[CutLeaf, ...]],
+        generation: int,
+    ) -> TileFiles:
+        """Join the files of all ranks. Not collective. Thread-safe.
 
-    def files_of(self, state: str) -> tuple[str, ...]:
-        """Return the names of the files with tiles of a state. Not collective."""
-        files = [self.of_ranks[rank] for rank in self.joined.writers.get(state, ())]
-        return tuple([file.name for file in files if file is not None])
-
-
-def encode_file(file: StoredFile | None) -> bytes:
-    """Return what root must know of a rank's file. Not collective. Thread-safe."""
-    if file is None:
-        return b""
-    return json.dumps(
-        [*astuple(file)[:3], file.header_digest.hex(), file.generation]
-    ).encode()
-
-
-def decode_file(data: bytes) -> StoredFile | None:
-    """Return the file that `encode_file` encoded. Not collective. Thread-safe."""
-    if not data:
-        return None
-    name, nbytes, header_bytes, digest, generation = json.loads(data)
-    return StoredFile(name, nbytes, header_bytes, bytes.fromhex(digest), generation)
+        Args:
+            encoded: What `OwnTiles.encode` returned on each rank, in rank order.
+            leaves: State -> its cut leaves.
+            generation: The generation being written.
+        """
+        files: list[StoredFile] = []
+        names: dict[str, list[str]] = {}
+        theirs = reused = 0
+        for rank, data in enumerate(encoded):
+            *of_rank, (nbytes,) = json.loads(data)
+            reused += nbytes
+            for name, size, header_bytes, digest, number, states in of_rank:
+                file = StoredFile(name, size, header_bytes, bytes.fromhex(digest), number)
+                files.append(file)
+                theirs += size if rank and number == generation else 0
+                for state in states:
+                    names.setdefault(state, []).append(name)
+        by_state = {state: tuple(of_state) for state, of_state in names.items()}
+        return cls(tuple(files), by_state, leaves, theirs, reused)
 
 
 @lru_cache(maxsize=2)
@@ -118,8 +197,11 @@ def _plan_of(entries: tuple[TileEntry, ...]) -> TileFilePlan:
     return plan_tile_file(entries)
 
 
-def _runs_of(leaf: Leaf) -> Iterator[memoryview]:
-    """Yield the bytes of a tile in C order, a copy of some rows at a time if need be."""
+def runs_of(leaf: Leaf) -> Iterator[memoryview]:
+    """Yield the bytes of a tile in C order, a copy of some rows at a time if need be.
+
+    Not collective.
+    """
     buffer, shape, nbytes = leaf.buffer, leaf.spec.shape, leaf.spec.nbytes
     if nbytes <= _COPIED_BYTES or not shape or buffer.view() is not None:
         yield from split_blocks(buffer.read(), BLOCK_BYTES)

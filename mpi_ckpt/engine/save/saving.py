@@ -11,7 +11,7 @@ the ranks are written by the ranks that have them.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.save.staging import LateCopies, stage
-from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles
+from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
+from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.sync.replicas import capture_on_root, sync_states
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
@@ -54,6 +55,7 @@ class Workshop:
         durations: The times that saves have taken.
         sync_log: Logs what syncs have changed.
         survey: How cut leaves lay on the ranks at the last save; None for none.
+        history: The tiles that this rank has in the generation saved last.
     """
 
     arena: Arena
@@ -61,6 +63,7 @@ class Workshop:
     durations: Durations
     sync_log: SyncLog
     survey: TileSurvey | None = None
+    history: TileHistory = field(default_factory=lambda: TileHistory(0, {}))
 
 
 class Save:
@@ -140,7 +143,11 @@ class Save:
                 synced = capture_on_root(comm, states, parts)
             if synced.is_cut:
                 self._survey = self._workshop.survey = survey_tiles(
-                    comm, synced.captured, self._workshop.survey, options.io.window_bytes
+                    comm,
+                    synced.captured,
+                    self._workshop.survey,
+                    writers_of_tiles(comm, options),
+                    options.io.window_bytes,
                 )
                 self._tiles = take_tiles(comm, synced.captured, self._survey)
         self._synced = synced.report
@@ -162,7 +169,11 @@ class Save:
         equal = self._proven_equal()
         if self._survey is not None or (len(writers) > 1 and equal):
             self._joint = JointWrite(
-                self._session, self._request, self._survey, self._tiles
+                self._session,
+                self._request,
+                self._survey,
+                self._tiles,
+                self._workshop.history,
             )
             self._mine = self._joint.begin(writers, equal, self._clock)
         elif comm.is_root:
@@ -180,7 +191,8 @@ class Save:
         Not collective. `publish` reports how it ends. If root is the only writer, this
         publishes as well.
         """
-        if not (self._mine or self._session.comm.is_root):
+        carries = self._joint is not None and self._joint.carries
+        if not (self._mine or carries or self._session.comm.is_root):
             return
         if not self._session.options.asynchronous:
             self.work = run_here(self._write)
@@ -225,6 +237,8 @@ class Save:
             sync=self._synced,
         )
         self._workshop.durations.note_durable(self.report.seconds["total"])
+        if self._joint is not None and self._survey is not None:
+            self._workshop.history = self._joint.history
         # Otherwise Python's next garbage collection would scan these.
         self._request = replace(self._request, states=())
         self._mine, self._tiles, self._joint = (), (), None

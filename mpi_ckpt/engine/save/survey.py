@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.sync.captured import CapturedState
+    from mpi_ckpt.options import Options
 
 _DOING = "comparing how leaves are cut over the ranks"
 _PROBLEMS_MAX = 16
@@ -54,6 +55,7 @@ def survey_tiles(
     comm: Communicator,
     captured: Sequence[CapturedState],
     previous: TileSurvey | None,
+    writers: Sequence[int],
     window_bytes: int,
 ) -> TileSurvey:
     """Find which tiles each rank writes.
@@ -65,6 +67,7 @@ def survey_tiles(
         comm: The communicator.
         captured: The contents of this rank.
         previous: The previous survey of this manager, if any.
+        writers: The rank that writes the tiles of each rank; the same in each survey.
         window_bytes: Limit of the bytes in flight.
 
     Raises:
@@ -77,7 +80,7 @@ def survey_tiles(
     gathered = gather_bytes(comm, forms, _DOING)
 
     def join() -> JoinedForms | None:
-        return join_forms(gathered, comm.hosts) if comm.is_root else None
+        return join_forms(gathered, comm.hosts, writers) if comm.is_root else None
 
     joined = agree(comm, _DOING, join, error=StageError)
     encoded = [] if joined is None else [one.encode() for one in joined.assignments]
@@ -91,6 +94,18 @@ def survey_tiles(
     )
     (has_replicas,) = any_of(comm, _DOING, bool(joined and joined.replicas))
     return TileSurvey(forms, Assignment.decode(mine), joined, has_replicas)
+
+
+def writers_of_tiles(comm: Communicator, options: Options) -> list[int]:
+    """Return the rank that writes the tiles of each rank. Not collective.
+
+    Each rank writes its own, or with ``writers="node"`` the first rank of its host. While a
+    training goes on, ranks hand over nothing: then each writes its own.
+    """
+    if options.writers != "node" or options.asynchronous:
+        return list(range(comm.size))
+    topology = comm.topology
+    return [topology.nodes[node][0] for node in topology.node_of]
 
 
 def take_tiles(

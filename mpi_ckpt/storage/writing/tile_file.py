@@ -20,7 +20,7 @@ def write_tile_file(
     name: str,
     plan: TileFilePlan,
     tiles: Iterable[Iterable[memoryview]],
-) -> StoredFile:
+) -> tuple[StoredFile, list[Digest]]:
     """Write tiles as one durable file, and digest them on their way.
 
     Not collective.
@@ -33,7 +33,7 @@ def write_tile_file(
             the next is requested.
 
     Returns:
-        The file, as the manifest lists it.
+        The file, as the manifest lists it, and the digests of the tiles in file order.
 
     Raises:
         WriteError: On the calling rank; the partial must then be dropped.
@@ -56,4 +56,5 @@ def write_tile_file(
 
     partial.write_headed(name, plan.header_bytes, runs(), header, plan.nbytes)
     digest = digest_bytes(headers[0])
-    return StoredFile(name, plan.nbytes, plan.header_bytes, digest, partial.generation)
+    file = StoredFile(name, plan.nbytes, plan.header_bytes, digest, partial.generation)
+    return file, digests
