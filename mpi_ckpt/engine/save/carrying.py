@@ -75,7 +75,7 @@ def hand_over(
 class CarriedTiles:
     """The tiles that other ranks of the host hand over, on its writer.
 
-    Main thread only.
+    Not collective: those ranks call `hand_over`. Main thread only.
 
     Args:
         comm: The communicator.
