@@ -11,6 +11,7 @@ from mpi_ckpt import (
     RNGState,
     ShardedArrayState,
 )
+from tests.crash.world import Arrays
 from tests.cut import cuts
 
 SHAPE = (8, 6)
@@ -23,17 +24,21 @@ class Mixture:
     Args:
         comm: The communicator of the job.
         cut: How the field is cut, from `tests.cut.cuts`.
-        width: Columns of the field.
+        overlap: Whether an asynchronous save copies the whole arrays late.
     """
 
-    def __init__(self, comm, cut=cuts.rows, width=SHAPE[1]):
+    def __init__(self, comm, cut=cuts.rows, *, overlap=False):
         self.rank, self.size = comm.rank, comm.size
-        self.shape = (SHAPE[0], width)
-        self.boxes = cut(self.shape, comm.size)[comm.rank]
+        self.boxes = cut(SHAPE, comm.size)[comm.rank]
         blocks = cuts.blocks(self.field_at(0), self.boxes)
         self.field = ShardedArrayState("field", {"x": blocks})
         self.rows = ConcatState("rows", self.rows_at(0))
-        self.whole = ArrayState("whole", {"w": np.zeros(1000)})
+        arrays = {name: np.zeros(1000) for name in "uvw"}
+        self.whole = (
+            Arrays("whole", arrays, overlap=True)
+            if overlap
+            else ArrayState("whole", arrays)
+        )
         self.object = ObjectState("object", {"step": 0})
         self.generator = np.random.default_rng(0)
         self.random = RNGState(generators={"own": self.generator})
@@ -44,7 +49,7 @@ class Mixture:
         ]
 
     def field_at(self, step):
-        return cuts.whole_array(self.shape) + step
+        return np.random.default_rng(step).random(SHAPE)
 
     def rows_at(self, step):
         """Return this rank's rows: as many as an even share of all has."""
@@ -53,10 +58,13 @@ class Mixture:
 
     def move(self, step):
         """Bring all states to a step."""
+        if isinstance(self.whole, Arrays):
+            self.whole.wait()
         for block, (offset, length) in zip(self.field.blocks["x"], self.boxes, strict=True):
             block.array[...] = self.field_at(step)[cuts.box_slices(offset, length)]
         self.rows.arrays = self.rows_at(step)
-        self.whole.arrays["w"][:] = step
+        for array in self.whole.arrays.values():
+            array[:] = step
         self.object.value = {"step": step}
         self.generator.bit_generator.state = self.stream_at(step).bit_generator.state
         self.sampler.set_epoch(step)
@@ -79,7 +87,7 @@ class Mixture:
                 self.rows.arrays[name].tobytes() == column.tobytes()
                 for name, column in rows.items()
             ),
-            "whole": bool((self.whole.arrays["w"] == step).all()),
+            "whole": all((array == step).all() for array in self.whole.arrays.values()),
             "object": self.object.value == {"step": step},
             # A rank beyond the saved ones has a stream of its own.
             "random": not same_size or own == there.bit_generator.state,

@@ -314,6 +314,7 @@ def _link_unchanged(
     )
     source = directory.root / generation_name(older.generation)
     needed = {leaf.extent.file for state in carried for leaf in state.leaves}
+    needed |= {name for state in carried for name in state.files}
     refused = set()
     for name, file in shared.files.items():
         target = carried_file_name(name, file.generation)
