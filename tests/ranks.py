@@ -57,6 +57,16 @@ def coming_late(peers, *late):
                 peers.send(None, dest=rank, tag=_THROUGH)
 
 
+def on_first(comm, size, work):
+    """Let the first ranks do collective work on a communicator of their own."""
+    part = comm.Split(int(comm.rank >= size), comm.rank)
+    try:
+        return work(part) if comm.rank < size else None
+    finally:
+        part.Free()
+        comm.Barrier()
+
+
 def manager(root, *states, comm=None, deadline_seconds=35.0, **options):
     """Make a manager whose ranks do not wait for long when a test goes wrong."""
     options.setdefault("preemption_signals", ())

@@ -233,10 +233,12 @@ class Restore:
             # Parts come first, since dealing them overwrites nothing yet.
             self._match = deal_parts(session, match, self._deals, self._deferred)
             traded = frozenset() if self._trade is None else self._trade.leaves
-            transfer_files(session, found, match.without(traded), self._deferred)
+            whole, deferred = match.without(traded), self._deferred
+            is_overwritten = transfer_files(session, found, whole, deferred)
             if self._trade is not None:
                 self._bytes_traded = trade_tiles(
-                    session, found, match, self._trade, self._deferred
+                    *(session, found, match, self._trade, deferred),
+                    is_overwritten=is_overwritten,
                 )
                 window = session.options.io.window_bytes
                 route_rows(session.comm, match, window, self._deferred)

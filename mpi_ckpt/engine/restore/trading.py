@@ -6,6 +6,7 @@ Each saved byte is read by one rank, once, and proven before it is sent or store
 
 from __future__ import annotations
 
+import errno
 from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 _READING = "reading a generation"
 
+_OUT_OF_SIGHT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ESTALE)
+
 
 def trade_tiles(
     session: Session,
@@ -46,6 +49,8 @@ def trade_tiles(
     match: StateMatch,
     trade: Trade,
     deferred: Deferred,
+    *,
+    is_overwritten: bool,
 ) -> int:
     """Read, prove, send and store the tiles, in turns.
 
@@ -58,6 +63,7 @@ def trade_tiles(
         match: The states to restore, with this rank's destinations.
         trade: What this rank does.
         deferred: Keeps failures to store bytes, for the next meeting.
+        is_overwritten: Whether other leaves of the generation have been stored already.
 
     Returns:
         Bytes read by this rank.
@@ -78,7 +84,7 @@ def trade_tiles(
                 deferred.raise_failure()
                 trader.read(turn)
 
-            safe = OVERWRITTEN if number else UNTOUCHED
+            safe = OVERWRITTEN if number or is_overwritten else UNTOUCHED
             agree(session.comm, _READING, read, error=RestoreError, safe=safe)
             trader.exchange(turn, deferred)
         return reader.bytes_read
@@ -168,14 +174,15 @@ class _Trader:
     def _take(self) -> memoryview:
         try:
             return self._prefetcher.take()
-        except CorruptGenerationError as error:
-            if self._comm.is_root or not isinstance(error.__cause__, ReadError):
+        except (CorruptGenerationError, ReadError) as error:
+            if self._comm.is_root or not _is_out_of_sight(error):
                 raise
-            # Root has found it good: the fault is in this host's view of it.
+            # Root has opened this file: the fault is in this host's view of it.
             raise ReadError(
-                f"{error}. Root reads it well; state that is cut over ranks needs a "
-                "directory that all ranks see",
+                f"{error}. Root can open it; state that is cut over ranks needs a "
+                "directory that all ranks see and may read",
                 path=self._reader.path,
+                errno=error.errno,
             ) from error
 
     def _piece(self, row: int) -> memoryview:
@@ -222,6 +229,13 @@ class _Trader:
             # The plan has more dimensions, all of length 1: no copy is made.
             view = live.reshape(goal.outer[row])[_slices(goal, row)]
             np.copyto(view, elements)
+
+
+def _is_out_of_sight(error: CorruptGenerationError | ReadError) -> bool:
+    """Return whether a rank does not find a file, or may not open it."""
+    if isinstance(error, ReadError):
+        return error.errno in _OUT_OF_SIGHT
+    return isinstance(error.__cause__, ReadError)
 
 
 def _slices(goal: Regions, row: int) -> tuple[slice, ...]:

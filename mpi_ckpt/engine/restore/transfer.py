@@ -33,7 +33,7 @@ _COPYING = "bringing back a copy in memory"
 
 def transfer_files(
     session: Session, found: OpenGeneration, match: StateMatch, deferred: Deferred
-) -> None:
+) -> bool:
     """Read, prove, broadcast and store bytes: a window at a time, the readers in turn.
 
     Collective. Main thread only. No byte is sent or stored before its block was proven.
@@ -45,6 +45,9 @@ def transfer_files(
         found: The generation, open on the ranks that read.
         match: The destinations, in the same order on every rank.
         deferred: Keeps failures to store bytes, for the next meeting.
+
+    Returns:
+        Whether states in memory were changed; the same on every rank.
 
     Raises:
         CorruptGenerationError: On every rank, if bytes are not those saved.
@@ -90,6 +93,7 @@ def transfer_files(
             deferred.attempt(
                 partial(_place, match, targets, groups, buffers, is_mine=is_mine)
             )
+    return bool(windows)
 
 
 def transfer_copy(

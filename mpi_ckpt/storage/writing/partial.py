@@ -252,8 +252,9 @@ class Partial:
             except FileNotFoundError as error:
                 raise WriteError(
                     f"{self.path}: root has made it, and this host does not see it. "
-                    "Several writers need a directory that all see; "
-                    "Options(writers='root') does not",
+                    "Several writers, and state that is cut over ranks, need a directory "
+                    "that all ranks see; Options(writers='root') without such state does "
+                    "not",
                     path=self.path,
                     errno=error.errno or errno.ENOENT,
                 ) from error

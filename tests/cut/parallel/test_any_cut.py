@@ -8,17 +8,7 @@ import pytest
 
 from mpi_ckpt import ShardedArrayState
 from tests.cut import cuts
-from tests.ranks import manager, randoms
-
-
-def on_first(comm, size, work):
-    """Let the first ranks do collective work on a communicator of their own."""
-    part = comm.Split(int(comm.rank >= size), comm.rank)
-    try:
-        return work(part) if comm.rank < size else None
-    finally:
-        part.Free()
-        comm.Barrier()
+from tests.ranks import manager, on_first, randoms
 
 
 def save(comm, root, size, whole, cut, **options):
