@@ -43,62 +43,64 @@ class Training:
         """Take the step of a number: the same samples for any number of ranks."""
         drawn = torch.Generator().manual_seed(number)
         inputs = torch.rand(SAMPLES, 4, generator=drawn)
+        inputs = inputs.to(next(self.net.parameters()).dtype)
         mine = inputs.tensor_split(self.share[1])[self.share[0]]
         self.optimizer.zero_grad()
         ((self.model(mine) - mine.repeat(1, 2)) ** 2).mean().backward()
         self.optimizer.step()
 
 
-def make_net(seed: int) -> nn.Sequential:
+def make_net(seed: int, dtype: torch.dtype) -> nn.Sequential:
     """Make a network of layers whose rows no number of ranks from 2 to 6 divides."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 13), nn.Tanh(), nn.Linear(13, 8))
+    layers = nn.LayerNorm(4), nn.Linear(4, 13), nn.Tanh(), nn.Linear(13, 8)
+    return nn.Sequential(*layers).to(dtype)
 
 
 def adam(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(net.parameters(), lr=0.05)
 
 
-def plain(seed: int) -> Training:
+def plain(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     """One rank that has everything."""
-    net = make_net(seed)
+    net = make_net(seed, dtype)
     return Training(net, net, adam(net))
 
 
-def replicated(seed: int) -> Training:
+def replicated(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     """DistributedDataParallel."""
-    net = make_net(seed)
+    net = make_net(seed, dtype)
     return Training(net, DistributedDataParallel(net), adam(net), data_share())
 
 
-def sharded(seed: int) -> Training:
+def sharded(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     """FSDP2 over all ranks, layer by layer."""
-    net = make_net(seed)
+    net = make_net(seed, dtype)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (net[1], net):
         fully_shard(part, mesh=mesh)
     return Training(net, net, adam(net), data_share())
 
 
-def hybrid(seed: int) -> Training:
+def hybrid(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     """Two copies, each sharded by FSDP2 over half of the ranks."""
-    net = make_net(seed)
+    net = make_net(seed, dtype)
     half = dist.get_world_size() // 2
     mesh = init_device_mesh("cpu", (2, half), mesh_dim_names=("copies", "parts"))
     fully_shard(net, mesh=mesh)
     return Training(net, net, adam(net), data_share())
 
 
-def tensor_parallel(seed: int) -> Training:
+def tensor_parallel(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     """Layers cut over all ranks; the normalization is whole on each."""
-    net = make_net(seed)
+    net = make_net(seed, dtype)
     cut_layers(net, init_device_mesh("cpu", (dist.get_world_size(),)))
     return Training(net, net, adam(net))
 
 
-def grid(seed: int) -> Training:
+def grid(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     """Layers cut over two ranks, and each part by FSDP2 over the pairs."""
-    net = make_net(seed)
+    net = make_net(seed, dtype)
     pairs = dist.get_world_size() // 2
     mesh = init_device_mesh("cpu", (pairs, 2), mesh_dim_names=("data", "layer"))
     cut_layers(net, mesh["layer"])
@@ -106,13 +108,13 @@ def grid(seed: int) -> Training:
     return Training(net, net, adam(net), (mesh["data"].get_local_rank(), pairs))
 
 
-def dealt_out(seed: int) -> Training:
+def dealt_out(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     """Each rank has the optimizer state of some parameters: ZeRO, stage 1."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch to itself
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    net = make_net(seed)
+    net = make_net(seed, dtype)
     optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, lr=0.05)
     return Training(net, DistributedDataParallel(net), optimizer, data_share())
 
