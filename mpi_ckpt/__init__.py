@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from mpi_ckpt.states.module import ModuleState
     from mpi_ckpt.states.nested import ObjectState, SchedulerState
     from mpi_ckpt.states.optimizer import OptimizerState
-    from mpi_ckpt.states.ranked import PerRankState
-    from mpi_ckpt.states.rng import RNGState
     from mpi_ckpt.states.train import TrainState
+    from mpi_ckpt.states.unshared.ranked import PerRankState
+    from mpi_ckpt.states.unshared.rng import RNGState
 
 __version__ = "0.1.0"
 
@@ -57,9 +57,9 @@ _MODULES = {
     "OptimizerState": "mpi_ckpt.states.optimizer",
     "Options": "mpi_ckpt.options",
     "PendingSave": "mpi_ckpt.engine.save.pending",
-    "PerRankState": "mpi_ckpt.states.ranked",
+    "PerRankState": "mpi_ckpt.states.unshared.ranked",
     "PreemptionGuard": "mpi_ckpt.elastic.preemption",
-    "RNGState": "mpi_ckpt.states.rng",
+    "RNGState": "mpi_ckpt.states.unshared.rng",
     "RestoreReport": "mpi_ckpt.reports",
     "SaveReport": "mpi_ckpt.reports",
     "SchedulerState": "mpi_ckpt.states.nested",

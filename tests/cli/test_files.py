@@ -19,8 +19,8 @@ import torch
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.nested import ObjectState
-from mpi_ckpt.states.rng import RNGState
 from mpi_ckpt.states.train import TrainState
+from mpi_ckpt.states.unshared.rng import RNGState
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.reading.proving import verify

@@ -9,7 +9,7 @@ import torch
 
 from mpi_ckpt.errors import CorruptGenerationError, RegistrationError, StateMismatchError
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.states.rng import RNGState
+from mpi_ckpt.states.unshared.rng import RNGState
 from tests.making import Ranks, carry
 
 BIT_GENERATORS = ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import scatter_bytes
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.states.ranked import RankedState
+from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from mpi_ckpt.errors import StateMismatchError, cut_lines
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Arrival, LeafState, State
-from mpi_ckpt.states.ranked import RankedState
+from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -14,7 +14,7 @@ from mpi_ckpt.engine.outline import Outline
 from mpi_ckpt.engine.restore.other_hosts import look_elsewhere
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.reports import GenerationInfo
-from mpi_ckpt.states.ranked import RankedState
+from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader

@@ -26,7 +26,7 @@ from mpi_ckpt.engine.sync.sync_log import listed, log_sync
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.state import LeafState, PartsState
-from mpi_ckpt.states.ranked import RankedState
+from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ from mpi_ckpt.integrations.lightning.package import classes
 from mpi_ckpt.integrations.lightning.trainer_state import TrainerState
 from mpi_ckpt.manager import CheckpointManager
 from mpi_ckpt.options import Options
-from mpi_ckpt.states.rng import RNGState
+from mpi_ckpt.states.unshared.rng import RNGState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

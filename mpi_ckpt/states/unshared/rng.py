@@ -18,8 +18,8 @@ from mpi_ckpt.errors import (
 )
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.packed import pack, unpack
-from mpi_ckpt.states.ranked import RankedState
-from mpi_ckpt.states.streams import (
+from mpi_ckpt.states.unshared.ranked import RankedState
+from mpi_ckpt.states.unshared.streams import (
     built_in_streams,
     is_of_device,
     stream_of,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from mpi_ckpt.state import Structure
-    from mpi_ckpt.states.streams import Stream
+    from mpi_ckpt.states.unshared.streams import Stream
 
 __all__ = ["RNGState"]
 
