@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mpi4py import MPI
 
-from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, RNGState
+from mpi_ckpt import (
+    ArrayState,
+    Block,
+    CheckpointManager,
+    KeepLast,
+    Options,
+    RNGState,
+    ShardedArrayState,
+)
 from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
@@ -44,6 +52,10 @@ _FILE_OPERATIONS = {
     *("open", "mkdir", "rename", "replace", "link", "unlink", "rmdir", "listdir", "lstat"),
     *("stat", "fsync", "fdatasync", "ftruncate", "posix_fallocate"),
 }
+
+# Fields that are cut over the ranks: of each, so many rows a rank.
+_FIELDS, _ROWS, _COLUMNS = 4, 8, 64
+_MOVED_ROWS = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -259,6 +271,16 @@ def _count_with(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
         shared = start("shared", ArrayState("weights", _weights(seed=0)), writers="all")
         count("save, all write", lambda: save(shared))
         shared.close()
+    fields = _fields(comm.rank, comm.size)
+    cut = start("cut", fields)
+    count("save, cut", lambda: save(cut))
+    _change(fields)
+    count("save, cut as before", lambda: save(cut))
+    count("restore, same boxes", cut.restore)
+    cut.close()
+    moved = start("cut", _fields(comm.rank, comm.size, moved_by=_MOVED_ROWS))
+    count("restore, moved boxes", moved.restore)
+    moved.close()
     return costs
 
 
@@ -266,6 +288,34 @@ def _weights(seed: int) -> dict[str, np.ndarray]:
     stream = np.random.default_rng(seed)
     # More leaves than ranks, and not all alike, so that all have something to write.
     return {f"layer-{n:02d}": stream.random(1000 + 100 * n) for n in range(32)}
+
+
+def _fields(rank: int, size: int, *, moved_by: int = 0) -> ShardedArrayState:
+    """Return fields of which each rank has as many rows, whatever the number of ranks.
+
+    Args:
+        rank: The rank.
+        size: The number of ranks.
+        moved_by: Rows by which its box begins later. The first rank then has more rows, the
+            last fewer; each of the others has some rows of its own box and the first ones
+            of the next rank's box.
+    """
+    first = rank * _ROWS + (moved_by if rank else 0)
+    end = (rank + 1) * _ROWS + (moved_by if rank < size - 1 else 0)
+    stream = np.random.default_rng(rank)
+    shape = (size * _ROWS, _COLUMNS)
+    blocks = {
+        f"field-{n}": Block(
+            stream.random((end - first, _COLUMNS)), shape=shape, offset=(first, 0)
+        )
+        for n in range(_FIELDS)
+    }
+    return ShardedArrayState("fields", blocks)
+
+
+def _change(fields: ShardedArrayState) -> None:
+    for block in fields.blocks.values():
+        block.array[...] += 1  # type: ignore[union-attr]
 
 
 def _sleep_until_all_come(comm: MPI.Intracomm) -> None:

@@ -164,13 +164,16 @@ class _Hook:
     def __init__(self) -> None:
         self.armed: list[AbortOnError] = []
         self.member: Member | None = None
-        self._previous = sys.excepthook
+        # Another hook may stand between two of these, and call ours in turn.
+        self._replaced: list[Callable[..., object]] = []
+        self._depth = 0
         self._owner = 0
 
     def install(self) -> None:
         self._owner = os.getpid()
         if sys.excepthook != self.uncaught:
-            self._previous, sys.excepthook = sys.excepthook, self.uncaught
+            self._replaced.append(sys.excepthook)
+            sys.excepthook = self.uncaught
             atexit.unregister(self.at_exit)
             atexit.register(self.at_exit)
 
@@ -180,7 +183,7 @@ class _Hook:
         # If other code replaced the hook later, its hook stays; it finds nothing armed
         # here.
         if sys.excepthook == self.uncaught:
-            sys.excepthook = self._previous
+            sys.excepthook = self._replaced.pop()
 
     def uncaught(
         self,
@@ -188,6 +191,9 @@ class _Hook:
         error: BaseException,
         trace: TracebackType | None,
     ) -> None:
+        if self._depth:
+            self._call_replaced(kind, error, trace)
+            return
         is_printed_only = _is_printed_only()
         armed = [] if is_printed_only else self._in_reach()
         if not armed:
@@ -196,7 +202,7 @@ class _Hook:
             if name:
                 self._print_error(name, kind, error, trace)
             else:
-                self._previous(kind, error, trace)
+                self._call_replaced(kind, error, trace)
             return
         self._print_error(armed[0].name, kind, error, trace, armed[0])
         if is_rank_failure(error):  # a dead rank answers no farewell
@@ -245,12 +251,26 @@ class _Hook:
         if brief:
             # Every rank has this error: a thousand copies of its text would not help.
             _write(f"{name}: {brief}\n")
-        elif self._previous is not sys.__excepthook__:
+        elif self._next_replaced() is not sys.__excepthook__:
             _write(f"{name}:\n")
-            self._previous(kind, error, trace)
+            self._call_replaced(kind, error, trace)
         else:
             # In one write, so that lines of other ranks do not come between.
             _write(f"{name}:\n{in_full(error)}")
+
+    def _next_replaced(self) -> Callable[..., object]:
+        if self._depth < len(self._replaced):
+            return self._replaced[-1 - self._depth]
+        return sys.__excepthook__
+
+    def _call_replaced(self, *uncaught: object) -> None:
+        """Call the hook that ours replaced; within that call, the one replaced before."""
+        replaced = self._next_replaced()
+        self._depth += 1
+        try:
+            replaced(*uncaught)
+        finally:
+            self._depth -= 1
 
 
 _HOOK = _Hook()

@@ -159,6 +159,32 @@ def test_a_hook_that_was_there_prints(monkeypatch, capsys, aborted, uncaught):
     assert capsys.readouterr() == ("theirs\n", "rank 1 of 3 on h:\n")
 
 
+@pytest.mark.parametrize("is_armed", [True, False])
+def test_hooks_between_ours_are_called_once_each(capsys, aborted, uncaught, is_armed):
+    # As torch's process group does: its hook calls the one that it found.
+    first, second = guard(), guard()
+    for number, armed in enumerate((first, second)):
+        armed.arm()
+        found = sys.excepthook
+
+        def theirs(*uncaught, number=number, found=found):
+            print("theirs", number)
+            found(*uncaught)
+
+        sys.excepthook = theirs
+        armed.disarm()
+    last = guard()
+    last.arm()
+    if not is_armed:
+        abort._HOOK.armed.clear()
+    for _ in range(2):
+        uncaught(ValueError("no luck"))
+        printed = capsys.readouterr()
+        assert printed.out == "theirs 1\ntheirs 0\n"
+        assert printed.err.count("ValueError: no luck") == 1
+    assert aborted == []
+
+
 @pytest.mark.parametrize("where", ["by hand", "forked", "closed"])
 def test_the_hook_only_prints(monkeypatch, capsys, aborted, uncaught, where):
     monkeypatch.setattr(Farewell, "staying", (0,))

@@ -30,6 +30,13 @@ from benchmarks.growth import (
 from tests.launch import run_job
 
 SIZES = (1, 2, 4, 8, 16)
+# What a rank that is not root sends and receives, in messages.
+CUT_PHASES = {
+    "save, cut": 4,
+    "save, cut as before": 2,
+    "restore, same boxes": 2,
+    "restore, moved boxes": 4,
+}
 
 
 def line(ranks, rank, phase="save", **counts):
@@ -150,9 +157,10 @@ def test_check_tells_of_growth_that_nobody_knew(tmp_path, capsys):
 
 
 def test_model_prints_the_first_wall(capsys):
-    scaling.main(["model", "--ranks", "100", "100000", "--width", "140"])
+    scaling.main(["model", "--ranks", "100", "100000", "--width", "180"])
     out = capsys.readouterr().out
-    assert "The library's first wall: remember, random streams" in out
+    assert "The library's first wall: save, cut as before: file operations of root" in out
+    assert "restore, same boxes: file operations of root" in out
     assert "save, random streams: MPI bytes of root" in out
     # Each rank is sent its own alone, through a window on root.
     assert "restore, random streams: MPI bytes" not in out
@@ -183,6 +191,12 @@ def test_counting_finds_what_is_built_in(tmp_path, capsys):
     # Nobody but root touches the file system in a save by root.
     assert counted[Key("save", "file_operations", "others")] == Growth(0, 0)
     assert counted[Key("save", "file_operations", "root")].base > 0
+    # Of cut state a rank that is not root writes, reads, sends and receives as much with
+    # any number of ranks: with moved boxes one message more each way than with the same.
+    for phase in CUT_PHASES:
+        of_others = {key: counted[key] for key in counted if key[::2] == (phase, "others")}
+        assert {key for key, growth in of_others.items() if growth.per_rank} == set()
+        assert counted[Key(phase, "messages", "others")] == Growth(CUT_PHASES[phase], 0)
     with pytest.raises(SystemExit) as left:
         scaling.main(["check", str(file), "--width", "120"])
     assert left.value.code == 0, capsys.readouterr().out

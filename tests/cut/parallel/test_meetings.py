@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often the ranks meet to save and restore what is cut over them."""
+
+import numpy as np
+
+from mpi_ckpt import ArrayState, Block, ShardedArrayState
+from tests.programs.meetings import counted_meetings
+from tests.ranks import manager
+
+COMPARING = "comparing how leaves are cut over the ranks"
+# What comes to the meetings of a save of leaves that all ranks have, by several writers.
+ADDED = [COMPARING, "joining a generation", "publishing", "publishing"]
+
+
+def fields(comm, rows=4):
+    array = np.full((rows, 3), comm.rank, np.int64)
+    return ShardedArrayState("fields", {"x": Block.rows(array, comm)})
+
+
+def meetings_of(act):
+    with counted_meetings() as meetings:
+        act()
+    return meetings
+
+
+def without(meetings, added):
+    left = list(meetings)
+    for one in added:
+        left.remove(one)
+    return left
+
+
+def test_a_save_of_unchanged_boxes_compares_them_once(peers, shared_path):
+    with manager(shared_path, fields(peers), comm=peers) as ours:
+        first = meetings_of(ours.save)
+        later = [meetings_of(ours.save) for _ in range(2)]
+    assert first.count(COMPARING) > 1
+    assert [meetings.count(COMPARING) for meetings in later] == [1, 1]
+
+
+def test_a_rank_with_other_boxes_makes_all_ranks_compare_them(peers, shared_path):
+    state = fields(peers)
+    with manager(shared_path, state, comm=peers) as ours:
+        first = meetings_of(ours.save)
+        ours.save()
+        rows = 6 if peers.rank == peers.size - 1 else 4
+        array = np.zeros((rows, 3), np.int64)
+        state.blocks["x"] = Block.rows(array, peers)
+        assert meetings_of(ours.save) == first
+
+
+def test_a_save_of_unchanged_boxes_meets_hardly_more_often_than_any(peers, shared_path):
+    whole = {str(n): np.full(10, n) for n in range(8)}
+    saved = manager(shared_path / "w", ArrayState("w", whole), comm=peers, writers="all")
+    with saved as ours:
+        ours.save()
+        shared = meetings_of(ours.save)
+    with manager(shared_path / "x", fields(peers), comm=peers) as ours:
+        ours.save()
+        cut = meetings_of(ours.save)
+    assert sorted(without(cut, ADDED)) == sorted(shared)
+
+
+def test_a_restore_of_cut_state_meets_once_a_turn(peers, shared_path):
+    with manager(shared_path, fields(peers), comm=peers) as ours:
+        ours.save()
+        meetings = meetings_of(ours.restore)
+    # The boxes are small: one turn. Nothing is sent, since each rank reads its own.
+    assert meetings.count("reading a generation") == 1
+    assert "sending a generation" not in meetings
