@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import BLOCK_BYTES, BlockHasher
+from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.storage.format.layout import carried_file_name, generation_name
 
 if TYPE_CHECKING:
@@ -122,13 +123,14 @@ def _is_unchanged(
     tiles: Sequence[CapturedTiles], digests: Sequence[Digest], runs_of: Runs
 ) -> bool:
     """Compare tiles with digests, up to the first block that differs."""
-    leaves = [leaf for captured in tiles for leaf in captured.leaves]
-    for leaf, digest in zip(leaves, digests, strict=True):
+    leaves = [(captured, leaf) for captured in tiles for leaf in captured.leaves]
+    for (captured, leaf), digest in zip(leaves, digests, strict=True):
         hasher, known = BlockHasher(BLOCK_BYTES), digest.blocks
-        for run in runs_of(leaf):
-            hasher.update(run)
-            if not hasher.starts(known):
-                return False
+        with about_leaf(captured, leaf):
+            for run in runs_of(leaf):
+                hasher.update(run)
+                if not hasher.starts(known):
+                    return False
         if hasher.finish().blocks != known:
             return False
     return True

@@ -180,7 +180,7 @@ def test_memory_that_cannot_be_read_while_it_is_written(peers, job, monkeypatch)
             def unreadable(_leaf):
                 raise RuntimeError("device lost")
 
-            patch.setattr(own_tiles, "_runs_of", unreadable)
+            patch.setattr(own_tiles, "runs_of", unreadable)
         job.fails(SaveError, f"rank {last(peers)} of", "leaf '", "device lost")
     job.goes_on()
 
