@@ -117,7 +117,8 @@ class IO:
             does.
         readers: The ranks that read in a restore, each a share that it sends to the others:
             ``"root"`` (default), ``"node"`` or ``"all"``, as for ``Options.writers``. More
-            readers are faster where one host reads more slowly than the network sends.
+            readers are faster where one host reads more slowly than the network sends. All
+            ranks read state that is cut over them, unless this is ``"node"``.
         window_bytes: Host memory through which a restore streams, in bytes.
             Default: 64 MiB.
         message_bytes: Largest MPI message and fused bucket in bytes, at most 1 GiB.
@@ -182,7 +183,8 @@ class Options:
         writers: The ranks that write. ``"root"`` (default): root alone; no other rank need
             see the directory. ``"node"``: one rank of every host; ``"all"``: every rank.
             Leaves that a sync has proven equal are then split over the writers by bytes.
-            Each writes its own file into the directory, which all must see.
+            Each writes its own file into the directory, which all must see. State that is
+            cut over ranks is written where it is, or with ``"node"`` by each host's first.
         preemption_signals: Signals that ask for a last save and a stop; ``step()`` notices
             them. Empty: no handler is installed.
         stop: Other requests to stop: the end of the job, a file, a function.
