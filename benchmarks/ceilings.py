@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mpi4py import MPI
 
@@ -20,6 +22,7 @@ __all__ = [
     "WarmCopy",
     "bcast",
     "drop_cache",
+    "fsync_shared",
     "fsync_tree",
     "ibcast",
     "read_buffered",
@@ -71,34 +74,72 @@ def write_buffered(path: Path, arrays: Iterable[np.ndarray]) -> None:
         os.close(descriptor)
 
 
-def write_direct(path: Path, nbytes: int) -> None:
-    """Write as many bytes by O_DIRECT from one aligned block, then fsync.
+def write_direct(
+    path: Path, nbytes: int, *, block_bytes: int = _BLOCK, depth: int = 1
+) -> None:
+    """Write as many bytes by O_DIRECT from aligned blocks, then fsync.
 
     Through the page cache where the file system takes nothing else.
+
+    Args:
+        path: The file.
+        nbytes: Its length.
+        block_bytes: Bytes of each write.
+        depth: Writes in flight.
     """
-    block = mmap.mmap(-1, _BLOCK)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     descriptor = _open_direct(path, flags)
+
+    def write(block: mmap.mmap, first: int) -> None:
+        for offset in range(first, nbytes, depth * block_bytes):
+            os.pwrite(descriptor, block, offset)
+
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
-        for offset in range(0, nbytes, _BLOCK):
-            os.pwrite(descriptor, block, offset)
+        _in_flight(write, block_bytes, depth)
         os.ftruncate(descriptor, nbytes)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def read_direct(path: Path) -> None:
-    """Read a file by O_DIRECT into one aligned block, over and over."""
-    block = mmap.mmap(-1, _BLOCK)
+def read_direct(path: Path, *, block_bytes: int = _BLOCK, depth: int = 1) -> None:
+    """Read a file by O_DIRECT into aligned blocks, over and over.
+
+    Args:
+        path: The file.
+        block_bytes: Bytes of each read.
+        depth: Reads in flight.
+    """
     descriptor = _open_direct(path, os.O_RDONLY)
+    nbytes = os.fstat(descriptor).st_size
+
+    def read(block: mmap.mmap, first: int) -> None:
+        for offset in range(first, nbytes, depth * block_bytes):
+            got = 0
+            while got < min(block_bytes, nbytes - offset):
+                got += os.preadv(descriptor, [memoryview(block)[got:]], offset + got)
+
     try:
-        offset = 0
-        while count := os.preadv(descriptor, [block], offset):
-            offset += count
+        _in_flight(read, block_bytes, depth)
     finally:
         os.close(descriptor)
+
+
+def _in_flight(
+    work: Callable[[mmap.mmap, int], None], block_bytes: int, depth: int
+) -> None:
+    """Let threads work side by side, each with a block of its own."""
+    blocks = [mmap.mmap(-1, block_bytes) for _ in range(depth)]
+    if depth == 1:
+        work(blocks[0], 0)
+        return
+    with ThreadPoolExecutor(depth) as threads:
+        for done in [
+            threads.submit(partial(work, block, number * block_bytes))
+            for number, block in enumerate(blocks)
+        ]:
+            done.result()
 
 
 def read_buffered(path: Path) -> None:
@@ -136,6 +177,23 @@ def fsync_tree(root: Path) -> None:
     for path in [*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir())]:
         _fsync(path)
     _fsync(root.parent)
+
+
+def fsync_shared(comm: MPI.Intracomm, root: Path) -> None:
+    """Make all files below a directory durable: each rank some, root their names.
+
+    Collective.
+    """
+    comm.Barrier()  # all have written
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    for path in files[comm.rank :: comm.size]:
+        _fsync(path)
+    comm.Barrier()
+    if comm.rank == 0:
+        for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+            _fsync(path)
+        _fsync(root.parent)
+    comm.Barrier()
 
 
 def _fsync(path: Path) -> None:

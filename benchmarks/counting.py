@@ -11,13 +11,13 @@ import contextlib
 import os
 import random
 import threading
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
 
+from benchmarks.setting import sleep_until_all_come
 from mpi_ckpt import (
     ArrayState,
     Block,
@@ -206,7 +206,7 @@ def count_phases(comm: MPI.Intracomm, directory: Path, sizes: Sequence[int]) -> 
             part = comm.Split(0 if comm.rank < size else 1)
             if comm.rank < size:
                 mine += _count_with(_CountingComm(part), directory / str(size))
-            _sleep_until_all_come(comm)
+            sleep_until_all_come(comm)
             part.Free()
     return [cost for costs in comm.gather(mine) or [] for cost in costs]
 
@@ -272,13 +272,15 @@ def _count_with(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
         count("save, all write", lambda: save(shared))
         shared.close()
     fields = _fields(comm.rank, comm.size)
-    cut = start("cut", fields)
+    cut = start("cut", ShardedArrayState("fields", fields))
     count("save, cut", lambda: save(cut))
-    _change(fields)
+    for block in fields.values():
+        np.asarray(block.array)[:] = -1
     count("save, cut as before", lambda: save(cut))
     count("restore, same boxes", cut.restore)
     cut.close()
-    moved = start("cut", _fields(comm.rank, comm.size, moved_by=_MOVED_ROWS))
+    fields = _fields(comm.rank, comm.size, moved_by=_MOVED_ROWS)
+    moved = start("cut", ShardedArrayState("fields", fields))
     count("restore, moved boxes", moved.restore)
     moved.close()
     return costs
@@ -290,7 +292,7 @@ def _weights(seed: int) -> dict[str, np.ndarray]:
     return {f"layer-{n:02d}": stream.random(1000 + 100 * n) for n in range(32)}
 
 
-def _fields(rank: int, size: int, *, moved_by: int = 0) -> ShardedArrayState:
+def _fields(rank: int, size: int, *, moved_by: int = 0) -> dict[str, Block]:
     """Return fields of which each rank has as many rows, whatever the number of ranks.
 
     Args:
@@ -304,22 +306,9 @@ def _fields(rank: int, size: int, *, moved_by: int = 0) -> ShardedArrayState:
     end = (rank + 1) * _ROWS + (moved_by if rank < size - 1 else 0)
     stream = np.random.default_rng(rank)
     shape = (size * _ROWS, _COLUMNS)
-    blocks = {
+    return {
         f"field-{n}": Block(
             stream.random((end - first, _COLUMNS)), shape=shape, offset=(first, 0)
         )
         for n in range(_FIELDS)
     }
-    return ShardedArrayState("fields", blocks)
-
-
-def _change(fields: ShardedArrayState) -> None:
-    for block in fields.blocks.values():
-        block.array[...] += 1  # type: ignore[union-attr]
-
-
-def _sleep_until_all_come(comm: MPI.Intracomm) -> None:
-    # Those with nothing to do must not spin on the cores of those that count.
-    request = comm.Ibarrier()
-    while not request.Test():
-        time.sleep(0.01)

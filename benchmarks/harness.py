@@ -38,6 +38,7 @@ _VERSIONS = (
     "safetensors",
     "torchsnapshot",
     "adaptdl",
+    "tensorstore",
     "horovod",
 )
 

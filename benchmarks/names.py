@@ -6,6 +6,8 @@ from __future__ import annotations
 RAW_WRITE = "raw direct write"
 RAW_BUFFERED_WRITE = "raw buffered write + fsync"
 RAW_READ = "raw direct read"
+RAW_OWN_WRITE = "raw direct write by all"
+RAW_OWN_READ = "raw direct read by all"
 RAW_BUFFERED_READ = "raw buffered read"
 MEMCPY = "memcpy into warm memory"
 BCAST = "Bcast of all leaves"
@@ -29,6 +31,17 @@ REUSE_FULL = "mpi_ckpt save, all bytes changed"
 REUSE_PART = "mpi_ckpt save, 1% of the bytes changed"
 MANY_LEAVES = "many leaves of 4 KB"
 STEP = "mpi_ckpt step"
+SAVE_CUT = "mpi_ckpt save of cut arrays"
+RESTORE_SAME = "mpi_ckpt restore, same boxes"
+RESTORE_OTHER = "mpi_ckpt restore, rows into columns"
+RESTORE_FEWER = "mpi_ckpt restore, rows into columns, half the ranks"
+RESTORE_ONE_READER = "mpi_ckpt restore, rows into columns, one reader a host"
+PLAN_RESTORE = "mpi_ckpt plan of a restore"
+PLAN_SAVE = "mpi_ckpt join of the boxes of a save"
+TABLES = "mpi_ckpt columns of all boxes"
+SORT_BOXES = "one sort of all boxes"
+PLAN_LARGE = "1,000 leaves in 3-D from 64 to 48 ranks"
+PLAN_SMALL = "100,000 boxes of 20,000 small leaves"
 BROADCAST_TRAINING = "mpi_ckpt broadcast_parameters + broadcast_optimizer_state"
 COMMIT_DURABLE = "mpi_ckpt TorchState.commit, on disk"
 COMMIT_ASYNC = "mpi_ckpt TorchState.commit, to disk behind the training"
@@ -42,12 +55,29 @@ SAFETENSORS = "safetensors"
 DCP = "torch DCP"
 TORCHSNAPSHOT = "torchsnapshot"
 ADAPTDL = "adaptdl"
+GATHER = "gather to root, one file + fsync"
+MPI_IO = "MPI-IO Write_all + Sync"
+TENSORSTORE = "TensorStore"
 PKL5 = "mpi4py.util.pkl5 bcast"
 HOROVOD = "Horovod"
 HOROVOD_SYNC = "Horovod broadcast_parameters"
 HOROVOD_TRAINING = "Horovod broadcast_parameters + broadcast_optimizer_state"
 HOROVOD_COMMIT = "Horovod TorchState.commit, in memory"
 HOROVOD_OBJECT = "Horovod broadcast_object"
+
+
+RAW_SHAPES = ((8, 1), (4, 2), (16, 2))
+"""Of raw transfers, by each rank of a file of its own: MiB of a block, blocks in flight."""
+
+
+def raw_of_own(name: str, mebibytes: int, depth: int) -> str:
+    """Return the name of a raw transfer with one of `RAW_SHAPES`."""
+    return f"{name}, {depth} x {mebibytes} MiB"
+
+
+def load(name: str) -> str:
+    """Return the name of a peer's restore."""
+    return f"{name} load"
 
 
 def beside_horovod(name: str) -> str:

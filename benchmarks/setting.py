@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
     from mpi_ckpt import State
 
-__all__ = ["Arguments", "Arrays", "Setting", "touch_arrays"]
+__all__ = ["Arguments", "Arrays", "Setting", "sleep_until_all_come", "touch_arrays"]
 
 Arrays = dict[str, np.ndarray]
+
+_SLEEP_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +80,24 @@ class Setting:
         return self.comm.rank == 0
 
     def manager(
-        self, name: str, states: Sequence[State] | None = None, **options: object
+        self,
+        name: str,
+        states: Sequence[State] | None = None,
+        *,
+        is_fresh: bool = True,
+        **options: object,
     ) -> CheckpointManager:
-        """Make a manager with a fresh directory, closed after the case. Collective.
+        """Make a manager, closed after the case at the latest. Collective.
 
         Args:
             name: Of its directory.
             states: What it saves; None for the arrays of this setting.
+            is_fresh: Whether to remove what is in the directory.
             options: Fields of `Options`.
         """
         root = self.directory / name
-        self.on_root(lambda: shutil.rmtree(root, ignore_errors=True))()
+        if is_fresh:
+            self.on_root(lambda: shutil.rmtree(root, ignore_errors=True))()
         chosen: dict[str, Any] = {
             "retention": KeepLast(1),
             "preemption_signals": (),
@@ -131,3 +141,10 @@ def touch_arrays(arrays: Iterable[np.ndarray], value: float) -> None:
     """Write a value into the first element of each array."""
     for array in arrays:
         array.reshape(-1)[0] = value
+
+
+def sleep_until_all_come(comm: MPI.Intracomm) -> None:
+    """Wait for all ranks without spinning on the cores of those that work. Collective."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(_SLEEP_SECONDS)

@@ -53,11 +53,14 @@ def best_ceiling(figures: Sequence[Figure]) -> float | None:
 
 def describe_values(values: Mapping[str, float]) -> str:
     """Return what else was noted, without the phases, which are for the file."""
-    return ", ".join(
+    noted = [
         f"{key.removeprefix('bytes_').replace('_', ' ')} {describe_bytes(value)}"
         for key, value in values.items()
         if "bytes" in key
-    )
+    ]
+    if "cpu_seconds" in values:
+        noted.append(f"processor {values['cpu_seconds']:.3g} s")
+    return ", ".join(noted)
 
 
 def describe_bytes(nbytes: float) -> str:

@@ -265,6 +265,122 @@ def _beside_horovod() -> list[Target]:
     ]
 
 
+_CUT = "distributed"
+_SAME, _OTHER = "restore, same boxes", "restore, other boxes"
+
+
+def _of_several(
+    measure: Callable[[Figures], float | None],
+) -> Callable[[Figures], float | None]:
+    """Return a measure that leaves out one rank alone: nothing is cut there."""
+    return lambda figures: measure(figures) if figures.ranks > 1 else None
+
+
+def _raw_of_all(raw: str, ours: str, group: str) -> Callable[[Figures], float | None]:
+    candidates = [names.raw_of_own(raw, *shape) for shape in names.RAW_SHAPES]
+    return lambda figures: ratio(
+        figures.fastest(candidates, group), figures.seconds(ours, group)
+    )
+
+
+def _read_once(ours: str, group: str) -> Callable[[Figures], float | None]:
+    def measure(figures: Figures) -> float | None:
+        figure = figures.find(ours, group)
+        return ratio(figure.values.get("bytes_read"), figure.nbytes) if figure else None
+
+    return measure
+
+
+def _peak_of_any(name: str) -> Callable[[Figures], float | None]:
+    def measure(figures: Figures) -> float | None:
+        figure = figures.find(name, "peak")
+        if figure is None:
+            return None
+        return max(figure.values[f"peak_bytes_{who}"] for who in ("root", "others")) / _MIB
+
+    return measure
+
+
+def _cut_saves() -> list[Target]:
+    ours, dcp = names.SAVE_CUT, names.durable(names.DCP)
+    rows = [
+        (
+            "best raw direct write / ours",
+            0.9,
+            _raw_of_all(names.RAW_OWN_WRITE, ours, "save"),
+        ),
+        (f"{dcp} / ours", 1.0, times(dcp, ours, "save")),
+    ]
+    return [
+        Target(f"cut arrays, save: {what}", _CUT, bound, True, _of_several(measure))
+        for what, bound, measure in rows
+    ]
+
+
+def _cut_restores() -> list[Target]:
+    """Of arrays that are cut over the ranks, into the same boxes and into any others."""
+    dcp, read = names.load(names.DCP), names.RAW_OWN_READ
+    targets = []
+    for what, ours, group, bound in (
+        ("same boxes", names.RESTORE_SAME, _SAME, 0.9),
+        ("rows into columns", names.RESTORE_OTHER, _OTHER, 0.8),
+        ("rows into columns, half the ranks", names.RESTORE_FEWER, _OTHER, 0.8),
+    ):
+        raw, once = _raw_of_all(read, ours, group), _read_once(ours, group)
+        title = f"cut arrays, restore, {what}"
+        targets += [
+            Target(
+                f"{title}: best raw direct read / ours", _CUT, bound, True, _of_several(raw)
+            ),
+            Target(f"{title}: bytes read / saved", _CUT, _ONCE, False, _of_several(once)),
+        ]
+        if ours != names.RESTORE_FEWER:
+            peer = _of_several(times(dcp, ours, group))
+            targets.append(Target(f"{title}: {names.DCP} / ours", _CUT, 1.5, True, peer))
+    sent = _of_several(
+        lambda figures: figures.value(names.RESTORE_SAME, "bytes_sent", _SAME)
+    )
+    name = "cut arrays, restore, same boxes: bytes of tiles sent"
+    return [*targets, Target(name, _CUT, 0, False, sent, unit="B")]
+
+
+def _cut_peaks() -> list[Target]:
+    rows = [
+        ("save", names.SAVE_CUT),
+        ("restore, same boxes", names.RESTORE_SAME),
+        ("restore, rows into columns", names.RESTORE_OTHER),
+    ]
+    return [
+        Target(
+            f"cut arrays, peak memory of any rank: {what}",
+            _CUT,
+            128.0,
+            False,
+            _of_several(_peak_of_any(ours)),
+            unit="MiB",
+        )
+        for what, ours in rows
+    ]
+
+
+def _plans() -> list[Target]:
+    def measure(group: str) -> Callable[[Figures], float | None]:
+        return lambda figures: figures.value(names.PLAN_RESTORE, "cpu_seconds", group)
+
+    return [
+        Target(
+            f"plan of a restore, {group}: processor time",
+            "plan",
+            1.0,
+            False,
+            measure(group),
+            ranks=1,  # root alone plans, with any number of them
+            unit="s",
+        )
+        for group in (names.PLAN_LARGE, names.PLAN_SMALL)
+    ]
+
+
 TARGETS: tuple[Target, ...] = (
     Target(
         "save: raw direct write / ours",
@@ -389,6 +505,10 @@ TARGETS: tuple[Target, ...] = (
         Target(f"small leaves, {group}: many / one", "small", 2.0, False, _small(group))
         for group in ("save", "sync, equal", "sync, all differ", "restore")
     ),
+    *_cut_saves(),
+    *_cut_restores(),
+    *_cut_peaks(),
+    *_plans(),
 )
 """In the order of the table."""
 

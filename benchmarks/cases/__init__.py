@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import (
+    distributed,
     horovod,
     memory,
+    plan,
     restore,
     reuse,
     save,
@@ -41,5 +43,7 @@ CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "step": step.groups,
     "memory": memory.groups,
     "horovod": horovod.groups,
+    "distributed": distributed.groups,
+    "plan": plan.groups,
 }
 """Name -> function that gives the groups of a case, one after the other is measured."""

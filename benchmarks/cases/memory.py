@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from benchmarks.setting import Arrays, Setting
     from mpi_ckpt import CheckpointManager
 
-__all__ = ["groups"]
+__all__ = ["groups", "watched"]
 
 _OBJECT_BYTES = 64_000_000
 
@@ -31,8 +31,9 @@ def groups(setting: Setting) -> Iterator[Group]:
         *_ours(setting),
         *save_contenders(setting, both=False),
     ]
-    watched = [_watched(setting, contender) for contender in contenders]
-    yield Group("peak", setting.nbytes, watched)
+    yield Group(
+        "peak", setting.nbytes, [watched(setting, contender) for contender in contenders]
+    )
     yield _small_object(setting)
 
 
@@ -53,7 +54,7 @@ def _small_object(setting: Setting) -> Group:
     ]
     nbytes = sum(array.nbytes for array in part.values())
     return Group(
-        "peak, sent", nbytes, [_watched(setting, contender) for contender in contenders]
+        "peak, sent", nbytes, [watched(setting, contender) for contender in contenders]
     )
 
 
@@ -85,10 +86,11 @@ def _ours(setting: Setting) -> list[Contender]:
     ]
 
 
-def _watched(setting: Setting, contender: Contender) -> Contender:
-    """Return the contender with its highest peak of all runs, warm-up included.
+def watched(setting: Setting, contender: Contender) -> Contender:
+    """Return a contender with its highest peak of all runs, warm-up included.
 
-    What a run leaves in the allocator's hands makes the next look cheaper.
+    What a run leaves in the allocator's hands makes the next look cheaper. What else is
+    noted of the contender is left out.
     """
     peak = PeakMemory()
     highest = {"peak_bytes_root": 0.0, "peak_bytes_others": 0.0}

@@ -121,7 +121,7 @@ def load_contenders(setting: Setting) -> list[Contender]:
     for peer in available(setting, "load"):
         peer.clear()
         _durable_save(peer)()
-        name = names.TORCH_LOAD if peer.name == names.TORCH else f"{peer.name} load"
+        name = names.TORCH_LOAD if peer.name == names.TORCH else names.load(peer.name)
         contenders.append(Contender(name, peer.load, setting.cold))
     return contenders
 

@@ -2,15 +2,18 @@
 """The parts of the benchmarks that only compute."""
 
 import math
+import os
 import time
 
 import numpy as np
 import pytest
 
 from benchmarks import names, targets
+from benchmarks.cases import plan
 from benchmarks.cases.reuse import near_share
 from benchmarks.cases.sync import sweep_sizes
-from benchmarks.ceilings import fsync_tree, write_buffered
+from benchmarks.ceilings import fsync_tree, read_direct, write_buffered, write_direct
+from benchmarks.cut import CutArrays, whole_side
 from benchmarks.harness import (
     Contender,
     Figure,
@@ -23,6 +26,7 @@ from benchmarks.peak import PeakMemory
 from benchmarks.run import parse_arguments, parse_size
 from benchmarks.table import best_ceiling, describe_bytes, describe_values
 from benchmarks.workload import MODELS, adam_state, model_shapes, scaled, tensor_sizes
+from mpi_ckpt.decomposition import tiling
 
 
 def figure(contender, seconds=1.0, **given):
@@ -217,6 +221,34 @@ class TestTargets:
         alone = [figure(names.SAVE, **{**given, "ranks": 1})]
         assert evaluate_one("peak memory: blocking save, other ranks", alone).ranks == 0
 
+    def test_cut_arrays(self):
+        group = {"case": "distributed", "group": "restore, same boxes"}
+        raw = [names.raw_of_own(names.RAW_OWN_READ, *shape) for shape in names.RAW_SHAPES]
+        values = {"bytes_read": 1000, "bytes_sent": 8}
+        figures = [
+            *(figure(name, 4.0 - n, **group) for n, name in enumerate(raw)),
+            figure(names.RESTORE_SAME, 2.5, values=values, **group),
+            figure(names.load(names.DCP), 3.0, **group),
+        ]
+        title = "cut arrays, restore, same boxes"
+        # The fastest of the raw reads counts.
+        best = evaluate_one(f"{title}: best raw direct read / ours", figures)
+        assert (best.measured, best.verdict) == (0.8, "missed")
+        assert evaluate_one(f"{title}: torch DCP / ours", figures).measured == 1.2
+        assert evaluate_one(f"{title}: bytes read / saved", figures).verdict == "met"
+        assert evaluate_one(f"{title}: bytes of tiles sent", figures).verdict == "missed"
+        peaks = {"peak_bytes_root": 1 << 20, "peak_bytes_others": 129 << 20}
+        watched = {"case": "distributed", "group": "peak", "values": peaks}
+        name = "cut arrays, peak memory of any rank: save"
+        result = evaluate_one(name, [figure(names.SAVE_CUT, **watched)])
+        assert (result.measured, result.verdict) == (129, "missed")
+
+    def test_nothing_is_cut_over_one_rank(self):
+        group = {"case": "distributed", "group": "save", "ranks": 1}
+        pair = [figure(names.SAVE_CUT, **group), figure("torch DCP + fsync", **group)]
+        name = "cut arrays, save: torch DCP + fsync / ours"
+        assert evaluate_one(name, pair).verdict == "not measured"
+
     def test_many_small_leaves(self):
         group = {"case": "small", "group": "save"}
         figures = [figure(names.ONE_LEAF, **group), figure(names.MANY_LEAVES, 3.0, **group)]
@@ -267,6 +299,53 @@ class TestWorkload:
         assert sum(tensor_sizes(100_003)) == 100_003
 
 
+class TestCutArrays:
+    @pytest.mark.parametrize("dims", [(1, 1), (4, 1), (1, 4), (2, 2)])
+    def test_the_boxes_make_the_same_whole_for_any_grid(self, dims):
+        whole = CutArrays.make(0, (1, 1), 12)
+        for rank in range(math.prod(dims)):
+            cut = CutArrays.make(rank, dims, 12)
+            for name, array in cut.arrays.items():
+                assert np.array_equal(array, whole.arrays[name][cut.box])
+        assert len({array.tobytes() for array in whole.arrays.values()}) == 4
+
+    def test_boxes_that_do_not_fit_the_ranks_are_uneven(self):
+        cuts = [CutArrays.make(rank, (1, 3), 8) for rank in range(3)]
+        assert [cut.columns for cut in cuts] == [(0, 2), (2, 5), (5, 8)]
+
+    def test_every_rank_divides_the_side(self):
+        side = whole_side(1_200_000_000, 4)
+        assert side % 4 == 0
+        assert CutArrays(side, (1, 1), (0, 0), (0, 0), {}).nbytes == pytest.approx(
+            1.2e9, rel=1e-3
+        )
+        assert whole_side(1, 4) == 4
+
+    def test_other_contents_are_found(self):
+        cut = CutArrays.make(0, (1, 1), 8)
+        cut.check(OneRank(), "somebody")
+        cut.clear()
+        with pytest.raises(RuntimeError, match=r"somebody brought other bytes .* \[0\]"):
+            cut.check(OneRank(), "somebody")
+        cut.fill()
+        cut.check(OneRank(), "somebody")
+
+
+class TestPlanCase:
+    def test_every_leaf_is_tiled_there_and_here(self):
+        for cuts in (plan.large_leaves(3), plan.small_leaves(40)):
+            for boxes, ranks in ((cuts.saved, cuts.writers), (cuts.wanted, cuts.ranks)):
+                assert {rank for _, rank, _ in boxes} <= set(range(ranks))
+                for leaf, shape in enumerate(cuts.shapes):
+                    of_leaf = [box for number, _, box in boxes if number == leaf]
+                    assert tiling.fault(shape, of_leaf) is None
+
+    def test_a_box_of_one_rank_reaches_others(self):
+        large, small = plan.large_leaves(2), plan.small_leaves(10)
+        assert (len(large.saved), len(large.wanted)) == (128, 96)
+        assert (len(small.saved), len(small.wanted)) == (50, 40)
+
+
 class TestPieces:
     def test_sweep_sizes(self):
         assert sweep_sizes(64 << 10) == [1 << 10, 16 << 10, 64 << 10]
@@ -305,7 +384,22 @@ class TestPieces:
     def test_values_in_words(self):
         values = {"bytes_written": 1.5e6, "sync_seconds": 1.0, "peak_bytes_root": 12.0}
         assert describe_values(values) == "written 1.5 MB, peak bytes root 12 B"
+        assert describe_values({"cpu_seconds": 0.25}) == "processor 0.25 s"
         assert describe_bytes(2e9) == "2 GB"
+
+    @pytest.mark.parametrize("nbytes", [0, 1, 8192, 100_001])
+    @pytest.mark.parametrize("depth", [1, 2, 3])
+    def test_raw_transfers_reach_every_byte(self, tmp_path, monkeypatch, nbytes, depth):
+        file, shape = tmp_path / "raw", {"block_bytes": 8192, "depth": depth}
+        monkeypatch.setattr(os, "O_DIRECT", 0)  # lengths of any alignment
+        read, sizes = os.preadv, []
+        monkeypatch.setattr(
+            os, "preadv", lambda *given: sizes.append(read(*given)) or sizes[-1]
+        )
+        write_direct(file, nbytes or 1, **shape)
+        os.truncate(file, nbytes)
+        read_direct(file, **shape)
+        assert sum(sizes) == nbytes
 
     def test_what_was_written_can_be_made_durable(self, tmp_path):
         inner = tmp_path / "saved" / "inner"

@@ -11,7 +11,7 @@ from tests.launch import run_job
 pytestmark = pytest.mark.long
 
 # Without these, which bring torch's modules in, three ranks are quick.
-LIGHT = ["sync", "reuse", "writers", "small"]
+LIGHT = ["sync", "reuse", "writers", "small", "plan"]
 
 
 def run_smoke(ranks, cases, directory):
@@ -54,7 +54,7 @@ def test_every_target_finds_its_figures(everything):
 
 def test_absent_peers_are_named_once(everything):
     job, figures = everything
-    for peer in ("torchsnapshot", "adaptdl", "Horovod"):
+    for peer in ("torchsnapshot", "adaptdl", "Horovod", "TensorStore"):
         measured = any(figure.contender.startswith(peer) for figure in figures)
         assert job.out.count(f"{peer} is skipped") == (0 if measured else 1)
 
