@@ -46,6 +46,7 @@ class Scenario:
         acked: Index in ``saves`` of the last acknowledged before the run; -1 for none.
         root: The checkpoint directory in the sandbox.
         bad: Generations that were damaged on purpose.
+        cut: Whether there is state that is cut over the ranks.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Scenario:
     acked: int = -1
     root: str = ROOT
     bad: frozenset[str] = frozenset()
+    cut: bool = False
 
     def acked_after(self, done: int) -> int:
         """Return the index of the last save acknowledged within so many operations."""
@@ -71,7 +73,7 @@ class Run:
         self.root = sandbox / scenario.root
 
     def start(self, **options: object) -> Training:
-        return Training(self.root, **options)
+        return Training(self.root, cut=self.scenario.cut, **options)
 
     def save(
         self,
@@ -142,16 +144,16 @@ def assert_explained(scenario: Scenario, sandbox: Path) -> None:
     assert model.seen() == read_image(sandbox), "the record does not explain the disk"
 
 
-def saved_image(steps: list[int]) -> tuple[Image, list[Saved]]:
+def saved_image(steps: list[int], *, cut: bool = False) -> tuple[Image, list[Saved]]:
     """Return an image with one generation of each step, and what they hold."""
-    return dict(_saved_image(tuple(steps))), [Saved.of(step) for step in steps]
+    return dict(_saved_image(tuple(steps), cut=cut)), [Saved.of(step) for step in steps]
 
 
 @functools.cache
-def _saved_image(steps: tuple[int, ...]) -> Image:
+def _saved_image(steps: tuple[int, ...], *, cut: bool) -> Image:
     sandbox = scratch()
     try:
-        with Training(sandbox / ROOT, keep=9) as training:
+        with Training(sandbox / ROOT, keep=9, cut=cut) as training:
             for step in steps:
                 training.save(step)
         return read_image(sandbox)
@@ -234,6 +236,7 @@ def judge_image(
         scenario.saves,
         scenario.acked_after(done),
         bad=scenario.bad,
+        cut=scenario.cut,
         gone_on=gone_on,
     )
 

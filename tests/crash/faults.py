@@ -309,6 +309,49 @@ def save_behind(training: Training) -> None:
 
 def joint_workloads() -> list[Workload]:
     """Return what only makes sense with several ranks."""
+    return [*_shared_out(), *_cut_over_ranks()]
+
+
+def _cut_over_ranks() -> list[Workload]:
+    """Return workloads with tiles, which each rank writes and reads."""
+    two, _ = saved_image([1, 2], cut=True)
+    small = IO(window_bytes=1 << 13)
+    late = {"asynchronous": True, "overlap": True, "writers": "all"}
+    ways: list[tuple[str, Saved, Callable[[Training], Any], dict[str, Any]]] = [
+        ("save", Saved.of(5), lambda t: t.save(5), {}),
+        ("asynchronous save", Saved.of(5), lambda t: t.save(5), {"asynchronous": True}),
+        ("overlapped save", Saved.of(5), save_and_go_on, late),
+        ("direct save", Saved.of(5), lambda t: t.save(5), {"io": IO(mode="direct")}),
+        ("restore", Saved.of(2), Training.restore, {"io": small}),
+    ]
+    workloads = [
+        Workload(
+            f"{name} of tiles",
+            two,
+            Saved.of(2),
+            after,
+            act,
+            keep=2,
+            options={"cut": True, **options},
+            joint=True,
+        )
+        for name, after, act, options in ways
+    ]
+    carrying = Workload(
+        "carrying save of tiles",
+        two,
+        Saved.of(2),
+        Saved(5, 2, 5),
+        lambda t: t.save(5, only=["plain"]),
+        Training.restore,
+        options={"cut": True},
+        joint=True,
+    )
+    return [*workloads, carrying]
+
+
+def _shared_out() -> list[Workload]:
+    """Return workloads with files of other ranks than root, of states that all have."""
     two, _ = saved_image([1, 2])
     options = {"writers": "all", "io": IO(readers="all", window_bytes=1 << 13)}
     late = {"asynchronous": True, "overlap": True}

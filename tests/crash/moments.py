@@ -36,7 +36,10 @@ _CHANGES = frozenset(
         "rmdir",
     }
 )
-_COLLECTIVES = ("Iallreduce", "Iallgather", "Ibcast", "Igather", "Isend", "Irecv")
+_COLLECTIVES = (
+    *("Iallreduce", "Iallgather", "Ibcast", "Igather"),
+    *("Iscatter", "Isend", "Irecv"),
+)
 _ALIGNED = 4096
 
 

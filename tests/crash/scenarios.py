@@ -41,6 +41,9 @@ WRITERS_WAYS = [
 ] + ["all overlapped"]
 """Directories in which the program saves in these ways."""
 
+TILES_WAYS = ["root blocking", "root asynchronous", "all blocking", "all overlapped"]
+"""The same for state that is cut over the ranks, which all ranks write in any way."""
+
 
 def first_save() -> Scenario:
     def program(run: Run) -> None:
@@ -189,33 +192,36 @@ def saves_through_adaptdl() -> Scenario:
 
 
 @functools.cache
-def recorded_on_all_ranks(ranks: int) -> dict[str, list[Op]]:
+def recorded_on_all_ranks(ranks: int, *, cut: bool = False) -> dict[str, list[Op]]:
     """Return what jobs of so many ranks do, in every way that a save can be written."""
     sandbox = scratch()
+    base, _ = saved_image([1], cut=cut)
     try:
         out = sandbox / "records"
-        for way in WRITERS_WAYS:
+        ways = TILES_WAYS if cut else WRITERS_WAYS
+        for way in ways:
             (sandbox / way).mkdir()
-            write_image(saved_image([1])[0], sandbox / way)
-        outcome = run_job(ranks, [RECORD_WRITERS, str(sandbox), str(out)], timeout=100)
+            write_image(base, sandbox / way)
+        command = [RECORD_WRITERS, str(sandbox), str(out), "cut" if cut else "whole"]
+        outcome = run_job(ranks, [*command, *ways], timeout=100)
         assert outcome.code == 0, outcome.text
         recorded = {
             way: merge(records) for way, records in json.loads(out.read_text()).items()
         }
         for way, ops in recorded.items():
-            scenario = Scenario(way, saved_image([1])[0], ops)
-            assert_explained(scenario, sandbox / way)
+            assert_explained(Scenario(way, base, ops), sandbox / way)
         return recorded
     finally:
         shutil.rmtree(sandbox)
 
 
-def saves_of_writers(ranks: int, way: str) -> Scenario:
+def saves_of_writers(ranks: int, way: str, *, cut: bool = False) -> Scenario:
     """Recorded on every rank, in one order, with one writer or with several."""
-    base, saves = saved_image([1])
+    base, saves = saved_image([1], cut=cut)
     saves += [Saved.of(2), Saved(3, 2, 3), Saved.of(4)]
-    ops = recorded_on_all_ranks(ranks)[way]
-    return Scenario(f"{ranks} ranks, {way}", base, ops, saves=saves, acked=0)
+    ops = recorded_on_all_ranks(ranks, cut=cut)[way]
+    name = f"{ranks} ranks, {way}{', tiles' if cut else ''}"
+    return Scenario(name, base, ops, saves=saves, acked=0, cut=cut)
 
 
 def quarantine(damage: str) -> Scenario:
@@ -273,6 +279,7 @@ def recovery(scenario: Scenario, done: int, image: Image, *, step: int = 50) -> 
         acked=scenario.acked_after(done),
         root=scenario.root,
         bad=scenario.bad,
+        cut=scenario.cut,
     )
     return record(again, program)
 

@@ -85,6 +85,39 @@ def test_every_crash_state_of_writers_is_good(ranks, way):
     assert result.states >= 150
 
 
+# The way in which the other leaves are written makes no difference to a file of tiles.
+TILES = [(2, "root blocking"), (2, "all overlapped"), (3, "root asynchronous")]
+MORE_TILES = [
+    (ranks, way)
+    for ranks in (2, 3)
+    for way in scenarios.TILES_WAYS
+    if (ranks, way) not in TILES
+]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("ranks", "way"),
+    [*TILES, *(pytest.param(*more, marks=pytest.mark.long) for more in MORE_TILES)],
+)
+def test_every_crash_state_of_tiles_is_good(ranks, way):
+    """The base was saved by one rank, and one rank restores what several have saved."""
+    scenario = scenarios.saves_of_writers(ranks, way, cut=True)
+    for rank in range(ranks):
+        file = f"/tiles-{rank:05d}.safetensors"
+        own = [op for op in scenario.ops if op.path.endswith(file)]
+        syncs = [number for number, op in enumerate(own) if op.kind == "sync_file"]
+        assert len(syncs) == 3
+        # The header is written last, and then comes the file's only fsync.
+        for number in syncs:
+            assert own[number - 1].kind == "pwrite"
+            assert own[number - 1].offset == 0 < own[number - 2].offset
+    samples = FEW if (ranks, way) in TILES else SAMPLES
+    result = judge_crashes(scenario, SEED, samples=samples)
+    assert not result.bad, str(result)
+    assert result.states >= 150
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("writers", ["node", "all"])
 @pytest.mark.parametrize("way", ["blocking", "asynchronous"])
@@ -102,6 +135,7 @@ def test_crash_while_recovering_from_a_crash():
     firsts += [
         scenarios.saves_of_writers(*writer) for writer in WRITERS if "root" not in writer[1]
     ]
+    firsts += [scenarios.saves_of_writers(*writer, cut=True) for writer in TILES]
     for first in firsts:
         images = list(crash_images(first.base, first.ops, rng, samples=SAMPLES))
         for done, _, image in rng.sample(images, 20 if STRESS else 3):

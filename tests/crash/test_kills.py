@@ -35,6 +35,7 @@ KILLS_AT_CHANGES = 22 * TIMES
 KILLS_AT_COLLECTIVES = 14 * TIMES
 KILLS_AT_ANY_TIME = 20 * TIMES
 KILLS_OF_A_TRAINING = 10 * TIMES
+KILLS_WITH_TILES = 6 * TIMES
 
 VICTIMS = ("0", "1", "2", "all", "mpirun")
 
@@ -55,13 +56,19 @@ def directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "few"), [("change", KILLS_AT_CHANGES), ("collective", KILLS_AT_COLLECTIVES)]
+    ("kind", "what", "few"),
+    [
+        ("change", "whole", KILLS_AT_CHANGES),
+        ("collective", "whole", KILLS_AT_COLLECTIVES),
+        ("change", "cut", KILLS_WITH_TILES),
+        ("collective", "cut", KILLS_WITH_TILES),
+    ],
 )
-def test_kill_at_every(kind, few, directory):
+def test_kill_at_every(kind, what, few, directory):
     """Every job is the restart of the one killed before; ranks come and go."""
     rng = random.Random(SEED)
     for saves in ("3", "2"):
-        outcome = run_job(2, [PROGRAM, str(directory), saves])
+        outcome = run_job(2, [PROGRAM, str(directory), saves, what])
         assert outcome.code == 0, outcome.text
     number = last_line(directory / f"{kind}s")
     assert number > 30  # restore, a save that prunes, another one
@@ -70,12 +77,12 @@ def test_kill_at_every(kind, few, directory):
     for count, planned in enumerate(kills if STRESS else spread(kills, few, rng)):
         # Two, three and four by turns, or who is to be killed is not there.
         least = 3 if planned[-1] == "2" else 2
-        hits += kill_at(directory, kind, planned, ranks=max(2 + count % 3, least))
+        hits += kill_at(directory, kind, what, planned, ranks=max(2 + count % 3, least))
         COUNTS[f"kills at a {kind}"] += 1
     # How a job saves depends on what was acked, and so does how much it does; and the last
     # thing that it does may be too late to be noticed.
     assert hits > few // 2
-    outcome = run_job(4, [PROGRAM, str(directory), "1"])
+    outcome = run_job(4, [PROGRAM, str(directory), "1", what])
     assert outcome.code == 0, outcome.text
     assert last_line(directory / "acked") >= 6
 
@@ -87,11 +94,11 @@ def spread(items, few, rng):
     return rng.sample(drawn, few)
 
 
-def kill_at(directory, kind, planned, ranks):
+def kill_at(directory, kind, what, planned, ranks):
     """Run a job that is killed at a moment; tell whether it was."""
     acked = last_line(directory / "acked")
     env = {"MPI_CKPT_TEST_KILL": " ".join(map(str, (kind, *planned)))}
-    outcome = run_job(ranks, [PROGRAM, str(directory), "2"], env=env)
+    outcome = run_job(ranks, [PROGRAM, str(directory), "2", what], env=env)
     # A killed mpirun is gone before its ranks are.
     running = [int(pid) for pid in (directory / "pids").read_text().split()]
     assert wait_for(lambda: not alive(running), 60), f"{kill}: {alive(running)} live on"
@@ -111,12 +118,15 @@ def wait_for_saves(directory, least):
     return wait_for(there, 120)
 
 
-def test_kills_at_any_time_never_lose_an_acknowledged_save(directory):
+@pytest.mark.parametrize(
+    ("what", "few"), [("whole", KILLS_AT_ANY_TIME), ("cut", KILLS_WITH_TILES)]
+)
+def test_kills_at_any_time_never_lose_an_acknowledged_save(what, few, directory):
     rng = random.Random(SEED)
-    for count in range(200 if STRESS else KILLS_AT_ANY_TIME):
+    for count in range(200 if STRESS else few):
         acked = last_line(directory / "acked")
         ranks = rng.randint(1, 4)
-        job = start_job(ranks, [PROGRAM, str(directory), "0"])
+        job = start_job(ranks, [PROGRAM, str(directory), "0", what])
         everybody, whom = [], "nobody"
         try:
             # After this many saves at least; the first kill may come before any.
@@ -136,11 +146,11 @@ def test_kills_at_any_time_never_lose_an_acknowledged_save(directory):
         forget_survivors(directory)
         fail_on_problem(directory)
         COUNTS["kills at any time"] += 1
-    outcome = run_job(2, [PROGRAM, str(directory), "1"])
+    outcome = run_job(2, [PROGRAM, str(directory), "1", what])
     assert outcome.code == 0, outcome.text
     restored = [line.split() for line in (directory / "restored").read_text().splitlines()]
     assert len({size for _, size in restored}) > 1
-    assert int(restored[-1][0]) >= KILLS_AT_ANY_TIME - 1
+    assert int(restored[-1][0]) >= few - 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from mpi4py import MPI
 
-from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options, State
+from mpi_ckpt import (
+    ArrayState,
+    Block,
+    CheckpointManager,
+    ConcatState,
+    KeepLast,
+    Options,
+    ShardedArrayState,
+    State,
+)
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.leaf import Gate
 from mpi_ckpt.state import Arrival, Capture, Structure
@@ -32,6 +41,7 @@ STATES = ("arrays", "plain")
 
 _PLAIN_BYTES = 5000
 _WIDTH = 2500  # 20 kB: five 4 KiB pieces to be torn
+_FIELD = (6, 1000)  # 16 kB on each of three ranks
 
 
 class Plain(State):
@@ -112,10 +122,51 @@ def pretend_hosts(comm: MPI.Intracomm) -> int:
     return per_host
 
 
-class Training:
-    """The two states of the training and their manager, by default a job of one rank.
+class Tiles:
+    """State that is cut over the ranks: rows of a field, and numbered rows.
 
-    With ``overlap`` an asynchronous save copies the arrays late.
+    Args:
+        comm: The communicator of the job.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._rank, self._size = comm.rank, comm.size
+        self._mine = np.zeros_like(self._field_at(0))
+        block = Block(self._mine, shape=_FIELD, offset=(self._share(_FIELD[0])[0], 0))
+        self._rows = ConcatState("rows", self._rows_at(0))
+        self.states = [ShardedArrayState("field", {"x": block}), self._rows]
+
+    def move(self, step: int) -> None:
+        self._mine[:] = self._field_at(step)
+        self._rows.arrays = self._rows_at(step)
+
+    def problem(self, step: int) -> str | None:
+        """Return the name of an array that is not that of a step."""
+        if not np.array_equal(self._mine, self._field_at(step)):
+            return "field/x"
+        for name, expected in self._rows_at(step).items():
+            if not np.array_equal(self._rows.arrays[name], expected):
+                return f"rows/{name}"
+        return None
+
+    def _share(self, count: int) -> tuple[int, int]:
+        return count * self._rank // self._size, count * (self._rank + 1) // self._size
+
+    def _field_at(self, step: int) -> np.ndarray:
+        first, end = self._share(_FIELD[0])
+        return np.random.default_rng(step + 3).random(_FIELD)[first:end]
+
+    def _rows_at(self, step: int) -> dict[str, np.ndarray]:
+        # Another number at each step, and of each rank.
+        numbers = np.arange(step % 7, 60 + step % 7)[slice(*self._share(60))]
+        return {"number": numbers, "place": np.stack([numbers + step, numbers - step], 1)}
+
+
+class Training:
+    """The states of the training and their manager, by default a job of one rank.
+
+    With ``overlap`` an asynchronous save copies the arrays late; with ``cut`` there is
+    state that is cut over the ranks, of the same steps as the arrays.
     """
 
     def __init__(
@@ -125,14 +176,20 @@ class Training:
         keep: int = 3,
         comm: Any = None,
         overlap: bool = False,
+        cut: bool = False,
         **options: Any,
     ) -> None:
+        comm = MPI.COMM_SELF if comm is None else comm
         self.arrays = Arrays("arrays", arrays_at(0), overlap=overlap)
         self.plain = Plain()
+        self.tiles = Tiles(comm) if cut else None
+        states: list[State] = [self.arrays, self.plain]
+        if self.tiles is not None:
+            states += self.tiles.states
         self.manager = CheckpointManager(
             root,
-            [self.arrays, self.plain],
-            comm=MPI.COMM_SELF if comm is None else comm,
+            states,
+            comm=comm,
             options=Options(retention=KeepLast(keep), preemption_signals=(), **options),
         )
 
@@ -148,6 +205,8 @@ class Training:
             self.arrays.wait()
             for name, array in arrays_at(step).items():
                 self.arrays.arrays[name][:] = array
+            if self.tiles is not None:
+                self.tiles.move(step)
         if "plain" in moved:
             self.plain.value = plain_at(step)
 
@@ -172,6 +231,9 @@ class Training:
         for name, expected in arrays_at(number).items():
             if not np.array_equal(arrays[name], expected):
                 raise ValueError(f"the array {name} is no saved one")
+        problem = None if self.tiles is None else self.tiles.problem(number)
+        if problem is not None:
+            raise ValueError(f"the array {problem} is not the one saved with the others")
         plain = int.from_bytes(self.plain.value[:4], "big")
         if self.plain.value != plain_at(plain):
             raise ValueError("the plain state is no saved one")
@@ -204,6 +266,7 @@ def judge(
     acked: int,
     *,
     bad: frozenset[str] = frozenset(),
+    cut: bool = False,
     next_step: int = 900,
     gone_on: set[bytes] | None = None,
 ) -> str | None:
@@ -214,6 +277,7 @@ def judge(
         saves: All saves so far, in order, the last ones perhaps never finished.
         acked: Index of the last that was acknowledged; -1 for none.
         bad: Names of generations that were damaged on purpose.
+        cut: Whether they hold state that is cut over the ranks.
         next_step: Step of the save that is tried at last.
         gone_on: Digests of what recoveries have left, and from which a save was good: from
             an equal one none is tried again. Most crash states are soon the same.
@@ -230,7 +294,7 @@ def judge(
                     verify(reader)
             except CheckpointError as error:
                 return f"TORN {error}"
-    with Training(root) as training:
+    with Training(root, cut=cut) as training:
         try:
             found = training.restore()
         except CheckpointError as error:

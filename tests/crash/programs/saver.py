@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Restores, then saves step after step, to be killed while it does.
 
-Arguments: a directory for everything, number of saves (0: for ever).
+Arguments: a directory for everything, number of saves (0: for ever), "cut" if there is
+state that is cut over the ranks.
 MPI_CKPT_TEST_KILL: ``change N MOMENT WHOM``: before, inside or after root's Nth change of
 the file system a rank, ``all`` or ``mpirun`` is killed; ``collective N MOMENT WHOM``: the
 same before, inside or after the Nth part in a collective of that rank, or else of root;
@@ -72,7 +73,7 @@ def victims(whom: str, pids: list[int]) -> list[int]:
     return sorted(chosen, key=lambda pid: pid == os.getpid())
 
 
-def run(directory: Path, saves: int, comm) -> None:
+def run(directory: Path, saves: int, comm, *, cut: bool) -> None:
     changes, collectives = stand_ins(directory, comm)
     is_root = comm.rank == 0
     for path in shared_memory(os.getpid()):  # MPI's, which a killed rank cannot remove
@@ -81,13 +82,14 @@ def run(directory: Path, saves: int, comm) -> None:
     options = {
         "keep": 2,
         "comm": collectives.watch(comm),
+        "cut": cut,
         "deadline_seconds": 50,
         "asynchronous": acked % 2 == 1,  # now and then, the same on every rank
         "overlap": acked % 4 == 3,
         "writers": "all" if acked % 5 > 2 else "root",
         "io": IO(reuse=acked % 3 > 0, readers="all" if acked % 7 > 3 else "root"),
     }
-    may_touch = is_root or "all" in (options["writers"], options["io"].readers)
+    may_touch = is_root or cut or "all" in (options["writers"], options["io"].readers)
     with contextlib.ExitStack() as stack:
         stack.enter_context(in_place_of_os(changes if may_touch else Untouched()))
         stack.enter_context(collectives)
@@ -113,6 +115,8 @@ def save_on(directory: Path, training: Training, saves: int, acked: int) -> None
         done += 1
         if is_root or step % 3:
             training.move(step)  # if not, the sync sends what root has
+        elif training.tiles is not None:
+            training.tiles.move(step)  # what only this rank has
         pending = training.manager.save(step)
         training.move(step + 100)  # what is to be saved does not change any more
         pending.wait()
@@ -124,7 +128,7 @@ def main() -> None:
     directory, comm = Path(sys.argv[1]), MPI.COMM_WORLD
     try:
         with quiet():
-            run(directory, int(sys.argv[2]), comm)
+            run(directory, int(sys.argv[2]), comm, cut="cut" in sys.argv[3:])
     except BaseException:
         note(directory / "problem", f"rank {comm.rank}: {traceback.format_exc()}")
         raise
