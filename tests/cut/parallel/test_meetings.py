@@ -8,6 +8,7 @@ from tests.programs.meetings import counted_meetings
 from tests.ranks import manager
 
 COMPARING = "comparing how leaves are cut over the ranks"
+MOST = 13
 # What comes to the meetings of a save of leaves that all ranks have, by several writers.
 ADDED = [COMPARING, "joining a generation", "publishing", "publishing"]
 
@@ -59,6 +60,7 @@ def test_a_save_of_unchanged_boxes_meets_hardly_more_often_than_any(peers, share
         ours.save()
         cut = meetings_of(ours.save)
     assert sorted(without(cut, ADDED)) == sorted(shared)
+    assert len(cut) <= MOST
 
 
 def test_a_restore_of_cut_state_meets_once_a_turn(peers, shared_path):
