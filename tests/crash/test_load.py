@@ -22,8 +22,9 @@ def soak(ranks, directory, *more):
     return run_job(ranks, [*command, "--growth", "0.2", *more], timeout=800)
 
 
-def test_nothing_is_lost_or_left_by_many_saves_under_faults(tmp_path):
-    outcome = soak(2, tmp_path)
+@pytest.mark.parametrize("more", [[], ["--cut"]], ids=["whole", "cut"])
+def test_nothing_is_lost_or_left_by_many_saves_under_faults(tmp_path, more):
+    outcome = soak(2, tmp_path, *more)
     assert outcome.code == 0, outcome.text
     report = json.loads(outcome.out)
     assert report["wrong"] == []

@@ -26,7 +26,17 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpi_ckpt import IO, ArrayState, CheckpointManager, KeepLast, ObjectState, Options
+from mpi_ckpt import (
+    IO,
+    ArrayState,
+    Block,
+    CheckpointManager,
+    ConcatState,
+    KeepLast,
+    ObjectState,
+    Options,
+    ShardedArrayState,
+)
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.storage.format.layout import generation_number, is_partial_name
 from tests.crash.faults import CALLS, ERRNOS, Fault, Faulty, quiet
@@ -148,6 +158,43 @@ class Contents:
         return self.count.value == step
 
 
+class CutContents(Contents):
+    """The same beside a fifth array, of which each rank has a part, and numbered rows."""
+
+    def __init__(self, nbytes: int, comm: MPI.Intracomm) -> None:
+        super().__init__(nbytes)
+        count = len(self._base)
+        self._rank, self._size = comm.rank, comm.size
+        self._mine = self._base[slice(*self._share(count))].copy()
+        first = self._share(count)[0]
+        block = Block(self._mine, shape=(count,), offset=(first,))
+        self._rows = ConcatState("rows", self._rows_at(0))
+        self.states += [ShardedArrayState("field", {"x": block}), self._rows]
+
+    def move(self, step: int) -> None:
+        super().move(step)
+        np.add(self._base[slice(*self._share(len(self._base)))], step, out=self._mine)
+        self._rows.arrays = self._rows_at(step)
+
+    def holds(self, step: int) -> bool:
+        own = self._base[slice(*self._share(len(self._base)))]
+        return (
+            super().holds(step)
+            and bool((self._mine == own + step).all())
+            and all(
+                np.array_equal(self._rows.arrays[name], column)
+                for name, column in self._rows_at(step).items()
+            )
+        )
+
+    def _share(self, count: int) -> tuple[int, int]:
+        return count * self._rank // self._size, count * (self._rank + 1) // self._size
+
+    def _rows_at(self, step: int) -> dict[str, Any]:
+        first, end = self._share(1000 + step % 5)
+        return {"number": np.arange(first, end), "step": np.full(end - first, step)}
+
+
 class Soak:
     """One run; the same on every rank."""
 
@@ -156,7 +203,8 @@ class Soak:
         self.given = given
         self.comm = Counted(comm)
         self.rng = random.Random(given.seed)
-        self.contents = Contents(given.mib << 20)
+        nbytes = given.mib << 20
+        self.contents = CutContents(nbytes, comm) if given.cut else Contents(nbytes)
         self.hardship = Hardship(root, given.delay)
         self.acked = 0
         self.seconds: list[float] = []
@@ -227,7 +275,7 @@ class Soak:
         self.resident.append(resident_bytes())
 
     def _prepare(self, step: int, options: dict[str, Any]) -> None:
-        writers = self.comm.size if "writers" in options else 1
+        writers = self.comm.size if "writers" in options or self.given.cut else 1
         fault = Fault(
             self.rng.choice(SURE), self.rng.randint(1, 3), self.rng.choice(ERRNOS)
         )
@@ -326,6 +374,9 @@ def main() -> None:
         "not judged unless given, as few saves on a busy machine prove nothing",
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--cut", action="store_true", help="also state that is cut over the ranks"
+    )
     given = parser.parse_args()
     soak = Soak(given.directory / "soak", given, MPI.COMM_WORLD)
     start = time.perf_counter()
