@@ -78,7 +78,9 @@ def _acts(cuts: Cuts) -> dict[str, Callable[[], object]]:
         names.SORT_BOXES: partial(np.lexsort, boxes.T),
         names.TABLES: partial(_make_columns, cuts),
         names.PLAN_RESTORE: partial(plan_all, cuts, *tables),
-        names.PLAN_SAVE: partial(join_forms, encoded_forms(cuts), hosts),
+        names.PLAN_SAVE: partial(
+            join_forms, encoded_forms(cuts), hosts, list(range(cuts.writers))
+        ),
     }
 
 

@@ -6,12 +6,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition import tiling
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.decomposition.owners import assign_owners
+from mpi_ckpt.engine.save.assignment import (
+    Assignment,
+    TileNumber,
+    as_box,
+    as_leaf_spec,
+    handing_order,
+)
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import name_ranks
 from mpi_ckpt.leaf import LeafSpec
@@ -21,6 +29,7 @@ from mpi_ckpt.storage.format.tile_table import TileEntry
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from mpi_ckpt.decomposition.tiling import TilingFault
     from mpi_ckpt.engine.sync.captured import CapturedState
 
 _PROBLEMS_MAX = 16
@@ -44,21 +53,6 @@ class CutForm(NamedTuple):
     boxes: tuple[Box, ...]
 
 
-class TileNumber(NamedTuple):
-    """Which of a rank's tiles: the number of its form, and of the tile in it."""
-
-    form: int
-    tile: int
-
-
-def handing_order(entry: TileEntry) -> tuple[str, str, Box]:
-    """Return the key by which both sides sort tiles that are handed over.
-
-    Not collective. Thread-safe.
-    """
-    return entry.state, entry.spec.name, entry.box
-
-
 class Replica(NamedTuple):
     """A tile that one rank has and another, its owner, writes."""
 
@@ -69,58 +63,6 @@ class Replica(NamedTuple):
     tile: TileNumber
     owner: int
     owned: TileNumber
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What a rank must know to write its tiles.
-
-    Attributes:
-        owned: The tiles that it writes.
-        compared: Those of its tiles that other ranks have as well.
-        rows: Number of a concatenated form -> all rows, and the first of this rank.
-        writer: The rank that writes them; maybe itself.
-        carried: Rank -> its tiles, if this rank writes those too.
-    """
-
-    owned: tuple[TileNumber, ...]
-    compared: tuple[TileNumber, ...]
-    rows: Mapping[int, tuple[int, int]]
-    writer: int
-    carried: Mapping[int, tuple[TileEntry, ...]]
-
-    def encode(self) -> bytes:
-        """Return the assignment as bytes. Not collective. Thread-safe."""
-        rows = [[form, *counts] for form, counts in self.rows.items()]
-        carried = [
-            [rank, [[one.state, one.spec.to_json(), one.box] for one in entries]]
-            for rank, entries in self.carried.items()
-        ]
-        return json.dumps([self.owned, self.compared, rows, self.writer, carried]).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> Assignment:
-        """Return the assignment that `encode` encoded. Not collective. Thread-safe."""
-        owned, compared, rows, writer, carried = json.loads(data)
-        return cls(
-            tuple([TileNumber(*one) for one in owned]),
-            tuple([TileNumber(*one) for one in compared]),
-            {form: (total, first) for form, total, first in rows},
-            writer,
-            {
-                rank: tuple(
-                    [
-                        TileEntry(state, LeafSpec.from_json(spec), _box(*box))
-                        for state, spec, box in entries
-                    ]
-                )
-                for rank, entries in carried
-            },
-        )
-
-
-def _box(offset: Sequence[int], shape: Sequence[int]) -> Box:
-    return Box(tuple(offset), tuple(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +102,10 @@ def _decode_forms(data: bytes) -> list[CutForm]:
     return [
         CutForm(
             state,
-            LeafSpec.from_json(spec),
+            as_leaf_spec(*spec),
             is_concatenated,
             is_compared,
-            tuple([_box(*box) for box in boxes]),
+            tuple([as_box(*box) for box in boxes]),
         )
         for state, spec, is_concatenated, is_compared, boxes in json.loads(data)
     ]
@@ -242,12 +184,18 @@ def _place(parts: list[_Part], size: int, hosts: Sequence[str]) -> _PlacedLeaf:
         return _concatenate(parts, size, hosts)
     boxes = [part.form.boxes for part in parts]
     ranks = [part.rank for part in parts for _ in part.form.boxes]
-    fault = tiling.fault(first.spec.shape, [box for of_rank in boxes for box in of_rank])
+    fault = _fault(first.spec.shape, tuple([box for one in boxes for box in one]))
     if fault is not None:
         concerned = sorted({ranks[number] for number in fault.boxes})
         where = f" ({name_ranks(concerned, hosts)})" if concerned else ""
         raise ValueError(f"{fault.text}{where}; the whole has shape {first.spec.shape}")
     return _PlacedLeaf(first.state, first.spec, parts, boxes)
+
+
+@lru_cache(maxsize=64)
+def _fault(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> TilingFault | None:
+    # A model has many leaves, and few ways in which these are cut.
+    return tiling.fault(shape, boxes)
 
 
 def _kind(form: CutForm) -> tuple[object, ...]:
@@ -305,13 +253,14 @@ def _assign(placed: Sequence[_PlacedLeaf], writers: Sequence[int]) -> JoinedForm
             replicas.append(Replica(leaf.state, name, box, rank, mine, owner, theirs))
             compared[rank].add(mine)
             compared[owner].add(theirs)
-    entries = [
-        [
+    entries = {
+        rank: [
             TileEntry(placed[leaf].state, placed[leaf].spec, box)
             for leaf, box in [tiles[rank][number] for number in owned]
         ]
         for rank, owned in enumerate(owners.owned)
-    ]
+        if writers[rank] != rank
+    }
     assignments = [
         Assignment(
             tuple([indices[rank][number] for number in owned]),

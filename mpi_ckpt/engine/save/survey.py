@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_bytes
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.digest import DIGEST_BYTES, Digest
-from mpi_ckpt.engine.save.cut_forms import (
-    Assignment,
-    JoinedForms,
-    TileNumber,
-    encode_forms,
-    join_forms,
-)
+from mpi_ckpt.engine.save.assignment import Assignment, TileNumber
+from mpi_ckpt.engine.save.cut_forms import JoinedForms, encode_forms, join_forms
 from mpi_ckpt.engine.save.own_tiles import CapturedTiles
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.errors import DivergedError, SaveError, StageError
