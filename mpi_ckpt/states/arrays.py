@@ -110,7 +110,8 @@ class ArrayBuffer:
 
     def part(self, index: tuple[slice, ...]) -> ArrayBuffer:
         """Return a box of the array, as `TileBuffer` says."""
-        return ArrayBuffer(self._array[index])
+        # An array without dimensions, indexed by nothing, would give a number.
+        return ArrayBuffer(self._array[index] if index else self._array)
 
     def host_bytes(self) -> NDArray[np.uint8] | None:
         """Return the live bytes of each element, as `TileBuffer` says."""

@@ -220,8 +220,7 @@ class _Trader:
         target, memory = self._targets[number], self._memories[number]
         with concerning(target.name):
             if memory is None:
-                part = target.buffer.part(_index(goal, row, target.shape))
-                part.write(np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data)
+                _write_part(target, goal, row, elements)
                 return
             live = memory
             if elements.itemsize == memory.shape[-1]:
@@ -243,9 +242,22 @@ def _slices(goal: Regions, row: int) -> tuple[slice, ...]:
     return tuple(slice(s, s + n) for s, n in zip(starts, lengths, strict=True))
 
 
-def _index(goal: Regions, row: int, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Return the place of a fragment in a tile, without the plan's dimensions of 1."""
-    first = goal.outer.shape[1] - len(shape)
-    if tuple(goal.outer[row, first:].tolist()) != shape:
-        first -= 1  # the last dimension is of bytes, for the sake of other leaves
-    return _slices(goal, row)[first : first + len(shape)]
+def _write_part(
+    target: TradedTile, goal: Regions, row: int, elements: NDArray[Any]
+) -> None:
+    """Put a fragment into memory whose elements have no live bytes in file order."""
+    slices, outer = _slices(goal, row), goal.outer[row].tolist()
+    data = np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
+    if elements.itemsize == target.itemsize:
+        first = len(outer) - len(target.shape)
+        if tuple(outer[first:]) != target.shape:
+            first -= 1  # the plan's last dimension, of length 1, is of other leaves' bytes
+        part = target.buffer.part(slices[first : first + len(target.shape)])
+    else:
+        # The plan's last dimension is of bytes: a digest block may end within an element.
+        *inner, within = slices[len(outer) - len(target.shape) - 1 :]
+        part = target.buffer.part(tuple(inner))
+        whole = np.frombuffer(part.read(), np.uint8).reshape(-1, target.itemsize).copy()
+        whole[:, within] = data.reshape(len(whole), -1)
+        data = whole.reshape(-1)
+    part.write(data.data)

@@ -145,11 +145,15 @@ def tiles_here(match: StateMatch, traded: Sequence[LeafIndex]) -> list[TradedTil
             continue
         spec = matched.saved.leaves[at]
         name = f"state {matched.saved.name!r}, leaf {spec.name!r}"
+        width = dtypes.element_bytes(spec.dtype)
         if leaf.tiles is None:
             # The states' leaves are arrays or tensors, of which boxes can be taken.
-            tiles.append(TradedTile(name, spec.shape, cast("TileBuffer", leaf.buffer)))
+            buffer = cast("TileBuffer", leaf.buffer)
+            tiles.append(TradedTile(name, spec.shape, width, buffer))
         else:
-            tiles += [TradedTile(name, tile.box.shape, tile.buffer) for tile in leaf.tiles]
+            tiles += [
+                TradedTile(name, tile.box.shape, width, tile.buffer) for tile in leaf.tiles
+            ]
     return tiles
 
 
@@ -209,8 +213,16 @@ def _stored_tiles(
 
 
 class TradedTile(NamedTuple):
-    """A tile that this rank receives: its leaf's name, its shape, and its memory."""
+    """A tile that this rank receives.
+
+    Attributes:
+        name: Names its state and leaf, for errors.
+        shape: Its shape.
+        itemsize: Bytes of an element.
+        buffer: Its memory.
+    """
 
     name: str
     shape: tuple[int, ...]
+    itemsize: int
     buffer: TileBuffer
