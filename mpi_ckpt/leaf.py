@@ -38,12 +38,14 @@ class LeafSpec:
         name: Unique within its state.
         dtype: Element type, a name of `mpi_ckpt.dtypes`.
         shape: Shape in elements; ``()`` is a scalar.
+        is_cut: Of a saved leaf: whether it was saved cut over the ranks. Not compared.
         nbytes: Size in bytes.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    is_cut: bool = field(default=False, repr=False, compare=False)
     nbytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -57,10 +59,10 @@ class LeafSpec:
         return [self.name, self.dtype, self.shape]
 
     @classmethod
-    def from_json(cls, values: Sequence[Any]) -> LeafSpec:
+    def from_json(cls, values: Sequence[Any], *, is_cut: bool = False) -> LeafSpec:
         """Return the spec that `to_json` encoded. Not collective. Thread-safe."""
         name, dtype, shape = values
-        return cls(name, dtype, tuple(shape))
+        return cls(name, dtype, tuple(shape), is_cut)
 
 
 class Form:

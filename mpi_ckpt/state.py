@@ -220,7 +220,8 @@ class LeafState(State):
             specs: The saved leaves, in this order; of cut leaves the whole shape.
             strict: Whether a leaf that only one side has is a mismatch; if not, it is left
                 out and named, if the state works without it. A leaf of another dtype or
-                shape is always a mismatch.
+                shape is always a mismatch. A leaf that was saved cut may be on other ranks:
+                that this one lacks it is none.
 
         Raises:
             StateMismatchError: On every rank, with every leaf that does not fit.

@@ -184,7 +184,7 @@ def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
         tuple([leaf.spec for leaf in stored.leaves]),
         tuple([leaf.extent for leaf in stored.leaves]),
         is_stream=stored.is_stream,
-        cut=tuple([leaf.spec for leaf in stored.cut]),
+        cut=tuple([replace(leaf.spec, is_cut=True) for leaf in stored.cut]),
     )
 
 
@@ -210,5 +210,5 @@ def _decode_state(
         extents,
         parts,
         is_stream,
-        tuple([LeafSpec.from_json(spec) for spec in cut]),
+        tuple([LeafSpec.from_json(spec, is_cut=True) for spec in cut]),
     )

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import StageError, StateMismatchError
+from mpi_ckpt.leaf import Tile
 from mpi_ckpt.states.array_dtypes import LITTLE, unnamed_part
 from mpi_ckpt.states.arrays import array_leaf, empty_array
 from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
+from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
     from types import ModuleType
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import Leaf, LeafSpec, TileBuffer
 
 _NUMPY = (np.ndarray, np.generic)
 
@@ -82,6 +85,20 @@ def memory_leaf(name: str, value: Any) -> Leaf:  # noqa: ANN401
         leaf: Leaf = _tensors().tensor_leaf(name, value)
         return leaf
     return array_leaf(name, value)
+
+
+def single_tile(leaf: Leaf) -> Leaf:
+    """Return a leaf that other ranks may lack as a cut leaf: this rank has all of it.
+
+    Not collective.
+
+    Args:
+        leaf: A leaf of an array or tensor; one that is cut already is returned as it is.
+    """
+    if leaf.tiles is not None:
+        return leaf
+    whole = Box.whole(leaf.spec.shape)
+    return cut_leaf(leaf.spec, [Tile(whole, cast("TileBuffer", leaf.buffer))], leaf.gate)
 
 
 def part_of(value: Any, place: Sequence[slice]) -> Any:  # noqa: ANN401

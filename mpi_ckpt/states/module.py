@@ -289,6 +289,10 @@ def _absent(saved: _Saved, live: ModuleContents) -> dict[str, str]:
     """Return the leaves that only one side has: names, and the problem of each."""
     specs = {spec.name: spec for spec in saved.tensors}
     known = {*live.leaves, *live.ties, *live.lazy}
+    # Other ranks may have a leaf that was cut, as stages of a pipeline do: that no rank has
+    # it is found when the ranks meet.
+    known |= {spec.name for spec in saved.tensors if spec.is_cut}
+    known |= {name for name, source in saved.ties.items() if specs[source].is_cut}
     absent: dict[str, str] = {
         name: f"{specs.get(name, name)} is saved, the program has no such parameter"
         for name in (*specs, *saved.ties)

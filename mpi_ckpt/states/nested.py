@@ -63,8 +63,7 @@ class NestedState(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        flattened = flatten(self.nested())
-        return Capture(flattened.structure, tuple(flattened.leaves.values()))
+        return capture_value(self.nested())
 
     def prepare(
         self,
@@ -104,6 +103,12 @@ class NestedState(LeafState):
             lambda: self.accept(unflatten(structure, arriving)),
             elsewhere=lambda index: make(specs[index]),
         )
+
+
+def capture_value(value: Any) -> Capture:  # noqa: ANN401 (any nested value)
+    """Return the contents of a nested value, by reference. Not collective."""
+    flattened = flatten(value)
+    return Capture(flattened.structure, tuple(flattened.leaves.values()))
 
 
 def _is_alike(live: dict[str, Any], saved: dict[str, Any]) -> bool:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.state import Arrival, Capture, Change
-from mpi_ckpt.states.nested import NestedState, is_stateful
+from mpi_ckpt.states.nested import NestedState, capture_value, is_stateful
 from mpi_ckpt.states.optimizer_params import (
     OWNED,
     STATE,
@@ -15,6 +17,7 @@ from mpi_ckpt.states.optimizer_params import (
     describe_params,
     with_entries,
 )
+from mpi_ckpt.states.stages import is_stage, named_contents, named_leaves
 from mpi_ckpt.states.wrappers import is_dtensor, parameter_names
 from mpi_ckpt.states.zero import OwnedState, is_dealt_out
 
@@ -23,8 +26,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
+    from mpi_ckpt.states.optimizer_params import Names, Shapes
 
 __all__ = ["OptimizerState", "is_optimizer"]
 
@@ -36,7 +41,8 @@ class OptimizerState(NestedState):
     0-dim steps, entries that are not tensors. State that the optimizer has is restored in
     place; state that it lacks is made from the saved one: ``step()`` is never called, so no
     parameter and no gradient changes. Of a ZeroRedundancyOptimizer each rank saves and
-    restores the state of the parameters that it owns.
+    restores the state of the parameters that it owns. In a stage of a pipeline, whose
+    parameters are DTensors of the stage's ranks, it is that of the stage's parameters.
 
     A parameter gets the saved state of the parameter of its name. Names are those of
     ``module``, else those that the optimizer was given (``Adam(model.named_parameters())``,
@@ -79,13 +85,23 @@ class OptimizerState(NestedState):
                 "no optimizer of its own before it has stepped; make it without"
             )
         self._module = module
+        self._size = 1
         self.gate: Gate | None = None
         """Passed by ``step()`` before it changes anything; see `Leaf`."""
 
+    def bind(self, comm: Communicator) -> None:
+        """See `LeafState`. Not collective."""
+        self._size = comm.size
+
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        captured = super().capture()
-        own = self._owned.leaves() if self._owned else []
+        if self._is_stage:
+            captured = capture_value(named_contents(self.nested()))
+            groups, state = self._optimizer.param_groups, self._optimizer.state
+            own = named_leaves(groups, self._described()[1], state)
+        else:
+            captured = super().capture()
+            own = self._owned.leaves() if self._owned else []
         # Not the groups: the scheduler may change a rate that is a tensor.
         leaves = [
             leaf.behind(self.gate) if leaf.spec.name.startswith(STATE) else leaf
@@ -100,11 +116,14 @@ class OptimizerState(NestedState):
         whole = with_entries(structure, [spec.name for spec in specs])
         saved = SavedParams(self.name, whole)
         saved.require_class(self._class_name)
-        order = saved.order_for(self._described())
+        order = saved.order_for(self._described(), is_stage=self._is_stage)
         moved, renamed = saved.reordered(order, specs)
+        here = [spec for spec in renamed if spec is not None]
         if self._owned:
-            return self._prepare_owned(self._owned, moved, renamed, strict=strict)
-        return super().prepare(moved, renamed, strict=strict)
+            arrival = self._prepare_owned(self._owned, moved, here, strict=strict)
+        else:
+            arrival = super().prepare(moved, here, strict=strict)
+        return arrival if len(here) == len(specs) else _spread(arrival, renamed)
 
     def _prepare_owned(
         self,
@@ -242,6 +261,10 @@ class OptimizerState(NestedState):
         return self._owned.groups() if self._owned else dict(self._optimizer.state_dict())
 
     @property
+    def _is_stage(self) -> bool:
+        return not self._owned and is_stage(self._params(), self._size)
+
+    @property
     def _class_name(self) -> str:
         return self._owned.class_name if self._owned else type(self._optimizer).__name__
 
@@ -263,9 +286,22 @@ class OptimizerState(NestedState):
     def _params(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _described(self) -> tuple[list[list[list[int]]], list[list[str | None]]]:
+    def _described(self) -> tuple[Shapes, Names]:
         known = {} if self._module is None else parameter_names(self._module)
         return describe_params(self._optimizer.param_groups, known)
+
+
+def _spread(arrival: Arrival, specs: Sequence[LeafSpec | None]) -> Arrival:
+    """Return an arrival of some leaves as one of all: None stands for the others."""
+    numbers = count()
+    places = [None if spec is None else next(numbers) for spec in specs]
+
+    def elsewhere(index: int) -> Leaf | None:
+        place = places[index]
+        return None if place is None else arrival.elsewhere(place)
+
+    leaves = [None if place is None else arrival.leaves[place] for place in places]
+    return replace(arrival, leaves=leaves, elsewhere=elsewhere)
 
 
 def _listed(rates: list[float]) -> str:

@@ -25,6 +25,15 @@ STATE = "content/state/"
 OWNED = "owned"
 """Key of a structure without the entries of parameters, which only their owners knew."""
 
+BY_NAME = "by_name"
+"""Key of such a structure, if the names of leaves have group and name of a parameter."""
+
+NAMELESS = (
+    "parameters that only some ranks have are found by name, and some here have none, or "
+    "share it: take a TrainState, which knows their names, or give the optimizer "
+    "model.named_parameters()"
+)
+
 _OWNED_KEYS = {OWNED, "class", "content", "params", "names"}
 
 
@@ -66,14 +75,64 @@ def with_entries(structure: Structure, leaves: Iterable[str]) -> Structure:
         return structure
     if not isinstance(structure["content"], dict):
         return structure
-    entries: dict[int, dict[str, Any]] = {}
+    by_name = BY_NAME in structure
+    entries: dict[str, dict[str, Any]] = {}
     for name in leaves:
-        index, _, key = name.removeprefix(STATE).partition("/")
-        if name.startswith(STATE) and index.isdecimal():
-            entries.setdefault(int(index), {})[key] = {"~": "tensor", "leaf": name}
+        owner, key = _owner_and_key(name, by_name=by_name)
+        if owner:
+            entries.setdefault(owner, {})[key] = {"~": "tensor", "leaf": name}
     plain = {key: value for key, value in structure.items() if key != OWNED}
-    state = {"~": "dict", "items": [[i, entries[i]] for i in sorted(entries)]}
+    if by_name:
+        return _numbered(plain, entries)
+    numbers = sorted(int(owner) for owner in entries)
+    state = {"~": "dict", "items": [[number, entries[str(number)]] for number in numbers]}
     return {**plain, "content": {**plain["content"], "state": state}}
+
+
+def _owner_and_key(leaf: str, *, by_name: bool) -> tuple[str, str]:
+    """Return what a leaf's name says of its parameter, and its key; empty for others."""
+    if not leaf.startswith(STATE):
+        return "", ""
+    rest = leaf[len(STATE) :]
+    # Names of parameters may have a slash, keys have none where there are names.
+    owner, _, key = rest.rpartition("/") if by_name else rest.partition("/")
+    group = owner.partition("/")[0]
+    return (owner, key) if group.isdecimal() else ("", "")
+
+
+def _numbered(
+    structure: dict[str, Any], entries: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a structure whose parameters, those with state, are counted group by group.
+
+    One of another form is returned as it is, and fits no program.
+    """
+    content = structure["content"]
+    saved = content.get("param_groups")
+    if not isinstance(saved, list) or not all(isinstance(group, dict) for group in saved):
+        return structure
+    names: list[list[str]] = [[] for _ in saved]
+    for owner in entries:
+        group, _, name = owner.partition("/")
+        if int(group) >= len(names):
+            return structure
+        names[int(group)].append(name)
+    items: list[list[Any]] = []
+    groups: list[dict[str, Any]] = []
+    for number, of_group in enumerate(names):
+        first = len(items)
+        items += [
+            [first + at, entries[f"{number}/{name}"]] for at, name in enumerate(of_group)
+        ]
+        params = list(range(first, len(items)))
+        groups.append({**saved[number], "params": params})
+    state = {"~": "dict", "items": items}
+    return {
+        **structure,
+        "content": {**content, "state": state, "param_groups": groups},
+        "params": [[None] * len(of_group) for of_group in names],
+        "names": names,
+    }
 
 
 def entries_of(structure: Structure) -> list[list[Any]]:
@@ -104,8 +163,10 @@ class SavedParams:
     def __init__(self, state: str, structure: Structure) -> None:
         self._state = state
         self._structure = structure
+        self._by_name = isinstance(structure, dict) and BY_NAME in structure
         try:
-            self._shapes: Shapes = structure["params"]
+            # None where only the names of leaves say which parameters there are.
+            self._shapes: list[list[list[int] | None]] = structure["params"]
             names: Names = structure.get("names") or [[None] * len(g) for g in self._shapes]
             self._names = names
             self._entries = entries_of(structure)
@@ -133,11 +194,17 @@ class SavedParams:
             )
             raise_mismatch(self._state, [problem])
 
-    def order_for(self, live: tuple[Shapes, Names]) -> list[int]:
+    def order_for(
+        self, live: tuple[Shapes, Names], *, is_stage: bool = False
+    ) -> list[int | None]:
         """Return for each saved parameter its place in the program.
 
         Args:
             live: Shapes and names of the program's parameters.
+            is_stage: Whether other ranks may have parameters that this one lacks.
+
+        Returns:
+            The places; None for a parameter that this rank lacks.
 
         Raises:
             StateMismatchError: On the calling rank, with all mismatches.
@@ -149,14 +216,18 @@ class SavedParams:
                 f"{len(self._shapes)} parameter groups are saved, the program has "
                 f"{len(shapes)}"
             )
-        order: list[int] = []
+        order: list[int | None] = []
         start = 0
         for group, (saved, ours) in enumerate(zip(self._shapes, shapes, strict=False)):
-            places = self._places(group, names[group], len(ours), problems)
-            order += [start + place for place in places]
+            places = self._places(
+                group, names[group], len(ours), problems, is_stage=is_stage
+            )
+            order += [None if place is None else start + place for place in places]
             start += len(ours)
             for i, (place, shape) in enumerate(zip(places, saved, strict=False)):
-                if place < len(ours) and shape != ours[place]:
+                if shape is None or place is None or place >= len(ours):
+                    continue
+                if shape != ours[place]:
                     problems.append(
                         f"group {group}, parameter {self._names[group][i] or i} is saved "
                         f"with shape {shape}, the program has {ours[place]}"
@@ -165,35 +236,67 @@ class SavedParams:
         return order
 
     def reordered(
-        self, order: Sequence[int], specs: Sequence[LeafSpec]
-    ) -> tuple[Structure, list[LeafSpec]]:
+        self, order: Sequence[int | None], specs: Sequence[LeafSpec]
+    ) -> tuple[Structure, list[LeafSpec | None]]:
         """Return structure and leaves as if saved in the program's order.
 
         Args:
             order: From `order_for`.
             specs: Specs of the leaves.
+
+        Returns:
+            The structure, without parameters that this rank lacks; and the specs, None for
+            leaves of such parameters.
         """
-        if list(order) == list(range(len(order))):
+        if list(order) == list(range(len(order))) and not self._by_name:
             return self._structure, list(specs)
-        places = {str(old): str(new) for old, new in enumerate(order)}
+        places = dict(zip(self._owners(), order, strict=True))
+        names = {spec.name: self._rename(spec.name, places) for spec in specs}
         moved: list[list[Any]] = [
-            [order[key] if type(key) is int else key, _renamed(entry, places)]
+            [order[key] if type(key) is int else key, _renamed(entry, names)]
             for key, entry in self._entries
+            if type(key) is not int or order[key] is not None
         ]
         content = {
             **self._structure["content"],
             "state": {"~": "dict", "items": moved},
         }
-        renamed = [replace(spec, name=_rename(spec.name, places)) for spec in specs]
+        renamed = [
+            None if name is None else replace(spec, name=name)
+            for spec, name in zip(specs, names.values(), strict=True)
+        ]
         return {**self._structure, "content": content}, renamed
 
+    def _owners(self) -> list[str]:
+        """Return for each parameter how the names of its leaves tell it."""
+        if not self._by_name:
+            return [str(number) for number in range(sum(map(len, self._shapes)))]
+        groups = enumerate(self._names)
+        return [f"{number}/{name}" for number, group in groups for name in group]
+
+    def _rename(self, leaf: str, places: Mapping[str, int | None]) -> str | None:
+        """Return the name of a leaf in the program; None if this rank lacks it."""
+        owner, key = _owner_and_key(leaf, by_name=self._by_name)
+        if owner not in places:
+            return leaf
+        place = places[owner]
+        return None if place is None else f"{STATE}{place}/{key}"
+
     def _places(
-        self, group: int, live: Sequence[str | None], count: int, problems: list[str]
-    ) -> list[int]:
+        self,
+        group: int,
+        live: Sequence[str | None],
+        count: int,
+        problems: list[str],
+        *,
+        is_stage: bool,
+    ) -> Sequence[int | None]:
         """Return the places of parameters in their group, by name if all have one."""
         saved = self._names[group]
         named = [*saved, *live]
         if None in named or len({*saved}) < len(saved) or len({*live}) < len(live):
+            if is_stage or self._by_name:
+                problems.append(f"group {group}: {NAMELESS}")
             if len(saved) != count:
                 problems.append(
                     f"group {group} is saved with {len(saved)} parameters, the program "
@@ -201,7 +304,10 @@ class SavedParams:
                 )
             return list(range(len(saved)))
         place_of = {name: place for place, name in enumerate(live)}
-        known = set(saved)
+        if is_stage:
+            return [place_of.get(name) for name in saved]
+        # Parameters without state are not known by name.
+        known = set(live if self._by_name else saved)
         problems += [
             f"group {group}: {name} is saved, the program has no such parameter there"
             for name in saved
@@ -218,19 +324,12 @@ class SavedParams:
         return StateMismatchError(f"state {self._state!r} was not saved from an optimizer")
 
 
-def _renamed(node: Any, places: Mapping[str, str]) -> Any:  # noqa: ANN401 (JSON)
+def _renamed(node: Any, names: Mapping[str, str | None]) -> Any:  # noqa: ANN401 (JSON)
     if isinstance(node, list):
-        return [_renamed(item, places) for item in node]
+        return [_renamed(item, names) for item in node]
     if not isinstance(node, dict):
         return node
-    renamed = {key: _renamed(item, places) for key, item in node.items()}
+    renamed = {key: _renamed(item, names) for key, item in node.items()}
     if "~" in node and isinstance(node.get("leaf"), str):
-        renamed["leaf"] = _rename(node["leaf"], places)
+        renamed["leaf"] = names.get(node["leaf"], node["leaf"])
     return renamed
-
-
-def _rename(leaf: str, places: Mapping[str, str]) -> str:
-    if not leaf.startswith(STATE):
-        return leaf
-    index, slash, rest = leaf[len(STATE) :].partition("/")
-    return f"{STATE}{places.get(index, index)}{slash}{rest}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpi_ckpt.comm import Communicator
     from mpi_ckpt.states.nested import Stateful
 
 __all__ = ["TrainState"]
@@ -84,6 +85,11 @@ class TrainState(LeafState):
             return self._all
         return {key: part for key, part in self._all.items() if key != "scaler"}
 
+    def bind(self, comm: Communicator) -> None:
+        """See `LeafState`. Not collective."""
+        for part in self._all.values():
+            part.bind(comm)
+
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         captured = {key: part.capture() for key, part in self._parts.items()}
@@ -114,7 +120,9 @@ class TrainState(LeafState):
             prefix = f"{key}/"
             ours = [
                 # Not dataclasses.replace, which takes ten times as long.
-                LeafSpec(spec.name.removeprefix(prefix), spec.dtype, spec.shape)
+                LeafSpec(
+                    spec.name.removeprefix(prefix), spec.dtype, spec.shape, spec.is_cut
+                )
                 for spec in specs
                 if spec.name.startswith(prefix)
             ]

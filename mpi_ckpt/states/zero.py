@@ -9,21 +9,24 @@ Here the state of a parameter is a leaf of its owner, which is cut into a single
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaf import Tile
-from mpi_ckpt.states.leaf_values import is_leaf_value, make_value, memory_leaf, takes_bytes
+from mpi_ckpt.states.leaf_values import (
+    is_leaf_value,
+    make_value,
+    memory_leaf,
+    single_tile,
+    takes_bytes,
+)
 from mpi_ckpt.states.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.optimizer_params import STATE, entries_of
 from mpi_ckpt.states.tree import check_structure, leaf_nodes, unflatten
-from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec, TileBuffer
+    from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import Structure
 
 _HOME = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -67,7 +70,7 @@ class OwnedState:
             StageError: On the calling rank, if an entry is no tensor.
         """
         return [
-            _single_tile(memory_leaf(f"{STATE}{index}/{key}", value))
+            single_tile(memory_leaf(f"{STATE}{index}/{key}", value))
             for index, param in self._owned().items()
             for key, value in self._entry(index, param).items()
         ]
@@ -111,7 +114,7 @@ class OwnedState:
                 node = nodes.get(spec.name, {})
                 live, leaf = make_value(spec, node, device_of(spec.name))
             arriving[spec.name] = live
-            leaves.append(_single_tile(leaf))
+            leaves.append(single_tile(leaf))
 
         def take() -> None:
             state = self._inner.state
@@ -150,9 +153,3 @@ class OwnedState:
                     "are saved from a single rank; take the inner optimizer without it"
                 )
         return entry
-
-
-def _single_tile(leaf: Leaf) -> Leaf:
-    """Return a whole leaf of this rank alone as a cut leaf."""
-    spec = leaf.spec
-    return cut_leaf(spec, [Tile(Box.whole(spec.shape), cast("TileBuffer", leaf.buffer))])

@@ -119,6 +119,32 @@ def dealt_out(seed: int, dtype: torch.dtype = torch.float32) -> Training:
     return Training(net, DistributedDataParallel(net), optimizer, data_share())
 
 
+class StageTraining(Training):
+    """Some layers of a network; each is trained by itself, to fold its input."""
+
+    def step(self, number: int) -> None:
+        self.optimizer.zero_grad()
+        for layer in self.net.values():
+            drawn = torch.Generator().manual_seed(number)
+            inputs = torch.rand(SAMPLES, layer.weight.shape[-1], generator=drawn)
+            mine = inputs.tensor_split(self.share[1])[self.share[0]]
+            (layer(mine) ** 2).mean().backward()
+        self.optimizer.step()
+
+
+def stage(seed: int, dtype: torch.dtype = torch.float32) -> Training:
+    """Two stages of a pipeline, each sharded by FSDP2 over half of the ranks."""
+    half = dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (2, half), mesh_dim_names=("stage", "data"))
+    layers = ("0", "1") if mesh["stage"].get_local_rank() == 0 else ("3",)
+    whole = make_net(seed, dtype)
+    net = nn.ModuleDict({name: whole.get_submodule(name) for name in layers})
+    for layer in net.values():
+        fully_shard(layer, mesh=mesh["data"])
+    share = (mesh["data"].get_local_rank(), half)
+    return StageTraining(net, net, adam(net), share)
+
+
 KINDS = {
     "plain": plain,
     "ddp": replicated,
@@ -127,6 +153,7 @@ KINDS = {
     "tp": tensor_parallel,
     "grid": grid,
     "zero": dealt_out,
+    "stage": stage,
 }
 
 
