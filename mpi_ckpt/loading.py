@@ -17,7 +17,7 @@ from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import NotSavedError
 from mpi_ckpt.leaf import LeafSpec, Target
 from mpi_ckpt.states.leaf_values import KIND, make_value
-from mpi_ckpt.states.rebuilding import nodes_of, rebuild
+from mpi_ckpt.states.rebuilding import nodes_of, parts_in, rebuild
 from mpi_ckpt.storage.directory.catalog import Catalog
 from mpi_ckpt.storage.directory.finding import open_chosen, open_newest_there
 from mpi_ckpt.storage.directory.opened import OpenedGeneration
@@ -186,11 +186,13 @@ class LoadedState(Mapping[str, Any]):
         self._stored = stored
         leaves: list[StoredLeaf | CutLeaf] = [*stored.leaves, *stored.cut]
         self._leaves = {leaf.spec.name: leaf for leaf in leaves}
+        parts = parts_in(stored.structure, self._leaves)
+        self._part_of = {name: part for part in parts for name in part.leaves}
         self._nodes = nodes_of(stored.structure, self._leaves)
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 (an array or a tensor)
         leaf = self.lazy(name)
-        return leaf.read(Box.whole(leaf.shape), self._nodes[name])
+        return leaf.read(Box.whole(leaf.shape), self._node_of(name))
 
     def lazy(self, name: str) -> LazyLeaf:
         """Return a leaf to read in parts: ``state.lazy("rho")[2:5, ...]``.
@@ -207,7 +209,7 @@ class LoadedState(Mapping[str, Any]):
         """
         if name not in self._leaves:
             raise _no_such(f"state {self.name!r}", "leaf", name, self._leaves)
-        node = {KIND: self._nodes[name].get(KIND)}
+        node = {KIND: self._node_of(name).get(KIND)}
         return LazyLeaf(self._source, self.name, self._leaves[name], node)
 
     def __contains__(self, name: object) -> bool:
@@ -235,8 +237,9 @@ class LoadedState(Mapping[str, Any]):
 
         Not collective. Reads all leaves. For a module this is its state dict, with tied
         tensors under each of their names; for a `TrainState` a dict of its parts' values;
-        for a plain state its bytes. Nothing is unpickled. A state of unknown form gives its
-        structure and leaves side by side.
+        for a plain state its bytes; for a `PerRankState` the list of the ranks' values.
+        Nothing is unpickled. A state of unknown form gives its structure and leaves side by
+        side.
 
         Raises:
             CorruptGenerationError: On the calling rank, if the bytes are not those saved.
@@ -246,6 +249,15 @@ class LoadedState(Mapping[str, Any]):
         if self._stored.is_stream:
             return values[STREAM].tobytes()
         return rebuild(self.structure, values)
+
+    def _node_of(self, name: str) -> dict[str, Any]:
+        """Return what describes a leaf; of a rank's part, that is in a leaf of its own."""
+        part = self._part_of.get(name)
+        if part is not None:
+            self._nodes |= part.nodes(self[part.structure])
+            for described in part.leaves:
+                self._part_of.pop(described, None)
+        return self._nodes[name]
 
 
 class LazyLeaf:

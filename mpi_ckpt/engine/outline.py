@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import STREAM, Extent
+from mpi_ckpt.storage.format.rank_parts import find_parts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -29,8 +30,8 @@ class StateOutline:
         structure: Its JSON values; None for a stream.
         specs: Its whole leaves; a stream has one leaf of bytes.
         extents: Where they are, in the same order; empty for a copy in memory.
-        parts: Number of its leaves, if these are parts and each rank is sent its own; None
-            for other states.
+        parts: Number of its parts, if each rank is sent its own, in place of its leaves;
+            None for other states.
         is_stream: Whether it is the stream of a plain state.
         cut: Its leaves that are cut over the ranks; only root knows their tiles.
     """
@@ -177,7 +178,8 @@ class Outline:
 
 def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
     if deals and not stored.is_stream:
-        return StateOutline(stored.name, stored.structure, (), parts=len(stored.leaves))
+        parts = find_parts([leaf.spec.name for leaf in stored.leaves])
+        return StateOutline(stored.name, stored.structure, (), parts=len(parts))
     return StateOutline(
         stored.name,
         stored.structure,

@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.errors import StageError
+from mpi_ckpt.errors import CorruptGenerationError, StageError
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
-from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
+from mpi_ckpt.storage.format.rank_parts import part_leaf_name, structure_name
+from mpi_ckpt.storage.format.strict_json import read_json
+from mpi_ckpt.storage.format.tensorfile import (
+    encode_form,
+    fill_leaves,
+    read_form,
+    write_leaves,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import Structure
 
 
@@ -48,6 +56,60 @@ def unpack(data: bytes) -> Any:  # noqa: ANN401 (any nested value)
     values, leaves = make_values(structure, specs)
     fill_leaves(stream, specs, leaves)
     return unflatten(structure, values)
+
+
+def form_of(data: bytes) -> Structure:
+    """Return the structure in the bytes of `pack`. Not collective.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if the bytes are damaged.
+    """
+    return read_form(io.BytesIO(data))[0]
+
+
+def part_leaves(rank: int, data: bytes) -> list[Leaf]:
+    """Return the bytes of `pack` as the leaves by which they are saved.
+
+    Not collective. Nothing but the structure is copied.
+
+    Args:
+        rank: The rank whose part it is.
+        data: Its bytes.
+
+    Returns:
+        The leaf with the structure, and one for each tensor and array.
+    """
+    stream, memory = io.BytesIO(data), memoryview(data)
+    structure, specs = read_form(stream)
+    text = json.dumps(structure).encode()
+    leaves = [Leaf(LeafSpec(structure_name(rank), "U8", (len(text),)), MemoryBuffer(text))]
+    end = stream.tell()
+    for spec in specs:
+        start, end = end, end + spec.nbytes
+        saved = LeafSpec(part_leaf_name(rank, spec.name), spec.dtype, spec.shape)
+        leaves.append(Leaf(saved, MemoryBuffer(memory[start:end])))
+    return leaves
+
+
+def packed_head(text: bytes, specs: Sequence[LeafSpec], names: Sequence[str]) -> bytes:
+    """Return what comes before the bytes of saved leaves, to make them those of `pack`.
+
+    Not collective.
+
+    Args:
+        text: The bytes of the leaf with the structure.
+        specs: The specs of the other leaves, as saved.
+        names: Their names within the part.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if the structure is no JSON.
+    """
+    try:
+        structure = read_json(text)
+    except ValueError as error:
+        raise CorruptGenerationError(f"the structure of a part: {error}") from error
+    own = [LeafSpec(n, s.dtype, s.shape) for n, s in zip(names, specs, strict=True)]
+    return encode_form(structure, own)
 
 
 def make_values(

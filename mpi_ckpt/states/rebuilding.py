@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.errors import CorruptGenerationError, StateMismatchError
 from mpi_ckpt.states.leaf_values import KIND
 from mpi_ckpt.states.optimizer_params import with_entries
 from mpi_ckpt.states.tree import leaf_nodes, unflatten
+from mpi_ckpt.storage.format.rank_parts import find_parts
+from mpi_ckpt.storage.format.strict_json import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 _TRAIN_PART = re.compile(r"module|(?:optimizer|scheduler)\d*|scaler")
 _TENSOR = {KIND: "tensor"}
@@ -54,11 +57,14 @@ def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any
         values: Name of each leaf -> its tensor or array.
 
     Returns:
-        The contents of the state if its form is known, else its structure and leaves side
-        by side.
+        The contents of the state if its form is known, of a state with a part for each rank
+        the list of the parts; else its structure and leaves side by side.
     """
     if structure is None:
         return dict(values)
+    parts = parts_in(structure, values)
+    if parts:
+        return [_part(part, values) for part in parts]
     if _is_module(structure):
         return _module(structure, values)
     if _is_training(structure):
@@ -75,6 +81,70 @@ def rebuild(structure: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401 (any
     except StateMismatchError:
         pass
     return {"structure": structure, "leaves": dict(values)}
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """The leaves of one rank's part, by name.
+
+    Attributes:
+        structure: The leaf that has its structure.
+        leaves: Each other leaf -> its name in that structure.
+    """
+
+    structure: str
+    leaves: Mapping[str, str]
+
+    def nodes(self, text: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
+        """Return for each leaf the JSON object that describes its value.
+
+        Not collective.
+
+        Args:
+            text: The bytes of the leaf with the structure, uint8.
+        """
+        nodes = leaf_nodes(_structure_in(text))
+        return {name: nodes.get(inner, _ARRAY) for name, inner in self.leaves.items()}
+
+
+def parts_in(structure: Any, names: Iterable[str]) -> list[RankPart]:  # noqa: ANN401
+    """Find the parts of a state of which each rank has a part. Not collective.
+
+    Args:
+        structure: The saved structure.
+        names: The names of the leaves, in saving order.
+
+    Returns:
+        The parts in rank order. None for another state, and for the first form, whose
+        parts are single leaves that only a restore opens.
+    """
+    if not isinstance(structure, dict) or not {"values", "size"} & set(structure):
+        return []
+    names = list(names)
+    return [
+        RankPart(
+            names[part.structure],
+            {names[n]: own for n, own in zip(part.numbers, part.names, strict=True)},
+        )
+        for part in find_parts(names)
+        if part.structure is not None
+    ]
+
+
+def _part(part: RankPart, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    structure = _structure_in(values[part.structure])
+    mine = {own: values[name] for name, own in part.leaves.items()}
+    try:
+        return unflatten(structure, _as_arrays(leaf_nodes(structure), mine))
+    except StateMismatchError:
+        return {"structure": structure, "leaves": mine}
+
+
+def _structure_in(text: Any) -> Any:  # noqa: ANN401
+    try:
+        return read_json(np.asarray(text).tobytes())
+    except ValueError as error:
+        raise CorruptGenerationError(f"the structure of a rank's part: {error}") from error
 
 
 def _module(structure: dict[str, Any], values: dict[str, Any]) -> Any:  # noqa: ANN401

@@ -12,6 +12,7 @@ from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.leaf import LeafSpec, Target
 from mpi_ckpt.states.arrays import ArrayState, array_leaf
 from mpi_ckpt.states.nested import ObjectState
+from mpi_ckpt.states.unshared.ranked import PerRankState
 from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.making import Stream, publish, some_states
 
@@ -50,9 +51,12 @@ def test_what_is_not_asked_for_is_told_by_name_only(tmp_path):
 
 
 def test_parts_of_ranks_are_told_by_their_number_only(tmp_path):
-    manifest = read_manifest(publish(tmp_path))
-    (state,) = Outline.of_generation(manifest, "", {"arrays": True}, {}).states
-    assert (state.parts, state.specs, state.extents) == (4, (), ())
+    own = PerRankState("own", {"x": np.ones(3), "y": np.ones(4)})
+    manifest = read_manifest(publish(tmp_path, [own, *some_states()]))
+    wanted = {"own": True, "arrays": True}
+    own, other = Outline.of_generation(manifest, "", wanted, {}).states
+    assert (own.parts, own.specs, own.extents) == (1, (), ())
+    assert (other.parts, other.specs) == (0, ())  # no parts: a mismatch
 
 
 def test_mismatches_of_all_states_are_told_at_once(outline):

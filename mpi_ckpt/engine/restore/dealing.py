@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.engine.restore.saved_parts import SavedParts
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.states.unshared.ranked import RankedState
-from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -115,36 +114,21 @@ def _dealt_states(match: StateMatch) -> list[RankedState]:
 def _plan(
     reader: GenerationReader, state: RankedState, size: int, window_bytes: int
 ) -> Deal:
-    stored = reader.manifest.state(state.name)
-    assert stored is not None
-    leaves = stored.leaves
-    saved = len(leaves)
+    parts = SavedParts(reader, state.name, window_bytes // 2)
+    saved = len(parts.found)
     if state.resizes and saved != size:
-        read = dict(_read(reader, state.name, range(saved), window_bytes))
-        made = state.resize([read[number] for number in range(saved)], size)
+        read = [part for _, part in parts.read(range(saved))]
+        made = state.resize(read, size)
         turns = (([rank], part) for rank, part in enumerate(made))
         return Deal([len(part) for part in made], turns)
     ranks_of: dict[int, list[int]] = {}
-    lengths = [0] * size
     for rank in range(size):
         source = state.source(rank, saved)
         if source is not None:
             ranks_of.setdefault(source, []).append(rank)
-            lengths[rank] = leaves[source].extent.nbytes
-    parts = _read(reader, state.name, sorted(ranks_of), window_bytes)
-    return Deal(lengths, ((ranks_of[number], part) for number, part in parts))
-
-
-def _read(
-    reader: GenerationReader, name: str, numbers: Sequence[int], window_bytes: int
-) -> Iterator[tuple[int, bytes]]:
-    """Yield the proven parts of these saved ranks, in the order of the file."""
-    stored = reader.manifest.state(name)
-    assert stored is not None
-    leaves = [stored.leaves[number] for number in numbers]
-    arriving: dict[int, bytearray] = {}
-    with closing(proven_blocks(reader, leaves, window_bytes=window_bytes // 2)) as blocks:
-        for block, data in blocks:
-            arriving.setdefault(block.leaf, bytearray()).extend(data)
-            if block.is_last:
-                yield numbers[block.leaf], bytes(arriving.pop(block.leaf))
+    sources = sorted(ranks_of)
+    lengths = [0] * size
+    for source, length in zip(sources, parts.lengths(sources), strict=True):
+        for rank in ranks_of[source]:
+            lengths[rank] = length
+    return Deal(lengths, ((ranks_of[n], part) for n, part in parts.read(sources)))

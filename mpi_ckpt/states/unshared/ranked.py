@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpi_ckpt.errors import RestoreError, StateMismatchError
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
-from mpi_ckpt.states.packed import pack, unpack
+from mpi_ckpt.states.packed import pack, packed_head, part_leaves, unpack
+from mpi_ckpt.storage.format.rank_parts import find_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.storage.format.rank_parts import PartLeaves
 
 __all__ = ["PerRankState", "RankedState"]
 
@@ -22,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class RankedState(PartsState):
-    """A state whose parts are saved unchanged: one leaf for each rank.
+    """A state whose parts are saved unchanged, each with leaves of its own.
+
+    A part is what `pack` makes of a nested value. Its tensors and arrays are saved as
+    leaves of their own type and shape, so that tools can read them.
 
     In a restore only root sees all parts. It sends each rank one part: that of the saved
     rank which `source` returns or, if ``resizes`` is true and the number of ranks has
@@ -102,8 +110,8 @@ class RankedState(PartsState):
     def capture(self) -> Capture:
         """See `LeafState`. Not collective; the parts are on root only."""
         parts = self._parts or [self.part()]
-        leaves = [self.leaf(rank, part) for rank, part in enumerate(parts)]
-        return Capture(self.form(len(parts)), leaves)
+        leaves = [part_leaves(rank, part) for rank, part in enumerate(parts)]
+        return Capture(self.form(len(parts)), list(chain.from_iterable(leaves)))
 
     def prepare(
         self,
@@ -113,16 +121,23 @@ class RankedState(PartsState):
         strict: bool,
     ) -> Arrival:
         """See `LeafState`: for callers that have all parts. Not collective."""
-        missing, unexpected = self.check(structure, len(specs), strict=strict)
+        parts = find_parts([spec.name for spec in specs])
+        missing, unexpected = self.check(structure, len(parts), strict=strict)
         leaves = [Leaf(spec, MemoryBuffer.empty(spec.nbytes)) for spec in specs]
-        return Arrival(leaves, lambda: self._choose(leaves), missing, unexpected)
+        return Arrival(leaves, lambda: self._choose(leaves, parts), missing, unexpected)
 
-    def _choose(self, leaves: Sequence[Leaf]) -> None:
-        parts = [bytes(leaf.buffer.read()) for leaf in leaves]
-        if self.resizes and len(parts) != self._size:
-            parts = self.resize(parts, self._size)
-        source = self.source(self._rank, len(parts))
-        self.open_part(b"" if source is None else parts[source], len(parts))()
+    def _choose(self, leaves: Sequence[Leaf], found: Sequence[PartLeaves]) -> None:
+        with concerning(f"state {self.name!r}"):
+            source = self.source(self._rank, len(found))
+            if self.resizes and len(found) != self._size:
+                parts = [_part_in(leaves, part) for part in found]
+                parts = self.resize(parts, self._size)
+                part, count = parts[self._rank], len(parts)
+            else:
+                part = b"" if source is None else _part_in(leaves, found[source])
+                count = len(found)
+            take = self.open_part(part, count)
+        take()
 
     def check(
         self,
@@ -158,9 +173,15 @@ class RankedState(PartsState):
         """Return the structure for a number of parts. Not collective."""
         return {self.count_key: count}
 
-    def leaf(self, rank: int, part: bytes) -> Leaf:
-        """Return a rank's part as a leaf. Not collective."""
-        return Leaf(LeafSpec(f"rank-{rank:05d}", "U8", (len(part),)), MemoryBuffer(part))
+
+def _part_in(leaves: Sequence[Leaf], part: PartLeaves) -> bytes:
+    """Return a part from the leaves of all."""
+    mine = [leaves[number] for number in part.numbers]
+    head = b""
+    if part.structure is not None:
+        text = bytes(leaves[part.structure].buffer.read())
+        head = packed_head(text, [leaf.spec for leaf in mine], part.names)
+    return b"".join([head, *(leaf.buffer.read() for leaf in mine)])
 
 
 class PerRankState(RankedState):

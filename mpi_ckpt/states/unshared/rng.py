@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from mpi_ckpt.errors import (
     StageError,
 )
 from mpi_ckpt.states.mismatch import raise_mismatch
-from mpi_ckpt.states.packed import pack, unpack
+from mpi_ckpt.states.packed import form_of, pack, unpack
 from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.states.unshared.streams import (
     built_in_streams,
@@ -38,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _OWN = "generator/"
 _GLOBAL = ("python", "numpy", "torch")
+_DAMAGED = (TypeError, KeyError, ValueError, AttributeError)
 
 
 class RNGState(RankedState):
@@ -98,17 +98,13 @@ class RNGState(RankedState):
     def part(self) -> bytes:
         """See `PartsState`. Not collective."""
         states = {key: stream.get() for key, stream in self._streams().items()}
-        packed = {key: pack(state) for key, state in states.items()}
-        # This line must be equal on all ranks, so that root need compare nothing else.
+        shared = sorted(self._shared & set(states))
         head = {
             # Each rank decides for itself whether to import torch.
             "kinds": {k: v for k, v in self._kinds_now().items() if k != "torch"},
-            "shared": {
-                key: xxhash.xxh3_128_hexdigest(packed[key])
-                for key in sorted(self._shared & set(packed))
-            },
+            "shared": {key: xxhash.xxh3_128_hexdigest(pack(states[key])) for key in shared},
         }
-        return json.dumps(head).encode() + b"\n" + pack(packed)
+        return pack({**head, "streams": states})
 
     def combine(self, parts: Sequence[bytes]) -> None:
         """See `PartsState`. Root only.
@@ -117,10 +113,10 @@ class RNGState(RankedState):
             DivergedError: On root, if a shared stream is not the same on all ranks.
             StageError: On root, if ranks have different streams.
         """
-        heads = [part.partition(b"\n")[0] for part in parts]
-        for rank, head in enumerate(heads):
-            if head != heads[0]:
-                self._refuse(rank, json.loads(heads[0]), json.loads(head))
+        forms = [form_of(part) for part in parts]
+        for rank, form in enumerate(forms):
+            if any(form[key] != forms[0][key] for key in ("kinds", "shared")):
+                self._refuse(rank, forms[0], form)
         super().combine(parts)
 
     def form(self, count: int) -> Structure:
@@ -174,9 +170,8 @@ class RNGState(RankedState):
     def open_part(self, part: bytes, saved: int) -> Callable[[], None]:
         """See `RankedState`. Not collective."""
         try:
-            packed = unpack(part.partition(b"\n")[2])
-            states = {key: unpack(data) for key, data in packed.items()}
-        except (ValueError, AttributeError, CorruptGenerationError) as error:
+            states = _streams_in(part)
+        except (*_DAMAGED, CorruptGenerationError) as error:
             raise CorruptGenerationError(f"state {self.name!r}: {error}") from error
 
         def take() -> None:
@@ -221,3 +216,12 @@ class RNGState(RankedState):
             f"state {self.name!r}: rank {rank} has the streams {theirs['kinds']}, root has "
             f"{roots['kinds']}"
         )
+
+
+def _streams_in(part: bytes) -> dict[str, Any]:
+    """Return the streams in a part by name."""
+    if not part.startswith(b"{"):
+        return dict(unpack(part)["streams"])
+    # The first form: a line of JSON, then each stream packed by itself.
+    packed = unpack(part.partition(b"\n")[2])
+    return {key: unpack(data) for key, data in packed.items()}

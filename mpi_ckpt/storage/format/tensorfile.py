@@ -93,11 +93,21 @@ def write_leaves(fileobj: BinaryIO, structure: Any, leaves: Sequence[Leaf]) -> N
         structure: JSON values, which go into the stream's metadata.
         leaves: The leaves, written in this order.
     """
-    forms = [leaf.spec.to_json() for leaf in leaves]
-    metadata = {"mpi_ckpt": json.dumps({"structure": structure, "leaves": forms})}
-    entries = [(_header_name(leaf.spec.name), leaf.spec) for leaf in leaves]
-    fileobj.write(encode_header(entries, metadata))
+    fileobj.write(encode_form(structure, [leaf.spec for leaf in leaves]))
     fileobj.writelines(leaf.buffer.read() for leaf in leaves)
+
+
+def encode_form(structure: Any, specs: Sequence[LeafSpec]) -> bytes:  # noqa: ANN401 (JSON)
+    """Return the head of a stream of leaves: all before their bytes. Not collective.
+
+    Args:
+        structure: JSON values, which go into the stream's metadata.
+        specs: Specs of the leaves, in the order of their bytes.
+    """
+    forms = [spec.to_json() for spec in specs]
+    metadata = {"mpi_ckpt": json.dumps({"structure": structure, "leaves": forms})}
+    entries = [(_header_name(spec.name), spec) for spec in specs]
+    return encode_header(entries, metadata)
 
 
 def read_form(fileobj: BinaryIO) -> tuple[Any, list[LeafSpec]]:

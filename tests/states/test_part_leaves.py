@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of ranks as leaves of a generation: what tools see, and what is read again."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mpi_ckpt
+from mpi_ckpt import Options, PerRankState, RNGState
+from mpi_ckpt.engine.restore.saved_parts import SavedParts
+from mpi_ckpt.errors import CorruptGenerationError, StateMismatchError
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.state import Capture
+from mpi_ckpt.states.packed import pack, unpack
+from mpi_ckpt.storage.format.rank_parts import (
+    find_parts,
+    part_leaf_name,
+    structure_name,
+)
+from mpi_ckpt.storage.reading.reader import GenerationReader
+from tests.commands import ask
+from tests.making import publish
+from tests.values import alike
+
+VALUES = [
+    {"position": 7, "cache": np.arange(6.0).reshape(2, 3), "seen": (1, 2.5, "x")},
+    np.arange(4, dtype=np.int16),
+    {"": torch.ones(2, dtype=torch.bfloat16), "a/b": b"x" * 5000, "a": {"b": np.zeros(0)}},
+    None,
+]
+
+
+def joined(state, values):
+    """Return a state as root has it once it has the parts of all ranks."""
+    state.bind(SimpleNamespace(rank=0, size=len(values)))
+    state.combine([pack(value) for value in values])
+    return state
+
+
+@pytest.fixture
+def saved(tmp_path):
+    publish(tmp_path, [joined(PerRankState("own"), VALUES)])
+    return tmp_path
+
+
+def test_arrays_of_a_part_are_leaves_of_their_own_type_and_shape(saved):
+    with mpi_ckpt.load(saved) as generation:
+        own = generation["own"]
+        forms = {name: (own.lazy(name).dtype, tuple(own.lazy(name).shape)) for name in own}
+        assert forms.pop("rank-00000.json")[0] == "U8"
+        for rank in (1, 2, 3):
+            assert forms.pop(structure_name(rank))[0] == "U8"
+        assert forms == {
+            "rank-00000/cache": ("F64", (2, 3)),
+            "rank-00001": ("I16", (4,)),
+            "rank-00002": ("BF16", (2,)),
+            "rank-00002/a/b": ("U8", (5000,)),
+            "rank-00002/a/b#2": ("F64", (0,)),
+        }
+        assert (own["rank-00000/cache"] == VALUES[0]["cache"]).all()
+        assert alike(own["rank-00002"], VALUES[2][""])
+        assert own.lazy("rank-00000/cache")[1].tolist() == [3.0, 4.0, 5.0]
+        assert json.loads(own["rank-00003.json"].tobytes()) is None
+
+
+def test_value_of_a_loaded_state_is_the_list_of_the_ranks_values(saved):
+    with mpi_ckpt.load(saved) as generation:
+        values = generation["own"].value()
+    assert len(values) == len(VALUES)
+    assert all(alike(mine, other) for mine, other in zip(values, VALUES, strict=True))
+
+
+def test_commands_see_the_leaves_of_a_part(saved):
+    (state,) = ask("show", saved, "--all", "--json")["states"]
+    forms = {leaf["name"]: (leaf["dtype"], leaf["shape"]) for leaf in state["leaves"]}
+    assert forms["rank-00000/cache"] == ("F64", [2, 3])
+    changed = [{**VALUES[0], "cache": np.ones((2, 3))}, *VALUES[1:]]
+    publish(saved, [joined(PerRankState("own"), changed)])
+    found = json.dumps(ask("diff", saved, "1", "2", "--json", code=1))
+    assert "rank-00000/cache" in found
+    assert "rank-00002" not in found
+    ask("export", saved, "--to", saved / "all.pt", "--json")
+    exported = torch.load(saved / "all.pt", weights_only=False)
+    assert "cache" in exported["own"][0]
+
+
+def test_streams_are_leaves_too(tmp_path):
+    state = RNGState(generators={"mine": np.random.RandomState(3)})
+    publish(tmp_path, [state])
+    with mpi_ckpt.load(tmp_path) as generation:
+        leaves = generation["rng"]
+        python = leaves["rank-00000/streams/python/1"]
+        assert tuple(python.tolist()) == random.getstate()[1]
+        (value,) = leaves.value()
+        key = state._streams()["generator/mine"].get()
+        assert alike(value["streams"]["generator/mine"], key)
+
+
+def first_form(name, structure, parts):
+    """Return a state whose parts are saved as releases before the leaves saved them."""
+    leaves = [
+        Leaf(LeafSpec(f"rank-{rank:05d}", "U8", (len(part),)), MemoryBuffer(part))
+        for rank, part in enumerate(parts)
+    ]
+    state = PerRankState(name)
+    state.capture = lambda: Capture(structure, leaves)
+    return state
+
+
+def restored(path, *states):
+    with mpi_ckpt.CheckpointManager(
+        path, list(states), options=Options(preemption_signals=())
+    ) as manager:
+        return manager.restore()
+
+
+def test_values_of_the_first_form_are_restored(tmp_path):
+    parts = [pack(value) for value in VALUES]
+    publish(tmp_path, [first_form("own", {"values": len(parts)}, parts)])
+    state = PerRankState("own", resize=lambda values, _: [values[2]])
+    assert restored(tmp_path, state).saved_size == 1
+    assert alike(state.value, VALUES[2])
+    with mpi_ckpt.load(tmp_path) as generation:
+        assert set(generation["own"].value()) == {"structure", "leaves"}
+
+
+def test_streams_of_the_first_form_are_restored(tmp_path):
+    own = np.random.default_rng(1)
+    state = RNGState(generators={"mine": own})
+    streams = {key: pack(stream.get()) for key, stream in state._streams().items()}
+    head = json.dumps({"kinds": state._kinds_now(), "shared": {}}).encode()
+    part = head + b"\n" + pack(streams)
+    publish(tmp_path, [first_form("rng", state.form(1), [part])])
+    expected = random.random(), own.random()
+    restored(tmp_path, state)
+    assert (random.random(), own.random()) == expected
+
+
+def test_root_reads_parts_by_the_window_and_never_holds_them_all(tmp_path):
+    count, nbytes = 16, 1 << 20
+    # Of two types: in the file, which has larger elements first, they are not in a row.
+    values = [
+        {"a": np.full(nbytes // 16, float(n)), "b": np.full(nbytes // 2, n, np.int8)}
+        for n in range(count)
+    ]
+    publish(tmp_path, [joined(PerRankState("own"), values)])
+    with GenerationReader(tmp_path / "checkpoint-00000001") as reader:
+        parts = SavedParts(reader, "own", 2 * nbytes)
+        lengths = parts.lengths(range(count))
+        tracemalloc.start()
+        try:
+            for rank, part in parts.read(range(count)):
+                assert len(part) == lengths[rank]
+                assert (unpack(part)["a"] == rank).all()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert 2 * nbytes < peak < 8 * nbytes
+
+
+def test_structure_that_is_no_json_is_damage(tmp_path):
+    leaf = Leaf(LeafSpec("rank-00000.json", "U8", (3,)), MemoryBuffer(b"nan"))
+    state = PerRankState("own")
+    state.capture = lambda: Capture({"values": 1}, [leaf])
+    path = publish(tmp_path, [state])
+    with GenerationReader(path) as reader:
+        parts = SavedParts(reader, "own", 1 << 20)
+        with pytest.raises(CorruptGenerationError, match="structure of a part"):
+            parts.lengths([0])
+    with mpi_ckpt.load(tmp_path) as generation, pytest.raises(CorruptGenerationError):
+        generation["own"].value()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["rank-00000.json", "rank-00002.json"],
+        ["rank-00000/x"],
+        ["rank-00000.json", "rank-00001/x"],
+        ["rank-00000.json", "other"],
+        ["rank-00000.json", "rank-000001.json"],
+        ["rank-00000.json", "rank-00000/"],
+        ["rank-00001", "rank-00000"],
+        ["rank-00000", "rank-00001", "rank-00001/x"],
+    ],
+)
+def test_leaves_that_are_no_parts_are_a_mismatch(names):
+    assert find_parts(names) == []
+    specs = [LeafSpec(name, "U8", (1,)) for name in names]
+    with pytest.raises(StateMismatchError, match="no values of ranks"):
+        PerRankState("own").prepare({"values": len(names)}, specs, strict=True)
+
+
+@given(st.lists(st.lists(st.text(max_size=6), unique=True, max_size=4), max_size=5))
+def test_names_of_leaves_are_found_again(parts):
+    names = [
+        name
+        for rank, own in enumerate(parts)
+        for name in (structure_name(rank), *(part_leaf_name(rank, n) for n in own))
+    ]
+    assert len(set(names)) == len(names)
+    found = find_parts(names)
+    assert [list(part.names) for part in found] == parts
+    for rank, part in enumerate(found):
+        assert names[part.structure] == structure_name(rank)
+        assert [names[n] for n in part.numbers] == [
+            part_leaf_name(rank, name) for name in part.names
+        ]
