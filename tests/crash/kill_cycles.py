@@ -62,14 +62,23 @@ class Cycles:
         ranks: Number of ranks of every run.
         epochs: Length of a training; an epoch is 15 steps.
         seed: Draws the victims and the moments, as far as time can be drawn.
+        cut: Whether some of the state is cut over the ranks.
     """
 
     def __init__(
-        self, folder: Path, env: dict[str, str], *, ranks: int, epochs: int, seed: int
+        self,
+        folder: Path,
+        env: dict[str, str],
+        *,
+        ranks: int,
+        epochs: int,
+        seed: int,
+        cut: bool = False,
     ) -> None:
         self.figures = Figures()
         self._folder, self._env = folder, env
         self._ranks, self._epochs = ranks, epochs
+        self._what = "cut" if cut else "whole"
         self._rng = random.Random(f"{seed} {ranks}")
         self._expected = self._finish(self._new_training())
         self._training = self._new_training()
@@ -139,7 +148,7 @@ class Cycles:
         return Path(tempfile.mkdtemp(prefix="training-", dir=self._folder))
 
     def _command(self, training: Path) -> list[str]:
-        return [PROGRAM, str(training), str(self._epochs)]
+        return [PROGRAM, str(training), str(self._epochs), self._what]
 
 
 def main() -> None:
@@ -149,12 +158,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=40, help="length of a training")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument(
+        "--cut", action="store_true", help="cut some of the state over the ranks"
+    )
     args = parser.parse_args()
     began = time.monotonic()
     folders = tempfile.TemporaryDirectory(prefix="mpi_ckpt-kills-")
     with folders as folder, killing.own_sessions() as env:
         cycles = Cycles(
-            Path(folder), env, ranks=args.ranks, epochs=args.epochs, seed=args.seed
+            *(Path(folder), env),
+            ranks=args.ranks,
+            epochs=args.epochs,
+            seed=args.seed,
+            cut=args.cut,
         )
         for number in range(1, args.cycles + 1):
             cycles.kill_once()

@@ -178,10 +178,15 @@ def test_kill_of_mpirun(ranks, directory):
     assert outcome.code == 0, outcome.text
 
 
-def test_training_killed_at_any_time_ends_with_the_same_weights(tmp_path):
-    kills = 500 if STRESS else KILLS_OF_A_TRAINING
+@pytest.mark.parametrize(
+    ("cut", "few"),
+    [(False, KILLS_OF_A_TRAINING), (True, KILLS_WITH_TILES)],
+    ids=["whole", "cut"],
+)
+def test_training_killed_at_any_time_ends_with_the_same_weights(tmp_path, cut, few):
+    kills = 500 if STRESS else few
     with own_sessions() as env:
-        cycles = Cycles(tmp_path, env, ranks=2, epochs=20, seed=SEED)
+        cycles = Cycles(tmp_path, env, ranks=2, epochs=20, seed=SEED, cut=cut)
         for _ in range(kills):
             cycles.kill_once()
         cycles.end()

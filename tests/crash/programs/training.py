@@ -4,8 +4,9 @@
 A perceptron learns from another one, with momentum and with dropout, whose streams differ
 between ranks. It is NumPy's, as torch takes longer to import than the training lasts.
 
-Arguments: a directory for everything, number of epochs. How it saves differs from run to
-run, and is not to make a difference.
+Arguments: a directory for everything, number of epochs, "cut" if each rank saves its rows
+of the velocities, and the samples that it has seen. How it saves differs from run to run,
+and is not to make a difference.
 
 In the directory: ``ckpt`` the checkpoints; ``started`` the step at which each run began;
 ``acked`` the steps whose save returned; ``digest`` of the weights and losses at the end;
@@ -23,12 +24,15 @@ from mpi4py import MPI
 
 from mpi_ckpt import (
     Accumulator,
+    Block,
     CheckpointManager,
+    ConcatState,
     ElasticSampler,
     EpochState,
     KeepLast,
     Options,
     RNGState,
+    ShardedArrayState,
     remaining_epochs_until,
 )
 from mpi_ckpt.errors import CollectiveError
@@ -75,7 +79,45 @@ class Perceptron:
             at += weights.size
 
 
-def train(directory: Path, until: int, comm, run: int) -> str:
+class Cut:
+    """What each rank saves a part of: the velocities, and a row for each sample seen."""
+
+    def __init__(self, model: Perceptron, comm) -> None:
+        self._comm = comm
+        self._own: dict[str, np.ndarray] = {}
+        blocks = {}
+        for name, whole in model.velocities.items():
+            first = len(whole) * comm.rank // comm.size
+            end = len(whole) * (comm.rank + 1) // comm.size
+            self._own[name] = whole[first:end]
+            offset = (first, *[0] * (whole.ndim - 1))
+            blocks[name] = Block(self._own[name], shape=whole.shape, offset=offset)
+        nothing = np.empty(0, np.int64)
+        self._seen = ConcatState("seen", {"step": nothing, "sample": nothing})
+        self._model = model
+        self.states = [ShardedArrayState("velocities", blocks), self._seen]
+
+    def complete(self) -> None:
+        """Get the rows of the other ranks, after a restore."""
+        for name, own in self._own.items():
+            rows = np.concatenate(all_of(self._comm, own.copy()))
+            self._model.velocities[name][:] = rows
+
+    def note(self, step: int, batch: list[int]) -> None:
+        new = {"step": np.full(len(batch), step), "sample": np.array(batch, np.int64)}
+        self._seen.arrays = {
+            name: np.concatenate([column, new[name]])
+            for name, column in self._seen.arrays.items()
+        }
+
+    def rows(self) -> np.ndarray:
+        """Return all rows of all ranks, in an order of their own."""
+        mine = np.stack([self._seen.arrays["step"], self._seen.arrays["sample"]], 1)
+        every = np.concatenate(all_of(self._comm, mine))
+        return every[np.lexsort(every.T)]
+
+
+def train(directory: Path, until: int, comm, run: int, *, is_cut: bool) -> str:
     """Train to the end; return a digest of what was learned, and of the losses."""
     inputs = np.random.default_rng(1).standard_normal((SAMPLES, INPUTS))
     teacher, model = Perceptron(2), Perceptron(3)
@@ -84,7 +126,9 @@ def train(directory: Path, until: int, comm, run: int) -> str:
     losses = np.zeros(until)
     epochs, sampler = EpochState(), ElasticSampler(SAMPLES, GLOBAL_BATCH, seed=5)
     sums = Accumulator(epochs=epochs)
-    arrays = {**model.weights, **model.velocities, "losses": losses}
+    cut = Cut(model, comm) if is_cut else None
+    arrays = {**model.weights, "losses": losses}
+    arrays |= {} if cut else model.velocities
     learned = Arrays("model", arrays, overlap=run % 5 > 2)
     states = [learned, RNGState(generators={"dropout": dropout})]
     options = Options(
@@ -95,9 +139,10 @@ def train(directory: Path, until: int, comm, run: int) -> str:
         io=IO(reuse=run % 3 > 0),
         writers="all" if run % 4 > 1 else "root",
     )
-    states += [epochs, sampler, sums]
+    states += [epochs, sampler, sums, *(cut.states if cut else [])]
     with CheckpointManager(directory / "ckpt", states, options=options) as manager:
-        manager.restore()
+        if manager.restore() and cut:
+            cut.complete()
         begin(directory, manager)
         saves = Saves(directory, manager)
         for epoch in remaining_epochs_until(until, epochs):
@@ -109,6 +154,8 @@ def train(directory: Path, until: int, comm, run: int) -> str:
                 total = sum(all_of(comm, gradient))
                 learned.wait()
                 model.step(total)
+                if cut:
+                    cut.note(manager.steps, batch)
                 sampler.record_batch()
                 manager.step()
                 saves.save_every(2)
@@ -117,7 +164,8 @@ def train(directory: Path, until: int, comm, run: int) -> str:
                 losses[epoch] = sums["loss"]
                 sums.clear()
         saves.end()
-    ended = [losses, *model.weights.values(), *model.velocities.values()]
+        seen = [cut.rows()] if cut else []
+    ended = [*seen, losses, *model.weights.values(), *model.velocities.values()]
     return hashlib.sha256(b"".join(array.tobytes() for array in ended)).hexdigest()
 
 
@@ -167,7 +215,8 @@ def main() -> None:
         started = directory / "started"
         run = len(started.read_text().split()) if comm.rank == 0 and started.exists() else 0
         with quiet():
-            learned = train(directory, int(sys.argv[2]), comm, comm.bcast(run))
+            epochs, is_cut = int(sys.argv[2]), "cut" in sys.argv[3:]
+            learned = train(directory, epochs, comm, comm.bcast(run), is_cut=is_cut)
         if comm.rank == 0:
             (directory / "digest").write_text(learned)
     except BaseException:
