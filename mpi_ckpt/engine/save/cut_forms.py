@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.sync.captured import CapturedState
 
 _PROBLEMS_MAX = 16
+_OUTSIDE = (
+    " (if ranks outside of the manager's communicator do, give the manager a communicator "
+    "of all of them)"
+)
 
 
 class CutForm(NamedTuple):
@@ -213,7 +217,7 @@ def _place(parts: list[_Part], size: int, hosts: Sequence[str]) -> _PlacedLeaf:
     fault = tiling.fault(first.spec.shape, [box for of_rank in boxes for box in of_rank])
     if fault is not None:
         concerned = sorted({ranks[number] for number in fault.boxes})
-        where = f" ({name_ranks(concerned, hosts)})" if concerned else ""
+        where = f" ({name_ranks(concerned, hosts)})" if concerned else _OUTSIDE
         raise ValueError(f"{fault.text}{where}; the whole has shape {first.spec.shape}")
     return _PlacedLeaf(first.state, first.spec, parts, boxes)
 
