@@ -92,7 +92,12 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> LeafSpec:
     if type(tensor) not in _PLAIN:
         _refuse_foreign(name, tensor)
     dense = tensor.layout == torch.strided and not tensor.is_nested
-    if not dense or tensor.is_quantized or tensor.is_meta:
+    if tensor.is_quantized:
+        raise StageError(
+            f"tensor {name!r} of {tensor.dtype} cannot be saved: its bytes lack the scales"
+            "; save its dequantize(), or its int_repr() and scales as plain tensors"
+        )
+    if not dense or tensor.is_meta:
         raise StageError(
             f"tensor {name!r} ({tensor.layout}, {tensor.dtype}, {tensor.device}) cannot be "
             "saved: only dense tensors with memory of their own can"

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.sync.captured import CapturedState
 
 _PROBLEMS_MAX = 16
+_OUTSIDE = (
+    " (if ranks outside of the manager's communicator do, give the manager a communicator "
+    "of all of them)"
+)
 
 
 class CutForm(NamedTuple):
@@ -187,7 +191,7 @@ def _place(parts: list[_Part], size: int, hosts: Sequence[str]) -> _PlacedLeaf:
     fault = _fault(first.spec.shape, tuple([box for one in boxes for box in one]))
     if fault is not None:
         concerned = sorted({ranks[number] for number in fault.boxes})
-        where = f" ({name_ranks(concerned, hosts)})" if concerned else ""
+        where = f" ({name_ranks(concerned, hosts)})" if concerned else _OUTSIDE
         raise ValueError(f"{fault.text}{where}; the whole has shape {first.spec.shape}")
     return _PlacedLeaf(first.state, first.spec, parts, boxes)
 
