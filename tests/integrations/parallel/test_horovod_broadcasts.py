@@ -29,9 +29,9 @@ def reports(monkeypatch):
     sync = parameters.sync_states
 
     def note(*arguments, **options):
-        contents, report = sync(*arguments, **options)
-        found.append(report)
-        return contents, report
+        synced = sync(*arguments, **options)
+        found.append(synced.report)
+        return synced
 
     monkeypatch.setattr(parameters, "sync_states", note)
     return found
