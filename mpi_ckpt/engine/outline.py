@@ -178,7 +178,9 @@ class Outline:
 
 def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
     if deals and not stored.is_stream:
-        parts = find_parts([leaf.spec.name for leaf in stored.leaves])
+        names = [leaf.spec.name for leaf in stored.leaves]
+        names += [leaf.spec.name for leaf in stored.cut]
+        parts = find_parts(names)
         return StateOutline(stored.name, stored.structure, (), parts=len(parts))
     return StateOutline(
         stored.name,

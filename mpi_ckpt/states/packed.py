@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import io
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import CorruptGenerationError, StageError
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer, Tile
+from mpi_ckpt.memory import round_up
+from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
 from mpi_ckpt.storage.format.rank_parts import part_leaf_name, structure_name
@@ -19,11 +24,16 @@ from mpi_ckpt.storage.format.tensorfile import (
     read_form,
     write_leaves,
 )
+from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpi_ckpt.leaf import TileBuffer
     from mpi_ckpt.state import Structure
+    from mpi_ckpt.states.tree import Flattened
+
+_TEXT_STEP = 256
 
 
 def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
@@ -32,6 +42,13 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
     Raises:
         StageError: On the calling rank, for a value that a restore would change.
     """
+    flattened = _flatten_own(value)
+    stream = io.BytesIO()
+    write_leaves(stream, flattened.structure, tuple(flattened.leaves.values()))
+    return stream.getvalue()
+
+
+def _flatten_own(value: Any) -> Flattened:  # noqa: ANN401
     flattened = flatten(value)
     cut = [name for name, leaf in flattened.leaves.items() if leaf.tiles is not None]
     if cut:
@@ -39,9 +56,45 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
             f"{', '.join(cut)}: a DTensor is no value of a single rank; save it in an "
             "ObjectState, or its full_tensor() here"
         )
-    stream = io.BytesIO()
-    write_leaves(stream, flattened.structure, tuple(flattened.leaves.values()))
-    return stream.getvalue()
+    return flattened
+
+
+def own_leaves(rank: int, value: Any) -> list[Leaf]:  # noqa: ANN401 (any nested value)
+    """Return this rank's part as the leaves that the rank writes itself.
+
+    Not collective. Tensors and arrays are not copied.
+
+    Args:
+        rank: This rank.
+        value: Its value.
+
+    Returns:
+        The leaves of `part_leaves`, each cut: this rank has all of it in one tile.
+
+    Raises:
+        StageError: On the calling rank, for a value that a restore would change.
+    """
+    flattened = _flatten_own(value)
+    text = np.frombuffer(_structure_text(flattened.structure), np.uint8)
+    leaves = [_of_one_rank(array_leaf(structure_name(rank), text))]
+    for leaf in flattened.leaves.values():
+        spec = leaf.spec
+        saved = LeafSpec(part_leaf_name(rank, spec.name), spec.dtype, spec.shape)
+        leaves.append(_of_one_rank(Leaf(saved, leaf.buffer)))
+    return leaves
+
+
+def _of_one_rank(leaf: Leaf) -> Leaf:
+    # The leaves of arrays and tensors have memory of which boxes can be taken.
+    whole = Tile(Box.whole(leaf.spec.shape), cast("TileBuffer", leaf.buffer))
+    return cut_leaf(leaf.spec, [whole] if leaf.spec.nbytes else [])
+
+
+def _structure_text(structure: Structure) -> bytes:
+    # Spaces after it: with a few digits more or less, the leaf keeps its form from save to
+    # save, and the ranks need not describe their leaves to root again.
+    text = json.dumps(structure).encode()
+    return text.ljust(round_up(len(text), _TEXT_STEP))
 
 
 def unpack(data: bytes) -> Any:  # noqa: ANN401 (any nested value)
@@ -81,7 +134,7 @@ def part_leaves(rank: int, data: bytes) -> list[Leaf]:
     """
     stream, memory = io.BytesIO(data), memoryview(data)
     structure, specs = read_form(stream)
-    text = json.dumps(structure).encode()
+    text = _structure_text(structure)
     leaves = [Leaf(LeafSpec(structure_name(rank), "U8", (len(text),)), MemoryBuffer(text))]
     end = stream.tell()
     for spec in specs:

@@ -28,6 +28,7 @@ from mpi_ckpt.storage.format.rank_parts import (
 )
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.commands import ask
+from tests.cutting import CutArray, write_cut
 from tests.making import publish
 from tests.values import alike
 
@@ -165,6 +166,21 @@ def test_root_reads_parts_by_the_window_and_never_holds_them_all(tmp_path):
         finally:
             tracemalloc.stop()
     assert 2 * nbytes < peak < 8 * nbytes
+
+
+def test_leaf_of_a_part_may_be_cut_into_several_tiles(tmp_path):
+    """No save cuts one, but the format allows it."""
+    array = np.arange(12.0).reshape(6, 2)
+    text = json.dumps({"~": "array", "leaf": ""}).encode()
+    arrays = {
+        "rank-00000.json": CutArray.by_rows(np.frombuffer(text, np.uint8), [len(text), 0]),
+        "rank-00000": CutArray.by_rows(array, [2, 4]),
+    }
+    with GenerationReader(write_cut(tmp_path, arrays, state="own")) as reader:
+        parts = SavedParts(reader, "own", 1 << 20)
+        ((rank, part),) = parts.read([0])
+    assert rank == 0
+    assert alike(unpack(part), array)
 
 
 def test_structure_that_is_no_json_is_damage(tmp_path):

@@ -6,14 +6,16 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.states.packed import packed_head
 from mpi_ckpt.storage.format.rank_parts import find_parts
+from mpi_ckpt.storage.reading.assembly import read_box, stored_array
 from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mpi_ckpt.storage.format.manifest import StoredLeaf
+    from mpi_ckpt.storage.format.manifest import CutLeaf, StoredLeaf
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 
@@ -34,11 +36,12 @@ class SavedParts:
     def __init__(self, reader: GenerationReader, name: str, window_bytes: int) -> None:
         stored = reader.manifest.state(name)
         assert stored is not None
-        self._leaves = stored.leaves
+        self._leaves: list[StoredLeaf | CutLeaf] = [*stored.leaves, *stored.cut]
         self._reader = reader
+        self._name = name
         self._window_bytes = window_bytes
         self._heads: dict[int, bytes] = {}
-        self.found = find_parts([leaf.spec.name for leaf in stored.leaves])
+        self.found = find_parts([leaf.spec.name for leaf in self._leaves])
 
     def lengths(self, ranks: Sequence[int]) -> list[int]:
         """Return the lengths of some parts in bytes. Reads their structures.
@@ -96,16 +99,25 @@ class SavedParts:
             yield some
 
     def _nbytes(self, rank: int) -> int:
-        return sum(self._leaves[n].extent.nbytes for n in self.found[rank].numbers)
+        return sum(self._leaves[n].spec.nbytes for n in self.found[rank].numbers)
 
     def _read(self, numbers: Sequence[int]) -> list[bytearray]:
         """Return the proven bytes of some leaves."""
-        leaves: list[StoredLeaf] = [self._leaves[number] for number in numbers]
-        arrived = [bytearray(leaf.extent.nbytes) for leaf in leaves]
-        if not leaves:
+        leaves = [self._leaves[number] for number in numbers]
+        arrived = [bytearray(leaf.spec.nbytes) for leaf in leaves]
+        places, stored = [], []
+        for place, leaf in enumerate(leaves):
+            array = stored_array(self._reader, self._name, leaf)
+            if array.is_whole:
+                places.append(place)
+                stored.append(array.tiles[0].leaf)
+            else:
+                whole = Box.whole(leaf.spec.shape)
+                read_box(self._reader, array, whole, memoryview(arrived[place]))
+        if not stored:
             return arrived
-        blocks = proven_blocks(self._reader, leaves, window_bytes=self._window_bytes)
+        blocks = proven_blocks(self._reader, stored, window_bytes=self._window_bytes)
         with closing(blocks):
             for block, data in blocks:
-                arrived[block.leaf][block.start : block.end] = data
+                arrived[places[block.leaf]][block.start : block.end] = data
         return arrived

@@ -15,7 +15,7 @@ from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.request import Begun, SaveRequest
 from mpi_ckpt.engine.save.saving import Save, Workshop
 from mpi_ckpt.engine.steps.interval import Durations
-from mpi_ckpt.engine.sync.parts import combine_parts, take_parts
+from mpi_ckpt.engine.sync.parts import combine_parts, parts_apart, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
 from mpi_ckpt.engine.sync.sync_log import SyncLog
 from mpi_ckpt.errors import OptionsError, SaveError
@@ -123,7 +123,8 @@ class Saver:
                 session.directory.own()
             # Take parts after the plain states' sync(), which may change them.
             waits = syncs and any(not isinstance(state, LeafState) for state in states)
-            return Begun(states, None if waits else take_parts(states))
+            apart = parts_apart(session, states)
+            return Begun(states, None if waits else take_parts(states, apart))
 
         begun = self._registry.begin("beginning a save", only, begin, error=SaveError)
         return Save(

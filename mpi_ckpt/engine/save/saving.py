@@ -24,6 +24,7 @@ from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
 from mpi_ckpt.engine.save.tile_history import TileHistory
+from mpi_ckpt.engine.sync.parts import parts_apart
 from mpi_ckpt.engine.sync.replicas import capture_on_root, sync_states
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
@@ -133,14 +134,14 @@ class Save:
             CheckpointError: On every rank, if any rank cannot sync or capture the states.
         """
         comm, states, parts = self._session.comm, self._begun.states, self._begun.parts
-        options = self._session.options
+        options, apart = self._session.options, parts_apart(self._session, states)
         with self._clock.phase("sync"):
             if self._syncs:
-                synced = sync_states(comm, states, options, parts=parts)
+                synced = sync_states(comm, states, options, parts=parts, apart=apart)
                 if comm.is_root:
                     self._workshop.sync_log.log_save(synced.report, states, self.step)
             else:
-                synced = capture_on_root(comm, states, parts)
+                synced = capture_on_root(comm, states, parts, apart)
             if synced.is_cut:
                 self._survey = self._workshop.survey = survey_tiles(
                     comm,

@@ -14,10 +14,11 @@ from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Form
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from mpi_ckpt.leaf import Leaf, LeafSpec
-    from mpi_ckpt.state import LeafState, Structure
+    from mpi_ckpt.state import Capture, LeafState, Structure
+    from mpi_ckpt.states.unshared.ranked import RankedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,21 @@ def capture_states(states: Iterable[LeafState]) -> list[CapturedState]:
     Raises:
         StageError: On the calling rank, if a state cannot be captured.
     """
-    return [_capture(state) for state in states]
+    return [_capture(state, state.capture) for state in states]
 
 
-def _capture(state: LeafState) -> CapturedState:
+def capture_own_parts(states: Iterable[RankedState]) -> list[CapturedState]:
+    """Capture of each state the part of this rank alone, as cut leaves. Not collective.
+
+    Raises:
+        StageError: On the calling rank, if a part cannot be captured.
+    """
+    return [_capture(state, state.capture_own) for state in states]
+
+
+def _capture(state: LeafState, capture: Callable[[], Capture]) -> CapturedState:
     with concerning(f"state {state.name!r}"):
-        captured = state.capture()
+        captured = capture()
         leaves = captured.leaves
         cut = tuple([leaf for leaf in leaves if leaf.tiles is not None])
         if cut:

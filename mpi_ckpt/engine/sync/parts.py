@@ -11,27 +11,49 @@ from mpi_ckpt.comm import agree, gather_bytes
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.state import PartsState
+from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.session import Session
     from mpi_ckpt.state import State
 
 _DOING = "collecting the parts of states"
 
 
-def take_parts(states: Sequence[State]) -> bytes:
+def parts_apart(session: Session, states: Sequence[State]) -> frozenset[str]:
+    """Return the names of the states whose parts a save leaves to the ranks to write.
+
+    Not collective: the same on every rank. With one writer there are none, since the other
+    ranks may not see its directory. A copy in memory must hold all parts, since a lost rank
+    takes its own along: then root collects them as well.
+    """
+    if session.comm.size == 1 or session.memory is not None:
+        return frozenset()
+    if session.options.writers == "root":
+        return frozenset()
+    return frozenset(
+        state.name for state in states if isinstance(state, RankedState) and state.is_large
+    )
+
+
+def take_parts(states: Sequence[State], apart: Collection[str] = ()) -> bytes:
     """Return this rank's parts of the states that have parts, for `combine_parts`.
 
     Not collective. Must not communicate.
+
+    Args:
+        states: The states of a save.
+        apart: Names of those whose parts are not joined.
 
     Raises:
         StageError: On the calling rank, if a state cannot give its part.
     """
     parts = []
     for state in states:
-        if isinstance(state, PartsState):
+        if isinstance(state, PartsState) and state.name not in apart:
             with concerning(f"state {state.name!r}"):
                 parts.append(state.part())
     if not parts:
@@ -40,7 +62,12 @@ def take_parts(states: Sequence[State]) -> bytes:
     return json.dumps([len(part) for part in parts]).encode() + b"\n" + b"".join(parts)
 
 
-def combine_parts(comm: Communicator, states: Sequence[State], mine: bytes | None) -> None:
+def combine_parts(
+    comm: Communicator,
+    states: Sequence[State],
+    mine: bytes | None,
+    apart: Collection[str] = (),
+) -> None:
     """Send the parts of all ranks to root, which joins them.
 
     Collective. Main thread only.
@@ -49,16 +76,21 @@ def combine_parts(comm: Communicator, states: Sequence[State], mine: bytes | Non
         comm: The communicator.
         states: The same states in the same order on every rank.
         mine: Result of `take_parts` on this rank; None to take the parts now.
+        apart: As for `take_parts`.
 
     Raises:
         StageError: On every rank, if any rank cannot give a part, or root cannot join the
             parts of a state.
     """
-    parted = [state for state in states if isinstance(state, PartsState)]
+    parted = [
+        state
+        for state in states
+        if isinstance(state, PartsState) and state.name not in apart
+    ]
     if not parted:
         return
     if mine is None:
-        mine = agree(comm, _DOING, lambda: take_parts(states), error=StageError)
+        mine = agree(comm, _DOING, lambda: take_parts(parted), error=StageError)
     gathered = gather_bytes(comm, mine, _DOING)
 
     def combine() -> None:

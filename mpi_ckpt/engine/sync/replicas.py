@@ -10,6 +10,7 @@ from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, meet, printed_by
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
+    capture_own_parts,
     capture_states,
     digest_of,
     digest_states,
@@ -29,7 +30,7 @@ from mpi_ckpt.state import LeafState, PartsState
 from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.options import Options
@@ -67,6 +68,7 @@ def sync_states(
     options: Options,
     *,
     parts: bytes | None = None,
+    apart: Collection[str] = (),
     forced: bool = False,
 ) -> SyncedStates:
     """Make states equal on all ranks, each by its own sync mode.
@@ -78,6 +80,7 @@ def sync_states(
         states: The same states in the same order on every rank.
         options: Its threads and window are used.
         parts: Result of `take_parts` on this rank; None to take the parts now.
+        apart: Names of states whose parts are not joined: each rank captures its own.
         forced: Whether all ranks take root's values, also for states that check. Replicas
             are then likely to differ, so first bytes are compared first: leaves that differ
             there need no digest. States that each rank has for itself are left alone.
@@ -90,9 +93,11 @@ def sync_states(
     for state in states:
         if not isinstance(state, LeafState):
             agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
-    combine_parts(comm, states, parts)
+    combine_parts(comm, states, parts, apart)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
-    comparison, root_only, is_cut = _compare(comm, leaf_states, options, forced=forced)
+    comparison, root_only, is_cut = _compare(
+        comm, leaf_states, options, apart, forced=forced
+    )
     captured = comparison.captured
     if not forced:
         _refuse_divergence(comm, captured, comparison.differences)
@@ -111,7 +116,10 @@ def sync_states(
 
 @without_collections()
 def capture_on_root(
-    comm: Communicator, states: Sequence[State], parts: bytes | None = None
+    comm: Communicator,
+    states: Sequence[State],
+    parts: bytes | None = None,
+    apart: Collection[str] = (),
 ) -> SyncedStates:
     """Capture root's leaf states and all ranks' tiles, without any comparison.
 
@@ -121,6 +129,7 @@ def capture_on_root(
         comm: The communicator.
         states: The same states in the same order on every rank.
         parts: Result of `take_parts` on this rank; None to take the parts now.
+        apart: As for `sync_states`.
 
     Returns:
         The contents, not yet digested; on other ranks those of states with tiles.
@@ -128,17 +137,27 @@ def capture_on_root(
     Raises:
         StageError: On every rank, if a state cannot be captured on any.
     """
-    combine_parts(comm, states, parts)
+    combine_parts(comm, states, parts, apart)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
 
     def capture() -> list[CapturedState]:
+        own = _capture_apart(leaf_states, apart)
+        rest = [state for state in leaf_states if state.name not in apart]
         if comm.is_root:
-            return capture_states(leaf_states)
-        may_be_cut = [s for s in leaf_states if not isinstance(s, PartsState)]
-        return [one for one in capture_states(may_be_cut) if one.cut]
+            return [*capture_states(rest), *own]
+        may_be_cut = [s for s in rest if not isinstance(s, PartsState)]
+        return [*(one for one in capture_states(may_be_cut) if one.cut), *own]
 
     met = meet(comm, _CAPTURING, capture, error=StageError, flag=_has_tiles)
     return SyncedStates(met.result, SyncReport(), met.is_flagged)
+
+
+def _capture_apart(
+    states: Sequence[LeafState], apart: Collection[str]
+) -> list[CapturedState]:
+    return capture_own_parts(
+        state for state in states if isinstance(state, RankedState) and state.name in apart
+    )
 
 
 def _has_tiles(captured: Sequence[CapturedState]) -> bool:
@@ -146,9 +165,14 @@ def _has_tiles(captured: Sequence[CapturedState]) -> bool:
 
 
 def _compare(
-    comm: Communicator, states: Sequence[LeafState], options: Options, *, forced: bool
+    comm: Communicator,
+    states: Sequence[LeafState],
+    options: Options,
+    apart: Collection[str],
+    *,
+    forced: bool,
 ) -> tuple[Comparison, list[CapturedState], bool]:
-    """Capture and compare the compared states; capture the others on root only."""
+    """Capture and compare the compared states; capture the others on root, or apart."""
     names = {state.name for state in states if _is_root_only(comm, state, forced=forced)}
     threads = options.io.digest_threads
 
@@ -156,8 +180,9 @@ def _compare(
         compared = capture_states(state for state in states if state.name not in names)
         if not forced:
             compared = digest_states(compared, threads)
-        root_only = [state for state in states if state.name in names]
-        return compared, capture_states(root_only if comm.is_root else ())
+        root_only = [s for s in states if s.name in names and s.name not in apart]
+        of_root = capture_states(root_only if comm.is_root else ())
+        return compared, [*of_root, *_capture_apart(states, apart)]
 
     met = meet(
         comm,

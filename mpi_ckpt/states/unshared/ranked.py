@@ -11,7 +11,7 @@ from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
-from mpi_ckpt.states.packed import pack, packed_head, part_leaves, unpack
+from mpi_ckpt.states.packed import own_leaves, pack, packed_head, part_leaves, unpack
 from mpi_ckpt.storage.format.rank_parts import find_parts
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class RankedState(PartsState):
 
     count_key: ClassVar[str]
     """Under which the structure has the number of parts; tells kinds of states apart."""
+
+    is_large: ClassVar[bool] = False
+    """Whether parts may be large: several writers then write them without root."""
 
     resizes: bool = False
 
@@ -112,6 +115,13 @@ class RankedState(PartsState):
         parts = self._parts or [self.part()]
         leaves = [part_leaves(rank, part) for rank, part in enumerate(parts)]
         return Capture(self.form(len(parts)), list(chain.from_iterable(leaves)))
+
+    def capture_own(self) -> Capture:
+        """Return this rank's part alone, for the rank to write it: cut leaves.
+
+        Not collective. Only of states whose parts may be large.
+        """
+        raise NotImplementedError
 
     def prepare(
         self,
@@ -210,6 +220,7 @@ class PerRankState(RankedState):
 
     contents = "values of ranks"
     count_key = "values"
+    is_large = True
 
     def __init__(
         self,
@@ -226,6 +237,10 @@ class PerRankState(RankedState):
     def part(self) -> bytes:
         """See `PartsState`. Not collective."""
         return pack(self.value)
+
+    def capture_own(self) -> Capture:
+        """See `RankedState`. Not collective."""
+        return Capture(self.form(self._size), own_leaves(self._rank, self.value))
 
     def source(self, rank: int, saved: int) -> int | None:
         """See `RankedState`. Not collective."""
