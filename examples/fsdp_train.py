@@ -62,6 +62,8 @@ def main() -> None:
         manager.restore()
         log = Log(args.log if manager.is_root else None)
         log.write("start", ranks=ranks, step=manager.steps)
+        if manager.is_root:
+            print(f"step {manager.steps:4d} on {ranks} ranks, {across} to a layer")
         while manager.steps < args.steps:
             loss = train_on(batch_of(training, manager.steps, mesh), model, optimizer)
             stop = manager.step()
@@ -78,9 +80,8 @@ def main() -> None:
 
 def make_cut_model(mesh: DeviceMesh) -> torch.nn.Module:
     """Make a network: each layer cut over the ranks of a row, and that over the rows."""
-    model = torch.nn.Sequential(
-        torch.nn.Linear(64, 130), torch.nn.ReLU(), torch.nn.Linear(130, 10)
-    )
+    layers = torch.nn.Linear(64, 130), torch.nn.ReLU(), torch.nn.Linear(130, 10)
+    model = torch.nn.Sequential(*layers, torch.nn.LogSoftmax(dim=1))
     if mesh["layer"].size() > 1:
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
         parallelize_module(model, mesh["layer"], plan)
@@ -105,7 +106,7 @@ def train_on(
 ) -> float:
     """Take one step, and return this rank's loss."""
     images, labels = batch
-    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    loss = torch.nn.functional.nll_loss(model(images), labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -115,7 +116,7 @@ def train_on(
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--checkpoints", type=Path, default=Path("fsdp-checkpoints"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--interval", type=int, default=20, help="steps between saves")
     parser.add_argument("--log", type=Path, help="file for events, as JSON lines")
