@@ -118,7 +118,7 @@ def parts_in(structure: Any, names: Iterable[str]) -> list[RankPart]:  # noqa: A
         The parts in rank order. None for another state, and for the first form, whose
         parts are single leaves that only a restore opens.
     """
-    if not isinstance(structure, dict) or not {"values", "size"} & set(structure):
+    if not isinstance(structure, dict) or not {"parts", "of"} <= set(structure):
         return []
     names = list(names)
     return [

@@ -140,7 +140,8 @@ def test_streams_of_the_first_form_are_restored(tmp_path):
     streams = {key: pack(stream.get()) for key, stream in state._streams().items()}
     head = json.dumps({"kinds": state._kinds_now(), "shared": {}}).encode()
     part = head + b"\n" + pack(streams)
-    publish(tmp_path, [first_form("rng", state.form(1), [part])])
+    structure = {"size": 1, "kinds": state._kinds_now(), "shared": []}
+    publish(tmp_path, [first_form("rng", structure, [part])])
     expected = random.random(), own.random()
     restored(tmp_path, state)
     assert (random.random(), own.random()) == expected
@@ -183,10 +184,17 @@ def test_leaf_of_a_part_may_be_cut_into_several_tiles(tmp_path):
     assert alike(unpack(part), array)
 
 
+def test_a_release_that_knows_only_the_first_form_does_not_take_the_parts_for_its_own():
+    state = joined(PerRankState("own"), [1, 2])
+    captured = state.capture()
+    assert len(captured.leaves) == 2  # as many as ranks: their number tells nothing
+    assert state.first_key not in captured.structure
+
+
 def test_structure_that_is_no_json_is_damage(tmp_path):
     leaf = Leaf(LeafSpec("rank-00000.json", "U8", (3,)), MemoryBuffer(b"nan"))
     state = PerRankState("own")
-    state.capture = lambda: Capture({"values": 1}, [leaf])
+    state.capture = lambda: Capture(state.form(1), [leaf])
     path = publish(tmp_path, [state])
     with GenerationReader(path) as reader:
         parts = SavedParts(reader, "own", 1 << 20)
@@ -212,8 +220,9 @@ def test_structure_that_is_no_json_is_damage(tmp_path):
 def test_leaves_that_are_no_parts_are_a_mismatch(names):
     assert find_parts(names) == []
     specs = [LeafSpec(name, "U8", (1,)) for name in names]
+    state = PerRankState("own")
     with pytest.raises(StateMismatchError, match="no values of ranks"):
-        PerRankState("own").prepare({"values": len(names)}, specs, strict=True)
+        state.prepare(state.form(len(names)), specs, strict=True)
 
 
 @given(st.lists(st.lists(st.text(max_size=6), unique=True, max_size=4), max_size=5))

@@ -47,10 +47,10 @@ class RankedState(PartsState):
     """
 
     contents: ClassVar[str]
-    """What the parts hold, for messages."""
+    """What the parts hold, in messages and in the structure."""
 
-    count_key: ClassVar[str]
-    """Under which the structure has the number of parts; tells kinds of states apart."""
+    first_key: ClassVar[str]
+    """Under which the structure of the first form has the number of parts."""
 
     is_large: ClassVar[bool] = False
     """Whether parts may be large: several writers then write them without root."""
@@ -172,8 +172,7 @@ class RankedState(PartsState):
             StateMismatchError: On the calling rank, if it is another structure, or does not
                 fit.
         """
-        found = structure.get(self.count_key) if isinstance(structure, dict) else None
-        if not count or found != count:
+        if not count or self._count_in(structure) != count:
             raise StateMismatchError(
                 f"state {self.name!r}: the checkpoint holds no {self.contents}"
             )
@@ -181,7 +180,15 @@ class RankedState(PartsState):
 
     def form(self, count: int) -> Structure:
         """Return the structure for a number of parts. Not collective."""
-        return {self.count_key: count}
+        # Not under the key of the first form: a release that knows only that one would
+        # take a part for damaged, and set the generation aside.
+        return {"parts": count, "of": self.contents}
+
+    def _count_in(self, structure: Structure) -> object:
+        if not isinstance(structure, dict):
+            return None
+        is_first = structure.get("of") != self.contents
+        return structure.get(self.first_key if is_first else "parts")
 
 
 def _part_in(leaves: Sequence[Leaf], part: PartLeaves) -> bytes:
@@ -219,7 +226,7 @@ class PerRankState(RankedState):
     """
 
     contents = "values of ranks"
-    count_key = "values"
+    first_key = "values"
     is_large = True
 
     def __init__(

@@ -67,7 +67,7 @@ class RNGState(RankedState):
     """
 
     contents = "random streams"
-    count_key = "size"
+    first_key = "size"
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class RNGState(RankedState):
     def form(self, count: int) -> Structure:
         """See `RankedState`. Not collective."""
         return {
-            self.count_key: count,
+            **super().form(count),
             "kinds": self._kinds_now(),
             "shared": sorted(self._shared),
         }
