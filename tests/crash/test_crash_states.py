@@ -107,7 +107,8 @@ def test_every_crash_state_of_tiles_is_good(ranks, way):
         file = f"/tiles-{rank:05d}.safetensors"
         own = [op for op in scenario.ops if op.path.endswith(file)]
         syncs = [number for number, op in enumerate(own) if op.kind == "sync_file"]
-        assert len(syncs) == 3
+        # Two of the saves change the tiles; the others share the file by a second name.
+        assert len(syncs) == 2
         # The header is written last, and then comes the file's only fsync.
         for number in syncs:
             assert own[number - 1].kind == "pwrite"
