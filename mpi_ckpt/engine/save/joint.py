@@ -89,25 +89,30 @@ class JointWrite:
         session, request = self._session, self._request
         comm, options = session.comm, session.options
 
+        tasks: list[Task] = []
+
         def begin() -> None:
             joined = None if self._survey is None else self._survey.joined
             # Tiles that are shared take no space, and only their ranks know of them.
             may_share = options.io.reuse and self._history.generation > 0
             nbytes = 0 if joined is None or may_share else joined.nbytes
             with clock.phase("write"):
-                self._draft = Draft.begin(
+                self._draft = draft = Draft.begin(
                     session.directory, request, options, tile_bytes=nbytes
                 )
+            self._shares = share_out(draft.captured, draft.fresh, equal, writers)
+            number, job = draft.partial.generation, session.directory.job
+            shares = [self._shares.get(rank, {}) for rank in range(comm.size)]
+            tasks.extend(Task(number, job, share) for share in shares)
 
-        on_root(comm, "beginning a generation", begin, error=SaveError)
-        tasks: list[Task] = []
+        try:
+            on_root(comm, "beginning a generation", begin, error=SaveError)
+        except BaseException:
+            self.drop()
+            raise
         captured: Sequence[CapturedState] = request.captured
         if self._draft is not None:
             captured = self._draft.captured
-            self._shares = share_out(captured, self._draft.fresh, equal, writers)
-            number, job = self._draft.partial.generation, session.directory.job
-            shares = [self._shares.get(rank, {}) for rank in range(comm.size)]
-            tasks = [Task(number, job, share) for share in shares]
         self._task = deal_tasks(comm, tasks, options.io.window_bytes)
         plain = request.plain if comm.is_root else []
         share = pick_share(captured, self._task.share)

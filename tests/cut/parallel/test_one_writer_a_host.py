@@ -78,3 +78,17 @@ def test_a_rank_that_cannot_write_or_read_fails_all(
     ours.save()
     assert [info.generation for info in ours.generations()][-1] >= 2
     ours.close()
+
+
+def test_root_that_cannot_share_out_fails_all(peers, shared_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no shares")
+
+    ours = manager(shared_path, *states_of(peers), comm=peers)
+    with monkeypatch.context() as patch:
+        patch.setattr("mpi_ckpt.engine.save.joint.share_out", broken)
+        with same_error(peers, SaveError, "rank 0", "no shares"):
+            ours.save()
+    assert not list(shared_path.glob(".partial-*"))
+    assert ours.save().wait().generation == 1
+    ours.close()
