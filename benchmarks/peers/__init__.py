@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from benchmarks import ceilings, names
 from benchmarks.harness import Contender
 from benchmarks.peers.adaptdl import Adaptdl
+from benchmarks.peers.base import is_installed
 from benchmarks.peers.dcp import DistributedCheckpoint
 from benchmarks.peers.horovod import Horovod
 from benchmarks.peers.safetensors import Safetensors
@@ -42,8 +42,6 @@ PEERS: tuple[type[Peer], ...] = (
     Horovod,
 )
 
-_told: set[str] = set()
-
 
 def available(setting: Setting, ability: str) -> list[Peer]:
     """Return the peers that can do something; say once which are not installed.
@@ -54,11 +52,7 @@ def available(setting: Setting, ability: str) -> list[Peer]:
     for kind in PEERS:
         if ability not in kind.can:
             continue
-        # One rank without it must not leave the others alone.
-        if not all(setting.comm.allgather(find_spec(kind.package) is not None)):
-            if setting.is_root and kind.package not in _told:
-                _told.add(kind.package)
-                print(f"{kind.name} is skipped: not installed; scripts/peers brings it")
+        if not is_installed(setting, kind.name, kind.package):
             continue
         peer = kind(setting, setting.directory / f"{kind.package}-{kind.__name__}")
         peer.open()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -14,7 +15,20 @@ if TYPE_CHECKING:
 
     from benchmarks.setting import Arrays, Setting
 
-__all__ = ["Peer", "as_tensors"]
+__all__ = ["Peer", "as_tensors", "is_installed"]
+
+_told: set[str] = set()
+
+
+def is_installed(setting: Setting, name: str, package: str) -> bool:
+    """Return whether a package is there on all ranks; say once if it is not. Collective."""
+    # One rank without it must not leave the others alone.
+    if all(setting.comm.allgather(find_spec(package) is not None)):
+        return True
+    if setting.is_root and package not in _told:
+        _told.add(package)
+        print(f"{name} is skipped: not installed; scripts/peers brings it")
+    return False
 
 
 class Peer:

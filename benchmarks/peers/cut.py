@@ -6,12 +6,12 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from benchmarks import ceilings, names
+from benchmarks.peers.base import is_installed
 from benchmarks.peers.process_group import join_group
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from benchmarks.setting import Setting
 
 __all__ = ["CutPeer", "available_cut"]
-
-_told: set[str] = set()
 
 
 class CutPeer:
@@ -248,11 +246,7 @@ def available_cut(setting: Setting, title: str, *, load: bool = False) -> list[C
     for kind in _PEERS:
         if load and not kind.can_load:
             continue
-        # One rank without it must not leave the others alone.
-        if not all(setting.comm.allgather(find_spec(kind.package) is not None)):
-            if setting.is_root and kind.package not in _told:
-                _told.add(kind.package)
-                print(f"{kind.name} is skipped: not installed; scripts/peers brings it")
+        if not is_installed(setting, kind.name, kind.package):
             continue
         found.append(kind(setting, setting.directory / f"{title}-{kind.__name__}"))
     return found

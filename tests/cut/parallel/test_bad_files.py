@@ -14,20 +14,13 @@ from mpi_ckpt.storage import filesystem
 from tests.cut import cuts
 from tests.cut.mixture import Mixture
 from tests.ranks import assert_same, manager, on_first, plain, same_error
+from tests.restore.parallel.test_fallback import flip
 
 GOOD, BAD = "checkpoint-00000001", "checkpoint-00000002"
 
 
 def tile_file(path, rank):
     return path / f"tiles-{rank:05d}.safetensors"
-
-
-def flip(path, offset):
-    with open(path, "r+b") as file:
-        file.seek(offset, os.SEEK_SET if offset >= 0 else os.SEEK_END)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
 
 
 def data_of(path, leaf):
