@@ -27,7 +27,7 @@ from mpi_ckpt.comm.communicator import Communicator
 from mpi_ckpt.comm.exchange import exchange_counts, exchange_messages
 from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
 from mpi_ckpt.comm.members import Member, member_of
-from mpi_ckpt.comm.scatter import scatter_bytes
+from mpi_ckpt.comm.scatter import scatter_bytes, scatter_parts
 from mpi_ckpt.comm.survival import (
     is_rank_failure,
     is_sign_of_loss,
@@ -67,5 +67,6 @@ __all__ = [
     "on_root",
     "printed_by",
     "scatter_bytes",
+    "scatter_parts",
     "why_lost_ranks_end_the_job",
 ]

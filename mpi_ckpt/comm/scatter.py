@@ -69,6 +69,41 @@ def scatter_bytes(
     return agree(comm, doing, outcome, error=error)
 
 
+def scatter_parts(
+    comm: Communicator,
+    parts: Sequence[bytes],
+    doing: str,
+    *,
+    error: type[CheckpointError],
+    window_bytes: int,
+) -> bytes:
+    """Send each rank its own part, where root has all of them. See `scatter_bytes`.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        parts: A part for each rank, in rank order, on root; empty elsewhere.
+        doing: As for `scatter_bytes`.
+        error: As for `scatter_bytes`.
+        window_bytes: As for `scatter_bytes`.
+
+    Returns:
+        This rank's part.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    return scatter_bytes(
+        comm,
+        [len(part) for part in parts],
+        (([rank], part) for rank, part in enumerate(parts)),
+        doing,
+        error=error,
+        window_bytes=window_bytes,
+    )
+
+
 class _Dealer:
     """Root's side: whatever fails, every rank gets the messages that it awaits."""
 

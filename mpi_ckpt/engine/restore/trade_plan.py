@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm import choose_ranks, gather_bytes, meet, scatter_bytes
+from mpi_ckpt.comm import choose_ranks, gather_bytes, meet, scatter_parts
 from mpi_ckpt.decomposition.rank_plan import RankPlan
 from mpi_ckpt.decomposition.reshard import plan_reshard
 from mpi_ckpt.digest import DIGEST_BYTES
@@ -83,10 +83,9 @@ def plan_trade(session: Session, found: OpenGeneration, match: StateMatch) -> Tr
 
     met = meet(comm, _PLANNING, plan, error=RestoreError, encode=bytes)
     leaves, unwanted = json.loads(met.message)
-    mine = scatter_bytes(
+    mine = scatter_parts(
         comm,
-        [len(part) for part in parts],
-        (([rank], part) for rank, part in enumerate(parts)),
+        parts,
         _PLANNING,
         error=RestoreError,
         window_bytes=options.io.window_bytes,

@@ -2,7 +2,7 @@
 """Joins what each rank wants of leaves that are cut, in the files or in the program.
 
 A leaf that was saved whole and is whole in the program is broadcast (`transfer`). Every
-other leaf is traded (`trade`): each rank receives the boxes that it wants. No MPI.
+other leaf is traded (`trading`): each rank receives the boxes that it wants. No MPI.
 """
 
 from __future__ import annotations

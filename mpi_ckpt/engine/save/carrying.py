@@ -16,7 +16,7 @@ from mpi_ckpt.comm import exchange_messages
 from mpi_ckpt.engine.save.assignment import handing_order
 from mpi_ckpt.engine.save.own_tiles import runs_of
 from mpi_ckpt.engine.sync.captured import about_leaf
-from mpi_ckpt.storage.format.tile_table import plan_tile_file
+from mpi_ckpt.storage.format.tile_table import file_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +56,7 @@ def hand_over(
     tiles.sort(key=lambda tile: handing_order(tile[0]))
     entries = [entry for entry, _, _ in tiles]
     failure: BaseException | None = None
-    for index in plan_tile_file(entries).order if entries else ():
+    for index in file_order(entries):
         _, one, number = tiles[index]
         pieces = _pieces_of(one.leaves[number])
         for length in _lengths(entries[index].nbytes):
@@ -91,7 +91,7 @@ class CarriedTiles:
         # The lengths of the messages that each rank still sends, in its order.
         self._waiting: dict[int, deque[int]] = {}
         for rank, entries in carried.items():
-            order = plan_tile_file(entries).order if entries else ()
+            order = file_order(entries)
             lengths = [n for at in order for n in _lengths(entries[at].nbytes)]
             self._waiting[rank] = deque(lengths)
 

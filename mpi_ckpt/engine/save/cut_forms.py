@@ -20,7 +20,7 @@ from mpi_ckpt.engine.save.assignment import (
     as_leaf_spec,
     handing_order,
 )
-from mpi_ckpt.errors import StageError
+from mpi_ckpt.errors import StageError, cut_lines
 from mpi_ckpt.failures import name_ranks
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import CutLeaf
@@ -145,11 +145,9 @@ def join_forms(
         except ValueError as problem:
             problems.append(f"state {state!r}, leaf {leaf!r}: {problem}")
     if problems:
-        more = len(problems) - _PROBLEMS_MAX
-        shown = [*problems[:_PROBLEMS_MAX], *([f"and {more} more"] if more > 0 else [])]
         raise StageError(
             "leaves are not cut over the ranks without holes and overlaps; nothing was "
-            "saved:\n    " + "\n    ".join(shown),
+            "saved:\n    " + cut_lines("\n    ".join(problems), _PROBLEMS_MAX),
             problems=problems,
         )
     return _assign(placed, writers)

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.comm import scatter_parts
 from mpi_ckpt.engine.sync.captured import pick_leaves
 from mpi_ckpt.errors import SaveError
 
@@ -120,12 +120,6 @@ def deal_tasks(comm: Communicator, tasks: Sequence[Task], window_bytes: int) -> 
     encoded = [
         json.dumps([task.generation, task.job, task.share]).encode() for task in tasks
     ]
-    mine = scatter_bytes(
-        comm,
-        [len(text) for text in encoded],
-        (([rank], text) for rank, text in enumerate(encoded)),
-        "sharing out a save",
-        error=SaveError,
-        window_bytes=window_bytes,
-    )
+    doing = "sharing out a save"
+    mine = scatter_parts(comm, encoded, doing, error=SaveError, window_bytes=window_bytes)
     return Task(*json.loads(mine))

@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_bytes
+from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_parts
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.digest import DIGEST_BYTES, Digest
 from mpi_ckpt.engine.save.assignment import Assignment, TileNumber
 from mpi_ckpt.engine.save.cut_forms import JoinedForms, encode_forms, join_forms
 from mpi_ckpt.engine.save.own_tiles import CapturedTiles
 from mpi_ckpt.engine.sync.captured import about_leaf
-from mpi_ckpt.errors import DivergedError, SaveError, StageError
+from mpi_ckpt.errors import DivergedError, SaveError, StageError, cut_lines
 from mpi_ckpt.failures import name_ranks
 from mpi_ckpt.leaf import Form, Leaf, LeafSpec
 from mpi_ckpt.storage.format.tile_table import TileEntry
@@ -79,14 +79,7 @@ def survey_tiles(
 
     joined = agree(comm, _DOING, join, error=StageError)
     encoded = [] if joined is None else [one.encode() for one in joined.assignments]
-    mine = scatter_bytes(
-        comm,
-        [len(one) for one in encoded],
-        (([rank], one) for rank, one in enumerate(encoded)),
-        _DOING,
-        error=SaveError,
-        window_bytes=window_bytes,
-    )
+    mine = scatter_parts(comm, encoded, _DOING, error=SaveError, window_bytes=window_bytes)
     (has_replicas,) = any_of(comm, _DOING, bool(joined and joined.replicas))
     return TileSurvey(forms, Assignment.decode(mine), joined, has_replicas)
 
@@ -201,10 +194,8 @@ def _refuse_differing(
         if digests[one.rank][one.tile] != digests[one.owner][one.owned]
     ]
     if problems:
-        more = len(problems) - _PROBLEMS_MAX
-        shown = [*problems[:_PROBLEMS_MAX], *([f"and {more} more"] if more > 0 else [])]
         raise DivergedError(
             "ranks that have the same box of a leaf have other bytes in it, nothing was "
-            "saved:\n  " + "\n  ".join(shown),
+            "saved:\n  " + cut_lines("\n  ".join(problems), _PROBLEMS_MAX),
             problems=problems,
         )
