@@ -35,7 +35,7 @@ Who = Literal["root", "others"]
 _WHO: tuple[Who, Who] = ("root", "others")
 
 QUANTITIES = (
-    *("collectives", "messages", "mpi_bytes"),
+    *("collectives", "messages", "mpi_bytes", "sent"),
     *("file_operations", "transfers", "file_bytes"),
 )
 # Texts in which numbers and times stand differ by some bytes from run to run.
@@ -55,14 +55,21 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """A count as a function of the ranks: ``base + per_rank * ranks``."""
+    """A count as a function of the ranks.
+
+    Attributes:
+        base: What does not grow.
+        per_rank: What each rank adds.
+        per_doubling: What twice as many ranks add, as a tree does.
+    """
 
     base: float
     per_rank: float
+    per_doubling: float = 0
 
     def at(self, ranks: int) -> float:
         """Return the count with so many ranks."""
-        return self.base + self.per_rank * ranks
+        return self.base + self.per_rank * ranks + self.per_doubling * math.log2(ranks)
 
 
 # --- what grows ----------------------------------------------------------------------
@@ -79,9 +86,10 @@ def grown(lines: Iterable[Mapping[str, Any]]) -> dict[Key, dict[int, float]]:
         who: Who = "root" if line["rank"] == 0 else "others"
         for quantity in QUANTITIES:
             by_ranks = most[Key(line["phase"], quantity, who)]
-            ranks = line["ranks"]
-            by_ranks[ranks] = max(by_ranks.get(ranks, 0), line.get(quantity, 0))
-    return dict(most)
+            ranks, count = line["ranks"], line.get(quantity, 0)
+            if count is not None:
+                by_ranks[ranks] = max(by_ranks.get(ranks, 0), count)
+    return {key: counts for key, counts in most.items() if counts}
 
 
 def fit(counts: Mapping[int, float], slack: float = 0) -> Growth:
@@ -96,8 +104,14 @@ def fit(counts: Mapping[int, float], slack: float = 0) -> Growth:
     many = max(known)
     # What is the same for the two largest sizes has come to its end.
     before = max((ranks for ranks in known if ranks < many), default=many)
-    if abs(known[many] - known[before]) <= slack:
+    last = known[many] - known[before]
+    if abs(last) <= slack:
         return Growth(known[many], 0)
+    earlier = max((ranks for ranks in known if ranks < before), default=before)
+    # A line adds more at each doubling; a tree, whose depth is rounded up, does not.
+    if earlier < before and 0 < last <= known[before] - known[earlier] + slack:
+        doubled = last / math.log2(many / before)
+        return Growth(known[many] - doubled * math.log2(many), 0, doubled)
     mean_x = sum(known) / len(known)
     mean_y = sum(known.values()) / len(known)
     spread = sum((x - mean_x) ** 2 for x in known)
@@ -455,6 +469,7 @@ def _seconds_of_one(quantity: str, cluster: Cluster) -> float:
     return {
         "collectives": rounds(100_000) * cluster.latency,
         "messages": cluster.message,
+        "sent": cluster.message,
         "mpi_bytes": 1 / cluster.bandwidth,
         "file_operations": cluster.file_operation,
         "transfers": cluster.transfer,
