@@ -59,7 +59,7 @@ def warn_of_wait(comm: Communicator, doing: str) -> None:
         known = comm.busy_ranks.describe()
         logger.warning(
             "%s has waited %.0f s for other ranks, in %s (%s): it is collective, so every "
-            "rank must call it; %s",
+            "rank must call it, never one alone (`if rank == 0:`); %s",
             *(comm.name, WARNED_SECONDS, comm.call, doing),
             "; ".join(known)
             if known
@@ -135,8 +135,9 @@ def missed_deadline(
     what, absent = what_is_missing(comm, call), call.absent
     if absent:
         what += (
-            f"; every rank must call {comm.call} within Options.deadline_seconds, or say "
-            f"that it comes late: `with manager.busy({REASON!r}):`"
+            f"; every rank must call {comm.call}, never one alone (`if rank == 0:`), "
+            "within Options.deadline_seconds, or say that it comes late: "
+            f"`with manager.busy({REASON!r}):`"
         )
     problems = []
     for rank in absent[:_DESCRIBED_MAX]:

@@ -45,6 +45,11 @@ def check_before(mpi: Any, comm: MPI.Intracomm | None) -> None:  # noqa: ANN401 
     check_finalized(mpi)
     if comm is not None and comm == mpi.COMM_NULL:
         raise LaunchError("the communicator is COMM_NULL: it was freed, or never made")
+    if comm is not None and not isinstance(comm, mpi.Comm):
+        raise LaunchError(
+            f"comm is {comm!r}, not a communicator of mpi4py: give one, such as "
+            "MPI.COMM_WORLD, or None for all ranks of the job"
+        )
     if comm is not None and comm.Is_inter():
         raise LaunchError(
             "an intercommunicator joins two groups of ranks, but a manager has one group: "
