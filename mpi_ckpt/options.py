@@ -6,15 +6,16 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mpi_ckpt.errors import OptionsError
-from mpi_ckpt.pacing import AutoInterval
+from mpi_ckpt.hooks import Hooks
+from mpi_ckpt.pacing import AutoInterval, is_interval, parse_interval
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from datetime import timedelta
 
 __all__ = [
     *("ENVIRONMENT", "IO", "ROOT", "AbortOn", "Locking", "Options", "Ranks", "StopWhen"),
@@ -205,6 +206,7 @@ class Options:
             needs a writable directory (False). None (default): if it is not writable,
             `restore` warns that a save will fail.
         io: How bytes move to disk, from disk, and between ranks.
+        hooks: Functions that root calls after saves and restores.
 
     Raises:
         OptionsError: On every rank that makes it, with all faults at once.
@@ -228,6 +230,7 @@ class Options:
     lock: Locking = "flock"
     read_only: bool | None = None
     io: IO = IO()
+    hooks: Hooks = Hooks()
 
     def __post_init__(self) -> None:
         _require(
@@ -238,7 +241,7 @@ class Options:
                     f"retention is {self.retention!r}, not a policy such as KeepLast(3)",
                 ),
                 (
-                    _is_interval(self.interval),
+                    is_interval(self.interval),
                     f"interval is {self.interval!r}: at least 1 step, a time, or 'auto'",
                 ),
                 _one_of("asynchronous", self.asynchronous, True, False, "skip", "raise"),
@@ -256,6 +259,7 @@ class Options:
                     f"interval is {self.interval!r}, and read_only=True: nothing is saved",
                 ),
                 (isinstance(self.io, IO), f"io is {self.io!r}, not an IO"),
+                (isinstance(self.hooks, Hooks), f"hooks is {self.hooks!r}, not Hooks"),
             ],
         )
 
@@ -290,22 +294,6 @@ class Options:
         return {field.name: repr(getattr(self, field.name)) for field in fields(self)}
 
 
-def _is_interval(interval: object) -> bool:
-    if isinstance(interval, timedelta):
-        return interval > timedelta(0)
-    if isinstance(interval, int):
-        return interval >= 1
-    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
-
-
-def _parse_interval(text: str) -> int | timedelta | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    if text.endswith("s"):
-        return timedelta(seconds=float(text[:-1]))
-    return int(text)
-
-
 def _parse_flag(text: str) -> bool:
     return bool(int(text))
 
@@ -322,7 +310,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     ),
     "MPI_CKPT_INTERVAL": (
         "interval",
-        _parse_interval,
+        parse_interval,
         "steps (100) or seconds (600s) between saves, or auto",
     ),
     "MPI_CKPT_WRITERS": ("writers", str, "root, node or all"),

@@ -6,14 +6,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ASSUMED", "AutoInterval", "Failures", "best_interval", "count_failures"]
+__all__ = [
+    *("ASSUMED", "AutoInterval", "Failures", "best_interval", "count_failures"),
+    *("is_interval", "parse_interval"),
+]
 
 # Fewer ends of runs say almost nothing about the mean time between them.
 _ENOUGH_FAILURES = 3
@@ -47,6 +50,28 @@ class AutoInterval:
                 "an interval cannot be worked out:\n  " + "\n  ".join(faults),
                 problems=faults,
             )
+
+
+def is_interval(interval: object) -> bool:
+    """Return whether a value is an interval between saves. Pure."""
+    if isinstance(interval, timedelta):
+        return interval > timedelta(0)
+    if isinstance(interval, int):
+        return interval >= 1
+    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
+
+
+def parse_interval(text: str) -> int | timedelta | Literal["auto"]:
+    """Return the interval in a text: steps (100), seconds (600s) or auto. Pure.
+
+    Raises:
+        ValueError: On the calling rank, if it is none.
+    """
+    if text == "auto":
+        return "auto"
+    if text.endswith("s"):
+        return timedelta(seconds=float(text[:-1]))
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)

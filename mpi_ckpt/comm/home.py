@@ -10,12 +10,18 @@ from dataclasses import dataclass, field
 from mpi_ckpt.errors import CollectiveError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Home:
-    """The process and the thread that made a communicator."""
+    """The process and the thread that made a communicator.
+
+    Attributes:
+        process, thread: Their numbers.
+        hook: The function of the program that this rank runs alone now; empty for none.
+    """
 
     process: int = field(default_factory=os.getpid)
     thread: int = field(default_factory=threading.get_ident)
+    hook: str = ""
 
     def require(self, call: str, rank: int) -> None:
         """Refuse a call from elsewhere, which would wait for ever. Not collective.
@@ -31,6 +37,11 @@ class Home:
             raise CollectiveError(
                 f"{call}: this process was forked from rank {rank}, and cannot use MPI: "
                 "make collective calls in the parent only"
+            )
+        if self.hook:
+            raise CollectiveError(
+                f"{call}: called in {self.hook}, which root alone runs: the other ranks "
+                "would never arrive; make collective calls after the save or restore"
             )
         if threading.get_ident() != self.thread:
             raise CollectiveError(
