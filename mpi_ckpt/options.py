@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.hooks import Hooks
 from mpi_ckpt.pacing import AutoInterval, interval_advice, is_interval, parse_interval
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 
@@ -210,6 +211,7 @@ class Options:
             needs a writable directory (False). None (default): if it is not writable,
             `restore` warns that a save will fail.
         io: How bytes move to disk, from disk, and between ranks.
+        hooks: Functions that root calls after saves and restores.
 
     Raises:
         OptionsError: On every rank that makes it, with all faults at once.
@@ -233,6 +235,7 @@ class Options:
     lock: Locking = "flock"
     read_only: bool | None = None
     io: IO = IO()
+    hooks: Hooks = Hooks()
 
     def __post_init__(self) -> None:
         _require(
@@ -256,6 +259,7 @@ class Options:
                     f"interval is {self.interval!r}, and read_only=True: nothing is saved",
                 ),
                 (isinstance(self.io, IO), f"io is {self.io!r}, not an IO"),
+                (isinstance(self.hooks, Hooks), f"hooks is {self.hooks!r}, not Hooks"),
             ],
         )
 

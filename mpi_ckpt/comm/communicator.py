@@ -40,7 +40,7 @@ from mpi_ckpt.errors import CollectiveError, LaunchError
 from mpi_ckpt.options import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi4py import MPI
     from numpy.typing import NDArray
@@ -78,6 +78,8 @@ class Communicator:
         visible: The processes of the ranks that this process can see.
         busy_ranks: The other ranks that have announced to be busy.
         last_met: The last meeting of all ranks, in words.
+        on_wait: Called after each wait with ``doing``, ``streaming``, and its start by
+            `time.perf_counter`; None for nobody.
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
@@ -107,6 +109,7 @@ class Communicator:
         self._cause: BaseException | None = None
         self._is_given_up = False
         self.last_met = LastMeeting()
+        self.on_wait: Callable[[str, bool, float], None] | None = None
         self.handle: MPI.Intracomm = duplicate_within(parent, deadline_seconds)
         self.node: MPI.Comm | None = None
         _OPEN[id(self)] = self
@@ -183,10 +186,7 @@ class Communicator:
     def set_limits(
         self, *, deadline_seconds: float | None = None, message_bytes: int | None = None
     ) -> None:
-        """Change the deadline and the message size; None keeps a value.
-
-        Not collective, but every rank must set the same values at the same time.
-        """
+        """Change the limits that are given. Not collective, but alike on every rank."""
         if deadline_seconds is not None:
             self.deadline_seconds = deadline_seconds
         if message_bytes is not None:
@@ -266,16 +266,14 @@ class Communicator:
         Args:
             requests: Requests posted on this communicator.
             doing: What the ranks meet for, for the error if one never arrives.
-            streaming: Whether data is flowing, so that the core is better spent on
-                progress than on sleep.
-            buffers: Buffers that the requests use but do not keep alive: requests of
-                reductions do not (mpi4py 4.1).
+            streaming: Whether data is flowing: the core then makes progress, not sleeps.
+            buffers: Buffers that the requests use, but as reductions do not keep alive.
 
         Raises:
             CollectiveError: On every live rank, if one never arrives, or if an earlier
                 wait on this communicator failed.
         """
-        pending = list(requests)
+        pending, start = list(requests), time.perf_counter()
         self.is_waiting = True
         try:
             self._refuse_if_broken(doing)
@@ -291,6 +289,8 @@ class Communicator:
         finally:
             self.is_waiting = False
             self.busy_ranks.resume()
+            if self.on_wait is not None:
+                self.on_wait(doing, streaming, start)
 
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
         patience = Patience(self.deadline_seconds, streaming=streaming)

@@ -94,12 +94,18 @@ class Presence:
         return f"process {self.process} {_STATES.get(found[0], waits)}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Home:
-    """The process and the thread that made a communicator, which alone may use it."""
+    """The process and the thread that made a communicator, which alone may use it.
+
+    Attributes:
+        process, thread: Their numbers.
+        hook: The function of the program that this rank runs alone now; empty for none.
+    """
 
     process: int = field(default_factory=os.getpid)
     thread: int = field(default_factory=threading.get_ident)
+    hook: str = ""
 
     def require(self, call: str, rank: int) -> None:
         """Refuse a call from elsewhere, which would wait for ever. Not collective.
@@ -115,6 +121,11 @@ class Home:
             raise CollectiveError(
                 f"{call}: this process was forked from rank {rank}, and cannot use MPI: "
                 "make collective calls in the parent only"
+            )
+        if self.hook:
+            raise CollectiveError(
+                f"{call}: called in {self.hook}, which root alone runs: the other ranks "
+                "would never arrive; make collective calls after the save or restore"
             )
         if threading.get_ident() != self.thread:
             raise CollectiveError(

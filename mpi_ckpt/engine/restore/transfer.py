@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
+    from mpi_ckpt.reports import Progress
     from mpi_ckpt.storage.format.manifest import StoredLeaf
     from mpi_ckpt.storage.reading.read_plan import DigestBlock, Window
 
@@ -32,7 +33,11 @@ _COPYING = "bringing back a copy in memory"
 
 
 def transfer_files(
-    session: Session, found: OpenGeneration, match: StateMatch, deferred: Deferred
+    session: Session,
+    found: OpenGeneration,
+    match: StateMatch,
+    deferred: Deferred,
+    progress: Progress,
 ) -> bool:
     """Read, prove, broadcast and store bytes: a window at a time, the readers in turn.
 
@@ -45,6 +50,7 @@ def transfer_files(
         found: The generation, open on the ranks that read.
         match: The destinations, in the same order on every rank.
         deferred: Keeps failures to store bytes, for the next meeting.
+        progress: Counts the bytes that were read, by all ranks.
 
     Returns:
         Whether states in memory were changed; the same on every rank.
@@ -67,6 +73,7 @@ def transfer_files(
     mine = [
         window for window, rank in zip(windows, turns, strict=True) if rank == comm.rank
     ]
+    progress.expect(sum(window.end - window.start for window in windows))
     with closing(_read(found, match, mine)) as proven:
         for turn, (window, source) in enumerate(zip(windows, turns, strict=True)):
             groups = window.groups()
@@ -93,6 +100,7 @@ def transfer_files(
             deferred.attempt(
                 partial(_place, match, targets, groups, buffers, is_mine=is_mine)
             )
+            progress.count(window.end - window.start)
     return bool(windows)
 
 

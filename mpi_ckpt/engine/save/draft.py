@@ -168,6 +168,8 @@ class Draft:
             self._check_size(manifest, len(encoded))
         path = self.partial.publish(encoded)
         self._directory.note_published(manifest, path, len(encoded))
+        catalog = self._directory.catalog
+        retired = catalog.choose(self._options.retention)
         return Published(
             generation=manifest.generation,
             path=path,
@@ -175,7 +177,9 @@ class Draft:
             + theirs
             + (tiles.theirs if tiles else 0),
             bytes_reused=_bytes_reused(manifest) + (tiles.reused if tiles else 0),
-            retired=self._directory.catalog.choose(self._options.retention),
+            retired=retired,
+            kept=catalog.count - len(retired),
+            metrics=manifest.metrics,
         )
 
     def _check_size(self, manifest: Manifest, nbytes: int) -> None:

@@ -97,6 +97,8 @@ class Published:
         bytes_written: Bytes written for it, by all ranks.
         bytes_reused: Bytes of the leaves that it shares with older generations.
         retired: Older generations that retention no longer keeps.
+        kept: Number of generations that it keeps.
+        metrics: The metrics of root.
     """
 
     generation: int
@@ -104,6 +106,8 @@ class Published:
     bytes_written: int
     bytes_reused: int
     retired: tuple[int, ...]
+    kept: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that root sends to every rank. Not collective. Thread-safe."""
@@ -113,4 +117,6 @@ class Published:
             "bytes_written": self.bytes_written,
             "bytes_reused": self.bytes_reused,
             "pruned": self.retired,
+            "kept": self.kept,
+            "metrics": dict(self.metrics),
         }

@@ -92,7 +92,6 @@ class Saver:
     def begin(
         self,
         only: Collection[str] | None,
-        *,
         step: int,
         sync: bool | None,
         metrics: Mapping[str, float] | None,

@@ -236,6 +236,8 @@ class Save:
             seconds={**facts["seconds"], **self._clock.seconds()},
             pruned=tuple(facts["pruned"]),
             sync=self._synced,
+            kept=facts["kept"],
+            metrics=facts["metrics"],
         )
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
@@ -245,18 +247,20 @@ class Save:
         self._mine, self._tiles, self._joint = (), (), None
 
     def prune(self) -> None:
-        """Remove generations that retention no longer keeps. Not collective.
+        """Remove generations that retention no longer keeps; report the save.
 
-        In the background. Every rank knows by now that the new generation is durable: the
-        generations that it replaces may go, and no rank needs to wait for that.
+        Not collective. In the background. Every rank knows by now that the new generation
+        is durable: the generations that it replaces may go, and no rank needs to wait for
+        that.
         """
-        published = self.published
-        if published is None:
-            return
-        self._session.note("saved", int(self.step))
-        if published.retired:
-            directory = self._session.directory
-            self._workshop.background.submit(lambda: directory.remove(published.retired))
+        published, report = self.published, self.report
+        if published is not None:
+            self._session.note("saved", int(self.step))
+            if published.retired:
+                remove, retired = self._session.directory.remove, published.retired
+                self._workshop.background.submit(lambda: remove(retired))
+        assert report is not None
+        self._session.observer.note_save(report)
 
     def abandon(self) -> None:
         """Remove the partial. Not collective. No rank still writes."""
@@ -307,6 +311,7 @@ class Save:
             request = replace(self._request, states=self._mine)
             with clock.phase("write"):
                 draft = Draft.begin(session.directory, request, session.options)
+            draft.partial.progress = clock.progress
             with draft:
                 with clock.phase("write"):
                     draft.write(draft.fresh_states, request.plain)

@@ -22,6 +22,7 @@ from mpi_ckpt.storage.directory.finding import (
     open_twice,
     refuse_generation,
 )
+from mpi_ckpt.storage.directory.pins import bring_back_pinned
 from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import generation_name, is_partial_of
 from mpi_ckpt.storage.owning.lock import refuse_if_taken_over
@@ -316,6 +317,7 @@ class CheckpointDirectory:
     def _sweep(self) -> None:
         with read_errors_as_save_errors():
             partials = self.catalog.look().partials
+        partials = bring_back_pinned(self.root, partials)
         self._swept = recovery.sweep(self.root, partials, self.job)
 
     def _survey_without_mine(self) -> recovery.Survey:
@@ -325,7 +327,7 @@ class CheckpointDirectory:
         # A successor's partials must not be touched.
         mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
         if mine:
-            recovery.sweep(self.root, mine, self.job)
+            recovery.sweep(self.root, bring_back_pinned(self.root, mine), self.job)
             found = self.catalog.look()
         return found
 

@@ -13,6 +13,7 @@ from mpi_ckpt.errors import CheckpointError, LockedError, SaveError, StageError,
 from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.owning import lock
+from tests.directories import names_in
 from tests.ranks import manager, same_error
 
 HOST = socket.gethostname()
@@ -62,7 +63,7 @@ def job():
 
 def names(comm, path):
     """Return what a directory holds, as root sees it."""
-    return comm.bcast(sorted(p.name for p in path.iterdir()) if comm.rank == 0 else None)
+    return comm.bcast(names_in(path) if comm.rank == 0 else None)
 
 
 def assert_nothing_happened(comm, checkpoints, root, job):
