@@ -52,28 +52,6 @@ class AutoInterval:
             )
 
 
-def is_interval(interval: object) -> bool:
-    """Return whether a value is an interval between saves. Pure."""
-    if isinstance(interval, timedelta):
-        return interval > timedelta(0)
-    if isinstance(interval, int):
-        return interval >= 1
-    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
-
-
-def parse_interval(text: str) -> int | timedelta | Literal["auto"]:
-    """Return the interval in a text: steps (100), seconds (600s) or auto. Pure.
-
-    Raises:
-        ValueError: On the calling rank, if it is none.
-    """
-    if text == "auto":
-        return "auto"
-    if text.endswith("s"):
-        return timedelta(seconds=float(text[:-1]))
-    return int(text)
-
-
 @dataclass(frozen=True, slots=True)
 class Failures:
     """How often a job fails.
