@@ -23,7 +23,8 @@ from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.writing.outfile import OutStream, create_out_file
+from mpi_ckpt.storage.writing.out_stream import OutStream
+from mpi_ckpt.storage.writing.outfile import create_out_file
 from mpi_ckpt.storage.writing.space import require_space
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class Partial:
         """
         require_space(self.path, self._root, nbytes=nbytes, files=files)
 
-    def write_shard(self, name: str, runs: Iterable[memoryview], nbytes: int) -> None:
+    def write_shard(
+        self, name: str, runs: Iterable[memoryview], nbytes: int, *, kept: bool = False
+    ) -> None:
         """Write runs of bytes, one after the other, as one durable file.
 
         Not collective.
@@ -110,13 +113,15 @@ class Partial:
             name: Name of the file.
             runs: The runs; each is used up before the next is requested.
             nbytes: Their total length.
+            kept: Whether the bytes of all runs stay unchanged until this returns.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
         """
         with self._sized_file(name, nbytes) as out:
+            write = out.write_kept if kept else out.write
             for run in runs:
-                out.write(run)
+                write(run)
             out.finish()
 
     def write_headed(
@@ -126,6 +131,8 @@ class Partial:
         runs: Iterable[memoryview],
         header: Callable[[], bytes],
         nbytes: int,
+        *,
+        kept: bool = False,
     ) -> None:
         """Write runs of bytes behind a header that is known last, as one durable file.
 
@@ -137,6 +144,7 @@ class Partial:
             runs: The runs; each is used up before the next is requested.
             header: Called once, after the last run; returns the header.
             nbytes: Length of header and runs in bytes.
+            kept: Whether the bytes of all runs stay unchanged until this returns.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
@@ -145,8 +153,9 @@ class Partial:
         with self._sized_file(name, nbytes) as out:
             for start in range(0, header_bytes, _ZEROS_BYTES):
                 out.write(zeros[: header_bytes - start])
+            write = out.write_kept if kept else out.write
             for run in runs:
-                out.write(run)
+                write(run)
             # CRASH: up to here the file has zeros in place of its header. Nobody reads it:
             # the rename that publishes comes after this file's only fsync.
             descriptor = out.settle()
