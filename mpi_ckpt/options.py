@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mpi_ckpt.errors import OptionsError
 from mpi_ckpt.hooks import Hooks
-from mpi_ckpt.pacing import AutoInterval, is_interval, parse_interval
+from mpi_ckpt.pacing import AutoInterval, interval_advice, is_interval, parse_interval
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 
 if TYPE_CHECKING:
@@ -50,6 +51,25 @@ def _one_of(name: str, value: object, *allowed: object) -> tuple[bool, str]:
     return value in allowed, f"{name} is {value!r}: {', '.join(first)} or {last}"
 
 
+def _at_least(
+    name: str, value: float, least: int, most: int | None = None, *, kind: type = Integral
+) -> tuple[bool, str]:
+    holds = isinstance(value, kind) and least <= value and (most is None or value <= most)
+    limits = f"at least {least}" if most is None else f"{least} to {most}"
+    return holds, f"{name} is {value!r}: {limits}"
+
+
+def _above_0(name: str, value: float, kind: type = Real) -> tuple[bool, str]:
+    return isinstance(value, kind) and value > 0, f"{name} is {value!r}: must be above 0"
+
+
+def _signals(name: str, value: object) -> tuple[bool, str]:
+    given = value if isinstance(value, tuple | list) else (None,)
+    fatal = {signal.SIGKILL, signal.SIGSTOP}  # no program can answer these
+    holds = all(isinstance(one, int) and one not in fatal for one in given)
+    return holds, f"{name} is {value!r}: a tuple of signals, such as (signal.SIGTERM,)"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWhen:
     """The requests to save and stop, besides signals. Root's view decides.
@@ -83,18 +103,12 @@ class StopWhen:
         _require(
             "these values of StopWhen cannot be used",
             [
-                (
-                    self.margin_seconds >= 0,
-                    f"margin_seconds is {self.margin_seconds}: at least 0",
-                ),
+                _at_least("margin_seconds", self.margin_seconds, 0, kind=Real),
                 (
                     self.halt_file != "",
                     "halt_file is empty: a name, or None for no file",
                 ),
-                (
-                    0 <= self.exit_code <= 255,
-                    f"exit_code is {self.exit_code}: 0 to 255",
-                ),
+                _at_least("exit_code", self.exit_code, 0, 255),
             ],
         )
 
@@ -145,20 +159,11 @@ class IO:
             "these values of IO cannot be used",
             [
                 _one_of("mode", self.mode, "auto", "direct", "buffered"),
-                (self.full_every >= 1, f"full_every is {self.full_every}: at least 1"),
+                _at_least("full_every", self.full_every, 1),
                 _one_of("readers", self.readers, *_RANKS),
-                (
-                    self.window_bytes >= 1,
-                    f"window_bytes is {self.window_bytes}: must be above 0",
-                ),
-                (
-                    64 <= self.message_bytes <= MESSAGE_BYTES_LIMIT,
-                    f"message_bytes is {self.message_bytes}: 64 to {MESSAGE_BYTES_LIMIT}",
-                ),
-                (
-                    self.digest_threads >= 1,
-                    f"digest_threads is {self.digest_threads}: at least 1",
-                ),
+                _at_least("window_bytes", self.window_bytes, 1),
+                _at_least("message_bytes", self.message_bytes, 64, MESSAGE_BYTES_LIMIT),
+                _at_least("digest_threads", self.digest_threads, 1),
             ],
         )
 
@@ -240,18 +245,13 @@ class Options:
                     isinstance(self.retention, RetentionPolicy),
                     f"retention is {self.retention!r}, not a policy such as KeepLast(3)",
                 ),
-                (
-                    is_interval(self.interval),
-                    f"interval is {self.interval!r}: at least 1 step, a time, or 'auto'",
-                ),
+                (is_interval(self.interval), interval_advice(self.interval)),
                 _one_of("asynchronous", self.asynchronous, True, False, "skip", "raise"),
                 _one_of("writers", self.writers, *_RANKS),
                 _one_of("abort_on_error", self.abort_on_error, True, False, "communicator"),
                 (isinstance(self.stop, StopWhen), f"stop is {self.stop!r}, not a StopWhen"),
-                (
-                    self.deadline_seconds > 0,
-                    f"deadline_seconds is {self.deadline_seconds}: must be above 0",
-                ),
+                _above_0("deadline_seconds", self.deadline_seconds),
+                _signals("preemption_signals", self.preemption_signals),
                 _one_of("lock", self.lock, "flock", "lease", "none"),
                 _one_of("read_only", self.read_only, None, True, False),
                 (
@@ -295,7 +295,9 @@ class Options:
 
 
 def _parse_flag(text: str) -> bool:
-    return bool(int(text))
+    if text not in ("0", "1"):
+        raise ValueError("0 or 1")
+    return text == "1"
 
 
 def _parse_abort(text: str) -> AbortOn:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("ASSUMED", "AutoInterval", "Failures", "best_interval", "count_failures"),
-    *("is_interval", "parse_interval"),
+    *("interval_advice", "is_interval", "parse_interval"),
 ]
 
 # Fewer ends of runs say almost nothing about the mean time between them.
@@ -52,28 +52,6 @@ class AutoInterval:
             )
 
 
-def is_interval(interval: object) -> bool:
-    """Return whether a value is an interval between saves. Pure."""
-    if isinstance(interval, timedelta):
-        return interval > timedelta(0)
-    if isinstance(interval, int):
-        return interval >= 1
-    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
-
-
-def parse_interval(text: str) -> int | timedelta | Literal["auto"]:
-    """Return the interval in a text: steps (100), seconds (600s) or auto. Pure.
-
-    Raises:
-        ValueError: On the calling rank, if it is none.
-    """
-    if text == "auto":
-        return "auto"
-    if text.endswith("s"):
-        return timedelta(seconds=float(text[:-1]))
-    return int(text)
-
-
 @dataclass(frozen=True, slots=True)
 class Failures:
     """How often a job fails.
@@ -89,6 +67,42 @@ class Failures:
 
 ASSUMED = Failures(86400.0, "assumed")
 """What is taken for true until something is known."""
+
+
+def is_interval(interval: object) -> bool:
+    """Return whether a value is an interval between saves. Pure."""
+    if isinstance(interval, timedelta):
+        return interval > timedelta(0)
+    if isinstance(interval, int):
+        return interval >= 1 and interval is not True
+    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
+
+
+def interval_advice(interval: object) -> str:
+    """Return in words what an interval may be, in place of one that is none. Pure."""
+    text = (
+        f"interval is {interval!r}: a number of steps (500), a time "
+        "(timedelta(minutes=10)), 'auto' or None"
+    )
+    if isinstance(interval, str):
+        return f"{text}; texts such as '600s' are read from MPI_CKPT_INTERVAL alone"
+    return text
+
+
+def parse_interval(text: str) -> int | timedelta | Literal["auto"]:
+    """Return the interval in a text: steps (100), seconds (600s) or auto. Pure.
+
+    Raises:
+        ValueError: On the calling rank, if it is none.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        if text.endswith("s"):
+            return timedelta(seconds=float(text[:-1]))
+        return int(text)
+    except ValueError:
+        raise ValueError("steps (500), seconds (600s) or auto") from None
 
 
 def count_failures(saves: Sequence[tuple[str, float]], job: str, now: float) -> Failures:

@@ -65,7 +65,7 @@ def bcast_buffers(
         source = comm.root
     arrays = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
     lengths = [len(array) for array in arrays]
-    piece_bytes = chain_piece_bytes(sum(lengths), len(comm.topology.nodes))
+    piece_bytes = chain_piece_bytes(sum(lengths), len(comm.topology.names))
     if piece_bytes is None:
         piece_bytes = min(_PIECE_BYTES, comm.message_bytes)
         route = _Route(comm.handle, source, _IN_FLIGHT)
@@ -100,9 +100,10 @@ class _Route:
 
 def _chain_route(comm: Communicator, source: int, in_flight: int) -> _Route:
     link = comm.topology.link(comm.rank, source)
-    ranks = comm.topology.nodes[comm.topology.node_of[comm.rank]]
-    among = comm.node if len(ranks) > 1 else None
-    root = ranks.index(link.entry)
+    if comm.node is None or comm.node.size == 1:
+        return _Route(None, 0, in_flight, link.before, link.after)
+    among = comm.node
+    root = comm.ranks_on_host.index(link.entry)
     return _Route(among, root, in_flight, link.before, link.after)
 
 

@@ -16,13 +16,15 @@ import numpy as np
 from mpi_ckpt.comm import absence
 from mpi_ckpt.comm.absence import LastMeeting
 from mpi_ckpt.comm.admission import (
-    Objection,
     check_before,
+    divide_by_host,
     duplicate_within,
     exchange_presences,
+    exchange_rosters,
+    objection_of,
+    refuse_if_any_objects,
 )
 from mpi_ckpt.comm.busy import BusyRanks
-from mpi_ckpt.comm.home import Home
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import (
     ROUNDS_A_LOOK,
@@ -32,6 +34,7 @@ from mpi_ckpt.comm.liveness import (
     is_called,
     keep_forever,
 )
+from mpi_ckpt.comm.presence import Home
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
 from mpi_ckpt.options import ROOT
@@ -68,6 +71,7 @@ class Communicator:
         topology: The ranks by host.
         node: Communicator of the ranks on this host, in order; None if all are on one host,
             or each on its own.
+        ranks_on_host: These ranks, ascending.
         confusions: How often the ranks have found that they were in different calls.
         call: The current public call, for the reports of a wait in it.
         home: The process and thread that made it.
@@ -92,7 +96,7 @@ class Communicator:
         self._mpi: Any = load_mpi()
         check_before(self._mpi, comm)
         parent = self._mpi.COMM_WORLD if comm is None else comm
-        objection = Objection.of(self._mpi, parent)
+        objection = objection_of(self._mpi, parent)
         self.deadline_seconds = deadline_seconds
         self.message_bytes = message_bytes
         self.root = ROOT
@@ -112,18 +116,20 @@ class Communicator:
         self.rank: int = self.handle.rank
         self.size: int = self.handle.size
         self.busy_ranks = BusyRanks(self)
-        presences = exchange_presences(self.handle, objection, deadline_seconds)
+        roster = exchange_rosters(self.handle, objection, deadline_seconds)
         try:
-            objection.settle(self.handle, [presence.objects for presence in presences])
+            refuse_if_any_objects(roster.objections)
         except LaunchError:
             self.close()  # on every rank, since all have raised
             raise
-        self.visible = {
-            rank: presence for rank, presence in enumerate(presences) if presence.is_visible
-        }
-        self.hosts = tuple(presence.host for presence in presences)
-        self.topology = Topology.of(self.hosts)
-        self.node = self._split()
+        self.topology = Topology.make(roster.hosts.texts, roster.hosts.index_of)
+        self.hosts = self.topology.hosts
+        self.node, self.ranks_on_host = divide_by_host(self.handle, self.topology)
+        self.visible = exchange_presences(
+            self.node or (self.handle if self.hosts.are_one else self._mpi.COMM_SELF),
+            self.ranks_on_host,
+            deadline_seconds,
+        )
 
     @property
     def is_root(self) -> bool:
@@ -317,12 +323,6 @@ class Communicator:
         """Start receiving bytes from a rank. Not collective. Main thread only."""
         return self.handle.Irecv(into, source=source, tag=Tag.DATA)
 
-    def _split(self) -> MPI.Comm | None:
-        if len(self.topology.nodes) in (1, self.size):
-            return None
-        # MPI: Split has no deadline and needs none: all ranks have just met.
-        return self.handle.Split(self.topology.node_of[self.rank], self.rank)
-
     def _note_failure(self, error: BaseException) -> None:
         self._broken, self._cause = f"MPI failed: {error}", error
 
@@ -339,10 +339,9 @@ class Communicator:
             ) from self._cause
 
     def _give_up(self, doing: str) -> None:
-        present = call_roll(self.handle)
-        absent = [rank for rank in range(self.size) if rank not in present]
-        self._broken = absence.what_is_missing(self, absent)
-        raise absence.missed_deadline(self, absent, doing, _ADVICE)
+        call = call_roll(self.handle)
+        self._broken = absence.what_is_missing(self, call)
+        raise absence.missed_deadline(self, call, doing, _ADVICE)
 
 
 def open_communicators() -> list[Communicator]:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +33,6 @@ from mpi_ckpt.storage.owning.ownership import Ownership
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from os import PathLike
 
     from mpi4py import MPI
 
@@ -82,13 +83,23 @@ class Session:
             LaunchError: On every rank, if launcher and MPI disagree about the job.
             OptionsError: On every rank, if the path is not a usable directory on any.
         """
+        if not hasattr(options, "abort_on_error"):
+            raise OptionsError(
+                f"options is {options!r}, not Options: give Options(interval=500, ...)"
+            )
         if options.abort_on_error:
             watch_errors()
         communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
 
         def find() -> CheckpointDirectory:
+            given: object = root
+            if not isinstance(given, str | PathLike) or not os.fspath(given):
+                raise OptionsError(
+                    f"the directory is {root!r}: give the path of a directory, which need "
+                    "not exist"
+                )
             # A relative path fails on a rank whose working directory was removed.
-            return CheckpointDirectory(
+            directory = CheckpointDirectory(
                 Path(root).absolute(),
                 options.io.mode,
                 Ownership(
@@ -97,6 +108,8 @@ class Session:
                     sync_names=options.io.sync_directories,
                 ),
             )
+            directory.goes_on = False
+            return directory
 
         try:
             directory = agree(

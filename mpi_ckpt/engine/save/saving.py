@@ -107,7 +107,7 @@ class Save:
         self._begun = begun
         self._syncs = sync
         self._clock = clock
-        size, metrics = session.comm.size, dict(metrics or {})
+        size, metrics = session.comm.size, {} if metrics is None else dict(metrics)
         self._request = SaveRequest(
             states=(), step=step, size=size, metrics=metrics, carry=carry
         )

@@ -176,7 +176,10 @@ def check_state_name(name: object) -> None:
         RegistrationError: On the calling rank, with the fault.
     """
     if not isinstance(name, str):
-        raise RegistrationError(f"state name {shown(name)} is not a string")
+        raise RegistrationError(
+            f"state name {shown(name)} is not a string: a state's first argument "
+            "is its name"
+        )
     reason = _fault_of(name)
     if reason:
         raise RegistrationError(f"state name {shown(name)}: {reason}")

@@ -282,8 +282,8 @@ def test_leftovers_are_swept_by_the_next_job(comm, shared_path, job):
 def test_metrics_that_are_no_numbers(comm, shared_path, job):
     with manager(shared_path, *job.states) as checkpoints:
         checkpoints.save()
-        with same_error(comm, SaveError, "could not convert string to float"):
+        with same_error(comm, SaveError, "metric 'loss' is of type str"):
             checkpoints.save(metrics={"loss": "low"})
-        with same_error(comm, SaveError, "cannot be interpreted as an integer"):
+        with same_error(comm, SaveError, "step is 'last'"):
             checkpoints.save(step="last")
         assert_nothing_happened(comm, checkpoints, shared_path, job)
