@@ -14,7 +14,7 @@ import pytest
 
 import mpi_ckpt
 from mpi_ckpt import checkpoint, elastic, errors
-from mpi_ckpt.integrations import horovod, lightning, torch_distributed
+from mpi_ckpt.integrations import horovod, lightning, observe, torch_distributed
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -36,7 +36,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 @pytest.mark.parametrize(
-    "package", [checkpoint, horovod, lightning, torch_distributed, elastic]
+    "package", [checkpoint, horovod, lightning, observe, torch_distributed, elastic]
 )
 def test_every_name_of_an_integration_is_in_the_reference(package):
     pytest.importorskip("torch")
