@@ -422,6 +422,13 @@ TARGETS: tuple[Target, ...] = (
         times(names.NO_SAVES, names.SAVE_ASYNC),
     ),
     Target(
+        "reporting of a save, all hooks and a timeline: share of the save",
+        "observing",
+        0.02,
+        False,
+        times(names.REPORTING, names.SAVE_UNSEEN, "reporting alone"),
+    ),
+    Target(
         "a step at which nothing is to be done",
         "step",
         50.0,

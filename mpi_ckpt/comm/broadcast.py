@@ -65,7 +65,7 @@ def bcast_buffers(
         source = comm.root
     arrays = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
     lengths = [len(array) for array in arrays]
-    piece_bytes = chain_piece_bytes(sum(lengths), len(comm.topology.nodes))
+    piece_bytes = chain_piece_bytes(sum(lengths), len(comm.topology.names))
     if piece_bytes is None:
         piece_bytes = min(_PIECE_BYTES, comm.message_bytes)
         route = _Route(comm.handle, source, _IN_FLIGHT)
@@ -94,12 +94,11 @@ def bcast_to_hosts(comm: Communicator, buffer: memoryview, doing: str, source: i
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    nodes, home = comm.topology.nodes, comm.topology.node_of[source]
-    here = comm.topology.node_of[comm.rank]
-    if len(nodes) == 1:
+    topology = comm.topology
+    if comm.hosts.are_one:
         return
-    if comm.rank in comm.topology.entries(source):
-        piece_bytes = chain_piece_bytes(len(buffer), len(nodes)) or _PIECE_BYTES
+    if comm.rank == topology.link(comm.rank, source).entry:
+        piece_bytes = chain_piece_bytes(len(buffer), len(topology.names)) or _PIECE_BYTES
         piece_bytes = min(piece_bytes, comm.message_bytes)
         in_flight = min(_IN_FLIGHT, max(2, _CHAIN_IN_FLIGHT_BYTES // piece_bytes))
         route = replace(_chain_route(comm, source, in_flight), among=None)
@@ -108,7 +107,8 @@ def bcast_to_hosts(comm: Communicator, buffer: memoryview, doing: str, source: i
         for pieces in plan_messages([len(buffer)], piece_bytes):
             flow.take(pieces)
         flow.finish()
-    if here != home and comm.node is not None and len(nodes[here]) > 1:
+    is_home = topology.node_of[comm.rank] == topology.node_of[source]
+    if not is_home and comm.node is not None and comm.node.size > 1:
         comm.wait([comm.node.Ibarrier()], doing, streaming=True)
 
 
@@ -125,9 +125,8 @@ def bcast_on_hosts(comm: Communicator, data: NDArray[np.uint8], doing: str) -> N
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    nodes = comm.topology.nodes
-    among = comm.handle if len(nodes) == 1 else comm.node
-    if among is not None and len(nodes[comm.topology.node_of[comm.rank]]) > 1:
+    among = comm.handle if comm.hosts.are_one else comm.node
+    if among is not None and among.size > 1:
         comm.wait([among.Ibcast(data, root=0)], doing, buffers=data)
 
 
@@ -152,9 +151,10 @@ class _Route:
 
 def _chain_route(comm: Communicator, source: int, in_flight: int) -> _Route:
     link = comm.topology.link(comm.rank, source)
-    ranks = comm.topology.nodes[comm.topology.node_of[comm.rank]]
-    among = comm.node if len(ranks) > 1 else None
-    root = ranks.index(link.entry)
+    if comm.node is None or comm.node.size == 1:
+        return _Route(None, 0, in_flight, link.before, link.after)
+    among = comm.node
+    root = comm.ranks_on_host.index(link.entry)
     return _Route(among, root, in_flight, link.before, link.after)
 
 

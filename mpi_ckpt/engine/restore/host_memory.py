@@ -67,7 +67,7 @@ class HostMemory:
         self._readers = readers
         self._numbers = _numbers_in_queues(readers)
         self._slots = slots
-        self._leader = topology.nodes[topology.node_of[comm.rank]][0]
+        self._leader = topology.leaders[topology.node_of[comm.rank]]
         self._end = self._slots.nbytes + self._slots.slot_bytes
         self._nbytes = self._end + _TOKEN_BYTES + _COUNT_BYTES
         self._token = os.urandom(_TOKEN_BYTES)
@@ -92,7 +92,7 @@ class HostMemory:
         """
         nbytes = sum(window.end - window.start for window in windows)
         are_leaders = set(readers) <= set(comm.topology.leaders)
-        is_alone = len(comm.topology.nodes) == comm.size
+        is_alone = len(comm.topology.names) == comm.size
         if is_alone or not are_leaders or nbytes < _LEAST_BYTES:
             return None
         return cls(comm, windows, readers, slots)

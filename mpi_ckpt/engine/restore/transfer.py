@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.transport import Transport
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
+    from mpi_ckpt.reports import Progress
     from mpi_ckpt.storage.format.manifest import StoredLeaf
     from mpi_ckpt.storage.reading.proving import Refusal
     from mpi_ckpt.storage.reading.read_plan import Window
@@ -37,7 +38,11 @@ _COPYING = "bringing back a copy in memory"
 
 
 def transfer_files(
-    session: Session, found: OpenGeneration, match: StateMatch, deferred: Deferred
+    session: Session,
+    found: OpenGeneration,
+    match: StateMatch,
+    deferred: Deferred,
+    progress: Progress,
 ) -> bool:
     """Read, prove, send and store bytes: a window at a time, the readers in turn.
 
@@ -50,6 +55,7 @@ def transfer_files(
         found: The generation, open on the ranks that read.
         match: The destinations, in the same order on every rank.
         deferred: Keeps failures to store bytes, for the next meeting.
+        progress: Counts the bytes that were read, by all ranks.
 
     Returns:
         Whether states in memory were changed; the same on every rank.
@@ -71,6 +77,7 @@ def transfer_files(
     mine = [
         window for window, rank in zip(windows, readers, strict=True) if rank == comm.rank
     ]
+    progress.expect(sum(window.end - window.start for window in windows))
     slots = Slots.of(windows, session.options.io.window_bytes)
     memory = HostMemory.of(comm, windows, readers, slots)
     with closing(_OwnWindows(found, match, mine)) as reads:
@@ -95,6 +102,7 @@ def transfer_files(
             reads.release()
             transport.send(turn)
             deferred.attempt(partial(transport.store, turn))
+            progress.count(windows[turn].end - windows[turn].start)
     return bool(windows)
 
 

@@ -13,7 +13,7 @@ from tests.launch import run_job
 pytestmark = pytest.mark.long
 
 # Without these, which bring torch's modules in, three ranks are quick.
-LIGHT = ["sync", "reuse", "writers", "small", "plan"]
+LIGHT = ["sync", "reuse", "writers", "small", "plan", "observing"]
 
 
 def run_smoke(ranks, cases, directory):
