@@ -22,6 +22,8 @@ ONE_COPY = "one copy in fresh memory"
 
 SAVE = "mpi_ckpt save"
 SAVE_ASYNC = "mpi_ckpt save, asynchronous"
+COPIES = "mpi_ckpt Memory(every=1)"
+COPIES_ON_ROOT = 'mpi_ckpt Memory("root", every=1)'
 STALL = "mpi_ckpt save, asynchronous, sync=False"
 STALL_SYNC = "mpi_ckpt save, asynchronous, sync=True"
 STALL_OVERLAP = "mpi_ckpt save, overlapped, sync=False"

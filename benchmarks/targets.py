@@ -416,6 +416,13 @@ TARGETS: tuple[Target, ...] = (
         times(names.NO_SAVES, names.SAVE_ASYNC),
     ),
     Target(
+        "training, a copy at every step: throughput / without",
+        "train",
+        0.95,
+        True,
+        times(names.NO_SAVES, names.COPIES),
+    ),
+    Target(
         "a step at which nothing is to be done",
         "step",
         50.0,
