@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 import re
 import textwrap
 from pathlib import Path
@@ -98,12 +99,24 @@ def write_numbers(numbers, step):
     numbers_written.append((step, numbers))
 """
 
+
+@pytest.fixture
+def own_logging():
+    """Undo what a page sets for the process: levels, and handlers of the root logger."""
+    root, ours = logging.getLogger(), logging.getLogger("mpi_ckpt")
+    before = root.level, list(root.handlers), ours.level
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    ours.setLevel(before[2])
+
+
 RUN = ["how-to/per-epoch", "how-to/mid-epoch", "how-to/interval", "how-to/disk"]
 RUN += ["how-to/logging", "reference/errors", "index"]
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_programs_of_a_page_run_as_shown(page, tmp_path, monkeypatch):
+def test_programs_of_a_page_run_as_shown(page, tmp_path, monkeypatch, own_logging):
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "docs" / f"{page}.md").read_text()
