@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +73,13 @@ class ElasticSampler(LeafState):
         name: str = "sampler",
     ) -> None:
         super().__init__(name, sync="check")
+        numbers: dict[str, object] = {"length": length, "batch_size": batch_size}
+        for what, number in numbers.items():
+            if not isinstance(number, Integral):
+                raise OptionsError(
+                    f"{what} is of type {type(number).__name__}: a number of samples, as "
+                    "in ElasticSampler(len(dataset), batch_size=256)"
+                )
         if length < 1 or batch_size < 1 or not 0 <= seed < 2**32:
             raise OptionsError(
                 f"a sampler of {length} samples in batches of {batch_size} with seed "
@@ -86,6 +94,7 @@ class ElasticSampler(LeafState):
         self._iterating = 0
         self._given = 0
         self._recorded = 0
+        self._has_warned = False
         self.epoch = 0
         self.consumed = 0
 
@@ -180,6 +189,7 @@ class ElasticSampler(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
+        self._warn_of_unrecorded()
         position = {"epoch": self.epoch, "consumed": self.consumed}
         structure = {**self._identity(), **position, "batch_size": self._batch_size}
         return Capture(structure, ())
@@ -229,6 +239,19 @@ class ElasticSampler(LeafState):
             return lambda: Change(f"{text}, no longer {was}")
         text = f"{text}; it was saved with batches of {saved}, {was} a rank"
         return lambda: Change(text, is_unusual=True)
+
+    def _warn_of_unrecorded(self) -> None:
+        # A loader with workers requests batches ahead; but by its second batch a training
+        # that records any has recorded the first.
+        forgotten = self._iterating > 0 and self._given > 1 and self._recorded == 0
+        if forgotten and not self._has_warned and self._comm and self._comm.is_root:
+            self._has_warned = True
+            logger.warning(
+                "sampler %r: a save in the middle of epoch %d, of which no batch was "
+                "recorded: a job that resumes from it repeats the epoch from its first "
+                "batch; call record_batch() after each batch, before manager.step()",
+                *(self.name, self.epoch),
+            )
 
     def _identity(self) -> dict[str, int | bool]:
         return {"length": self._length, "shuffle": self._shuffle, "seed": self._seed}

@@ -179,8 +179,9 @@ class Draft:
         encoded = encode(manifest)
         if len(encoded) > _WARNED_BYTES:
             self._check_size(manifest, len(encoded))
-        path = self.partial.publish(encoded)
+        path, catalog = self.partial.publish(encoded), self._directory.catalog
         self._directory.note_published(manifest, path, len(encoded))
+        retired = catalog.choose(self._options.retention)
         return Published(
             generation=manifest.generation,
             path=path,
@@ -188,7 +189,9 @@ class Draft:
             + theirs
             + (tiles.theirs if tiles else 0),
             bytes_reused=manifest.bytes_reused + (tiles.reused if tiles else 0),
-            retired=self._directory.catalog.choose(self._options.retention),
+            retired=retired,
+            kept=catalog.count - len(retired),
+            metrics=manifest.metrics,
         )
 
     def _check_size(self, manifest: Manifest, nbytes: int) -> None:

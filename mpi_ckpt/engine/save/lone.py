@@ -43,6 +43,7 @@ class LoneWrite:
         session = self._session
         with self._clock.phase("write"):
             draft = Draft.begin(session.directory, request, session.options)
+            draft.partial.progress = self._clock.progress
             try:
                 draft.write(draft.fresh_states, request.plain, image)
             except BaseException:

@@ -88,7 +88,7 @@ class Save:
         self._begun = begun
         self._syncs = sync
         self._clock = clock
-        size, metrics = session.comm.size, dict(metrics or {})
+        size, metrics = session.comm.size, {} if metrics is None else dict(metrics)
         self._request = SaveRequest(
             states=(), step=step, size=size, metrics=metrics, carry=carry
         )
@@ -223,6 +223,8 @@ class Save:
             seconds={**facts["seconds"], **self._clock.seconds()},
             pruned=tuple(facts["pruned"]),
             sync=self._synced.report,
+            kept=facts["kept"],
+            metrics=facts["metrics"],
         )
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
@@ -233,18 +235,18 @@ class Save:
         self._synced = replace(self._synced, captured=[])
 
     def prune(self) -> None:
-        """Remove generations that retention no longer keeps. Not collective.
+        """Remove generations that retention no longer keeps; report the save.
 
-        In the background. Every rank knows by now that the new generation is durable: the
-        generations that it replaces may go, and no rank needs to wait for that.
+        Not collective. In the background: every rank knows by now that the new generation
+        is durable, so those that it replaces may go, and no rank needs to wait for that.
         """
-        published = self.published
-        if published is None:
-            return
-        self._session.note("saved", int(self.step))
-        if published.retired:
-            directory = self._session.directory
-            self._workshop.background.submit(lambda: directory.remove(published.retired))
+        if (published := self.published) is not None:
+            self._session.note("saved", int(self.step))
+            if published.retired:
+                remove, retired = self._session.directory.remove, published.retired
+                self._workshop.background.submit(lambda: remove(retired))
+        assert self.report is not None
+        self._session.observer.note_save(self.report)
 
     def abandon(self) -> None:
         """Remove the partial. Not collective. No rank still writes."""
@@ -290,14 +292,12 @@ class Save:
         todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
         if not self._mine:
             return digest_states(todo, threads)
-        names = [one.name for one in todo]
+        names, arena = [one.name for one in todo], self._workshop.arena
         with self._clock.phase("stage"):
-            staged = stage(
-                self._workshop.arena, self._mine, threads=threads, digested=names
-            )
+            staged = stage(arena, self._mine, threads=threads, digested=names)
         self._mine, self._late, self._image = staged.states, staged.late, staged.image
-        copies = {one.name: one for one in staged.states if isinstance(one, CapturedState)}
-        return [replace(one, digests=copies[one.name].digests) for one in todo]
+        copies = {o.name: o.digests for o in staged.states if isinstance(o, CapturedState)}
+        return [replace(one, digests=copies[one.name]) for one in todo]
 
     def _written(self) -> list[CapturedState]:
         """Wait until root has written; return the states to compare, digested."""
@@ -347,4 +347,4 @@ class Save:
         if self.published is None and self._lone is not None:
             self.published = self._lone.publish()  # by now the replicas are equal
         assert self.published is not None
-        return {**self.published.to_json(), "seconds": self._clock.seconds()}
+        return self.published.to_json() | {"seconds": self._clock.seconds()}
