@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-    from mpi_ckpt import State
+    from mpi_ckpt import Local, State
 
 __all__ = ["Arguments", "Arrays", "Setting", "sleep_until_all_come", "touch_arrays"]
 
@@ -85,6 +85,7 @@ class Setting:
         states: Sequence[State] | None = None,
         *,
         is_fresh: bool = True,
+        local: Local | None = None,
         **options: object,
     ) -> CheckpointManager:
         """Make a manager, closed after the case at the latest. Collective.
@@ -93,6 +94,7 @@ class Setting:
             name: Of its directory.
             states: What it saves; None for the arrays of this setting.
             is_fresh: Whether to remove what is in the directory.
+            local: Where hosts keep saves; None for nowhere.
             options: Fields of `Options`.
         """
         root = self.directory / name
@@ -108,6 +110,7 @@ class Setting:
             [ArrayState("adam", self.state, sync="root")] if states is None else states,
             comm=self.comm,
             options=Options(**chosen),
+            local=local,
         )
         return self.stack.enter_context(manager)
 

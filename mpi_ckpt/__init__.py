@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.loading import load
+    from mpi_ckpt.local import Local
     from mpi_ckpt.manager import CheckpointManager
     from mpi_ckpt.options import IO, Options, StopWhen
     from mpi_ckpt.pacing import AutoInterval
@@ -52,6 +53,7 @@ _MODULES = {
     "KeepBest": "mpi_ckpt.retention",
     "KeepEvery": "mpi_ckpt.retention",
     "KeepLast": "mpi_ckpt.retention",
+    "Local": "mpi_ckpt.local",
     "ModuleState": "mpi_ckpt.states.module",
     "ObjectState": "mpi_ckpt.states.nested",
     "OptimizerState": "mpi_ckpt.states.optimizer",
@@ -88,6 +90,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "Local",
     "ModuleState",
     "ObjectState",
     "OptimizerState",

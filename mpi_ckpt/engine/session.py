@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.options import Options
 
@@ -49,6 +50,7 @@ class Session:
         directory: The checkpoint directory; used on root only.
         options: The options, the same on every rank.
         memory: The `Memory` that keeps copies of saves; None for none.
+        hosts: The local level; None for none.
         notes: Notes for `mpi-ckpt run`, if it started this job.
     """
 
@@ -56,6 +58,7 @@ class Session:
     directory: CheckpointDirectory
     options: Options
     memory: Memory | None = None
+    hosts: HostLevel | None = None
     notes: Notes = field(default_factory=Notes.from_environment)
 
     @classmethod
@@ -65,6 +68,7 @@ class Session:
         comm: MPI.Intracomm | None,
         options: Options,
         memory: Memory | None,
+        hosts: HostLevel | None = None,
     ) -> Session:
         """Begin a session over a duplicate of a communicator. Collective. Main thread only.
 
@@ -96,7 +100,7 @@ class Session:
             communicator.close()
             raise
         communicator.busy_ranks.open()
-        return cls(communicator, directory, options, memory)
+        return cls(communicator, directory, options, memory, hosts)
 
     def note(self, event: str, step: int) -> None:
         """Note an event for `mpi-ckpt run`. Not collective. Has an effect on root only."""
@@ -133,7 +137,8 @@ class Session:
 
         def describe() -> list[str]:
             texts = [f"{name}={value}" for name, value in self.options.describe().items()]
-            return [*texts, f"memory={self.memory and self.memory.describe()}"]
+            texts.append(f"memory={self.memory and self.memory.describe()}")
+            return [*texts, f"local={self.hosts and self.hosts.local.describe()}"]
 
         def digest(texts: list[str]) -> bytes:
             return digest_bytes("\n".join(texts).encode())

@@ -36,6 +36,7 @@ __all__ = [
     "remove_file",
     "remove_tree",
     "rename_new",
+    "replace_file",
     "reserve",
     "rewrite_file",
     "set_length",
@@ -216,6 +217,11 @@ def rename_new(source: Path, target: Path) -> None:
     os.rename(source, target)
 
 
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file over another one in its directory. Not collective."""
+    os.rename(source, target)
+
+
 def link_file(source: Path, target: Path) -> None:
     """Give a file a second name; the target must be free. Not collective.
 
@@ -225,11 +231,8 @@ def link_file(source: Path, target: Path) -> None:
     """
     try:
         os.link(source, target, follow_symlinks=False)
-        original, second_name = os.lstat(source), os.lstat(target)
-        if (original.st_dev, original.st_ino) != (
-            second_name.st_dev,
-            second_name.st_ino,
-        ):
+        one, other = os.lstat(source), os.lstat(target)
+        if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
             raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
     except FileExistsError:
         raise

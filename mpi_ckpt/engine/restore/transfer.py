@@ -63,7 +63,7 @@ def transfer_files(
         block_bytes=outline.block_bytes,
         window_bytes=session.options.io.window_bytes // 2,
     )
-    turns = [found.readers[turn % len(found.readers)] for turn in range(len(windows))]
+    turns = found.sources(windows)
     mine = [
         window for window, rank in zip(windows, turns, strict=True) if rank == comm.rank
     ]

@@ -22,6 +22,7 @@ from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.options import ROOT
+from mpi_ckpt.storage.format.layout import shard_file_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -177,7 +178,7 @@ class JointWrite:
             plain = [one for one in mine if not isinstance(one, CapturedState)]
             self._draft.write(captured, plain)
         elif partial is not None:
-            write_shard(partial, captured, comm.rank)
+            write_shard(partial, captured, shard_file_name(comm.rank))
         if self._survey is None:
             return
         writer = self._survey.mine.writer
@@ -232,7 +233,7 @@ class JointWrite:
         assert self._draft is not None
         captured, number = self._draft.captured, self._draft.partial.generation
         others = [
-            foresee_shard(pick_share(captured, share), rank, number)
+            foresee_shard(pick_share(captured, share), shard_file_name(rank), number)
             for rank, share in self._shares.items()
             if rank != ROOT
         ]

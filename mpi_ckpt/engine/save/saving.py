@@ -28,6 +28,7 @@ from mpi_ckpt.engine.sync.parts import parts_apart
 from mpi_ckpt.engine.sync.replicas import capture_on_root, sync_states
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.storage.owning.mounts import survived_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,10 @@ class Save:
         work: This rank's work, once it has begun; None if it has none.
         published: The published generation, on root.
         report: The report of the save, once it was acknowledged.
+        level_name: The level that it saves to.
     """
+
+    level_name = "directory"
 
     def __init__(
         self,
@@ -236,7 +240,10 @@ class Save:
             seconds={**facts["seconds"], **self._clock.seconds()},
             pruned=tuple(facts["pruned"]),
             sync=self._synced,
+            survives=frozenset(facts["survives"]),
         )
+        if self._session.hosts is not None:
+            self._session.hosts.note_published(self.report.generation)
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
             self._workshop.history = self._joint.history
@@ -331,4 +338,6 @@ class Save:
         """Wait until root has written and published. On root."""
         self._await_work()
         assert self.published is not None
-        return {**self.published.to_json(), "seconds": self._clock.seconds()}
+        survives = survived_losses(self.published.path)
+        facts = {"seconds": self._clock.seconds(), "survives": survives}
+        return {**self.published.to_json(), **facts}

@@ -11,7 +11,6 @@ from urllib.parse import quote
 from mpi_ckpt import dtypes
 from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
 from mpi_ckpt.engine.sync.captured import about_leaf
-from mpi_ckpt.storage.format.layout import shard_file_name
 from mpi_ckpt.storage.format.manifest import Extent, StoredFile, StoredLeaf
 from mpi_ckpt.storage.format.tensorfile import encode_header
 
@@ -61,7 +60,7 @@ class Shard:
 
 
 def write_shard(
-    partial: Partial, captured: Sequence[CapturedState], rank: int
+    partial: Partial, captured: Sequence[CapturedState], name: str
 ) -> Shard | None:
     """Write all leaves of some states to one durable file.
 
@@ -71,7 +70,7 @@ def write_shard(
     Args:
         partial: The generation being written.
         captured: The states whose leaves this rank writes.
-        rank: This rank.
+        name: Name of the file.
 
     Returns:
         The file; None if there is no leaf to write.
@@ -105,12 +104,12 @@ def write_shard(
                 yield block
             digests.append(Digest(tuple(blocks)))
 
-    partial.write_shard(shard_file_name(rank), runs(), plan.nbytes)
-    return _describe(plan, captured, digests, rank, partial.generation)
+    partial.write_shard(name, runs(), plan.nbytes)
+    return _describe(plan, captured, digests, name, partial.generation)
 
 
 def foresee_shard(
-    captured: Sequence[CapturedState], rank: int, generation: int
+    captured: Sequence[CapturedState], name: str, generation: int
 ) -> Shard | None:
     """Return the shard that `write_shard` makes on another rank from digested states.
 
@@ -118,14 +117,25 @@ def foresee_shard(
 
     Args:
         captured: States equal to those of the other rank.
-        rank: The other rank.
+        name: Name of the file.
         generation: The generation being written.
     """
     if not any(content.leaves for content in captured):
         return None
     plan = _plan_of(captured)
     digests = [(captured[state].digests or ())[leaf] for state, leaf in plan.order]
-    return _describe(plan, captured, digests, rank, generation)
+    return _describe(plan, captured, digests, name, generation)
+
+
+def encode_shard(captured: Sequence[CapturedState]) -> bytes:
+    """Return the bytes of the file that `write_shard` writes. Not collective. Thread-safe.
+
+    Args:
+        captured: The states whose leaves are in it.
+    """
+    plan = _plan_of(captured)
+    leaves = [captured[state].leaves[leaf].buffer.read() for state, leaf in plan.order]
+    return b"".join([plan.header, *leaves])
 
 
 def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
@@ -177,10 +187,9 @@ def _describe(
     plan: ShardPlan,
     captured: Sequence[CapturedState],
     digests: Sequence[Digest],
-    rank: int,
+    name: str,
     generation: int,
 ) -> Shard:
-    name = shard_file_name(rank)
     forms = [(content.name, content.specs) for content in captured]
     leaves = {}
     for (number, leaf), offset, digest in zip(

@@ -16,7 +16,12 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.directory.catalog import Catalog
-from mpi_ckpt.storage.directory.finding import explain_absence, open_chosen, open_twice
+from mpi_ckpt.storage.directory.finding import (
+    explain_absence,
+    open_chosen,
+    open_twice,
+    refuse_part,
+)
 from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import generation_name, is_partial_of
 from mpi_ckpt.storage.owning.lock import refuse_if_taken_over
@@ -25,7 +30,7 @@ from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.writing.partial import Partial
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from mpi_ckpt.choice import Choice
@@ -81,6 +86,13 @@ class CheckpointDirectory:
         return "" if self._lock is None else self.job
 
     @property
+    def require_owner(self) -> Callable[[], None]:
+        """Function that raises a FencedError once another job owns the directory."""
+        if self._lock is None:
+            raise SaveError(f"{self.root} is not owned: call own() first", path=self.root)
+        return self._lock.check
+
+    @property
     def set_aside(self) -> dict[str, str]:
         """Path -> reason of each generation that failed to verify in this run."""
         return {
@@ -113,8 +125,11 @@ class CheckpointDirectory:
         if lock is not None:
             lock.close()
 
-    def begin(self) -> Partial:
+    def begin(self, at_least: int = 0) -> Partial:
         """Start the next generation, without leftovers; the directory must be owned.
+
+        Args:
+            at_least: The lowest number that it may have.
 
         Raises:
             FencedError: On the calling rank, if another job has taken over the directory.
@@ -134,7 +149,7 @@ class CheckpointDirectory:
             found = self._survey_without_mine()
         return Partial(
             self.root,
-            max(found.next_generation, self.catalog.highest + 1),
+            max(found.next_generation, self.catalog.highest + 1, at_least),
             self.job,
             mode=self._mode,
             staging=self._staging,
@@ -192,7 +207,7 @@ class CheckpointDirectory:
             )
             if number is not None:
                 try:
-                    return open_twice(self.root / generation_name(number))
+                    return refuse_part(open_twice(self.root / generation_name(number)))
                 except CorruptGenerationError as problem:
                     self.reject(number, problem)
                 except ReadError:

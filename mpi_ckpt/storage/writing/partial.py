@@ -74,7 +74,7 @@ class Partial:
         sync_names: bool = True,
     ) -> None:
         self._root = root
-        self._check = check or _nobody_else
+        self._check = check or (lambda: None)
         self._sync_names = sync_names
         self._mode: IOMode = mode
         self._staging = staging or Arena()
@@ -208,17 +208,33 @@ class Partial:
             The directory under its final name, which is durable.
 
         Raises:
-            WriteError: On the calling rank; nothing was published.
-            PublishError: On the calling rank; nothing was published.
+            SaveError: On the calling rank, as in `seal` and `appear`.
+        """
+        self.seal(manifest)
+        return self.appear()
+
+    def seal(self, manifest: bytes) -> None:
+        """Write the manifest, and make all names durable. Not collective.
+
+        Raises:
+            SaveError: On the calling rank; nothing was published.
         """
         with self._file(MANIFEST, len(manifest)) as out:
             out.write(memoryview(manifest))
             out.finish()
         self.bytes_written += len(manifest)
-        target = self._root / generation_name(self.generation)
         with self._errors_as(PublishError, "publishing", self.path):
             # CRASH: the bytes of all files are durable; this makes their names durable.
             self._sync(self.path)
+
+    def appear(self) -> Path:
+        """Make the sealed generation exist. Not collective.
+
+        Raises:
+            PublishError: On the calling rank; nothing was published.
+        """
+        target = self._root / generation_name(self.generation)
+        with self._errors_as(PublishError, "publishing", self.path):
             # INVARIANT: a successor first signs the lock, then sweeps. If it swept before
             # this partial was made, this check sees its name; if it sweeps later, the
             # rename below finds nothing to rename, or comes first and the successor sees
@@ -332,7 +348,3 @@ class Partial:
                 out.write(window[:count])
             out.finish()
         self.bytes_written += nbytes
-
-
-def _nobody_else() -> None:
-    """Do nothing, in place of a check on a rank that has none."""
