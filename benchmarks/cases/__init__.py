@@ -10,6 +10,7 @@ from benchmarks.cases import (
     horovod,
     local,
     memory,
+    observing,
     plan,
     restore,
     reuse,
@@ -47,5 +48,6 @@ CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "horovod": horovod.groups,
     "distributed": distributed.groups,
     "plan": plan.groups,
+    "observing": observing.groups,
 }
 """Name -> function that gives the groups of a case, one after the other is measured."""

@@ -31,17 +31,13 @@ def read_or_refuse(path):
         return None
 
 
-def nothing():
-    """Find that the job still owns the directory."""
-
-
 def test_what_is_written_is_read(tmp_path):
     assert read_lineage(tmp_path) is None
     assert read_lineage(tmp_path / "missing") is None
     lineage = Lineage("home", RUNS)
-    write_lineage(tmp_path, lineage, "j2", nothing)
+    write_lineage(tmp_path, lineage, "j2")
     assert read_lineage(tmp_path) == lineage
-    write_lineage(tmp_path, Lineage("home"), "j3", nothing)
+    write_lineage(tmp_path, Lineage("home"), "j3")
     assert read_lineage(tmp_path) == Lineage("home")
     assert [path.name for path in tmp_path.iterdir()] == [LINEAGE]
 
@@ -68,7 +64,7 @@ def test_the_way_back_ends_where_a_run_started_afresh():
 
 def test_every_flipped_byte_is_found(tmp_path):
     lineage = Lineage("home", RUNS)
-    write_lineage(tmp_path, lineage, "j2", nothing)
+    write_lineage(tmp_path, lineage, "j2")
     path = tmp_path / LINEAGE
     good = path.read_bytes()
     for place in range(len(good)):
@@ -83,27 +79,26 @@ def test_every_flipped_byte_is_found(tmp_path):
 
 @pytest.mark.parametrize("home", ["", "a/b", "..", ".hidden"])
 def test_a_home_that_leads_elsewhere_is_refused(tmp_path, home):
-    write_lineage(tmp_path, Lineage(home), "j", nothing)
+    write_lineage(tmp_path, Lineage(home), "j")
     with pytest.raises(CorruptGenerationError, match="no name of a folder"):
         read_lineage(tmp_path)
 
 
 def test_a_job_that_was_fenced_off_changes_nothing(tmp_path):
-    write_lineage(tmp_path, Lineage("home", RUNS[:1]), "j1", nothing)
+    write_lineage(tmp_path, Lineage("home", RUNS[:1]), "j1")
 
-    def refuse():
-        raise FencedError("taken over")
-
+    (tmp_path / ".lock").write_text("job abcdef, process 1 on elsewhere\n")
     with pytest.raises(FencedError):
-        write_lineage(tmp_path, Lineage("home", RUNS), "j2", refuse)
+        write_lineage(tmp_path, Lineage("home", RUNS), "j2")
+    (tmp_path / ".lock").unlink()
     assert read_lineage(tmp_path) == Lineage("home", RUNS[:1])
     # What it has left does not stay.
-    write_lineage(tmp_path, Lineage("home", RUNS), "j3", nothing)
+    write_lineage(tmp_path, Lineage("home", RUNS), "j3")
     assert [path.name for path in tmp_path.iterdir()] == [LINEAGE]
 
 
 def test_a_cut_off_write_leaves_the_old_lineage(tmp_path, monkeypatch):
-    write_lineage(tmp_path, Lineage("home", RUNS[:1]), "j1", nothing)
+    write_lineage(tmp_path, Lineage("home", RUNS[:1]), "j1")
     names = ("create_file", "write_all", "sync_file", "replace_file", "sync_directory")
     for name in names:
         with monkeypatch.context() as patch:
@@ -113,14 +108,14 @@ def test_a_cut_off_write_leaves_the_old_lineage(tmp_path, monkeypatch):
 
             patch.setattr(filesystem, name, fail)
             with pytest.raises(SaveError):
-                write_lineage(tmp_path, Lineage("home", RUNS), "j2", nothing)
+                write_lineage(tmp_path, Lineage("home", RUNS), "j2")
         found = read_lineage(tmp_path)
         is_new = name == "sync_directory"
         assert found == Lineage("home", RUNS if is_new else RUNS[:1]), name
 
 
 def test_it_can_be_read_without_the_library(tmp_path):
-    write_lineage(tmp_path, Lineage("home", RUNS), "j2", nothing)
+    write_lineage(tmp_path, Lineage("home", RUNS), "j2")
     values = json.loads((tmp_path / LINEAGE).read_text())["lineage"]
     assert [run["run"] for run in values["runs"]] == ["r1", "r2"]
 

@@ -178,7 +178,7 @@ def _judge(
         rolled_back = directory.catalog.look().last_rollback
         verdict = choose(holdings, lineage, newest=newest, rolled_back=rolled_back)
         runs = {one.origin.run for one in holdings}
-        lost = what_is_lost(verdict, lineage, runs, newest=newest, here=comm.hosts)
+        lost = what_is_lost(verdict, lineage, runs, newest=newest, here=comm.topology.names)
         chosen = verdict.chosen
         if chosen is None:
             return [None, lost]

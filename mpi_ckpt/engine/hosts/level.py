@@ -248,7 +248,9 @@ class HostLevel:
             hosts=hosts,
         )
         write_lineage(
-            directory.root, lineage.with_run(run), directory.job, directory.require_owner
+            directory.root,
+            lineage.with_run(run),
+            directory.job,
         )
         self.run = run.run
         logger.info("local saves go to %d hosts, %s", len(hosts), self.local.path)
@@ -278,7 +280,6 @@ class HostLevel:
                 directory.root,
                 lineage.with_run(last),
                 directory.job,
-                directory.require_owner,
             )
             return True
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.engine.hosts.placing import Placed
     from mpi_ckpt.engine.save.request import Begun, Published
-    from mpi_ckpt.engine.save.saving import Workshop
+    from mpi_ckpt.engine.save.saver import Workshop
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.reports import PhaseClock
@@ -58,13 +58,10 @@ class LocalSave:
 
     Attributes:
         step: The training step.
-        level_name: The level that it saves to.
         work: This rank's work, once it has begun; None if it has none.
         published: None: a local save publishes nothing.
         report: The report, once all ranks know how the save ended.
     """
-
-    level_name = "local"
 
     def __init__(
         self,
@@ -113,7 +110,8 @@ class LocalSave:
             # restore takes it first.
             request = SaveRequest(states=taken, step=step, size=comm.size, metrics=metrics)
             with self._clock.phase("stage"):
-                copy_into(session.memory, comm, request, late=False)
+                threads = session.options.io.digest_threads
+                copy_into(session.memory, comm, request, threads, late=False)
 
     def place(self) -> None:
         """Plan the generation on every leader; send it what only root has.

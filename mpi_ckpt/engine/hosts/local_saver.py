@@ -74,7 +74,7 @@ class LocalSaver:
         saver.finish()
         self._steps.restart_local()
         with session.watch("saving to hosts") as clock:
-            begun = saver.begin_states(None, syncs=True, apart=_nobody)
+            begun = saver.begin_states(None, step, metrics, syncs=True, apart=_nobody)
             workshop = saver.workshop
             save = LocalSave(
                 *(session, level, workshop, begun), step=step, metrics=metrics, clock=clock
@@ -84,7 +84,7 @@ class LocalSaver:
             save.sync()
             self._attempt(save, level)
             if save.report is None and session.options.asynchronous:
-                saver.pending = PendingSave(session.comm, save)
+                saver.pending = PendingSave(session.comm, save, "local")
                 return saver.pending
             if save.report is None:
                 save.publish()

@@ -191,5 +191,7 @@ def _settle(session: Session, number: int) -> None:
     if lineage is not None and lineage.runs:
         last = replace(lineage.runs[-1], settled=number)
         write_lineage(
-            directory.root, lineage.with_run(last), directory.job, directory.require_owner
+            directory.root,
+            lineage.with_run(last),
+            directory.job,
         )

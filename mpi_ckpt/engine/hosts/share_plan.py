@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.engine.hosts.placement import count_copies, count_shares, place_files
-from mpi_ckpt.engine.save.shard import encode_shard, foresee_shard
+from mpi_ckpt.engine.save.shard import encode_shard, foresee_leaf_file
 from mpi_ckpt.engine.save.sharing import pick_share, split_by_bytes
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.errors import StageError
@@ -122,7 +122,7 @@ def encode_bound(
         stored.append(StoredState.of_stream(state.name, extent, digest))
     captured = [state for state in states if isinstance(state, CapturedState)]
     captured = digest_states(captured, threads)
-    shard = foresee_shard(captured, shard_file_name(ROOT), generation)
+    shard = foresee_leaf_file(captured, shard_file_name(ROOT), generation)
     if shard is not None:
         data[shard.file.name] = encode_shard(captured)
         files.append(shard.file)
@@ -157,7 +157,7 @@ def plan_shares(
     ]
     count = count_copies(copies, hosts.domains)
     shares = _cut(equal, count_shares(len(hosts.names), count))
-    shards = [foresee_shard(one, name, part.generation) for name, one in shares.items()]
+    shards = [foresee_leaf_file(one, name, part.generation) for name, one in shares.items()]
     made = [shard for shard in shards if shard is not None]
     files = (*part.files, *(shard.file for shard in made))
     holders = place_files(

@@ -16,6 +16,7 @@ from mpi_ckpt.engine.restore.other_hosts import look_elsewhere
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.reports import GenerationInfo
 from mpi_ckpt.states.unshared.ranked import RankedState
+from mpi_ckpt.storage.directory.finding import warn_of_other_programs
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
@@ -111,12 +112,12 @@ def open_newest(
         kept, is_partial = None, only is not None
         if choice.is_newest and pinned is None:
             skips = comm.is_root and copy is not None
-            kept = find_kept(
-                session, registry.states, stack, skips=skips, is_partial=is_partial
-            )
+            how = {"skips": skips, "is_partial": is_partial}
+            kept = find_kept(session, registry.states, stack, **how)
 
         def look(states: list[State]) -> list[State]:
             wanted = choice.checked(session.options.retention)
+            session.directory.goes_on = True
             if comm.is_root and copy is None and kept is None:
                 found = _open(session.directory, pinned, wanted, proven=is_partial)
                 if found is not None:
@@ -273,7 +274,10 @@ def _open(
         return directory.open(choice, proven=proven)
     if pinned is not None:
         return GenerationReader(directory.root / generation_name(pinned))
-    return _open_newest(directory, proven=proven)
+    reader = _open_newest(directory, proven=proven)
+    if reader is None:
+        warn_of_other_programs(directory.root)
+    return reader
 
 
 def _open_newest(

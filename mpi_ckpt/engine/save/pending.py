@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 class LeftSave(Protocol):
     """What a pending save needs of the save, whichever level it goes to."""
 
-    level_name: str
     step: int
     work: Future[None] | None
     published: Published | None
@@ -48,12 +47,16 @@ class PendingSave:
     Args:
         comm: The manager's communicator.
         save: The save; its writing has begun.
+        level: Where it saves to: ``"directory"`` or ``"local"``.
 
     Attributes:
         leave: Not collective: call it if the ranks will no longer meet for the save.
     """
 
-    def __init__(self, comm: Communicator, save: LeftSave) -> None:
+    def __init__(
+        self, comm: Communicator, save: LeftSave, level: str = "directory"
+    ) -> None:
+        self.level = level
         self._comm = comm
         self._save = save
         self._error: CheckpointError | None = None
@@ -65,11 +68,6 @@ class PendingSave:
     def report(self) -> SaveReport | None:
         """The report; None until the save was acknowledged. Not collective."""
         return self._save.report
-
-    @property
-    def level(self) -> str:
-        """Where it saves to: ``"directory"`` or ``"local"``. Not collective."""
-        return self._save.level_name
 
     @property
     def finished(self) -> bool:

@@ -18,9 +18,9 @@ from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.json_values import as_integer, as_list, as_text
 from mpi_ckpt.storage.format.strict_json import read_json
+from mpi_ckpt.storage.owning.lock import refuse_if_taken_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 LINEAGE = "lineage.json"
@@ -134,9 +134,7 @@ def read_lineage(root: Path) -> Lineage | None:
         ) from error
 
 
-def write_lineage(
-    root: Path, lineage: Lineage, job: str, check: Callable[[], None]
-) -> None:
+def write_lineage(root: Path, lineage: Lineage, job: str) -> None:
     """Replace the lineage of a checkpoint directory, durably.
 
     Not collective. The caller owns the directory.
@@ -145,9 +143,9 @@ def write_lineage(
         root: The directory.
         lineage: The lineage.
         job: Name of this job.
-        check: Raises `FencedError` if another job has taken over the directory.
 
     Raises:
+        FencedError: On the calling rank, if another job has taken over the directory.
         SaveError: On the calling rank; the previous lineage is still there.
     """
     path, new = root / LINEAGE, root / f"{_NEW}{job}"
@@ -158,7 +156,7 @@ def write_lineage(
         with filesystem.create_file(new) as descriptor:
             filesystem.write_all(descriptor, _encode(lineage), 0)
             filesystem.sync_file(descriptor)
-        check()
+        refuse_if_taken_over(root, job)
         # CRASH: the old lineage or the new one, both whole. A run's entry is durable before
         # its first local generation is named anywhere.
         filesystem.replace_file(new, path)
