@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from mpi_ckpt.elastic.epochs import EpochState, remaining_epochs_until
     from mpi_ckpt.elastic.preemption import PreemptionGuard
     from mpi_ckpt.elastic.sampler import ElasticSampler
+    from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.hooks import Hooks
     from mpi_ckpt.loading import load
-    from mpi_ckpt.local import Local
     from mpi_ckpt.manager import CheckpointManager
     from mpi_ckpt.options import IO, Options, StopWhen
     from mpi_ckpt.pacing import AutoInterval
@@ -55,7 +55,7 @@ _MODULES = {
     "KeepBest": "mpi_ckpt.retention",
     "KeepEvery": "mpi_ckpt.retention",
     "KeepLast": "mpi_ckpt.retention",
-    "Local": "mpi_ckpt.local",
+    "Local": "mpi_ckpt.engine.hosts.local_settings",
     "ModuleState": "mpi_ckpt.states.module",
     "ObjectState": "mpi_ckpt.states.nested",
     "OptimizerState": "mpi_ckpt.states.optimizer",

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.restore.restoring import OnResize
     from mpi_ckpt.engine.save.pending import PendingSave
-    from mpi_ckpt.local import Local
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.reports import GenerationInfo, RestoreReport, SaveReport, SyncReport
     from mpi_ckpt.retention import Mode

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.local import Local
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.options import Options
     from mpi_ckpt.storage.local.host_directory import HostDirectory

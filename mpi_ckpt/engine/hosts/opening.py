@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.local import Local
 
 logger = logging.getLogger(__name__)
 

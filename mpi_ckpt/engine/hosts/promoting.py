@@ -12,9 +12,9 @@ from mpi_ckpt.comm import agree, on_root
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.hosts.kept import find_kept, set_aside_bad
 from mpi_ckpt.engine.hosts.level import HostLevel
+from mpi_ckpt.engine.hosts.local_settings import Local
 from mpi_ckpt.engine.session import Session
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
-from mpi_ckpt.local import Local
 from mpi_ckpt.options import Options
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.manifest_codec import encode
