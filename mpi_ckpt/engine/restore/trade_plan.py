@@ -72,6 +72,12 @@ def plan_trade(session: Session, found: OpenGeneration, match: StateMatch) -> Tr
     parts: list[bytes] = []
 
     def plan() -> bytes:
+        if found.kept is not None:
+            raise RestoreError(
+                "the program has state that is cut over the ranks, and the newest "
+                "generation is on the hosts, which keep whole state only: restore it with "
+                "state that is not cut, save that to the directory, and go on from there"
+            )
         if found.reader is None or not comm.is_root:
             return b""
         states = [matched.saved for matched in match.states]

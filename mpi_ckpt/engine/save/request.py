@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.storage.owning.mounts import survived_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -125,6 +126,7 @@ class Published:
             "pruned": self.retired,
             "kept": self.kept,
             "metrics": dict(self.metrics),
+            "survives": survived_losses(self.path),
         }
 
 

@@ -76,6 +76,11 @@ class GenerationReader(FileReader):
 
     Args:
         path: Directory of the generation.
+        manifest: Its manifest, if it was already read.
+
+    Attributes:
+        manifest: Its manifest.
+        absent: Names of its files that are on other hosts; of most generations none.
 
     Raises:
         CorruptGenerationError: On the calling rank, if a file is missing, of another
@@ -84,14 +89,16 @@ class GenerationReader(FileReader):
         ReadError: On the calling rank, if the operating system cannot read it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.manifest: Manifest = read_manifest(path)
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
+        self.manifest: Manifest = manifest or read_manifest(path)
         super().__init__(path, self.manifest.generation)
         self._lock = Lock()
         self._tiles: Mapping[LeafKey, tuple[StoredTile, ...]] | None = None
+        self.absent = self._find_absent()
         try:
             for file in self.manifest.files:
-                self._check(file)
+                if file.name not in self.absent:
+                    self._check(file)
         except BaseException:
             self._files.close()
             raise
@@ -120,10 +127,12 @@ class GenerationReader(FileReader):
     def leaves(self) -> list[StoredLeaf]:
         """Return the whole leaves and the tiles of all states. Not collective. Thread-safe.
 
-        Errors are those of `tiles`.
+        Those in files on other hosts are left out. Errors are those of `tiles`.
         """
         tiles = [tile.leaf for found in self.tiles().values() for tile in found]
-        return self.manifest.leaves + tiles
+        every = self.manifest.leaves + tiles
+        absent = self.absent
+        return [one for one in every if one.extent.file not in absent] if absent else every
 
     def read_block(self, leaf: StoredLeaf, block: int) -> memoryview:
         """Return one block of a leaf, proven; `proven_blocks` reads many.
@@ -187,6 +196,14 @@ class GenerationReader(FileReader):
         if digest_bytes(header) != file.header_digest:
             raise ValueError("its header does not match its digest")
         return bytes(header)
+
+    def _find_absent(self) -> frozenset[str]:
+        # Each host of a local generation has some of its files.
+        if self.manifest.local is None:
+            return frozenset()
+        with self._reading(""):
+            there = set(filesystem.list_names(self.path))
+        return frozenset(file.name for file in self.manifest.files) - there
 
     def _check(self, file: StoredFile) -> None:
         with self._reading(file.name), self._files.use(file.name) as found:
