@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.save.own_tiles import TileFiles
     from mpi_ckpt.engine.save.shard import Shard
+    from mpi_ckpt.engine.session import Session
     from mpi_ckpt.options import Options
+    from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
     from mpi_ckpt.storage.writing.partial import Partial
@@ -138,11 +140,7 @@ class Draft:
         return [pick_leaves(*pair) for pair in zip(self.captured, self.fresh, strict=True)]
 
     def write(self, captured: Sequence[CapturedState], plain: Sequence[State]) -> None:
-        """Write root's share: the streams of plain states, and one file of leaves.
-
-        Raises:
-            SaveError: On the calling rank.
-        """
+        """Write root's share: streams of plain states, a file of leaves. May raise."""
         for state in plain:
             self._write_stream(state)
         shard = write_shard(self.partial, captured, ROOT)
@@ -247,6 +245,17 @@ class Draft:
         self._stream_files.append(file)
         extent = Extent(name, 0, nbytes)
         self._streams.append(StoredState.of_stream(state.name, extent, digest))
+
+
+def write_alone(session: Session, request: SaveRequest, clock: PhaseClock) -> Published:
+    """Write and publish a generation, as its only writer. On root. Errors as above."""
+    with clock.phase("write"):
+        draft = Draft.begin(session.directory, request, session.options)
+    with draft:
+        with clock.phase("write"):
+            draft.write(draft.fresh_states, request.plain)
+        with clock.phase("publish"):
+            return draft.publish()
 
 
 def _drop(partial: Partial, directory: CheckpointDirectory) -> None:

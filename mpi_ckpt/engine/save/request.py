@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from mpi_ckpt.engine.sync.parts import OwnParts
     from mpi_ckpt.state import State
 
 
@@ -26,7 +27,7 @@ class Begun:
     """
 
     states: Sequence[State]
-    parts: bytes | None
+    parts: OwnParts | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.request import Begun, SaveRequest
 from mpi_ckpt.engine.save.saving import Save, Workshop
 from mpi_ckpt.engine.steps.interval import Durations
-from mpi_ckpt.engine.sync.parts import combine_parts, parts_apart, take_parts
-from mpi_ckpt.engine.sync.replicas import capture_on_root
+from mpi_ckpt.engine.sync.parts import parts_apart, take_parts
+from mpi_ckpt.engine.sync.replicas import capture_on_root, receive_parts
 from mpi_ckpt.engine.sync.sync_log import SyncLog
 from mpi_ckpt.errors import OptionsError, SaveError
 from mpi_ckpt.memory import Arena
@@ -115,6 +115,7 @@ class Saver:
             SaveError: On every rank, if root may not save to the directory.
         """
         session = self._session
+        threads = session.options.io.digest_threads
         syncs = session.options.sync if sync is None else sync
 
         def begin(states: list[State]) -> Begun:
@@ -124,7 +125,8 @@ class Saver:
             # Take parts after the plain states' sync(), which may change them.
             waits = syncs and any(not isinstance(state, LeafState) for state in states)
             apart = parts_apart(session, states)
-            return Begun(states, None if waits else take_parts(states, apart))
+            parts = None if waits else take_parts(states, apart, threads=threads)
+            return Begun(states, parts)
 
         begun = self._registry.begin("beginning a save", only, begin, error=SaveError)
         return Save(
@@ -163,20 +165,20 @@ class Saver:
             CheckpointError: On every rank, if any rank cannot copy a state.
         """
         comm, memory = self._session.comm, self._session.memory
+        threads = self._session.options.io.digest_threads
         if memory is None:
             raise OptionsError("remember() needs a manager that was given a Memory")
 
         def begin(states: list[State]) -> Begun:
-            return Begun(states, take_parts(states))
+            return Begun(states, take_parts(states, threads=threads))
 
         doing = "beginning to remember the states"
         begun = self._registry.begin(doing, None, begin, error=SaveError).result
-        combine_parts(comm, begun.states, begun.parts)
-        synced = capture_on_root(comm, begun.states)
+        synced = capture_on_root(comm, begun.states, begun.parts, threads=threads)
         if synced.is_cut:
             memory.clear()  # a lost rank would take its tiles along
             return
-        by_name = {content.name: content for content in synced.captured}
+        by_name = {one.name: one for one in receive_parts(comm, synced)}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
         copy_into(memory, comm, request, late=False)

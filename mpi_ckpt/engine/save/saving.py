@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.comm import agree, choose_ranks, on_root
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
-from mpi_ckpt.engine.save.draft import Draft
+from mpi_ckpt.engine.save.draft import write_alone
 from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
 from mpi_ckpt.engine.save.tile_history import TileHistory
+from mpi_ckpt.engine.sync.coming import PartsInTransit
 from mpi_ckpt.engine.sync.parts import parts_apart
-from mpi_ckpt.engine.sync.replicas import capture_on_root, sync_states
+from mpi_ckpt.engine.sync.replicas import capture_on_root, receive_parts, sync_states
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -116,6 +118,7 @@ class Save:
         self._late = LateCopies()
         self._survey: TileSurvey | None = None
         self._tiles: Sequence[CapturedTiles] = ()
+        self._parts = PartsInTransit.none(session.comm)
         self._joint: JointWrite | None = None
         self.step = step
         self.work: Future[None] | None = None
@@ -141,7 +144,8 @@ class Save:
                 if comm.is_root:
                     self._workshop.sync_log.log_save(synced.report, states, self.step)
             else:
-                synced = capture_on_root(comm, states, parts, apart)
+                threads = options.io.digest_threads
+                synced = capture_on_root(comm, states, parts, apart, threads=threads)
             if synced.is_cut:
                 self._survey = self._workshop.survey = survey_tiles(
                     comm,
@@ -151,8 +155,11 @@ class Save:
                     options.io.window_bytes,
                 )
                 self._tiles = take_tiles(comm, synced.captured, self._survey)
-        self._synced = synced.report
-        by_name = {one.name: one for one in synced.captured}
+        self._synced, self._parts = synced.report, synced.parts
+        captured = synced.captured
+        if self._session.memory is not None:
+            captured = receive_parts(comm, synced)
+        by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
 
@@ -175,6 +182,7 @@ class Save:
                 self._survey,
                 self._tiles,
                 self._workshop.history,
+                self._parts,
             )
             self._mine = self._joint.begin(writers, equal, self._clock)
         elif comm.is_root:
@@ -192,8 +200,8 @@ class Save:
         Not collective. `publish` reports how it ends. If root is the only writer, this
         publishes as well.
         """
-        carries = self._joint is not None and self._joint.carries
-        if not (self._mine or carries or self._session.comm.is_root):
+        gives = self._parts.are_here or (self._joint is not None and self._joint.carries)
+        if not (self._mine or gives or self._session.comm.is_root):
             return
         if not self._session.options.asynchronous:
             self.work = run_here(self._write)
@@ -216,7 +224,8 @@ class Save:
         """
         comm = self._session.comm
         if self._joint is None:
-            facts = on_root(comm, "saving", self._conclude, error=SaveError)
+            wait = self._await_work  # for root to have taken this rank's parts
+            facts = on_root(comm, "saving", self._conclude, error=SaveError, others=wait)
         else:
             try:
                 doing = "writing a share of a save"
@@ -243,6 +252,7 @@ class Save:
         # Otherwise Python's next garbage collection would scan these.
         self._request = replace(self._request, states=())
         self._mine, self._tiles, self._joint = (), (), None
+        self._parts = PartsInTransit.none(comm)
 
     def prune(self) -> None:
         """Remove generations that retention no longer keeps. Not collective.
@@ -283,15 +293,23 @@ class Save:
 
     def _proven_equal(self) -> set[str]:
         captured = self._request.captured
-        compared = {content.name for content in captured if content.digests is not None}
+        compared = {
+            content.name
+            for content in captured
+            if content.digests is not None and not isinstance(content.state, RankedState)
+        }
         return compared - set(self._synced.differing)
 
     def _copy(self) -> None:
-        if not self._mine:
-            return
         with self._clock.phase("stage"):
-            staged = stage(self._workshop.arena, self._mine)
-        self._mine, self._late = staged.states, staged.late
+            parts = self._parts.fetch(self._mine)
+            if not self._mine:
+                return
+            rest = [one for one in self._mine if one.name not in parts]
+            staged = stage(self._workshop.arena, rest)
+            others = iter(staged.states)
+            self._mine = [parts.get(one.name) or next(others) for one in self._mine]
+            self._late = staged.late
 
     def _write(self, copied: Future[None] | None = None) -> None:
         """Do this rank's work. On any thread; no MPI."""
@@ -304,14 +322,10 @@ class Save:
                 with clock.phase("write"):
                     self._joint.write(self._mine)
                 return
-            request = replace(self._request, states=self._mine)
-            with clock.phase("write"):
-                draft = Draft.begin(session.directory, request, session.options)
-            with draft:
-                with clock.phase("write"):
-                    draft.write(draft.fresh_states, request.plain)
-                with clock.phase("publish"):
-                    self.published = draft.publish()
+            with self._parts.handed_over():
+                if session.comm.is_root:
+                    request = replace(self._request, states=self._mine)
+                    self.published = write_alone(session, request, clock)
 
     def _await_work(self) -> None:
         if self.work is not None:

@@ -22,7 +22,7 @@ from mpi_ckpt.engine.sync.comparing import (
     compare_heads_first,
 )
 from mpi_ckpt.engine.sync.deliveries import deliver
-from mpi_ckpt.engine.sync.parts import combine_parts
+from mpi_ckpt.engine.sync.parts import OwnParts, combine_parts
 from mpi_ckpt.engine.sync.sync_log import listed, log_sync
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.reports import SyncReport
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.sync.coming import PartsInTransit
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
 
@@ -54,11 +55,13 @@ class SyncedStates:
         report: What has differed.
         is_cut: Whether any rank has a leaf that is cut over the ranks; the same on every
             rank.
+        parts: The parts of ranks among the contents, which are still to be handed over.
     """
 
     captured: list[CapturedState]
     report: SyncReport
     is_cut: bool
+    parts: PartsInTransit
 
 
 @without_collections()
@@ -67,7 +70,7 @@ def sync_states(
     states: Sequence[State],
     options: Options,
     *,
-    parts: bytes | None = None,
+    parts: OwnParts | None = None,
     apart: Collection[str] = (),
     forced: bool = False,
 ) -> SyncedStates:
@@ -93,10 +96,14 @@ def sync_states(
     for state in states:
         if not isinstance(state, LeafState):
             agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
-    combine_parts(comm, states, parts, apart)
+    if forced:
+        # What each rank has of its own stays as it is.
+        states = [state for state in states if not isinstance(state, RankedState)]
+    threads = options.io.digest_threads
+    transit = combine_parts(comm, states, parts, apart, threads=threads)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
     comparison, root_only, is_cut = _compare(
-        comm, leaf_states, options, apart, forced=forced
+        comm, leaf_states, options, apart, transit, forced=forced
     )
     captured = comparison.captured
     if not forced:
@@ -111,15 +118,17 @@ def sync_states(
         log_sync(report, states)
     averaged = delivered.averaged
     contents = [*(averaged.get(one.name, one) for one in captured), *root_only]
-    return SyncedStates(contents, report, is_cut)
+    return SyncedStates([*contents, *transit.captured], report, is_cut, transit)
 
 
 @without_collections()
 def capture_on_root(
     comm: Communicator,
     states: Sequence[State],
-    parts: bytes | None = None,
+    parts: OwnParts | None = None,
     apart: Collection[str] = (),
+    *,
+    threads: int,
 ) -> SyncedStates:
     """Capture root's leaf states and all ranks' tiles, without any comparison.
 
@@ -130,6 +139,7 @@ def capture_on_root(
         states: The same states in the same order on every rank.
         parts: Result of `take_parts` on this rank; None to take the parts now.
         apart: As for `sync_states`.
+        threads: Threads that hash.
 
     Returns:
         The contents, not yet digested; on other ranks those of states with tiles.
@@ -137,27 +147,46 @@ def capture_on_root(
     Raises:
         StageError: On every rank, if a state cannot be captured on any.
     """
-    combine_parts(comm, states, parts, apart)
+    transit = combine_parts(comm, states, parts, apart, threads=threads)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
 
     def capture() -> list[CapturedState]:
+        transit.learn()
         own = _capture_apart(leaf_states, apart)
-        rest = [state for state in leaf_states if state.name not in apart]
+        rest = [state for state in leaf_states if not isinstance(state, RankedState)]
         if comm.is_root:
             return [*capture_states(rest), *own]
         may_be_cut = [s for s in rest if not isinstance(s, PartsState)]
         return [*(one for one in capture_states(may_be_cut) if one.cut), *own]
 
     met = meet(comm, _CAPTURING, capture, error=StageError, flag=_has_tiles)
-    return SyncedStates(met.result, SyncReport(), met.is_flagged)
+    contents = [*met.result, *transit.captured]
+    return SyncedStates(contents, SyncReport(), met.is_flagged, transit)
+
+
+def receive_parts(comm: Communicator, synced: SyncedStates) -> list[CapturedState]:
+    """Return the contents on root with the parts of all ranks in root's memory.
+
+    Collective. Main thread only. On other ranks the contents stay as they are.
+
+    Raises:
+        StageError: On every rank, if any cannot hand over a part.
+    """
+    if not synced.parts.are_here:
+        return synced.captured
+
+    def fetch() -> dict[str, CapturedState]:
+        return synced.parts.fetch(synced.captured)
+
+    arrived = agree(comm, "collecting the parts of states", fetch, error=StageError)
+    return [arrived.get(one.name, one) for one in synced.captured]
 
 
 def _capture_apart(
     states: Sequence[LeafState], apart: Collection[str]
 ) -> list[CapturedState]:
-    return capture_own_parts(
-        state for state in states if isinstance(state, RankedState) and state.name in apart
-    )
+    mine = [one for one in states if isinstance(one, RankedState) and one.name in apart]
+    return capture_own_parts(mine, cut=True)
 
 
 def _has_tiles(captured: Sequence[CapturedState]) -> bool:
@@ -169,6 +198,7 @@ def _compare(
     states: Sequence[LeafState],
     options: Options,
     apart: Collection[str],
+    transit: PartsInTransit,
     *,
     forced: bool,
 ) -> tuple[Comparison, list[CapturedState], bool]:
@@ -177,10 +207,13 @@ def _compare(
     threads = options.io.digest_threads
 
     def capture() -> tuple[list[CapturedState], list[CapturedState]]:
+        transit.learn()
         compared = capture_states(state for state in states if state.name not in names)
         if not forced:
             compared = digest_states(compared, threads)
-        root_only = [s for s in states if s.name in names and s.name not in apart]
+        root_only = [
+            s for s in states if s.name in names and not isinstance(s, RankedState)
+        ]
         of_root = capture_states(root_only if comm.is_root else ())
         return compared, [*of_root, *_capture_apart(states, apart)]
 
