@@ -237,7 +237,7 @@ class Restore:
             match, nbytes = transfer_parts(*args, match, self._deals, trades, deferred)
             self._match, self._bytes_traded = match, nbytes
             whole = match if trades is None else match.without(trades.leaves)
-            changed = transfer_files(*args, whole, deferred)
+            changed = transfer_files(*args, whole, deferred, self._clock.progress)
             if trades is not None:
                 self._bytes_traded += trade_leaves(
                     *args, match, trades, deferred, is_overwritten=changed

@@ -7,7 +7,7 @@ import logging
 import operator
 import time
 from io import UnsupportedOperation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.save.needed_space import foresee_space
@@ -28,7 +28,6 @@ from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX, encode, l
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import BinaryIO
 
     from mpi_ckpt.engine.save.own_tiles import TileFiles
     from mpi_ckpt.engine.save.shard import Shard
@@ -44,8 +43,7 @@ logger = logging.getLogger(__name__)
 _NO_HEADER = digest_bytes(b"")
 
 # Above this size, a sample of leaves is digested first.
-_SAMPLED_BYTES_MIN = 64 << 20
-_SAMPLES = 8
+_SAMPLED_BYTES_MIN, _SAMPLES = 64 << 20, 8
 
 # Early enough for the user to change the states before saves start to fail.
 _WARNED_BYTES = MANIFEST_BYTES_MAX // 4
@@ -143,8 +141,7 @@ class Draft:
         """Write root's share: streams of plain states, a file of leaves. May raise."""
         for state in plain:
             self._write_stream(state)
-        shard = write_shard(self.partial, captured, ROOT)
-        if shard is not None:
+        if (shard := write_shard(self.partial, captured, ROOT)) is not None:
             self._shards.append(shard)
 
     def publish(
@@ -166,6 +163,8 @@ class Draft:
             self._check_size(manifest, len(encoded))
         path = self.partial.publish(encoded)
         self._directory.note_published(manifest, path, len(encoded))
+        catalog = self._directory.catalog
+        retired = catalog.choose(self._options.retention)
         return Published(
             generation=manifest.generation,
             path=path,
@@ -173,7 +172,9 @@ class Draft:
             + theirs
             + (tiles.theirs if tiles else 0),
             bytes_reused=_bytes_reused(manifest) + (tiles.reused if tiles else 0),
-            retired=self._directory.catalog.choose(self._options.retention),
+            retired=retired,
+            kept=catalog.count - len(retired),
+            metrics=manifest.metrics,
         )
 
     def _check_size(self, manifest: Manifest, nbytes: int) -> None:
@@ -251,6 +252,7 @@ def write_alone(session: Session, request: SaveRequest, clock: PhaseClock) -> Pu
     """Write and publish a generation, as its only writer. On root. Errors as above."""
     with clock.phase("write"):
         draft = Draft.begin(session.directory, request, session.options)
+    draft.partial.progress = clock.progress
     with draft:
         with clock.phase("write"):
             draft.write(draft.fresh_states, request.plain)

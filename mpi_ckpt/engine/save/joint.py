@@ -22,6 +22,7 @@ from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.options import ROOT
+from mpi_ckpt.reports import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -73,6 +74,7 @@ class JointWrite:
         self._shares: dict[int, Share] = {}
         self._task: Task | None = None
         self._partial: Partial | None = None
+        self._progress = Progress()
 
     def begin(
         self, writers: Sequence[int], equal: Collection[str], clock: PhaseClock
@@ -92,6 +94,7 @@ class JointWrite:
         """
         session, request = self._session, self._request
         comm, options = session.comm, session.options
+        self._progress = clock.progress
 
         tasks: list[Task] = []
 
@@ -259,4 +262,6 @@ class JointWrite:
             assert self._task is not None
             task = self._task
             self._partial = self._session.directory.join(task.generation, task.job)
+        if self._partial is not None:
+            self._partial.progress = self._progress
         return self._partial

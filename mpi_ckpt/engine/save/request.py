@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.engine.sync.captured import CapturedState
+from mpi_ckpt.errors import SaveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from mpi_ckpt.engine.sync.parts import OwnParts
@@ -28,6 +31,31 @@ class Begun:
 
     states: Sequence[State]
     parts: OwnParts | None
+
+
+def require_notes(step: object, metrics: object) -> None:
+    """Refuse a step or metrics that cannot be noted in a generation. Not collective.
+
+    Raises:
+        SaveError: On the calling rank, with what may be given.
+    """
+    if not isinstance(step, Integral):
+        raise SaveError(
+            f"step is {step!r}: the number of the training step, an int; the directory is "
+            "given to the manager, and save() names the generation itself"
+        )
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise SaveError(
+            f"metrics is {metrics!r}: a dict of numbers by name, metrics={{'loss': 0.5}}"
+        )
+    for name, value in (metrics or {}).items():
+        try:
+            float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise SaveError(
+                f"metric {name!r} is of type {type(value).__name__}: one number is needed, "
+                "such as loss.item()"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +98,8 @@ class Published:
         bytes_written: Bytes written for it, by all ranks.
         bytes_reused: Bytes of the leaves that it shares with older generations.
         retired: Older generations that retention no longer keeps.
+        kept: Number of generations that it keeps.
+        metrics: The metrics of root.
     """
 
     generation: int
@@ -77,6 +107,8 @@ class Published:
     bytes_written: int
     bytes_reused: int
     retired: tuple[int, ...]
+    kept: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that root sends to every rank. Not collective. Thread-safe."""
@@ -86,4 +118,6 @@ class Published:
             "bytes_written": self.bytes_written,
             "bytes_reused": self.bytes_reused,
             "pruned": self.retired,
+            "kept": self.kept,
+            "metrics": dict(self.metrics),
         }

@@ -12,13 +12,13 @@ from mpi_ckpt.comm import abort_job, member_of
 from mpi_ckpt.engine.save.background import Background
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
-from mpi_ckpt.engine.save.request import Begun, SaveRequest
+from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
 from mpi_ckpt.engine.save.saving import Save, Workshop
 from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import parts_apart, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root, receive_parts
 from mpi_ckpt.engine.sync.sync_log import SyncLog
-from mpi_ckpt.errors import OptionsError, SaveError
+from mpi_ckpt.errors import OptionsError, RegistrationError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.state import LeafState
 
@@ -92,7 +92,6 @@ class Saver:
     def begin(
         self,
         only: Collection[str] | None,
-        *,
         step: int,
         sync: bool | None,
         metrics: Mapping[str, float] | None,
@@ -111,14 +110,22 @@ class Saver:
             clock: Started with the call of the save.
 
         Raises:
-            RegistrationError: On every rank, if names are unknown or differ.
-            SaveError: On every rank, if root may not save to the directory.
+            RegistrationError: On every rank, if names are unknown or differ, or there are
+                no states.
+            SaveError: On every rank, if root may not save to the directory, or the step or
+                a metric is no number.
         """
         session = self._session
         threads = session.options.io.digest_threads
         syncs = session.options.sync if sync is None else sync
 
         def begin(states: list[State]) -> Begun:
+            require_notes(step, metrics)
+            if only is None and not self._registry.names:
+                raise RegistrationError(
+                    "this manager has no states, so nothing would be saved: give them as "
+                    "CheckpointManager(directory, [state, ...]), or by add(state)"
+                )
             # Check this first: a job must learn at once that it may not save here.
             if session.comm.is_root:
                 session.directory.own()

@@ -109,7 +109,7 @@ class Save:
         self._begun = begun
         self._syncs = sync
         self._clock = clock
-        size, metrics = session.comm.size, dict(metrics or {})
+        size, metrics = session.comm.size, {} if metrics is None else dict(metrics)
         self._request = SaveRequest(
             states=(), step=step, size=size, metrics=metrics, carry=carry
         )
@@ -245,6 +245,8 @@ class Save:
             seconds={**facts["seconds"], **self._clock.seconds()},
             pruned=tuple(facts["pruned"]),
             sync=self._synced,
+            kept=facts["kept"],
+            metrics=facts["metrics"],
         )
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
@@ -255,18 +257,20 @@ class Save:
         self._parts = PartsInTransit.none(comm)
 
     def prune(self) -> None:
-        """Remove generations that retention no longer keeps. Not collective.
+        """Remove generations that retention no longer keeps; report the save.
 
-        In the background. Every rank knows by now that the new generation is durable: the
-        generations that it replaces may go, and no rank needs to wait for that.
+        Not collective. In the background. Every rank knows by now that the new generation
+        is durable: the generations that it replaces may go, and no rank needs to wait for
+        that.
         """
-        published = self.published
-        if published is None:
-            return
-        self._session.note("saved", int(self.step))
-        if published.retired:
-            directory = self._session.directory
-            self._workshop.background.submit(lambda: directory.remove(published.retired))
+        published, report = self.published, self.report
+        if published is not None:
+            self._session.note("saved", int(self.step))
+            if published.retired:
+                remove, retired = self._session.directory.remove, published.retired
+                self._workshop.background.submit(lambda: remove(retired))
+        assert report is not None
+        self._session.observer.note_save(report)
 
     def abandon(self) -> None:
         """Remove the partial. Not collective. No rank still writes."""
@@ -293,11 +297,8 @@ class Save:
 
     def _proven_equal(self) -> set[str]:
         captured = self._request.captured
-        compared = {
-            content.name
-            for content in captured
-            if content.digests is not None and not isinstance(content.state, RankedState)
-        }
+        digested = [content for content in captured if content.digests is not None]
+        compared = {one.name for one in digested if not isinstance(one.state, RankedState)}
         return compared - set(self._synced.differing)
 
     def _copy(self) -> None:

@@ -13,6 +13,7 @@ import io
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.digest import split_blocks
 from mpi_ckpt.errors import (
     CheckpointError,
     FencedError,
@@ -20,6 +21,7 @@ from mpi_ckpt.errors import (
     WriteError,
 )
 from mpi_ckpt.memory import Arena
+from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.writing.outfile import IOMode, OutFile
 
 _STREAM_BUFFER_BYTES = 1 << 20
+_COUNTED_BYTES = 64 << 20
 _COPY_BYTES = 16 << 20
 _ZEROS_BYTES = 1 << 20
 
@@ -54,6 +57,9 @@ class Partial:
             before the commit point, and after any failure: a successor deletes partials,
             and a job that is cut off should report that.
         sync_names: Whether directories must be fsynced; if not, they are if possible.
+
+    Attributes:
+        progress: Counts the bytes of leaves and tiles.
 
     Raises:
         WriteError: On the calling rank, if its directory cannot be made, or does not exist.
@@ -80,6 +86,7 @@ class Partial:
         self._staging = staging or Arena()
         self.generation = generation
         self.path = root / partial_name(generation, job)
+        self.progress = Progress()
         self.bytes_written = 0
         self._was_named = False
         self._joined = joined
@@ -115,8 +122,7 @@ class Partial:
             WriteError: On the calling rank; the partial must then be dropped.
         """
         with self._sized_file(name, nbytes) as out:
-            for run in runs:
-                out.write(run)
+            self._append(out, runs)
             out.finish()
 
     def write_headed(
@@ -145,8 +151,7 @@ class Partial:
         with self._sized_file(name, nbytes) as out:
             for start in range(0, header_bytes, _ZEROS_BYTES):
                 out.write(zeros[: header_bytes - start])
-            for run in runs:
-                out.write(run)
+            self._append(out, runs)
             # CRASH: up to here the file has zeros in place of its header. Nobody reads it:
             # the rename that publishes comes after this file's only fsync.
             descriptor = out.settle()
@@ -301,6 +306,7 @@ class Partial:
         """Create a file of a rank's own; the writer calls its ``finish`` in the block."""
         # Check again, now with the exact size, and on the host that writes.
         require_space(self.path, self.path / name, nbytes=nbytes, files=1)
+        self.progress.expect(nbytes)
         with self._file(name, nbytes) as out:
             yield out
         if self._joined:
@@ -309,6 +315,12 @@ class Partial:
             with self._errors_as(WriteError, "writing", self.path):
                 self._sync(self.path)
         self.bytes_written += nbytes
+
+    def _append(self, out: OutFile, runs: Iterable[memoryview]) -> None:
+        for run in runs:
+            for piece in split_blocks(run, _COUNTED_BYTES):
+                out.write(piece)
+                self.progress.count(len(piece))
 
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
