@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 __all__ = [
     "ALGORITHM",
@@ -23,6 +27,7 @@ __all__ = [
     "DIGEST_BYTES",
     "BlockHasher",
     "Digest",
+    "copy_many",
     "digest_bytes",
     "digest_many",
     "split_blocks",
@@ -35,6 +40,8 @@ BLOCK_BYTES = 16 << 20
 # Below this many bytes, starting threads costs more than it saves (13 GB/s a core).
 _PARALLEL_BYTES = 32 << 20
 _GROUP_BYTES = 4 << 20
+# A copy of so many bytes, and its source, are still in the cache of a core afterwards.
+_CACHED_BYTES = 256 << 10
 
 
 def digest_bytes(data: memoryview | bytes | bytearray) -> bytes:
@@ -141,14 +148,82 @@ def digest_many(
 
     if threads == 1 or sum(sizes) < _PARALLEL_BYTES:
         return digest(reads)
+    return _in_groups(digest, zip(reads, sizes, strict=True), threads)
+
+
+def copy_many(
+    copies: Sequence[tuple[memoryview, memoryview]], threads: int, *, digested: bool
+) -> list[Digest]:
+    """Copy several runs of bytes, and digest the copies in the same pass.
+
+    Not collective. Thread-safe. The worker threads end before this returns.
+
+    Args:
+        copies: Source and place of each run, as long as one another.
+        threads: Threads to use at most.
+        digested: Whether to digest at all.
+
+    Returns:
+        One digest for each run, in order; none if none was wanted.
+    """
+
+    def copy(group: Sequence[tuple[memoryview, memoryview]]) -> list[bytes]:
+        return [_copy_block(*block, digested=digested) for block in group]
+
+    split = [
+        list(
+            zip(
+                split_blocks(source, BLOCK_BYTES),
+                split_blocks(place, BLOCK_BYTES),
+                strict=True,
+            )
+        )
+        for source, place in copies
+    ]
+    blocks = [block for of_run in split for block in of_run]
+    if threads == 1 or sum(len(source) for source, _ in blocks) < _PARALLEL_BYTES:
+        done = copy(blocks)
+    else:
+        done = _in_groups(copy, ((block, len(block[0])) for block in blocks), threads)
+    if not digested:
+        return []
+    found = iter(done)
+    return [Digest(tuple([next(found) for _ in of_run])) for of_run in split]
+
+
+def _copy_block(source: memoryview, place: memoryview, *, digested: bool) -> bytes:
+    """Copy at most a block; return the digest of the copy, or nothing."""
+    if not len(source):
+        return digest_bytes(b"")
+    origin, target = np.frombuffer(source, np.uint8), np.frombuffer(place, np.uint8)
+    if not digested:
+        np.copyto(target, origin)
+        return b""
+    if len(source) <= _CACHED_BYTES:
+        np.copyto(target, origin)
+        return digest_bytes(place)
+    hasher = xxhash.xxh3_128()
+    for start in range(0, len(source), _CACHED_BYTES):
+        piece = slice(start, start + _CACHED_BYTES)
+        np.copyto(target[piece], origin[piece])
+        hasher.update(place[piece])
+    return hasher.digest()
+
+
+def _in_groups(
+    work: Callable[[Sequence[Item]], list[Result]],
+    items: Iterable[tuple[Item, int]],
+    threads: int,
+) -> list[Result]:
+    """Work on items, given with their bytes, in parallel; return all results in order."""
     # Handing one leaf to a thread costs what hashing half a megabyte does.
-    groups: list[list[Callable[[], memoryview]]] = []
+    groups: list[list[Item]] = []
     filled = _GROUP_BYTES
-    for read, size in zip(reads, sizes, strict=True):
+    for item, size in items:
         if filled >= _GROUP_BYTES:
             groups.append([])
             filled = 0
-        groups[-1].append(read)
+        groups[-1].append(item)
         filled += size
     with ThreadPoolExecutor(threads, thread_name_prefix="mpi_ckpt-digest") as pool:
-        return [digested for group in pool.map(digest, groups) for digested in group]
+        return [result for group in pool.map(work, groups) for result in group]

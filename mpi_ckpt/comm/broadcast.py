@@ -94,12 +94,11 @@ def bcast_to_hosts(comm: Communicator, buffer: memoryview, doing: str, source: i
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    nodes, home = comm.topology.nodes, comm.topology.node_of[source]
-    here = comm.topology.node_of[comm.rank]
-    if len(nodes) == 1:
+    topology = comm.topology
+    if comm.hosts.are_one:
         return
-    if comm.rank in comm.topology.entries(source):
-        piece_bytes = chain_piece_bytes(len(buffer), len(nodes)) or _PIECE_BYTES
+    if comm.rank == topology.link(comm.rank, source).entry:
+        piece_bytes = chain_piece_bytes(len(buffer), len(topology.names)) or _PIECE_BYTES
         piece_bytes = min(piece_bytes, comm.message_bytes)
         in_flight = min(_IN_FLIGHT, max(2, _CHAIN_IN_FLIGHT_BYTES // piece_bytes))
         route = replace(_chain_route(comm, source, in_flight), among=None)
@@ -108,7 +107,8 @@ def bcast_to_hosts(comm: Communicator, buffer: memoryview, doing: str, source: i
         for pieces in plan_messages([len(buffer)], piece_bytes):
             flow.take(pieces)
         flow.finish()
-    if here != home and comm.node is not None and len(nodes[here]) > 1:
+    is_home = topology.node_of[comm.rank] == topology.node_of[source]
+    if not is_home and comm.node is not None and comm.node.size > 1:
         comm.wait([comm.node.Ibarrier()], doing, streaming=True)
 
 
@@ -125,9 +125,8 @@ def bcast_on_hosts(comm: Communicator, data: NDArray[np.uint8], doing: str) -> N
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    nodes = comm.topology.nodes
-    among = comm.handle if len(nodes) == 1 else comm.node
-    if among is not None and len(nodes[comm.topology.node_of[comm.rank]]) > 1:
+    among = comm.handle if comm.hosts.are_one else comm.node
+    if among is not None and among.size > 1:
         comm.wait([among.Ibcast(data, root=0)], doing, buffers=data)
 
 

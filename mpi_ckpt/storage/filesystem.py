@@ -243,7 +243,8 @@ def overwrite_start(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _open_for_writing(path: Path, more_flags: int = 0) -> Iterator[int]:
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
+    # A FIFO in its place is refused: otherwise the open would wait for a reader.
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
     descriptor = os.open(path, flags, 0o666)
     try:
         yield descriptor

@@ -10,10 +10,9 @@ from io import UnsupportedOperation
 from typing import TYPE_CHECKING, BinaryIO
 
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine.save.needed_space import foresee_space
-from mpi_ckpt.engine.save.request import Published, SaveRequest
+from mpi_ckpt.engine.save.request import Published, SaveRequest, foresee_space
 from mpi_ckpt.engine.save.reuse import SharedLeaves, has_unchanged, plan_reuse, sample
-from mpi_ckpt.engine.save.shard import LeafKey, write_shard
+from mpi_ckpt.engine.save.shard import LeafKey, with_digests, write_shard
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.options import ROOT
@@ -30,10 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.engine.save.own_tiles import TileFiles
-    from mpi_ckpt.engine.save.shard import Shard
-    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.engine.save.shard import Shard, ShardImage
     from mpi_ckpt.options import Options
-    from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
     from mpi_ckpt.storage.writing.partial import Partial
@@ -137,12 +134,31 @@ class Draft:
         """The leaves that must be written, by state."""
         return [pick_leaves(*pair) for pair in zip(self.captured, self.fresh, strict=True)]
 
-    def write(self, captured: Sequence[CapturedState], plain: Sequence[State]) -> None:
-        """Write root's share: streams of plain states, a file of leaves. May raise."""
+    def write(
+        self,
+        captured: Sequence[CapturedState],
+        plain: Sequence[State],
+        image: ShardImage | None = None,
+    ) -> None:
+        """Write root's share: the streams of plain states, and one file of leaves.
+
+        Args:
+            captured: The leaves.
+            plain: The plain states.
+            image: As for `write_shard`.
+
+        Raises:
+            SaveError: On the calling rank.
+        """
         for state in plain:
             self._write_stream(state)
-        if (shard := write_shard(self.partial, captured, ROOT)) is not None:
+        shard = write_shard(self.partial, captured, ROOT, image)
+        if shard is not None:
             self._shards.append(shard)
+
+    def digested(self) -> list[CapturedState]:
+        """Return the contents with all digests. Root alone has written them."""
+        return [with_digests(content, self._shards) for content in self.captured]
 
     def publish(
         self, others: Sequence[Shard] = (), tiles: TileFiles | None = None
@@ -161,9 +177,8 @@ class Draft:
         encoded = encode(manifest)
         if len(encoded) > _WARNED_BYTES:
             self._check_size(manifest, len(encoded))
-        path = self.partial.publish(encoded)
+        path, catalog = self.partial.publish(encoded), self._directory.catalog
         self._directory.note_published(manifest, path, len(encoded))
-        catalog = self._directory.catalog
         retired = catalog.choose(self._options.retention)
         return Published(
             generation=manifest.generation,
@@ -171,7 +186,7 @@ class Draft:
             bytes_written=self.partial.bytes_written
             + theirs
             + (tiles.theirs if tiles else 0),
-            bytes_reused=_bytes_reused(manifest) + (tiles.reused if tiles else 0),
+            bytes_reused=manifest.bytes_reused + (tiles.reused if tiles else 0),
             retired=retired,
             kept=catalog.count - len(retired),
             metrics=manifest.metrics,
@@ -246,18 +261,6 @@ class Draft:
         self._stream_files.append(file)
         extent = Extent(name, 0, nbytes)
         self._streams.append(StoredState.of_stream(state.name, extent, digest))
-
-
-def write_alone(session: Session, request: SaveRequest, clock: PhaseClock) -> Published:
-    """Write and publish a generation, as its only writer. On root. Errors as above."""
-    with clock.phase("write"):
-        draft = Draft.begin(session.directory, request, session.options)
-    draft.partial.progress = clock.progress
-    with draft:
-        with clock.phase("write"):
-            draft.write(draft.fresh_states, request.plain)
-        with clock.phase("publish"):
-            return draft.publish()
 
 
 def _drop(partial: Partial, directory: CheckpointDirectory) -> None:
@@ -343,8 +346,3 @@ def _newest(directory: CheckpointDirectory, *, needed: bool) -> Manifest | None:
         # Nothing good to share, but the save can go on.
         logger.info("nothing is shared with older generations: %s", error)
         return None
-
-
-def _bytes_reused(manifest: Manifest) -> int:
-    older = {file.name for file in manifest.files if file.generation != manifest.generation}
-    return sum(leaf.extent.nbytes for leaf in manifest.leaves if leaf.extent.file in older)

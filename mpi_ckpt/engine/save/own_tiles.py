@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, cast
 
-from mpi_ckpt.digest import BLOCK_BYTES, split_blocks
+from mpi_ckpt.digest import split_blocks
 from mpi_ckpt.engine.save.tile_history import WrittenTiles
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
 from mpi_ckpt.storage.format.layout import tile_file_name
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Tiles that are not contiguous are copied to be written, so many bytes at a time.
 _COPIED_BYTES = 4 << 20
+# Of others a piece at a time, which is still in the cache when it is copied for the disk.
+_CACHED_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ def write_own_tiles(
     captured: Mapping[str, Sequence[CapturedTiles]],
     rank: int,
     carried: Carried | None = None,
+    *,
+    kept: bool = False,
 ) -> dict[str, WrittenTiles]:
     """Write the tiles of some states to one durable file, if there are any.
 
@@ -96,6 +100,7 @@ def write_own_tiles(
         captured: State -> the tiles of it that this rank writes.
         rank: This rank.
         carried: The tiles of other ranks that this rank writes as well.
+        kept: Whether nothing changes the tiles until this returns; without ``carried``.
 
     Returns:
         State -> its tiles in the file.
@@ -128,7 +133,8 @@ def write_own_tiles(
                 raise
 
     name = tile_file_name(rank)
-    file, in_file_order = write_tile_file(partial, name, plan, map(runs, plan.order))
+    tile_runs = map(runs, plan.order)
+    file, in_file_order = write_tile_file(partial, name, plan, tile_runs, kept=kept)
     digests = dict(zip(plan.order, in_file_order, strict=True))
     numbers: dict[str, list[int]] = {}
     for number, entry in enumerate(entries):
@@ -204,7 +210,7 @@ def runs_of(leaf: Leaf) -> Iterator[memoryview]:
     """
     buffer, shape, nbytes = leaf.buffer, leaf.spec.shape, leaf.spec.nbytes
     if nbytes <= _COPIED_BYTES or not shape or buffer.view() is not None:
-        yield from split_blocks(buffer.read(), BLOCK_BYTES)
+        yield from split_blocks(buffer.read(), _CACHED_BYTES)
         return
     yield from _copied_runs(cast("TileBuffer", buffer), shape, nbytes, ())
 

@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defines the request and the result of a save: plain values."""
+"""Defines the request of a save, the space it takes, and its result. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.reports import SaveReport, SyncReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from mpi_ckpt.engine.sync.parts import OwnParts
     from mpi_ckpt.state import State
+
+# An entry for a leaf in the manifest, or in a file's header, takes at least this much and
+# its name. The estimate is low on purpose: a save that fits must not be refused.
+_MANIFEST_ENTRY_BYTES = 100
+_HEADER_ENTRY_BYTES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +128,71 @@ class Published:
             "kept": self.kept,
             "metrics": dict(self.metrics),
         }
+
+
+def make_report(
+    facts: Mapping[str, Any],
+    step: int,
+    size: int,
+    seconds: Mapping[str, float],
+    sync: SyncReport,
+) -> SaveReport:
+    """Return the report of a save. Not collective. Thread-safe.
+
+    Args:
+        facts: What `Published.to_json` returned on root.
+        step: The training step.
+        size: Number of ranks.
+        seconds: The times of its phases.
+        sync: What has differed between replicas.
+    """
+    return SaveReport(
+        generation=facts["generation"],
+        path=Path(facts["path"]),
+        step=step,
+        size=size,
+        bytes_written=facts["bytes_written"],
+        bytes_reused=facts["bytes_reused"],
+        seconds=seconds,
+        pruned=tuple(facts["pruned"]),
+        sync=sync,
+        kept=facts["kept"],
+        metrics=facts["metrics"],
+    )
+
+
+class SpaceNeeded(NamedTuple):
+    """A lower bound of the bytes and files that all ranks will write."""
+
+    nbytes: int
+    files: int
+
+
+def foresee_space(
+    captured: Sequence[CapturedState],
+    fresh: Sequence[Sequence[int]],
+    plain: Sequence[State],
+) -> SpaceNeeded:
+    """Return the least space that a save takes.
+
+    Not collective. Thread-safe. The size of a plain state is known only if it is staged.
+
+    Args:
+        captured: The contents of the leaf states.
+        fresh: For each of them, the indices of the leaves that must be written.
+        plain: The states that write themselves.
+    """
+    every = [spec for content in captured for spec in content.specs]
+    written = [
+        content.specs[number]
+        for content, numbers in zip(captured, fresh, strict=True)
+        for number in numbers
+    ]
+    manifest = sum(len(spec.name) + _MANIFEST_ENTRY_BYTES for spec in every)
+    headers = sum(len(spec.name) + _HEADER_ENTRY_BYTES for spec in written)
+    leaves = sum(spec.nbytes for spec in written)
+    streams = sum(stream.nbytes for stream in plain if isinstance(stream, StagedStream))
+    return SpaceNeeded(
+        nbytes=manifest + headers + leaves + streams,
+        files=1 + bool(written) + len(plain),  # the manifest first
+    )

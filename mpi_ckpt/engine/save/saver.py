@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,11 @@ from mpi_ckpt.engine.save.background import Background
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
-from mpi_ckpt.engine.save.saving import Save, Workshop
+from mpi_ckpt.engine.save.saving import Save
+from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.steps.interval import Durations
-from mpi_ckpt.engine.sync.parts import parts_apart, take_parts
-from mpi_ckpt.engine.sync.replicas import capture_on_root, receive_parts
+from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
+from mpi_ckpt.engine.sync.replicas import capture_on_root
 from mpi_ckpt.engine.sync.sync_log import SyncLog
 from mpi_ckpt.errors import OptionsError, RegistrationError, SaveError
 from mpi_ckpt.memory import Arena
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Member
     from mpi_ckpt.engine.registry import Registry
+    from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
@@ -34,11 +37,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Workshop:
+    """The resources that the saves of a manager share.
+
+    Attributes:
+        arena: Memory for the copies of an asynchronous save.
+        background: Root's thread, or another writer's.
+        durations: The times that saves have taken.
+        sync_log: Logs what syncs have changed.
+        survey: How cut leaves lay on the ranks at the last save; None for none.
+        history: The tiles that this rank has in the generation saved last.
+    """
+
+    arena: Arena
+    background: Background
+    durations: Durations
+    sync_log: SyncLog
+    survey: TileSurvey | None = None
+    history: TileHistory = field(default_factory=lambda: TileHistory(0, {}))
+
+
 class Saver:
     """Begins saves, one after the other, and keeps the pending one.
 
     Main thread only. While root's background thread works, only that thread may use the
-    directory: all other code calls `finish` first.
+    directory: all other code calls `finish` first, or waits for the thread itself.
 
     Args:
         session: The manager's.
@@ -86,7 +110,12 @@ class Saver:
                     "a save is still under way, and Options.asynchronous is 'raise'; that "
                     "save goes on, and no other was begun"
                 )
-        self.finish()
+        if asynchronous:
+            # Not for the removal of old generations behind it: what the thread writes for
+            # the next save comes after that.
+            self._finish_pending()
+        else:
+            self.finish()
         return None
 
     def begin(
@@ -185,10 +214,12 @@ class Saver:
         if synced.is_cut:
             memory.clear()  # a lost rank would take its tiles along
             return
-        by_name = {one.name: one for one in receive_parts(comm, synced)}
+        captured = receive_parts(comm, synced.parts, synced.captured)
+        by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
-        copy_into(memory, comm, request, late=False)
+        threads = self._session.options.io.digest_threads
+        copy_into(memory, comm, request, threads, late=False)
 
     def finish(self) -> None:
         """Finish the pending save; root's thread is idle afterwards.
@@ -198,14 +229,17 @@ class Saver:
         Raises:
             SaveError: On every rank, if the pending save failed.
         """
-        pending, self.pending = self.pending, None
         try:
-            if pending is not None and not pending.finished:
-                start = time.perf_counter()
-                pending.wait()
-                self.durations.note_end_of_save(time.perf_counter() - start)
+            self._finish_pending()
         finally:
             self._workshop.background.join()  # not collective
+
+    def _finish_pending(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None and not pending.finished:
+            start = time.perf_counter()
+            pending.wait()
+            self.durations.note_end_of_save(time.perf_counter() - start)
 
     def close(self) -> bool:
         """Let root's thread finish, and free its memory. Not collective.

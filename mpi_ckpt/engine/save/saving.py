@@ -10,63 +10,43 @@ the ranks are written by the ranks that have them.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, choose_ranks, on_root
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
-from mpi_ckpt.engine.save.draft import write_alone
 from mpi_ckpt.engine.save.joint import JointWrite
-from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.save.lone import LoneWrite
+from mpi_ckpt.engine.save.request import SaveRequest, make_report
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
-from mpi_ckpt.engine.save.tile_history import TileHistory
+from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.engine.sync.coming import PartsInTransit
-from mpi_ckpt.engine.sync.parts import parts_apart
-from mpi_ckpt.engine.sync.replicas import capture_on_root, receive_parts, sync_states
+from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts
+from mpi_ckpt.engine.sync.replicas import (
+    SyncedStates,
+    capture_on_root,
+    compare_beside,
+    sync_states,
+)
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.reports import SaveReport, SyncReport
-from mpi_ckpt.states.unshared.ranked import RankedState
+from mpi_ckpt.reports import SyncReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from concurrent.futures import Future
 
-    from mpi_ckpt.engine.save.background import Background
     from mpi_ckpt.engine.save.own_tiles import CapturedTiles
     from mpi_ckpt.engine.save.request import Begun, Published
+    from mpi_ckpt.engine.save.saver import Workshop
+    from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.steps.interval import Durations
-    from mpi_ckpt.engine.sync.captured import CapturedState
-    from mpi_ckpt.engine.sync.sync_log import SyncLog
-    from mpi_ckpt.memory import Arena
-    from mpi_ckpt.reports import PhaseClock
+    from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
-
-
-@dataclass(slots=True)
-class Workshop:
-    """The resources that the saves of a manager share.
-
-    Attributes:
-        arena: Memory for the copies of an asynchronous save.
-        background: Root's thread, or another writer's.
-        durations: The times that saves have taken.
-        sync_log: Logs what syncs have changed.
-        survey: How cut leaves lay on the ranks at the last save; None for none.
-        history: The tiles that this rank has in the generation saved last.
-    """
-
-    arena: Arena
-    background: Background
-    durations: Durations
-    sync_log: SyncLog
-    survey: TileSurvey | None = None
-    history: TileHistory = field(default_factory=lambda: TileHistory(0, {}))
 
 
 class Save:
@@ -113,13 +93,15 @@ class Save:
         self._request = SaveRequest(
             states=(), step=step, size=size, metrics=metrics, carry=carry
         )
-        self._synced = SyncReport()
+        self._synced = SyncedStates([], SyncReport(), is_cut=False)
         self._mine: Sequence[CapturedState | State] = ()
         self._late = LateCopies()
+        self._image: ShardImage | None = None
         self._survey: TileSurvey | None = None
         self._tiles: Sequence[CapturedTiles] = ()
         self._parts = PartsInTransit.none(session.comm)
         self._joint: JointWrite | None = None
+        self._lone: LoneWrite | None = None
         self.step = step
         self.work: Future[None] | None = None
         self.published: Published | None = None
@@ -131,7 +113,9 @@ class Save:
         return self._clock.seconds()["total"]
 
     def sync(self) -> None:
-        """Make the replicas equal, and capture their contents.
+        """Capture the contents, and make the replicas equal.
+
+        Large replicas are compared later, beside root's copying or writing.
 
         Raises:
             CheckpointError: On every rank, if any rank cannot sync or capture the states.
@@ -140,9 +124,11 @@ class Save:
         options, apart = self._session.options, parts_apart(self._session, states)
         with self._clock.phase("sync"):
             if self._syncs:
-                synced = sync_states(comm, states, options, parts=parts, apart=apart)
-                if comm.is_root:
-                    self._workshop.sync_log.log_save(synced.report, states, self.step)
+                # Other writers, and a copy in memory, need replicas that are equal.
+                alone = options.writers == "root" and self._session.memory is None
+                synced = sync_states(
+                    comm, states, options, parts=parts, apart=apart, may_wait=alone
+                )
             else:
                 threads = options.io.digest_threads
                 synced = capture_on_root(comm, states, parts, apart, threads=threads)
@@ -155,10 +141,10 @@ class Save:
                     options.io.window_bytes,
                 )
                 self._tiles = take_tiles(comm, synced.captured, self._survey)
-        self._synced, self._parts = synced.report, synced.parts
-        captured = synced.captured
+        self._note_synced(synced)
+        self._parts, captured = synced.parts or self._parts, synced.captured
         if self._session.memory is not None:
-            captured = receive_parts(comm, synced)
+            captured = receive_parts(comm, self._parts, captured)
         by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
@@ -174,8 +160,9 @@ class Save:
         is_copied = self._copy_into_memory()
         writers = choose_ranks(options.writers, comm.topology)
         # All ranks know the result of the comparison: every rank takes the same branch.
-        equal = self._proven_equal()
+        equal = self._synced.proven_equal
         if self._survey is not None or (len(writers) > 1 and equal):
+            self._workshop.background.join()  # it may still remove old generations
             self._joint = JointWrite(
                 self._session,
                 self._request,
@@ -189,7 +176,7 @@ class Save:
             self._mine = self._request.states
         if options.asynchronous and not is_copied:
             try:
-                agree(comm, "staging a save", self._copy, error=SaveError)
+                self._compare_beside("staging a save", self._copy)
             except BaseException:
                 self.abandon()
                 raise
@@ -198,7 +185,7 @@ class Save:
         """Write this rank's share: now, or in the background.
 
         Not collective. `publish` reports how it ends. If root is the only writer, this
-        publishes as well.
+        publishes as well, unless the replicas are still to be compared.
         """
         gives = self._parts.are_here or (self._joint is not None and self._joint.carries)
         if not (self._mine or gives or self._session.comm.is_root):
@@ -206,15 +193,12 @@ class Save:
         if not self._session.options.asynchronous:
             self.work = run_here(self._write)
             return
-        background = self._workshop.background
-        if self._late:
-            copied = background.submit(self._late.copy)
-            # Before the training goes on: an optimizer's step now waits for the copy.
-            for gate in self._late.gates:
-                gate.hold(copied)
-            self.work = background.submit(lambda: self._write(copied))
-        else:
-            self.work = background.submit(self._write)
+        # Before the training goes on: an optimizer's step now waits for the copy.
+        copied: Future[None] = Future()
+        for gate in self._late.gates:
+            gate.hold(copied)
+        # Last: from now on this thread and the other take turns at Python.
+        self.work = self._workshop.background.submit(lambda: self._copy_and_write(copied))
 
     def publish(self) -> None:
         """Agree on how the writing ended; let root publish the generation, and report it.
@@ -222,60 +206,53 @@ class Save:
         Raises:
             SaveError: On every rank; nothing was published.
         """
-        comm = self._session.comm
-        if self._joint is None:
-            wait = self._await_work  # for root to have taken this rank's parts
-            facts = on_root(comm, "saving", self._conclude, error=SaveError, others=wait)
-        else:
-            try:
+        comm, wait = self._session.comm, self._await_work
+        try:
+            if self._joint is None:
+                if self._synced.uncompared:
+                    self._compare_beside("saving", self._written)
+                facts = on_root(
+                    comm, "saving", self._conclude, error=SaveError, others=wait
+                )
+            else:
                 doing = "writing a share of a save"
-                agree(comm, doing, self._await_work, error=SaveError)
-                publish = self._publish(self._joint)
+                agree(comm, doing, wait, error=SaveError)
+                files = self._joint.gather_files()
+                publish = partial(self._publish, self._joint, files)
                 facts = on_root(comm, "publishing", publish, error=SaveError)
-            except BaseException:
-                self.abandon()
-                raise
-        self.report = SaveReport(
-            generation=facts["generation"],
-            path=Path(facts["path"]),
-            step=self.step,
-            size=comm.size,
-            bytes_written=facts["bytes_written"],
-            bytes_reused=facts["bytes_reused"],
-            seconds={**facts["seconds"], **self._clock.seconds()},
-            pruned=tuple(facts["pruned"]),
-            sync=self._synced,
-            kept=facts["kept"],
-            metrics=facts["metrics"],
-        )
+        except BaseException:
+            self.abandon()
+            raise
+        seconds = {**facts["seconds"], **self._clock.seconds()}
+        self.report = make_report(facts, self.step, comm.size, seconds, self._synced.report)
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
             self._workshop.history = self._joint.history
         # Otherwise Python's next garbage collection would scan these.
         self._request = replace(self._request, states=())
-        self._mine, self._tiles, self._joint = (), (), None
+        self._mine, self._tiles, self._joint, self._lone = (), (), None, None
+        self._synced = replace(self._synced, captured=[])
         self._parts = PartsInTransit.none(comm)
 
     def prune(self) -> None:
         """Remove generations that retention no longer keeps; report the save.
 
-        Not collective. In the background. Every rank knows by now that the new generation
-        is durable: the generations that it replaces may go, and no rank needs to wait for
-        that.
+        Not collective. In the background: every rank knows by now that the new generation
+        is durable, so those that it replaces may go, and no rank needs to wait for that.
         """
-        published, report = self.published, self.report
-        if published is not None:
+        if (published := self.published) is not None:
             self._session.note("saved", int(self.step))
             if published.retired:
                 remove, retired = self._session.directory.remove, published.retired
                 self._workshop.background.submit(lambda: remove(retired))
-        assert report is not None
-        self._session.observer.note_save(report)
+        assert self.report is not None
+        self._session.observer.note_save(self.report)
 
     def abandon(self) -> None:
         """Remove the partial. Not collective. No rank still writes."""
-        if self._joint is not None:
-            self._joint.drop()
+        for written in (self._joint, self._lone):
+            if written is not None:
+                written.drop()
 
     def _copy_into_memory(self) -> bool:
         """Copy the states into the `Memory`, if any; return whether the copy is saved."""
@@ -289,61 +266,85 @@ class Save:
             return False
         with self._clock.phase("stage"):
             late = bool(session.options.asynchronous)
-            staged = copy_into(session.memory, session.comm, request, late=late)
+            threads = session.options.io.digest_threads
+            staged = copy_into(session.memory, session.comm, request, threads, late=late)
         if staged is not None:
             self._request = replace(request, states=staged.states)
-            self._late = staged.late
+            self._late, self._image = staged.late, staged.image
         return True
 
-    def _proven_equal(self) -> set[str]:
-        captured = self._request.captured
-        digested = [content for content in captured if content.digests is not None]
-        compared = {one.name for one in digested if not isinstance(one.state, RankedState)}
-        return compared - set(self._synced.differing)
+    def _note_synced(self, synced: SyncedStates) -> None:
+        self._synced = synced
+        if self._syncs and self._session.comm.is_root and not synced.uncompared:
+            states = self._begun.states
+            self._workshop.sync_log.log_save(synced.report, states, self.step)
 
-    def _copy(self) -> None:
+    def _compare_beside(self, doing: str, work: Callable[[], list[CapturedState]]) -> None:
+        """Do work, and compare the replicas if they are not compared yet. Collective."""
+        comm, options = self._session.comm, self._session.options
+        if not self._synced.uncompared:
+            agree(comm, doing, work, error=SaveError)
+            return
+        self._note_synced(compare_beside(comm, self._synced, options, doing, work))
+
+    def _copy(self) -> list[CapturedState]:
+        """Copy what this rank writes; return the states to compare, digested."""
+        todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
+        parts = self._parts.fetch(self._mine)
+        if not self._mine:
+            return digest_states(todo, threads)
+        names, arena = [one.name for one in todo], self._workshop.arena
         with self._clock.phase("stage"):
-            parts = self._parts.fetch(self._mine)
-            if not self._mine:
-                return
-            rest = [one for one in self._mine if one.name not in parts]
-            staged = stage(self._workshop.arena, rest)
-            others = iter(staged.states)
-            self._mine = [parts.get(one.name) or next(others) for one in self._mine]
-            self._late = staged.late
+            mine = [parts.get(one.name, one) for one in self._mine]
+            staged = stage(arena, mine, threads=threads, digested=names)
+        self._mine, self._late, self._image = staged.states, staged.late, staged.image
+        copies = {o.name: o.digests for o in staged.states if isinstance(o, CapturedState)}
+        return [replace(one, digests=copies[one.name]) for one in todo]
 
-    def _write(self, copied: Future[None] | None = None) -> None:
+    def _written(self) -> list[CapturedState]:
+        """Wait until root has written; return the states to compare, digested."""
+        todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
+        self._await_work()
+        return self._lone.digested(todo) if self._lone else digest_states(todo, threads)
+
+    def _copy_and_write(self, copied: Future[None]) -> None:
+        """Make the late copies, and do this rank's work. In the background."""
+        try:
+            self._late.copy()
+        finally:
+            copied.set_result(None)  # also of a failed copy: the training goes on
+        self._write()
+
+    def _write(self) -> None:
         """Do this rank's work. On any thread; no MPI."""
-        if copied is not None:
-            copied.result()
         session, clock = self._session, self._clock
         behind = session.options.asynchronous
         with session.watch_behind(clock) if behind else nullcontext():
             if self._joint is not None:
                 with clock.phase("write"):
-                    self._joint.write(self._mine)
+                    self._joint.write(self._mine, self._image)
                 return
             with self._parts.handed_over():
-                if session.comm.is_root:
-                    request = replace(self._request, states=self._mine)
-                    self.published = write_alone(session, request, clock)
+                if not session.comm.is_root:
+                    return
+                self._lone = LoneWrite(session, clock)
+                self._lone.write(replace(self._request, states=self._mine), self._image)
+            if not self._synced.uncompared:
+                self.published = self._lone.publish()
 
     def _await_work(self) -> None:
         if self.work is not None:
             self.work.result()
 
-    def _publish(self, joint: JointWrite) -> Callable[[], dict[str, Any]]:
-        """Return root's work once all ranks have written their files. Collective."""
-        files = joint.gather_files()
-
-        def publish() -> dict[str, Any]:
-            self.published = joint.publish(files, self._clock)
-            return self._conclude()
-
-        return publish
+    def _publish(self, joint: JointWrite, files: Sequence[bytes]) -> dict[str, Any]:
+        """Publish once all ranks have written their files. On root."""
+        self.published = joint.publish(files, self._clock)
+        return self._conclude()
 
     def _conclude(self) -> dict[str, Any]:
         """Wait until root has written and published. On root."""
         self._await_work()
+        if self.published is None and self._lone is not None:
+            self.published = self._lone.publish()  # by now the replicas are equal
         assert self.published is not None
-        return {**self.published.to_json(), "seconds": self._clock.seconds()}
+        return self.published.to_json() | {"seconds": self._clock.seconds()}

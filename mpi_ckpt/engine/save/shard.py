@@ -3,24 +3,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
+from mpi_ckpt.digest import BLOCK_BYTES, BlockHasher, digest_bytes, split_blocks
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.storage.format.layout import shard_file_name
 from mpi_ckpt.storage.format.manifest import Extent, StoredFile, StoredLeaf
 from mpi_ckpt.storage.format.tensorfile import encode_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from mpi_ckpt.digest import Digest
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.leaf import Form, LeafSpec
     from mpi_ckpt.storage.writing.partial import Partial
+
+_CACHED_BYTES = 512 << 10
+# Runs of an image are joined up to multiples of this, which fills whole writes.
+_JOINED_BYTES = 4 << 20
 
 
 class LeafKey(NamedTuple):
@@ -48,6 +53,19 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardImage:
+    """A copy of leaves in memory, as they will be in one file, header and all.
+
+    Attributes:
+        plan: The layout of the file.
+        memory: Its bytes, at a page boundary.
+    """
+
+    plan: ShardPlan
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One rank's file of a generation.
 
@@ -61,7 +79,10 @@ class Shard:
 
 
 def write_shard(
-    partial: Partial, captured: Sequence[CapturedState], rank: int
+    partial: Partial,
+    captured: Sequence[CapturedState],
+    rank: int,
+    image: ShardImage | None = None,
 ) -> Shard | None:
     """Write all leaves of some states to one durable file.
 
@@ -72,6 +93,8 @@ def write_shard(
         partial: The generation being written.
         captured: The states whose leaves this rank writes.
         rank: This rank.
+        image: What holds the bytes of these leaves, if nothing changes them meanwhile. It
+            is written as it is, unless only some of its leaves are to be written.
 
     Returns:
         The file; None if there is no leaf to write.
@@ -81,32 +104,51 @@ def write_shard(
     """
     if not any(content.leaves for content in captured):
         return None
-    plan = _plan_of(captured)
+    plan = plan_of(captured)
     digests: list[Digest] = []
-
-    def runs() -> Iterator[memoryview]:
-        yield memoryview(plan.header)
-        for state, leaf in plan.order:
-            content = captured[state]
-            try:
-                data = content.leaves[leaf].buffer.read()
-            except Exception:
-                with about_leaf(content, content.leaves[leaf]):
-                    raise
-            if content.digests:
-                digests.append(content.digests[leaf])
-                yield data
-                continue
-            # Block by block: otherwise the disk would be idle while a large leaf is
-            # digested.
-            blocks = []
-            for block in split_blocks(data, BLOCK_BYTES):
-                blocks.append(digest_bytes(block))
-                yield block
-            digests.append(Digest(tuple(blocks)))
-
-    partial.write_shard(shard_file_name(rank), runs(), plan.nbytes)
+    runs = _digested_runs(plan, captured, digests)
+    is_kept = image is not None and image.plan is plan
+    if image is not None and is_kept:
+        runs = _runs_of_image(runs, image.memory)
+    partial.write_shard(shard_file_name(rank), runs, plan.nbytes, kept=is_kept)
     return _describe(plan, captured, digests, rank, partial.generation)
+
+
+def _digested_runs(
+    plan: ShardPlan, captured: Sequence[CapturedState], digests: list[Digest]
+) -> Iterator[memoryview]:
+    """Yield the bytes of a file; append the digest of each leaf on the way."""
+    yield memoryview(plan.header)
+    for state, leaf in plan.order:
+        content = captured[state]
+        try:
+            data = content.leaves[leaf].buffer.read()
+        except Exception:
+            with about_leaf(content, content.leaves[leaf]):
+                raise
+        if content.digests:
+            digests.append(content.digests[leaf])
+            yield data
+            continue
+        # Piece by piece: each is still in the cache when it is copied or written, and the
+        # disk is not idle while a large leaf is digested.
+        hasher = BlockHasher(BLOCK_BYTES)
+        for piece in split_blocks(data, _CACHED_BYTES):
+            hasher.update(piece)
+            yield piece
+        digests.append(hasher.finish())
+
+
+def _runs_of_image(runs: Iterator[memoryview], memory: memoryview) -> Iterator[memoryview]:
+    """Yield the same bytes from an image, small runs joined."""
+    start = end = 0
+    for run in runs:
+        end += len(run)
+        reach = end // _JOINED_BYTES * _JOINED_BYTES
+        if reach > start:
+            yield memory[start:reach]
+            start = reach
+    yield memory[start:end]
 
 
 def foresee_shard(
@@ -123,9 +165,25 @@ def foresee_shard(
     """
     if not any(content.leaves for content in captured):
         return None
-    plan = _plan_of(captured)
+    plan = plan_of(captured)
     digests = [(captured[state].digests or ())[leaf] for state, leaf in plan.order]
     return _describe(plan, captured, digests, rank, generation)
+
+
+def with_digests(captured: CapturedState, shards: Iterable[Shard]) -> CapturedState:
+    """Return a state with the digests that were taken while its leaves were written.
+
+    Not collective. Thread-safe.
+    """
+    if captured.digests is not None:
+        return captured
+    found = [
+        shard.leaves[key].digest
+        for spec in captured.specs
+        for shard in shards
+        if (key := LeafKey(captured.name, spec.name)) in shard.leaves
+    ]
+    return replace(captured, digests=tuple(found))
 
 
 def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
@@ -163,7 +221,14 @@ def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
     return ShardPlan(header, tuple(order), tuple(offsets), end)
 
 
-def _plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
+def plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
+    """Return the layout of the file that these leaves make; usually the previous object.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        SaveError: On the calling rank, if the header would be too large to read.
+    """
     return _plan_forms(tuple((content.name, content.form) for content in captured))
 
 

@@ -23,7 +23,7 @@ from mpi_ckpt.state import PartsState
 from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.session import Session
@@ -156,6 +156,31 @@ def combine_parts(
         return captured
 
     return PartsInTransit(comm, mine.kept, coming, join)
+
+
+def capture_apart(states: Iterable[State], apart: Collection[str]) -> list[CapturedState]:
+    """Capture this rank's parts of the states that `parts_apart` names, as cut leaves.
+
+    Not collective. Errors are those of `take_parts`.
+    """
+    mine = [one for one in states if isinstance(one, RankedState) and one.name in apart]
+    return capture_own_parts(mine, cut=True)
+
+
+def receive_parts(
+    comm: Communicator, parts: PartsInTransit | None, captured: list[CapturedState]
+) -> list[CapturedState]:
+    """Return the contents on root with the parts of all ranks in root's memory.
+
+    Collective. Main thread only. On other ranks the contents stay as they are.
+
+    Raises:
+        StageError: On every rank, if any cannot hand over a part.
+    """
+    if parts is None or not parts.are_here:
+        return captured
+    arrived = agree(comm, _DOING, lambda: parts.fetch(captured), error=StageError)
+    return [arrived.get(one.name, one) for one in captured]
 
 
 def _join(

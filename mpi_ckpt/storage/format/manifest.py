@@ -162,6 +162,12 @@ class Manifest:
         """Bytes of all leaves."""
         return sum(state.nbytes for state in self.states)
 
+    @property
+    def bytes_reused(self) -> int:
+        """Bytes of leaves in files of older generations."""
+        older = {file.name for file in self.files if file.generation != self.generation}
+        return sum(leaf.extent.nbytes for leaf in self.leaves if leaf.extent.file in older)
+
     def state(self, name: str) -> StoredState | None:
         """Return the state of that name, None if there is none. Not collective."""
         return next((state for state in self.states if state.name == name), None)

@@ -25,7 +25,8 @@ from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.writing.outfile import OutStream, create_out_file
+from mpi_ckpt.storage.writing.out_stream import OutStream
+from mpi_ckpt.storage.writing.outfile import create_out_file
 from mpi_ckpt.storage.writing.space import require_space
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class Partial:
         sync_names: bool = True,
     ) -> None:
         self._root = root
-        self._check = check or _nobody_else
-        self._sync_names = sync_names
+        self._check, self._sync_names = check or (lambda: None), sync_names
         self._mode: IOMode = mode
         self._staging = staging or Arena()
         self.generation = generation
@@ -108,7 +108,9 @@ class Partial:
         """
         require_space(self.path, self._root, nbytes=nbytes, files=files)
 
-    def write_shard(self, name: str, runs: Iterable[memoryview], nbytes: int) -> None:
+    def write_shard(
+        self, name: str, runs: Iterable[memoryview], nbytes: int, *, kept: bool = False
+    ) -> None:
         """Write runs of bytes, one after the other, as one durable file.
 
         Not collective.
@@ -117,12 +119,13 @@ class Partial:
             name: Name of the file.
             runs: The runs; each is used up before the next is requested.
             nbytes: Their total length.
+            kept: Whether the bytes of all runs stay unchanged until this returns.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
         """
         with self._sized_file(name, nbytes) as out:
-            self._append(out, runs)
+            self._append(out, runs, kept=kept)
             out.finish()
 
     def write_headed(
@@ -132,6 +135,8 @@ class Partial:
         runs: Iterable[memoryview],
         header: Callable[[], bytes],
         nbytes: int,
+        *,
+        kept: bool = False,
     ) -> None:
         """Write runs of bytes behind a header that is known last, as one durable file.
 
@@ -143,6 +148,7 @@ class Partial:
             runs: The runs; each is used up before the next is requested.
             header: Called once, after the last run; returns the header.
             nbytes: Length of header and runs in bytes.
+            kept: Whether the bytes of all runs stay unchanged until this returns.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
@@ -151,7 +157,7 @@ class Partial:
         with self._sized_file(name, nbytes) as out:
             for start in range(0, header_bytes, _ZEROS_BYTES):
                 out.write(zeros[: header_bytes - start])
-            self._append(out, runs)
+            self._append(out, runs, kept=kept)
             # CRASH: up to here the file has zeros in place of its header. Nobody reads it:
             # the rename that publishes comes after this file's only fsync.
             descriptor = out.settle()
@@ -316,21 +322,19 @@ class Partial:
                 self._sync(self.path)
         self.bytes_written += nbytes
 
-    def _append(self, out: OutFile, runs: Iterable[memoryview]) -> None:
-        for run in runs:
-            for piece in split_blocks(run, _COUNTED_BYTES):
-                out.write(piece)
-                self.progress.count(len(piece))
+    def _append(self, out: OutFile, runs: Iterable[memoryview], *, kept: bool) -> None:
+        write = out.write_kept if kept else out.write
+        for piece in (piece for run in runs for piece in split_blocks(run, _COUNTED_BYTES)):
+            write(piece)
+            self.progress.count(len(piece))
 
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
         """Create a file; the writer calls its ``finish`` within the block."""
-        path = self.path / name
+        path, mode = self.path / name, self._mode
         with (
             self._errors_as(WriteError, "writing", path),
-            create_out_file(
-                path, nbytes=nbytes, mode=self._mode, staging=self._staging
-            ) as out,
+            create_out_file(path, nbytes=nbytes, mode=mode, staging=self._staging) as out,
         ):
             yield out
 
@@ -344,7 +348,3 @@ class Partial:
                 out.write(window[:count])
             out.finish()
         self.bytes_written += nbytes
-
-
-def _nobody_else() -> None:
-    """Do nothing, in place of a check on a rank that has none."""
