@@ -273,7 +273,8 @@ def _open(
     if not choice.is_newest:
         return directory.open(choice, proven=proven)
     if pinned is not None:
-        return GenerationReader(directory.root / generation_name(pinned))
+        path = directory.root / generation_name(pinned)
+        return GenerationReader(path, tiles_later=True)
     reader = _open_newest(directory, proven=proven)
     if reader is None:
         warn_of_other_programs(directory.root)
@@ -284,7 +285,7 @@ def _open_newest(
     directory: CheckpointDirectory, *, proven: bool
 ) -> GenerationReader | None:
     while True:
-        reader = directory.open_newest()
+        reader = directory.open_newest(tiles_later=True)
         if reader is None or not proven:
             return reader
         number = reader.manifest.generation

@@ -10,7 +10,7 @@ from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.hosts.kept import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
-from mpi_ckpt.engine.restore.dealing import deal_parts, plan_deals
+from mpi_ckpt.engine.restore.dealing import plan_deals
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
     StateMatch,
@@ -30,9 +30,9 @@ from mpi_ckpt.engine.restore.notices import (
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
-from mpi_ckpt.engine.restore.routing import route_rows
-from mpi_ckpt.engine.restore.trade_plan import Trade, plan_trade
-from mpi_ckpt.engine.restore.trading import trade_tiles
+from mpi_ckpt.engine.restore.trade_plan import Trades, plan_trades
+from mpi_ckpt.engine.restore.traded_parts import transfer_parts
+from mpi_ckpt.engine.restore.trading import trade_leaves
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -106,7 +106,7 @@ class Restore:
         self._found: OpenGeneration | None = None
         self._match: StateMatch | None = None
         self._deals: Mapping[str, Deal] = {}
-        self._trade: Trade | None = None
+        self._trades: Trades | None = None
         self._bytes_traded = 0
         self._deferred = Deferred()
         self._resize = ResizeWatch()
@@ -168,7 +168,7 @@ class Restore:
                     raise
             finally:
                 # Otherwise Python's next garbage collection would scan these.
-                self._found = self._match = self._trade = None
+                self._found = self._match = self._trades = None
                 self._deals = {}
 
     def match(self) -> None:
@@ -193,6 +193,8 @@ class Restore:
             matched = StateMatch(states, missing, unexpected)
             self._deals = plan_deals(session, found, matched)
             overlaps.extend(find_overlaps(matched.leaves))
+            if found.reader is not None and not matched.has_tiles:
+                found.reader.prove_rest()
             if session.comm.is_root:
                 self._resize = ResizeWatch.begin(found.outline, matched, session.comm.size)
             return matched
@@ -210,8 +212,8 @@ class Restore:
             )
             self._match = met.result
             if met.is_flagged:
-                self._trade = plan_trade(session, found, met.result)
-                self._match = met.result.with_unexpected(self._trade.unwanted)
+                self._trades = plan_trades(session, found, met.result)
+                self._match = met.result.with_unexpected(self._trades.unwanted)
             if overlaps or not met.is_alike:
                 self._separate(overlaps, doing)
 
@@ -222,24 +224,22 @@ class Restore:
             CorruptGenerationError: On every rank, if bytes are not those saved.
             ReadError: On every rank, if a reading rank cannot read.
         """
-        session, match = self._session, self._matched
+        session, match, deferred = self._session, self._matched, self._deferred
         with self._clock.phase("transfer"):
             if self._generation.is_copy:
-                transfer_copy(session, self._generation.copy, match, self._deferred)
+                transfer_copy(session, self._generation.copy, match, deferred)
                 return
             found = self._found = open_on_readers(session, self._generation, self._open)
-            # Parts come first, since dealing them overwrites nothing yet.
-            self._match = deal_parts(session, match, self._deals, self._deferred)
-            traded = frozenset() if self._trade is None else self._trade.leaves
-            deferred, progress = self._deferred, self._clock.progress
-            whole = match.without(traded)
-            is_overwritten = transfer_files(session, found, whole, deferred, progress)
-            if self._trade is not None:
-                self._bytes_traded = trade_tiles(
-                    *(session, found, match, self._trade, deferred),
-                    is_overwritten=is_overwritten,
+            args, trades = (session, found), self._trades
+            # Parts come first, since bringing them overwrites nothing yet.
+            match, nbytes = transfer_parts(*args, match, self._deals, trades, deferred)
+            self._match, self._bytes_traded = match, nbytes
+            whole = match if trades is None else match.without(trades.leaves)
+            changed = transfer_files(*args, whole, deferred, self._clock.progress)
+            if trades is not None:
+                self._bytes_traded += trade_leaves(
+                    *args, match, trades, deferred, is_overwritten=changed
                 )
-                route_rows(session.comm, match, session.options.io.window_bytes, deferred)
 
     def adopt(self) -> None:
         """Let the states take over the arrived contents, in order; make the report.

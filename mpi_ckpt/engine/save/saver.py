@@ -17,7 +17,7 @@ from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
 from mpi_ckpt.engine.save.saving import Save
 from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.steps.interval import Durations
-from mpi_ckpt.engine.sync.parts import combine_parts, parts_apart, take_parts
+from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
 from mpi_ckpt.engine.sync.sync_log import SyncLog
 from mpi_ckpt.errors import OptionsError, RegistrationError, SaveError
@@ -185,6 +185,7 @@ class Saver:
             SaveError: On every rank, if root may not save to the directory.
         """
         session = self._session
+        threads = session.options.io.digest_threads
 
         def begin(states: list[State]) -> Begun:
             require_notes(step, metrics)
@@ -198,7 +199,8 @@ class Saver:
                 session.directory.own()
             # Take parts after the plain states' sync(), which may change them.
             waits = syncs and any(not isinstance(state, LeafState) for state in states)
-            return Begun(states, None if waits else take_parts(states, apart(states)))
+            parts = None if waits else take_parts(states, apart(states), threads=threads)
+            return Begun(states, parts)
 
         begun = self._registry.begin("beginning a save", only, begin, error=SaveError)
         return begun.result
@@ -233,20 +235,21 @@ class Saver:
             CheckpointError: On every rank, if any rank cannot copy a state.
         """
         comm, memory = self._session.comm, self._session.memory
+        threads = self._session.options.io.digest_threads
         if memory is None:
             raise OptionsError("remember() needs a manager that was given a Memory")
 
         def begin(states: list[State]) -> Begun:
-            return Begun(states, take_parts(states))
+            return Begun(states, take_parts(states, threads=threads))
 
         doing = "beginning to remember the states"
         begun = self._registry.begin(doing, None, begin, error=SaveError).result
-        combine_parts(comm, begun.states, begun.parts)
-        synced = capture_on_root(comm, begun.states)
+        synced = capture_on_root(comm, begun.states, begun.parts, threads=threads)
         if synced.is_cut:
             memory.clear()  # a lost rank would take its tiles along
             return
-        by_name = {content.name: content for content in synced.captured}
+        captured = receive_parts(comm, synced.parts, synced.captured)
+        by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
         threads = self._session.options.io.digest_threads

@@ -12,7 +12,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, choose_ranks, on_root
@@ -20,11 +20,12 @@ from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.lone import LoneWrite
-from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.save.request import SaveRequest, make_report
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
-from mpi_ckpt.engine.sync.parts import parts_apart
+from mpi_ckpt.engine.sync.coming import PartsInTransit
+from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts
 from mpi_ckpt.engine.sync.replicas import (
     SyncedStates,
     capture_on_root,
@@ -32,7 +33,7 @@ from mpi_ckpt.engine.sync.replicas import (
     sync_states,
 )
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.reports import SyncReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.reports import PhaseClock
+    from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
 
 
@@ -97,6 +98,7 @@ class Save:
         self._image: ShardImage | None = None
         self._survey: TileSurvey | None = None
         self._tiles: Sequence[CapturedTiles] = ()
+        self._parts = PartsInTransit.none(session.comm)
         self._joint: JointWrite | None = None
         self._lone: LoneWrite | None = None
         self.step = step
@@ -127,7 +129,8 @@ class Save:
                     comm, states, options, parts=parts, apart=apart, may_wait=alone
                 )
             else:
-                synced = capture_on_root(comm, states, parts, apart)
+                threads = options.io.digest_threads
+                synced = capture_on_root(comm, states, parts, apart, threads=threads)
             if synced.is_cut:
                 self._survey = self._workshop.survey = survey_tiles(
                     comm,
@@ -138,7 +141,10 @@ class Save:
                 )
                 self._tiles = take_tiles(comm, synced.captured, self._survey)
         self._note_synced(synced)
-        by_name = {one.name: one for one in synced.captured}
+        self._parts, captured = synced.parts or self._parts, synced.captured
+        if self._session.memory is not None:
+            captured = receive_parts(comm, self._parts, captured)
+        by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
 
@@ -162,6 +168,7 @@ class Save:
                 self._survey,
                 self._tiles,
                 self._workshop.history,
+                self._parts,
             )
             self._mine = self._joint.begin(writers, equal, self._clock)
         elif comm.is_root:
@@ -179,8 +186,8 @@ class Save:
         Not collective. `publish` reports how it ends. If root is the only writer, this
         publishes as well, unless the replicas are still to be compared.
         """
-        carries = self._joint is not None and self._joint.carries
-        if not (self._mine or carries or self._session.comm.is_root):
+        gives = self._parts.are_here or (self._joint is not None and self._joint.carries)
+        if not (self._mine or gives or self._session.comm.is_root):
             return
         if not self._session.options.asynchronous:
             self.work = run_here(self._write)
@@ -198,34 +205,25 @@ class Save:
         Raises:
             SaveError: On every rank; nothing was published.
         """
-        comm = self._session.comm
+        comm, wait = self._session.comm, self._await_work
         try:
             if self._joint is None:
                 if self._synced.uncompared:
                     self._compare_beside("saving", self._written)
-                facts = on_root(comm, "saving", self._conclude, error=SaveError)
+                facts = on_root(
+                    comm, "saving", self._conclude, error=SaveError, others=wait
+                )
             else:
                 doing = "writing a share of a save"
-                agree(comm, doing, self._await_work, error=SaveError)
-                publish = self._publish(self._joint)
+                agree(comm, doing, wait, error=SaveError)
+                files = self._joint.gather_files()
+                publish = partial(self._publish, self._joint, files)
                 facts = on_root(comm, "publishing", publish, error=SaveError)
         except BaseException:
             self.abandon()
             raise
-        self.report = SaveReport(
-            generation=facts["generation"],
-            path=Path(facts["path"]),
-            step=self.step,
-            size=comm.size,
-            bytes_written=facts["bytes_written"],
-            bytes_reused=facts["bytes_reused"],
-            seconds={**facts["seconds"], **self._clock.seconds()},
-            pruned=tuple(facts["pruned"]),
-            sync=self._synced.report,
-            survives=frozenset(facts["survives"]),
-            kept=facts["kept"],
-            metrics=facts["metrics"],
-        )
+        seconds = {**facts["seconds"], **self._clock.seconds()}
+        self.report = make_report(facts, self.step, comm.size, seconds, self._synced.report)
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
             self._workshop.history = self._joint.history
@@ -233,6 +231,7 @@ class Save:
         self._request = replace(self._request, states=())
         self._mine, self._tiles, self._joint, self._lone = (), (), None, None
         self._synced = replace(self._synced, captured=[])
+        self._parts = PartsInTransit.none(comm)
 
     def prune(self) -> None:
         """Remove generations that retention no longer keeps; report the save.
@@ -290,11 +289,13 @@ class Save:
     def _copy(self) -> list[CapturedState]:
         """Copy what this rank writes; return the states to compare, digested."""
         todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
+        parts = self._parts.fetch(self._mine)
         if not self._mine:
             return digest_states(todo, threads)
         names, arena = [one.name for one in todo], self._workshop.arena
         with self._clock.phase("stage"):
-            staged = stage(arena, self._mine, threads=threads, digested=names)
+            mine = [parts.get(one.name, one) for one in self._mine]
+            staged = stage(arena, mine, threads=threads, digested=names)
         self._mine, self._late, self._image = staged.states, staged.late, staged.image
         copies = {o.name: o.digests for o in staged.states if isinstance(o, CapturedState)}
         return [replace(one, digests=copies[one.name]) for one in todo]
@@ -322,8 +323,11 @@ class Save:
                 with clock.phase("write"):
                     self._joint.write(self._mine, self._image)
                 return
-            self._lone = LoneWrite(session, clock)
-            self._lone.write(replace(self._request, states=self._mine), self._image)
+            with self._parts.handed_over():
+                if not session.comm.is_root:
+                    return
+                self._lone = LoneWrite(session, clock)
+                self._lone.write(replace(self._request, states=self._mine), self._image)
             if not self._synced.uncompared:
                 self.published = self._lone.publish()
 
@@ -331,15 +335,10 @@ class Save:
         if self.work is not None:
             self.work.result()
 
-    def _publish(self, joint: JointWrite) -> Callable[[], dict[str, Any]]:
-        """Return root's work once all ranks have written their files. Collective."""
-        files = joint.gather_files()
-
-        def publish() -> dict[str, Any]:
-            self.published = joint.publish(files, self._clock)
-            return self._conclude()
-
-        return publish
+    def _publish(self, joint: JointWrite, files: Sequence[bytes]) -> dict[str, Any]:
+        """Publish once all ranks have written their files. On root."""
+        self.published = joint.publish(files, self._clock)
+        return self._conclude()
 
     def _conclude(self) -> dict[str, Any]:
         """Wait until root has written and published. On root."""

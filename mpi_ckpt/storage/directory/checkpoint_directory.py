@@ -179,8 +179,11 @@ class CheckpointDirectory:
             sync_names=self._ownership.sync_names,
         )
 
-    def open_newest(self) -> GenerationReader | None:
+    def open_newest(self, *, tiles_later: bool = False) -> GenerationReader | None:
         """Open the newest generation whose manifest and files look right.
+
+        Args:
+            tiles_later: As for `GenerationReader`.
 
         Returns:
             The open generation; None if nothing was ever saved here.
@@ -207,7 +210,8 @@ class CheckpointDirectory:
             )
             if number is not None:
                 try:
-                    return refuse_part(open_twice(self.root / generation_name(number)))
+                    path = self.root / generation_name(number)
+                    return refuse_part(open_twice(path, tiles_later=tiles_later))
                 except CorruptGenerationError as problem:
                     self.reject(number, problem)
                 except ReadError:

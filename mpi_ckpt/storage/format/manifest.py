@@ -10,7 +10,7 @@ from mpi_ckpt.digest import BLOCK_BYTES
 from mpi_ckpt.leaf import LeafSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mpi_ckpt.decomposition.boxes import Box
     from mpi_ckpt.digest import Digest
@@ -38,6 +38,17 @@ class StoredFile:
     header_bytes: int
     header_digest: bytes
     generation: int
+
+    def to_json(self) -> list[Any]:
+        """Return the file as JSON values. Not collective. Thread-safe."""
+        digest = self.header_digest.hex()
+        return [self.name, self.nbytes, self.header_bytes, digest, self.generation]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> StoredFile:
+        """Return the file that `to_json` encoded. Not collective. Thread-safe."""
+        name, nbytes, header_bytes, digest, generation = values
+        return cls(name, nbytes, header_bytes, bytes.fromhex(digest), generation)
 
 
 # Named tuples, not dataclasses: thousands are made at a time, five times as fast.
