@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from benchmarks.harness import Contender
     from mpi_ckpt import State
+    from mpi_ckpt.elastic import Memory
 
 __all__ = ["Arguments", "Arrays", "Setting", "sleep_until_all_come", "touch_arrays"]
 
@@ -89,6 +90,7 @@ class Setting:
         states: Sequence[State] | None = None,
         *,
         is_fresh: bool = True,
+        memory: Memory | None = None,
         **options: object,
     ) -> CheckpointManager:
         """Make a manager, closed after the case at the latest. Collective.
@@ -97,6 +99,7 @@ class Setting:
             name: Of its directory.
             states: What it saves; None for the arrays of this setting.
             is_fresh: Whether to remove what is in the directory.
+            memory: What it keeps copies in, if anything.
             options: Fields of `Options`.
         """
         root = self.directory / name
@@ -112,6 +115,7 @@ class Setting:
             [ArrayState("adam", self.state, sync="root")] if states is None else states,
             comm=self.comm,
             options=Options(**chosen),
+            memory=memory,
         )
         return self.stack.enter_context(manager)
 
