@@ -16,6 +16,7 @@ from mpi_ckpt.engine.sync.sending import average_leaves, send_leaves
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.states.mismatch import raise_mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -188,6 +189,10 @@ def _deliver(
         arrival = own.state.prepare(structure, [*specs, *cut], strict=True)
         arriving = arrival.leaves[: len(specs)]
         targets = tuple([leaf for leaf in arriving if leaf is not None])
+        # A restore may leave a leaf to other stages of a pipeline; a save compares it.
+        pairs = zip(specs, arriving, strict=True)
+        lacking = [f"{spec} is on root, not here" for spec, leaf in pairs if leaf is None]
+        raise_mismatch(own.name, lacking)
         if difference.leaves is not None:
             _keep_equal(own.leaves, targets, set() if is_root else set(sent))
     return _Delivery(
