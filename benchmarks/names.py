@@ -29,6 +29,8 @@ COPIES = "mpi_ckpt Memory(every=1)"
 COPIES_ON_ROOT = 'mpi_ckpt Memory("root", every=1)'
 STALL = "mpi_ckpt save, asynchronous, sync=False"
 STALL_SYNC = "mpi_ckpt save, asynchronous, sync=True"
+STALL_LOCAL = "mpi_ckpt save to the hosts, asynchronous"
+SAVE_LOCAL = "mpi_ckpt save to the hosts"
 STALL_OVERLAP = "mpi_ckpt save, overlapped, sync=False"
 SYNC = "mpi_ckpt sync"
 RESTORE = "mpi_ckpt restore"

@@ -408,6 +408,13 @@ TARGETS: tuple[Target, ...] = (
         times(names.STALL_SYNC, names.MEMCPY),
     ),
     Target(
+        "stall of a local save / of an asynchronous save",
+        "local",
+        1.1,
+        False,
+        times(names.STALL_LOCAL, names.STALL_SYNC),
+    ),
+    Target(
         "stall, overlapped: ours / memcpy",
         "stall",
         0.05,

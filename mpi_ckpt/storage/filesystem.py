@@ -35,6 +35,7 @@ __all__ = [
     "remove_file",
     "remove_tree",
     "rename_new",
+    "replace_file",
     "reserve",
     "rewrite_file",
     "set_length",
@@ -205,20 +206,19 @@ def rename_new(source: Path, target: Path) -> None:
     os.rename(source, target)
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name; the target must be free. Not collective.
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file over another one in its directory. Not collective."""
+    os.rename(source, target)
 
-    Raises:
-        OSError: On the calling rank; EOPNOTSUPP, with no file left, if the file system
-            makes a copy or a separate link instead of a second name.
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name. Not collective.
+
+    Raises OSError; EOPNOTSUPP, with no file left, if the file system copies instead.
     """
     try:
         os.link(source, target, follow_symlinks=False)
-        original, second_name = os.lstat(source), os.lstat(target)
-        if (original.st_dev, original.st_ino) != (
-            second_name.st_dev,
-            second_name.st_ino,
-        ):
+        if not os.path.samestat(os.lstat(source), os.lstat(target)):
             raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
     except FileExistsError:
         raise

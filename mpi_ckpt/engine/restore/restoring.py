@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
-
-import numpy as np
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.hosts.kept import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.dealing import plan_deals
 from mpi_ckpt.engine.restore.matching import (
@@ -27,6 +25,7 @@ from mpi_ckpt.engine.restore.newest import (
 )
 from mpi_ckpt.engine.restore.notices import (
     ResizeWatch,
+    make_report,
     warn_of_differences,
     warn_of_restored,
 )
@@ -42,7 +41,6 @@ from mpi_ckpt.errors import (
     StateMismatchError,
 )
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.reports import RestoreReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.dealing import Deal
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.reports import PhaseClock
+    from mpi_ckpt.reports import PhaseClock, RestoreReport
 
 OnResize: TypeAlias = "Callable[[int, int], object]"
 """Given the number of ranks that saved, and that of now."""
@@ -165,8 +163,8 @@ class Restore:
                 if is_only_one:
                     raise
                 reject(session, found, problem)
-            except ReadError:
-                if is_only_one or not is_lost(session, found):
+            except ReadError as problem:
+                if is_only_one or not is_lost(session, found, problem):
                     raise
             finally:
                 # Otherwise Python's next garbage collection would scan these.
@@ -300,6 +298,10 @@ class Restore:
     def _separate(self, overlaps: Sequence[Overlap], doing: str) -> None:
         """Give leaves private memory if their places cannot hold all arriving bytes."""
         found, match, comm = self._generation, self._matched, self._session.comm
+        if found.kept is not None:
+            extents, leaves = match.extents, {n for one in overlaps for n in one.leaves}
+            files = {extents[number].file for number in leaves}
+            bring_to_root(self._session, found.kept, files)
         differing = differing_overlaps(
             comm, overlaps, SavedBytes(found, match), doing=doing, error=RestoreError
         )
@@ -318,33 +320,16 @@ class Restore:
         return self._match
 
     def _make_report(self) -> RestoreReport:
-        session, found, match = self._session, self._generation, self._matched
-        outline = found.outline
-        report = RestoreReport(
-            generation=outline.generation,
-            path=Path(outline.path) if outline.path else session.directory.root,
-            step=outline.step,
-            saved_size=outline.size,
-            size=session.comm.size,
-            bytes_read=0 if found.is_copy else self._count_bytes(),
-            seconds=self._clock.seconds(),
-            metrics=outline.metrics,
-            quarantined=outline.quarantined,
-            missing=match.missing,
-            unexpected=match.unexpected,
-            missing_leaves=match.missing_leaves,
-            unexpected_leaves=match.unexpected_leaves,
-            from_memory=found.is_copy,
+        session, found, chosen = self._session, self._generation, self._choice
+        report = make_report(
+            session, found, self._matched, self._clock.seconds(), self._bytes_traded
         )
-        if self._pinned is None or not self._choice.is_newest:
-            go_on_from(session, None if self._choice.is_newest else outline)
+        if self._pinned is None or not chosen.is_newest:
+            go_on_from(session, None if chosen.is_newest else found.outline)
+        if session.hosts is not None:
+            kept = None if found.kept is None else found.kept.origin
+            session.hosts.note_restored(report.generation, kept)
         if not found.is_copy:
-            session.note("restored", outline.step)
+            session.note("restored", report.step)
             warn_of_differences(session, report)
         return report
-
-    def _count_bytes(self) -> int:
-        reader = self._generation.reader
-        mine = np.array([0 if reader is None else reader.bytes_read]) + self._bytes_traded
-        counted = self._session.comm.all_reduce(mine, "sum", "counting what was read")
-        return int(counted[0])

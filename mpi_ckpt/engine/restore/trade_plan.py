@@ -108,6 +108,12 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
     parts: list[bytes] = []
 
     def plan() -> bytes:
+        if found.kept is not None:
+            raise RestoreError(
+                "the program has state that is cut over the ranks, and the newest "
+                "generation is on the hosts, which keep whole state only: restore it with "
+                "state that is not cut, save that to the directory, and go on from there"
+            )
         if found.reader is None or not comm.is_root:
             return b""
         split = [_split(one) for one in gathered]

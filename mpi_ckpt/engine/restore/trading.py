@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Deferred
-    from mpi_ckpt.decomposition.rank_plan import Incoming, Local, Outgoing, Turn
+    from mpi_ckpt.decomposition.rank_plan import Incoming, Outgoing, Staying, Turn
     from mpi_ckpt.decomposition.regions import Regions
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
@@ -240,7 +240,7 @@ class _Trader:
         first = int(pieces.position[row]) - self._start
         return self._data[first : first + int(pieces.nbytes[row])]
 
-    def _elements(self, table: Outgoing | Local, row: int) -> NDArray[Any]:
+    def _elements(self, table: Outgoing | Staying, row: int) -> NDArray[Any]:
         """Return the elements of a fragment of a piece, without a copy."""
         memory = elements_of(self._piece(int(table.piece[row])), int(table.unit[row]))
         return table.source.view(row, memory)
@@ -263,7 +263,7 @@ class _Trader:
             elements = elements_of(message[start:end], unit)
             self._store(table, row, elements.reshape(shape))
 
-    def _store(self, table: Incoming | Local, row: int, elements: NDArray[Any]) -> None:
+    def _store(self, table: Incoming | Staying, row: int, elements: NDArray[Any]) -> None:
         """Put elements where they belong in a wanted tile."""
         number, goal = int(table.target[row]), table.goal
         target, memory = self._targets[number], self._memories[number]

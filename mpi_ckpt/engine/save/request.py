@@ -13,6 +13,7 @@ from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.storage.owning.mounts import survived_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,6 +128,7 @@ class Published:
             "pruned": self.retired,
             "kept": self.kept,
             "metrics": dict(self.metrics),
+            "survives": survived_losses(self.path),
         }
 
 
@@ -156,6 +158,7 @@ def make_report(
         seconds=seconds,
         pruned=tuple(facts["pruned"]),
         sync=sync,
+        survives=frozenset(facts["survives"]),
         kept=facts["kept"],
         metrics=facts["metrics"],
     )

@@ -3,9 +3,8 @@
 
 If root writes alone, it publishes right after writing. If several ranks write (`joint`),
 each writes its own files, and root publishes after all have agreed. Only leaves that every
-rank has proven equal are shared out. Root writes plain states, and the leaves of states
-that are not compared or that this save had to make equal. Tiles of leaves that are cut over
-the ranks are written by the ranks that have them.
+rank has proven equal are shared out: root writes plain states, and leaves that were not
+compared or had to be made equal. The ranks write the tiles of cut leaves that they have.
 """
 
 from __future__ import annotations

@@ -84,6 +84,16 @@ def write_shard(
     rank: int,
     image: ShardImage | None = None,
 ) -> Shard | None:
+    """Write a rank's leaves to its file, as `write_leaf_file` does. Not collective."""
+    return write_leaf_file(partial, captured, shard_file_name(rank), image)
+
+
+def write_leaf_file(
+    partial: Partial,
+    captured: Sequence[CapturedState],
+    name: str,
+    image: ShardImage | None = None,
+) -> Shard | None:
     """Write all leaves of some states to one durable file.
 
     Not collective. Leaves not digested yet are digested here, while earlier bytes are being
@@ -92,7 +102,7 @@ def write_shard(
     Args:
         partial: The generation being written.
         captured: The states whose leaves this rank writes.
-        rank: This rank.
+        name: Name of the file.
         image: What holds the bytes of these leaves, if nothing changes them meanwhile. It
             is written as it is, unless only some of its leaves are to be written.
 
@@ -110,8 +120,8 @@ def write_shard(
     is_kept = image is not None and image.plan is plan
     if image is not None and is_kept:
         runs = _runs_of_image(runs, image.memory)
-    partial.write_shard(shard_file_name(rank), runs, plan.nbytes, kept=is_kept)
-    return _describe(plan, captured, digests, rank, partial.generation)
+    partial.write_shard(name, runs, plan.nbytes, kept=is_kept)
+    return _describe(plan, captured, digests, name, partial.generation)
 
 
 def _digested_runs(
@@ -154,20 +164,40 @@ def _runs_of_image(runs: Iterator[memoryview], memory: memoryview) -> Iterator[m
 def foresee_shard(
     captured: Sequence[CapturedState], rank: int, generation: int
 ) -> Shard | None:
-    """Return the shard that `write_shard` makes on another rank from digested states.
+    """Return the shard of another rank, as `foresee_leaf_file` does. Not collective."""
+    return foresee_leaf_file(captured, shard_file_name(rank), generation)
+
+
+def foresee_leaf_file(
+    captured: Sequence[CapturedState], name: str, generation: int
+) -> Shard | None:
+    """Return the shard that `write_leaf_file` makes on another rank from digested states.
 
     Not collective. Thread-safe.
 
     Args:
         captured: States equal to those of the other rank.
-        rank: The other rank.
+        name: Name of the file.
         generation: The generation being written.
     """
     if not any(content.leaves for content in captured):
         return None
     plan = plan_of(captured)
     digests = [(captured[state].digests or ())[leaf] for state, leaf in plan.order]
-    return _describe(plan, captured, digests, rank, generation)
+    return _describe(plan, captured, digests, name, generation)
+
+
+def encode_shard(captured: Sequence[CapturedState]) -> bytes:
+    """Return the bytes of the file that `write_leaf_file` writes.
+
+    Not collective. Thread-safe.
+
+    Args:
+        captured: The states whose leaves are in it.
+    """
+    plan = plan_of(captured)
+    leaves = [captured[state].leaves[leaf].buffer.read() for state, leaf in plan.order]
+    return b"".join([plan.header, *leaves])
 
 
 def with_digests(captured: CapturedState, shards: Iterable[Shard]) -> CapturedState:
@@ -242,10 +272,9 @@ def _describe(
     plan: ShardPlan,
     captured: Sequence[CapturedState],
     digests: Sequence[Digest],
-    rank: int,
+    name: str,
     generation: int,
 ) -> Shard:
-    name = shard_file_name(rank)
     forms = [(content.name, content.specs) for content in captured]
     leaves = {}
     for (number, leaf), offset, digest in zip(

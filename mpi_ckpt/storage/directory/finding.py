@@ -150,6 +150,26 @@ def open_twice(path: Path, *, tiles_later: bool = False) -> GenerationReader:
     return GenerationReader(path, tiles_later=tiles_later)
 
 
+def refuse_part(reader: GenerationReader) -> GenerationReader:
+    """Return a generation that a job may restore; refuse a host's part of one.
+
+    Not collective.
+
+    Raises:
+        UnsupportedFormatError: On the calling rank, for a part of a local generation.
+    """
+    if reader.manifest.local is None:
+        return reader
+    reader.close()
+    raise UnsupportedFormatError(
+        f"{reader.path} is one host's part of a local generation, not a directory to "
+        f"restore from: give the manager {reader.manifest.local.directory}, and this place "
+        "as local=",
+        path=reader.path,
+        generation=reader.manifest.generation,
+    )
+
+
 def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
     """Raise if there are or were generations but none is usable; else do nothing.
 

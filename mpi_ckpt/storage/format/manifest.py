@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.decomposition.boxes import Box
     from mpi_ckpt.digest import Digest
+    from mpi_ckpt.storage.format.local_set import LocalSet
 
 STREAM = "stream"
 """Name of the one leaf of what a state wrote itself."""
@@ -140,6 +141,7 @@ class Manifest:
         block_bytes: Block length of all digests.
         files: The files beside the manifest.
         states: The states, in saving order.
+        local: Where its files are, if it lies on several hosts; None for others.
     """
 
     generation: int
@@ -151,6 +153,7 @@ class Manifest:
     block_bytes: int = BLOCK_BYTES
     files: tuple[StoredFile, ...] = ()
     states: tuple[StoredState, ...] = ()
+    local: LocalSet | None = None
 
     @property
     def leaves(self) -> list[StoredLeaf]:

@@ -80,8 +80,13 @@ class GenerationReader(FileReader):
 
     Args:
         path: Directory of the generation.
+        manifest: Its manifest, if it was already read.
         tiles_later: Whether the files of tiles are checked later: by `take_headers`, or by
             the first call of `tiles`.
+
+    Attributes:
+        manifest: Its manifest.
+        absent: Names of its files that are on other hosts; of most generations none.
 
     Raises:
         CorruptGenerationError: On the calling rank, if a file is missing, of another
@@ -90,13 +95,16 @@ class GenerationReader(FileReader):
         ReadError: On the calling rank, if the operating system cannot read it.
     """
 
-    def __init__(self, path: Path, *, tiles_later: bool = False) -> None:
-        self.manifest: Manifest = read_manifest(path)
+    def __init__(
+        self, path: Path, manifest: Manifest | None = None, *, tiles_later: bool = False
+    ) -> None:
+        self.manifest: Manifest = manifest or read_manifest(path)
         super().__init__(path, self.manifest.generation)
         self._lock = Lock()
         self._tiles: Mapping[LeafKey, tuple[StoredTile, ...]] | None = None
+        self.absent = self._find_absent()
         self.unproven = TileIndex(self.manifest).files if tiles_later else []
-        later = {file.name for file in self.unproven}
+        later = self.absent.union(file.name for file in self.unproven)
         try:
             for file in self.manifest.files:
                 if file.name not in later:
@@ -163,10 +171,12 @@ class GenerationReader(FileReader):
     def leaves(self) -> list[StoredLeaf]:
         """Return the whole leaves and the tiles of all states. Not collective. Thread-safe.
 
-        Errors are those of `tiles`.
+        Those in files on other hosts are left out. Errors are those of `tiles`.
         """
         tiles = [tile.leaf for found in self.tiles().values() for tile in found]
-        return self.manifest.leaves + tiles
+        every = self.manifest.leaves + tiles
+        absent = self.absent
+        return [one for one in every if one.extent.file not in absent] if absent else every
 
     def read_block(self, leaf: StoredLeaf, block: int) -> memoryview:
         """Return one block of a leaf, proven; `proven_blocks` reads many.
@@ -219,6 +229,14 @@ class GenerationReader(FileReader):
             hasher.update(into[:count])
         if hasher.finish().whole != file.header_digest:
             raise ValueError("its header does not match its digest")
+
+    def _find_absent(self) -> frozenset[str]:
+        # Each host of a local generation has some of its files.
+        if self.manifest.local is None:
+            return frozenset()
+        with self._reading(""):
+            there = set(filesystem.list_names(self.path))
+        return frozenset(file.name for file in self.manifest.files) - there
 
     def _check(self, file: StoredFile) -> None:
         with self._reading(file.name), self._files.use(file.name) as found:
