@@ -25,6 +25,8 @@ SAVE_UNSEEN = "mpi_ckpt save, reported to nobody"
 SAVE_SEEN = "mpi_ckpt save, with all hooks and a timeline"
 REPORTING = "mpi_ckpt reporting of a save, with all hooks and a timeline"
 SAVE_ASYNC = "mpi_ckpt save, asynchronous"
+COPIES = "mpi_ckpt Memory(every=1)"
+COPIES_ON_ROOT = 'mpi_ckpt Memory("root", every=1)'
 STALL = "mpi_ckpt save, asynchronous, sync=False"
 STALL_SYNC = "mpi_ckpt save, asynchronous, sync=True"
 STALL_LOCAL = "mpi_ckpt save to the hosts, asynchronous"

@@ -429,6 +429,13 @@ TARGETS: tuple[Target, ...] = (
         times(names.NO_SAVES, names.SAVE_ASYNC),
     ),
     Target(
+        "training, a copy at every step: throughput / without",
+        "train",
+        0.95,
+        True,
+        times(names.NO_SAVES, names.COPIES),
+    ),
+    Target(
         "reporting of a save, all hooks and a timeline: share of the save",
         "observing",
         0.02,

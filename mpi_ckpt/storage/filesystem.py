@@ -217,14 +217,13 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name; the target must be free. Not collective.
+    """Give a file a second name. Not collective.
 
-    Raises OSError; EOPNOTSUPP, with no file left, if the file system makes a copy instead.
+    Raises OSError; EOPNOTSUPP, with no file left, if the file system copies instead.
     """
     try:
         os.link(source, target, follow_symlinks=False)
-        one, other = os.lstat(source), os.lstat(target)
-        if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+        if not os.path.samestat(os.lstat(source), os.lstat(target)):
             raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
     except FileExistsError:
         raise
@@ -249,7 +248,8 @@ def overwrite_start(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _open_for_writing(path: Path, more_flags: int = 0) -> Iterator[int]:
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
+    # A FIFO in its place is refused: otherwise the open would wait for a reader.
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
     descriptor = os.open(path, flags, 0o666)
     try:
         yield descriptor

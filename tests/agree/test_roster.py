@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import math
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.comm.admission import refuse_if_any_objects
-from mpi_ckpt.comm.roster import RankTexts, Roster, children_of, parent_of
-from mpi_ckpt.errors import LaunchError
+from mpi_ckpt.comm.roster import Roster, children_of, parent_of
 
 
 def gather(says, rank=0):
@@ -49,12 +46,3 @@ def test_it_grows_with_the_hosts_and_not_with_the_ranks():
 
     assert encoded(16, 64) - encoded(16, 8) <= 16 * 2
     assert encoded(64, 4) <= 64 * 24
-
-
-def test_objections_name_their_ranks_once():
-    refuse_if_any_objects(RankTexts.of([("", 4)]))
-    some = RankTexts.of([("", 1), ("no MPI", 3), ("", 2), ("no MPI", 1)])
-    with pytest.raises(LaunchError, match=r"^rank 1 to 3, 6: no MPI$"):
-        refuse_if_any_objects(some)
-    with pytest.raises(LaunchError, match=r"^no MPI$"):
-        refuse_if_any_objects(RankTexts.of([("no MPI", 3)]))

@@ -93,7 +93,7 @@ def test_generations_are_sorted(tmp_path, words, order):
         (("--mode", "min"), "--best METRIC"),
         (("--best", "los", "--mode", "min"), "no generation has that metric; there: loss"),
         (("--sort",), "--sort alone puts the best first"),
-        (("--sort", "sise"), "sort by generation, step, saved, size, ranks, loss"),
+        (("--sort", "sizes"), "sort by generation, step, saved, size, ranks, loss"),
     ],
 )
 def test_what_cannot_be_sorted_is_refused(tmp_path, words, said):

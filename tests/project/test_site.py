@@ -14,7 +14,7 @@ import pytest
 
 import mpi_ckpt
 from mpi_ckpt import checkpoint, elastic, errors
-from mpi_ckpt.integrations import horovod, lightning, torch_distributed
+from mpi_ckpt.integrations import horovod, lightning, observe, torch_distributed
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -36,7 +36,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 @pytest.mark.parametrize(
-    "package", [checkpoint, horovod, lightning, torch_distributed, elastic]
+    "package", [checkpoint, horovod, lightning, observe, torch_distributed, elastic]
 )
 def test_every_name_of_an_integration_is_in_the_reference(package):
     pytest.importorskip("torch")
@@ -45,6 +45,11 @@ def test_every_name_of_an_integration_is_in_the_reference(package):
     homes = {home(getattr(package, name)) for name in package.__all__}
     known = {*described("integrations.md"), *described("api.md")}
     assert homes - known == set()
+
+
+def test_each_name_is_in_the_reference_once():
+    names = [*described("api.md"), *described("integrations.md")]
+    assert len(names) == len(set(names))
 
 
 def test_every_error_is_explained():

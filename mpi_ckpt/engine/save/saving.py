@@ -9,6 +9,7 @@ compared or had to be made equal. The ranks write the tiles of cut leaves that t
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,6 @@ from mpi_ckpt.reports import SaveReport, SyncReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from concurrent.futures import Future
 
     from mpi_ckpt.engine.save.own_tiles import CapturedTiles
     from mpi_ckpt.engine.save.request import Begun, Published
@@ -185,15 +185,12 @@ class Save:
         if not self._session.options.asynchronous:
             self.work = run_here(self._write)
             return
-        background = self._workshop.background
-        if self._late:
-            copied = background.submit(self._late.copy)
-            # Before the training goes on: an optimizer's step now waits for the copy.
-            for gate in self._late.gates:
-                gate.hold(copied)
-            self.work = background.submit(lambda: self._write(copied))
-        else:
-            self.work = background.submit(self._write)
+        # Before the training goes on: an optimizer's step now waits for the copy.
+        copied: Future[None] = Future()
+        for gate in self._late.gates:
+            gate.hold(copied)
+        # Last: from now on this thread and the other take turns at Python.
+        self.work = self._workshop.background.submit(lambda: self._copy_and_write(copied))
 
     def publish(self) -> None:
         """Agree on how the writing ended; let root publish the generation, and report it.
@@ -285,22 +282,19 @@ class Save:
     def _compare_beside(self, doing: str, work: Callable[[], list[CapturedState]]) -> None:
         """Do work, and compare the replicas if they are not compared yet. Collective."""
         comm, options = self._session.comm, self._session.options
-        if self._synced.uncompared:
-            synced = compare_beside(comm, self._synced, options, doing, work)
-            self._note_synced(synced)
-        else:
+        if not self._synced.uncompared:
             agree(comm, doing, work, error=SaveError)
+            return
+        self._note_synced(compare_beside(comm, self._synced, options, doing, work))
 
     def _copy(self) -> list[CapturedState]:
         """Copy what this rank writes; return the states to compare, digested."""
         todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
         if not self._mine:
             return digest_states(todo, threads)
-        names = [one.name for one in todo]
+        names, arena = [one.name for one in todo], self._workshop.arena
         with self._clock.phase("stage"):
-            staged = stage(
-                self._workshop.arena, self._mine, threads=threads, digested=names
-            )
+            staged = stage(arena, self._mine, threads=threads, digested=names)
         self._mine, self._late, self._image = staged.states, staged.late, staged.image
         copies = {o.name: o.digests for o in staged.states if isinstance(o, CapturedState)}
         return [replace(one, digests=copies[one.name]) for one in todo]
@@ -311,10 +305,16 @@ class Save:
         self._await_work()
         return self._lone.digested(todo) if self._lone else digest_states(todo, threads)
 
-    def _write(self, copied: Future[None] | None = None) -> None:
+    def _copy_and_write(self, copied: Future[None]) -> None:
+        """Make the late copies, and do this rank's work. In the background."""
+        try:
+            self._late.copy()
+        finally:
+            copied.set_result(None)  # also of a failed copy: the training goes on
+        self._write()
+
+    def _write(self) -> None:
         """Do this rank's work. On any thread; no MPI."""
-        if copied is not None:
-            copied.result()
         session, clock = self._session, self._clock
         behind = session.options.asynchronous
         with session.watch_behind(clock) if behind else nullcontext():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes, split_blocks
+from mpi_ckpt.digest import BLOCK_BYTES, BlockHasher, digest_bytes, split_blocks
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.storage.format.layout import shard_file_name
 from mpi_ckpt.storage.format.manifest import Extent, StoredFile, StoredLeaf
@@ -18,10 +18,12 @@ from mpi_ckpt.storage.format.tensorfile import encode_header
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from mpi_ckpt.digest import Digest
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.leaf import Form, LeafSpec
     from mpi_ckpt.storage.writing.partial import Partial
 
+_CACHED_BYTES = 512 << 10
 # Runs of an image are joined up to multiples of this, which fills whole writes.
 _JOINED_BYTES = 4 << 20
 
@@ -138,12 +140,13 @@ def _digested_runs(
             digests.append(content.digests[leaf])
             yield data
             continue
-        # Block by block: otherwise the disk would be idle while a large leaf is digested.
-        blocks = []
-        for block in split_blocks(data, BLOCK_BYTES):
-            blocks.append(digest_bytes(block))
-            yield block
-        digests.append(Digest(tuple(blocks)))
+        # Piece by piece: each is still in the cache when it is copied or written, and the
+        # disk is not idle while a large leaf is digested.
+        hasher = BlockHasher(BLOCK_BYTES)
+        for piece in split_blocks(data, _CACHED_BYTES):
+            hasher.update(piece)
+            yield piece
+        digests.append(hasher.finish())
 
 
 def _runs_of_image(runs: Iterator[memoryview], memory: memoryview) -> Iterator[memoryview]:

@@ -43,8 +43,9 @@ WAITING_BYTES_MIN = 64 << 20
 _STATES_MAX = 12
 _CAPTURING = "capturing the states"
 _WAYS = (
-    "if each rank has a value of its own, take a PerRankState; if root's is right for all, "
-    'give sync="root", or call sync() once'
+    "if each rank has a value of its own, take a PerRankState; if arrays are parts of one "
+    'field, a ShardedArrayState; if root\'s is right for all, give sync="root", or call '
+    "sync() once. (structure): plain values, or names and shapes of arrays"
 )
 
 
