@@ -178,15 +178,15 @@ class Outline:
 
 def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
     if deals and not stored.is_stream:
-        names = [leaf.spec.name for leaf in stored.leaves]
+        names = [*stored.leaves.form.names]
         names += [leaf.spec.name for leaf in stored.cut]
         parts = find_parts(names)
         return StateOutline(stored.name, stored.structure, (), parts=len(parts))
     return StateOutline(
         stored.name,
         stored.structure,
-        tuple([leaf.spec for leaf in stored.leaves]),
-        tuple([leaf.extent for leaf in stored.leaves]),
+        stored.leaves.form.specs,
+        tuple(stored.leaves.extents),
         is_stream=stored.is_stream,
         cut=tuple([replace(leaf.spec, is_cut=True) for leaf in stored.cut]),
     )

@@ -13,7 +13,7 @@ from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.save.needed_space import foresee_space
 from mpi_ckpt.engine.save.request import Published, SaveRequest
 from mpi_ckpt.engine.save.reuse import SharedLeaves, has_unchanged, plan_reuse, sample
-from mpi_ckpt.engine.save.shard import LeafKey, write_shard
+from mpi_ckpt.engine.save.shard import write_shard
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.options import ROOT
@@ -23,7 +23,13 @@ from mpi_ckpt.storage.format.layout import (
     generation_name,
     stream_file_name,
 )
-from mpi_ckpt.storage.format.manifest import Extent, Manifest, StoredFile, StoredState
+from mpi_ckpt.storage.format.manifest import (
+    Extent,
+    Manifest,
+    StoredFile,
+    StoredLeaves,
+    StoredState,
+)
 from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX, encode, largest_state
 
 if TYPE_CHECKING:
@@ -80,8 +86,8 @@ class Draft:
         self.partial = partial
         self.captured = captured
         self.fresh = [
-            [n for n in range(len(content.leaves)) if (i, n) not in shared.leaves]
-            for i, content in enumerate(captured)
+            shared.others(index, len(content.leaves))
+            for index, content in enumerate(captured)
         ]
 
     @classmethod
@@ -197,18 +203,16 @@ class Draft:
 
     def _complete(self, shards: Sequence[Shard], tiles: TileFiles | None) -> Manifest:
         request = self._request
-        written = {key: leaf for shard in shards for key, leaf in shard.leaves.items()}
         states = {state.name: state for state in self._streams}
         for index, content in enumerate(self.captured):
-            name, shared = content.name, self._shared.leaves
-            leaves = [
-                shared.get((index, number)) or written[LeafKey(name, spec.name)]
-                for number, spec in enumerate(content.specs)
-            ]
+            name, shared = content.name, self._shared.leaves.get(index)
+            parts = [shard.states[name] for shard in shards if name in shard.states]
+            parts += [] if shared is None else [shared]
+            leaves = StoredLeaves.joined(content.form, parts)
             cut = tiles.leaves.get(name, ()) if tiles else ()
             files = tiles.names.get(name, ()) if tiles else ()
             states[name] = StoredState(
-                name, content.structure, tuple(leaves), cut=cut, files=files
+                name, content.structure, leaves, cut=cut, files=files
             )
         return Manifest(
             generation=self.partial.generation,
@@ -313,8 +317,7 @@ def _link_unchanged(
         carried=carried,
     )
     source = directory.root / generation_name(older.generation)
-    needed = {leaf.extent.file for state in carried for leaf in state.leaves}
-    needed |= {name for state in carried for name in state.files}
+    needed = {name for state in carried for name in (*state.leaves.files, *state.files)}
     refused = set()
     for name, file in shared.files.items():
         target = carried_file_name(name, file.generation)
@@ -336,4 +339,4 @@ def _newest(directory: CheckpointDirectory, *, needed: bool) -> Manifest | None:
 
 def _bytes_reused(manifest: Manifest) -> int:
     older = {file.name for file in manifest.files if file.generation != manifest.generation}
-    return sum(leaf.extent.nbytes for leaf in manifest.leaves if leaf.extent.file in older)
+    return sum(state.leaves.bytes_of(older) for state in manifest.states)
