@@ -24,6 +24,10 @@ def main(argv: list[str]) -> None:
         from benchmarks import targets
 
         targets.main(rest)
+    elif command == "start":
+        from benchmarks import start
+
+        start.main(rest)
     elif command == "recovery":
         from benchmarks import recovery
 

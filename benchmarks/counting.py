@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mpi4py import MPI
 
+from benchmarks.monitoring import SentMessages
 from benchmarks.setting import sleep_until_all_come
 from mpi_ckpt import (
     ArrayState,
@@ -43,7 +44,7 @@ __all__ = ["Cost", "count_phases", "sizes_up_to"]
 _COLLECTIVES = {
     *("barrier", "bcast", "gather", "gatherv", "scatter", "scatterv", "reduce", "scan"),
     *("allreduce", "allgather", "allgatherv", "alltoall", "alltoallv", "reduce_scatter"),
-    *("dup", "split", "split_type", "create", "free"),
+    *("dup", "split", "split_type", "create", "create_group", "free"),
 }
 _MESSAGES = {"send", "ssend", "bsend", "recv", "sendrecv"}
 # Names in os.
@@ -73,6 +74,8 @@ class Cost:
             or make it durable: on a parallel file system a round trip each.
         transfers: Calls that write or read; the client's cache takes them.
         file_bytes: Written and read by those.
+        sent: Messages that left the rank, also inside of collectives; None where the MPI
+            library does not count them.
         calls: All of them by name.
     """
 
@@ -85,6 +88,7 @@ class Cost:
     file_operations: int = 0
     transfers: int = 0
     file_bytes: int = 0
+    sent: int | None = None
     calls: dict[str, int] = field(default_factory=dict)
 
 
@@ -213,11 +217,14 @@ def count_phases(comm: MPI.Intracomm, directory: Path, sizes: Sequence[int]) -> 
 
 def _count_with(comm: MPI.Intracomm, directory: Path) -> list[Cost]:
     costs: list[Cost] = []
+    sent = SentMessages()
 
     def count(phase: str, act: Callable[[], Any]) -> Any:  # noqa: ANN401
         cost = Cost(ranks=comm.size, rank=comm.rank, phase=phase)
+        before = sent.total() if sent.is_counted else 0
         with _TALLY.into(cost):
             result = act()
+        cost.sent = sent.total() - before if sent.is_counted else None
         costs.append(cost)
         return result
 

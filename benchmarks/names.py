@@ -21,6 +21,9 @@ ONE_LEAF = "one leaf of the same bytes"
 ONE_COPY = "one copy in fresh memory"
 
 SAVE = "mpi_ckpt save"
+SAVE_UNSEEN = "mpi_ckpt save, reported to nobody"
+SAVE_SEEN = "mpi_ckpt save, with all hooks and a timeline"
+REPORTING = "mpi_ckpt reporting of a save, with all hooks and a timeline"
 SAVE_ASYNC = "mpi_ckpt save, asynchronous"
 STALL = "mpi_ckpt save, asynchronous, sync=False"
 STALL_SYNC = "mpi_ckpt save, asynchronous, sync=True"
@@ -66,11 +69,11 @@ HOROVOD_COMMIT = "Horovod TorchState.commit, in memory"
 HOROVOD_OBJECT = "Horovod broadcast_object"
 
 
-RAW_SHAPES = ((8, 1), (4, 2), (16, 2))
-"""Of raw transfers, by each rank of a file of its own: MiB of a block, blocks in flight."""
+RAW_SHAPES = ((8, 1), (4, 4), (16, 4), (1, 16), (16, 8))
+"""Of raw direct transfers: MiB of a block, blocks in flight. A run finds the fastest."""
 
 
-def raw_of_own(name: str, mebibytes: int, depth: int) -> str:
+def raw_with(name: str, mebibytes: int, depth: int) -> str:
     """Return the name of a raw transfer with one of `RAW_SHAPES`."""
     return f"{name}, {depth} x {mebibytes} MiB"
 

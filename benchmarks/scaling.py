@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import monitoring
 from benchmarks.growth import (
     MEASURED,
     OUTSIDE,
@@ -57,8 +58,8 @@ def check(lines: Sequence[Mapping[str, Any]], console: Console) -> int:
         console.print("Fewer than two sizes above 1: they tell nothing of growth.")
         return 0
     console.print(
-        "A collective is a tree, of ceil(log2 N) messages a rank: 4 with 16 ranks, 17 with "
-        "100,000. All else is the same for any N, but for:",
+        "Messages sent count those inside of collectives, too. Twice as many ranks add a "
+        "step to a tree; all else is the same for any N, but for:",
         highlight=False,
     )
     growing = [key for key in counted if growths[key].per_rank > 0]
@@ -115,6 +116,8 @@ def _rows(
 
 
 def _tell(key: Key, growth: Growth) -> str:
+    if growth.per_doubling:
+        return f"{growth.per_doubling:+,.0f} a doubling"
     if growth.per_rank == 0:
         return "-"
     color = "yellow" if explain(key) else "red"
@@ -211,6 +214,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
+    monitoring.enable()
     from mpi4py import MPI
 
     from benchmarks.counting import count_phases, sizes_up_to

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import ceilings
+from benchmarks import ceilings, names
 from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from benchmarks.harness import Contender
     from mpi_ckpt import State
 
 __all__ = ["Arguments", "Arrays", "Setting", "sleep_until_all_come", "touch_arrays"]
@@ -27,6 +29,8 @@ __all__ = ["Arguments", "Arrays", "Setting", "sleep_until_all_come", "touch_arra
 Arrays = dict[str, np.ndarray]
 
 _SLEEP_SECONDS = 0.001
+# Of each shape of a raw transfer: the fastest one is then measured beside all others.
+_SHAPE_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +124,31 @@ class Setting:
             self.comm.Barrier()
 
         return run
+
+    def fastest(self, name: str, transfer: Callable[[int, int], Contender]) -> Contender:
+        """Return a raw limit with the fastest of `names.RAW_SHAPES`. Collective.
+
+        Args:
+            name: Of the limit; the shape comes to it.
+            transfer: Returns it with so many MiB a block, and so many blocks in flight.
+        """
+        tried = [transfer(*shape) for shape in names.RAW_SHAPES]
+        spent: list[list[float]] = [[] for _ in tried]
+        for turn in range(1 if self.arguments.smoke else _SHAPE_TURNS):
+            for place in range(len(tried)):
+                number = (turn + place) % len(tried)
+                one = tried[number]
+                one.before()
+                self.comm.Barrier()
+                start = time.perf_counter()
+                result = one.run()
+                seconds = time.perf_counter() - start
+                spent[number].append(max(self.comm.allgather(seconds)))
+                one.after(result)
+        medians = [statistics.median(seconds) for seconds in spent]
+        best = medians.index(min(medians))
+        full_name = names.raw_with(name, *names.RAW_SHAPES[best])
+        return replace(tried[best], name=full_name, ceiling=True)
 
     def touch(self) -> None:
         """Change every leaf, in the same way on all ranks: replicas stay equal."""

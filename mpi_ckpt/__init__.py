@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.elastic.sampler import ElasticSampler
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.errors import CheckpointError
+    from mpi_ckpt.hooks import Hooks
     from mpi_ckpt.loading import load
     from mpi_ckpt.manager import CheckpointManager
     from mpi_ckpt.options import IO, Options, StopWhen
@@ -48,6 +49,7 @@ _MODULES = {
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
     "EpochState": "mpi_ckpt.elastic.epochs",
     "GenerationInfo": "mpi_ckpt.reports",
+    "Hooks": "mpi_ckpt.hooks",
     "IO": "mpi_ckpt.options",
     "KeepBest": "mpi_ckpt.retention",
     "KeepEvery": "mpi_ckpt.retention",
@@ -85,6 +87,7 @@ __all__ = [
     "ElasticSampler",
     "EpochState",
     "GenerationInfo",
+    "Hooks",
     "KeepBest",
     "KeepEvery",
     "KeepLast",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 import xxhash
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.buckets import Readable
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 __all__ = [
     "ALGORITHM",
     "BLOCK_BYTES",
@@ -33,6 +36,7 @@ __all__ = [
     "BlockHasher",
     "Digest",
     "Digests",
+    "copy_many",
     "digest_bytes",
     "digest_many",
     "split_blocks",
@@ -48,6 +52,8 @@ _PARALLEL_BYTES = 32 << 20
 # by the thousand, in a loop that is not Python's and does not let other threads run.
 _SMALL_BYTES = 512 << 10
 _GROUP_BYTES = 4 << 20
+# A copy of so many bytes, and its source, are still in the cache of a core afterwards.
+_CACHED_BYTES = 256 << 10
 
 
 def digest_bytes(data: Readable) -> bytes:
@@ -241,3 +247,81 @@ def digest_many(
             of_all = {**small, **dict(zip(large, of_large, strict=True))}
         found = [of_all[group] for group in groups]
     return Digests(b"".join(found), several)
+
+
+def copy_many(
+    copies: Sequence[tuple[memoryview, memoryview]], threads: int, *, digested: bool
+) -> list[Digest]:
+    """Copy several runs of bytes, and digest the copies in the same pass.
+
+    Not collective. Thread-safe. The worker threads end before this returns.
+
+    Args:
+        copies: Source and place of each run, as long as one another.
+        threads: Threads to use at most.
+        digested: Whether to digest at all.
+
+    Returns:
+        One digest for each run, in order; none if none was wanted.
+    """
+
+    def copy(group: Sequence[tuple[memoryview, memoryview]]) -> list[bytes]:
+        return [_copy_block(*block, digested=digested) for block in group]
+
+    split = [
+        list(
+            zip(
+                split_blocks(source, BLOCK_BYTES),
+                split_blocks(place, BLOCK_BYTES),
+                strict=True,
+            )
+        )
+        for source, place in copies
+    ]
+    blocks = [block for of_run in split for block in of_run]
+    if threads == 1 or sum(len(source) for source, _ in blocks) < _PARALLEL_BYTES:
+        done = copy(blocks)
+    else:
+        done = _in_groups(copy, ((block, len(block[0])) for block in blocks), threads)
+    if not digested:
+        return []
+    found = iter(done)
+    return [Digest(tuple([next(found) for _ in of_run])) for of_run in split]
+
+
+def _copy_block(source: memoryview, place: memoryview, *, digested: bool) -> bytes:
+    """Copy at most a block; return the digest of the copy, or nothing."""
+    if not len(source):
+        return digest_bytes(b"")
+    origin, target = np.frombuffer(source, np.uint8), np.frombuffer(place, np.uint8)
+    if not digested:
+        np.copyto(target, origin)
+        return b""
+    if len(source) <= _CACHED_BYTES:
+        np.copyto(target, origin)
+        return digest_bytes(place)
+    hasher = xxhash.xxh3_128()
+    for start in range(0, len(source), _CACHED_BYTES):
+        piece = slice(start, start + _CACHED_BYTES)
+        np.copyto(target[piece], origin[piece])
+        hasher.update(place[piece])
+    return hasher.digest()
+
+
+def _in_groups(
+    work: Callable[[Sequence[Item]], list[Result]],
+    items: Iterable[tuple[Item, int]],
+    threads: int,
+) -> list[Result]:
+    """Work on items, given with their bytes, in parallel; return all results in order."""
+    # Handing one leaf to a thread costs what hashing half a megabyte does.
+    groups: list[list[Item]] = []
+    filled = _GROUP_BYTES
+    for item, size in items:
+        if filled >= _GROUP_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += size
+    with ThreadPoolExecutor(threads, thread_name_prefix="mpi_ckpt-digest") as pool:
+        return [result for group in pool.map(work, groups) for result in group]

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manager: calls the parts of a save and of a restore in order, and nothing else.
 
-save      states --sync--> leaves --[stage--> copy] --write--> .partial-* --publish-->
-          checkpoint-N --prune--> the generations that retention keeps
-restore   find the newest good generation, match it with the states, transfer its bytes
-          to every rank, let the states adopt them
+save      sync the states, stage a copy, write .partial-N, publish checkpoint-N, prune
+restore   find the newest good generation, match it, transfer it to every rank, adopt it
 """
 
 from __future__ import annotations
@@ -99,6 +97,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return self._registry.names
 
     @property
+    def last_save(self) -> SaveReport | None:
+        """The last acknowledged save of this manager; None before. Not collective."""
+        return self._session.observer.last_save
+
+    @property
     def exit_code(self) -> int:
         """0, or ``StopWhen.exit_code`` after a request to stop. Not collective."""
         return self._session.options.stop.exit_code if self._steps.must_stop else 0
@@ -154,8 +157,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             only: Names of the states to save; the others are taken from the newest
                 generation, or the one restored. None: all whose ``skip`` is false.
             carry: With ``only``: root asks it, by name, which others to take; None: all.
-            sync: Whether to make the replicas equal first; if not, root's are saved. None:
-                as in the options.
+            sync: Whether to make the replicas equal first; None: as in the options.
 
         Raises:
             SaveError: On every rank, if any rank failed; nothing was published.
@@ -165,9 +167,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             return instead
         step = self._step if step is None else step
         with self._session.watch("saving") as clock:
-            save = self._saver.begin(
-                only, step=step, sync=sync, metrics=metrics, carry=carry, clock=clock
-            )
+            save = self._saver.begin(only, step, sync, metrics, carry, clock)
             save.sync()
             self._pinned = None
             self._steps.restart()
@@ -241,7 +241,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             self._step = report.step
             self._pinned = None if only is None else report.generation
             self._steps.restart()
-            restore.report_resize(on_resize)
+        self._session.observer.note_restore(report)
+        restore.report_resize(on_resize)
         return report
 
     def step(self, *, metrics: Mapping[str, float] | None = None) -> bool:
@@ -265,7 +266,6 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         if actions.stop or actions.finish:
             self._saver.finish()
         if actions.stop:
-            # The last save is of this step, and durable.
             self._steps.note_stop(self.save(metrics=metrics).wait())
         elif actions.save:
             self.save(metrics=metrics)
@@ -336,7 +336,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             self._steps.retire()
             self._saver.let_go()
             self._steps.settle()
-            self._session.comm.close()
+            self._session.close()
             self._abort.disarm()
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps host memory for reuse, and copies of states that a job can go back to."""
+"""Keeps host memory for reuse, shares it, and keeps copies of states to go back to."""
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +15,7 @@ from mpi_ckpt.errors import OptionsError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Arena", "Memory", "MemoryCopy", "round_up"]
+__all__ = ["Arena", "Memory", "MemoryCopy", "SharedMemory", "round_up"]
 
 
 def round_up(nbytes: int, multiple: int) -> int:
@@ -68,6 +70,84 @@ class Arena:
             if self._huge_pages:
                 memory.madvise(mmap.MADV_HUGEPAGE)
         return memory
+
+
+class SharedMemory:
+    """Host memory that other processes of this host can read. No file has its bytes.
+
+    Not collective. Not thread-safe. It goes when the last process that has it ends or drops
+    it, however that process ends.
+
+    Args:
+        descriptor: Descriptor of the memory; closed by `close`.
+        memory: The memory, mapped.
+    """
+
+    def __init__(self, descriptor: int, memory: mmap.mmap) -> None:
+        self._descriptor: int | None = descriptor
+        self._memory = memory
+        with suppress(AttributeError, OSError):  # if this kernel supports it
+            memory.madvise(mmap.MADV_DONTFORK)
+
+    @classmethod
+    def create(cls, nbytes: int) -> SharedMemory:
+        """Make memory that starts at a page boundary; it takes room as it is filled.
+
+        Raises:
+            OSError: On the calling rank, if this kernel has no such memory.
+        """
+        if not hasattr(os, "memfd_create"):
+            raise OSError(errno.ENOSYS, "no memory can be shared without a file")
+        descriptor = os.memfd_create("mpi_ckpt")
+        try:
+            os.ftruncate(descriptor, nbytes)
+            return cls(descriptor, mmap.mmap(descriptor, nbytes))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def attach(cls, process: int, descriptor: int, nbytes: int) -> SharedMemory:
+        """Map memory that another process has made, to read it.
+
+        Args:
+            process: Id of that process.
+            descriptor: Its `descriptor`, in that process.
+            nbytes: Length of the memory.
+
+        Raises:
+            OSError: On the calling rank, if it may not, or there is no such memory.
+            ValueError: On the calling rank, if the memory is shorter.
+        """
+        mine = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return cls(mine, mmap.mmap(mine, nbytes, access=mmap.ACCESS_READ))
+        except BaseException:
+            os.close(mine)
+            raise
+
+    @property
+    def descriptor(self) -> int:
+        """Its descriptor in this process, until `close`."""
+        assert self._descriptor is not None
+        return self._descriptor
+
+    @property
+    def view(self) -> memoryview:
+        """The memory; it stays mapped as long as something uses it."""
+        return memoryview(self._memory)
+
+    def forget(self, start: int, end: int) -> None:
+        """Unmap pages, which are mapped again when they are read: they count as used."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        with suppress(OSError):
+            self._memory.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+    def close(self) -> None:
+        """Close the descriptor; nobody can attach any more. Callable twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,17 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mpi_ckpt.errors import OptionsError
-from mpi_ckpt.pacing import AutoInterval
+from mpi_ckpt.hooks import Hooks
+from mpi_ckpt.pacing import AutoInterval, interval_advice, is_interval, parse_interval
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from datetime import timedelta
 
 __all__ = [
     *("ENVIRONMENT", "IO", "ROOT", "AbortOn", "Locking", "Options", "Ranks", "StopWhen"),
@@ -47,6 +49,25 @@ def _require(complaint: str, requirements: Sequence[tuple[bool, str]]) -> None:
 def _one_of(name: str, value: object, *allowed: object) -> tuple[bool, str]:
     *first, last = map(str, allowed)
     return value in allowed, f"{name} is {value!r}: {', '.join(first)} or {last}"
+
+
+def _at_least(
+    name: str, value: float, least: int, most: int | None = None, *, kind: type = Integral
+) -> tuple[bool, str]:
+    holds = isinstance(value, kind) and least <= value and (most is None or value <= most)
+    limits = f"at least {least}" if most is None else f"{least} to {most}"
+    return holds, f"{name} is {value!r}: {limits}"
+
+
+def _above_0(name: str, value: float, kind: type = Real) -> tuple[bool, str]:
+    return isinstance(value, kind) and value > 0, f"{name} is {value!r}: must be above 0"
+
+
+def _signals(name: str, value: object) -> tuple[bool, str]:
+    given = value if isinstance(value, tuple | list) else (None,)
+    fatal = {signal.SIGKILL, signal.SIGSTOP}  # no program can answer these
+    holds = all(isinstance(one, int) and one not in fatal for one in given)
+    return holds, f"{name} is {value!r}: a tuple of signals, such as (signal.SIGTERM,)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,18 +103,12 @@ class StopWhen:
         _require(
             "these values of StopWhen cannot be used",
             [
-                (
-                    self.margin_seconds >= 0,
-                    f"margin_seconds is {self.margin_seconds}: at least 0",
-                ),
+                _at_least("margin_seconds", self.margin_seconds, 0, kind=Real),
                 (
                     self.halt_file != "",
                     "halt_file is empty: a name, or None for no file",
                 ),
-                (
-                    0 <= self.exit_code <= 255,
-                    f"exit_code is {self.exit_code}: 0 to 255",
-                ),
+                _at_least("exit_code", self.exit_code, 0, 255),
             ],
         )
 
@@ -144,20 +159,11 @@ class IO:
             "these values of IO cannot be used",
             [
                 _one_of("mode", self.mode, "auto", "direct", "buffered"),
-                (self.full_every >= 1, f"full_every is {self.full_every}: at least 1"),
+                _at_least("full_every", self.full_every, 1),
                 _one_of("readers", self.readers, *_RANKS),
-                (
-                    self.window_bytes >= 1,
-                    f"window_bytes is {self.window_bytes}: must be above 0",
-                ),
-                (
-                    64 <= self.message_bytes <= MESSAGE_BYTES_LIMIT,
-                    f"message_bytes is {self.message_bytes}: 64 to {MESSAGE_BYTES_LIMIT}",
-                ),
-                (
-                    self.digest_threads >= 1,
-                    f"digest_threads is {self.digest_threads}: at least 1",
-                ),
+                _at_least("window_bytes", self.window_bytes, 1),
+                _at_least("message_bytes", self.message_bytes, 64, MESSAGE_BYTES_LIMIT),
+                _at_least("digest_threads", self.digest_threads, 1),
             ],
         )
 
@@ -205,6 +211,7 @@ class Options:
             needs a writable directory (False). None (default): if it is not writable,
             `restore` warns that a save will fail.
         io: How bytes move to disk, from disk, and between ranks.
+        hooks: Functions that root calls after saves and restores.
 
     Raises:
         OptionsError: On every rank that makes it, with all faults at once.
@@ -228,6 +235,7 @@ class Options:
     lock: Locking = "flock"
     read_only: bool | None = None
     io: IO = IO()
+    hooks: Hooks = Hooks()
 
     def __post_init__(self) -> None:
         _require(
@@ -237,18 +245,13 @@ class Options:
                     isinstance(self.retention, RetentionPolicy),
                     f"retention is {self.retention!r}, not a policy such as KeepLast(3)",
                 ),
-                (
-                    _is_interval(self.interval),
-                    f"interval is {self.interval!r}: at least 1 step, a time, or 'auto'",
-                ),
+                (is_interval(self.interval), interval_advice(self.interval)),
                 _one_of("asynchronous", self.asynchronous, True, False, "skip", "raise"),
                 _one_of("writers", self.writers, *_RANKS),
                 _one_of("abort_on_error", self.abort_on_error, True, False, "communicator"),
                 (isinstance(self.stop, StopWhen), f"stop is {self.stop!r}, not a StopWhen"),
-                (
-                    self.deadline_seconds > 0,
-                    f"deadline_seconds is {self.deadline_seconds}: must be above 0",
-                ),
+                _above_0("deadline_seconds", self.deadline_seconds),
+                _signals("preemption_signals", self.preemption_signals),
                 _one_of("lock", self.lock, "flock", "lease", "none"),
                 _one_of("read_only", self.read_only, None, True, False),
                 (
@@ -256,6 +259,7 @@ class Options:
                     f"interval is {self.interval!r}, and read_only=True: nothing is saved",
                 ),
                 (isinstance(self.io, IO), f"io is {self.io!r}, not an IO"),
+                (isinstance(self.hooks, Hooks), f"hooks is {self.hooks!r}, not Hooks"),
             ],
         )
 
@@ -290,24 +294,10 @@ class Options:
         return {field.name: repr(getattr(self, field.name)) for field in fields(self)}
 
 
-def _is_interval(interval: object) -> bool:
-    if isinstance(interval, timedelta):
-        return interval > timedelta(0)
-    if isinstance(interval, int):
-        return interval >= 1
-    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
-
-
-def _parse_interval(text: str) -> int | timedelta | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    if text.endswith("s"):
-        return timedelta(seconds=float(text[:-1]))
-    return int(text)
-
-
 def _parse_flag(text: str) -> bool:
-    return bool(int(text))
+    if text not in ("0", "1"):
+        raise ValueError("0 or 1")
+    return text == "1"
 
 
 def _parse_abort(text: str) -> AbortOn:
@@ -322,7 +312,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any], str]] = {
     ),
     "MPI_CKPT_INTERVAL": (
         "interval",
-        _parse_interval,
+        parse_interval,
         "steps (100) or seconds (600s) between saves, or auto",
     ),
     "MPI_CKPT_WRITERS": ("writers", str, "root, node or all"),

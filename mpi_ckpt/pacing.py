@@ -6,14 +6,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ASSUMED", "AutoInterval", "Failures", "best_interval", "count_failures"]
+__all__ = [
+    *("ASSUMED", "AutoInterval", "Failures", "best_interval", "count_failures"),
+    *("interval_advice", "is_interval", "parse_interval"),
+]
 
 # Fewer ends of runs say almost nothing about the mean time between them.
 _ENOUGH_FAILURES = 3
@@ -64,6 +67,42 @@ class Failures:
 
 ASSUMED = Failures(86400.0, "assumed")
 """What is taken for true until something is known."""
+
+
+def is_interval(interval: object) -> bool:
+    """Return whether a value is an interval between saves. Pure."""
+    if isinstance(interval, timedelta):
+        return interval > timedelta(0)
+    if isinstance(interval, int):
+        return interval >= 1 and interval is not True
+    return interval is None or interval == "auto" or isinstance(interval, AutoInterval)
+
+
+def interval_advice(interval: object) -> str:
+    """Return in words what an interval may be, in place of one that is none. Pure."""
+    text = (
+        f"interval is {interval!r}: a number of steps (500), a time "
+        "(timedelta(minutes=10)), 'auto' or None"
+    )
+    if isinstance(interval, str):
+        return f"{text}; texts such as '600s' are read from MPI_CKPT_INTERVAL alone"
+    return text
+
+
+def parse_interval(text: str) -> int | timedelta | Literal["auto"]:
+    """Return the interval in a text: steps (100), seconds (600s) or auto. Pure.
+
+    Raises:
+        ValueError: On the calling rank, if it is none.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        if text.endswith("s"):
+            return timedelta(seconds=float(text[:-1]))
+        return int(text)
+    except ValueError:
+        raise ValueError("steps (500), seconds (600s) or auto") from None
 
 
 def count_failures(saves: Sequence[tuple[str, float]], job: str, now: float) -> Failures:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defines the reports of a save, a restore and a sync: plain values, equal on all ranks."""
+"""Defines the reports of saves, restores and stops: plain values, equal on all ranks.
+
+Also the clock and the counter that they are made from.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,16 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["GenerationInfo", "PhaseClock", "RestoreReport", "SaveReport", "SyncReport"]
+__all__ = [
+    *("GenerationInfo", "PhaseClock", "Progress", "RestoreReport", "SaveReport"),
+    *("StopReport", "SyncReport", "bytes_text"),
+]
+
+_NOTICED_SECONDS = 2.0
+"""How often those who watch an operation hear of bytes that have moved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +55,8 @@ class SaveReport:
             ``write`` and ``publish`` (root); ``total`` (until the save was acknowledged).
         pruned: Generations that retention no longer keeps after this save.
         sync: What the sync before the save did.
+        kept: Number of generations that retention keeps, this one included.
+        metrics: The metrics that root gave to the save.
     """
 
     generation: int
@@ -57,6 +68,8 @@ class SaveReport:
     seconds: Mapping[str, float]
     pruned: tuple[int, ...]
     sync: SyncReport
+    kept: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def wait(self) -> SaveReport:
         """Return this report: ``save().wait()`` works whether the save blocks or not."""
@@ -104,6 +117,21 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopReport:
+    """A stop that was requested; all is saved.
+
+    Attributes:
+        step: The training step.
+        reason: Who or what requested it, in words.
+        save: The last save.
+    """
+
+    step: int
+    reason: str
+    save: SaveReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationInfo:
     """A generation in the directory.
 
@@ -132,15 +160,62 @@ class GenerationInfo:
         return {**asdict(self), "path": str(self.path)}
 
 
+class Progress:
+    """Counts the bytes that an operation has moved.
+
+    Not collective. One thread at a time counts; any thread may read.
+
+    Args:
+        notify: Called at most every two seconds while bytes move, by the thread that counts
+            them.
+
+    Attributes:
+        expected: Bytes that this rank is to move, as far as known.
+        moved: Bytes that it has moved.
+    """
+
+    def __init__(self, notify: Callable[[], None] | None = None) -> None:
+        self._notify = notify
+        self._notified_at = time.monotonic()
+        self.expected = 0
+        self.moved = 0
+
+    def expect(self, nbytes: int) -> None:
+        """Add bytes that are to be moved."""
+        self.expected += nbytes
+
+    def count(self, nbytes: int) -> None:
+        """Add bytes that were moved."""
+        self.moved += nbytes
+        if self._notify is not None:
+            now = time.monotonic()
+            if now - self._notified_at >= _NOTICED_SECONDS:
+                self._notified_at = now
+                self._notify()
+
+
 class PhaseClock:
     """Adds up seconds by phase. Not thread-safe.
 
+    Args:
+        began: Called when a phase begins.
+        ended: Called when one ends, with its name and `time.perf_counter` at its start.
+        progress: Counts the bytes that the phases move.
+
     Attributes:
         current: The phase that began last; empty before the first.
+        progress: As given.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        began: Callable[[], None] | None = None,
+        ended: Callable[[str, float], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.current = ""
+        self.progress = progress or Progress()
+        self._began, self._ended = began, ended
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -148,13 +223,29 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of a block under a name. Not collective."""
         self.current = name
+        if self._began is not None:
+            self._began()
         start = time.perf_counter()
         try:
             yield
         finally:
             spent = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
+            if self._ended is not None:
+                self._ended(name, start)
 
     def seconds(self) -> dict[str, float]:
         """Return the phases and the total since this clock was made. Not collective."""
         return {**self._seconds, "total": time.perf_counter() - self._start}
+
+
+def bytes_text(count: int) -> str:
+    """Return a number of bytes for users, such as ``12.3 MiB``. Pure."""
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    units = ["TiB", "GiB", "MiB", "KiB"]
+    unit = ""
+    while units and value >= 1023.95:
+        value, unit = value / 1024, units.pop()
+    return f"{value:.1f} {unit}"

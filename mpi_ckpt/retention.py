@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import OptionsError
@@ -63,6 +64,8 @@ class RetentionPolicy:
 
     def __or__(self, other: RetentionPolicy) -> RetentionPolicy:
         """Keep what either of two policies keeps."""
+        if not isinstance(other, RetentionPolicy):
+            raise OptionsError(f"{self!r} | {other!r}: join policies, such as KeepLast(3)")
         return _Either(self, other)
 
 
@@ -77,7 +80,7 @@ class KeepLast(RetentionPolicy):
     count: int = 3
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, f"KeepLast({self.count}): at least 1 must stay")
+        _require_count(self.count, f"KeepLast({self.count!r}): how many stay")
 
     def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
         """Return the newest. Not collective. Thread-safe."""
@@ -95,7 +98,7 @@ class KeepEvery(RetentionPolicy):
     steps: int
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"KeepEvery({self.steps}): steps must be at least 1")
+        _require_count(self.steps, f"KeepEvery({self.steps!r}): the steps")
 
     def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
         """Return the first of each interval. Not collective. Thread-safe."""
@@ -128,8 +131,12 @@ class KeepBest(RetentionPolicy):
     mode: Mode = field(kw_only=True)
 
     def __post_init__(self) -> None:
+        _require(
+            isinstance(self.metric, str),
+            f"{self}: the metric is its name in save(metrics={{...}})",
+        )
         _require(self.mode in ("min", "max"), f"{self}: mode is 'min' or 'max'")
-        _require(self.count >= 1, f"{self}: at least 1 must stay")
+        _require_count(self.count, f"{self}: how many stay")
 
     def keep(self, generations: Sequence[GenerationSummary]) -> set[int]:
         """Return the best. Not collective. Thread-safe."""
@@ -206,6 +213,11 @@ def select_kept(
     ordered = sorted(generations, key=lambda summary: summary.generation)
     newest = {summary.generation for summary in ordered[-1:]}
     return policy.keep(ordered) | newest
+
+
+def _require_count(count: int, what: str, kind: type = Integral) -> None:
+    holds = isinstance(count, kind) and count >= 1
+    _require(holds, f"{what} is a whole number, at least 1")
 
 
 def _require(holds: bool, message: str) -> None:

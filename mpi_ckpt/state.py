@@ -62,7 +62,13 @@ class State:
     @property
     def name(self) -> str:
         """The name under which the state is saved."""
-        return self._name
+        try:
+            return self._name
+        except AttributeError:
+            raise RegistrationError(
+                f"a {type(self).__name__} has no name: call super().__init__(name) in its "
+                "__init__"
+            ) from None
 
     def save(self, fileobj: BinaryIO) -> None:
         """Write the state. Called on root only; must not communicate."""

@@ -9,6 +9,7 @@ from benchmarks.cases import (
     distributed,
     horovod,
     memory,
+    observing,
     plan,
     restore,
     reuse,
@@ -45,5 +46,6 @@ CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "horovod": horovod.groups,
     "distributed": distributed.groups,
     "plan": plan.groups,
+    "observing": observing.groups,
 }
 """Name -> function that gives the groups of a case, one after the other is measured."""

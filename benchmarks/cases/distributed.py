@@ -60,7 +60,7 @@ def _make(setting: Setting, dims: tuple[int, int]) -> CutArrays:
 
 def _saves(setting: Setting, cut: CutArrays) -> list[Contender]:
     manager = setting.manager("ours", [cut.state()])
-    return [*_raw_writes(setting, cut), _our_save(manager, cut), *_peer_saves(setting, cut)]
+    return [_raw_write(setting, cut), _our_save(manager, cut), *_peer_saves(setting, cut)]
 
 
 def _our_save(manager: CheckpointManager, cut: CutArrays) -> Contender:
@@ -80,7 +80,7 @@ def _our_save(manager: CheckpointManager, cut: CutArrays) -> Contender:
     )
 
 
-def _raw_writes(setting: Setting, cut: CutArrays) -> list[Contender]:
+def _raw_write(setting: Setting, cut: CutArrays) -> Contender:
     own = setting.directory / f"raw-{setting.comm.rank}"
     nbytes = sum(array.nbytes for array in cut.arrays.values())
 
@@ -88,13 +88,12 @@ def _raw_writes(setting: Setting, cut: CutArrays) -> list[Contender]:
         own.unlink(missing_ok=True)
 
     def contender(mebibytes: int, depth: int) -> Contender:
-        name = names.raw_of_own(names.RAW_OWN_WRITE, mebibytes, depth)
         write = partial(
             ceilings.write_direct, own, nbytes, block_bytes=mebibytes << 20, depth=depth
         )
-        return Contender(name, write, clear, clear, ceiling=True)
+        return Contender(names.RAW_OWN_WRITE, write, clear, clear)
 
-    return [contender(*shape) for shape in names.RAW_SHAPES]
+    return setting.fastest(names.RAW_OWN_WRITE, contender)
 
 
 def _peer_saves(setting: Setting, cut: CutArrays) -> list[Contender]:
@@ -117,7 +116,7 @@ def _same_boxes(setting: Setting, cut: CutArrays, sent: _Sent) -> list[Contender
     path = _save(setting, "same", cut)
     ours = _our_restore(names.RESTORE_SAME, setting, "same", cut, sent)
     loads = _peer_loads(setting, "same", cut, cut)
-    return [*_raw_reads(setting, path), ours, *loads]
+    return [_raw_read(setting, path), ours, *loads]
 
 
 def _other_boxes(setting: Setting, sent: _Sent) -> list[Contender]:
@@ -126,7 +125,7 @@ def _other_boxes(setting: Setting, sent: _Sent) -> list[Contender]:
     rows, columns = _make(setting, (comm.size, 1)), _make(setting, (1, comm.size))
     path = _save(setting, "other", rows)
     contenders = [
-        *_raw_reads(setting, path),
+        _raw_read(setting, path),
         _our_restore(names.RESTORE_OTHER, setting, "other", columns, sent),
         _our_restore(
             names.RESTORE_ONE_READER, setting, "other", columns, sent, io=IO(readers="node")
@@ -213,7 +212,7 @@ def _our_restore(
     return Contender(name, run, before, after, values)
 
 
-def _raw_reads(setting: Setting, path: Path) -> list[Contender]:
+def _raw_read(setting: Setting, path: Path) -> Contender:
     files = sorted(path.glob("tiles-*"))[setting.comm.rank :: setting.comm.size]
 
     def contender(mebibytes: int, depth: int) -> Contender:
@@ -221,10 +220,9 @@ def _raw_reads(setting: Setting, path: Path) -> list[Contender]:
             for file in files:
                 ceilings.read_direct(file, block_bytes=mebibytes << 20, depth=depth)
 
-        name = names.raw_of_own(names.RAW_OWN_READ, mebibytes, depth)
-        return Contender(name, read, setting.cold, ceiling=True)
+        return Contender(names.RAW_OWN_READ, read, setting.cold)
 
-    return [contender(*shape) for shape in names.RAW_SHAPES]
+    return setting.fastest(names.RAW_OWN_READ, contender)
 
 
 def _peer_loads(

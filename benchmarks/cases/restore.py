@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from benchmarks import ceilings, names
@@ -39,8 +40,12 @@ def groups(setting: Setting) -> Iterator[Group]:
 
         return Contender(name, setting.on_root(read_all), setting.cold, ceiling=True)
 
+    def direct(mebibytes: int, depth: int) -> Contender:
+        shape = {"block_bytes": mebibytes << 20, "depth": depth}
+        return raw(names.RAW_READ, partial(ceilings.read_direct, **shape))
+
     contenders = [
-        raw(names.RAW_READ, ceilings.read_direct),
+        setting.fastest(names.RAW_READ, direct),
         raw(names.RAW_BUFFERED_READ, ceilings.read_buffered),
         _restore(names.RESTORE, setting, manager),
     ]

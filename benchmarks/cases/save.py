@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks import ceilings, names
@@ -33,10 +34,14 @@ def raw_writes(setting: Setting) -> list[Contender]:
     def clear(_: object = None) -> None:
         setting.on_root(lambda: raw.unlink(missing_ok=True))()
 
-    direct = setting.on_root(lambda: ceilings.write_direct(raw, setting.nbytes))
+    def direct(mebibytes: int, depth: int) -> Contender:
+        shape = {"block_bytes": mebibytes << 20, "depth": depth}
+        write = partial(ceilings.write_direct, raw, setting.nbytes, **shape)
+        return Contender(names.RAW_WRITE, setting.on_root(write), clear, clear)
+
     buffered = setting.on_root(lambda: ceilings.write_buffered(raw, setting.state.values()))
     return [
-        Contender(names.RAW_WRITE, direct, clear, clear, ceiling=True),
+        setting.fastest(names.RAW_WRITE, direct),
         Contender(names.RAW_BUFFERED_WRITE, buffered, clear, clear, ceiling=True),
     ]
 

@@ -22,10 +22,16 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "run": "restart.restarting:run",
+    "watch": "observe.watching:watch",
     "ls": "inspect.listing:list_generations",
     "show": "inspect.showing:show",
     "verify": "inspect.verifying:verify",
     "diff": "inspect.diffing:diff",
+    "du": "inspect.disk_use:disk_use",
+    "history": "observe.history_plot:history",
+    "report": "observe.reporting:report",
+    "pin": "inspect.pinning:pin",
+    "unpin": "inspect.pinning:unpin",
     "prune": "inspect.pruning:prune",
     "quarantine": "inspect.quarantining:quarantine",
     "rollback": "inspect.rolling_back:rollback",

@@ -29,9 +29,11 @@ from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import (
+    HISTORY,
     LOCK,
     MANIFEST,
     QUARANTINE,
+    STATUS,
     generation_number,
     is_adaptdl_name,
     is_partial_name,
@@ -47,6 +49,10 @@ if TYPE_CHECKING:
         "checkpoints", "generation", "leftover", "quarantine", "adaptdl", "empty",
         "foreign", "missing", "file",
     ]  # fmt: skip
+
+
+_OURS = (LOCK, HISTORY, STATUS)
+"""Files that a job makes before its first generation."""
 
 
 def kind_of(path: Path) -> Kind:
@@ -145,7 +151,7 @@ def _kind_of_directory(path: Path) -> Kind:
         ("generation", MANIFEST in names),
         ("checkpoints", set_aside),
         ("adaptdl", found.adaptdl or is_adaptdl_name(name)),
-        ("empty", all(name == LOCK or leased_job(name) for name in names)),
+        ("empty", all(name in _OURS or leased_job(name) for name in names)),
     ]
     return next((kind for kind, holds in kinds if holds), "foreign")
 

@@ -13,6 +13,8 @@ import unicodedata
 from datetime import datetime, timezone
 from typing import Any
 
+from mpi_ckpt.reports import bytes_text as bytes_text  # for users, as in the log
+
 # Invisible, although Unicode counts them as letters and marks.
 _INVISIBLE = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
@@ -58,18 +60,6 @@ def json_text(value: dict[str, Any], *, indent: int | None = 2) -> str:
         text = json.dumps(_finite(value), indent=indent, allow_nan=False)
     # The only control character that JSON leaves unescaped.
     return text.replace("\x7f", "\\u007f")
-
-
-def bytes_text(count: int) -> str:
-    """Return a number of bytes for users, such as ``12.3 MiB``."""
-    if count < 1024:
-        return f"{count} B"
-    value = float(count)
-    units = ["TiB", "GiB", "MiB", "KiB"]
-    unit = ""
-    while units and value >= 1023.95:
-        value, unit = value / 1024, units.pop()
-    return f"{value:.1f} {unit}"
 
 
 def age(then: float, now: float | None = None) -> str:

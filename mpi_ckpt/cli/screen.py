@@ -18,19 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.live import Live
 from rich.text import Text
 
 from mpi_ckpt.cli.plain_text import age, clean, iso_date, json_text
+from mpi_ckpt.cli.progress import ProgressLines, progress_bar
 from mpi_ckpt.cli.redirection import RedirectedLog, RedirectedStream
 from mpi_ckpt.cli.tables import cut_middle, lay_out, wrap_words
 
@@ -70,7 +62,6 @@ _COLUMNS = 80
 _LEAST_CELLS = 14
 _LEFT_OUT_NAMED = 8
 _NOTE_SPACE = " " * 5
-_BAR_COLUMNS, _BAR_COLUMNS_FEW = 90, 60
 # For a terminal that supports only ASCII.
 _IN_ASCII = str.maketrans({"─": "-", "…": "~"})
 
@@ -97,6 +88,7 @@ class Screen:
         self._out = _console(sys.stdout)
         self._err = _console(sys.stderr)
         self._answer = ""
+        self._page: Text | None = None
 
     def __enter__(self) -> Screen:
         self._before = sys.stdout, sys.stderr
@@ -123,22 +115,23 @@ class Screen:
         """Width of a help text in cells."""
         return min(_width(self._out) or _COLUMNS, _COLUMNS) - 1
 
-    def say(self, text: str = "", style: str = "", *, whole: bool = False) -> None:
+    def say(
+        self, text: str = "", style: str = "", *, whole: bool = False, aside: bool = False
+    ) -> None:
         """Print a line for users, wrapped if it is too long for the terminal.
 
         Args:
             text: The line.
             style: Its colour.
             whole: Whether to never break it, since users copy it.
+            aside: Whether it is a warning, and goes to standard error.
         """
-        if not self.as_json:
-            width = None if whole else _width(self._out)
-            self._write(self._out, _lines(text, style, width))
-
-    def warn(self, text: str) -> None:
-        """Print a line for users on standard error."""
-        if not self.as_json:
-            self.notice(text)
+        if self.as_json:
+            return None
+        if aside:
+            return self.notice(text)
+        width = None if whole else _width(self._out)
+        return self._write(self._out, _lines(text, style, width))
 
     def notice(self, text: str, style: str = "yellow") -> None:
         """Print lines on standard error, even if the output is JSON."""
@@ -252,28 +245,37 @@ class Screen:
 
     @contextmanager
     def progress(self, doing: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar with rate and remaining time; yield a function that adds bytes done.
+        """Show rate and remaining time; yield a function that adds bytes done.
 
-        Shows nothing for programs, or if standard error is no terminal.
+        By a bar, or a line every 30 s where no terminal is; nothing for programs.
         """
-        name = TextColumn("{task.description}", markup=False)
-        columns: list[ProgressColumn] = [name, TaskProgressColumn()]
-        if self._err.width >= _BAR_COLUMNS_FEW:
-            columns = [name, BarColumn(), DownloadColumn(binary_units=True)]
-        if self._err.width >= _BAR_COLUMNS:
-            columns += [TransferSpeedColumn(), TimeRemainingColumn()]
-        bar = Progress(
-            *columns,
-            console=self._err,
-            transient=True,
-            disable=self.as_json or not self._err.is_terminal,
-            # Text that other code prints meanwhile passes a gate, and is cleaned.
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        with bar:
-            task = bar.add_task(clean(doing), total=nbytes)
-            yield lambda count: bar.advance(task, count)
+        if self.as_json:
+            yield lambda _: None
+        elif self._err.is_terminal:
+            with progress_bar(self._err, clean(doing), nbytes) as advance:
+                yield advance
+        else:
+            yield ProgressLines(doing, nbytes, self.notice).advance
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[], None]]:
+        """Keep a page on the terminal; yield a function that shows what was printed."""
+        with Live(console=self._out, screen=True, auto_refresh=False) as page:
+            self._page = Text()
+
+            def show() -> None:
+                page.update(self._page or Text(), refresh=True)
+                self._page = Text()
+
+            try:
+                yield show
+            finally:
+                self._page = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person looks at the output."""
+        return self._out.is_terminal and not self.as_json
 
     def _say_left_out(self, headings: Sequence[str], space: str) -> None:
         named = ", ".join(headings[:_LEFT_OUT_NAMED])
@@ -297,7 +299,10 @@ class Screen:
             for part, style in line:
                 text.append(clean(part).translate(table), style)
             text.append("\n")
-        console.print(text, soft_wrap=True, end="")
+        if self._page is not None and console is self._out:
+            self._page.append_text(text)
+        else:
+            console.print(text, soft_wrap=True, end="")
 
 
 def _console(stream: TextIO) -> Console:

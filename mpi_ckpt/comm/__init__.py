@@ -16,7 +16,7 @@ from mpi_ckpt.comm.agreement import (
     meet,
     on_root,
 )
-from mpi_ckpt.comm.broadcast import bcast_buffers
+from mpi_ckpt.comm.broadcast import bcast_buffers, bcast_on_hosts, bcast_to_hosts
 from mpi_ckpt.comm.collectives import (
     bcast_bytes,
     bcast_json,
@@ -51,6 +51,8 @@ __all__ = [
     "bcast_buffers",
     "bcast_bytes",
     "bcast_json",
+    "bcast_on_hosts",
+    "bcast_to_hosts",
     "choose_ranks",
     "collect",
     "compare_texts",

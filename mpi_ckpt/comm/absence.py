@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm.liveness import has_left
 from mpi_ckpt.errors import CollectiveError, Printing
+from mpi_ckpt.failures import name_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.comm.communicator import Communicator
+    from mpi_ckpt.comm.gossip import RollCall
 
 logger = logging.getLogger(__name__)
 
 WARNED_SECONDS = 30.0
+# An error names and describes so many ranks; of more it gives ranges.
+_NAMED_MAX = 8
+_DESCRIBED_MAX = 16
 
 REASON = "what takes so long"
 
@@ -54,7 +59,7 @@ def warn_of_wait(comm: Communicator, doing: str) -> None:
         known = comm.busy_ranks.describe()
         logger.warning(
             "%s has waited %.0f s for other ranks, in %s (%s): it is collective, so every "
-            "rank must call it; %s",
+            "rank must call it, never one alone (`if rank == 0:`); %s",
             *(comm.name, WARNED_SECONDS, comm.call, doing),
             "; ".join(known)
             if known
@@ -76,19 +81,21 @@ def name_absent(absent: Sequence[int], hosts: Sequence[str], deadline: float) ->
             f"no progress within {deadline:g} s, though all {len(hosts)} ranks are "
             "waiting: they disagree about what comes next"
         )
+    if len(absent) > _NAMED_MAX:
+        return f"{name_ranks(absent, hosts)} did not arrive within {deadline:g} s"
     named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in absent)
     return f"{named} of {len(hosts)} did not arrive within {deadline:g} s"
 
 
-def what_is_missing(comm: Communicator, absent: Sequence[int]) -> str:
+def what_is_missing(comm: Communicator, call: RollCall) -> str:
     """Return in words why ranks cannot meet. Not collective. Main thread only.
 
     Args:
         comm: Communicator of the waiting rank.
-        absent: The ranks that have not answered.
+        call: The ranks that have answered.
     """
-    return (not absent and _who_has_left(comm)) or name_absent(
-        absent, comm.hosts, comm.deadline_seconds
+    return (call.is_complete and _who_has_left(comm, call)) or name_absent(
+        call.absent, comm.hosts, comm.deadline_seconds
     )
 
 
@@ -102,14 +109,16 @@ def why_called_off(comm: Communicator) -> str:
     return _who_has_left(comm) or late
 
 
-def _who_has_left(comm: Communicator) -> str:
+def _who_has_left(comm: Communicator, call: RollCall | None = None) -> str:
     left = has_left(comm.handle)
+    if call is not None and call.leaver is not None:
+        left = [call.leaver]
     named = ", ".join(f"rank {rank} on {comm.hosts[rank]}" for rank in left)
     return named and f"{named} has failed; its own output has the error"
 
 
 def missed_deadline(
-    comm: Communicator, absent: Sequence[int], doing: str, advice: str
+    comm: Communicator, call: RollCall, doing: str, advice: str
 ) -> CollectiveError:
     """Return the error of a rank whose deadline has passed. Not collective.
 
@@ -118,27 +127,30 @@ def missed_deadline(
 
     Args:
         comm: Of the rank that waited.
-        absent: The absent ranks; none if the ranks disagree.
+        call: The ranks that have answered; all if the ranks disagree.
         doing: What the ranks meet for.
         advice: What is still safe, and how to go on.
     """
     comm.busy_ranks.listen()  # another rank may have given up first
-    what = what_is_missing(comm, absent)
+    what, absent = what_is_missing(comm, call), call.absent
     if absent:
         what += (
-            f"; every rank must call {comm.call} within Options.deadline_seconds, or say "
-            f"that it comes late: `with manager.busy({REASON!r}):`"
+            f"; every rank must call {comm.call}, never one alone (`if rank == 0:`), "
+            "within Options.deadline_seconds, or say that it comes late: "
+            f"`with manager.busy({REASON!r}):`"
         )
     problems = []
-    for rank in absent:
+    for rank in absent[:_DESCRIBED_MAX]:
         seen = f": {comm.visible[rank].describe()}" if rank in comm.visible else ""
         if said := comm.busy_ranks.words_of(rank):
             seen += f"; it {said}"
         problems.append(f"rank {rank} on {comm.hosts[rank]}{seen}{comm.last_met}")
+    if more := len(absent) - len(problems):
+        problems.append(f"and {more:,} more ranks")
     text = "\n  ".join([f"{doing}: {what}; {advice}", *problems])
     error = CollectiveError(text, problems=problems)
     # Each rank reports its view of the absent ones; one rank reports the place in the
     # program.
-    is_first = comm.rank == min(set(range(comm.size)).difference(absent))
+    is_first = not any(map(call.is_present, range(comm.rank)))
     error.printing = Printing(comm.name, "" if is_first else f"CollectiveError: {error}")
     return error

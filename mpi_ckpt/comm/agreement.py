@@ -44,6 +44,7 @@ Result = TypeVar("Result")
 _FAILED, _FLAGGED, _LENGTH_SHIFT = 1, 2, 2
 _DIFFERENCES_MAX = 16
 _CHARACTERS_MAX = 2000
+_ALL_SHOWN = 8  # of a longer list only what differs is shown
 _NO_DIGEST = bytes(DIGEST_BYTES)
 
 
@@ -269,21 +270,25 @@ def _differences(comm: Communicator, gathered: Sequence[Any]) -> list[str]:
     """Return a line for each list that differs from root's; on root, elsewhere nothing."""
     if not gathered:
         return []
-    roots = _shortened(gathered[comm.root])
+    roots = gathered[comm.root]
     found: dict[str, list[int]] = {}
     for rank, theirs in enumerate(gathered):
         if theirs != gathered[comm.root]:
             found.setdefault(json.dumps(theirs), []).append(rank)
     lines = [
         f"{name_ranks(ranks, comm.hosts)} {'has' if len(ranks) == 1 else 'have'} "
-        f"{_shortened(json.loads(theirs))}, root has {roots}"
+        f"{_shortened(json.loads(theirs), roots)}, "
+        f"root has {_shortened(roots, json.loads(theirs))}"
         for theirs, ranks in found.items()
     ]
     more = len(lines) - _DIFFERENCES_MAX
     return [*lines[:_DIFFERENCES_MAX], *([f"and {more:,} more"] if more > 0 else [])]
 
 
-def _shortened(texts: Sequence[str]) -> str:
+def _shortened(texts: Sequence[str], others: Sequence[str]) -> str:
+    """Return a list as text; of a long one only what differs from one as long."""
+    if len(texts) == len(others) > _ALL_SHOWN:
+        texts = [text for text, other in zip(texts, others, strict=True) if text != other]
     text = str(texts)
     if len(text) <= _CHARACTERS_MAX:
         return text

@@ -9,7 +9,7 @@ broadcast trees of MPI libraries send all bytes from the first host two or more 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,7 @@ def bcast_buffers(
         source = comm.root
     arrays = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
     lengths = [len(array) for array in arrays]
-    piece_bytes = chain_piece_bytes(sum(lengths), len(comm.topology.nodes))
+    piece_bytes = chain_piece_bytes(sum(lengths), len(comm.topology.names))
     if piece_bytes is None:
         piece_bytes = min(_PIECE_BYTES, comm.message_bytes)
         route = _Route(comm.handle, source, _IN_FLIGHT)
@@ -77,6 +77,57 @@ def bcast_buffers(
     for pieces in plan_messages(lengths, piece_bytes):
         flow.take(pieces)
     flow.finish()
+
+
+def bcast_to_hosts(comm: Communicator, buffer: memoryview, doing: str, source: int) -> None:
+    """Broadcast a buffer from one rank into that of one rank of each other host.
+
+    Collective. Main thread only. When it returns, the buffer of this host's rank is filled.
+
+    Args:
+        comm: The communicator.
+        buffer: C-contiguous bytes of the same length on every rank, used on the source and
+            the leaders of the other hosts; writable on the latter.
+        doing: What the ranks meet for, for the error if one never arrives.
+        source: Rank whose bytes are sent, the same on every rank.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    topology = comm.topology
+    if comm.hosts.are_one:
+        return
+    if comm.rank == topology.link(comm.rank, source).entry:
+        piece_bytes = chain_piece_bytes(len(buffer), len(topology.names)) or _PIECE_BYTES
+        piece_bytes = min(piece_bytes, comm.message_bytes)
+        in_flight = min(_IN_FLIGHT, max(2, _CHAIN_IN_FLIGHT_BYTES // piece_bytes))
+        route = replace(_chain_route(comm, source, in_flight), among=None)
+        arrays = [np.frombuffer(buffer, np.uint8)]
+        flow = _Flow(comm, route, arrays, doing, fill=comm.rank == source)
+        for pieces in plan_messages([len(buffer)], piece_bytes):
+            flow.take(pieces)
+        flow.finish()
+    is_home = topology.node_of[comm.rank] == topology.node_of[source]
+    if not is_home and comm.node is not None and comm.node.size > 1:
+        comm.wait([comm.node.Ibarrier()], doing, streaming=True)
+
+
+def bcast_on_hosts(comm: Communicator, data: NDArray[np.uint8], doing: str) -> None:
+    """Broadcast a message from the leader of each host to the other ranks of the host.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        data: The message on leaders; overwritten on the other ranks.
+        doing: What the ranks meet for, for the error if one never arrives.
+
+    Raises:
+        CollectiveError: On every live rank, if one never arrives.
+    """
+    among = comm.handle if comm.hosts.are_one else comm.node
+    if among is not None and among.size > 1:
+        comm.wait([among.Ibcast(data, root=0)], doing, buffers=data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +151,10 @@ class _Route:
 
 def _chain_route(comm: Communicator, source: int, in_flight: int) -> _Route:
     link = comm.topology.link(comm.rank, source)
-    ranks = comm.topology.nodes[comm.topology.node_of[comm.rank]]
-    among = comm.node if len(ranks) > 1 else None
-    root = ranks.index(link.entry)
+    if comm.node is None or comm.node.size == 1:
+        return _Route(None, 0, in_flight, link.before, link.after)
+    among = comm.node
+    root = comm.ranks_on_host.index(link.entry)
     return _Route(among, root, in_flight, link.before, link.after)
 
 

@@ -16,13 +16,15 @@ import numpy as np
 from mpi_ckpt.comm import absence
 from mpi_ckpt.comm.absence import LastMeeting
 from mpi_ckpt.comm.admission import (
-    Objection,
     check_before,
+    divide_by_host,
     duplicate_within,
     exchange_presences,
+    exchange_rosters,
+    objection_of,
+    refuse_if_any_objects,
 )
 from mpi_ckpt.comm.busy import BusyRanks
-from mpi_ckpt.comm.home import Home
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import (
     ROUNDS_A_LOOK,
@@ -32,12 +34,13 @@ from mpi_ckpt.comm.liveness import (
     is_called,
     keep_forever,
 )
+from mpi_ckpt.comm.presence import Home
 from mpi_ckpt.comm.topology import Topology
 from mpi_ckpt.errors import CollectiveError, LaunchError
 from mpi_ckpt.options import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi4py import MPI
     from numpy.typing import NDArray
@@ -68,12 +71,15 @@ class Communicator:
         topology: The ranks by host.
         node: Communicator of the ranks on this host, in order; None if all are on one host,
             or each on its own.
+        ranks_on_host: These ranks, ascending.
         confusions: How often the ranks have found that they were in different calls.
         call: The current public call, for the reports of a wait in it.
         home: The process and thread that made it.
         visible: The processes of the ranks that this process can see.
         busy_ranks: The other ranks that have announced to be busy.
         last_met: The last meeting of all ranks, in words.
+        on_wait: Called after each wait with ``doing``, ``streaming``, and its start by
+            `time.perf_counter`; None for nobody.
 
     Raises:
         LaunchError: On every rank, if the launcher or Horovod contradicts MPI.
@@ -90,7 +96,7 @@ class Communicator:
         self._mpi: Any = load_mpi()
         check_before(self._mpi, comm)
         parent = self._mpi.COMM_WORLD if comm is None else comm
-        objection = Objection.of(self._mpi, parent)
+        objection = objection_of(self._mpi, parent)
         self.deadline_seconds = deadline_seconds
         self.message_bytes = message_bytes
         self.root = ROOT
@@ -103,24 +109,27 @@ class Communicator:
         self._cause: BaseException | None = None
         self._is_given_up = False
         self.last_met = LastMeeting()
+        self.on_wait: Callable[[str, bool, float], None] | None = None
         self.handle: MPI.Intracomm = duplicate_within(parent, deadline_seconds)
         self.node: MPI.Comm | None = None
         _OPEN[id(self)] = self
         self.rank: int = self.handle.rank
         self.size: int = self.handle.size
         self.busy_ranks = BusyRanks(self)
-        presences = exchange_presences(self.handle, objection, deadline_seconds)
+        roster = exchange_rosters(self.handle, objection, deadline_seconds)
         try:
-            objection.settle(self.handle, [presence.objects for presence in presences])
+            refuse_if_any_objects(roster.objections)
         except LaunchError:
             self.close()  # on every rank, since all have raised
             raise
-        self.visible = {
-            rank: presence for rank, presence in enumerate(presences) if presence.is_visible
-        }
-        self.hosts = tuple(presence.host for presence in presences)
-        self.topology = Topology.of(self.hosts)
-        self.node = self._split()
+        self.topology = Topology.make(roster.hosts.texts, roster.hosts.index_of)
+        self.hosts = self.topology.hosts
+        self.node, self.ranks_on_host = divide_by_host(self.handle, self.topology)
+        self.visible = exchange_presences(
+            self.node or (self.handle if self.hosts.are_one else self._mpi.COMM_SELF),
+            self.ranks_on_host,
+            deadline_seconds,
+        )
 
     @property
     def is_root(self) -> bool:
@@ -177,10 +186,7 @@ class Communicator:
     def set_limits(
         self, *, deadline_seconds: float | None = None, message_bytes: int | None = None
     ) -> None:
-        """Change the deadline and the message size; None keeps a value.
-
-        Not collective, but every rank must set the same values at the same time.
-        """
+        """Change the limits that are given. Not collective, but alike on every rank."""
         if deadline_seconds is not None:
             self.deadline_seconds = deadline_seconds
         if message_bytes is not None:
@@ -260,16 +266,14 @@ class Communicator:
         Args:
             requests: Requests posted on this communicator.
             doing: What the ranks meet for, for the error if one never arrives.
-            streaming: Whether data is flowing, so that the core is better spent on
-                progress than on sleep.
-            buffers: Buffers that the requests use but do not keep alive: requests of
-                reductions do not (mpi4py 4.1).
+            streaming: Whether data is flowing: the core then makes progress, not sleeps.
+            buffers: Buffers that the requests use, but as reductions do not keep alive.
 
         Raises:
             CollectiveError: On every live rank, if one never arrives, or if an earlier
                 wait on this communicator failed.
         """
-        pending = list(requests)
+        pending, start = list(requests), time.perf_counter()
         self.is_waiting = True
         try:
             self._refuse_if_broken(doing)
@@ -285,6 +289,8 @@ class Communicator:
         finally:
             self.is_waiting = False
             self.busy_ranks.resume()
+            if self.on_wait is not None:
+                self.on_wait(doing, streaming, start)
 
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
         patience = Patience(self.deadline_seconds, streaming=streaming)
@@ -317,12 +323,6 @@ class Communicator:
         """Start receiving bytes from a rank. Not collective. Main thread only."""
         return self.handle.Irecv(into, source=source, tag=Tag.DATA)
 
-    def _split(self) -> MPI.Comm | None:
-        if len(self.topology.nodes) in (1, self.size):
-            return None
-        # MPI: Split has no deadline and needs none: all ranks have just met.
-        return self.handle.Split(self.topology.node_of[self.rank], self.rank)
-
     def _note_failure(self, error: BaseException) -> None:
         self._broken, self._cause = f"MPI failed: {error}", error
 
@@ -339,10 +339,9 @@ class Communicator:
             ) from self._cause
 
     def _give_up(self, doing: str) -> None:
-        present = call_roll(self.handle)
-        absent = [rank for rank in range(self.size) if rank not in present]
-        self._broken = absence.what_is_missing(self, absent)
-        raise absence.missed_deadline(self, absent, doing, _ADVICE)
+        call = call_roll(self.handle)
+        self._broken = absence.what_is_missing(self, call)
+        raise absence.missed_deadline(self, call, doing, _ADVICE)
 
 
 def open_communicators() -> list[Communicator]:

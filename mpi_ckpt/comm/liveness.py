@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes ranks wait for one another, find absent ranks, and say farewell.
 
-A rank whose deadline passes calls the roll: it sends every rank a message that it gives up,
-and notes which ranks answer. A waiting rank answers by giving up as well, so all live ranks
-raise soon after the first, and all name the silent ranks.
+A rank whose deadline passes calls the roll: it sends out the message that it gives up, and
+notes which ranks answer (`gossip`). A waiting rank answers by giving up as well, so all
+live ranks raise soon after the first, and all name the silent ranks.
 
 A rank that leaves the job alone, by an error of the program, says farewell. Otherwise it
 would wait in MPI_Finalize for the others, and they would wait for it, for ever.
@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpi_ckpt.comm.gossip import (
+    NO_WORDS,
+    RollCall,
+    is_passed_on,
+    spread,
+)
 from mpi_ckpt.comm.launch import load_mpi
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from mpi4py import MPI
 
     from mpi_ckpt.comm.communicator import Communicator
@@ -32,7 +40,6 @@ _PAUSE_SECONDS_MAX = 1e-3
 # The clock is read once in this many rounds: reading it costs more than a round.
 ROUNDS_A_LOOK = 64
 _ROLL_CALL_SECONDS = 3.0
-_NO_WORDS = bytes(16)
 # MPI: at an abort, MPICH's launcher drops output of a rank that it has not passed on yet.
 _LAST_WORDS_SECONDS = 0.5
 
@@ -48,6 +55,7 @@ class Tag(IntEnum):
     BUSY = 7006
     FAILED = 7007
     DONE = 7008
+    ROSTER = 7009
 
 
 class Patience:
@@ -147,28 +155,30 @@ def is_called(handle: MPI.Intracomm) -> bool:
     return any(handle.Iprobe(source=anybody, tag=Tag.ROLL_CALL) for _ in range(2))
 
 
-def call_roll(handle: MPI.Intracomm) -> set[int]:
-    """Send all ranks the message that this one gives up; return the ranks that answer.
+def call_roll(handle: MPI.Intracomm) -> RollCall:
+    """Send the others the message that this rank gives up; return which ranks answer.
 
     Not collective. Main thread only. Takes some seconds if a rank is silent.
     """
-    sends = _send_to_all(handle, Tag.ROLL_CALL)
-    present = {handle.rank: _NO_WORDS}
-    everybody = set(range(handle.size))
-    _hear(handle, Tag.ROLL_CALL, present, everybody, _ROLL_CALL_SECONDS)
-    # Messages to a rank that never looked may never be received.
-    keep_forever([send for send in sends if not send.Test()])
-    return set(present)
+    left = has_left(handle)
+    call = RollCall(handle.rank, handle.size, leaver=left[0] if left else None)
+    channel = _Channel(handle, Tag.ROLL_CALL, call)
+    channel.hear(lambda: call.is_complete, _ROLL_CALL_SECONDS)
+    channel.send(call.to_inform(), call.encode())
+    channel.let_go()
+    return call
 
 
 def call_off(handle: MPI.Intracomm) -> None:
     """Make all ranks of a communicator stop waiting. Not collective. Main thread only."""
     # MPI: a message to a rank that never looks stays unreceived.
-    keep_forever(_send_to_all(handle, Tag.ROLL_CALL))
+    call = RollCall(handle.rank, handle.size)
+    channel = _Channel(handle, Tag.ROLL_CALL, call)
+    channel.let_go()
 
 
 def has_left(handle: MPI.Intracomm) -> list[int]:
-    """Return the first rank that has said farewell, if any. Not collective.
+    """Return the first rank that has said farewell, if any is known. Not collective.
 
     Main thread only. The farewell is not received, only probed.
     """
@@ -179,21 +189,21 @@ def has_left(handle: MPI.Intracomm) -> list[int]:
 
 
 class Farewell:
-    """Sends all ranks the message that this one leaves, and receives theirs.
+    """Sends the others the message that this rank leaves, and receives theirs.
 
-    Not collective: 16 bytes to every rank, and from every other rank that leaves, under a
-    tag that no other wait on the communicator uses. Main thread only.
+    Not collective: under a tag that no other wait on the communicator uses. Main thread
+    only.
 
     Args:
         comm: The communicator; it may have missed a deadline.
         words: 16 bytes for the reason; ranks that leave for the same reason send the same.
     """
 
-    def __init__(self, comm: Communicator, words: bytes = _NO_WORDS) -> None:
-        self._handle = comm.handle
-        self._heard = {comm.rank: words}
+    def __init__(self, comm: Communicator, words: bytes = NO_WORDS) -> None:
+        self._call = RollCall(comm.rank, comm.handle.size, words)
+        self._channel = _Channel(comm.handle, Tag.FAREWELL, self._call)
         # MPI: some ranks never receive it, but so few bytes are sent at once even so.
-        keep_forever(_send_to_all(self._handle, Tag.FAREWELL, words))
+        self._channel.let_go()
 
     def missing(self, seconds: float) -> list[int]:
         """Wait for the farewells of all others; return the ranks that send none.
@@ -203,21 +213,21 @@ class Farewell:
         Args:
             seconds: How long to wait.
         """
-        everybody = set(range(self._handle.size))
-        _hear(self._handle, Tag.FAREWELL, self._heard, everybody, seconds)
-        return sorted(everybody.difference(self._heard))
+        self._channel.hear(lambda: self._call.is_complete, seconds)
+        self._channel.let_go()
+        return self._call.absent
 
-    def words_of(self, rank: int, seconds: float) -> bytes:
-        """Wait for the farewell of a rank; return its words, empty if it is late.
+    def words_of_root(self, seconds: float) -> bytes:
+        """Wait for the farewell of root; return its words, empty if it is late.
 
         Not collective. Main thread only.
 
         Args:
-            rank: The rank.
             seconds: How long to wait.
         """
-        _hear(self._handle, Tag.FAREWELL, self._heard, {rank}, seconds)
-        return self._heard.get(rank, b"")
+        self._channel.hear(lambda: self._call.is_present(0), seconds)
+        self._channel.let_go()
+        return self._call.words_of_root if self._call.is_present(0) else b""
 
 
 def abort_job(code: int) -> None:
@@ -231,29 +241,46 @@ def is_mpi_running() -> bool:
     return not load_mpi().Is_finalized()
 
 
-def _send_to_all(
-    handle: MPI.Intracomm, tag: Tag, words: bytes = _NO_WORDS
-) -> list[MPI.Request]:
-    """Start sending a few bytes to every other rank."""
-    token = np.frombuffer(bytearray(words), np.uint8)
-    others = [rank for rank in range(handle.size) if rank != handle.rank]
-    return [handle.Isend(token, dest=rank, tag=tag) for rank in others]
+class _Channel:
+    """Carries a roll call between ranks, under a tag. Begins by sending it.
 
+    Args:
+        handle: The communicator.
+        tag: The tag of its messages.
+        call: What this rank knows.
+    """
 
-def _hear(
-    handle: MPI.Intracomm,
-    tag: Tag,
-    heard: dict[int, bytes],
-    wanted: set[int],
-    seconds: float,
-) -> None:
-    """Add the senders of words to ``heard``, until all wanted have sent or time is over."""
-    mpi: Any = load_mpi()
-    status, token = mpi.Status(), np.zeros(len(_NO_WORDS), np.uint8)
-    patience = Patience(seconds)
-    while wanted.difference(heard) and not patience.is_over:
-        if handle.Iprobe(mpi.ANY_SOURCE, tag, status):
-            handle.Recv(token, source=status.source, tag=tag)
-            heard[status.source] = token.tobytes()
-        else:
+    def __init__(self, handle: MPI.Intracomm, tag: Tag, call: RollCall) -> None:
+        self._mpi: Any = load_mpi()
+        self._handle, self._tag, self._call = handle, tag, call
+        self._status = self._mpi.Status()
+        self._sends: list[MPI.Request] = []
+        self.send(call.neighbours, call.encode())
+
+    def send(self, ranks: Sequence[int], words: bytes) -> None:
+        self._sends += [self._handle.Isend(words, rank, self._tag) for rank in ranks]
+
+    def hear(self, is_enough: Callable[[], bool], seconds: float) -> None:
+        """Receive and pass on, until there is enough or nothing is heard for a time."""
+        patience = Patience(seconds)
+
+        def pause(has_news: bool) -> bool:
+            # News that is passed on takes several steps: each of them has its time.
+            if has_news and is_passed_on(self._call.size):
+                patience.renew()
             patience.go_round()
+            return patience.is_over
+
+        spread(self._call, self.send, self._receive, is_enough, pause)
+
+    def let_go(self) -> None:
+        """Leave to MPI the messages to ranks that may never receive them."""
+        keep_forever([send for send in self._sends if not send.Test()])
+        self._sends = []
+
+    def _receive(self) -> bytes | None:
+        if not self._handle.Iprobe(self._mpi.ANY_SOURCE, self._tag, self._status):
+            return None
+        words = np.empty(self._call.nbytes, np.uint8)
+        self._handle.Recv(words, self._status.source, self._tag)
+        return words.tobytes()

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describes a rank's process by what the operating system knows of it. No MPI."""
+"""Describes a rank's process and thread by what the operating system knows. No MPI."""
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from mpi_ckpt.errors import CollectiveError
+
 _HOST_BYTES = 64
-_NUMBER_BYTES = 24
+_NUMBER_BYTES = 16
 
 _DEAD = ("Z", "X")
 _STATES = {
@@ -40,35 +43,33 @@ class Presence:
         process: Its process id there.
         started: Its start time, in ticks of that host: with the id, this tells the process
             from any other, even in another container of that host name.
-        objects: Whether it has a reason to refuse the job.
     """
 
     host: str
     process: int
     started: int
-    objects: bool = False
 
     nbytes = _HOST_BYTES + _NUMBER_BYTES
 
     @classmethod
-    def own(cls, *, objects: bool = False) -> Presence:
+    def own(cls) -> Presence:
         """Describe this process. Not collective."""
         process = os.getpid()
         _, started = _look_up(process) or ("", 0)
-        return cls(host_name(), process, started, objects)
+        return cls(host_name(), process, started)
 
     def encode(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """Return the presence as bytes of a fixed length. Not collective."""
         host = self.host.encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
-        numbers = np.array([self.process, self.started, self.objects], np.int64).tobytes()
+        numbers = np.array([self.process, self.started], np.int64).tobytes()
         return np.frombuffer(host + numbers, np.uint8)
 
     @classmethod
     def decode(cls, encoded: bytes) -> Presence:
         """Return the presence that `encode` encoded. Not collective."""
         host = encoded[:_HOST_BYTES].rstrip(b"\0").decode(errors="replace")
-        process, started, objects = np.frombuffer(encoded[_HOST_BYTES:], np.int64).tolist()
-        return cls(host, process, started, bool(objects))
+        process, started = np.frombuffer(encoded[_HOST_BYTES:], np.int64).tolist()
+        return cls(host, process, started)
 
     @property
     def is_visible(self) -> bool:
@@ -91,6 +92,46 @@ class Presence:
             return f"process {self.process} is not there any more"
         waits = f"waits{_kernel_function(self.process)}"
         return f"process {self.process} {_STATES.get(found[0], waits)}"
+
+
+@dataclass(slots=True)
+class Home:
+    """The process and the thread that made a communicator, which alone may use it.
+
+    Attributes:
+        process, thread: Their numbers.
+        hook: The function of the program that this rank runs alone now; empty for none.
+    """
+
+    process: int = field(default_factory=os.getpid)
+    thread: int = field(default_factory=threading.get_ident)
+    hook: str = ""
+
+    def require(self, call: str, rank: int) -> None:
+        """Refuse a call from elsewhere, which would wait for ever. Not collective.
+
+        Args:
+            call: The public call, for the error.
+            rank: Rank of the process.
+
+        Raises:
+            CollectiveError: On the calling rank.
+        """
+        if os.getpid() != self.process:
+            raise CollectiveError(
+                f"{call}: this process was forked from rank {rank}, and cannot use MPI: "
+                "make collective calls in the parent only"
+            )
+        if self.hook:
+            raise CollectiveError(
+                f"{call}: called in {self.hook}, which root alone runs: the other ranks "
+                "would never arrive; make collective calls after the save or restore"
+            )
+        if threading.get_ident() != self.thread:
+            raise CollectiveError(
+                f"{call}: called in another thread than the one that made the manager: "
+                "make all collective calls of a rank in that thread"
+            )
 
 
 def _look_up(process: int) -> tuple[str, int] | None:

@@ -8,13 +8,18 @@ messages: it fuses small ones and cuts large ones, to lengths that suit such a c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
 
 from mpi_ckpt.options import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
     from mpi_ckpt.options import Ranks
 
@@ -34,61 +39,92 @@ class Link:
     entry: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Topology:
-    """The ranks by node.
+    """The ranks by node: 4 bytes for each rank, and some for each node.
 
     Attributes:
-        nodes: Ranks of each node, ascending; nodes are ordered by their first rank.
-        node_of: Index of each rank's node.
+        names: Host name of each node; nodes are ordered by their first rank.
+        node_of: Index of each rank's node, shape (ranks,).
+        leaders: The first rank of each node.
     """
 
-    nodes: tuple[tuple[int, ...], ...]
-    node_of: tuple[int, ...]
+    names: tuple[str, ...]
+    node_of: NDArray[np.int32]
+    leaders: tuple[int, ...]
+
+    @classmethod
+    def make(cls, names: Sequence[str], node_of: NDArray[np.int32]) -> Topology:
+        """Return the topology of nodes that are ordered by their first rank.
+
+        Not collective. Thread-safe.
+        """
+        _, first = np.unique(node_of, return_index=True)
+        return cls(tuple(names), node_of, tuple(first.tolist()))
 
     @classmethod
     def of(cls, hosts: Sequence[str]) -> Topology:
         """Group ranks by the name of their host. Not collective. Thread-safe."""
         index = {host: node for node, host in enumerate(dict.fromkeys(hosts))}
-        node_of = tuple(index[host] for host in hosts)
-        nodes: list[list[int]] = [[] for _ in index]
-        for rank, node in enumerate(node_of):
-            nodes[node].append(rank)
-        return cls(tuple(map(tuple, nodes)), node_of)
+        return cls.make(tuple(index), np.array([index[h] for h in hosts], np.int32))
 
     @property
-    def leaders(self) -> tuple[int, ...]:
-        """The first rank of each node."""
-        return tuple(ranks[0] for ranks in self.nodes)
+    def hosts(self) -> Hosts:
+        """The host name of each rank."""
+        return Hosts(self.names, self.node_of)
 
-    def entries(self, source: int) -> tuple[int, ...]:
-        """Return the rank by which a source's bytes enter each node.
-
-        The source itself on its own node, else the leader. Not collective. Thread-safe.
-        """
-        home = self.node_of[source]
-        return tuple(
-            source if node == home else leader for node, leader in enumerate(self.leaders)
-        )
-
-    def chain(self, source: int) -> tuple[int, ...]:
-        """Return the entries in the order in which bytes pass them, from the source on.
-
-        Not collective. Thread-safe.
-        """
-        entries, home = self.entries(source), self.node_of[source]
-        return entries[home:] + entries[:home]
+    def ranks_of(self, node: int) -> list[int]:
+        """Return the ranks of a node, ascending. Not collective. Thread-safe."""
+        ranks: list[int] = np.flatnonzero(self.node_of == node).tolist()
+        return ranks
 
     def link(self, rank: int, source: int) -> Link:
-        """Return a rank's place in the chain of a source. Not collective. Thread-safe."""
-        entry = self.entries(source)[self.node_of[rank]]
+        """Return a rank's place in the chain of a source.
+
+        Not collective. Thread-safe. The chain begins with the source on its own node, and
+        passes the leaders of the other nodes in order.
+        """
+        node, home = int(self.node_of[rank]), int(self.node_of[source])
+        entry = self._entry(node, source)
         if rank != entry:
             return Link(None, None, entry)
-        chain = self.chain(source)
-        at = chain.index(rank)
-        before = chain[at - 1] if at else None
-        after = chain[at + 1] if at + 1 < len(chain) else None
-        return Link(before, after, entry)
+        at, last = (node - home) % len(self.names), len(self.names) - 1
+        return Link(
+            None if at == 0 else self._entry(node - 1, source),
+            None if at == last else self._entry(node + 1, source),
+            entry,
+        )
+
+    def _entry(self, node: int, source: int) -> int:
+        """Return the rank by which a source's bytes enter a node."""
+        node %= len(self.names)
+        return source if node == self.node_of[source] else self.leaders[node]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hosts(Sequence[str]):
+    """The host name of each rank, by the index of its node."""
+
+    names: tuple[str, ...]
+    node_of: NDArray[np.int32]
+
+    @property
+    def are_one(self) -> bool:
+        """Whether all ranks are on one host."""
+        return len(self.names) == 1
+
+    def __len__(self) -> int:
+        return len(self.node_of)
+
+    @overload
+    def __getitem__(self, rank: int) -> str: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[str]: ...
+    def __getitem__(self, rank: int | slice) -> str | list[str]:
+        if isinstance(rank, slice):
+            return [self.names[node] for node in self.node_of[rank].tolist()]
+        name: str = self.names[self.node_of[rank]]
+        return name
 
 
 def choose_ranks(ranks: Ranks, topology: Topology) -> tuple[int, ...]:

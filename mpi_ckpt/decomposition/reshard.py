@@ -143,9 +143,9 @@ def plan_reshard(
         itemsizes: For each leaf the bytes of an element; (leaves,).
         digest_bytes: Length of a digest block.
         readers: The ranks that may read; not empty.
-        window_bytes: A reader reads at most half of these in a turn, unless a digest block
-            is longer, and a receiver gets at most half of these from others, unless it
-            needs more of a single window.
+        window_bytes: A reader reads at most a quarter of these in a turn, unless a digest
+            block is longer, and a receiver gets at most half of these from others, unless
+            it needs more of a single window.
 
     Returns:
         The plan of all ranks.

@@ -24,6 +24,9 @@ _GAP_BYTES = 1 << 20
 # Shorter windows are not worth a read of their own.
 _SHORT_BYTES = 1 << 20
 
+# A reader holds so many windows: it reads the next ones while it sends one.
+_WINDOWS_HELD = 4
+
 # Windows of each reader, so that the share of each can come close to what it needs.
 _WINDOWS_EACH = 16
 
@@ -79,14 +82,14 @@ def cut_windows(
         start: First byte of each.
         end: One past its last byte.
         readers: Number of ranks that share the reading.
-        window_bytes: A window has at most half of these, unless a single piece is longer.
+        window_bytes: A window has at most a quarter of these, unless a single piece is
+            longer.
 
     Returns:
         The first piece of each window.
     """
     share = int((end - start).sum()) // (_WINDOWS_EACH * readers)
-    # The other half is for the next window, which is read meanwhile.
-    longest = min(window_bytes // 2, max(_SHORT_BYTES, share))
+    longest = min(window_bytes // _WINDOWS_HELD, max(_SHORT_BYTES, share))
     apart = (np.diff(file) != 0) | (start[1:] - end[:-1] > _GAP_BYTES)
     firsts = []
     # A window ends at a gap that is not worth reading, but not where another rank's data

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +73,13 @@ class ElasticSampler(LeafState):
         name: str = "sampler",
     ) -> None:
         super().__init__(name, sync="check")
+        numbers: dict[str, object] = {"length": length, "batch_size": batch_size}
+        for what, number in numbers.items():
+            if not isinstance(number, Integral):
+                raise OptionsError(
+                    f"{what} is of type {type(number).__name__}: a number of samples, as "
+                    "in ElasticSampler(len(dataset), batch_size=256)"
+                )
         if length < 1 or batch_size < 1 or not 0 <= seed < 2**32:
             raise OptionsError(
                 f"a sampler of {length} samples in batches of {batch_size} with seed "

@@ -124,7 +124,7 @@ class AbortOnError:
         if self._farewell is None or self.comm.is_root:
             return False
         try:
-            said = self._farewell.words_of(self.comm.root, _ERROR_SECONDS)
+            said = self._farewell.words_of_root(_ERROR_SECONDS)
         except Exception:
             logger.exception("the error by which root leaves cannot be received")
             return False

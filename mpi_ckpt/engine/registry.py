@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mpi_ckpt.comm import agree, compare_texts, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.instead import require_names, require_state, require_states
 from mpi_ckpt.errors import RegistrationError
-from mpi_ckpt.state import LeafState, State
+from mpi_ckpt.state import LeafState
 from mpi_ckpt.storage.format.layout import check_names_differ
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator, Meeting
     from mpi_ckpt.errors import CheckpointError
+    from mpi_ckpt.state import State
 
 Result = TypeVar("Result")
 
@@ -63,7 +65,7 @@ class Registry:
         """
 
         def add_all() -> None:
-            for state in states:
+            for state in require_states(states):
                 self.add(state)
 
         agree(self._comm, "registering states", add_all, error=RegistrationError)
@@ -76,8 +78,7 @@ class Registry:
             RegistrationError: On the calling rank, if it is no state or its name is
                 taken.
         """
-        if not isinstance(state, State):
-            raise RegistrationError(f"{state!r} is not a State")
+        require_state(state)
         check_names_differ([*self._states, state.name])
         if isinstance(state, LeafState):
             state.bind(self._comm)
@@ -91,7 +92,7 @@ class Registry:
             RegistrationError: On the calling rank, if there is no such state.
         """
         if name not in self._states:
-            raise RegistrationError(f"there is no state {name!r}")
+            raise RegistrationError(f"there is no state {name!r}; {self._there()}")
         del self._states[name]
 
     def choose(
@@ -153,14 +154,21 @@ class Registry:
         return met
 
     def _pick(self, only: Collection[str] | None, *, skipped: bool) -> list[State]:
+        only = require_names(only)
         unknown = set(only or ()) - set(self._states)
         if unknown:
-            raise RegistrationError(f"there are no states {sorted(unknown)}")
+            raise RegistrationError(
+                f"there are no states {sorted(unknown)}; {self._there()}"
+            )
         return [
             state
             for name, state in self._states.items()
             if (name in only if only is not None else skipped or not state.skip)
         ]
+
+    def _there(self) -> str:
+        names = ", ".join(map(repr, self._states)) or "none"
+        return f"the states of this manager are: {names}"
 
     def _refuse_differences(self, names: Sequence[str]) -> None:
         problems = compare_texts(self._comm, "comparing the states' names", names)

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,21 +23,24 @@ from mpi_ckpt.comm import (
 )
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.abort import watch_errors
+from mpi_ckpt.engine.observer import Observer
+from mpi_ckpt.engine.timeline import Timeline
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
-from mpi_ckpt.reports import PhaseClock
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.notes import Notes
 from mpi_ckpt.storage.owning.ownership import Ownership
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from os import PathLike
 
     from mpi4py import MPI
 
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.options import Options
+    from mpi_ckpt.reports import PhaseClock
+
+logger = logging.getLogger(__name__)
 
 _QUIET_SECONDS_MAX = 60.0
 _QUIET_SHARE = 0.1
@@ -48,6 +55,8 @@ class Session:
         comm: The manager's communicator.
         directory: The checkpoint directory; used on root only.
         options: The options, the same on every rank.
+        observer: Reports what the ranks do.
+        timeline: Records what they do when.
         memory: The `Memory` that keeps copies of saves; None for none.
         notes: Notes for `mpi-ckpt run`, if it started this job.
     """
@@ -55,6 +64,8 @@ class Session:
     comm: Communicator
     directory: CheckpointDirectory
     options: Options
+    observer: Observer
+    timeline: Timeline
     memory: Memory | None = None
     notes: Notes = field(default_factory=Notes.from_environment)
 
@@ -72,13 +83,23 @@ class Session:
             LaunchError: On every rank, if launcher and MPI disagree about the job.
             OptionsError: On every rank, if the path is not a usable directory on any.
         """
+        if not hasattr(options, "abort_on_error"):
+            raise OptionsError(
+                f"options is {options!r}, not Options: give Options(interval=500, ...)"
+            )
         if options.abort_on_error:
             watch_errors()
         communicator = Communicator(comm, deadline_seconds=options.deadline_seconds)
 
         def find() -> CheckpointDirectory:
+            given: object = root
+            if not isinstance(given, str | PathLike) or not os.fspath(given):
+                raise OptionsError(
+                    f"the directory is {root!r}: give the path of a directory, which need "
+                    "not exist"
+                )
             # A relative path fails on a rank whose working directory was removed.
-            return CheckpointDirectory(
+            directory = CheckpointDirectory(
                 Path(root).absolute(),
                 options.io.mode,
                 Ownership(
@@ -87,6 +108,8 @@ class Session:
                     sync_names=options.io.sync_directories,
                 ),
             )
+            directory.goes_on = False
+            return directory
 
         try:
             directory = agree(
@@ -96,7 +119,9 @@ class Session:
             communicator.close()
             raise
         communicator.busy_ranks.open()
-        return cls(communicator, directory, options, memory)
+        timeline = Timeline.from_environment(communicator)
+        observer = Observer(communicator, directory, options.hooks, timeline)
+        return cls(communicator, directory, options, observer, timeline, memory)
 
     def note(self, event: str, step: int) -> None:
         """Note an event for `mpi-ckpt run`. Not collective. Has an effect on root only."""
@@ -113,6 +138,7 @@ class Session:
             error: The exception that it leaves by; None at a normal end.
             unsaved: Whether this exception cuts off a pending save.
         """
+        self.observer.note_end(step, error)
         left_well = isinstance(error, SystemExit) and not error.code and not unsaved
         if error is None or left_well:
             self.note("finished", step)
@@ -139,7 +165,12 @@ class Session:
             return digest_bytes("\n".join(texts).encode())
 
         met = meet(
-            self.comm, "reading the options", describe, error=OptionsError, digest=digest
+            self.comm,
+            "reading the options",
+            describe,
+            error=OptionsError,
+            digest=digest,
+            flag=lambda _: self.timeline.is_wanted,
         )
         if not met.is_alike:
             problems = compare_texts(self.comm, "comparing options", met.result)
@@ -150,6 +181,14 @@ class Session:
             raise printed_by(self.comm, error)
         # Not earlier: ranks that cut messages differently could not report the difference.
         self.comm.set_limits(message_bytes=self.options.io.message_bytes)
+        if met.is_flagged:
+            self.timeline.start()
+
+    def close(self) -> None:
+        """Complete the timeline, and free the communicator. Collective. Callable twice."""
+        if self.comm.is_open and self.comm.can_meet():
+            self.timeline.close()
+        self.comm.close()
 
     @contextmanager
     def let_go_of_if_refused(self) -> Iterator[None]:
@@ -164,17 +203,25 @@ class Session:
     def watch(self, doing: str) -> Iterator[PhaseClock]:
         """Time an operation of all ranks, and warn if this one makes no progress in it.
 
-        Not collective. Main thread only. Time spent waiting for other ranks does not count:
-        those warn themselves. Python collects no garbage meanwhile: see
-        `without_collections`.
+        Collective, if there is a timeline. Main thread only. Time spent waiting for other
+        ranks does not count: those warn themselves. Python collects no garbage meanwhile:
+        see `without_collections`.
         """
-        clock, comm = PhaseClock(), self.comm
+        clock, comm = self.observer.begin(doing), self.comm
+        start = time.perf_counter()
+        self.timeline.begin()
 
         def steps() -> object:
             return object() if comm.is_waiting else comm.completed
 
-        with self._watchdog(doing, steps, clock), without_collections():
-            yield clock
+        try:
+            with self._watchdog(doing, steps, clock), without_collections():
+                yield clock
+        finally:
+            self.observer.pause(clock)
+            self.timeline.end(doing, start)
+        # Not after an error: a rank may be absent.
+        self.timeline.flush()
 
     @contextmanager
     def watch_behind(self, clock: PhaseClock) -> Iterator[None]:
@@ -183,11 +230,24 @@ class Session:
         Args:
             clock: The save's clock.
         """
-        with self._watchdog("saving", lambda: None, clock), without_collections():
-            yield
+        self.observer.resume("saving", clock)
+        try:
+            with self._watchdog("saving", lambda: None, clock), without_collections():
+                yield
+        finally:
+            self.observer.pause(clock)
 
     def _watchdog(
         self, doing: str, steps: Callable[[], object], clock: PhaseClock
     ) -> Watchdog:
         quiet = min(_QUIET_SECONDS_MAX, _QUIET_SHARE * self.options.deadline_seconds)
-        return Watchdog(f"{self.comm.name}, {doing}", quiet, steps, lambda: clock.current)
+        started = time.monotonic()
+
+        def report() -> None:
+            if self.comm.is_root:
+                seconds = time.monotonic() - started
+                logger.info(self.observer.describe_progress(doing, clock, seconds))
+
+        return Watchdog(
+            f"{self.comm.name}, {doing}", quiet, steps, lambda: clock.current, report
+        )

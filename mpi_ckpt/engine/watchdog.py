@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warns when a save or restore makes no progress, and where it is. No MPI.
+"""Reports a long save or restore, and warns when it makes no progress. No MPI.
 
 Watches from its own thread, which lives as long as the operation and uses no file system,
 since a hanging file system may be the reason.
@@ -29,6 +29,8 @@ _OUR_THREADS = "mpi_ckpt-"
 _LOOKS = 4
 """How often it looks before it calls that no progress."""
 _FRAMES_MAX = 12
+_REPORTED_SECONDS = 30.0
+"""How often a long operation is reported."""
 
 
 class Watchdog:
@@ -43,6 +45,7 @@ class Watchdog:
         steps: Returns a value that changes with progress, apart from the bytes that the
             threads read and write: it is compared, and not kept.
         phase: Returns the phase that the operation is in.
+        report: Called every 30 s.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class Watchdog:
         quiet_seconds: float,
         steps: Callable[[], object],
         phase: Callable[[], str],
+        report: Callable[[], None] | None = None,
     ) -> None:
         self._doing = doing
         self._quiet_seconds = quiet_seconds
         self._steps = steps
         self._phase = phase
+        self._report = report
         self._over = threading.Event()
         self._watched = threading.current_thread()
         self._thread = threading.Thread(target=self._watch, name=_NAME, daemon=True)
@@ -73,13 +78,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         seen, since = self._look(), time.monotonic()
-        while not self._over.wait(self._quiet_seconds / _LOOKS):
-            now = self._look()
-            if now != seen:
-                seen, since = now, time.monotonic()
-            elif time.monotonic() - since >= self._quiet_seconds:
-                self._warn(time.monotonic() - since)
-                return
+        reported, has_warned = since, False
+        pause = min(self._quiet_seconds / _LOOKS, _REPORTED_SECONDS)
+        while not self._over.wait(pause):
+            found, now = self._look(), time.monotonic()
+            if found != seen:
+                seen, since = found, now
+            elif now - since >= self._quiet_seconds and not has_warned:
+                self._warn(now - since)
+                has_warned = True
+            if self._report is not None and now - reported >= _REPORTED_SECONDS:
+                reported = now
+                self._report()
 
     def _look(self) -> object:
         return (

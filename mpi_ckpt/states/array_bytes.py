@@ -186,6 +186,29 @@ def _dtype_of(record: dtypes.Record) -> np.dtype[Any]:
     )
 
 
+def write_alike(arrays: Sequence[NDArray[Any]], data: memoryview) -> bool:
+    """Write bytes into arrays, if all are of one dtype and shape; return whether they are.
+
+    Not collective. Arrays without dimensions are left out: NumPy makes numbers of rows that
+    are one element, and may change a NaN on the way.
+
+    Args:
+        arrays: Arrays of any layout.
+        data: Bytes for all of them, one after the other.
+    """
+    many: list[Any] = list(arrays)
+    if not many:
+        return False
+    dtype, shape = many[0].dtype, many[0].shape
+    alike = set(map(attrgetter("dtype", "shape"), many)) == {(dtype, shape)}
+    can_write = all(map(attrgetter("flags.writeable"), many))
+    if not (alike and can_write and shape and dtype in LITTLE):
+        return False
+    rows = np.frombuffer(data, dtype).reshape(len(many), *shape)
+    deque(map(setitem, many, repeat(...), rows), maxlen=0)
+    return True
+
+
 class _Bytes:
     """The bytes of an array's elements: one more dimension, whatever the strides."""
 
@@ -232,15 +255,7 @@ class ArrayBuffer:
     @staticmethod
     def write_all(buffers: Sequence[ArrayBuffer], data: memoryview) -> bool:
         """Write bytes into arrays of one dtype and shape; return False if they are not."""
-        arrays: list[Any] = [buffer._array for buffer in buffers]  # noqa: SLF001 (its own)
-        dtype, shape = arrays[0].dtype, arrays[0].shape
-        alike = set(map(attrgetter("dtype", "shape"), arrays)) == {(dtype, shape)}
-        can_write = all(map(attrgetter("flags.writeable"), arrays))
-        if not (alike and can_write and shape and dtype in LITTLE):
-            return False
-        rows = np.frombuffer(data, dtype).reshape(len(arrays), *shape)
-        deque(map(setitem, arrays, repeat(...), rows), maxlen=0)
-        return True
+        return write_alike([buffer._array for buffer in buffers], data)  # noqa: SLF001
 
     @staticmethod
     def span_all(buffers: Sequence[ArrayBuffer]) -> NDArray[np.uint64] | None:

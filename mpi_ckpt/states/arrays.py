@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from mpi_ckpt.states.memory_layout import Layout, overlaps_itself
 from mpi_ckpt.states.mismatch import are_alike, compare_specs, raise_mismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -117,6 +118,12 @@ class ArrayState(LeafState):
         sync: SyncMode = "check",
     ) -> None:
         super().__init__(name, sync=sync)
+        given: object = arrays
+        if not isinstance(given, Mapping) and not callable(given):
+            raise RegistrationError(
+                f"state {name!r}: arrays is of type {type(given).__name__}: give a dict of "
+                "arrays by name, {'x': array}, or a function that returns one"
+            )
         self._asked = arrays if callable(arrays) else None
         self._kept: dict[str, Any] = {} if callable(arrays) else dict(arrays)
         problems = [_no_array(key, value) for key, value in self._kept.items()]

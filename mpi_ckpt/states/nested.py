@@ -224,8 +224,8 @@ class SchedulerState(NestedState):
         if not is_stateful(scheduler):
             raise RegistrationError(
                 f"state {name!r}: a {type(scheduler).__name__} has no state_dict() and "
-                "load_state_dict(): take an ObjectState for plain values, or a State of "
-                "your own"
+                "load_state_dict(): if it is what state_dict() gave, give the object "
+                "itself; for plain values take an ObjectState, or a State of your own"
             )
         self._scheduler = scheduler
 

@@ -13,6 +13,7 @@ from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.nested import SchedulerState, is_off
 from mpi_ckpt.states.optimizer import OptimizerState, is_optimizer
+from mpi_ckpt.states.wrappers import is_of_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,11 +51,11 @@ class TrainState(LeafState):
 
     def __init__(
         self,
-        *,
         module: torch.nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         scheduler: Stateful | Sequence[Stateful] | None = None,
         scaler: Stateful | None = None,
+        *,
         name: str = "train",
         sync: SyncMode = "root",
         overlap: bool = False,
@@ -67,6 +68,7 @@ class TrainState(LeafState):
         for key, item in _numbered("optimizer", optimizer):
             self._all[key] = _optimizer_state(key, item, module, overlap=overlap)
         for key, item in _numbered("scheduler", scheduler):
+            _refuse_another_kind(key, item, "torch.optim", "Optimizer", "optimizer")
             self._all[key] = SchedulerState(key, item)
         if scaler is not None:
             self._all["scaler"] = SchedulerState("scaler", scaler)
@@ -206,10 +208,22 @@ def _numbered(key: str, given: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
     return [(key, given)]
 
 
+def _refuse_another_kind(key: str, given: object, home: str, kind: str, right: str) -> None:
+    if isinstance(given, type):
+        raise RegistrationError(
+            f"{key} is the class {given.__name__}: give an object of it"
+        )
+    if is_of_class(given, home, kind):
+        raise RegistrationError(
+            f"{key} is of type {type(given).__name__}: give it as {right}="
+        )
+
+
 def _optimizer_state(
     key: str, optimizer: object, module: torch.nn.Module, *, overlap: bool
 ) -> LeafState:
     given: Any = optimizer
+    _refuse_another_kind(key, given, "torch.optim.lr_scheduler", "LRScheduler", "scheduler")
     if is_optimizer(optimizer):
         return OptimizerState(key, given, module=module)
     if overlap:

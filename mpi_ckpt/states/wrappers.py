@@ -38,12 +38,10 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
             sharded by FullyShardedDataParallel: only all ranks together hold its contents.
     """
     given: Any = module
-    if not (callable(getattr(given, "state_dict", None)) and hasattr(given, "modules")):
-        raise RegistrationError(
-            f"state {state!r}: a {type(module).__name__} is not a torch.nn.Module; for "
-            "another object with state_dict() and load_state_dict(), take a SchedulerState"
-        )
-    if any(_is_a(part, *_FSDP) for part in module.modules()):
+    has_parts = callable(getattr(given, "state_dict", None)) and hasattr(given, "modules")
+    if isinstance(given, type) or not has_parts:
+        raise RegistrationError(f"state {state!r}: {_no_module(given)}")
+    if any(is_of_class(part, *_FSDP) for part in module.modules()):
         raise RegistrationError(
             f"state {state!r}: the module is sharded by FullyShardedDataParallel, whose "
             "flat parameters hide which part of which parameter a rank has. Shard it by "
@@ -54,6 +52,21 @@ def unwrapped(state: str, module: torch.nn.Module) -> torch.nn.Module:
         module = getattr(module, attribute)
         attribute = _wraps(module)
     return module
+
+
+def _no_module(given: object) -> str:
+    kind = type(given).__name__
+    if isinstance(given, type):
+        return f"module is the class {given.__name__}: give an object of it"
+    if isinstance(given, dict):
+        return (
+            f"module is not a torch.nn.Module but of type {kind}: if that is its "
+            "state_dict(), give the module itself, which a save reads and a restore fills"
+        )
+    return (
+        f"module is not a torch.nn.Module but of type {kind}; for another object with "
+        "state_dict() and load_state_dict(), take a SchedulerState"
+    )
 
 
 def inner_names(module: torch.nn.Module) -> Callable[[str], str]:
@@ -107,7 +120,7 @@ def is_dtensor(tensor: object) -> bool:
 
     Not collective. Thread-safe.
     """
-    return _is_a(tensor, "torch.distributed.tensor", "DTensor")
+    return is_of_class(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def is_sharded(tensor: object) -> bool:
@@ -116,17 +129,21 @@ def is_sharded(tensor: object) -> bool:
     Not collective. Thread-safe.
     """
     home = "torch.distributed._shard.sharded_tensor"
-    return is_dtensor(tensor) or _is_a(tensor, home, "ShardedTensor")
+    return is_dtensor(tensor) or is_of_class(tensor, home, "ShardedTensor")
 
 
 def _wraps(module: torch.nn.Module) -> str | None:
     for home, kind, attribute in _TRANSPARENT:
-        if _is_a(module, home, kind):
+        if is_of_class(module, home, kind):
             return attribute
     return None
 
 
-def _is_a(value: object, home: str, kind: str) -> bool:
+def is_of_class(value: object, home: str, kind: str) -> bool:
+    """Return whether a value is of a class of torch's, without importing it.
+
+    Not collective. Thread-safe.
+    """
     # It can only be one if the program has imported the class; an import costs seconds.
     known: Any = getattr(sys.modules.get(home), kind, None)
     return known is not None and isinstance(value, known)

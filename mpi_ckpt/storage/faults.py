@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _ADVICE = {
+    errno.ENOTDIR: "a file is where a directory is needed: give the manager a directory",
+    errno.EACCES: "this user may not do that there: look at owner and mode of the path",
     errno.ENOSPC: "the file system is full",
     errno.EDQUOT: "the quota is used up, which the free space does not show",
     errno.EROFS: "the file system is read-only",

@@ -31,6 +31,7 @@ __all__ = [
     "make_directories",
     "make_directory",
     "open_for_reading",
+    "overwrite_start",
     "read_at",
     "read_start",
     "remove_file",
@@ -109,10 +110,7 @@ def create_file(path: Path, *, direct: bool = False) -> Iterator[int]:
 
 
 def leave_direct(descriptor: int) -> None:
-    """Make a descriptor opened for direct writes use the page cache from now on.
-
-    Not collective.
-    """
+    """Let a direct descriptor use the page cache from now on. Not collective."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
@@ -153,12 +151,9 @@ def reserve(descriptor: int, nbytes: int) -> bool:
 
 def rewrite_file(path: Path, data: bytes) -> None:
     """Overwrite the start of a file that must exist, durably. Not collective."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with _open_for_writing(path) as descriptor:
         write_all(descriptor, data, 0)
         sync_file(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def set_length(descriptor: int, nbytes: int) -> None:
@@ -207,9 +202,8 @@ def sync_directory(path: Path, *, if_possible: bool = False) -> None:
 def rename_new(source: Path, target: Path) -> None:
     """Rename a directory to a name that must be free. Not collective.
 
-    The caller holds the lock of the parent, so no other job can take the name between the
-    check and the rename. A generation is never empty, so the rename itself fails if the
-    target is one.
+    The caller holds the lock of the parent: no other job can take the name in between. A
+    generation is never empty, so the rename itself fails if the target is one.
     """
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
@@ -242,10 +236,22 @@ def link_file(source: Path, target: Path) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Append to a file, made if missing; does not make it durable. Not collective."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _open_for_writing(path, os.O_CREAT | os.O_APPEND) as descriptor:
+        os.write(descriptor, data)
+
+
+def overwrite_start(path: Path, data: bytes) -> None:
+    """Overwrite the start of a file, made if missing; not durable. Not collective."""
+    with _open_for_writing(path, os.O_CREAT) as descriptor:
+        write_all(descriptor, data, 0)
+
+
+@contextmanager
+def _open_for_writing(path: Path, more_flags: int = 0) -> Iterator[int]:
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
     descriptor = os.open(path, flags, 0o666)
     try:
-        os.write(descriptor, data)
+        yield descriptor
     finally:
         os.close(descriptor)
 

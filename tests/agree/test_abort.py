@@ -34,7 +34,7 @@ class Farewell:
         self.words = words
         Farewell.said += 1
 
-    def words_of(self, rank, seconds):
+    def words_of_root(self, seconds):
         return self.words if Farewell.root_says_the_same else b""
 
     def missing(self, seconds):

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from mpi_ckpt import digest
 from mpi_ckpt.buckets import plan_buckets
-from mpi_ckpt.digest import BlockHasher, Digest, Digests, digest_bytes, digest_many
+from mpi_ckpt.digest import (
+    BlockHasher,
+    Digest,
+    Digests,
+    copy_many,
+    digest_bytes,
+    digest_many,
+)
 
 
 @given(
@@ -126,3 +133,27 @@ def test_buckets_hold_all_runs_in_order_and_large_ones_alone(sizes, small, most)
     for (first, middle), (_, last) in pairwise(buckets):
         fused = sizes[first:last]
         assert max(fused) > small or sum(sizes[first : middle + 1]) > most
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("digested", [True, False])
+@given(sizes=st.lists(st.integers(0, 50), max_size=8), seed=st.integers(0, 99))
+def test_copies_are_equal_and_have_the_digests_of_their_sources(
+    threads, digested, sizes, seed
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest, "BLOCK_BYTES", 17)
+        patch.setattr(digest, "_CACHED_BYTES", 5)
+        patch.setattr(digest, "_PARALLEL_BYTES", 1)
+        patch.setattr(digest, "_GROUP_BYTES", 20)
+        sources = [
+            bytes((seed + i + n) % 256 for n in range(size)) for i, size in enumerate(sizes)
+        ]
+        places = [bytearray(size) for size in sizes]
+        copies = [
+            (memoryview(a), memoryview(b)) for a, b in zip(sources, places, strict=True)
+        ]
+        found = copy_many(copies, threads, digested=digested)
+    assert [bytes(place) for place in places] == sources
+    expected = [Digest.of(source, 17) for source in sources]
+    assert found == (expected if digested else [])

@@ -45,6 +45,77 @@ def test_bytes_arrive_whatever_the_pieces(tmp_path_factory, mode, known, sizes, 
     assert path.read_bytes() == b"".join(pieces)
 
 
+@pytest.mark.parametrize("mode", ["direct", "buffered"])
+@given(
+    pieces=st.lists(
+        st.tuples(st.integers(0, 20000), st.booleans(), st.integers(0, 2)), max_size=8
+    ),
+    seed=st.integers(0, 255),
+)
+@settings(max_examples=30, deadline=None)
+def test_kept_bytes_arrive_wherever_they_lie(tmp_path_factory, mode, pieces, seed):
+    """Kept or not, where the file will have them or one byte beside, in any order."""
+    path = tmp_path_factory.mktemp("out") / "file"
+    memory = aligned(200_000)
+    memory[:] = np.random.default_rng(seed).integers(0, 256, 200_000, np.uint8)
+    expected, offset = bytearray(), 0
+    with create_out_file(path, nbytes=None, mode=mode, staging=Arena()) as out:
+        for size, is_kept, beside in pieces:
+            piece = memory[offset + beside :][:size].data
+            (out.write_kept if is_kept else out.write)(piece)
+            expected += piece
+            offset += len(piece)
+        out.finish()
+    assert path.read_bytes() == bytes(expected)
+
+
+def aligned(nbytes):
+    memory = np.zeros(nbytes + 4096, np.uint8)
+    return memory[-memory.ctypes.data % 4096 :][:nbytes]
+
+
+def test_kept_bytes_are_written_from_where_they_lie(tmp_path, monkeypatch):
+    sources = []
+
+    def pwrite(descriptor, data, offset):
+        sources.append((address_of(data), len(data), offset))
+        return os.pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(filesystem, "os", _Os(pwrite=pwrite))
+    nbytes = 2 * outfile._BLOCK_BYTES + 4096 + 5
+    memory = aligned(nbytes)
+    memory[:] = 7
+    with create_out_file(
+        tmp_path / "file", nbytes=nbytes, mode="direct", staging=Arena()
+    ) as out:
+        out.write_kept(memory.data)
+        out.finish()
+    start = memory.ctypes.data
+    whole = [(a, n, at) for a, n, at in sources if a == start + at]
+    assert sum(n for _, n, _ in whole) == nbytes - 5  # all but the end of the last sector
+    assert (tmp_path / "file").read_bytes() == memory.tobytes()
+
+
+def test_a_failed_write_of_kept_bytes_is_raised(tmp_path, monkeypatch):
+    def fail(descriptor, data, offset):
+        if offset >= outfile._BLOCK_BYTES:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(filesystem, "os", _Os(pwrite=fail))
+    memory = aligned(8 * outfile._BLOCK_BYTES)
+
+    def write_kept():
+        with create_out_file(
+            tmp_path / "file", nbytes=None, mode="direct", staging=Arena()
+        ) as out:
+            out.write_kept(memory.data)
+            out.finish()
+
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_kept()
+
+
 @pytest.mark.parametrize("extra", [-1, 0, 1, 4095, 4096, 4097])
 def test_direct_files_of_several_blocks(tmp_path, extra):
     data = os.urandom(3 * outfile._BLOCK_BYTES + extra)

@@ -178,3 +178,43 @@ def test_state_that_was_looked_at_sees_each_change(change):
         leaf.spec
         for leaf in state.prepare(None, [x.spec for x in now.leaves], strict=True).leaves
     ] == [leaf.spec for leaf in now.leaves]
+
+
+TENSORS = ["float32", "bfloat16", "bool", "complex64", "int64", "float8_e5m2"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(TENSORS), st.sampled_from(SHAPES), st.booleans()),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_tensors_are_read_and_written_as_each_alone(drawn, times, is_conjugate):
+    torch = pytest.importorskip("torch")
+    from mpi_ckpt.states.tensors import tensor_leaf
+
+    def leaves(seed):
+        made = []
+        for n, (dtype, shape, is_turned) in enumerate(drawn * times):
+            kind = getattr(torch, dtype)
+            count = int(np.prod(shape, dtype=int)) * kind.itemsize
+            data = np.random.default_rng(seed + n).integers(0, 2, count, np.uint8)
+            tensor = torch.from_numpy(data).view(kind).reshape(shape)
+            tensor = tensor.transpose(0, -1) if is_turned and len(shape) > 1 else tensor
+            is_turned_number = kind == torch.complex64 and is_conjugate
+            made.append(tensor_leaf(f"{n}", tensor.conj() if is_turned_number else tensor))
+        return made
+
+    first, second, source = leaves(0), leaves(0), leaves(50)
+    expected = [bytes(leaf.buffer.read()) for leaf in first]
+    assert [b"".join([one]) for one in read_leaves(first)] == expected
+    data = [bytes(leaf.buffer.read()) for leaf in source]
+    write_leaves(first, memoryview(b"".join(data)))
+    for leaf, one in zip(second, data, strict=True):
+        leaf.buffer.write(memoryview(one))
+    assert [bytes(leaf.buffer.read()) for leaf in first] == [
+        bytes(leaf.buffer.read()) for leaf in second
+    ]

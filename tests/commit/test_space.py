@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState
-from mpi_ckpt.engine.save.needed_space import foresee_space
+from mpi_ckpt.engine.save.request import foresee_space
 from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.errors import SaveError, WriteError

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.storage.format.layout import LOCK
+from tests.directories import LOSSY
 
 if TYPE_CHECKING:
     import random
@@ -47,7 +48,7 @@ def read_image(sandbox: Path) -> Image:
         for name in folders:
             image[os.path.relpath(os.path.join(folder, name), sandbox)] = None
         for name in files:
-            if name != ".lock":
+            if name not in (".lock", *LOSSY):
                 path = Path(folder, name)
                 image[os.path.relpath(path, sandbox)] = path.read_bytes()
     return image

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.crash.recorder import Op
+from tests.directories import LOSSY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -228,7 +229,7 @@ class _Reader:
 
     def _is_inside(self, path: str) -> bool:
         inside = path == self._sandbox or path.startswith(self._sandbox + "/")
-        return inside and os.path.basename(path) != ".lock"
+        return inside and os.path.basename(path) not in (".lock", *LOSSY)
 
     def _create(self, call: Call, path: str) -> int:
         self._refused.discard(path)

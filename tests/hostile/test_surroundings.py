@@ -19,6 +19,7 @@ from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, SaveError
 from mpi_ckpt.storage.directory.catalog import Catalog
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from tests.commands import run
+from tests.directories import names_in
 from tests.hostile.watch import watched
 from tests.hostile.world import NEWEST, STREAM, Program, copy_of, make_root, make_socket
 from tests.making import save
@@ -231,7 +232,7 @@ def test_other_names_mean_nothing_whatever_they_are(root, target):
     with watched(root):
         program = Program()
         assert program.restore(root).generation == 2
-    assert sorted(os.listdir(root)) == sorted([*before, ".lock"])
+    assert names_in(root) == sorted([*before, ".lock"])
     assert run("ls", root).exit_code == 0
 
 

@@ -9,8 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from mpi_ckpt.comm import horovod_checks as module
-from mpi_ckpt.comm.admission import Objection, check_before
+from mpi_ckpt.comm.admission import (
+    check_before,
+    objection_of,
+    refuse_if_any_objects,
+)
 from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, find_horovod
+from mpi_ckpt.comm.roster import RankTexts
 from mpi_ckpt.errors import LaunchError
 
 FRONT_ENDS = [f"horovod.{name}" for name in ("torch", "tensorflow", "keras", "mxnet")]
@@ -93,20 +98,16 @@ def test_finalized_mpi_is_told_before_it_ends_the_process():
 
 def test_objection_is_what_the_check_would_raise(monkeypatch):
     comm = SimpleNamespace(size=4)
-    assert not Objection.of(mpi(), comm).is_raised
+    assert objection_of(mpi(), comm) == ""
     monkeypatch.setitem(module.sys.modules, "horovod.torch", horovod(2))
-    objection = Objection.of(mpi(), comm)
-    assert objection.is_raised
-    assert "runs 2 ranks" in objection.text
+    assert "runs 2 ranks" in objection_of(mpi(), comm)
 
 
 def test_objections_are_raised_by_all_and_name_their_ranks():
-    texts = ["", "too few", "", "too few"]
-    comm = SimpleNamespace(allgather=lambda _: texts)
-    Objection().settle(comm, [False] * 4)
+    refuse_if_any_objects(RankTexts.of([("", 4)]))
+    some = RankTexts.of([("", 1), ("too few", 1), ("", 1), ("too few", 1)])
     with pytest.raises(LaunchError, match=r"^rank 1, 3: too few$") as caught:
-        Objection().settle(comm, [False, True, False, True])
+        refuse_if_any_objects(some)
     assert caught.value.problems == ("rank 1, 3: too few",)
-    texts[:] = ["all wrong"] * 4
     with pytest.raises(LaunchError, match=r"^all wrong$"):
-        Objection("all wrong").settle(comm, [True] * 4)
+        refuse_if_any_objects(RankTexts.of([("all wrong", 4)]))

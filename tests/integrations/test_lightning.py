@@ -133,3 +133,53 @@ def test_without_lightning_it_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     with pytest.raises(LaunchError, match=r"pip install 'mpi_ckpt\[lightning\]'"):
         package.classes("callbacks")
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_plugin_saves_behind_the_training_in_lightnings_thread(pl, tmp_path, kept):
+    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+            self.steps = []
+
+        def training_step(self, batch, number):
+            self.steps.append(number)
+            loss = self.layer(batch).square().mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    def train(epochs, **how):
+        model, plugin = Model(), lightning.MPICheckpointIO()
+        saver = pl.callbacks.ModelCheckpoint(
+            tmp_path, monitor="loss", save_top_k=kept, save_last=True, every_n_train_steps=1
+        )
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", devices=1, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[saver],
+            plugins=[LightningEnvironment(), AsyncCheckpointIO(plugin)],
+        )  # fmt: skip
+        loader = torch.utils.data.DataLoader(torch.randn(8, 2), batch_size=2)
+        trainer.fit(model, loader, **how)
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of loaders without workers
+        first = train(3)
+        names = {path.name for path in tmp_path.iterdir()}
+        for name in names:
+            assert lightning.MPICheckpointIO().load_checkpoint(tmp_path / name)
+        saved = lightning.MPICheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+        second = train(4, ckpt_path=tmp_path / "last.ckpt")
+    assert len(first.steps) == 12
+    # Lightning removes at once what its thread may still have to write.
+    assert len(names) >= kept + 1
+    assert saved["global_step"] == 12
+    torch.testing.assert_close(saved["state_dict"], dict(first.state_dict()))
+    assert len(second.steps) == 4

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
+DOCUMENTS = sorted((REPOSITORY / "docs").rglob("*.md"))
 
 _LISTING = re.compile(r"<!-- (examples/\w+\.py) -->\n(?:\n```python\n.*?```\n)?", re.DOTALL)
 

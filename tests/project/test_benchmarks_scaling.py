@@ -20,6 +20,7 @@ from benchmarks.growth import (
     explain,
     fit,
     fit_all,
+    fit_tree,
     grown,
     human_bytes,
     human_seconds,
@@ -54,6 +55,20 @@ def test_one_rank_alone_tells_nothing_of_growth():
     assert fit({1: 2, 2: 10, 4: 10, 8: 10, 16: 10}) == Growth(10, 0)
     assert fit({1: 7}) == Growth(7, 0)
     assert fit({1: 0, 4: 7}) == Growth(7, 0)
+
+
+def test_a_tree_adds_as_much_at_each_doubling():
+    tree = {1: 0, 2: 11, 4: 25, 8: 37}
+    assert fit_tree(tree) == fit(tree)
+    assert (fit_tree(tree).per_rank, fit_tree(tree).per_doubling) == (0, 12)
+    assert fit_tree(tree).at(16) == 49
+
+
+@given(base=st.integers(0, 50), each=st.integers(1, 9), doubling=st.integers(0, 20))
+def test_all_pairs_within_a_tree_are_found(base, each, doubling):
+    counts = {n: base + each * n + doubling * math.log2(n) for n in (2, 4, 8)}
+    found = fit_tree(counts)
+    assert (found.per_rank, found.per_doubling) == (each, doubling)
 
 
 def test_texts_may_differ_by_some_bytes():

@@ -2,6 +2,7 @@
 """The documents name what there is."""
 
 import contextlib
+import difflib
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from mpi_ckpt.options import ENVIRONMENT, IO, Options, StopWhen
 from tests.project import listings, rooms
 
 REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 
 
 def test_every_option_and_variable_is_in_the_options_page():
@@ -134,10 +135,31 @@ print(len(trained), manager.steps)
 """
 
 
-def example_of_the_readme():
+def program_of_the_readme():
     text = (REPOSITORY / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return example
+
+
+def example_of_the_readme():
+    """Return the program without the model and the data, which are the reader's."""
+    program = program_of_the_readme()
+    start, end = program.index("dataset, model ="), program.index("sampler =")
+    return program[:start] + program[end:]
+
+
+def test_program_of_the_readme_runs_as_it_stands(tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "train.py").write_text(program_of_the_readme())
+    for batches in (True, False):  # the second time nothing is left to train
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "train.py"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 2 - batches
 
 
 @pytest.mark.long
@@ -240,6 +262,23 @@ def test_recipe_of_epochs_resumes_with_the_next_one(tmp_path):
     assert run(3) == ([0, 1, 2, 3], 8, 4)
     assert run(None) == ([3, 4, 5, 6, 7, 8, 9], 14, 10)
     assert run(None) == ([], 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("plain", "saved", "most"),
+    [
+        ("horovod_plain.py", "horovod_saved.py", 10),
+        ("plain_torch.py", "saved_torch.py", 20),
+    ],
+)
+def test_few_lines_of_a_script_change(plain, saved, most):
+    """What the tutorials say; docstrings count, empty lines and deeper indents do not."""
+    before, after = (
+        [line.strip() for line in (REPOSITORY / "examples" / name).read_text().splitlines()]
+        for name in (plain, saved)
+    )
+    changes = [line for line in difflib.ndiff(before, after) if line.startswith("+ ")]
+    assert len([line for line in changes if line.strip("+ ")]) <= most
 
 
 NAMED = re.compile(r"`[^`\n]*?([\w./*-]*\btest_\w+\.py)[^`\n]*`")

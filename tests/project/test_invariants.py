@@ -85,7 +85,8 @@ def test_one_module_changes_the_file_system():
         lambda node: CHANGES.fullmatch(called(node)),
         besides=("storage/filesystem.py", "storage/owning/lock.py"),
     )
-    assert changes == []
+    # The length of memory, which no file has.
+    assert [place.partition(":")[0] for place in changes] == ["memory.py"]
     assert where(lambda node: called(node) == "os.rename") != []
 
 
@@ -99,13 +100,12 @@ def test_lock_changes_nothing_but_its_own_file():
 
 
 def test_files_are_opened_in_two_modules_only():
-    assert (
-        where(
-            lambda node: called(node) in ("open", "os.open", "io.open", "path.open"),
-            besides=("storage/filesystem.py", "storage/owning/lock.py"),
-        )
-        == []
+    opened = where(
+        lambda node: called(node) in ("open", "os.open", "io.open", "path.open"),
+        besides=("storage/filesystem.py", "storage/owning/lock.py"),
     )
+    # Memory of another process of the job, which no file has.
+    assert [place.partition(":")[0] for place in opened] == ["memory.py"]
     assert importers("shutil", "tempfile") == []
 
 
@@ -230,7 +230,7 @@ def test_threads_are_started_where_no_mpi_is():
     assert modules == {
         "comm/ulfm/guard.py", "digest.py",
         "engine/save/background.py", "engine/watchdog.py",
-        "storage/owning/lease.py", "storage/reading/proving.py",
+        "storage/owning/lease.py", "storage/reading/read_queue.py",
         "storage/writing/outfile.py",
     }  # fmt: skip
     for name in modules:

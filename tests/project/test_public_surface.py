@@ -20,8 +20,8 @@ def test_names_are_sorted_unique_and_few():
     assert mpi_ckpt.__all__ == names
     assert set(mpi_ckpt.__all__) == set(mpi_ckpt._MODULES)
     # 30 names for replicas and per-rank values, and three for arrays cut over the ranks:
-    # Block, ShardedArrayState, ConcatState.
-    assert len(mpi_ckpt.__all__) <= 33
+    # Block, ShardedArrayState, ConcatState. One for programs that log elsewhere: Hooks.
+    assert len(mpi_ckpt.__all__) <= 34
 
 
 @pytest.mark.parametrize("name", mpi_ckpt.__all__)

@@ -10,25 +10,43 @@ from mpi_ckpt.comm.topology import Link, Topology
 HOSTS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=12)
 
 
+def nodes(topology):
+    return [topology.ranks_of(node) for node in range(len(topology.names))]
+
+
+def chain(topology, source):
+    """The ranks that bytes pass from host to host, by the links of each."""
+    passed, after = [source], topology.link(source, source).after
+    while after is not None:
+        assert topology.link(after, source).before == passed[-1]
+        passed.append(after)
+        after = topology.link(after, source).after
+    return passed
+
+
 def test_ranks_are_grouped_by_host_wherever_they_lie():
     topology = Topology.of(["b", "a", "b", "c", "a"])
-    assert topology.nodes == ((0, 2), (1, 4), (3,))
-    assert topology.node_of == (0, 1, 0, 2, 1)
+    assert nodes(topology) == [[0, 2], [1, 4], [3]]
+    assert topology.node_of.tolist() == [0, 1, 0, 2, 1]
     assert topology.leaders == (0, 1, 3)
+    assert list(topology.hosts) == ["b", "a", "b", "c", "a"]
+    assert topology.hosts[1:4] == ["a", "b", "c"]
+    assert not topology.hosts.are_one
 
 
 def test_one_host():
     topology = Topology.of(["a"] * 3)
-    assert topology.nodes == ((0, 1, 2),)
-    assert topology.chain(2) == (2,)
+    assert nodes(topology) == [[0, 1, 2]]
+    assert topology.hosts.are_one
+    assert chain(topology, 2) == [2]
     assert topology.link(0, 2) == Link(None, None, 2)
 
 
 @pytest.mark.parametrize(
-    ("source", "chain"), [(0, (0, 1, 3)), (2, (2, 1, 3)), (4, (4, 3, 0)), (3, (3, 0, 1))]
+    ("source", "passed"), [(0, [0, 1, 3]), (2, [2, 1, 3]), (4, [4, 3, 0]), (3, [3, 0, 1])]
 )
-def test_a_chain_starts_at_its_source(source, chain):
-    assert Topology.of(["b", "a", "b", "c", "a"]).chain(source) == chain
+def test_a_chain_starts_at_its_source(source, passed):
+    assert chain(Topology.of(["b", "a", "b", "c", "a"]), source) == passed
 
 
 def test_the_links_of_a_chain():
@@ -46,18 +64,11 @@ def test_every_rank_is_reached_once(hosts, data):
     topology = Topology.of(hosts)
     size = len(hosts)
     source = data.draw(st.integers(0, size - 1))
-    links = [topology.link(rank, source) for rank in range(size)]
-    entries = topology.entries(source)
-    assert sorted(topology.chain(source)) == sorted(entries)
-    assert source in entries
+    reached = chain(topology, source)
     # Along the chain from the source on, and then within each node.
-    reached, rank = [source], source
-    while (after := links[rank].after) is not None:
-        assert links[after].before == rank
-        rank = after
-        reached.append(rank)
-    assert reached == list(topology.chain(source))
-    for rank, link in enumerate(links):
+    assert sorted(hosts[rank] for rank in reached) == sorted(set(hosts))
+    for rank in range(size):
+        link = topology.link(rank, source)
         assert hosts[link.entry] == hosts[rank]
         assert link.entry in reached
         if rank not in reached:
@@ -67,11 +78,11 @@ def test_every_rank_is_reached_once(hosts, data):
 @given(HOSTS)
 def test_each_node_has_its_ranks_in_order(hosts):
     topology = Topology.of(hosts)
-    assert sorted(rank for ranks in topology.nodes for rank in ranks) == [
+    assert sorted(rank for ranks in nodes(topology) for rank in ranks) == [
         *range(len(hosts))
     ]
-    for node, ranks in enumerate(topology.nodes):
-        assert list(ranks) == sorted(ranks)
-        assert len({hosts[rank] for rank in ranks}) == 1
-        assert all(topology.node_of[rank] == node for rank in ranks)
+    for node, ranks in enumerate(nodes(topology)):
+        assert ranks == sorted(ranks)
+        assert {hosts[rank] for rank in ranks} == {topology.names[node]}
+        assert topology.leaders[node] == ranks[0]
     assert list(topology.leaders) == sorted(topology.leaders)

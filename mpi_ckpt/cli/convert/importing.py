@@ -114,9 +114,10 @@ def import_file(
         f"{plural(len(states), 'state')}: {names}"
     )
     if left_out:
-        screen.warn(
+        screen.say(
             f"left out, since they have a format of adaptdl's own: {', '.join(left_out)}; "
-            "the job starts these anew"
+            "the job starts these anew",
+            aside=True,
         )
     return GOOD
 

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.cli.command import GOOD, command, directory_argument
+import click
+
+from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, command, directory_argument
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import lock_holder, look
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.tables import Column
+from mpi_ckpt.retention import GenerationSummary, best_first, metric_names
+from mpi_ckpt.storage.directory import pins, recovery
 from mpi_ckpt.storage.format.layout import QUARANTINE
 
 if TYPE_CHECKING:
@@ -17,13 +22,67 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.cli.generations import Row
     from mpi_ckpt.cli.screen import Screen
+    from mpi_ckpt.retention import Mode
 
 _SOUND = ("newest", "ok", "gone", "partial", "rolled back")
 
 
+_SORTS = {
+    "generation": lambda manifest: manifest.generation,
+    "step": lambda manifest: manifest.step,
+    "saved": lambda manifest: manifest.time,
+    "size": lambda manifest: manifest.nbytes,
+    "ranks": lambda manifest: manifest.size,
+}
+_BY_BEST = "the best"
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """What is special about generations: number -> note of its pin; the best, in order."""
+
+    pinned: dict[int, str]
+    best: list[int]
+    metric: str = ""
+
+    def of(self, row: Row) -> str:
+        """Return the marks of a generation, in words."""
+        number = _number_of(row)
+        marks = [f"best {self.metric}"] if number in self.best[:1] else []
+        if number in self.pinned:
+            note = self.pinned[number]
+            marks.append(f"pinned: {note}" if note else "pinned")
+        return ", ".join(marks)
+
+    def to_json(self, row: Row) -> dict[str, Any]:
+        """Return the marks of a generation as JSON values."""
+        number = _number_of(row)
+        return {
+            "pinned": number in self.pinned,
+            "note": self.pinned.get(number, ""),
+            "best": number in self.best[:1],
+        }
+
+
 @command("ls", "List the generations in a directory.", dates=True)
 @directory_argument()
-def list_generations(screen: Screen, directory: Path) -> int:
+@click.option("--best", metavar="METRIC", help="Mark the best by METRIC; give --mode too.")
+@click.option(
+    "--mode",
+    type=click.Choice(["min", "max"]),
+    help="Whether its lowest or its highest value is the best.",
+)
+@click.option(
+    "--sort",
+    is_flag=False,
+    flag_value=_BY_BEST,
+    metavar="[KEY]",
+    help="Sort by generation, step, saved, size, ranks or a metric, lowest first; without "
+    "KEY the best first.",
+)
+def list_generations(
+    screen: Screen, directory: Path, best: str | None, mode: Mode | None, sort: str | None
+) -> int:
     """List the generations in DIR: step, age, size, ranks, state.
 
     "shared" is what a generation has in common with others by hard link. States: newest
@@ -34,17 +93,24 @@ def list_generations(screen: Screen, directory: Path) -> int:
     directory = directory_of_all(directory, "ls")
     rows = look(directory)
     holder = lock_holder(directory)
+    marks = _marks(directory, rows, best, mode)
+    if sort is not None:
+        rows = _sorted(rows, sort, marks)
     on_disk = sum(size for _, _, size in frozenset().union(*(r.inodes for r in rows)))
     screen.data(
         {
             "directory": str(directory),
-            "generations": [row.to_json() for row in rows],
+            "generations": [{**row.to_json(), **marks.to_json(row)} for row in rows],
             "bytes_on_disk": on_disk,
             "lock_holder": holder,
         }
     )
     metrics = sorted({name for r in rows if r.manifest for name in r.manifest.metrics})
-    screen.table(_columns(metrics), [_cells(screen, row, metrics) for row in rows])
+    columns, cells = _columns(metrics), [_cells(screen, row, metrics) for row in rows]
+    if any(marks.of(row) for row in rows):
+        columns.append(Column("marks", names=True))
+        cells = [[*line, marks.of(row)] for line, row in zip(cells, rows, strict=True)]
+    screen.table(columns, cells)
     for row in rows:
         if row.reason and row.state not in _SOUND:
             screen.say(f"{row.name}: {row.reason}", style="red")
@@ -54,6 +120,70 @@ def list_generations(screen: Screen, directory: Path) -> int:
     if holder is not None:
         screen.say(f"in use by {holder}", style="dim")
     return GOOD
+
+
+def _number_of(row: Row) -> int:
+    published = row.manifest is not None and row.name.startswith("checkpoint-")
+    return row.manifest.generation if published and row.manifest else 0
+
+
+def _marks(
+    directory: Path, rows: list[Row], metric: str | None, mode: Mode | None
+) -> _Marks:
+    pinned = {n: pins.read_note(directory, n) for n in recovery.survey(directory).pinned}
+    if metric is None and mode is None:
+        return _Marks(pinned, [])
+    if metric is None or mode is None:
+        raise CommandError(
+            "give both: --best METRIC, and --mode min or --mode max, since only you know "
+            "which value is best",
+            code=MISUSED,
+            kind="usage",
+        )
+    there = [
+        GenerationSummary(row.manifest.generation, row.manifest.step, row.manifest.metrics)
+        for row in rows
+        if row.manifest is not None and row.state in ("newest", "ok")
+    ]
+    best = best_first(metric, mode, there)
+    if not best:
+        raise CommandError(
+            f"--best {metric}: no generation has that metric; there: "
+            f"{', '.join(metric_names(there)) or 'none'}",
+            code=MISUSED,
+            kind="absent",
+        )
+    return _Marks(pinned, best, metric)
+
+
+def _sorted(rows: list[Row], sort: str, marks: _Marks) -> list[Row]:
+    """Return the rows in another order; those without a value stay last, as they are."""
+    if sort == _BY_BEST:
+        if not marks.best:
+            raise CommandError(
+                "--sort alone puts the best first: give --best METRIC --mode min or max as "
+                f"well, or --sort with a metric, or one of {', '.join(_SORTS)}",
+                code=MISUSED,
+                kind="usage",
+            )
+        order = {number: place for place, number in enumerate(marks.best)}
+        return sorted(rows, key=lambda row: order.get(_number_of(row), len(order)))
+    metrics = {name for row in rows if row.manifest for name in row.manifest.metrics}
+    if sort not in (*_SORTS, *metrics):
+        raise CommandError(
+            f"--sort {sort}: sort by {', '.join([*_SORTS, *sorted(metrics)])}",
+            code=MISUSED,
+            kind="usage",
+        )
+
+    def key(row: Row) -> tuple[bool, float]:
+        manifest = row.manifest
+        if manifest is None:
+            return True, 0.0
+        value = _SORTS[sort](manifest) if sort in _SORTS else manifest.metrics.get(sort)
+        return (True, 0.0) if value is None or value != value else (False, value)
+
+    return sorted(rows, key=key)
 
 
 def _columns(metrics: list[str]) -> list[Column]:

@@ -37,6 +37,7 @@ from mpi_ckpt.retention import (
 )
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.directory.catalog import Catalog
+from mpi_ckpt.storage.directory.pins import bring_back_pinned
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _PrunePlan:
-    """The generations to remove, keep and leave alone; the freed bytes; the rankings."""
+    """The generations to remove, keep and leave alone; freed bytes; rankings; pins."""
 
     removed: tuple[int, ...]
     kept: tuple[int, ...]
     left_alone: tuple[str, ...]
     freed: int
     rankings: list[Ranking]
+    pinned: tuple[int, ...]
 
 
 @command("prune", "Remove all generations but those that the options keep.")
@@ -101,7 +103,7 @@ def prune(
 ) -> int:
     """Remove generations that no --keep option keeps.
 
-    The newest good one always stays, and damaged ones are left alone: quarantine those.
+    The newest good one and pinned ones stay; damaged ones are left alone: quarantine those.
     Damage inside of files is seen with --verify only. Before anything goes it says what
     each rule ranks by, which way, and with which values. Refused while a job uses DIR.
     Leftovers of writes that were cut off go as well.
@@ -115,6 +117,7 @@ def prune(
         _say_ranking(screen, plan)
         leftovers = recovery.survey(directory).partials
         if not dry_run:
+            leftovers = bring_back_pinned(directory, leftovers)
             recovery.sweep(directory, leftovers, job)
             Catalog(directory).remove(plan.removed, job)
     # Failed removals were logged; those generations still exist under some name.
@@ -126,6 +129,7 @@ def prune(
             "ranked_by": [ranking.to_json() for ranking in plan.rankings],
             "removed": [number for number in plan.removed if number not in failed],
             "kept": list(plan.kept),
+            "pinned": list(plan.pinned),
             "left_alone": list(plan.left_alone),
             "leftovers": list(leftovers),
             "failed": failed,
@@ -182,14 +186,15 @@ def _plan(
         for row in rows
         if row.manifest is not None and row.state in ("newest", "ok")
     }
-    kept = _kept(policy, good)
+    pinned = recovery.survey(directory).pinned & set(good)
+    kept = _kept(policy, good) | pinned
     proven: set[int] = set()
     while verify and kept - proven:
         number = max(kept - proven)
         proven.add(number)
         if not _proves(screen, directory / good[number].name):
             del good[number]
-            kept = _kept(policy, good)
+            kept = _kept(policy, good) | (pinned & set(good))
     removed = tuple(number for number in good if number not in kept)
     sound = {row.name for row in good.values()}
     return _PrunePlan(
@@ -198,6 +203,7 @@ def _plan(
         rankings=rank(policies, _summaries(good)),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
         freed=_freed([good[number] for number in removed], everything),
+        pinned=tuple(sorted(pinned & set(good))),
     )
 
 
@@ -225,6 +231,9 @@ def _say_ranking(screen: Screen, plan: _PrunePlan) -> None:
         for line in ranking.lines():
             screen.say(line)
     kept = {number for ranking in plan.rankings for number in ranking.kept}
+    if plan.pinned:
+        screen.say(f"also kept, as pinned: {_listed(plan.pinned)}")
+        kept.update(plan.pinned)
     besides = [number for number in plan.kept if number not in kept]
     if besides:
         screen.say(f"also kept, as the newest good generation: {_listed(besides)}")

@@ -68,8 +68,9 @@ def quarantine(screen: Screen, directory: Path, generation: str, reason: str) ->
     if newest is not None:
         screen.say(f"a restore takes generation {newest.generation}, step {newest.step}")
     else:
-        screen.warn(
+        screen.say(
             "no good generation is left, and a restore will refuse to start from nothing: "
-            f"to start anew, move {directory / QUARANTINE} elsewhere"
+            f"to start anew, move {directory / QUARANTINE} elsewhere",
+            aside=True,
         )
     return GOOD

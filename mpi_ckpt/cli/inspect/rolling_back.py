@@ -24,6 +24,7 @@ from mpi_ckpt.cli.generations import find_generation, look, open_generation
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.storage.directory import recovery
+from mpi_ckpt.storage.directory.pins import bring_back_pinned
 from mpi_ckpt.storage.directory.rollback import (
     bring_back,
     last_rolled_back,
@@ -70,7 +71,8 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
     job = secrets.token_hex(6)
     with closing(lock_directory(directory, job)):
         # A job that is cut off may be about to publish: after the sweep it never will.
-        recovery.sweep(directory, recovery.survey(directory).partials, job)
+        leftovers = bring_back_pinned(directory, recovery.survey(directory).partials)
+        recovery.sweep(directory, leftovers, job)
         path = find_generation(directory, wanted)
         number = generation_number(path.name)
         if number is None:

@@ -168,9 +168,10 @@ def run(
         stop_when_preempted=stop_when_preempted,
         folder=folder.absolute(),
     )
-    book = HostBook(_source(hostfile, hosts_script, script_timeout), screen.warn)
+    warn = partial(screen.say, aside=True)
+    book = HostBook(_source(hostfile, hosts_script, script_timeout), warn)
     with Requests() as requests:
-        loop = Loop(plan, book, requests, os.environ, screen.warn, quiet=screen.as_json)
+        loop = Loop(plan, book, requests, os.environ, warn, quiet=screen.as_json)
         finished = loop.run()
     _report(screen, loop, plan.folder / LOG)
     if finished:

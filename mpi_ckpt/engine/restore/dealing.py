@@ -12,6 +12,7 @@ from mpi_ckpt.engine.restore.saved_parts import SavedParts
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.states.unshared.ranked import RankedState
+from mpi_ckpt.storage.reading.read_queue import SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ def _dealt_states(match: StateMatch) -> list[RankedState]:
 def _plan(
     reader: GenerationReader, state: RankedState, size: int, window_bytes: int
 ) -> Deal:
-    parts = SavedParts(reader, state.name, window_bytes // 2)
+    parts = SavedParts(reader, state.name, window_bytes // SLOTS)
     saved = len(parts.found)
     if state.resizes and saved != size:
         read = [part for _, part in parts.read(range(saved))]

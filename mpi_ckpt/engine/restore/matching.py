@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 _PROBLEMS_MAX = 18
 """Of a list that advice follows."""
 
+_HOW_TO_GO_ON = (
+    "to go on, let the program have what was saved; Options(strict=False) leaves out what "
+    "only one of them has; restore(only=[...]) takes some states; another directory starts "
+    "anew"
+)
+
 OVERWRITTEN = (
     "published generations are untouched, but states in memory may hold a mixture: do "
     "not train on them"
@@ -255,7 +261,8 @@ def match_states(
     if problems:
         raise StateMismatchError(
             f"{outline.title} does not fit the program, nothing was changed:\n  "
-            + "\n  ".join(problems),
+            + cut_lines("\n  ".join(problems), _PROBLEMS_MAX)
+            + f"\n{_HOW_TO_GO_ON}",
             generation=outline.generation,
             problems=problems,
         )

@@ -15,6 +15,7 @@ from mpi_ckpt.engine.restore.other_hosts import look_elsewhere
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.reports import GenerationInfo
 from mpi_ckpt.states.unshared.ranked import RankedState
+from mpi_ckpt.storage.directory.finding import warn_of_other_programs
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
@@ -93,6 +94,7 @@ def open_newest(
 
         def look(states: list[State]) -> list[State]:
             wanted = choice.checked(session.options.retention)
+            session.directory.goes_on = True
             if comm.is_root and copy is None:
                 proven = only is not None
                 found = _open(session.directory, pinned, wanted, proven=proven)
@@ -236,7 +238,10 @@ def _open(
         return directory.open(choice, proven=proven)
     if pinned is not None:
         return GenerationReader(directory.root / generation_name(pinned))
-    return _open_newest(directory, proven=proven)
+    reader = _open_newest(directory, proven=proven)
+    if reader is None:
+        warn_of_other_programs(directory.root)
+    return reader
 
 
 def _open_newest(

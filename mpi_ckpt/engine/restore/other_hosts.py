@@ -40,7 +40,7 @@ def look_elsewhere(session: Session) -> None:
         ReadError: On every rank, if another host has generations and root's host has none.
     """
     comm, directory = session.comm, session.directory
-    if len(comm.topology.nodes) < 2:
+    if len(comm.topology.names) < 2:
         _warn_of_one_host(session)
         return
 

@@ -233,15 +233,15 @@ class Restore:
             # Parts come first, since dealing them overwrites nothing yet.
             self._match = deal_parts(session, match, self._deals, self._deferred)
             traded = frozenset() if self._trade is None else self._trade.leaves
-            whole, deferred = match.without(traded), self._deferred
-            is_overwritten = transfer_files(session, found, whole, deferred)
+            deferred, progress = self._deferred, self._clock.progress
+            whole = match.without(traded)
+            is_overwritten = transfer_files(session, found, whole, deferred, progress)
             if self._trade is not None:
                 self._bytes_traded = trade_tiles(
                     *(session, found, match, self._trade, deferred),
                     is_overwritten=is_overwritten,
                 )
-                window = session.options.io.window_bytes
-                route_rows(session.comm, match, window, self._deferred)
+                route_rows(session.comm, match, session.options.io.window_bytes, deferred)
 
     def adopt(self) -> None:
         """Let the states take over the arrived contents, in order; make the report.

@@ -21,8 +21,8 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.reading.file_reader import FileReader
-from mpi_ckpt.storage.reading.proving import Prefetcher
 from mpi_ckpt.storage.reading.read_plan import Window
+from mpi_ckpt.storage.reading.read_queue import ReadQueue, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,8 +54,8 @@ def trade_tiles(
 ) -> int:
     """Read, prove, send and store the tiles, in turns.
 
-    Collective. Main thread only. In a turn each rank reads at most one window, while it
-    sends and stores the previous one.
+    Collective. Main thread only. In a turn each rank takes at most one window, while it
+    reads and proves the next ones.
 
     Args:
         session: The manager's.
@@ -86,6 +86,7 @@ def trade_tiles(
 
             safe = OVERWRITTEN if number or is_overwritten else UNTOUCHED
             agree(session.comm, _READING, read, error=RestoreError, safe=safe)
+            trader.release()
             trader.exchange(turn, deferred)
         return reader.bytes_read
 
@@ -108,6 +109,7 @@ class _Trader:
         targets: Sequence[TradedTile],
     ) -> None:
         self._comm = session.comm
+        self._window_bytes = session.options.io.window_bytes
         self._reader = reader
         self._trade = trade
         self._plan = plan = trade.plan
@@ -122,13 +124,14 @@ class _Trader:
         self._data = memoryview(b"")
 
     @cached_property
-    def _prefetcher(self) -> Prefetcher:
-        return Prefetcher(self._reader, self._windows)
+    def _queue(self) -> ReadQueue[None]:
+        slots = Slots.of(self._windows, self._window_bytes)
+        return ReadQueue(self._reader, self._windows, self._prove, slots)
 
     def close(self) -> None:
         """End the threads that read."""
-        if "_prefetcher" in vars(self):
-            self._prefetcher.close()
+        if "_queue" in vars(self):
+            self._queue.close()
 
     def read(self, turn: Turn) -> None:
         """Read and prove the window of a turn, if this rank has one. Not collective.
@@ -140,11 +143,12 @@ class _Trader:
         if turn.window is None:
             return
         self._data = self._take()
-        window, pieces = self._windows[turn.window], self._plan.pieces
-        self._start = window.start
-        for row in turn.pieces:
-            place, digest = int(pieces.position[row]), self._trade.digests[row]
-            self._reader.prove_bytes(window.file, place, self._piece(row), digest)
+        self._start = self._windows[turn.window].start
+
+    def release(self) -> None:
+        """Let later windows overwrite those of earlier turns. Not collective."""
+        if "_queue" in vars(self):
+            self._queue.release()
 
     def exchange(self, turn: Turn, deferred: Deferred) -> None:
         """Send and receive the messages of a turn, and store what has arrived.
@@ -173,7 +177,7 @@ class _Trader:
 
     def _take(self) -> memoryview:
         try:
-            return self._prefetcher.take()
+            data, _ = self._queue.take()
         except (CorruptGenerationError, ReadError) as error:
             if self._comm.is_root or not _is_out_of_sight(error):
                 raise
@@ -184,6 +188,17 @@ class _Trader:
                 path=self._reader.path,
                 errno=error.errno,
             ) from error
+        return data
+
+    def _prove(self, number: int, data: memoryview) -> None:
+        """Prove the pieces of a window, in a thread."""
+        reads, pieces, window = self._plan.reads, self._plan.pieces, self._windows[number]
+        first = int(reads.first_piece[number])
+        for row in range(first, first + int(reads.pieces[number])):
+            place, digest = int(pieces.position[row]), self._trade.digests[row]
+            start = place - window.start
+            piece = data[start : start + int(pieces.nbytes[row])]
+            self._reader.prove_bytes(window.file, place, piece, digest)
 
     def _piece(self, row: int) -> memoryview:
         """Return the bytes of a piece of the window that was read last."""

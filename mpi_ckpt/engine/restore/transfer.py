@@ -7,44 +7,57 @@ from contextlib import closing
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import UNTOUCHED, agree, any_of, bcast_buffers
+import numpy as np
+
+from mpi_ckpt.comm import UNTOUCHED, agree, any_of
 from mpi_ckpt.digest import Digest
+from mpi_ckpt.engine.restore.host_memory import HostMemory
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
+from mpi_ckpt.engine.restore.transport import Destinations, SentTransport, SharedTransport
 from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
-from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Leaf, MemoryBuffer, Target, copy_bytes
-from mpi_ckpt.storage.reading.proving import proven_windows
+from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.storage.format.manifest import StoredLeaves
+from mpi_ckpt.storage.reading.proving import read_proven, take_proven
 from mpi_ckpt.storage.reading.read_plan import plan_reads
+from mpi_ckpt.storage.reading.read_queue import SLOTS, Slots
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
     from mpi_ckpt.comm import Deferred
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
+    from mpi_ckpt.engine.restore.transport import Transport
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
-    from mpi_ckpt.storage.format.manifest import StoredLeaf
-    from mpi_ckpt.storage.reading.read_plan import DigestBlock, Window
+    from mpi_ckpt.reports import Progress
+    from mpi_ckpt.storage.reading.proving import Refusal
+    from mpi_ckpt.storage.reading.read_plan import Window
+    from mpi_ckpt.storage.reading.read_queue import ReadQueue
 
 _COPYING = "bringing back a copy in memory"
 
 
 def transfer_files(
-    session: Session, found: OpenGeneration, match: StateMatch, deferred: Deferred
+    session: Session,
+    found: OpenGeneration,
+    match: StateMatch,
+    deferred: Deferred,
+    progress: Progress,
 ) -> bool:
-    """Read, prove, broadcast and store bytes: a window at a time, the readers in turn.
+    """Read, prove, send and store bytes: a window at a time, the readers in turn.
 
     Collective. Main thread only. No byte is sent or stored before its block was proven.
-    Files are read once, whatever the number of ranks. Each window is read while the
-    previous one is proven and sent.
+    Files are read once, whatever the number of ranks. The next windows are read and proven
+    while one is sent and stored.
 
     Args:
         session: The manager's.
         found: The generation, open on the ranks that read.
         match: The destinations, in the same order on every rank.
         deferred: Keeps failures to store bytes, for the next meeting.
+        progress: Counts the bytes that were read, by all ranks.
 
     Returns:
         Whether states in memory were changed; the same on every rank.
@@ -54,45 +67,44 @@ def transfer_files(
         ReadError: On every rank, if a reading rank cannot read.
     """
     comm, outline = session.comm, found.outline
-    targets = [
-        Target(spec, leaf) for spec, leaf in zip(match.specs, match.leaves, strict=True)
-    ]
     windows = plan_reads(
         match.extents,
         outline.files,
         block_bytes=outline.block_bytes,
-        window_bytes=session.options.io.window_bytes // 2,
+        window_bytes=session.options.io.window_bytes // SLOTS,
     )
-    turns = [found.readers[turn % len(found.readers)] for turn in range(len(windows))]
+    readers = [found.readers[turn % len(found.readers)] for turn in range(len(windows))]
+    places = Destinations(match)
+    transport: Transport = SentTransport(comm, windows, readers, places)
     mine = [
-        window for window, rank in zip(windows, turns, strict=True) if rank == comm.rank
+        window for window, rank in zip(windows, readers, strict=True) if rank == comm.rank
     ]
-    with closing(_read(found, match, mine)) as proven:
-        for turn, (window, source) in enumerate(zip(windows, turns, strict=True)):
-            groups = window.groups()
+    progress.expect(sum(window.end - window.start for window in windows))
+    slots = Slots.of(windows, session.options.io.window_bytes)
+    memory = HostMemory.of(comm, windows, readers, slots)
+    with closing(_OwnWindows(found, match, mine)) as reads:
+        # A rank that raised here would leave the others waiting.
+        deferred.attempt(partial(reads.start, slots, memory))
+        if memory is not None and memory.share():
+            transport = SharedTransport(memory, windows, places)
+        for turn, reader in enumerate(readers):
 
-            def read(
-                window: Window = window,
-                groups: Sequence[Sequence[DigestBlock]] = groups,
-                source: int = source,
-            ) -> list[memoryview]:
+            def read(turn: int = turn, reader: int = reader) -> None:
                 deferred.raise_failure()
-                if source != comm.rank:
-                    return [_room(group, targets) for group in groups]
-                return _cut(window, groups, next(proven))
+                transport.prepare(turn, reads.take() if reader == comm.rank else None)
 
-            buffers = agree(
+            agree(
                 comm,
                 "reading a generation",
                 read,
                 error=RestoreError,
                 safe=OVERWRITTEN if turn else UNTOUCHED,
             )
-            bcast_buffers(comm, buffers, "sending a generation", source)
-            is_mine = source == comm.rank
-            deferred.attempt(
-                partial(_place, match, targets, groups, buffers, is_mine=is_mine)
-            )
+            # INVARIANT: here every rank has stored the windows before this one.
+            reads.release()
+            transport.send(turn)
+            deferred.attempt(partial(transport.store, turn))
+            progress.count(windows[turn].end - windows[turn].start)
     return bool(windows)
 
 
@@ -171,7 +183,7 @@ class SavedBytes:
         return self._stored[index].digest.whole
 
     @cached_property
-    def _stored(self) -> list[StoredLeaf]:
+    def _stored(self) -> StoredLeaves:
         return _stored_leaves(self._found, self._match)
 
     @cached_property
@@ -179,20 +191,20 @@ class SavedBytes:
         return _copied_leaves(self._found.copy, self._match)
 
 
-def _stored_leaves(found: OpenGeneration, match: StateMatch) -> list[StoredLeaf]:
+def _stored_leaves(found: OpenGeneration, match: StateMatch) -> StoredLeaves:
     assert found.reader is not None
-    leaves: list[StoredLeaf] = []
+    parts: list[StoredLeaves] = []
     for matched in match.states:
         stored = found.reader.manifest.state(matched.saved.name)
         if not matched.saved.extents or stored is None:
             continue
-        specs = matched.saved.specs
-        if len(specs) == len(stored.leaves):
-            leaves += stored.leaves
-            continue
-        names = {spec.name for spec in specs}  # some leaves are traded
-        leaves += [leaf for leaf in stored.leaves if leaf.spec.name in names]
-    return leaves
+        leaves, specs = stored.leaves, matched.saved.specs
+        if len(specs) < len(leaves):
+            names = {spec.name for spec in specs}  # some leaves are traded
+            wanted = [n for n, name in enumerate(leaves.form.names) if name in names]
+            leaves = leaves.pick(np.array(wanted, np.int64))
+        parts.append(leaves)
+    return StoredLeaves.chained(parts)
 
 
 def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:
@@ -200,55 +212,40 @@ def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryvie
     return [data for matched in match.states for data in held.get(matched.saved.name, ())]
 
 
-def _read(
-    found: OpenGeneration, match: StateMatch, windows: Sequence[Window]
-) -> Generator[memoryview]:
-    """Yield the proven bytes of the windows that this rank reads."""
-    if found.reader is not None:
-        yield from proven_windows(found.reader, _stored_leaves(found, match), windows)
+class _OwnWindows:
+    """The windows that this rank reads, which may be none.
 
+    Not collective. Main thread only.
+    """
 
-def _cut(
-    window: Window, groups: Sequence[Sequence[DigestBlock]], data: memoryview
-) -> list[memoryview]:
-    """Return the messages into which the bytes of a window are cut."""
-    start = window.start
-    return [data[group[0].offset - start : _end(group) - start] for group in groups]
+    def __init__(
+        self, found: OpenGeneration, match: StateMatch, windows: Sequence[Window]
+    ) -> None:
+        self._found = found
+        self._match = match
+        self._windows = windows
+        self._queue: ReadQueue[list[Refusal]] | None = None
 
+    def start(self, slots: Slots, memory: HostMemory | None) -> None:
+        """Start to read, into the memory of the host if there is any."""
+        reader = self._found.reader
+        if reader is None or not self._windows:
+            return
+        leaves = _stored_leaves(self._found, self._match)
+        room = None if memory is None else memory.memory
+        self._queue = read_proven(reader, leaves, self._windows, slots, room)
 
-def _end(group: Sequence[DigestBlock]) -> int:
-    return group[-1].offset + group[-1].nbytes
+    def take(self) -> memoryview:
+        """Return the bytes of the next window; errors are those of `take_proven`."""
+        assert self._queue is not None
+        return take_proven(self._queue)
 
+    def release(self) -> None:
+        """Let later windows overwrite those taken before the last."""
+        if self._queue is not None:
+            self._queue.release()
 
-def _room(group: Sequence[DigestBlock], targets: Sequence[Target]) -> memoryview:
-    """Return memory to receive blocks: the destination itself, if it is one block."""
-    if len(group) > 1:
-        return memoryview(bytearray(_end(group) - group[0].offset))
-    (block,) = group
-    return targets[block.leaf].memory()[block.start : block.end]
-
-
-def _place(
-    match: StateMatch,
-    targets: Sequence[Target],
-    groups: Sequence[Sequence[DigestBlock]],
-    buffers: Sequence[memoryview],
-    *,
-    is_mine: bool,
-) -> None:
-    """Store arrived blocks in their destinations on this rank."""
-    leaf = 0
-    try:
-        for group, buffer in zip(groups, buffers, strict=True):
-            first = group[0].offset
-            is_there = not is_mine and len(group) == 1
-            for leaf, _, start, end, offset, is_last in group:
-                if not is_there:
-                    at = offset - first
-                    data = buffer[at : at + end - start]
-                    copy_bytes(data, targets[leaf].memory()[start:end])
-                if is_last:
-                    targets[leaf].finish()
-    except Exception:
-        with concerning(match.name_of(leaf)):
-            raise
+    def close(self) -> None:
+        """End the reads."""
+        if self._queue is not None:
+            self._queue.close()

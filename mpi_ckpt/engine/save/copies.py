@@ -31,7 +31,12 @@ _DOING = "remembering the states"
 
 @without_collections()
 def copy_into(
-    memory: Memory, comm: Communicator, request: SaveRequest, *, late: bool
+    memory: Memory,
+    comm: Communicator,
+    request: SaveRequest,
+    threads: int,
+    *,
+    late: bool,
 ) -> Staged | None:
     """Copy the contents of a save into the memory, on the ranks that hold a copy.
 
@@ -42,6 +47,7 @@ def copy_into(
         memory: The memory, of the same kind on every rank.
         comm: The communicator.
         request: All contents of a save.
+        threads: Threads that copy.
         late: Whether root may leave the copies of leaves behind a gate to the thread that
             writes the save.
 
@@ -60,7 +66,8 @@ def copy_into(
         if not comm.is_root and memory.holders == "root":
             return None
         memory.clear()
-        staged = stage(memory.arena, list(_take_here(comm, request.states, from_root)))
+        taken = list(_take_here(comm, request.states, from_root))
+        staged = stage(memory.arena, taken, threads=threads)
         staged.late.when_copied(lambda: _hold(memory, request, staged))
         if staged.late and not (late and comm.is_root):
             staged.late.copy()

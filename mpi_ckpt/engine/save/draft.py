@@ -10,10 +10,9 @@ from io import UnsupportedOperation
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine.save.needed_space import foresee_space
-from mpi_ckpt.engine.save.request import Published, SaveRequest
+from mpi_ckpt.engine.save.request import Published, SaveRequest, foresee_space
 from mpi_ckpt.engine.save.reuse import SharedLeaves, has_unchanged, plan_reuse, sample
-from mpi_ckpt.engine.save.shard import write_shard
+from mpi_ckpt.engine.save.shard import with_digests, write_shard
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.options import ROOT
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from mpi_ckpt.engine.save.own_tiles import TileFiles
-    from mpi_ckpt.engine.save.shard import Shard
+    from mpi_ckpt.engine.save.shard import Shard, ShardImage
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
@@ -85,10 +84,7 @@ class Draft:
         self._stream_files: list[StoredFile] = []
         self.partial = partial
         self.captured = captured
-        self.fresh = [
-            shared.others(index, len(content.leaves))
-            for index, content in enumerate(captured)
-        ]
+        self.fresh = [shared.others(n, len(one.leaves)) for n, one in enumerate(captured)]
 
     @classmethod
     def begin(
@@ -143,17 +139,31 @@ class Draft:
         """The leaves that must be written, by state."""
         return [pick_leaves(*pair) for pair in zip(self.captured, self.fresh, strict=True)]
 
-    def write(self, captured: Sequence[CapturedState], plain: Sequence[State]) -> None:
+    def write(
+        self,
+        captured: Sequence[CapturedState],
+        plain: Sequence[State],
+        image: ShardImage | None = None,
+    ) -> None:
         """Write root's share: the streams of plain states, and one file of leaves.
+
+        Args:
+            captured: The leaves.
+            plain: The plain states.
+            image: As for `write_shard`.
 
         Raises:
             SaveError: On the calling rank.
         """
         for state in plain:
             self._write_stream(state)
-        shard = write_shard(self.partial, captured, ROOT)
+        shard = write_shard(self.partial, captured, ROOT, image)
         if shard is not None:
             self._shards.append(shard)
+
+    def digested(self) -> list[CapturedState]:
+        """Return the contents with all digests. Root alone has written them."""
+        return [with_digests(content, self._shards) for content in self.captured]
 
     def publish(
         self, others: Sequence[Shard] = (), tiles: TileFiles | None = None
@@ -172,16 +182,19 @@ class Draft:
         encoded = encode(manifest)
         if len(encoded) > _WARNED_BYTES:
             self._check_size(manifest, len(encoded))
-        path = self.partial.publish(encoded)
+        path, catalog = self.partial.publish(encoded), self._directory.catalog
         self._directory.note_published(manifest, path, len(encoded))
+        retired = catalog.choose(self._options.retention)
         return Published(
             generation=manifest.generation,
             path=path,
             bytes_written=self.partial.bytes_written
             + theirs
             + (tiles.theirs if tiles else 0),
-            bytes_reused=_bytes_reused(manifest) + (tiles.reused if tiles else 0),
-            retired=self._directory.catalog.choose(self._options.retention),
+            bytes_reused=manifest.bytes_reused + (tiles.reused if tiles else 0),
+            retired=retired,
+            kept=catalog.count - len(retired),
+            metrics=manifest.metrics,
         )
 
     def _check_size(self, manifest: Manifest, nbytes: int) -> None:
@@ -335,8 +348,3 @@ def _newest(directory: CheckpointDirectory, *, needed: bool) -> Manifest | None:
         # Nothing good to share, but the save can go on.
         logger.info("nothing is shared with older generations: %s", error)
         return None
-
-
-def _bytes_reused(manifest: Manifest) -> int:
-    older = {file.name for file in manifest.files if file.generation != manifest.generation}
-    return sum(state.leaves.bytes_of(older) for state in manifest.states)

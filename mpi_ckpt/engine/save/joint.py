@@ -22,11 +22,13 @@ from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.options import ROOT
+from mpi_ckpt.reports import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.engine.save.request import Published, SaveRequest
+    from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.save.tile_history import WrittenTiles
@@ -69,6 +71,7 @@ class JointWrite:
         self._shares: dict[int, Share] = {}
         self._task: Task | None = None
         self._partial: Partial | None = None
+        self._progress = Progress()
 
     def begin(
         self, writers: Sequence[int], equal: Collection[str], clock: PhaseClock
@@ -88,6 +91,7 @@ class JointWrite:
         """
         session, request = self._session, self._request
         comm, options = session.comm, session.options
+        self._progress = clock.progress
 
         tasks: list[Task] = []
 
@@ -128,18 +132,21 @@ class JointWrite:
                 raise
         return mine
 
-    def write(self, mine: Sequence[CapturedState | State]) -> None:
+    def write(
+        self, mine: Sequence[CapturedState | State], image: ShardImage | None = None
+    ) -> None:
         """Write this rank's files. Not collective. On any thread; no MPI.
 
         Args:
             mine: What `begin` returned, or a copy of it.
+            image: As for `write_shard`.
 
         Raises:
             SaveError: On the calling rank.
         """
         carried = self._carried()
         try:
-            self._write(mine, carried)
+            self._write(mine, carried, image)
         except BaseException:
             if carried is not None:
                 carried.drain()
@@ -162,7 +169,10 @@ class JointWrite:
         return CarriedTiles(self._session.comm, tiles) if tiles else None
 
     def _write(
-        self, mine: Sequence[CapturedState | State], carried: CarriedTiles | None
+        self,
+        mine: Sequence[CapturedState | State],
+        carried: CarriedTiles | None,
+        image: ShardImage | None,
     ) -> None:
         comm = self._session.comm
         tiles: dict[str, list[CapturedTiles]] = {}
@@ -175,9 +185,9 @@ class JointWrite:
         partial = self._open(mine)
         if self._draft is not None:
             plain = [one for one in mine if not isinstance(one, CapturedState)]
-            self._draft.write(captured, plain)
+            self._draft.write(captured, plain, image)
         elif partial is not None:
-            write_shard(partial, captured, comm.rank)
+            write_shard(partial, captured, comm.rank, image)
         if self._survey is None:
             return
         writer = self._survey.mine.writer
@@ -201,7 +211,14 @@ class JointWrite:
                 root, partial, tiles, runs_of, io.full_every
             )
         rest = {state: of_state for state, of_state in tiles.items() if state not in shared}
-        return {**shared, **write_own_tiles(partial, rest, session.comm.rank, carried)}
+        written = write_own_tiles(
+            partial,
+            rest,
+            session.comm.rank,
+            carried,
+            kept=bool(session.options.asynchronous),
+        )
+        return {**shared, **written}
 
     @property
     def history(self) -> TileHistory:
@@ -254,4 +271,6 @@ class JointWrite:
             assert self._task is not None
             task = self._task
             self._partial = self._session.directory.join(task.generation, task.job)
+        if self._partial is not None:
+            self._partial.progress = self._progress
         return self._partial

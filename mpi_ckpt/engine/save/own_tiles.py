@@ -85,6 +85,8 @@ def write_own_tiles(
     captured: Mapping[str, Sequence[CapturedTiles]],
     rank: int,
     carried: Carried | None = None,
+    *,
+    kept: bool = False,
 ) -> dict[str, WrittenTiles]:
     """Write the tiles of some states to one durable file, if there are any.
 
@@ -96,6 +98,7 @@ def write_own_tiles(
         captured: State -> the tiles of it that this rank writes.
         rank: This rank.
         carried: The tiles of other ranks that this rank writes as well.
+        kept: Whether nothing changes the tiles until this returns; without ``carried``.
 
     Returns:
         State -> its tiles in the file.
@@ -128,7 +131,8 @@ def write_own_tiles(
                 raise
 
     name = tile_file_name(rank)
-    file, in_file_order = write_tile_file(partial, name, plan, map(runs, plan.order))
+    tile_runs = map(runs, plan.order)
+    file, in_file_order = write_tile_file(partial, name, plan, tile_runs, kept=kept)
     digests = dict(zip(plan.order, in_file_order, strict=True))
     numbers: dict[str, list[int]] = {}
     for number, entry in enumerate(entries):

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defines the request and the result of a save: plain values."""
+"""Defines the request of a save, the space it takes, and its result. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import CapturedState
+from mpi_ckpt.errors import SaveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from mpi_ckpt.state import State
+
+# An entry for a leaf in the manifest, or in a file's header, takes at least this much and
+# its name. The estimate is low on purpose: a save that fits must not be refused.
+_MANIFEST_ENTRY_BYTES = 100
+_HEADER_ENTRY_BYTES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,31 @@ class Begun:
 
     states: Sequence[State]
     parts: bytes | None
+
+
+def require_notes(step: object, metrics: object) -> None:
+    """Refuse a step or metrics that cannot be noted in a generation. Not collective.
+
+    Raises:
+        SaveError: On the calling rank, with what may be given.
+    """
+    if not isinstance(step, Integral):
+        raise SaveError(
+            f"step is {step!r}: the number of the training step, an int; the directory is "
+            "given to the manager, and save() names the generation itself"
+        )
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise SaveError(
+            f"metrics is {metrics!r}: a dict of numbers by name, metrics={{'loss': 0.5}}"
+        )
+    for name, value in (metrics or {}).items():
+        try:
+            float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise SaveError(
+                f"metric {name!r} is of type {type(value).__name__}: one number is needed, "
+                "such as loss.item()"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +103,8 @@ class Published:
         bytes_written: Bytes written for it, by all ranks.
         bytes_reused: Bytes of the leaves that it shares with older generations.
         retired: Older generations that retention no longer keeps.
+        kept: Number of generations that it keeps.
+        metrics: The metrics of root.
     """
 
     generation: int
@@ -76,6 +112,8 @@ class Published:
     bytes_written: int
     bytes_reused: int
     retired: tuple[int, ...]
+    kept: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that root sends to every rank. Not collective. Thread-safe."""
@@ -85,4 +123,40 @@ class Published:
             "bytes_written": self.bytes_written,
             "bytes_reused": self.bytes_reused,
             "pruned": self.retired,
+            "kept": self.kept,
+            "metrics": dict(self.metrics),
         }
+
+
+class SpaceNeeded(NamedTuple):
+    """A lower bound of the bytes and files that all ranks will write."""
+
+    nbytes: int
+    files: int
+
+
+def foresee_space(
+    captured: Sequence[CapturedState],
+    fresh: Sequence[Sequence[int]],
+    plain: Sequence[State],
+) -> SpaceNeeded:
+    """Return the least space that a save takes.
+
+    Not collective. Thread-safe. The size of a plain state is known only if it is staged.
+
+    Args:
+        captured: The contents of the leaf states.
+        fresh: For each of them, the indices of the leaves that must be written.
+        plain: The states that write themselves.
+    """
+    rests = [content.form.pick(n) for content, n in zip(captured, fresh, strict=True)]
+    every = [name for content in captured for name in content.form.names]
+    written = [name for form in rests for name in form.names]
+    manifest = sum(map(len, every)) + _MANIFEST_ENTRY_BYTES * len(every)
+    headers = sum(map(len, written)) + _HEADER_ENTRY_BYTES * len(written)
+    leaves = sum(form.nbytes for form in rests)
+    streams = sum(stream.nbytes for stream in plain if isinstance(stream, StagedStream))
+    return SpaceNeeded(
+        nbytes=manifest + headers + leaves + streams,
+        files=1 + bool(written) + len(plain),  # the manifest first
+    )

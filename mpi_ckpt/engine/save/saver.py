@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,14 @@ from mpi_ckpt.comm import abort_job, member_of
 from mpi_ckpt.engine.save.background import Background
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
-from mpi_ckpt.engine.save.request import Begun, SaveRequest
-from mpi_ckpt.engine.save.saving import Save, Workshop
+from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
+from mpi_ckpt.engine.save.saving import Save
+from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import combine_parts, parts_apart, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
 from mpi_ckpt.engine.sync.sync_log import SyncLog
-from mpi_ckpt.errors import OptionsError, SaveError
+from mpi_ckpt.errors import OptionsError, RegistrationError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.state import LeafState
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Member
     from mpi_ckpt.engine.registry import Registry
+    from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
@@ -34,11 +37,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Workshop:
+    """The resources that the saves of a manager share.
+
+    Attributes:
+        arena: Memory for the copies of an asynchronous save.
+        background: Root's thread, or another writer's.
+        durations: The times that saves have taken.
+        sync_log: Logs what syncs have changed.
+        survey: How cut leaves lay on the ranks at the last save; None for none.
+        history: The tiles that this rank has in the generation saved last.
+    """
+
+    arena: Arena
+    background: Background
+    durations: Durations
+    sync_log: SyncLog
+    survey: TileSurvey | None = None
+    history: TileHistory = field(default_factory=lambda: TileHistory(0, {}))
+
+
 class Saver:
     """Begins saves, one after the other, and keeps the pending one.
 
     Main thread only. While root's background thread works, only that thread may use the
-    directory: all other code calls `finish` first.
+    directory: all other code calls `finish` first, or waits for the thread itself.
 
     Args:
         session: The manager's.
@@ -86,13 +110,17 @@ class Saver:
                     "a save is still under way, and Options.asynchronous is 'raise'; that "
                     "save goes on, and no other was begun"
                 )
-        self.finish()
+        if asynchronous:
+            # Not for the removal of old generations behind it: what the thread writes for
+            # the next save comes after that.
+            self._finish_pending()
+        else:
+            self.finish()
         return None
 
     def begin(
         self,
         only: Collection[str] | None,
-        *,
         step: int,
         sync: bool | None,
         metrics: Mapping[str, float] | None,
@@ -111,13 +139,21 @@ class Saver:
             clock: Started with the call of the save.
 
         Raises:
-            RegistrationError: On every rank, if names are unknown or differ.
-            SaveError: On every rank, if root may not save to the directory.
+            RegistrationError: On every rank, if names are unknown or differ, or there are
+                no states.
+            SaveError: On every rank, if root may not save to the directory, or the step or
+                a metric is no number.
         """
         session = self._session
         syncs = session.options.sync if sync is None else sync
 
         def begin(states: list[State]) -> Begun:
+            require_notes(step, metrics)
+            if only is None and not self._registry.names:
+                raise RegistrationError(
+                    "this manager has no states, so nothing would be saved: give them as "
+                    "CheckpointManager(directory, [state, ...]), or by add(state)"
+                )
             # Check this first: a job must learn at once that it may not save here.
             if session.comm.is_root:
                 session.directory.own()
@@ -179,7 +215,8 @@ class Saver:
         by_name = {content.name: content for content in synced.captured}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
-        copy_into(memory, comm, request, late=False)
+        threads = self._session.options.io.digest_threads
+        copy_into(memory, comm, request, threads, late=False)
 
     def finish(self) -> None:
         """Finish the pending save; root's thread is idle afterwards.
@@ -189,14 +226,17 @@ class Saver:
         Raises:
             SaveError: On every rank, if the pending save failed.
         """
-        pending, self.pending = self.pending, None
         try:
-            if pending is not None and not pending.finished:
-                start = time.perf_counter()
-                pending.wait()
-                self.durations.note_end_of_save(time.perf_counter() - start)
+            self._finish_pending()
         finally:
             self._workshop.background.join()  # not collective
+
+    def _finish_pending(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None and not pending.finished:
+            start = time.perf_counter()
+            pending.wait()
+            self.durations.note_end_of_save(time.perf_counter() - start)
 
     def close(self) -> bool:
         """Let root's thread finish, and free its memory. Not collective.

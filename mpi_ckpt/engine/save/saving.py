@@ -11,21 +11,26 @@ the ranks are written by the ranks that have them.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, choose_ranks, on_root
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
-from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.joint import JointWrite
+from mpi_ckpt.engine.save.lone import LoneWrite
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
-from mpi_ckpt.engine.save.tile_history import TileHistory
+from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.engine.sync.parts import parts_apart
-from mpi_ckpt.engine.sync.replicas import capture_on_root, sync_states
+from mpi_ckpt.engine.sync.replicas import (
+    SyncedStates,
+    capture_on_root,
+    compare_beside,
+    sync_states,
+)
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
 
@@ -33,38 +38,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
 
-    from mpi_ckpt.engine.save.background import Background
     from mpi_ckpt.engine.save.own_tiles import CapturedTiles
     from mpi_ckpt.engine.save.request import Begun, Published
+    from mpi_ckpt.engine.save.saver import Workshop
+    from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.steps.interval import Durations
-    from mpi_ckpt.engine.sync.captured import CapturedState
-    from mpi_ckpt.engine.sync.sync_log import SyncLog
-    from mpi_ckpt.memory import Arena
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
-
-
-@dataclass(slots=True)
-class Workshop:
-    """The resources that the saves of a manager share.
-
-    Attributes:
-        arena: Memory for the copies of an asynchronous save.
-        background: Root's thread, or another writer's.
-        durations: The times that saves have taken.
-        sync_log: Logs what syncs have changed.
-        survey: How cut leaves lay on the ranks at the last save; None for none.
-        history: The tiles that this rank has in the generation saved last.
-    """
-
-    arena: Arena
-    background: Background
-    durations: Durations
-    sync_log: SyncLog
-    survey: TileSurvey | None = None
-    history: TileHistory = field(default_factory=lambda: TileHistory(0, {}))
 
 
 class Save:
@@ -107,16 +88,18 @@ class Save:
         self._begun = begun
         self._syncs = sync
         self._clock = clock
-        size, metrics = session.comm.size, dict(metrics or {})
+        size, metrics = session.comm.size, {} if metrics is None else dict(metrics)
         self._request = SaveRequest(
             states=(), step=step, size=size, metrics=metrics, carry=carry
         )
-        self._synced = SyncReport()
+        self._synced = SyncedStates([], SyncReport(), is_cut=False)
         self._mine: Sequence[CapturedState | State] = ()
         self._late = LateCopies()
+        self._image: ShardImage | None = None
         self._survey: TileSurvey | None = None
         self._tiles: Sequence[CapturedTiles] = ()
         self._joint: JointWrite | None = None
+        self._lone: LoneWrite | None = None
         self.step = step
         self.work: Future[None] | None = None
         self.published: Published | None = None
@@ -128,7 +111,9 @@ class Save:
         return self._clock.seconds()["total"]
 
     def sync(self) -> None:
-        """Make the replicas equal, and capture their contents.
+        """Capture the contents, and make the replicas equal.
+
+        Large replicas are compared later, beside root's copying or writing.
 
         Raises:
             CheckpointError: On every rank, if any rank cannot sync or capture the states.
@@ -137,9 +122,11 @@ class Save:
         options, apart = self._session.options, parts_apart(self._session, states)
         with self._clock.phase("sync"):
             if self._syncs:
-                synced = sync_states(comm, states, options, parts=parts, apart=apart)
-                if comm.is_root:
-                    self._workshop.sync_log.log_save(synced.report, states, self.step)
+                # Other writers, and a copy in memory, need replicas that are equal.
+                alone = options.writers == "root" and self._session.memory is None
+                synced = sync_states(
+                    comm, states, options, parts=parts, apart=apart, may_wait=alone
+                )
             else:
                 synced = capture_on_root(comm, states, parts, apart)
             if synced.is_cut:
@@ -151,7 +138,7 @@ class Save:
                     options.io.window_bytes,
                 )
                 self._tiles = take_tiles(comm, synced.captured, self._survey)
-        self._synced = synced.report
+        self._note_synced(synced)
         by_name = {one.name: one for one in synced.captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
@@ -167,8 +154,9 @@ class Save:
         is_copied = self._copy_into_memory()
         writers = choose_ranks(options.writers, comm.topology)
         # All ranks know the result of the comparison: every rank takes the same branch.
-        equal = self._proven_equal()
+        equal = self._synced.proven_equal
         if self._survey is not None or (len(writers) > 1 and equal):
+            self._workshop.background.join()  # it may still remove old generations
             self._joint = JointWrite(
                 self._session,
                 self._request,
@@ -181,7 +169,7 @@ class Save:
             self._mine = self._request.states
         if options.asynchronous and not is_copied:
             try:
-                agree(comm, "staging a save", self._copy, error=SaveError)
+                self._compare_beside("staging a save", self._copy)
             except BaseException:
                 self.abandon()
                 raise
@@ -190,7 +178,7 @@ class Save:
         """Write this rank's share: now, or in the background.
 
         Not collective. `publish` reports how it ends. If root is the only writer, this
-        publishes as well.
+        publishes as well, unless the replicas are still to be compared.
         """
         carries = self._joint is not None and self._joint.carries
         if not (self._mine or carries or self._session.comm.is_root):
@@ -215,17 +203,19 @@ class Save:
             SaveError: On every rank; nothing was published.
         """
         comm = self._session.comm
-        if self._joint is None:
-            facts = on_root(comm, "saving", self._conclude, error=SaveError)
-        else:
-            try:
+        try:
+            if self._joint is None:
+                if self._synced.uncompared:
+                    self._compare_beside("saving", self._written)
+                facts = on_root(comm, "saving", self._conclude, error=SaveError)
+            else:
                 doing = "writing a share of a save"
                 agree(comm, doing, self._await_work, error=SaveError)
                 publish = self._publish(self._joint)
                 facts = on_root(comm, "publishing", publish, error=SaveError)
-            except BaseException:
-                self.abandon()
-                raise
+        except BaseException:
+            self.abandon()
+            raise
         self.report = SaveReport(
             generation=facts["generation"],
             path=Path(facts["path"]),
@@ -235,33 +225,37 @@ class Save:
             bytes_reused=facts["bytes_reused"],
             seconds={**facts["seconds"], **self._clock.seconds()},
             pruned=tuple(facts["pruned"]),
-            sync=self._synced,
+            sync=self._synced.report,
+            kept=facts["kept"],
+            metrics=facts["metrics"],
         )
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
             self._workshop.history = self._joint.history
         # Otherwise Python's next garbage collection would scan these.
         self._request = replace(self._request, states=())
-        self._mine, self._tiles, self._joint = (), (), None
+        self._mine, self._tiles, self._joint, self._lone = (), (), None, None
+        self._synced = replace(self._synced, captured=[])
 
     def prune(self) -> None:
-        """Remove generations that retention no longer keeps. Not collective.
+        """Remove generations that retention no longer keeps; report the save.
 
-        In the background. Every rank knows by now that the new generation is durable: the
-        generations that it replaces may go, and no rank needs to wait for that.
+        Not collective. In the background: every rank knows by now that the new generation
+        is durable, so those that it replaces may go, and no rank needs to wait for that.
         """
-        published = self.published
-        if published is None:
-            return
-        self._session.note("saved", int(self.step))
-        if published.retired:
-            directory = self._session.directory
-            self._workshop.background.submit(lambda: directory.remove(published.retired))
+        if (published := self.published) is not None:
+            self._session.note("saved", int(self.step))
+            if published.retired:
+                remove, retired = self._session.directory.remove, published.retired
+                self._workshop.background.submit(lambda: remove(retired))
+        assert self.report is not None
+        self._session.observer.note_save(self.report)
 
     def abandon(self) -> None:
         """Remove the partial. Not collective. No rank still writes."""
-        if self._joint is not None:
-            self._joint.drop()
+        for written in (self._joint, self._lone):
+            if written is not None:
+                written.drop()
 
     def _copy_into_memory(self) -> bool:
         """Copy the states into the `Memory`, if any; return whether the copy is saved."""
@@ -275,23 +269,47 @@ class Save:
             return False
         with self._clock.phase("stage"):
             late = bool(session.options.asynchronous)
-            staged = copy_into(session.memory, session.comm, request, late=late)
+            threads = session.options.io.digest_threads
+            staged = copy_into(session.memory, session.comm, request, threads, late=late)
         if staged is not None:
             self._request = replace(request, states=staged.states)
-            self._late = staged.late
+            self._late, self._image = staged.late, staged.image
         return True
 
-    def _proven_equal(self) -> set[str]:
-        captured = self._request.captured
-        compared = {content.name for content in captured if content.digests is not None}
-        return compared - set(self._synced.differing)
+    def _note_synced(self, synced: SyncedStates) -> None:
+        self._synced = synced
+        if self._syncs and self._session.comm.is_root and not synced.uncompared:
+            states = self._begun.states
+            self._workshop.sync_log.log_save(synced.report, states, self.step)
 
-    def _copy(self) -> None:
+    def _compare_beside(self, doing: str, work: Callable[[], list[CapturedState]]) -> None:
+        """Do work, and compare the replicas if they are not compared yet. Collective."""
+        comm, options = self._session.comm, self._session.options
+        if self._synced.uncompared:
+            synced = compare_beside(comm, self._synced, options, doing, work)
+            self._note_synced(synced)
+        else:
+            agree(comm, doing, work, error=SaveError)
+
+    def _copy(self) -> list[CapturedState]:
+        """Copy what this rank writes; return the states to compare, digested."""
+        todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
         if not self._mine:
-            return
+            return digest_states(todo, threads)
+        names = [one.name for one in todo]
         with self._clock.phase("stage"):
-            staged = stage(self._workshop.arena, self._mine)
-        self._mine, self._late = staged.states, staged.late
+            staged = stage(
+                self._workshop.arena, self._mine, threads=threads, digested=names
+            )
+        self._mine, self._late, self._image = staged.states, staged.late, staged.image
+        copies = {o.name: o.digests for o in staged.states if isinstance(o, CapturedState)}
+        return [replace(one, digests=copies[one.name]) for one in todo]
+
+    def _written(self) -> list[CapturedState]:
+        """Wait until root has written; return the states to compare, digested."""
+        todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
+        self._await_work()
+        return self._lone.digested(todo) if self._lone else digest_states(todo, threads)
 
     def _write(self, copied: Future[None] | None = None) -> None:
         """Do this rank's work. On any thread; no MPI."""
@@ -302,16 +320,12 @@ class Save:
         with session.watch_behind(clock) if behind else nullcontext():
             if self._joint is not None:
                 with clock.phase("write"):
-                    self._joint.write(self._mine)
+                    self._joint.write(self._mine, self._image)
                 return
-            request = replace(self._request, states=self._mine)
-            with clock.phase("write"):
-                draft = Draft.begin(session.directory, request, session.options)
-            with draft:
-                with clock.phase("write"):
-                    draft.write(draft.fresh_states, request.plain)
-                with clock.phase("publish"):
-                    self.published = draft.publish()
+            self._lone = LoneWrite(session, clock)
+            self._lone.write(replace(self._request, states=self._mine), self._image)
+            if not self._synced.uncompared:
+                self.published = self._lone.publish()
 
     def _await_work(self) -> None:
         if self.work is not None:
@@ -330,5 +344,7 @@ class Save:
     def _conclude(self) -> dict[str, Any]:
         """Wait until root has written and published. On root."""
         self._await_work()
+        if self.published is None and self._lone is not None:
+            self.published = self._lone.publish()  # by now the replicas are equal
         assert self.published is not None
-        return {**self.published.to_json(), "seconds": self._clock.seconds()}
+        return self.published.to_json() | {"seconds": self._clock.seconds()}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from mpi_ckpt.storage.format.manifest import StoredFile, StoredLeaves
 from mpi_ckpt.storage.format.tensorfile import encode_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # Smaller leaves are joined before they are written, in buckets that stay in the cache.
 _SMALL_BYTES = 32 << 10
 _BUCKET_BYTES = 256 << 10
+# Runs of an image are joined up to multiples of this, which fills whole writes.
+_JOINED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,19 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardImage:
+    """A copy of leaves in memory, as they will be in one file, header and all.
+
+    Attributes:
+        plan: The layout of the file.
+        memory: Its bytes, at a page boundary.
+    """
+
+    plan: ShardPlan
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One rank's file of a generation.
 
@@ -76,7 +91,10 @@ class Shard:
 
 
 def write_shard(
-    partial: Partial, captured: Sequence[CapturedState], rank: int
+    partial: Partial,
+    captured: Sequence[CapturedState],
+    rank: int,
+    image: ShardImage | None = None,
 ) -> Shard | None:
     """Write all leaves of some states to one durable file.
 
@@ -87,6 +105,8 @@ def write_shard(
         partial: The generation being written.
         captured: The states whose leaves this rank writes.
         rank: This rank.
+        image: What holds the bytes of these leaves, if nothing changes them meanwhile. It
+            is written as it is, unless only some of its leaves are to be written.
 
     Returns:
         The file; None if there is no leaf to write.
@@ -96,10 +116,14 @@ def write_shard(
     """
     if not any(content.leaves for content in captured):
         return None
-    plan = _plan_of(captured)
+    plan = plan_of(captured)
     leaves = _Leaves(captured, plan)
-    runs = chain([memoryview(plan.header)], leaves.runs())
-    partial.write_shard(shard_file_name(rank), runs, plan.nbytes)
+    is_kept = image is not None and image.plan is plan
+    if image is not None and is_kept:
+        runs = _runs_of_image(leaves.runs(image.memory), image.memory)
+    else:
+        runs = leaves.runs(None)
+    partial.write_shard(shard_file_name(rank), runs, plan.nbytes, kept=is_kept)
     return _describe(plan, captured, leaves.digests, rank, partial.generation)
 
 
@@ -125,22 +149,29 @@ class _Leaves:
         """Their digests, in the order of the states; complete once `runs` has ended."""
         return Digests(self._rows.tobytes(), self._several)
 
-    def runs(self) -> Iterator[memoryview]:
-        """Yield their bytes in file order."""
+    def runs(self, image: memoryview | None) -> Iterator[memoryview]:
+        """Yield the bytes of the file in order.
+
+        Args:
+            image: The whole file, if there is one: small leaves need no joining then.
+        """
+        yield memoryview(self._plan.header)
+        end = len(self._plan.header)
         for first, last in self._plan.buckets:
             data = self._read(first, last)
+            start = end
+            end += sum([leaf.spec.nbytes for leaf in self._leaves[first:last]])
             is_new = ~self._is_known[first:last]
             if last - first == 1 and is_new[0]:
-                yield from self._digested_blocks(self._plan.order[first], data[0])
+                yield from self._digested_blocks(int(self._plan.order[first]), data[0])
                 continue
             if is_new.any():
                 found = Digests(b"".join(map(digest_bytes, data))).rows
                 self._rows[self._plan.order[first:last][is_new]] = found[is_new]
-            yield (
-                memoryview(data[0]).cast("B")
-                if len(data) == 1
-                else memoryview(b"".join(data))
-            )
+            if len(data) == 1:
+                yield data[0]
+            else:
+                yield memoryview(b"".join(data)) if image is None else image[start:end]
 
     def _digested_blocks(self, number: int, data: Readable) -> Iterator[memoryview]:
         # Block by block: otherwise the disk would be idle while a large leaf is digested.
@@ -166,6 +197,18 @@ class _Leaves:
             raise
 
 
+def _runs_of_image(runs: Iterator[memoryview], memory: memoryview) -> Iterator[memoryview]:
+    """Yield the same bytes from an image, small runs joined."""
+    start = end = 0
+    for run in runs:
+        end += len(run)
+        reach = end // _JOINED_BYTES * _JOINED_BYTES
+        if reach > start:
+            yield memory[start:reach]
+            start = reach
+    yield memory[start:end]
+
+
 def foresee_shard(
     captured: Sequence[CapturedState], rank: int, generation: int
 ) -> Shard | None:
@@ -181,7 +224,18 @@ def foresee_shard(
     if not any(content.leaves for content in captured):
         return None
     digests = Digests.joined(content.digests or Digests() for content in captured)
-    return _describe(_plan_of(captured), captured, digests, rank, generation)
+    return _describe(plan_of(captured), captured, digests, rank, generation)
+
+
+def with_digests(captured: CapturedState, shards: Iterable[Shard]) -> CapturedState:
+    """Return a state with the digests that were taken while its leaves were written.
+
+    Not collective. Thread-safe.
+    """
+    if captured.digests is not None:
+        return captured
+    found = [one.states[captured.name] for one in shards if captured.name in one.states]
+    return replace(captured, digests=StoredLeaves.joined(captured.form, found).digests)
 
 
 def plan_shard(states: Sequence[tuple[str, Form]]) -> ShardPlan:
@@ -217,7 +271,14 @@ def plan_shard(states: Sequence[tuple[str, Form]]) -> ShardPlan:
     return ShardPlan(header, order, offsets, end, buckets)
 
 
-def _plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
+def plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
+    """Return the layout of the file that these leaves make; usually the previous object.
+
+    Not collective. Thread-safe.
+
+    Raises:
+        SaveError: On the calling rank, if the header would be too large to read.
+    """
     return _plan_forms(tuple((content.name, content.form) for content in captured))
 
 

@@ -4,26 +4,34 @@
 from __future__ import annotations
 
 import io
+import mmap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import Digest
+import numpy as np
+
+from mpi_ckpt.buckets import read_leaves
+from mpi_ckpt.digest import Digest, Digests, copy_many, digest_many
+from mpi_ckpt.engine.save.own_tiles import CapturedTiles
+from mpi_ckpt.engine.save.shard import ShardImage, plan_of
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.state import State
 from mpi_ckpt.storage.format.manifest import STREAM
+from mpi_ckpt.storage.format.tile_table import file_order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import BinaryIO
 
+    from mpi_ckpt.engine.save.shard import ShardPlan
     from mpi_ckpt.leaf import Gate
     from mpi_ckpt.memory import Arena
 
-# Each leaf starts at a multiple of this, for whole cache lines and aligned elements.
-_ALIGNMENT = 64
+# Leaves of so many bytes are worth a thread.
+_DIRECT_BYTES = 256 << 10
 
 
 class StagedStream(State):
@@ -54,12 +62,23 @@ class _LateCopy:
     stamp: int
     digest: Digest | None
 
-    def is_spoilt(self) -> bool:
-        """Return whether the copied bytes differ from those at the save."""
-        if self.leaf.buffer.stamp() != self.stamp:
-            return True
+    def make(self) -> bool:
+        """Copy; return whether the copy has the digest of the bytes at the save."""
         # INVARIANT: no digest of other bytes than those written gets into a manifest.
-        return self.digest is not None and Digest.of(self.place) != self.digest
+        if self.digest is None:
+            self.leaf.buffer.copy_to(self.place)
+            return True
+        view = None
+        if self.leaf.spec.nbytes >= _DIRECT_BYTES:
+            view = self.leaf.buffer.view()
+        if view is None:
+            self.leaf.buffer.copy_to(self.place)
+            return Digest.of(self.place) == self.digest
+        return copy_many([(view, self.place)], 1, digested=True) == [self.digest]
+
+    def is_stale(self) -> bool:
+        """Return whether torch has noticed a change since the save."""
+        return self.leaf.buffer.stamp() != self.stamp
 
 
 class LateCopies:
@@ -98,9 +117,12 @@ class LateCopies:
             StageError: On the calling rank, with the names of leaves that other code
                 changed meanwhile without passing the gate.
         """
-        for copy in self._copies:
-            copy.leaf.buffer.copy_to(copy.place)
-        changed = [copy.leaf.spec.name for copy in self._copies if copy.is_spoilt()]
+        proven = [copy.make() for copy in self._copies]
+        changed = [
+            copy.leaf.spec.name
+            for copy, is_proven in zip(self._copies, proven, strict=True)
+            if not is_proven or copy.is_stale()
+        ]
         if changed:
             raise StageError(
                 "changed while they were being copied, not by an optimizer's step(): "
@@ -119,57 +141,144 @@ class Staged:
     Attributes:
         states: The same states, over private memory.
         late: Copies still to be made.
+        image: The file of the whole leaves; None if there are none.
     """
 
     states: list[CapturedState | State]
     late: LateCopies
+    image: ShardImage | None
 
 
-def stage(arena: Arena, states: Sequence[CapturedState | State]) -> Staged:
+@dataclass(frozen=True, slots=True)
+class _ArenaLayout:
+    """Where copies lie in the arena.
+
+    Attributes:
+        plan: The layout of the file of whole leaves; None if there are none.
+        offsets: Index of a captured state -> the offset of each of its leaves.
+        nbytes: Length of it all.
+    """
+
+    plan: ShardPlan | None
+    offsets: Mapping[int, Sequence[int]]
+    nbytes: int
+
+
+def stage(
+    arena: Arena,
+    states: Sequence[CapturedState | State],
+    *,
+    threads: int = 1,
+    digested: Collection[str] = (),
+) -> Staged:
     """Copy states so that they may change while the copies are written.
 
-    Not collective. Called on ranks that write. One copy of every leaf; plain states write
-    themselves into memory. Leaves behind a gate are left for later.
+    Not collective. Called on ranks that write. One copy of every leaf, which lies in the
+    arena as it will in its file; plain states write themselves into memory. Leaves behind a
+    gate are left for later.
 
     Args:
         arena: Holds the leaves; an earlier copy in it is lost.
         states: Captured leaf states, and plain states, in saving order.
+        threads: Threads that copy.
+        digested: Names of the states to digest in the same pass.
 
     Returns:
         The copies. No code may pass the gates of the late ones before these are made.
 
     Raises:
         StageError: On the calling rank, if memory is short or a state's ``save`` fails.
+        SaveError: On the calling rank, if the header of a file would be too large to read.
     """
-    captured = [state for state in states if isinstance(state, CapturedState)]
-    sizes = [
-        round_up(leaf.spec.nbytes, _ALIGNMENT)
-        for content in captured
-        for leaf in content.leaves
-    ]
-    memory = _take(arena, sum(sizes))
-    offset = 0
-    staged: list[CapturedState | State] = []
+    layout = _lay_out(states)
+    memory = _take(arena, layout.nbytes, states)
     late = LateCopies()
-    for state in states:
+    staged: list[CapturedState | State] = []
+    for index, state in enumerate(states):
         if not isinstance(state, CapturedState):
             staged.append(_stage_stream(state))
             continue
-        leaves = []
-        for number, leaf in enumerate(state.leaves):
-            place = memory[offset : offset + leaf.spec.nbytes]
-            if leaf.gate is None:
-                try:
-                    leaf.buffer.copy_to(place)
-                except Exception:
-                    with about_leaf(state, leaf):
-                        raise
-            else:
-                late.add(leaf, place, state.digests[number] if state.digests else None)
-            leaves.append(Leaf(leaf.spec, MemoryBuffer(place)))
-            offset += round_up(leaf.spec.nbytes, _ALIGNMENT)
-        staged.append(replace(state, leaves=tuple(leaves)))
-    return Staged(staged, late)
+        offsets = zip(layout.offsets[index], state.specs, strict=True)
+        places = [memory[offset : offset + spec.nbytes] for offset, spec in offsets]
+        wants = state.digests is None and state.name in digested
+        digests = _copy(state, places, late, threads, digested=wants)
+        leaves = [
+            Leaf(spec, MemoryBuffer(place))
+            for spec, place in zip(state.specs, places, strict=True)
+        ]
+        staged.append(replace(state, leaves=tuple(leaves), digests=digests))
+    image = None
+    if layout.plan is not None:
+        memory[: len(layout.plan.header)] = layout.plan.header
+        image = ShardImage(layout.plan, memory)
+    return Staged(staged, late, image)
+
+
+def _lay_out(states: Sequence[CapturedState | State]) -> _ArenaLayout:
+    """Lay out whole leaves as in their file, and behind them tiles as in theirs."""
+    captured = {n: one for n, one in enumerate(states) if isinstance(one, CapturedState)}
+    whole = [n for n, one in captured.items() if not isinstance(one, CapturedTiles)]
+    offsets = {index: [0] * len(state.leaves) for index, state in captured.items()}
+    plan, end = None, 0
+    if any(captured[index].leaves for index in whole):
+        plan = plan_of([captured[index] for index in whole])
+        last = 0
+        for index in whole:
+            first, last = last, last + len(captured[index].leaves)
+            offsets[index] = plan.offsets[first:last].tolist()
+        end = round_up(plan.nbytes, mmap.PAGESIZE)
+    entries = {
+        (index, number): entry
+        for index, state in captured.items()
+        if isinstance(state, CapturedTiles)
+        for number, entry in enumerate(state.entries)
+    }
+    keys = list(entries)
+    # The header of their file ends at a page boundary as well.
+    for index, number in (keys[at] for at in file_order(list(entries.values()))):
+        offsets[index][number] = end
+        end += entries[index, number].nbytes
+    return _ArenaLayout(plan, offsets, end)
+
+
+def _copy(
+    state: CapturedState,
+    places: Sequence[memoryview],
+    late: LateCopies,
+    threads: int,
+    *,
+    digested: bool,
+) -> Digests | None:
+    """Copy the leaves of a state, or leave them for later; return their digests."""
+    taken: dict[int, Digest] = dict(enumerate(state.digests or ()))
+    gated, direct = [], {}
+    for number, (leaf, place) in enumerate(zip(state.leaves, places, strict=True)):
+        if leaf.gate is not None:
+            gated.append(number)
+            continue
+        try:
+            source = leaf.buffer.view() if leaf.spec.nbytes >= _DIRECT_BYTES else None
+            if source is not None:
+                direct[number] = source, place
+                continue
+            leaf.buffer.copy_to(place)
+        except Exception:
+            with about_leaf(state, leaf):
+                raise
+        if digested:
+            taken[number] = Digest.of(place)
+    copied = copy_many(list(direct.values()), threads, digested=digested)
+    taken |= dict(zip(direct, copied, strict=False))
+    if digested and gated:
+        leaves = [state.leaves[number] for number in gated]
+        sizes = np.array([leaf.spec.nbytes for leaf in leaves])
+        found = digest_many(lambda i, j: read_leaves(leaves[i:j]), sizes, threads)
+        taken |= dict(zip(gated, found, strict=True))
+    for number in gated:
+        late.add(state.leaves[number], places[number], taken.get(number))
+    if not digested and state.digests is None:
+        return None
+    return Digests.of([taken[number] for number in range(len(places))])
 
 
 def _stage_stream(state: State) -> StagedStream:
@@ -181,10 +290,12 @@ def _stage_stream(state: State) -> StagedStream:
     return StagedStream(state.name, stream.getbuffer())
 
 
-def _take(arena: Arena, nbytes: int) -> memoryview:
+def _take(arena: Arena, nbytes: int, states: Sequence[CapturedState | State]) -> memoryview:
     try:
         return arena.take(nbytes)
     except OSError as error:
+        captured = [state for state in states if isinstance(state, CapturedState)]
+        nbytes = sum(spec.nbytes for state in captured for spec in state.specs)
         raise StageError(
             f"no memory to stage a save: {nbytes} bytes are needed ({error}); "
             "Options(asynchronous=False) saves without a copy"

@@ -92,8 +92,7 @@ def writers_of_tiles(comm: Communicator, options: Options) -> list[int]:
     """
     if options.writers != "node" or options.asynchronous:
         return list(range(comm.size))
-    topology = comm.topology
-    return [topology.nodes[node][0] for node in topology.node_of]
+    return [comm.topology.leaders[node] for node in comm.topology.node_of]
 
 
 def take_tiles(

@@ -64,6 +64,18 @@ class Interval:
             return False
         return time.monotonic() - self._saved_at >= self._seconds
 
+    def next_due(self, step: int) -> dict[str, float]:
+        """Return when the next save is due: at a ``step``, at a ``time``, or never.
+
+        Args:
+            step: Steps done.
+        """
+        if self._steps is not None:
+            return {"step": step + self._steps - step % self._steps}
+        if self._seconds is None:
+            return {}
+        return {"time": time.time() + self._saved_at + self._seconds - time.monotonic()}
+
     def _plan(self, auto: AutoInterval) -> None:
         stall = self._durations.stall_seconds
         if stall is None or not self._durations.step_seconds:

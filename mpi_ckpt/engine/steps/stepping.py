@@ -19,6 +19,7 @@ from mpi_ckpt.elastic.requests import StopRequests
 from mpi_ckpt.engine.steps.interval import Interval
 from mpi_ckpt.errors import CheckpointError, CollectiveError, OptionsError
 from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
+from mpi_ckpt.reports import StopReport
 
 if TYPE_CHECKING:
     from mpi_ckpt.engine.save.saver import Saver
@@ -140,6 +141,7 @@ class Steps:
                 call.
         """
         self._saver.durations.note_step(time.monotonic())
+        self._session.observer.note_step(step, self._interval.next_due(step))
         self._guard.is_heeded = True
         self._session.comm.call = "step()"
         if self._vote.is_posted:
@@ -176,9 +178,11 @@ class Steps:
             report: Report of the last save.
         """
         self._session.note("preempted", report.step)
+        stop = StopReport(step=report.step, reason=self._why, save=report)
         if self._session.comm.is_root:
             text = "asked to stop (%s); generation %d is saved"
             logger.warning(text, self._why, report.generation)
+        self._session.observer.note_stop(stop)
 
     def should_stop(self) -> bool:
         """Agree on whether to stop, outside of a step.

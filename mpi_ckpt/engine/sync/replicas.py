@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, meet, printed_by
+from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
     capture_own_parts,
@@ -30,11 +31,14 @@ from mpi_ckpt.state import LeafState, PartsState
 from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.comm import Communicator, Meeting
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
+
+WAITING_BYTES_MIN = 64 << 20
+"""States of fewer bytes are compared before root begins its work: one meeting less."""
 
 _STATES_MAX = 12
 _CAPTURING = "capturing the states"
@@ -54,11 +58,19 @@ class SyncedStates:
         report: What has differed.
         is_cut: Whether any rank has a leaf that is cut over the ranks; the same on every
             rank.
+        uncompared: Those of them that `compare_beside` must still compare.
     """
 
     captured: list[CapturedState]
     report: SyncReport
     is_cut: bool
+    uncompared: list[CapturedState] = field(default_factory=list)
+
+    @property
+    def proven_equal(self) -> set[str]:
+        """Names of the states whose leaves have been the same on all ranks."""
+        compared = {one.name for one in self.captured if one.digests is not None}
+        return compared - set(self.report.differing)
 
 
 @without_collections()
@@ -70,6 +82,7 @@ def sync_states(
     parts: bytes | None = None,
     apart: Collection[str] = (),
     forced: bool = False,
+    may_wait: bool = False,
 ) -> SyncedStates:
     """Make states equal on all ranks, each by its own sync mode.
 
@@ -84,6 +97,7 @@ def sync_states(
         forced: Whether all ranks take root's values, also for states that check. Replicas
             are then likely to differ, so first bytes are compared first: leaves that differ
             there need no digest. States that each rank has for itself are left alone.
+        may_wait: Whether to leave the comparison of large states to `compare_beside`.
 
     Raises:
         DivergedError: On every rank, if a state that checks is not equal everywhere.
@@ -95,9 +109,72 @@ def sync_states(
             agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
     combine_parts(comm, states, parts, apart)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
-    comparison, root_only, is_cut = _compare(
-        comm, leaf_states, options, apart, forced=forced
-    )
+    met = _capture(comm, leaf_states, options, apart, forced=forced, may_wait=may_wait)
+    compared, rest = met.result
+    waits = not forced and any(one.digests is None for one in compared)
+    if waits and met.is_alike and not met.is_flagged:
+        contents = [*compared, *rest]
+        return SyncedStates(contents, SyncReport(), is_cut=False, uncompared=compared)
+    threads = options.io.digest_threads
+    if forced:
+        comparison = compare_heads_first(comm, compared, threads)
+    elif waits or (may_wait and not met.is_alike):
+        comparison = compare(comm, _digest(comm, compared, threads))
+    else:
+        comparison = _compare(comm, compared, is_alike=met.is_alike)
+    synced = _make_equal(comm, comparison, rest, options, forced=forced)
+    if forced and comm.is_root:
+        log_sync(synced.report, states)
+    return replace(synced, is_cut=met.is_flagged)
+
+
+@without_collections()
+def compare_beside(
+    comm: Communicator,
+    synced: SyncedStates,
+    options: Options,
+    doing: str,
+    work: Callable[[], list[CapturedState]],
+) -> SyncedStates:
+    """Compare what `sync_states` has left, beside work of root; make it equal.
+
+    Collective. Main thread only. Root's values win or the save fails: root may already
+    write them while the other ranks find out whether theirs are the same.
+
+    Args:
+        comm: The communicator.
+        synced: What `sync_states` returned.
+        options: Its threads and window are used.
+        doing: The work, for the error.
+        work: Does this rank's work, and returns its ``uncompared`` states digested. Must
+            not communicate.
+
+    Raises:
+        CheckpointError: On every rank, as `sync_states` does, or if the work failed on any.
+    """
+    met = meet(comm, doing, work, error=StageError, digest=digest_of)
+    names = {one.name for one in synced.uncompared}
+    rest = [one for one in synced.captured if one.name not in names]
+    comparison = _compare(comm, met.result, is_alike=met.is_alike)
+    return _make_equal(comm, comparison, rest, options, forced=False)
+
+
+def _compare(
+    comm: Communicator, compared: list[CapturedState], *, is_alike: bool
+) -> Comparison:
+    if not is_alike:
+        return compare(comm, compared)
+    return Comparison(compared, [], sum(one.form.nbytes for one in compared))
+
+
+def _make_equal(
+    comm: Communicator,
+    comparison: Comparison,
+    rest: Sequence[CapturedState],
+    options: Options,
+    *,
+    forced: bool,
+) -> SyncedStates:
     captured = comparison.captured
     if not forced:
         _refuse_divergence(comm, captured, comparison.differences)
@@ -107,11 +184,17 @@ def sync_states(
         bytes_hashed=comparison.bytes_hashed,
         bytes_sent=delivered.nbytes,
     )
-    if forced and comm.is_root:
-        log_sync(report, states)
     averaged = delivered.averaged
-    contents = [*(averaged.get(one.name, one) for one in captured), *root_only]
-    return SyncedStates(contents, report, is_cut)
+    contents = [*(averaged.get(one.name, one) for one in captured), *rest]
+    return SyncedStates(contents, report, is_cut=False)
+
+
+def _digest(
+    comm: Communicator, compared: Sequence[CapturedState], threads: int
+) -> list[CapturedState]:
+    return agree(
+        comm, _CAPTURING, lambda: digest_states(compared, threads), error=StageError
+    )
 
 
 @without_collections()
@@ -164,43 +247,53 @@ def _has_tiles(captured: Sequence[CapturedState]) -> bool:
     return any(one.cut for one in captured)
 
 
-def _compare(
+def _capture(
     comm: Communicator,
     states: Sequence[LeafState],
     options: Options,
     apart: Collection[str],
     *,
     forced: bool,
-) -> tuple[Comparison, list[CapturedState], bool]:
-    """Capture and compare the compared states; capture the others on root, or apart."""
+    may_wait: bool,
+) -> Meeting[tuple[list[CapturedState], list[CapturedState]]]:
+    """Capture the compared states, and the others on root or apart.
+
+    If the compared ones have no digests yet, they are alike in form; else in all.
+    """
     names = {state.name for state in states if _is_root_only(comm, state, forced=forced)}
-    threads = options.io.digest_threads
 
     def capture() -> tuple[list[CapturedState], list[CapturedState]]:
         compared = capture_states(state for state in states if state.name not in names)
-        if not forced:
-            compared = digest_states(compared, threads)
+        if not (forced or (may_wait and _is_worth_waiting(compared))):
+            compared = digest_states(compared, options.io.digest_threads)
         root_only = [s for s in states if s.name in names and s.name not in apart]
         of_root = capture_states(root_only if comm.is_root else ())
         return compared, [*of_root, *_capture_apart(states, apart)]
 
-    met = meet(
+    return meet(
         comm,
         _CAPTURING,
         capture,
         error=StageError,
-        digest=None if forced else (lambda found: digest_of(found[0])),
+        digest=None if forced else (lambda found: _digest_taken(found[0])),
         flag=lambda found: any(map(_has_tiles, found)),
     )
-    compared, rest = met.result
-    if forced:
-        comparison = compare_heads_first(comm, compared, threads)
-    elif not met.is_alike:
-        comparison = compare(comm, compared)
-    else:
-        nbytes = sum(one.form.nbytes for one in compared)
-        comparison = Comparison(compared, [], nbytes)
-    return comparison, rest, met.is_flagged
+
+
+def _is_worth_waiting(captured: Sequence[CapturedState]) -> bool:
+    """Return whether root should begin its work before the states are compared.
+
+    Averages are not known before.
+    """
+    if any(one.state.sync_mode == "mean" for one in captured):
+        return False
+    return sum(one.form.nbytes for one in captured) >= WAITING_BYTES_MIN
+
+
+def _digest_taken(captured: Sequence[CapturedState]) -> bytes:
+    if all(one.digests is not None for one in captured):
+        return digest_of(captured)
+    return digest_bytes(b"".join(one.form.text for one in captured))
 
 
 def _is_root_only(comm: Communicator, state: LeafState, *, forced: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,23 +158,35 @@ def _send_batch(
 
 
 def average_leaves(comm: Communicator, leaves: Sequence[Leaf], deferred: Deferred) -> None:
-    """Replace leaves by their averages over all ranks, one leaf after the other.
+    """Replace leaves by their averages over all ranks: small ones of a dtype at a time.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
         leaves: Leaves of floating dtypes with the same specs on every rank.
-        deferred: Keeps failures to store averages, for the next meeting.
+        deferred: Keeps failures to read leaves or store averages, for the next meeting.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    for leaf in leaves:
-        array = to_summable(leaf.spec.dtype, leaf.buffer.read())
-        mean_buffers(comm, [array], "averaging what differs")
-        average = from_summable(leaf.spec.dtype, array)
-        deferred.attempt(partial(leaf.buffer.write, average))
+    ordered = sorted(leaves, key=lambda leaf: leaf.spec.dtype)
+    for dtype, group in groupby(ordered, key=lambda leaf: leaf.spec.dtype):
+        alike = list(group)
+        sizes = np.array([leaf.spec.nbytes for leaf in alike], np.int64)
+        for first, last in plan_buckets(sizes, _SMALL_BYTES, _BUCKET_BYTES):
+            bucket, nbytes = alike[first:last], int(sizes[first:last].sum())
+            array = to_summable(dtype, _read(bucket, nbytes, deferred))
+            mean_buffers(comm, [array], "averaging what differs")
+            deferred.attempt(partial(_write_average, bucket, array))
+
+
+def _write_average(leaves: Sequence[Leaf], array: NDArray[Any]) -> None:
+    average = from_summable(leaves[0].spec.dtype, array)
+    if len(leaves) == 1:
+        leaves[0].buffer.write(average)
+    else:
+        write_leaves(leaves, average)
 
 
 def to_summable(dtype: str, data: memoryview) -> NDArray[Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import Communicator, compare_texts
-from mpi_ckpt.comm.horovod_ranks import find_communicator
+from mpi_ckpt.comm.ordering import find_communicator
 from mpi_ckpt.errors import CheckpointError, OptionsError
 
 if TYPE_CHECKING:

@@ -162,6 +162,8 @@ class Commits:
             manager.restore()
             self.count = manager.steps
         manager.sync()
+        # Equal samplers receive nothing in a sync; in Horovod it divides the rest anyway.
+        self._tracked.place(self.ranks)
         if self._memory is not None:
             manager.remember()
         else:

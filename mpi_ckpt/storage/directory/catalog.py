@@ -23,6 +23,7 @@ from mpi_ckpt.retention import (
     unmet_policies,
 )
 from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.directory.pins import is_pinned
 from mpi_ckpt.storage.directory.recovery import is_gone, settled_survey, survey
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.reading.reader import read_manifest
@@ -60,9 +61,15 @@ class Catalog:
         self._to_remove: list[int] = []
         self._policy_to_retry: RetentionPolicy | None = None
         self._seen: set[int] = set()
+        self._pinned: frozenset[int] = frozenset()
         self._looked = False
         self.is_owned = False
         self.highest = 0
+
+    @property
+    def count(self) -> int:
+        """Number of the generations that `generations` found last, or that were added."""
+        return len(self._known)
 
     def look(self) -> Survey:
         """List the directory; list again if it shows less than is known.
@@ -94,6 +101,7 @@ class Catalog:
             if n in self._seen or not is_gone(self.root / generation_name(n))
         }
         self.highest = max(self.highest, found.highest_published)
+        self._pinned = found.pinned
         return found
 
     def _hidden(self, found: Survey) -> str:
@@ -163,7 +171,7 @@ class Catalog:
         try:
             there = self.summaries()
             self._policy_to_retry = None
-            kept = select_kept(policy, there)
+            kept = select_kept(policy, there) | self._pinned
         except Exception:
             logger.exception("retention failed; nothing is removed")
             return ()
@@ -187,10 +195,13 @@ class Catalog:
                 source = self.root / generation_name(number)
                 target = self.root / partial_name(number, job)
                 filesystem.rename_new(source, target)
-                self._known.pop(number, None)
-                self._seen.discard(number)
+                if is_pinned(self.root, number):  # since it was chosen: see `pins`
+                    filesystem.rename_new(target, source)
+                else:
+                    self._known.pop(number, None)
+                    self._seen.discard(number)
+                    doomed.append(target)
                 del self._to_remove[0]
-                doomed.append(target)
             if doomed:
                 # CRASH: files may vanish before the rename is durable; a generation would
                 # be back under its name with files missing.

@@ -16,7 +16,13 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.directory.catalog import Catalog
-from mpi_ckpt.storage.directory.finding import explain_absence, open_chosen, open_twice
+from mpi_ckpt.storage.directory.finding import (
+    explain_absence,
+    open_chosen,
+    open_twice,
+    refuse_generation,
+)
+from mpi_ckpt.storage.directory.pins import bring_back_pinned
 from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import generation_name, is_partial_of
 from mpi_ckpt.storage.owning.lock import refuse_if_taken_over
@@ -54,6 +60,8 @@ class CheckpointDirectory:
         has_warned_of_size: Whether a warning of large manifests was logged.
         base: Number of an older generation that the next save builds on, after this job
             went back to it; None for the newest. Call `forget_newest` when it changes.
+        goes_on: False until a job that should restore before it saves has done so; true for
+            a writer of single generations.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class CheckpointDirectory:
         self._aside: dict[int, str] = {}
         self._newest: Manifest | None = None
         self.base: int | None = None
+        self.goes_on = True
 
     @property
     def owner(self) -> str:
@@ -99,6 +108,7 @@ class CheckpointDirectory:
         """
         if self._lock is not None:
             return
+        refuse_generation(self.root)
         self._lock = self._ownership.take(self.root, self.job)
         self.catalog.is_owned = True
         self._sweep()
@@ -132,6 +142,7 @@ class CheckpointDirectory:
             self._sweep()
         with read_errors_as_save_errors():
             found = self._survey_without_mine()
+        self._warn_of_unrestored(found)
         return Partial(
             self.root,
             max(found.next_generation, self.catalog.highest + 1),
@@ -181,6 +192,7 @@ class CheckpointDirectory:
         """
         # Also if nothing was saved yet: if two jobs start here, the second must fail now,
         # not after training for hours.
+        refuse_generation(self.root)
         refused = self._own_if_writable()
         gone: set[int] = set()
         before = None
@@ -282,6 +294,17 @@ class CheckpointDirectory:
             where,
         )
 
+    def _warn_of_unrestored(self, found: recovery.Survey) -> None:
+        if found.generations and not self.goes_on:
+            logger.warning(
+                "%s holds generation %d of another run, of which this run has restored "
+                "nothing, and retention removes the older ones: call manager.restore() "
+                "before the training, or give this run a directory of its own",
+                self.root,
+                found.generations[0],
+            )
+        self.goes_on = True  # told once
+
     def _owns(self) -> bool:
         try:
             if self._lock is not None:
@@ -294,6 +317,7 @@ class CheckpointDirectory:
     def _sweep(self) -> None:
         with read_errors_as_save_errors():
             partials = self.catalog.look().partials
+        partials = bring_back_pinned(self.root, partials)
         self._swept = recovery.sweep(self.root, partials, self.job)
 
     def _survey_without_mine(self) -> recovery.Survey:
@@ -303,7 +327,7 @@ class CheckpointDirectory:
         # A successor's partials must not be touched.
         mine = tuple(name for name in found.partials if is_partial_of(name, self.job))
         if mine:
-            recovery.sweep(self.root, mine, self.job)
+            recovery.sweep(self.root, bring_back_pinned(self.root, mine), self.job)
             found = self.catalog.look()
         return found
 

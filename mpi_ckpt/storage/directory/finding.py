@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     NoCheckpointError,
+    OptionsError,
     ReadError,
     UnsupportedFormatError,
 )
 from mpi_ckpt.storage.directory.recovery import is_gone
-from mpi_ckpt.storage.format.layout import QUARANTINE, generation_name
+from mpi_ckpt.storage.format.layout import (
+    MANIFEST,
+    QUARANTINE,
+    generation_name,
+    generation_number,
+)
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
@@ -37,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 10
 _PAUSE_SECONDS = 0.05
+_OTHERS = (".pt", ".pth", ".ckpt", ".bin", ".h5", ".npz", ".distcp", ".safetensors")
+"""Ends of the names of files in which other programs save a training."""
 # Errors that a network file system may briefly return for an existing file.
 _PASSING = (errno.ENOENT, errno.ESTALE)
 
@@ -95,6 +103,7 @@ def open_newest_there(catalog: Catalog) -> GenerationReader:
         ReadError: On the calling rank, if the operating system cannot read.
     """
     root = catalog.root
+    refuse_generation(root)
     bad: dict[int, str] = {}  # without generations that are gone
     before = None
     while True:
@@ -186,10 +195,43 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
         )
     if found.adaptdl:
         raise UnsupportedFormatError(
-            f"{root} holds checkpoints of adaptdl ({', '.join(found.adaptdl)}), "
-            "which are pickles and are not read; to start anew, use another "
-            "directory or move them away",
+            f"{root} holds checkpoints of adaptdl ({', '.join(found.adaptdl)}), or of "
+            "another program that gives such names (the Trainer of transformers); they "
+            "are not read; to start anew, use another directory or move them away",
             path=root,
+        )
+
+
+def refuse_generation(root: Path) -> None:
+    """Refuse a directory that is itself a generation. Not collective.
+
+    A restore would find nothing in it, and the training would silently begin anew.
+
+    Raises:
+        OptionsError: On the calling rank, with the directory to give.
+    """
+    number = generation_number(root.name)
+    if number is not None and (root / MANIFEST).is_file():
+        raise OptionsError(
+            f"{root} is a generation, and not the directory of generations: give "
+            f"{root.parent}; restore(generation={number}) restores this one",
+            path=root,
+        )
+
+
+def warn_of_other_programs(root: Path) -> None:
+    """Warn if a directory without generations holds what others save. Not collective."""
+    try:
+        names = sorted(path.name for path in root.iterdir())
+    except OSError:
+        return  # it need not exist
+    others = [name for name in names if name.endswith(_OTHERS)]
+    if others:
+        logger.warning(
+            "%s holds no generation, so nothing is restored; it holds files of another "
+            "program (%s), which mpi_ckpt does not read: is it the right directory?",
+            root,
+            ", ".join(others[:3]),
         )
 
 

@@ -27,6 +27,7 @@ from mpi_ckpt.storage.format.layout import (
     is_partial_name,
     is_partial_of,
     partial_number,
+    pinned_number,
     rolled_back_numbers,
 )
 
@@ -50,6 +51,7 @@ class Survey:
         partials: Names of leftovers of interrupted writes and removals.
         quarantined: Names of the quarantined generations.
         rolled_back: Names of the generations set aside by a rollback.
+        pinned: Numbers of the pinned generations; some may not exist any more.
         adaptdl: Names of checkpoints in adaptdl's format.
         unlisted: Why the quarantined generations are unknown; empty if they are known.
         is_missing: Whether the directory itself does not exist.
@@ -59,6 +61,7 @@ class Survey:
     partials: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
     rolled_back: tuple[str, ...] = ()
+    pinned: frozenset[int] = frozenset()
     adaptdl: tuple[str, ...] = ()
     unlisted: str = ""
     is_missing: bool = False
@@ -125,6 +128,7 @@ def survey(root: Path) -> Survey:
         partials=tuple(name for name in names if is_partial_name(name)),
         quarantined=tuple(quarantined),
         rolled_back=tuple(name for name in names if rolled_back_numbers(name)),
+        pinned=frozenset(n for name in names if (n := pinned_number(name)) is not None),
         adaptdl=tuple(name for name in names if is_adaptdl_name(name)),
         unlisted=unlisted,
     )

@@ -18,6 +18,12 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 QUARANTINE = ".quarantine"
 
+HISTORY = ".history.jsonl"
+"""A line for each save and restore, which nothing depends on."""
+
+STATUS = ".status.json"
+"""What the running job does now, which nothing depends on."""
+
 GENERATION_MAX = 10**18 - 1
 """A generation with a larger number would have a name that nobody recognizes."""
 
@@ -30,6 +36,7 @@ _ADAPTDL = re.compile(r"checkpoint-\d{1,7}")
 _PARTIAL = re.compile(r"\.partial-(\d{8,18})-[0-9a-z]+")
 _ROLLED_BACK = re.compile(r"\.rolled-back-(\d{8,18})-(\d{8,18})")
 _LEASE = re.compile(r"\.lease-([0-9a-z]+)")
+_PIN = re.compile(r"\.pin-(\d{8,18})")
 _CONDEMNED = "x"  # job names are hexadecimal and cannot contain it
 _FILE = re.compile(r"(?!\.)[A-Za-z0-9._%~+-]{1,255}|\.(?!\.)[A-Za-z0-9._%~+-]{1,254}")
 
@@ -94,6 +101,19 @@ def leased_job(name: str) -> str | None:
     return None if match is None else match[1]
 
 
+def pin_name(number: int) -> str:
+    """Return the name of the file that pins a generation."""
+    return f".pin-{number:08d}"
+
+
+def pinned_number(name: str) -> int | None:
+    """Return the number in a name that `pin_name` made; None for any other."""
+    match = _PIN.fullmatch(name)
+    if match is None or pin_name(int(match[1])) != name:
+        return None
+    return int(match[1])
+
+
 def rolled_back_name(number: int, highest: int) -> str:
     """Return the name of a generation set aside by a rollback.
 
@@ -156,7 +176,10 @@ def check_state_name(name: object) -> None:
         RegistrationError: On the calling rank, with the fault.
     """
     if not isinstance(name, str):
-        raise RegistrationError(f"state name {shown(name)} is not a string")
+        raise RegistrationError(
+            f"state name {shown(name)} is not a string: a state's first argument "
+            "is its name"
+        )
     reason = _fault_of(name)
     if reason:
         raise RegistrationError(f"state name {shown(name)}: {reason}")

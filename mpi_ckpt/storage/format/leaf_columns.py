@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.digest import DIGEST_BYTES, Digest, Digests
-from mpi_ckpt.leaf import Form, LeafSpec
 from mpi_ckpt.storage.format.json_values import (
     SIZE_MAX,
     as_digest,
@@ -24,13 +23,21 @@ from mpi_ckpt.storage.format.json_values import (
     as_spec,
     as_text,
 )
-from mpi_ckpt.storage.format.manifest import Extent, StoredFile, StoredLeaf, StoredLeaves
+from mpi_ckpt.storage.format.manifest import (
+    Extent,
+    StoredFile,
+    StoredLeaf,
+    StoredLeaves,
+    known_form,
+)
 from mpi_ckpt.storage.format.strict_json import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from mpi_ckpt.leaf import Form
 
 
 # Built as text: a dict for each of thousands of leaves takes three times as long.
@@ -158,15 +165,7 @@ def _form_of(
         return None
     if tuple(map(sizes.__getitem__, pairs)) != lengths:
         return None
-    return _known_form(names, kinds, of_shapes)
-
-
-@lru_cache(maxsize=2)
-def _known_form(
-    names: tuple[str, ...], kinds: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
-) -> Form:
-    # Most generations that a job reads have the form of the one before.
-    return Form(map(LeafSpec, names, kinds, shapes))
+    return known_form(names, kinds, of_shapes)
 
 
 def _extents_of(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
@@ -58,6 +60,22 @@ class StoredLeaf(NamedTuple):
     spec: LeafSpec
     extent: Extent
     digest: Digest
+
+
+@lru_cache(maxsize=4)
+def known_form(
+    names: tuple[str, ...], kinds: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
+) -> Form:
+    """Return the form of leaves from columns; usually the previous object.
+
+    Not collective. Thread-safe. Most generations that a job reads have one form.
+
+    Args:
+        names: The name of each.
+        kinds: Its dtype.
+        shapes: Its shape.
+    """
+    return Form(map(LeafSpec, names, kinds, shapes))
 
 
 class StoredLeaves(Sequence[StoredLeaf]):
@@ -120,17 +138,34 @@ class StoredLeaves(Sequence[StoredLeaf]):
         found = [numbers[name] for part in parts for name in part.form.names]
         assert sorted(found) == list(range(len(form.specs)))
         order = np.argsort(np.array(found, np.int64))
+        every = cls.chained(parts)
+        return cls(
+            form,
+            every.files,
+            every.file[order],
+            every.offsets[order],
+            every.digests.pick(order),
+        )
+
+    @classmethod
+    def chained(cls, parts: Sequence[StoredLeaves]) -> StoredLeaves:
+        """Return the leaves of several parts, one part after the other.
+
+        Not collective. Thread-safe. Parts of several states may have equal names.
+        """
+        if len(parts) == 1:
+            return parts[0]
         files = tuple(dict.fromkeys(file for part in parts for file in part.files))
         file = [
             np.array([files.index(f) for f in p.files], np.int64)[p.file] for p in parts
         ]
         none = np.empty(0, np.int64)
         return cls(
-            form,
+            Form(chain.from_iterable(part.form.specs for part in parts)),
             files,
-            np.concatenate([none, *file])[order],
-            np.concatenate([none, *(part.offsets for part in parts)])[order],
-            Digests.joined([part.digests for part in parts]).pick(order),
+            np.concatenate([none, *file]),
+            np.concatenate([none, *(part.offsets for part in parts)]),
+            Digests.joined(part.digests for part in parts),
         )
 
     def pick(self, numbers: NDArray[np.int64]) -> StoredLeaves:
@@ -288,6 +323,12 @@ class Manifest:
     def nbytes(self) -> int:
         """Bytes of all leaves."""
         return sum(state.nbytes for state in self.states)
+
+    @property
+    def bytes_reused(self) -> int:
+        """Bytes of leaves in files of older generations."""
+        older = {file.name for file in self.files if file.generation != self.generation}
+        return sum(state.leaves.bytes_of(older) for state in self.states)
 
     def state(self, name: str) -> StoredState | None:
         """Return the state of that name, None if there is none. Not collective."""

@@ -3,25 +3,20 @@
 
 Direct writes need aligned memory, offsets and lengths, so bytes are copied into aligned
 blocks; while one block is being written, the next is filled. The copy costs a tenth of the
-page cache's cost, which also copies and then competes with the device for memory.
-
-A plain state writes to a file object over such a file, which can read and seek like any
-file. As long as the state writes from front to back, the bytes are digested as they pass.
-If it seeks, as HDF5 and MATLAB's format do, writes continue through the page cache, and the
-finished file is read once more for its digest.
+page cache's cost, which also copies and then competes with the device for memory. Bytes
+that stay unchanged, and lie in memory as they will in the file, are written from there.
 """
 
 from __future__ import annotations
 
 import errno
-import io
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from mpi_ckpt.digest import BlockHasher
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.storage import filesystem
@@ -32,9 +27,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from _typeshed import ReadableBuffer, WriteableBuffer
-
-    from mpi_ckpt.digest import Digest
     from mpi_ckpt.memory import Arena
 
 IOMode = Literal["auto", "direct", "buffered"]
@@ -45,6 +37,8 @@ _BLOCK_BYTES = 4 << 20
 # take cores from the training (measured; benchmarks/README.md).
 _IN_FLIGHT = 2
 _BLOCKS = _IN_FLIGHT + 1  # one more is being filled
+# So many writes of kept bytes may wait for a thread: none of them holds a block.
+_KEPT_WAITING = 2 * _IN_FLIGHT
 # Below this size a direct write waits for the disk; the page cache would not.
 _DIRECT_BYTES_MIN = 8 << 20
 _WRITE_BACK_BYTES = 32 << 20
@@ -57,6 +51,9 @@ class OutFile(Protocol):
 
     def write(self, data: memoryview) -> None:
         """Append bytes, which may change as soon as this returns."""
+
+    def write_kept(self, data: memoryview) -> None:
+        """Append bytes that stay unchanged until `settle` or `finish` returns."""
 
     def settle(self) -> int:
         """Write all bytes to the file, and release it: nothing is appended afterwards.
@@ -136,6 +133,9 @@ class _BufferedFile:
             filesystem.start_writeback(self._descriptor, self._written_back, waiting)
             self._written_back = self._offset
 
+    def write_kept(self, data: memoryview) -> None:
+        self.write(data)
+
     def settle(self) -> int:
         return self._descriptor
 
@@ -161,6 +161,7 @@ class _DirectFile:
         self._blocks = [np.frombuffer(view, np.uint8) for view in self._views]
         self._pool = pool
         self._pending: list[Future[None] | None] = [None] * _BLOCKS
+        self._kept: deque[Future[None]] = deque()
         self._current = 0
         self._filled = 0
         self._offset = 0
@@ -184,6 +185,25 @@ class _DirectFile:
             if self._filled == _BLOCK_BYTES:
                 self._submit(_BLOCK_BYTES)
 
+    def write_kept(self, data: memoryview) -> None:
+        source = np.frombuffer(data, np.uint8)
+        # The bytes up to the next sector of the file, which others may have begun.
+        first = -(self._offset + self._filled) % _ALIGNMENT
+        end = first + (len(source) - first) // _ALIGNMENT * _ALIGNMENT
+        if end <= first or (source.ctypes.data + first) % _ALIGNMENT:
+            self.write(data)
+            return
+        self.write(data[:first])
+        if self._filled:
+            self._submit(self._filled)
+        for start in range(first, end, _BLOCK_BYTES):
+            piece = data[start : min(start + _BLOCK_BYTES, end)]
+            if len(self._kept) == _KEPT_WAITING:
+                self._kept.popleft().result()
+            self._kept.append(self._pool.submit(self._write_block, piece, self._offset))
+            self._offset += len(piece)
+        self.write(data[end:])
+
     def settle(self) -> int:
         self._flush()
         filesystem.leave_direct(self._descriptor)
@@ -203,6 +223,8 @@ class _DirectFile:
             self._submit(padded)
         for index in range(len(self._pending)):
             self._await(index)
+        while self._kept:
+            self._kept.popleft().result()
         filesystem.set_length(self._descriptor, length)
 
     def _submit(self, nbytes: int) -> None:
@@ -228,117 +250,3 @@ class _DirectFile:
         future, self._pending[index] = self._pending[index], None
         if future is not None:
             future.result()
-
-
-_READ_BYTES = 4 << 20
-
-
-class OutStream(io.RawIOBase):
-    """A raw file object over a file that is being created.
-
-    Not collective. Used by one thread.
-
-    Args:
-        path: The file.
-        out: The open file, still empty.
-
-    Attributes:
-        nbytes: Length of the file in bytes.
-    """
-
-    def __init__(self, path: Path, out: OutFile) -> None:
-        super().__init__()
-        self._path = path
-        self._out = out
-        self._hasher: BlockHasher | None = BlockHasher()
-        self._position = 0
-        self._writer = -1
-        self._reader: int | None = None
-        self._readers = ExitStack()
-        self.nbytes = 0
-
-    def writable(self) -> bool:
-        """Return True: the stream can be written."""
-        return True
-
-    def readable(self) -> bool:
-        """Return True: written bytes can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True: the stream can be written in any order."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position, in bytes from the start."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position, also past the end."""
-        if whence not in (io.SEEK_SET, io.SEEK_CUR, io.SEEK_END):
-            raise ValueError(f"seek() from {whence!r}")
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.nbytes}
-        if start[whence] + offset < 0:
-            raise ValueError(f"seek() to {start[whence] + offset}, before the start")
-        self._position = start[whence] + offset
-        return self._position
-
-    def write(self, data: ReadableBuffer) -> int:
-        """Write bytes at the position."""
-        view = memoryview(data).cast("B")
-        if self._hasher is not None and self._position == self.nbytes:
-            self._out.write(view)
-            self._hasher.update(view)
-        else:
-            self._settle()
-            filesystem.write_all(self._writer, view, self._position)
-        self._position += len(view)
-        self.nbytes = max(self.nbytes, self._position)
-        return len(view)
-
-    def readinto(self, into: WriteableBuffer) -> int:
-        """Read bytes from the position on."""
-        view = memoryview(into).cast("B")
-        if self._position >= self.nbytes or not view:
-            return 0
-        self._settle()
-        if self._reader is None:
-            opened = filesystem.open_for_reading(self._path)
-            self._reader, _ = self._readers.enter_context(opened)
-        count = filesystem.read_at(self._reader, view, self._position)
-        self._position += count
-        return count
-
-    def truncate(self, size: int | None = None) -> int:
-        """Cut the file, or lengthen it by zeros, to the position or a given size."""
-        size = self._position if size is None else size
-        if size != self.nbytes:
-            self._settle()
-            filesystem.set_length(self._writer, size)
-            self.nbytes = size
-        return size
-
-    def finish(self) -> Digest:
-        """Make the file durable, and return the digest of its contents.
-
-        Called once, last; also if the writer has closed the stream.
-        """
-        self._out.finish()
-        if self._hasher is not None:
-            return self._hasher.finish()
-        hasher, window = BlockHasher(), memoryview(bytearray(_READ_BYTES))
-        with filesystem.open_for_reading(self._path) as (reader, _):
-            while count := filesystem.read_at(reader, window, hasher.nbytes):
-                hasher.update(window[:count])
-        return hasher.finish()
-
-    def close(self) -> None:
-        """Accept no more calls; the file itself stays unchanged."""
-        self._readers.close()
-        super().close()
-
-    def _settle(self) -> None:
-        """Stop writing from front to back: write all bytes, to allow any order."""
-        if self._hasher is not None:
-            self._writer = self._out.settle()
-            self._hasher = None

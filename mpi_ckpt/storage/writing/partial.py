@@ -13,6 +13,7 @@ import io
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.digest import split_blocks
 from mpi_ckpt.errors import (
     CheckpointError,
     FencedError,
@@ -20,10 +21,12 @@ from mpi_ckpt.errors import (
     WriteError,
 )
 from mpi_ckpt.memory import Arena
+from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.writing.outfile import OutStream, create_out_file
+from mpi_ckpt.storage.writing.out_stream import OutStream
+from mpi_ckpt.storage.writing.outfile import create_out_file
 from mpi_ckpt.storage.writing.space import require_space
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.writing.outfile import IOMode, OutFile
 
 _STREAM_BUFFER_BYTES = 1 << 20
+_COUNTED_BYTES = 64 << 20
 _COPY_BYTES = 16 << 20
 _ZEROS_BYTES = 1 << 20
 
@@ -55,6 +59,9 @@ class Partial:
             and a job that is cut off should report that.
         sync_names: Whether directories must be fsynced; if not, they are if possible.
 
+    Attributes:
+        progress: Counts the bytes of leaves and tiles.
+
     Raises:
         WriteError: On the calling rank, if its directory cannot be made, or does not exist.
         FencedError: On the calling rank, here and from every method that writes, if
@@ -74,12 +81,12 @@ class Partial:
         sync_names: bool = True,
     ) -> None:
         self._root = root
-        self._check = check or _nobody_else
-        self._sync_names = sync_names
+        self._check, self._sync_names = check or (lambda: None), sync_names
         self._mode: IOMode = mode
         self._staging = staging or Arena()
         self.generation = generation
         self.path = root / partial_name(generation, job)
+        self.progress = Progress()
         self.bytes_written = 0
         self._was_named = False
         self._joined = joined
@@ -101,7 +108,9 @@ class Partial:
         """
         require_space(self.path, self._root, nbytes=nbytes, files=files)
 
-    def write_shard(self, name: str, runs: Iterable[memoryview], nbytes: int) -> None:
+    def write_shard(
+        self, name: str, runs: Iterable[memoryview], nbytes: int, *, kept: bool = False
+    ) -> None:
         """Write runs of bytes, one after the other, as one durable file.
 
         Not collective.
@@ -110,13 +119,13 @@ class Partial:
             name: Name of the file.
             runs: The runs; each is used up before the next is requested.
             nbytes: Their total length.
+            kept: Whether the bytes of all runs stay unchanged until this returns.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
         """
         with self._sized_file(name, nbytes) as out:
-            for run in runs:
-                out.write(run)
+            self._append(out, runs, kept=kept)
             out.finish()
 
     def write_headed(
@@ -126,6 +135,8 @@ class Partial:
         runs: Iterable[memoryview],
         header: Callable[[], bytes],
         nbytes: int,
+        *,
+        kept: bool = False,
     ) -> None:
         """Write runs of bytes behind a header that is known last, as one durable file.
 
@@ -137,6 +148,7 @@ class Partial:
             runs: The runs; each is used up before the next is requested.
             header: Called once, after the last run; returns the header.
             nbytes: Length of header and runs in bytes.
+            kept: Whether the bytes of all runs stay unchanged until this returns.
 
         Raises:
             WriteError: On the calling rank; the partial must then be dropped.
@@ -145,8 +157,7 @@ class Partial:
         with self._sized_file(name, nbytes) as out:
             for start in range(0, header_bytes, _ZEROS_BYTES):
                 out.write(zeros[: header_bytes - start])
-            for run in runs:
-                out.write(run)
+            self._append(out, runs, kept=kept)
             # CRASH: up to here the file has zeros in place of its header. Nobody reads it:
             # the rename that publishes comes after this file's only fsync.
             descriptor = out.settle()
@@ -301,6 +312,7 @@ class Partial:
         """Create a file of a rank's own; the writer calls its ``finish`` in the block."""
         # Check again, now with the exact size, and on the host that writes.
         require_space(self.path, self.path / name, nbytes=nbytes, files=1)
+        self.progress.expect(nbytes)
         with self._file(name, nbytes) as out:
             yield out
         if self._joined:
@@ -310,15 +322,19 @@ class Partial:
                 self._sync(self.path)
         self.bytes_written += nbytes
 
+    def _append(self, out: OutFile, runs: Iterable[memoryview], *, kept: bool) -> None:
+        write = out.write_kept if kept else out.write
+        for piece in (piece for run in runs for piece in split_blocks(run, _COUNTED_BYTES)):
+            write(piece)
+            self.progress.count(len(piece))
+
     @contextmanager
     def _file(self, name: str, nbytes: int | None) -> Iterator[OutFile]:
         """Create a file; the writer calls its ``finish`` within the block."""
-        path = self.path / name
+        path, mode = self.path / name, self._mode
         with (
             self._errors_as(WriteError, "writing", path),
-            create_out_file(
-                path, nbytes=nbytes, mode=self._mode, staging=self._staging
-            ) as out,
+            create_out_file(path, nbytes=nbytes, mode=mode, staging=self._staging) as out,
         ):
             yield out
 
@@ -332,7 +348,3 @@ class Partial:
                 out.write(window[:count])
             out.finish()
         self.bytes_written += nbytes
-
-
-def _nobody_else() -> None:
-    """Do nothing, in place of a check on a rank that has none."""

@@ -20,6 +20,8 @@ def write_tile_file(
     name: str,
     plan: TileFilePlan,
     tiles: Iterable[Iterable[memoryview]],
+    *,
+    kept: bool = False,
 ) -> tuple[StoredFile, list[Digest]]:
     """Write tiles as one durable file, and digest them on their way.
 
@@ -31,6 +33,7 @@ def write_tile_file(
         plan: Its layout.
         tiles: The bytes of each tile, in file order, as runs; each run is used up before
             the next is requested.
+        kept: Whether the bytes of all runs stay unchanged until this returns.
 
     Returns:
         The file, as the manifest lists it, and the digests of the tiles in file order.
@@ -54,7 +57,7 @@ def write_tile_file(
         headers.append(plan.encode(digests))
         return headers[0]
 
-    partial.write_headed(name, plan.header_bytes, runs(), header, plan.nbytes)
+    partial.write_headed(name, plan.header_bytes, runs(), header, plan.nbytes, kept=kept)
     digest = digest_bytes(headers[0])
     file = StoredFile(name, plan.nbytes, plan.header_bytes, digest, partial.generation)
     return file, digests

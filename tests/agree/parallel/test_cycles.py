@@ -11,6 +11,7 @@ import pytest
 from mpi_ckpt import ArrayState, CheckpointManager, ObjectState, Options, checkpoint
 from mpi_ckpt.comm import Communicator
 from mpi_ckpt.errors import CheckpointError, RegistrationError
+from tests.directories import names_in
 from tests.ranks import manager
 
 
@@ -51,7 +52,7 @@ def test_hundreds_of_cycles(comm, shared_path, counted):
         assert value.value == number
         assert (arrays["x"] == number).all()
     assert (counted.made, counted.open) == (cycles, 0)
-    names = comm.bcast(sorted(p.name for p in shared_path.iterdir()))
+    names = comm.bcast(names_in(shared_path))
     kept = range(cycles - 2, cycles + 1)
     assert names == [".lock", *(f"checkpoint-{number:08d}" for number in kept)]
 

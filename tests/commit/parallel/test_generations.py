@@ -2,7 +2,6 @@
 """Saves of some states, retention, and steps that save."""
 
 import math
-import os
 import time
 from datetime import timedelta
 
@@ -18,6 +17,7 @@ from mpi_ckpt import (
     State,
 )
 from mpi_ckpt.retention import RetentionPolicy
+from tests.directories import names_in
 from tests.ranks import assert_same, manager, plain
 
 
@@ -180,7 +180,7 @@ def test_retention(comm, shared_path, counter, policy, kept):
         counter.value = 0
         checkpoints.restore()
     assert counter.value == 8
-    left = comm.bcast(sorted(os.listdir(shared_path)) if comm.rank == 0 else None)
+    left = comm.bcast(names_in(shared_path) if comm.rank == 0 else None)
     assert left == [".lock", *(f"checkpoint-{number:08d}" for number in kept)]
 
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A save that does not fit is refused on all ranks before it is begun."""
 
-import os
-
 import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.storage.writing import space
+from tests.directories import names_in
 from tests.ranks import manager, same_error
 
 
@@ -19,7 +18,7 @@ def fill_disk(monkeypatch, nbytes):
 
 
 def names(path):
-    return sorted(name for name in os.listdir(path) if name != ".lock")
+    return [name for name in names_in(path) if name != ".lock"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -21,6 +21,7 @@ from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.writing import space
 from tests.cut import cuts
 from tests.cut.mixture import SHAPE, Mixture
+from tests.directories import names_in
 from tests.ranks import manager, same_error
 
 WAYS = {
@@ -71,7 +72,7 @@ class Job:
     def names(self):
         """Return what the directory holds, as root sees it."""
         here = self.comm.rank == 0
-        return self.comm.bcast(sorted(p.name for p in self.root.iterdir()) if here else 0)
+        return self.comm.bcast(names_in(self.root) if here else 0)
 
 
 @pytest.fixture(params=WAYS)
@@ -234,7 +235,7 @@ def test_a_directory_that_one_rank_does_not_see(
             ):
                 ours.save()
             assert peers.allgather(created) == [[]] * peers.size
-            names = sorted(path.name for path in shared_path.iterdir())
+            names = names_in(shared_path)
             assert peers.bcast(names) == [".lock"]
         assert ours.generations() == []
 

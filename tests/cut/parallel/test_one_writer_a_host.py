@@ -63,7 +63,7 @@ def test_a_rank_that_cannot_write_or_read_fails_all(
     ours = manager(shared_path, *states, comm=peers, writers="node")
     ours.save()
 
-    def broken(*_):
+    def broken(*_, **__):
         raise OSError(28, "No space left on device")
 
     rank = 0 if failing == "first" else peers.size - 1

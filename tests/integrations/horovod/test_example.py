@@ -84,3 +84,30 @@ def test_the_example_stops_when_asked_to_and_loses_nothing(jobs, start, tmp_path
     assert outcome.code == 0, outcome.text
     assert events(folder, "start")[-1]["batch"] == done
     assert events(folder, "end")[0]["losses"] == BATCHES
+
+
+def last_line(text):
+    return [line for line in text.splitlines() if line.startswith("epoch 9")]
+
+
+def test_a_plain_script_with_ten_more_lines_goes_on_after_a_kill(jobs, tmp_path):
+    plain = jobs.run(2, EXAMPLES / "horovod_plain.py")
+    assert plain.code == 0, plain.text
+
+    def start():
+        return jobs.start(2, "-c", IN_ANOTHER_FOLDER, tmp_path)
+
+    job = start()
+    jobs.wait_until(job, lambda: (tmp_path / "run" / "checkpoint-00000003").exists())
+    jobs.kill(job)
+    outcome = jobs.finish(start())
+    assert outcome.code == 0, outcome.text
+    assert "epoch 0 " not in outcome.out
+    assert last_line(outcome.out) == last_line(plain.out) != []
+
+
+IN_ANOTHER_FOLDER = f"""
+import os, runpy, sys
+os.chdir(sys.argv[1])
+runpy.run_path({str(EXAMPLES / "horovod_saved.py")!r}, run_name="__main__")
+"""

@@ -20,6 +20,7 @@ from mpi_ckpt.checkpoint import (
 )
 from mpi_ckpt.errors import RegistrationError, StageError
 from mpi_ckpt.storage.reading.reader import read_manifest
+from tests.directories import names_in
 from tests.ranks import assert_same, same_error
 
 torch = pytest.importorskip("torch")
@@ -129,7 +130,7 @@ def test_many_saves_and_the_last_one_counts(comm, directory, restart):
     assert pickled.value["n"] == 7
     save_all_states()
     restart()  # what was given up is removed behind
-    names = sorted(p.name for p in directory.iterdir()) if comm.rank == 0 else None
+    names = names_in(directory) if comm.rank == 0 else None
     kept = [f"checkpoint-{number:08d}" for number in (7, 8, 9)]
     assert comm.bcast(names) == [".lock", *kept]
 

@@ -164,6 +164,23 @@ def test_a_new_process_goes_on_from_the_last_durable_commit(comm, configured):
     assert len({index for indices in left for index in indices}) == 93
 
 
+def test_a_sync_by_hand_in_mid_epoch_divides_the_rest_anew(comm):
+    samples = 20 * comm.size
+    with make_state(comm, sampler=ElasticSampler(range(samples))) as state:
+        state.sync()
+        done = []
+        for number, index in enumerate(state.sampler):
+            done.append(index)
+            state.sampler.record_batch(number, 1)
+            if number == 4:
+                break
+        state.sync()
+        done = {index for indices in comm.allgather(done) for index in indices}
+        left = {i for indices in comm.allgather(list(state.sampler)) for i in indices}
+    assert len(done) == 5 * comm.size
+    assert left == set(range(samples)) - done
+
+
 def test_what_is_given_later_is_tracked(comm):
     with ObjectState(epoch=0) as state:
         state.sync()

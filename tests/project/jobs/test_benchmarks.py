@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks run, so that none rots."""
 
+import json
+
 import pytest
 
-from benchmarks import targets
+from benchmarks import start, targets
 from benchmarks.cases import CASES
 from benchmarks.harness import read_figures
 from tests.launch import run_job
@@ -11,7 +13,7 @@ from tests.launch import run_job
 pytestmark = pytest.mark.long
 
 # Without these, which bring torch's modules in, three ranks are quick.
-LIGHT = ["sync", "reuse", "writers", "small", "plan"]
+LIGHT = ["sync", "reuse", "writers", "small", "plan", "observing"]
 
 
 def run_smoke(ranks, cases, directory):
@@ -43,7 +45,7 @@ def test_every_case_runs(everything):
 
 def test_every_target_finds_its_figures(everything):
     _, figures = everything
-    peers = ("torchsnapshot", "adaptdl", "Horovod")
+    peers = ("torchsnapshot", "adaptdl", "Horovod", "safetensors")
     for result in targets.evaluate(figures):
         target = result.target
         elsewhere = target.several_hosts or target.ranks not in (None, 2)
@@ -62,6 +64,15 @@ def test_absent_peers_are_named_once(everything):
 def test_nothing_is_left_behind(everything, tmp_path):
     run_smoke(3, LIGHT, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["figures.jsonl"]
+
+
+def test_the_start_of_a_job_is_measured(tmp_path, capsys):
+    start.main(["--smoke", "--directory", str(tmp_path), "--json", str(tmp_path / "lines")])
+    (line,) = map(json.loads, (tmp_path / "lines").read_text().splitlines())
+    (taken,) = line["taken"]
+    assert all(taken[phase] > 0 for phase in start.PHASES)
+    assert taken["all"] == pytest.approx(sum(taken[phase] for phase in start.PHASES))
+    assert "restore" in capsys.readouterr().out
 
 
 def test_targets_are_printed(tmp_path, capsys, everything):

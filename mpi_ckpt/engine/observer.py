@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows people and programs what the ranks do: the log, hooks, the journal, the timeline.
+
+Nothing here changes how a save or a restore ends. Root alone reports; every rank keeps the
+report of the last save.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from mpi_ckpt.reports import PhaseClock, Progress, bytes_text
+from mpi_ckpt.storage.journal import HistoryEvent, Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.timeline import Timeline
+    from mpi_ckpt.hooks import Hooks
+    from mpi_ckpt.reports import RestoreReport, SaveReport, StopReport
+    from mpi_ckpt.storage.directory import CheckpointDirectory
+
+logger = logging.getLogger(__name__)
+
+_TRAINING = "training"
+_SHOWN_SECONDS = 1.0
+"""How often a step may write the status: as often as a step looks for a halt file."""
+
+
+class Observer:
+    """Reports what the ranks of a manager do. Not collective.
+
+    Main thread only, except for the clock of a save in the background.
+
+    Args:
+        comm: The manager's communicator.
+        directory: The checkpoint directory; used on root only.
+        hooks: The functions of the program; used on root only.
+        timeline: Records the phases.
+
+    Attributes:
+        last_save: The report of the last acknowledged save; None before the first.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        directory: CheckpointDirectory,
+        hooks: Hooks,
+        timeline: Timeline,
+    ) -> None:
+        self._comm = comm
+        self._directory = directory
+        self._hooks = hooks
+        self._timeline = timeline
+        self._journal = Journal(directory.root)
+        self._showing = threading.Lock()
+        self._shown_at = 0.0
+        # Every key is there from the start: another thread may read while values change.
+        self._facts: dict[str, Any] = {
+            "pid": os.getpid(),
+            "started": time.time(),
+            "step": 0,
+            "due": {},
+            "last_save": None,
+            "ended": None,
+            "reason": "",
+        }
+        self._clock: PhaseClock | None = None
+        self._doing = _TRAINING
+        self._since = time.time()
+        self.last_save: SaveReport | None = None
+
+    def begin(self, doing: str) -> PhaseClock:
+        """Note that a save or restore begins; return the clock for its phases."""
+        if not self._comm.is_root:
+            return PhaseClock(ended=self._timeline.add)
+        clock = PhaseClock(self._show_soon, self._timeline.add, Progress(self._show))
+        self.resume(doing, clock)
+        return clock
+
+    def resume(self, doing: str, clock: PhaseClock) -> None:
+        """Note that a save goes on in the background. On the thread that writes."""
+        self._doing, self._clock, self._since = doing, clock, time.time()
+
+    def pause(self, clock: PhaseClock) -> None:
+        """Note that a save or restore has ended, or goes on in the background."""
+        if self._clock is clock:
+            self._doing, self._clock, self._since = _TRAINING, None, time.time()
+
+    def note_step(self, step: int, due: Mapping[str, float]) -> None:
+        """Note the end of a step; show it, at most once a second.
+
+        Args:
+            step: Steps done.
+            due: When the next save is due: at a ``step``, at a ``time``, or never.
+        """
+        if not self._comm.is_root:
+            return
+        self._facts["step"], self._facts["due"] = step, due
+        self._show_soon()
+
+    def note_save(self, report: SaveReport) -> None:
+        """Report an acknowledged save. On every rank."""
+        self.last_save = report
+        if not self._comm.is_root:
+            return
+        logger.info("%s", describe_save(report))
+        self._add(
+            "saved",
+            step=int(report.step),
+            generation=report.generation,
+            nbytes=report.bytes_written,
+            reused=report.bytes_reused,
+            seconds=report.seconds,
+            metrics=report.metrics,
+        )
+        if self._clock is not None:
+            self.pause(self._clock)
+        self._facts["step"] = int(report.step)
+        self._facts["last_save"] = {
+            "generation": report.generation,
+            "step": int(report.step),
+            "time": time.time(),
+            "seconds": report.seconds["total"],
+            "bytes": report.bytes_written,
+        }
+        self._show()
+        self._call("on_save", report)
+
+    def note_restore(self, report: RestoreReport | None) -> None:
+        """Report a restore, or that there was nothing to restore. On every rank."""
+        if not self._comm.is_root:
+            return
+        if report is None:
+            logger.info("nothing in %s: starting fresh", self._directory.root)
+            self._add("fresh")
+            return
+        logger.info("%s", describe_restore(report))
+        self._add(
+            "restored",
+            step=int(report.step),
+            generation=report.generation,
+            saved_ranks=report.saved_size,
+            nbytes=report.bytes_read,
+            seconds=report.seconds,
+        )
+        self._facts["step"] = int(report.step)
+        self._show()
+        self._call("on_restore", report)
+
+    def note_stop(self, report: StopReport) -> None:
+        """Report a stop that was requested. On every rank."""
+        if self._comm.is_root:
+            self._add("stopped", step=int(report.step), reason=report.reason)
+            self._call("on_stop", report)
+
+    def note_end(self, step: int, error: BaseException | None) -> None:
+        """Report that the manager is left. On every rank."""
+        if not self._comm.is_root:
+            return
+        reason = "" if error is None else type(error).__name__
+        self._add("ended", step=step, reason=reason)
+        self._facts |= {"ended": time.time(), "reason": reason, "step": step}
+        self._show()
+
+    def describe_progress(self, doing: str, clock: PhaseClock, seconds: float) -> str:
+        """Return a line about a long operation: what has moved, rate, and time left."""
+        phase = f"{doing}, {clock.current}" if clock.current else doing
+        moved, expected = clock.progress.moved, clock.progress.expected
+        if not moved or not seconds:
+            return f"{phase}: for {seconds:.0f} s so far"
+        rate = moved / seconds
+        text = f"{phase}: {bytes_text(moved)} of {bytes_text(expected)}, "
+        left = max(0, expected - moved) / rate
+        return f"{text}{bytes_text(round(rate))}/s, {left:.0f} s left"
+
+    def _call(self, name: str, report: object) -> None:
+        home = self._comm.home
+        for function in self._hooks.functions(name):
+            home.hook = f"Hooks.{name}"
+            try:
+                function(report)
+            # The program's function may fail in any way, on root alone: what it was called
+            # for has happened, on all ranks, and the training goes on.
+            except Exception:
+                text = "Hooks.%s has failed: %r; the training goes on"
+                logger.warning(text, name, function, exc_info=True)
+            finally:
+                home.hook = ""
+
+    def _add(self, event: str, **facts: Any) -> None:  # noqa: ANN401 (of an event)
+        if self._directory.owner:
+            job, ranks = self._directory.job, self._comm.size
+            self._journal.add(
+                HistoryEvent(event=event, time=time.time(), job=job, ranks=ranks, **facts)
+            )
+
+    def _show_soon(self) -> None:
+        if time.monotonic() - self._shown_at >= _SHOWN_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        """Write the status. On any thread; it never waits for another thread's write."""
+        if not self._directory.owner or not self._showing.acquire(blocking=False):
+            return
+        try:
+            self._shown_at = time.monotonic()
+            clock = self._clock
+            self._journal.show(
+                {
+                    **self._facts,
+                    "job": self._directory.job,
+                    "host": self._comm.hosts[self._comm.rank],
+                    "ranks": self._comm.size,
+                    "updated": time.time(),
+                    "doing": self._doing,
+                    "since": self._since,
+                    "phase": clock.current if clock else "",
+                    "bytes_done": clock.progress.moved if clock else 0,
+                    "bytes_expected": clock.progress.expected if clock else 0,
+                }
+            )
+        finally:
+            self._showing.release()
+
+
+def describe_save(report: SaveReport) -> str:
+    """Return an acknowledged save in one line. Pure."""
+    text = f"saved generation {report.generation}, step {report.step}, {_by(report.size)}: "
+    text += f"{bytes_text(report.bytes_written)} written, "
+    text += f"{bytes_text(report.bytes_reused)} reused, {_timed(report.seconds)}; "
+    text += f"{report.kept} kept"
+    return f"{text}, {len(report.pruned)} removed" if report.pruned else text
+
+
+def describe_restore(report: RestoreReport) -> str:
+    """Return a finished restore in one line. Pure."""
+    what = f"generation {report.generation}"
+    if report.from_memory:
+        what = "the copy in memory"
+    text = f"restored {what}, step {report.step}, saved {_by(report.saved_size)}"
+    if report.size != report.saved_size:
+        text += f", now {report.size}"
+    read = "" if report.from_memory else f"{bytes_text(report.bytes_read)} read, "
+    return f"{text}: {read}{_timed(report.seconds)}"
+
+
+def _by(size: int) -> str:
+    return f"by {size} rank{'' if size == 1 else 's'}"
+
+
+def _timed(seconds: Mapping[str, float]) -> str:
+    phases = {name: spent for name, spent in seconds.items() if name != "total"}
+    listed = ", ".join(f"{name} {spent:.3g} s" for name, spent in phases.items())
+    return f"in {seconds['total']:.3g} s ({listed})" if listed else "at once"
