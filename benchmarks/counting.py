@@ -50,9 +50,11 @@ _MESSAGES = {"send", "ssend", "bsend", "recv", "sendrecv"}
 # Names in os.
 _TRANSFERS = {"pwrite", "pwritev", "pread", "preadv", "write", "read"}
 _FILE_OPERATIONS = {
-    *("open", "mkdir", "rename", "replace", "link", "unlink", "rmdir", "listdir", "lstat"),
+    *("open", "mkdir", "rename", "replace", "link", "rmdir", "listdir", "lstat"),
     *("stat", "fsync", "fdatasync", "ftruncate", "posix_fallocate"),
 }
+
+_REMOVALS = {"unlink"}
 
 # Fields that are cut over the ranks: of each, so many rows a rank.
 _FIELDS, _ROWS, _COLUMNS = 4, 8, 64
@@ -72,6 +74,7 @@ class Cost:
         mpi_bytes: Lengths of the buffers given to both; the longest of each call.
         file_operations: Calls of the operating system that name a file, change its length
             or make it durable: on a parallel file system a round trip each.
+        removals: Removals of files: the same, but of many files several at a time.
         transfers: Calls that write or read; the client's cache takes them.
         file_bytes: Written and read by those.
         sent: Messages that left the rank, also inside of collectives; None where the MPI
@@ -86,6 +89,7 @@ class Cost:
     messages: int = 0
     mpi_bytes: int = 0
     file_operations: int = 0
+    removals: int = 0
     transfers: int = 0
     file_bytes: int = 0
     sent: int | None = None
@@ -125,6 +129,8 @@ _TALLY = _Tally()
 
 def _kind(name: str) -> str:
     """Return the field that counts a call; of MPI, Bcast, Ibcast and bcast are alike."""
+    if name in _REMOVALS:
+        return "removals"
     if name in _FILE_OPERATIONS:
         return "file_operations"
     if name in _TRANSFERS:
@@ -157,7 +163,7 @@ class _CountingOS:
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (any of os)
         call = getattr(os, name)
-        if name not in _FILE_OPERATIONS | _TRANSFERS:
+        if name not in _FILE_OPERATIONS | _REMOVALS | _TRANSFERS:
             return call
 
         def counted(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401

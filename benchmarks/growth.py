@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mpi_ckpt.comm.topology import chain_piece_bytes
+from mpi_ckpt.storage.filesystem import REMOVERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +39,7 @@ _WHO: tuple[Who, Who] = ("root", "others")
 
 QUANTITIES = (
     *("collectives", "messages", "mpi_bytes", "sent"),
-    *("file_operations", "transfers", "file_bytes"),
+    *("file_operations", "removals", "transfers", "file_bytes"),
 )
 # Texts in which numbers and times stand differ by some bytes from run to run.
 SLACK = {"mpi_bytes": 32.0, "file_bytes": 32.0}
@@ -199,7 +200,8 @@ KNOWN = (
         "save, random streams",
         ("messages", "mpi_bytes", "transfers", "file_bytes"),
         ("root",),
-        "root takes and writes the streams of all ranks",
+        "root takes and writes the streams of all ranks, some at a time; the names and "
+        "digests that it keeps take as much memory",
         "each node writes its ranks' parts; or counter-based streams: one seed for all",
     ),
     Known(
@@ -234,7 +236,7 @@ KNOWN = (
     ),
     Known(
         "save, cut as before",
-        ("messages", "mpi_bytes", "file_operations", "file_bytes"),
+        ("messages", "mpi_bytes", "removals", "file_bytes"),
         ("root",),
         "root sends every rank the number of the generation, takes a record of its file, "
         "and removes the files of the generation before, behind the training",
@@ -242,15 +244,15 @@ KNOWN = (
     ),
     Known(
         "restore, same boxes",
-        ("messages", "mpi_bytes", "file_operations", "transfers", "file_bytes"),
+        ("messages", "mpi_bytes", "file_bytes"),
         ("root",),
-        "root reads the list of tiles in every file, takes what every rank wants, plans "
-        "for all, and sends each rank its own part of the plan",
-        "lists read and proven by all ranks in turn; each plans for its own files",
+        "root takes the list of tiles that every rank reads, and what the rank wants, "
+        "plans for all, and sends each rank its own part of the plan",
+        "lists joined by node leaders; each plans for its own files",
     ),
     Known(
         "restore, moved boxes",
-        ("messages", "mpi_bytes", "file_operations", "transfers", "file_bytes"),
+        ("messages", "mpi_bytes", "file_bytes"),
         ("root",),
         "as with the same boxes; a rank exchanges rows with its neighbours alone",
         "as with the same boxes",
@@ -360,6 +362,7 @@ def seconds(
             + counts["messages"] * cluster.message
             + counts["mpi_bytes"] / cluster.bandwidth
             + counts["file_operations"] * cluster.file_operation
+            + counts["removals"] * cluster.file_operation / REMOVERS
             + counts["transfers"] * cluster.transfer
             + counts["file_bytes"] / cluster.disk
         )
@@ -500,6 +503,7 @@ def _seconds_of_one(quantity: str, cluster: Cluster) -> float:
         "sent": cluster.message,
         "mpi_bytes": 1 / cluster.bandwidth,
         "file_operations": cluster.file_operation,
+        "removals": cluster.file_operation / REMOVERS,
         "transfers": cluster.transfer,
         "file_bytes": 1 / cluster.disk,
     }[quantity]
@@ -520,81 +524,82 @@ _COUNTED = (
     ("sync, all differ", "mpi_bytes", 655314, 0, 655314, 0),
     ("sync, all differ", "sent", 6, 0, 11, 7.1, 0, 3.8),
     ("save", "collectives", 4, 0, 4, 0),
-    ("save", "mpi_bytes", 436, 0, 436, 0),
+    ("save", "mpi_bytes", 438, 0, 438, 0),
     ("save", "sent", 3, 0, 3, 1.4, 0, 1.3),
     ("save", "file_operations", 26, 0, 0, 0),
     ("save", "transfers", 34, 0, 0, 0),
-    ("save", "file_bytes", 662270, 0, 0, 0),
+    ("save", "file_bytes", 662271, 0, 0, 0),
     ("step, nothing due", "collectives", 2, 0, 2, 0),
     ("step, nothing due", "mpi_bytes", 112, 0, 112, 0),
     ("step, nothing due", "sent", 0, 0, 1, 1.7, 0, 0.1),
     ("restore", "collectives", 7, 0, 7, 0),
-    ("restore", "mpi_bytes", 654563, 0, 654563, 0),
+    ("restore", "mpi_bytes", 654570, 0, 654570, 0),
     ("restore", "sent", 6, 0, 6, 2, 0, 2.7),
     ("restore", "file_operations", 4, 0, 0, 0),
     ("restore", "transfers", 4, 0, 0, 0),
-    ("restore", "file_bytes", 662270, 0, 0, 0),
+    ("restore", "file_bytes", 662271, 0, 0, 0),
     ("one rank fails", "collectives", 4, 0, 4, 0),
     ("one rank fails", "messages", -1, 1, 1, 0),
-    ("one rank fails", "mpi_bytes", 1591, 12, 1614, 0),
+    ("one rank fails", "mpi_bytes", 1585, 12, 1608, 0),
     ("one rank fails", "sent", 6, 0, 1, 0.6, 0, 1.4),
     ("remember", "collectives", 4, 0, 4, 0),
     ("remember", "mpi_bytes", 224, 0, 224, 0),
     ("remember", "sent", 0, 0, 4, 3.4, 0, 1),
     ("restore from memory", "collectives", 6, 0, 6, 0),
-    ("restore from memory", "mpi_bytes", 1397, 0, 1397, 0),
+    ("restore from memory", "mpi_bytes", 1404, 0, 1404, 0),
     ("restore from memory", "sent", 3, 0, 5, 3.1, 0, 1.8),
-    ("save, random streams", "collectives", 6, 0, 6, 0),
-    ("save, random streams", "messages", -1, 1, 1, 0),
-    ("save, random streams", "mpi_bytes", -19382, 19885, 20378, 0),
+    ("save, random streams", "collectives", 5, 0, 5, 0),
+    ("save, random streams", "messages", -3, 3, 3, 0),
+    ("save, random streams", "mpi_bytes", -5385, 5833, 6270, 0),
     ("save, random streams", "sent", 3, 0, 4, 4.3, 0, 1.5),
     ("save, random streams", "file_operations", 23, 0, 0, 0),
-    ("save, random streams", "transfers", 2, 1, 0, 0),
-    ("save, random streams", "file_bytes", 4596, 20026, 0, 0),
+    ("save, random streams", "transfers", 2, 3, 0, 0),
+    ("save, random streams", "file_bytes", 3373, 6317, 0, 0),
     ("restore, random streams", "collectives", 7, 0, 7, 0),
     ("restore, random streams", "messages", -1, 1, 1, 0),
-    ("restore, random streams", "mpi_bytes", -19289, 19877, 20462, 0),
+    ("restore, random streams", "mpi_bytes", -8480, 9100, 9717, 0),
     ("restore, random streams", "sent", -3, 1, 9, 3.1, 0, 1.8),
     ("restore, random streams", "file_operations", 4, 0, 0, 0),
-    ("restore, random streams", "transfers", 4, 0, 0, 0),
-    ("restore, random streams", "file_bytes", 4596, 20026, 0, 0),
-    ("remember, random streams", "collectives", 11, 0, 11, 0),
-    ("remember, random streams", "messages", -2, 2, 2, 0),
-    ("remember, random streams", "mpi_bytes", -35258, 59639, 44266, 19869),
+    ("restore, random streams", "transfers", 5, 0, 0, 0),
+    ("restore, random streams", "file_bytes", 6695, 6378, 0, 0),
+    ("remember, random streams", "collectives", 8, 0, 8, 0),
+    ("remember, random streams", "messages", -3, 3, 3, 0),
+    ("remember, random streams", "mpi_bytes", -2688, 11644, 8970, 5811),
     ("remember, random streams", "sent", 6, 0, 7, 7.7, 0, 2.8),
     ("save, all write", "collectives", 8, 0, 8, 0),
     ("save, all write", "messages", -1, 1, 1, 0),
-    ("save, all write", "mpi_bytes", 639, 45, 655, 0),
+    ("save, all write", "mpi_bytes", 641, 45, 655, 0),
     ("save, all write", "sent", -3, 1, 10, 4, 0, 2),
     ("save, all write", "file_operations", 23, 0, 5, 0),
     ("save, cut", "collectives", 16, 0, 16, 0),
     ("save, cut", "messages", -4, 4, 4, 0),
-    ("save, cut", "mpi_bytes", 405, 489, 1375, 0),
+    ("save, cut", "mpi_bytes", 378, 516, 1402, 0),
     ("save, cut", "sent", -5, 3, 15, 12.3, 0, 3.2),
     ("save, cut", "file_operations", 23, 0, 5, 0),
     ("save, cut", "transfers", 7, 0, 6, 0),
     ("save, cut", "file_bytes", 25133, 162, 24576, 0),
     ("save, cut as before", "collectives", 11, 0, 11, 0),
     ("save, cut as before", "messages", -2, 2, 2, 0),
-    ("save, cut as before", "mpi_bytes", 615, 118, 833, 0),
+    ("save, cut as before", "mpi_bytes", 596, 137, 850, 0),
     ("save, cut as before", "sent", -3, 1, 12, 7.7, 0, 2.5),
-    ("save, cut as before", "file_operations", 20, 2, 5, 0),
+    ("save, cut as before", "file_operations", 18, 0, 5, 0),
+    ("save, cut as before", "removals", 1, 1, 0, 0),
     ("save, cut as before", "transfers", 7, 0, 6, 0),
     ("save, cut as before", "file_bytes", 25133, 162, 24576, 0),
-    ("restore, same boxes", "collectives", 11, 0, 11, 0),
-    ("restore, same boxes", "messages", -2, 2, 2, 0),
-    ("restore, same boxes", "mpi_bytes", -969, 1724, 2481, 0),
+    ("restore, same boxes", "collectives", 13, 0, 13, 0),
+    ("restore, same boxes", "messages", -3, 3, 3, 0),
+    ("restore, same boxes", "mpi_bytes", -1856, 2658, 3488, 0),
     ("restore, same boxes", "sent", -4, 0, 15, 5.7, 0, 2.8),
-    ("restore, same boxes", "file_operations", 3, 1, 1, 0),
-    ("restore, same boxes", "transfers", 2, 2, 1, 0),
-    ("restore, same boxes", "file_bytes", 16941, 8354, 16384, 0),
-    ("restore, moved boxes", "collectives", 11, 0, 11, 0),
-    ("restore, moved boxes", "messages", -1, 2, 4, 0),
-    ("restore, moved boxes", "mpi_bytes", 2999, 1812, 10761, 0),
+    ("restore, same boxes", "file_operations", 4, 0, 2, 0),
+    ("restore, same boxes", "transfers", 3, 0, 2, 0),
+    ("restore, same boxes", "file_bytes", 21037, 162, 20480, 0),
+    ("restore, moved boxes", "collectives", 13, 0, 13, 0),
+    ("restore, moved boxes", "messages", -2, 3, 5, 0),
+    ("restore, moved boxes", "mpi_bytes", 2112, 2746, 11768, 0),
     ("restore, moved boxes", "sent", -4, 0, 15, 6.7, 0, 2.8),
-    ("restore, moved boxes", "file_operations", 10, 1, 1, 0),
-    ("restore, moved boxes", "transfers", 2, 2, 1, 0),
-    ("restore, moved boxes", "file_bytes", 16941, 8354, 16384, 0),
+    ("restore, moved boxes", "file_operations", 11, 0, 2, 0),
+    ("restore, moved boxes", "transfers", 3, 0, 2, 0),
+    ("restore, moved boxes", "file_bytes", 21037, 162, 20480, 0),
 )
 
 MEASURED = {

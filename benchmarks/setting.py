@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from benchmarks.harness import Contender
-    from mpi_ckpt import State
+    from mpi_ckpt import Local, State
+    from mpi_ckpt.elastic import Memory
 
 __all__ = ["Arguments", "Arrays", "Setting", "sleep_until_all_come", "touch_arrays"]
 
@@ -89,6 +90,8 @@ class Setting:
         states: Sequence[State] | None = None,
         *,
         is_fresh: bool = True,
+        memory: Memory | None = None,
+        local: Local | None = None,
         **options: object,
     ) -> CheckpointManager:
         """Make a manager, closed after the case at the latest. Collective.
@@ -97,6 +100,8 @@ class Setting:
             name: Of its directory.
             states: What it saves; None for the arrays of this setting.
             is_fresh: Whether to remove what is in the directory.
+            memory: What it keeps copies in, if anything.
+            local: Where hosts keep saves; None for nowhere.
             options: Fields of `Options`.
         """
         root = self.directory / name
@@ -112,6 +117,8 @@ class Setting:
             [ArrayState("adam", self.state, sync="root")] if states is None else states,
             comm=self.comm,
             options=Options(**chosen),
+            memory=memory,
+            local=local,
         )
         return self.stack.enter_context(manager)
 

@@ -408,6 +408,13 @@ TARGETS: tuple[Target, ...] = (
         times(names.STALL_SYNC, names.MEMCPY),
     ),
     Target(
+        "stall of a local save / of an asynchronous save",
+        "local",
+        1.1,
+        False,
+        times(names.STALL_LOCAL, names.STALL_SYNC),
+    ),
+    Target(
         "stall, overlapped: ours / memcpy",
         "stall",
         0.05,
@@ -420,6 +427,13 @@ TARGETS: tuple[Target, ...] = (
         0.97,
         True,
         times(names.NO_SAVES, names.SAVE_ASYNC),
+    ),
+    Target(
+        "training, a copy at every step: throughput / without",
+        "train",
+        0.95,
+        True,
+        times(names.NO_SAVES, names.COPIES),
     ),
     Target(
         "reporting of a save, all hooks and a timeline: share of the save",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.elastic.epochs import EpochState, remaining_epochs_until
     from mpi_ckpt.elastic.preemption import PreemptionGuard
     from mpi_ckpt.elastic.sampler import ElasticSampler
+    from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.hooks import Hooks
@@ -54,6 +55,7 @@ _MODULES = {
     "KeepBest": "mpi_ckpt.retention",
     "KeepEvery": "mpi_ckpt.retention",
     "KeepLast": "mpi_ckpt.retention",
+    "Local": "mpi_ckpt.engine.hosts.local_settings",
     "ModuleState": "mpi_ckpt.states.module",
     "ObjectState": "mpi_ckpt.states.nested",
     "OptimizerState": "mpi_ckpt.states.optimizer",
@@ -91,6 +93,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "Local",
     "ModuleState",
     "ObjectState",
     "OptimizerState",

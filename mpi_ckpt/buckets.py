@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Readable", "find_spans", "plan_buckets", "read_leaves", "write_leaves"]
+__all__ = [
+    "Readable",
+    "are_read_together",
+    "find_spans",
+    "plan_buckets",
+    "read_leaves",
+    "write_leaves",
+]
 
 Readable: TypeAlias = Any
 """Contiguous bytes, which ``bytes.join`` and xxhash take: a memoryview, bytes, an array."""
@@ -77,6 +84,14 @@ def read_leaves(leaves: Sequence[_Leaf]) -> Sequence[Readable]:
     buffers = [leaf.buffer for leaf in leaves]
     read_all = _of_all(buffers, "read_all")
     return read_all(buffers) if read_all else [buffer.read() for buffer in buffers]
+
+
+def are_read_together(leaves: Sequence[_Leaf]) -> bool:
+    """Return whether `read_leaves` reads leaves at once, and may do so again.
+
+    Not collective. Leaves that arrive from elsewhere can be read only once.
+    """
+    return _of_all([leaf.buffer for leaf in leaves], "read_all") is not None
 
 
 def write_leaves(leaves: Sequence[_Leaf], data: memoryview) -> None:

@@ -8,10 +8,12 @@ restore   find the newest good generation, match it, transfer it to every rank, 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.choice import Choice
 from mpi_ckpt.engine.abort import AbortOnError
+from mpi_ckpt.engine.hosts.level import HostLevel
+from mpi_ckpt.engine.hosts.local_saver import LocalSaver
 from mpi_ckpt.engine.registry import Registry
 from mpi_ckpt.engine.restore.newest import list_generations
 from mpi_ckpt.engine.restore.restoring import Restore
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.restore.restoring import OnResize
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.memory import Memory
@@ -49,6 +52,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         comm: Communicator of mpi4py, which is duplicated. None: all ranks of the job.
         options: The options; the same on every rank.
         memory: Saves leave a copy in it; `restore` uses that copy first.
+        local: Where hosts keep frequent saves: docs/local.md.
 
     Raises:
         LaunchError: On every rank, if launcher and MPI disagree about the job.
@@ -64,14 +68,17 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         comm: MPI.Intracomm | None = None,
         options: Options | None = None,
         memory: Memory | None = None,
+        local: Local | None = None,
     ) -> None:
         options = options or Options()
-        session = self._session = Session.begin(root, comm, options, memory)
+        hosts = None if local is None else HostLevel.over(local, options, memory)
+        session = self._session = Session.begin(root, comm, options, memory, hosts)
         self._registry = Registry(session.comm)
         self._step = 0
         self._pinned: int | None = None
         self._saver = Saver(session, self._registry)
         self._steps = Steps(session, self._saver)
+        self._local = LocalSaver(session, self._saver, self._steps)
         self._abort = AbortOnError(session.comm, self._saver.close, options.abort_on_error)
         with session.let_go_of_if_refused():
             session.compare_options()
@@ -145,11 +152,13 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         only: Collection[str] | None = None,
         carry: Callable[[str], bool] | None = None,
         sync: bool | None = None,
+        level: Literal["directory", "local"] = "directory",
     ) -> SaveReport | PendingSave:
         """Sync the states, write them as one new generation, publish it durably.
 
         Collective. When it returns, on any rank, the generation survives a power cut; with
-        ``Options.asynchronous``, once ``wait()`` of its result has returned.
+        ``Options.asynchronous``, once ``wait()`` of its result has returned. Of a local
+        save, `SaveReport` says what it survives, and whether it failed.
 
         Args:
             step: Training step to note; None for the manager's own count.
@@ -158,14 +167,16 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 generation, or the one restored. None: all whose ``skip`` is false.
             carry: With ``only``: root asks it, by name, which others to take; None: all.
             sync: Whether to make the replicas equal first; None: as in the options.
+            level: ``"local"`` saves to the hosts: all states, after a sync.
 
         Raises:
-            SaveError: On every rank, if any rank failed; nothing was published.
-            CheckpointError: On every rank, for anything else that went wrong.
+            CheckpointError: On every rank, if any failed; a SaveError published nothing.
         """
+        step = self._step if step is None else step
+        if level == "local":
+            return self._local.save(step, metrics=metrics, sync=sync, only=only)
         if (instead := self._saver.make_way()) is not None:
             return instead
-        step = self._step if step is None else step
         with self._session.watch("saving") as clock:
             save = self._saver.begin(only, step, sync, metrics, carry, clock)
             save.sync()
@@ -269,6 +280,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             self._steps.note_stop(self.save(metrics=metrics).wait())
         elif actions.save:
             self.save(metrics=metrics)
+        elif actions.local:
+            self.save(metrics=metrics, level="local")
         elif actions.remember:
             self.remember()
         self._steps.go_on()
@@ -277,11 +290,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     def should_stop(self) -> bool:
         """Return whether a stop was requested; count no step and save nothing.
 
-        Collective. For evaluation and warm-up, which may then end early: the next `step`
-        saves and returns True. `exit_code` is already set on every rank.
-
-        Raises:
-            CollectiveError: On every live rank, if one never arrives.
+        Collective, and raises, like `step`, which saves and returns True the next time: for
+        evaluation and warm-up, which may end early. `exit_code` is already set.
         """
         return self._steps.should_stop()
 
@@ -303,33 +313,23 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return self._session.comm.busy_ranks.occupied(reason, at_most_seconds)
 
     def wait(self) -> None:
-        """Return when no save is pending. Collective.
-
-        Raises:
-            SaveError: On every rank, if the pending save failed.
-        """
+        """Return when no save is pending; raise its error on every rank. Collective."""
         self._saver.finish()
 
     def generations(self) -> list[GenerationInfo]:
-        """Return all generations, oldest first. Collective.
-
-        Raises:
-            CheckpointError: On every rank, if root cannot list the directory.
-        """
+        """Return all generations, oldest first; raise if root cannot. Collective."""
         self._saver.finish()
         return list_generations(self._session)
 
     def close(self) -> None:
         """Finish a pending save; release directory, signals and communicator.
 
-        Collective. Callable twice. Unless a stop was requested, this reports to `mpi-ckpt
-        run` that the training is done.
-
-        Raises:
-            SaveError: On every rank, if the pending save failed; the rest is released.
+        Collective. Callable twice. Raises like `wait`, and releases the rest all the same.
+        Unless a stop was requested, `mpi-ckpt run` learns that the training is done.
         """
         try:
             self._saver.finish()
+            self._local.settle()
             self._session.note_end(self._step)
         finally:
             # All ranks agreed on the error, if any: every rank is here.

@@ -177,6 +177,10 @@ class Memory:
             ``"root"`` alone, which is enough to undo the steps since the copy.
         every: After how many steps ``step()`` makes a copy; None for saves only.
 
+    Attributes:
+        origin: The last point in the history of saves that the copy comes from, if known:
+            an `Origin` of a local level.
+
     Raises:
         OptionsError: On every rank that makes it, if an argument cannot be used.
     """
@@ -192,6 +196,7 @@ class Memory:
         self.every = every
         self.arena = Arena()
         self.copy: MemoryCopy | None = None
+        self.origin: tuple[str, int, int] | None = None
 
     @property
     def step(self) -> int | None:

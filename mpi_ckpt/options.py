@@ -138,8 +138,8 @@ class IO:
             Default: 64 MiB.
         message_bytes: Largest MPI message and fused bucket in bytes, at most 1 GiB.
             Default: 8 MiB; broadcasts use at most this, and less between hosts.
-        digest_threads: Threads that hash on each rank. Default: 2; more threads than a rank
-            has cores do not help.
+        digest_threads: Threads that hash, and copy for an asynchronous save, on each rank.
+            Default: 2; more threads than a rank has cores do not help.
 
     Raises:
         OptionsError: On every rank that makes it, with all faults at once.

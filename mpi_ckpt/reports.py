@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +57,12 @@ class SaveReport:
         sync: What the sync before the save did.
         kept: Number of generations that retention keeps, this one included.
         metrics: The metrics that root gave to the save.
+        level: ``"directory"``, or ``"local"`` for a save to the hosts, whose generation is
+            0 if it failed.
+        survives: What the save survives: ``"process"`` (the end of all processes),
+            ``"host"`` (the loss of a host), ``"power"`` (a power cut of all hosts),
+            ``"site"`` (a later job on other hosts).
+        local_failures: How many local saves in a row have failed.
     """
 
     generation: int
@@ -70,6 +76,9 @@ class SaveReport:
     sync: SyncReport
     kept: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
+    level: Literal["directory", "local"] = "directory"
+    survives: frozenset[str] = frozenset()
+    local_failures: int = 0
 
     def wait(self) -> SaveReport:
         """Return this report: ``save().wait()`` works whether the save blocks or not."""
@@ -98,6 +107,7 @@ class RestoreReport:
             (``strict=False``).
         from_memory: Whether the source was a copy in a `Memory`, not a generation; ``path``
             is then the checkpoint directory.
+        level: Where it came from: ``"memory"``, ``"local"`` (hosts) or ``"directory"``.
     """
 
     generation: int
@@ -114,6 +124,7 @@ class RestoreReport:
     missing_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unexpected_leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     from_memory: bool = False
+    level: Literal["memory", "local", "directory"] = "directory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

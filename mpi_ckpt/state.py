@@ -151,6 +151,9 @@ class LeafState(State):
         RegistrationError: On every rank that makes it, if the name or mode is illegal.
     """
 
+    takes_any_replica: bool = False
+    """Whether a save takes the bytes of any rank for a box that several ranks have."""
+
     def __init__(self, name: str, *, sync: SyncMode = "root") -> None:
         super().__init__(name)
         if sync not in SYNC_MODES:

@@ -16,15 +16,18 @@ from mpi_ckpt.engine.save.request import Published, SaveRequest
 from mpi_ckpt.engine.sync.captured import capture_states
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
-from mpi_ckpt.state import LeafState, State
+from mpi_ckpt.state import Capture, LeafState, State
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
+from mpi_ckpt.states.packed import part_leaves
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.format.manifest_codec import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from mpi_ckpt.states.unshared.ranked import RankedState
 
 
 @dataclass
@@ -51,6 +54,21 @@ class Stream(State):
 
     def load(self, fileobj) -> None:
         self.data = fileobj.read()
+
+
+def joined(state: RankedState, parts: Sequence[object]) -> RankedState:
+    """Let a state be captured as root writes it, with the parts of all ranks.
+
+    Args:
+        state: The state.
+        parts: What `RankedState.own_value` returned on each rank.
+    """
+    leaves = [leaf for rank, part in enumerate(parts) for leaf in part_leaves(rank, part)]
+    texts = [one.buffer.read() for one in leaves if one.spec.name.endswith(".json")]
+    state.compare([json.loads(bytes(text)) for text in texts])
+    form = state.form(len(parts))
+    state.capture = lambda: Capture(form, leaves)
+    return state
 
 
 def carry(saved: LeafState, into: LeafState) -> None:

@@ -33,6 +33,7 @@ ON_HOSTS = {
     "tests/agree/jobs/test_virtual_hosts.py",
     "tests/cli/jobs/test_slurm.py",
     "tests/elastic/jobs/test_lost_host.py",
+    "tests/local/jobs/test_lost_disks.py",
 }
 """Files that need virtual hosts, of which a machine has one set: one worker takes all."""
 

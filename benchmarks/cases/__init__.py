@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks.cases import (
     distributed,
     horovod,
+    local,
     memory,
     observing,
     plan,
@@ -34,6 +35,7 @@ __all__ = ["CASES"]
 CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "save": save.groups,
     "stall": stall.groups,
+    "local": local.groups,
     "sync": sync.groups,
     "restore": restore.groups,
     "reuse": reuse.groups,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training from end to end with a save every 10 steps, and without any."""
+"""Training from end to end: a save every 10 steps, a copy at each step, and neither."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from benchmarks import names
 from benchmarks.harness import Contender, Group
 from mpi_ckpt import TrainState
+from mpi_ckpt.elastic import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,6 +104,17 @@ class NoSaves:
         """See `Saver`."""
 
 
+class Copies(NoSaves):
+    """Lets the manager copy the states into its memory at each step; saves nothing."""
+
+    def __init__(self, manager: Saver) -> None:
+        self._manager = manager
+
+    def step(self) -> None:
+        """See `Saver`."""
+        self._manager.step()
+
+
 class TorchSaves(NoSaves):
     """Root's torch.save made durable, the others waiting, as most training scripts do."""
 
@@ -151,6 +163,11 @@ def groups(setting: Setting) -> Iterator[Group]:
         }
         directory = f"ours-{len(savers)}"
         savers[name] = setting.manager(directory, [TrainState(**parts)], **options)
+    for name, holders in ((names.COPIES, "all"), (names.COPIES_ON_ROOT, "root")):
+        state = TrainState(module=training.module, optimizer=training.optimizer)
+        memory = Memory(holders, every=1)
+        directory = f"ours-{len(savers)}"
+        savers[name] = Copies(setting.manager(directory, [state], memory=memory))
     savers[names.durable(names.TORCH)] = TorchSaves(setting, training)
     contenders = [
         Contender(name, partial(training.run, saver), ceiling=name == names.NO_SAVES)

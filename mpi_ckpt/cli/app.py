@@ -35,6 +35,7 @@ _COMMANDS = {
     "prune": "inspect.pruning:prune",
     "quarantine": "inspect.quarantining:quarantine",
     "rollback": "inspect.rolling_back:rollback",
+    "rescue": "rescuing:rescue",
     "export": "convert.exporting:export",
     "import": "convert.importing:import_file",
     "doctor": "doctor.examining:doctor",

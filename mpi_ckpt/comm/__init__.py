@@ -24,7 +24,7 @@ from mpi_ckpt.comm.collectives import (
     mean_buffers,
 )
 from mpi_ckpt.comm.communicator import Communicator
-from mpi_ckpt.comm.exchange import exchange_counts, exchange_messages
+from mpi_ckpt.comm.exchange import exchange_counts, exchange_messages, start_sending
 from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
 from mpi_ckpt.comm.members import Member, member_of
 from mpi_ckpt.comm.scatter import scatter_bytes, scatter_parts
@@ -70,5 +70,6 @@ __all__ = [
     "printed_by",
     "scatter_bytes",
     "scatter_parts",
+    "start_sending",
     "why_lost_ranks_end_the_job",
 ]

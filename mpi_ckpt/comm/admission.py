@@ -250,5 +250,6 @@ def meet_first(
         cause, problem = error, f"MPI failed: {error}"
     keep_forever(request, buffers)
     raise CollectiveError(
-        f"meeting for the first time: {problem}; end this job and start it again"
+        f"meeting for the first time: {problem}; every rank must make the manager, never "
+        "one alone (`if rank == 0:`); end this job and start it again"
     ) from cause

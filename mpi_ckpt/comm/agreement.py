@@ -176,17 +176,19 @@ def on_root(
     *,
     error: type[CheckpointError],
     safe: str = UNTOUCHED,
+    others: Callable[[], object] = lambda: None,
 ) -> Any:  # noqa: ANN401 (JSON)
     """Do local work on root alone; all ranks get the result, or raise the same error.
 
-    Collective. Main thread only. Arguments and errors are those of `meet`.
+    Collective. Main thread only. Arguments and errors are those of `meet`; ``others`` is
+    the work of the other ranks.
 
     Returns:
         What ``work`` returned on root, JSON values, on every rank.
     """
 
     def work_on_root() -> Any:  # noqa: ANN401
-        return work() if comm.is_root else None
+        return work() if comm.is_root else others()
 
     met = meet(comm, doing, work_on_root, error=error, safe=safe, encode=_encode)
     return json.loads(met.message) if met.message else None

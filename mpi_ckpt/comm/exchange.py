@@ -12,6 +12,7 @@ from mpi_ckpt.comm.topology import plan_messages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mpi4py import MPI
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm.communicator import Communicator
@@ -43,13 +44,26 @@ def exchange_messages(
         for rank, memory in receives
         for (piece,) in plan_messages([len(memory)], most)
     ]
-    requests += [
-        comm.isend(data[piece.start : piece.end], rank)
-        for rank, data in sends
-        for (piece,) in plan_messages([len(data)], most)
-    ]
+    requests += start_sending(comm, sends)
     if requests:
         comm.wait(requests, doing, streaming=True, buffers=(sends, receives))
+
+
+def start_sending(comm: Communicator, sends: Sequence[Message]) -> list[MPI.Request]:
+    """Start to send messages that other ranks receive by `exchange_messages`.
+
+    Not collective. Main thread only. The bytes must stay as they are until the caller has
+    waited for the requests.
+
+    Args:
+        comm: The communicator.
+        sends: Ranks, and the bytes for each.
+    """
+    return [
+        comm.isend(data[piece.start : piece.end], rank)
+        for rank, data in sends
+        for (piece,) in plan_messages([len(data)], comm.message_bytes)
+    ]
 
 
 def exchange_counts(

@@ -102,7 +102,7 @@ class Incoming(Columns):
 
 
 @dataclass(frozen=True, slots=True)
-class Local(Columns):
+class Staying(Columns):
     """Fragments that a rank reads for itself, as columns, in the order of turns.
 
     Attributes:
@@ -171,7 +171,7 @@ class RankPlan:
     pieces: ReadPieces
     sends: Outgoing
     receives: Incoming
-    kept: Local
+    kept: Staying
 
     def turn(self, number: int) -> Turn:
         """Return what the rank does in a turn. Not collective. Thread-safe."""
@@ -211,7 +211,7 @@ _TABLES: dict[str, type[Columns]] = {
     "pieces": ReadPieces,
     "sends": Outgoing,
     "receives": Incoming,
-    "kept": Local,
+    "kept": Staying,
 }
 
 

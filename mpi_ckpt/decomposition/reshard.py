@@ -16,11 +16,11 @@ from mpi_ckpt.decomposition.alike_leaves import find_fragments_by_kind
 from mpi_ckpt.decomposition.columns import ranges
 from mpi_ckpt.decomposition.rank_plan import (
     Incoming,
-    Local,
     Outgoing,
     RankPlan,
     ReadPieces,
     Reads,
+    Staying,
 )
 from mpi_ckpt.decomposition.turns import Needs, choose_readers, cut_windows, order_turns
 
@@ -112,8 +112,8 @@ class ReshardPlan:
             self._goal.rows(self._form[rows]),
         )
 
-    def _kept(self, rows: NDArray[np.int64], pieces: NDArray[np.int64]) -> Local:
-        return Local(
+    def _kept(self, rows: NDArray[np.int64], pieces: NDArray[np.int64]) -> Staying:
+        return Staying(
             self.reads.turn[self._window[rows]],
             np.searchsorted(pieces, self._piece[rows]),
             self._number[rows],

@@ -94,6 +94,7 @@ class ElasticSampler(LeafState):
         self._iterating = 0
         self._given = 0
         self._recorded = 0
+        self._has_warned = False
         self.epoch = 0
         self.consumed = 0
 
@@ -188,6 +189,7 @@ class ElasticSampler(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
+        self._warn_of_unrecorded()
         position = {"epoch": self.epoch, "consumed": self.consumed}
         structure = {**self._identity(), **position, "batch_size": self._batch_size}
         return Capture(structure, ())
@@ -237,6 +239,19 @@ class ElasticSampler(LeafState):
             return lambda: Change(f"{text}, no longer {was}")
         text = f"{text}; it was saved with batches of {saved}, {was} a rank"
         return lambda: Change(text, is_unusual=True)
+
+    def _warn_of_unrecorded(self) -> None:
+        # A loader with workers requests batches ahead; but by its second batch a training
+        # that records any has recorded the first.
+        forgotten = self._iterating > 0 and self._given > 1 and self._recorded == 0
+        if forgotten and not self._has_warned and self._comm and self._comm.is_root:
+            self._has_warned = True
+            logger.warning(
+                "sampler %r: a save in the middle of epoch %d, of which no batch was "
+                "recorded: a job that resumes from it repeats the epoch from its first "
+                "batch; call record_batch() after each batch, before manager.step()",
+                *(self.name, self.epoch),
+            )
 
     def _identity(self) -> dict[str, int | bool]:
         return {"length": self._length, "shuffle": self._shuffle, "seed": self._seed}

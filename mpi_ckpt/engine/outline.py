@@ -30,8 +30,9 @@ class StateOutline:
         structure: Its JSON values; None for a stream.
         specs: Its whole leaves; a stream has one leaf of bytes.
         extents: Where they are, in the same order; empty for a copy in memory.
-        parts: Number of its parts, if each rank is sent its own, in place of its leaves;
-            None for other states.
+        parts: Number of its parts, if each rank gets its own, in place of its leaves; None
+            for other states.
+        are_parts_cut: Whether they lie in files of tiles, which all ranks can read.
         is_stream: Whether it is the stream of a plain state.
         cut: Its leaves that are cut over the ranks; only root knows their tiles.
     """
@@ -43,6 +44,7 @@ class StateOutline:
     parts: int | None = None
     is_stream: bool = False
     cut: tuple[LeafSpec, ...] = ()
+    are_parts_cut: bool = False
 
     @property
     def leaves(self) -> tuple[LeafSpec, ...]:
@@ -152,6 +154,7 @@ class Outline:
                     state.parts,
                     state.is_stream,
                     [spec.to_json() for spec in state.cut],
+                    state.are_parts_cut,
                 ]
                 for state in self.states
             ],
@@ -182,8 +185,9 @@ def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
     if deals and not stored.is_stream:
         names = [*stored.leaves.form.names]
         names += [leaf.spec.name for leaf in stored.cut]
-        parts = find_parts(names)
-        return StateOutline(stored.name, stored.structure, (), parts=len(parts))
+        count, are_cut = len(find_parts(names)), bool(stored.cut)
+        form = stored.name, stored.structure, ()
+        return StateOutline(*form, parts=count, are_parts_cut=are_cut)
     return StateOutline(
         stored.name,
         stored.structure,
@@ -206,6 +210,7 @@ def _decode_state(
     parts: int | None,
     is_stream: bool,
     cut: Sequence[Any],
+    are_parts_cut: bool,
 ) -> StateOutline:
     form = known_form(tuple(names), tuple(kinds), tuple(map(tuple, shapes)))
     places = [files[number] for number in numbers]
@@ -219,4 +224,5 @@ def _decode_state(
         parts,
         is_stream,
         tuple([LeafSpec.from_json(spec, is_cut=True) for spec in cut]),
+        are_parts_cut,
     )

@@ -54,6 +54,11 @@ class Registry:
         """The names, in saving order."""
         return list(self._states)
 
+    @property
+    def states(self) -> list[State]:
+        """The states, in saving order."""
+        return list(self._states.values())
+
     def add_all(self, states: Iterable[State]) -> None:
         """Add the states of a new manager.
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.options import Options
     from mpi_ckpt.reports import PhaseClock
@@ -58,6 +59,7 @@ class Session:
         observer: Reports what the ranks do.
         timeline: Records what they do when.
         memory: The `Memory` that keeps copies of saves; None for none.
+        hosts: The local level; None for none.
         notes: Notes for `mpi-ckpt run`, if it started this job.
     """
 
@@ -67,6 +69,7 @@ class Session:
     observer: Observer
     timeline: Timeline
     memory: Memory | None = None
+    hosts: HostLevel | None = None
     notes: Notes = field(default_factory=Notes.from_environment)
 
     @classmethod
@@ -76,6 +79,7 @@ class Session:
         comm: MPI.Intracomm | None,
         options: Options,
         memory: Memory | None,
+        hosts: HostLevel | None = None,
     ) -> Session:
         """Begin a session over a duplicate of a communicator. Collective. Main thread only.
 
@@ -121,7 +125,7 @@ class Session:
         communicator.busy_ranks.open()
         timeline = Timeline.from_environment(communicator)
         observer = Observer(communicator, directory, options.hooks, timeline)
-        return cls(communicator, directory, options, observer, timeline, memory)
+        return cls(communicator, directory, options, observer, timeline, memory, hosts)
 
     def note(self, event: str, step: int) -> None:
         """Note an event for `mpi-ckpt run`. Not collective. Has an effect on root only."""
@@ -159,7 +163,8 @@ class Session:
 
         def describe() -> list[str]:
             texts = [f"{name}={value}" for name, value in self.options.describe().items()]
-            return [*texts, f"memory={self.memory and self.memory.describe()}"]
+            texts.append(f"memory={self.memory and self.memory.describe()}")
+            return [*texts, f"local={self.hosts and self.hosts.local.describe()}"]
 
         def digest(texts: list[str]) -> bytes:
             return digest_bytes("\n".join(texts).encode())

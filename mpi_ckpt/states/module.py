@@ -18,6 +18,7 @@ from mpi_ckpt.states.module_contents import (
     owners,
     try_loading,
 )
+from mpi_ckpt.states.stages import is_stage
 from mpi_ckpt.states.tree import check_structure, leaf_nodes, unflatten
 from mpi_ckpt.states.wrappers import unwrapped
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
 
 __all__ = ["ModuleState"]
@@ -58,8 +60,13 @@ class ModuleState(LeafState):
         super().__init__(name, sync=sync)
         self._module = unwrapped(name, module)
         self._is_looked_at = False
+        self._size = 1
         self.gate: Gate | None = None
         """Passed by whoever changes the parameters; see `Leaf`."""
+
+    def bind(self, comm: Communicator) -> None:
+        """See `LeafState`. Not collective."""
+        self._size = comm.size
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
@@ -88,7 +95,8 @@ class ModuleState(LeafState):
         """See `LeafState`. Not collective."""
         saved = _Saved(self.name, structure, specs)
         live = ModuleContents(self._module, ReadonlyMemory())
-        unfit, absent = _unfit(saved, live), _absent(saved, live)
+        is_part = is_stage(self._module.parameters(), self._size)
+        unfit, absent = _unfit(saved, live), _absent(saved, live, is_part=is_part)
         own = self._loaded_by_themselves(saved, live, {**unfit, **absent}, strict=strict)
         problems = [text for name, text in unfit.items() if name not in own]
         absent = {name: text for name, text in absent.items() if name not in own}
@@ -285,14 +293,16 @@ def _unfit(saved: _Saved, live: ModuleContents) -> dict[str, str]:
     return problems
 
 
-def _absent(saved: _Saved, live: ModuleContents) -> dict[str, str]:
-    """Return the leaves that only one side has: names, and the problem of each."""
+def _absent(saved: _Saved, live: ModuleContents, *, is_part: bool) -> dict[str, str]:
+    """Return the leaves that only one side has: names, and the problem of each.
+
+    If the module is part of a larger one, or a leaf was saved cut, other ranks may have it:
+    that no rank does is found when the ranks meet.
+    """
     specs = {spec.name: spec for spec in saved.tensors}
     known = {*live.leaves, *live.ties, *live.lazy}
-    # Other ranks may have a leaf that was cut, as stages of a pipeline do: that no rank has
-    # it is found when the ranks meet.
-    known |= {spec.name for spec in saved.tensors if spec.is_cut}
-    known |= {name for name, source in saved.ties.items() if specs[source].is_cut}
+    known |= {spec.name for spec in saved.tensors if is_part or spec.is_cut}
+    known |= {name for name, of in saved.ties.items() if is_part or specs[of].is_cut}
     absent: dict[str, str] = {
         name: f"{specs.get(name, name)} is saved, the program has no such parameter"
         for name in (*specs, *saved.ties)

@@ -221,6 +221,10 @@ class SchedulerState(NestedState):
 
     def __init__(self, name: str, scheduler: Stateful, *, sync: SyncMode = "root") -> None:
         super().__init__(name, sync=sync)
+        if isinstance(scheduler, type):
+            raise RegistrationError(
+                f"state {name!r}: {scheduler.__name__} is a class: give an object of it"
+            )
         if not is_stateful(scheduler):
             raise RegistrationError(
                 f"state {name!r}: a {type(scheduler).__name__} has no state_dict() and "

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import CorruptGenerationError, StageError
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer, Tile
+from mpi_ckpt.leaf import Leaf, LeafSpec, Tile
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.states.leaf_values import make_value
@@ -59,29 +59,37 @@ def _flatten_own(value: Any) -> Flattened:  # noqa: ANN401
     return flattened
 
 
-def own_leaves(rank: int, value: Any) -> list[Leaf]:  # noqa: ANN401 (any nested value)
-    """Return this rank's part as the leaves that the rank writes itself.
+def part_leaves(rank: int, value: Any) -> list[Leaf]:  # noqa: ANN401 (any nested value)
+    """Return a rank's part as the leaves by which it is saved.
 
     Not collective. Tensors and arrays are not copied.
 
     Args:
-        rank: This rank.
+        rank: The rank.
         value: Its value.
 
     Returns:
-        The leaves of `part_leaves`, each cut: this rank has all of it in one tile.
+        The leaf with the structure, and one for each tensor and array.
 
     Raises:
         StageError: On the calling rank, for a value that a restore would change.
     """
     flattened = _flatten_own(value)
     text = np.frombuffer(_structure_text(flattened.structure), np.uint8)
-    leaves = [_of_one_rank(array_leaf(structure_name(rank), text))]
+    leaves = [array_leaf(structure_name(rank), text)]
     for leaf in flattened.leaves.values():
         spec = leaf.spec
         saved = LeafSpec(part_leaf_name(rank, spec.name), spec.dtype, spec.shape)
-        leaves.append(_of_one_rank(Leaf(saved, leaf.buffer)))
+        leaves.append(Leaf(saved, leaf.buffer))
     return leaves
+
+
+def cut_part_leaves(rank: int, value: Any) -> list[Leaf]:  # noqa: ANN401
+    """Return the leaves of `part_leaves`, each cut: this rank has all of it in one tile.
+
+    Not collective. Arguments and errors are those of `part_leaves`.
+    """
+    return [_of_one_rank(leaf) for leaf in part_leaves(rank, value)]
 
 
 def _of_one_rank(leaf: Leaf) -> Leaf:
@@ -109,39 +117,6 @@ def unpack(data: bytes) -> Any:  # noqa: ANN401 (any nested value)
     values, leaves = make_values(structure, specs)
     fill_leaves(stream, specs, leaves)
     return unflatten(structure, values)
-
-
-def form_of(data: bytes) -> Structure:
-    """Return the structure in the bytes of `pack`. Not collective.
-
-    Raises:
-        CorruptGenerationError: On the calling rank, if the bytes are damaged.
-    """
-    return read_form(io.BytesIO(data))[0]
-
-
-def part_leaves(rank: int, data: bytes) -> list[Leaf]:
-    """Return the bytes of `pack` as the leaves by which they are saved.
-
-    Not collective. Nothing but the structure is copied.
-
-    Args:
-        rank: The rank whose part it is.
-        data: Its bytes.
-
-    Returns:
-        The leaf with the structure, and one for each tensor and array.
-    """
-    stream, memory = io.BytesIO(data), memoryview(data)
-    structure, specs = read_form(stream)
-    text = _structure_text(structure)
-    leaves = [Leaf(LeafSpec(structure_name(rank), "U8", (len(text),)), MemoryBuffer(text))]
-    end = stream.tell()
-    for spec in specs:
-        start, end = end, end + spec.nbytes
-        saved = LeafSpec(part_leaf_name(rank, spec.name), spec.dtype, spec.shape)
-        leaves.append(Leaf(saved, MemoryBuffer(memory[start:end])))
-    return leaves
 
 
 def packed_head(text: bytes, specs: Sequence[LeafSpec], names: Sequence[str]) -> bytes:

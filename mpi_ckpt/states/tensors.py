@@ -296,7 +296,7 @@ class TensorBuffer:
         return self.place().span
 
 
-def _arrays_of(buffers: Sequence[TensorBuffer]) -> list[NDArray[Any]]:
+def _arrays_of(buffers: Sequence[TensorBuffer]) -> list[Any]:
     """Return contiguous tensors of the host as arrays; none if one is not as NumPy's."""
     try:
         tensors = [one._tensor for one in buffers if _is_ordinary()]  # noqa: SLF001

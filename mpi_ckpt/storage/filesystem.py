@@ -14,7 +14,8 @@ import errno
 import fcntl
 import os
 import stat
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ __all__ = [
     "append",
     "create_file",
     "leave_direct",
-    "link_file",
-    "list_names",
-    "make_directories",
-    "make_directory",
+    *("link_file", "list_names", "make_directories", "make_directory"),
     "open_for_reading",
     "overwrite_start",
     "read_at",
@@ -37,6 +35,7 @@ __all__ = [
     "remove_file",
     "remove_tree",
     "rename_new",
+    "replace_file",
     "reserve",
     "rewrite_file",
     "set_length",
@@ -47,16 +46,13 @@ __all__ = [
 ]
 
 NO_DIRECTORY_SYNC = (
-    errno.EINVAL,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EBADF,
-    errno.EISDIR,
+    *(errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR),
 )
 """What fsync of an open directory says where the file system has no such operation."""
 
 # One system call writes at most this much: Linux stops at 2 GiB - 4 KiB anyway.
 _CALL_BYTES = 1 << 30
+REMOVERS = 16
 _PIECE_BYTES = 1 << 20
 
 
@@ -210,20 +206,19 @@ def rename_new(source: Path, target: Path) -> None:
     os.rename(source, target)
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name; the target must be free. Not collective.
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file over another one in its directory. Not collective."""
+    os.rename(source, target)
 
-    Raises:
-        OSError: On the calling rank; EOPNOTSUPP, with no file left, if the file system
-            makes a copy or a separate link instead of a second name.
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name. Not collective.
+
+    Raises OSError; EOPNOTSUPP, with no file left, if the file system copies instead.
     """
     try:
         os.link(source, target, follow_symlinks=False)
-        original, second_name = os.lstat(source), os.lstat(target)
-        if (original.st_dev, original.st_ino) != (
-            second_name.st_dev,
-            second_name.st_ino,
-        ):
+        if not os.path.samestat(os.lstat(source), os.lstat(target)):
             raise OSError(errno.EOPNOTSUPP, "links are no second names here", str(target))
     except FileExistsError:
         raise
@@ -248,7 +243,8 @@ def overwrite_start(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _open_for_writing(path: Path, more_flags: int = 0) -> Iterator[int]:
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
+    # A FIFO in its place is refused: otherwise the open would wait for a reader.
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | more_flags
     descriptor = os.open(path, flags, 0o666)
     try:
         yield descriptor
@@ -265,12 +261,17 @@ def remove_tree(path: Path) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
             return
-        for entry in list_names(path):
-            child = path / entry
-            if stat.S_ISDIR(os.lstat(child).st_mode):
-                os.rmdir(child)
-            else:
-                os.unlink(child)
+        children = [path / entry for entry in list_names(path)]
+        few = len(children) <= 4 * REMOVERS  # not those of many ranks
+        with nullcontext() if few else ThreadPoolExecutor(REMOVERS) as pool:
+            list((pool.map if pool else map)(_remove_child, children))
+        os.rmdir(path)
+
+
+def _remove_child(path: Path) -> None:
+    try:
+        remove_file(path)
+    except IsADirectoryError:
         os.rmdir(path)
 
 

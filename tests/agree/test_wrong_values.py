@@ -178,6 +178,10 @@ PARTS = {
         lambda: SchedulerState("s", {"lr": 1}),
         "give the object itself",
     ),
+    "a class as scheduler": (
+        lambda: SchedulerState("s", torch.optim.lr_scheduler.StepLR),
+        "state 's': StepLR is a class: give an object of it",
+    ),
     "a list of arrays": (
         lambda: ArrayState("a", [np.ones(2)]),
         *("of type list", "{'x': array}"),

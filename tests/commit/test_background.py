@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -126,3 +128,18 @@ def test_at_exit_work_is_finished_and_later_work_is_done_at_once():
 def test_at_exit_work_is_given_up_after_a_while():
     done = run(seconds=0.01, work=60, give_up="import os; os._exit(4)")
     assert (done.returncode, done.stdout) == (4, "gave up\n"), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads")
+def test_the_thread_and_what_it_starts_give_way_to_the_training(background):
+    def priority():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def priorities():
+        with ThreadPoolExecutor(1) as pool:
+            return priority(), pool.submit(priority).result()
+
+    before = priority()
+    theirs = background.submit(priorities).result()
+    assert theirs == (min(before + 5, 19),) * 2
+    assert priority() == before

@@ -275,3 +275,33 @@ def test_directory_is_fsynced_and_closed_also_when_that_fails(tmp_path, calls):
     (tmp_path / "f").write_bytes(b"")
     with pytest.raises(NotADirectoryError):
         filesystem.sync_directory(tmp_path / "f")
+
+
+def test_files_of_many_ranks_are_removed_together(tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(5 * filesystem.REMOVERS):
+        (tree / f"{number}").touch()
+    (tree / "directory").mkdir()
+    real = filesystem.list_names
+    monkeypatch.setattr(filesystem, "list_names", lambda path: [*real(path), "gone"])
+    filesystem.remove_tree(tree)
+    assert not tree.exists()
+
+
+def test_a_file_among_many_that_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(5 * filesystem.REMOVERS):
+        (tree / f"{number}").touch()
+    real = os.unlink
+
+    def refusing(path):
+        if path.name == "7":
+            raise PermissionError(errno.EPERM, "no")
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    with pytest.raises(PermissionError):
+        filesystem.remove_tree(tree)
+    assert [path.name for path in tree.iterdir()] == ["7"]

@@ -111,6 +111,16 @@ def test_links_in_their_place_are_not_followed(manage, tmp_path):
     assert target.read_text() == "theirs"
 
 
+def test_pipes_in_their_place_do_not_hold_up_a_save(manage, tmp_path):
+    for name in (HISTORY, STATUS):
+        os.mkfifo(tmp_path / name)
+    manager = manage(arrays())
+    assert manager.restore() is None
+    assert manager.save().generation == 1
+    assert read_status(tmp_path) == {}
+    assert read_history(tmp_path) == []
+
+
 def test_a_job_notes_what_it_does(manage, tmp_path):
     manager = manage(arrays(), interval=10)
     manager.restore()

@@ -265,8 +265,8 @@ def test_a_file_that_changes_between_check_and_read_is_found(root, monkeypatch, 
 
     opened = GenerationReader.__init__
 
-    def open_then_change(self, path):
-        opened(self, path)
+    def open_then_change(self, path, **options):
+        opened(self, path, **options)
         if path.name == NEWEST:
             name = STREAM if step == "manifest" else "rank-00000.safetensors"
             with (path / name).open("r+b") as file:

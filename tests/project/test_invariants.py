@@ -230,8 +230,8 @@ def test_threads_are_started_where_no_mpi_is():
     assert modules == {
         "comm/ulfm/guard.py", "digest.py",
         "engine/save/background.py", "engine/watchdog.py",
-        "storage/owning/lease.py", "storage/reading/read_queue.py",
-        "storage/writing/outfile.py",
+        "storage/filesystem.py", "storage/owning/lease.py",
+        "storage/reading/read_queue.py", "storage/writing/outfile.py",
     }  # fmt: skip
     for name in modules:
         imported = {module for _, module in imports(MODULES[name])}

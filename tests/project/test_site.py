@@ -47,6 +47,11 @@ def test_every_name_of_an_integration_is_in_the_reference(package):
     assert homes - known == set()
 
 
+def test_each_name_is_in_the_reference_once():
+    names = [*described("api.md"), *described("integrations.md")]
+    assert len(names) == len(set(names))
+
+
 def test_every_error_is_explained():
     text = (DOCS / "reference" / "errors.md").read_text()
     names = set(errors.__all__) - {"CheckpointError", "RestoreError"}

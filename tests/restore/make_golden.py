@@ -3,7 +3,7 @@
 
     python -m tests.restore.make_golden v1
 
-golden/v1 was written so by version 0.1.0 (CPython 3.11, NumPy 2.4, torch 2.13); golden/v2
+golden/v1 and v3 were written so by version 0.1.0 (CPython 3.11, NumPy 2.4, torch 2.13); v2
 in one process, without a job. They are not written again: every later release must read
 those very bytes.
 """
@@ -11,15 +11,27 @@ those very bytes.
 from __future__ import annotations
 
 import math
+import shutil
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpi_ckpt import ArrayState, CheckpointManager, ModuleState, ObjectState, Options, State
+from mpi_ckpt import (
+    ArrayState,
+    CheckpointManager,
+    Local,
+    ModuleState,
+    ObjectState,
+    Options,
+    State,
+)
 from mpi_ckpt.decomposition.boxes import Box
+from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from tests.cutting import CutArray, write_cut
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,5 +146,23 @@ def write_v1() -> None:
     (root / ".lock").unlink()
 
 
+def write_v3() -> None:
+    """Write the golden generation of version 3, of one host that holds all of it."""
+    options = Options(preemption_signals=())
+    with tempfile.TemporaryDirectory() as folder:
+        local = Local(f"{folder}/disk", reserve=0)
+        with CheckpointManager(
+            Path(folder, "run"), states(), comm=MPI.COMM_SELF, options=options, local=local
+        ) as manager:
+            path = manager.save(STEP, metrics=METRICS, level="local").path
+            root = GOLDEN / "v3" / path.name
+            shutil.copytree(path, root)
+    # Names that say nothing of the machine.
+    manifest = decode((root / "manifest.json").read_bytes())
+    names = {"hosts": ("host1",), "domains": ("rack1",), "directory": "/scratch/run"}
+    manifest = replace(manifest, local=replace(manifest.local, **names))
+    (root / "manifest.json").write_bytes(encode(manifest))
+
+
 if __name__ == "__main__":
-    {"v1": write_v1, "v2": write_v2}[sys.argv[1]]()
+    {"v1": write_v1, "v2": write_v2, "v3": write_v3}[sys.argv[1]]()

@@ -147,7 +147,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     head, tail = data[:-TAIL_BYTES], data[-TAIL_BYTES:]
     need(tail == f',"digest":"{digest(head)}"}}\n'.encode(), "the manifest's digest")
     manifest = json.loads(data)
-    need(manifest["format"] == "mpi_ckpt" and manifest["version"] in (1, 2), "the version")
+    need(
+        manifest["format"] == "mpi_ckpt" and manifest["version"] in (1, 2, 3), "the version"
+    )
     need(manifest["digest_algorithm"] == "xxh3-128", "the algorithm")
     return manifest
 

@@ -417,9 +417,9 @@ def test_generation_that_cannot_be_moved_is_skipped_in_this_run(
 def reader_of(root, monkeypatch, on_open):
     """Return a directory that has not got the lock, and is told of before each opening."""
 
-    def opening(path):
+    def opening(path, **options):
         on_open(int(path.name[-8:]))
-        return GenerationReader(path)
+        return GenerationReader(path, **options)
 
     monkeypatch.setattr(finding, "GenerationReader", opening)
     directory = CheckpointDirectory(root)

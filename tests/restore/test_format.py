@@ -47,7 +47,7 @@ def copy_of(version: str, place: Path) -> Path:
 
 
 def test_there_is_a_golden_generation_of_every_version():
-    assert VERSIONS == ["v1", "v2"]
+    assert VERSIONS == ["v1", "v2", "v3"]
 
 
 def test_stranger_knows_nothing_of_this_package():
@@ -185,6 +185,17 @@ def test_this_release_still_writes_that_format(manage):
         for key in ("time", "job", "digest"):
             del manifest[key]
     assert new.manifest == old.manifest
+
+
+def test_stranger_reads_the_golden_local_generation(tmp_path):
+    old = stranger.read(GOLDEN / "v1" / "checkpoint-00000001")
+    new = stranger.read(copy_of("v3", tmp_path))
+    assert new.leaves == old.leaves
+    assert new.structures == old.structures
+    assert new.streams == old.streams
+    local = new.manifest["local"]
+    assert (local["hosts"], local["copies"]) == (["host1"], 1)
+    assert local["holders"] == [[0]] * len(new.manifest["files"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -492,7 +492,6 @@ def test_every_kind_of_state_has_a_value(tmp_path):
     ]
     for state in (per_rank, streams):
         state.bind(Ranks())
-        state.combine([state.part()])
     publish(tmp_path, states)
     with mpi_ckpt.load(tmp_path) as saved:
         value = saved["train"].value()

@@ -313,9 +313,9 @@ def test_documents_of_another_kind_are_refused(document):
     refuse(sealed(data[:-1]))
 
 
-@pytest.mark.parametrize("version", [3, 10**9, 0, -1, "1", True, 1.0, None, [1]], ids=repr)
+@pytest.mark.parametrize("version", [4, 10**9, 0, -1, "1", True, 1.0, None, [1]], ids=repr)
 def test_other_versions_are_named(version):
-    with pytest.raises(UnsupportedFormatError, match="reads 'mpi_ckpt' versions 1 and 2"):
+    with pytest.raises(UnsupportedFormatError, match="reads 'mpi_ckpt' versions 1 to 3"):
         decode(sealed_document(replaced(("version",), version)))
 
 

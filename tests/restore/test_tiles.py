@@ -314,7 +314,7 @@ def test_tiles_of_states_that_do_not_name_the_file_are_dead(generation):
 
 
 def test_a_header_too_large_for_a_table_is_not_read(generation, monkeypatch):
-    monkeypatch.setattr("mpi_ckpt.storage.reading.reader.TABLE_BYTES_MAX", 4095)
+    monkeypatch.setattr("mpi_ckpt.storage.reading.file_reader.TABLE_BYTES_MAX", 4095)
     with (
         GenerationReader(generation) as reader,
         pytest.raises(CorruptGenerationError, match="4096 bytes are no header of tiles"),
@@ -335,3 +335,40 @@ def test_windows_prove_tiles_as_they_do_leaves(generation):
 
 def test_version_of_the_manifest_is_2(generation):
     assert json.loads((generation / "manifest.json").read_bytes())["version"] == 2
+
+
+class TestHeadersThatOtherRanksRead:
+    """A reader on root that opens no file of tiles takes their headers from others."""
+
+    @pytest.fixture
+    def headers(self, generation):
+        with GenerationReader(generation, tiles_later=True) as reader:
+            return {file.name: reader.read_header(file) for file in reader.unproven}
+
+    def test_they_give_the_same_tiles(self, generation, headers):
+        with (
+            GenerationReader(generation) as alone,
+            GenerationReader(generation, tiles_later=True) as reader,
+        ):
+            assert [file.name for file in reader.unproven] == list(headers)
+            reader.take_headers(headers)
+            assert reader.unproven == []
+            assert reader.tiles() == alone.tiles()
+
+    def test_other_bytes_are_refused(self, generation, headers):
+        name = next(iter(headers))
+        spoilt = {**headers, name: headers[name][:-1] + b"!"}
+        with (
+            GenerationReader(generation, tiles_later=True) as reader,
+            pytest.raises(CorruptGenerationError, match=f"{name}.* does not match"),
+        ):
+            reader.take_headers(spoilt)
+
+    @pytest.mark.parametrize("prove", ["prove_rest", "tiles"])
+    def test_a_missing_file_is_found_though_nobody_needs_it(self, generation, prove):
+        (generation / "tiles-00001.safetensors").unlink()
+        with (
+            GenerationReader(generation, tiles_later=True) as reader,
+            pytest.raises(CorruptGenerationError, match="tiles-00001"),
+        ):
+            getattr(reader, prove)()

@@ -413,4 +413,4 @@ def test_a_value_of_a_single_rank_is_no_dtensor():
     for _, mesh in each_rank(1, 2):
         value = {"a": [split(numbers(4), mesh, [Replicate(), Shard(0)])]}
         with pytest.raises(StageError, match="a/0: a DTensor is no value of a single rank"):
-            PerRankState("p", value).part()
+            PerRankState("p", value).capture()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import random
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from mpi_ckpt.storage.format.rank_parts import (
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.commands import ask
 from tests.cutting import CutArray, write_cut
-from tests.making import publish
+from tests.making import joined, publish
 from tests.values import alike
 
 VALUES = [
@@ -38,13 +37,6 @@ VALUES = [
     {"": torch.ones(2, dtype=torch.bfloat16), "a/b": b"x" * 5000, "a": {"b": np.zeros(0)}},
     None,
 ]
-
-
-def joined(state, values):
-    """Return a state as root has it once it has the parts of all ranks."""
-    state.bind(SimpleNamespace(rank=0, size=len(values)))
-    state.combine([pack(value) for value in values])
-    return state
 
 
 @pytest.fixture
@@ -100,6 +92,7 @@ def test_streams_are_leaves_too(tmp_path):
     with mpi_ckpt.load(tmp_path) as generation:
         leaves = generation["rng"]
         python = leaves["rank-00000/streams/python/1"]
+        assert python.dtype == np.uint32
         assert tuple(python.tolist()) == random.getstate()[1]
         (value,) = leaves.value()
         key = state._streams()["generator/mine"].get()

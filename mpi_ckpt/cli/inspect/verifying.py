@@ -187,11 +187,12 @@ def find_problems(
 def _named_leaves(
     reader: GenerationReader, problems: list[tuple[str, CheckpointError]]
 ) -> list[tuple[str, StoredLeaf]]:
-    """Return all leaves and tiles with their names; note tables that cannot be used."""
+    """Return the leaves and tiles here, with names; note tables that cannot be used."""
     named = [
         (state.name if state.is_stream else f"{state.name}/{leaf.spec.name}", leaf)
         for state in reader.manifest.states
         for leaf in state.leaves
+        if leaf.extent.file not in reader.absent
     ]
     try:
         tiles = reader.tiles()

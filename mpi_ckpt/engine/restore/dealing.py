@@ -15,10 +15,10 @@ from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.reading.read_queue import SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from mpi_ckpt.comm import Deferred
-    from mpi_ckpt.engine.restore.matching import StateMatch
+    from mpi_ckpt.engine.restore.matching import MatchedState, StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.state import Arrival
@@ -55,14 +55,20 @@ def plan_deals(
         return {}
     size, window = session.comm.size, session.options.io.window_bytes
     deals = {}
-    for state in _dealt_states(match):
-        with concerning(f"state {state.name!r}"):
-            deals[state.name] = _plan(reader, state, size, window)
+    for matched in match.states:
+        state = matched.state
+        if isinstance(state, RankedState) and is_dealt(matched, size):
+            with concerning(f"state {state.name!r}"):
+                deals[state.name] = _plan(reader, state, size, window)
     return deals
 
 
 def deal_parts(
-    session: Session, match: StateMatch, deals: Mapping[str, Deal], deferred: Deferred
+    session: Session,
+    match: StateMatch,
+    deals: Mapping[str, Deal],
+    traded: Collection[str],
+    deferred: Deferred,
 ) -> StateMatch:
     """Send each rank its parts.
 
@@ -72,6 +78,7 @@ def deal_parts(
         session: The manager's.
         match: The states to restore.
         deals: What `plan_deals` planned, on root; ignored elsewhere.
+        traded: Names of states whose parts reach the ranks otherwise.
         deferred: Keeps the error of a part, to be raised before anything is overwritten.
 
     Returns:
@@ -81,35 +88,77 @@ def deal_parts(
         CorruptGenerationError: On every rank, if bytes are not those saved.
     """
     comm = session.comm
-    matched = {pair.state.name: pair for pair in match.states}
     arrivals: dict[str, Arrival] = {}
 
-    def open_part(state: RankedState, part: bytes) -> None:
-        count = comm.size if state.resizes else matched[state.name].saved.parts or 0
-        with concerning(f"state {state.name!r}"):
-            adopt = state.open_part(part, count)
-        arrivals[state.name] = replace(matched[state.name].arrival, adopt=adopt)
+    def open_part(matched: MatchedState, part: bytes) -> None:
+        arrivals[matched.state.name] = open_dealt_part(matched, part, comm.size)
 
-    for state in _dealt_states(match):
-        deal = deals.get(state.name)
+    for matched in match.states:
+        name = matched.state.name
+        if name in traded or not _has_parts(matched):
+            continue
+        deal = deals.get(name)
         part = scatter_bytes(
             comm,
             deal.lengths if deal else (),
             deal.turns if deal else (),
-            f"dealing out the parts of state {state.name!r}",
+            f"dealing out the parts of state {name!r}",
             error=RestoreError,
             window_bytes=session.options.io.window_bytes,
         )
-        deferred.attempt(partial(open_part, state, part))
+        deferred.attempt(partial(open_part, matched, part))
     return match.with_arrivals(arrivals)
 
 
-def _dealt_states(match: StateMatch) -> list[RankedState]:
-    return [
-        matched.state
-        for matched in match.states
-        if isinstance(matched.state, RankedState) and matched.saved.parts is not None
-    ]
+def open_dealt_part(matched: MatchedState, part: bytes, size: int) -> Arrival:
+    """Return an arrival that takes over this rank's part. Not collective.
+
+    Args:
+        matched: The state.
+        part: The bytes of `pack`; empty if this rank gets none.
+        size: Number of ranks.
+
+    Raises:
+        CheckpointError: On the calling rank, as `RankedState.open_part` does.
+    """
+    state = matched.state
+    assert isinstance(state, RankedState)
+    count = size if state.resizes else matched.saved.parts or 0
+    with concerning(f"state {state.name!r}"):
+        return replace(matched.arrival, adopt=state.open_part(part, count))
+
+
+def is_dealt(matched: MatchedState, size: int) -> bool:
+    """Return whether root deals out the parts of a state.
+
+    Not collective. Called on root. Else they lie in files of tiles, and are traded; but if
+    the state makes new parts for so many ranks, root reads all of them.
+    """
+    saved, state = matched.saved, matched.state
+    resizes = isinstance(state, RankedState) and state.resizes and saved.parts != size
+    return _has_parts(matched) and (resizes or not saved.are_parts_cut)
+
+
+def ranks_of_parts(state: RankedState, size: int, saved: int) -> dict[int, list[int]]:
+    """Return the ranks that get each saved part, in the order of the parts.
+
+    Not collective.
+
+    Args:
+        state: The state.
+        size: Number of ranks.
+        saved: Number of saved parts.
+    """
+    ranks: dict[int, list[int]] = {}
+    for rank in range(size):
+        source = state.source(rank, saved)
+        if source is not None:
+            ranks.setdefault(source, []).append(rank)
+    return dict(sorted(ranks.items()))
+
+
+def _has_parts(matched: MatchedState) -> bool:
+    return isinstance(matched.state, RankedState) and matched.saved.parts is not None
 
 
 def _plan(
@@ -122,12 +171,8 @@ def _plan(
         made = state.resize(read, size)
         turns = (([rank], part) for rank, part in enumerate(made))
         return Deal([len(part) for part in made], turns)
-    ranks_of: dict[int, list[int]] = {}
-    for rank in range(size):
-        source = state.source(rank, saved)
-        if source is not None:
-            ranks_of.setdefault(source, []).append(rank)
-    sources = sorted(ranks_of)
+    ranks_of = ranks_of_parts(state, size, saved)
+    sources = list(ranks_of)
     lengths = [0] * size
     for source, length in zip(sources, parts.lengths(sources), strict=True):
         for rank in ranks_of[source]:

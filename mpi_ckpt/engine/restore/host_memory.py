@@ -8,6 +8,7 @@ well: bytes that are proven need no message on one host, and each rank copies th
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from mpi_ckpt.memory import SharedMemory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.storage.reading.read_plan import Window
     from mpi_ckpt.storage.reading.read_queue import Slots
@@ -29,14 +32,20 @@ _DOING = "sharing memory on each host"
 _LEAST_BYTES = 16 << 20
 
 _TOKEN_BYTES = 16
+_COUNT_BYTES = 8
+
+# A rank that waits for a window looks for it so often before it meets the others: waiting
+# in MPI takes a core, which the rank that reads needs.
+_LOOK_SECONDS = 3e-4
+_LOOKS = 150
 
 
 class HostMemory:
     """Memory of each host for the windows that pass it.
 
     Collective, unless said otherwise. Main thread only. Its first slots belong to the queue
-    of the host's leader; windows that another host reads arrive in one more slot; the end
-    of it shows the other ranks that it is this memory.
+    of the host's leader; windows that another host reads arrive in one more slot. Its end
+    shows that it is this memory, and how many windows the leader has proven.
 
     Args:
         comm: The communicator.
@@ -59,13 +68,14 @@ class HostMemory:
         self._numbers = _numbers_in_queues(readers)
         self._slots = slots
         self._leader = topology.leaders[topology.node_of[comm.rank]]
-        self._nbytes = self._slots.nbytes + self._slots.slot_bytes + _TOKEN_BYTES
+        self._end = self._slots.nbytes + self._slots.slot_bytes
+        self._nbytes = self._end + _TOKEN_BYTES + _COUNT_BYTES
         self._token = os.urandom(_TOKEN_BYTES)
         self._shared: SharedMemory | None = None
         if self._leader == comm.rank:
             with suppress(OSError, ValueError):
                 self._shared = SharedMemory.create(self._nbytes)
-                self._shared.view[-_TOKEN_BYTES:] = self._token
+                self._shared.view[self._end :][:_TOKEN_BYTES] = self._token
 
     @classmethod
     def of(
@@ -109,6 +119,27 @@ class HostMemory:
         self.close()
         return not lacking
 
+    def announce(self, number: int) -> None:
+        """Show the other ranks of this host that a window is proven. Not collective.
+
+        Args:
+            number: Number of the window among all; this rank has read it.
+        """
+        self._proven[0] = self._numbers[number] + 1
+
+    def look_for(self, number: int) -> None:
+        """Sleep until a window is announced on this host, but not for long.
+
+        Not collective. What becomes of the window is agreed on in the meeting that follows.
+        """
+        reader, topology = self._readers[number], self._comm.topology
+        if topology.node_of[reader] != topology.node_of[self._comm.rank]:
+            return
+        for _ in range(_LOOKS):
+            if self._proven[0] > self._numbers[number]:
+                return
+            time.sleep(_LOOK_SECONDS)
+
     def deliver(self, number: int, doing: str) -> memoryview:
         """Bring a window to all hosts, once its reader has proven it; return its bytes.
 
@@ -138,6 +169,11 @@ class HostMemory:
         if self._shared is not None:
             self._shared.close()
 
+    @property
+    def _proven(self) -> NDArray[np.int64]:
+        assert self._shared is not None
+        return np.frombuffer(self._shared.view[-_COUNT_BYTES:], np.int64)
+
     def _place(self, number: int) -> tuple[int, int]:
         """Return where a window lies in the memory of this host."""
         topology, window = self._comm.topology, self._windows[number]
@@ -152,7 +188,7 @@ class HostMemory:
         if descriptor < 0 or leader is None:
             return
         shared = SharedMemory.attach(leader.process, descriptor, self._nbytes)
-        if shared.view[-_TOKEN_BYTES:] == token:
+        if shared.view[self._end :][:_TOKEN_BYTES] == token:
             self._shared = shared
         else:
             shared.close()

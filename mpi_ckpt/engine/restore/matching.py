@@ -100,6 +100,7 @@ class StateMatch:
         """Whether any leaf was saved cut over the ranks, or is cut in the program."""
         return any(
             one.saved.cut
+            or one.saved.are_parts_cut
             or any(leaf is not None and leaf.tiles is not None for leaf in one.whole)
             for one in self.states
         )

@@ -7,9 +7,10 @@ import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.comm import agree, any_of, choose_ranks, on_root
+from mpi_ckpt.engine.hosts.kept import find_kept, set_aside_bad
 from mpi_ckpt.engine.outline import Outline
 from mpi_ckpt.engine.restore.other_hosts import look_elsewhere
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
@@ -21,14 +22,16 @@ from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from mpi_ckpt.choice import Choice
+    from mpi_ckpt.engine.hosts.kept import KeptGeneration
     from mpi_ckpt.engine.registry import Registry
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
+    from mpi_ckpt.storage.reading.read_plan import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class OpenGeneration:
         reader: Its open files, on root and, once opened, on the other ranks that read; None
             elsewhere.
         copy: The copy of this rank, if it is of the same form as root's; else None.
+        kept: The generation on the hosts, if it is a local one; else None.
     """
 
     outline: Outline
@@ -49,11 +53,25 @@ class OpenGeneration:
     readers: tuple[int, ...] = ()
     reader: GenerationReader | None = None
     copy: MemoryCopy | None = None
+    kept: KeptGeneration | None = None
 
     @property
     def is_copy(self) -> bool:
         """Whether it is a copy in memory."""
         return self.outline.generation == 0
+
+    @property
+    def level(self) -> Literal["memory", "local", "directory"]:
+        """Where it is."""
+        if self.is_copy:
+            return "memory"
+        return "directory" if self.kept is None else "local"
+
+    def sources(self, windows: Sequence[Window]) -> Sequence[int]:
+        """Return the rank that reads each window. Not collective: the same everywhere."""
+        if self.kept is not None:
+            return self.kept.sources(windows)
+        return [self.readers[turn % len(self.readers)] for turn in range(len(windows))]
 
 
 @contextmanager
@@ -91,13 +109,17 @@ def open_newest(
     copy = memory.copy if memory is not None and from_memory else None
     with ExitStack() as stack:
         opened: list[GenerationReader] = []
+        kept, is_partial = None, only is not None
+        if choice.is_newest and pinned is None:
+            skips = comm.is_root and copy is not None
+            how = {"skips": skips, "is_partial": is_partial}
+            kept = find_kept(session, registry.states, stack, **how)
 
         def look(states: list[State]) -> list[State]:
             wanted = choice.checked(session.options.retention)
             session.directory.goes_on = True
-            if comm.is_root and copy is None:
-                proven = only is not None
-                found = _open(session.directory, pinned, wanted, proven=proven)
+            if comm.is_root and copy is None and kept is None:
+                found = _open(session.directory, pinned, wanted, proven=is_partial)
                 if found is not None:
                     opened.append(stack.enter_context(found))
             return states
@@ -105,14 +127,8 @@ def open_newest(
         def encode(states: list[State]) -> bytes:
             if copy is not None:
                 return copy.text
-            if not opened:
-                return b""
-            deals = {state.name: isinstance(state, RankedState) for state in states}
-            quarantined = session.directory.set_aside
-            outline = Outline.of_generation(
-                opened[0].manifest, str(opened[0].path), deals, quarantined
-            )
-            return json.dumps(outline.to_json()).encode()
+            found = kept or (opened[0] if opened else None)
+            return b"" if found is None else _outline(session, found, states)
 
         met = registry.begin(
             f"looking for {'a generation' if choice.is_newest else choice}",
@@ -134,7 +150,20 @@ def open_newest(
             yield OpenGeneration(outline, states, copy=mine)
             return
         ranks = choose_ranks(session.options.io.readers, comm.topology)
-        yield OpenGeneration(outline, states, ranks, opened[0] if opened else None)
+        reader = opened[0] if opened else None
+        if kept is not None:
+            ranks, reader = kept.readers, kept.reader
+        yield OpenGeneration(outline, states, ranks, reader, kept=kept)
+
+
+def _outline(
+    session: Session, found: KeptGeneration | GenerationReader, states: Sequence[State]
+) -> bytes:
+    """Return the outline of a generation, encoded. On root."""
+    deals = {state.name: isinstance(state, RankedState) for state in states}
+    aside = session.directory.set_aside
+    outline = Outline.of_generation(found.manifest, str(found.path), deals, aside)
+    return json.dumps(outline.to_json()).encode()
 
 
 def open_on_readers(
@@ -153,7 +182,7 @@ def open_on_readers(
         ReadError: On every rank, if a reading rank cannot open it.
     """
     comm = session.comm
-    if len(found.readers) < 2:
+    if len(found.readers) < 2 or found.kept is not None:
         return found
     path = session.directory.root / generation_name(found.outline.generation)
 
@@ -179,11 +208,15 @@ def reject(
 ) -> None:
     """Quarantine a generation that turned out bad while it was read.
 
-    Collective. Main thread only.
+    Collective. Main thread only. Of a local one, only the bad copies of its files.
 
     Raises:
-        RestoreError: On every rank, if root fails to.
+        RestoreError: On every rank, if root fails to, or no bad copy can be told.
     """
+    if found.kept is not None:
+        if not set_aside_bad(session, found.outline.generation, problem):
+            raise problem
+        return
     # The finding alone: the reason must not describe the states, since another generation
     # will be restored.
     reason = CorruptGenerationError(
@@ -200,11 +233,14 @@ def reject(
     )
 
 
-def is_lost(session: Session, found: OpenGeneration) -> bool:
+def is_lost(session: Session, found: OpenGeneration, problem: ReadError) -> bool:
     """Return whether a generation was pruned while it was read, by the job that owns it.
 
-    Collective. Main thread only. A job without the lock reads while the owner may prune.
+    Collective. Main thread only. A job without the lock reads while the owner may prune. A
+    local generation is lost with a copy that a host cannot read; other hosts have others.
     """
+    if found.kept is not None:
+        return set_aside_bad(session, found.outline.generation, problem)
     number = found.outline.generation
     gone = session.comm.is_root and session.directory.has_lost(number)
     return any_of(session.comm, "looking whether a generation is still there", gone)[0]
@@ -237,7 +273,8 @@ def _open(
     if not choice.is_newest:
         return directory.open(choice, proven=proven)
     if pinned is not None:
-        return GenerationReader(directory.root / generation_name(pinned))
+        path = directory.root / generation_name(pinned)
+        return GenerationReader(path, tiles_later=True)
     reader = _open_newest(directory, proven=proven)
     if reader is None:
         warn_of_other_programs(directory.root)
@@ -248,7 +285,7 @@ def _open_newest(
     directory: CheckpointDirectory, *, proven: bool
 ) -> GenerationReader | None:
     while True:
-        reader = directory.open_newest()
+        reader = directory.open_newest(tiles_later=True)
         if reader is None or not proven:
             return reader
         number = reader.manifest.generation

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs a restore on root: what differs, and what follows from it."""
+"""Reports a restore, and logs on root what differs, and what follows from it."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.reports import RestoreReport
 from mpi_ckpt.state import LeafState
 
 if TYPE_CHECKING:
@@ -15,8 +19,8 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.outline import Outline
     from mpi_ckpt.engine.restore.matching import StateMatch
+    from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.reports import RestoreReport
     from mpi_ckpt.state import Change
 
 logger = logging.getLogger(__name__)
@@ -66,6 +70,50 @@ class ResizeWatch:
             report.saved_size,
             "".join(f"; {change.text}" for change in changes),
         )
+
+
+def make_report(
+    session: Session,
+    found: OpenGeneration,
+    match: StateMatch,
+    seconds: Mapping[str, float],
+    bytes_traded: int,
+) -> RestoreReport:
+    """Make the report of a restore, the same on every rank but for the seconds.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        found: What was restored.
+        match: Its states and the program's.
+        seconds: Phase -> seconds.
+        bytes_traded: Bytes of tiles that this rank has read.
+    """
+    outline = found.outline
+    return RestoreReport(
+        generation=outline.generation,
+        path=Path(outline.path) if outline.path else session.directory.root,
+        step=outline.step,
+        saved_size=outline.size,
+        size=session.comm.size,
+        bytes_read=0 if found.is_copy else _count_bytes(session, found, bytes_traded),
+        seconds=seconds,
+        metrics=outline.metrics,
+        quarantined=outline.quarantined,
+        missing=match.missing,
+        unexpected=match.unexpected,
+        missing_leaves=match.missing_leaves,
+        unexpected_leaves=match.unexpected_leaves,
+        from_memory=found.is_copy,
+        level=found.level,
+    )
+
+
+def _count_bytes(session: Session, found: OpenGeneration, bytes_traded: int) -> int:
+    mine = np.array([0 if found.reader is None else found.reader.bytes_read])
+    counted = session.comm.all_reduce(mine + bytes_traded, "sum", "counting what was read")
+    return int(counted[0])
 
 
 def warn_of_restored(session: Session, outline: Outline, warnings: Sequence[str]) -> None:

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
-
-import numpy as np
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.hosts.kept import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
-from mpi_ckpt.engine.restore.dealing import deal_parts, plan_deals
+from mpi_ckpt.engine.restore.dealing import plan_deals
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
     StateMatch,
@@ -27,13 +25,14 @@ from mpi_ckpt.engine.restore.newest import (
 )
 from mpi_ckpt.engine.restore.notices import (
     ResizeWatch,
+    make_report,
     warn_of_differences,
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
-from mpi_ckpt.engine.restore.routing import route_rows
-from mpi_ckpt.engine.restore.trade_plan import Trade, plan_trade
-from mpi_ckpt.engine.restore.trading import trade_tiles
+from mpi_ckpt.engine.restore.trade_plan import Trades, plan_trades
+from mpi_ckpt.engine.restore.traded_parts import transfer_parts
+from mpi_ckpt.engine.restore.trading import trade_leaves
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -42,7 +41,6 @@ from mpi_ckpt.errors import (
     StateMismatchError,
 )
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.reports import RestoreReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.dealing import Deal
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.reports import PhaseClock
+    from mpi_ckpt.reports import PhaseClock, RestoreReport
 
 OnResize: TypeAlias = "Callable[[int, int], object]"
 """Given the number of ranks that saved, and that of now."""
@@ -108,7 +106,7 @@ class Restore:
         self._found: OpenGeneration | None = None
         self._match: StateMatch | None = None
         self._deals: Mapping[str, Deal] = {}
-        self._trade: Trade | None = None
+        self._trades: Trades | None = None
         self._bytes_traded = 0
         self._deferred = Deferred()
         self._resize = ResizeWatch()
@@ -165,12 +163,12 @@ class Restore:
                 if is_only_one:
                     raise
                 reject(session, found, problem)
-            except ReadError:
-                if is_only_one or not is_lost(session, found):
+            except ReadError as problem:
+                if is_only_one or not is_lost(session, found, problem):
                     raise
             finally:
                 # Otherwise Python's next garbage collection would scan these.
-                self._found = self._match = self._trade = None
+                self._found = self._match = self._trades = None
                 self._deals = {}
 
     def match(self) -> None:
@@ -195,6 +193,8 @@ class Restore:
             matched = StateMatch(states, missing, unexpected)
             self._deals = plan_deals(session, found, matched)
             overlaps.extend(find_overlaps(matched.leaves))
+            if found.reader is not None and not matched.has_tiles:
+                found.reader.prove_rest()
             if session.comm.is_root:
                 self._resize = ResizeWatch.begin(found.outline, matched, session.comm.size)
             return matched
@@ -212,8 +212,8 @@ class Restore:
             )
             self._match = met.result
             if met.is_flagged:
-                self._trade = plan_trade(session, found, met.result)
-                self._match = met.result.with_unexpected(self._trade.unwanted)
+                self._trades = plan_trades(session, found, met.result)
+                self._match = met.result.with_unexpected(self._trades.unwanted)
             if overlaps or not met.is_alike:
                 self._separate(overlaps, doing)
 
@@ -224,24 +224,22 @@ class Restore:
             CorruptGenerationError: On every rank, if bytes are not those saved.
             ReadError: On every rank, if a reading rank cannot read.
         """
-        session, match = self._session, self._matched
+        session, match, deferred = self._session, self._matched, self._deferred
         with self._clock.phase("transfer"):
             if self._generation.is_copy:
-                transfer_copy(session, self._generation.copy, match, self._deferred)
+                transfer_copy(session, self._generation.copy, match, deferred)
                 return
             found = self._found = open_on_readers(session, self._generation, self._open)
-            # Parts come first, since dealing them overwrites nothing yet.
-            self._match = deal_parts(session, match, self._deals, self._deferred)
-            traded = frozenset() if self._trade is None else self._trade.leaves
-            deferred, progress = self._deferred, self._clock.progress
-            whole = match.without(traded)
-            is_overwritten = transfer_files(session, found, whole, deferred, progress)
-            if self._trade is not None:
-                self._bytes_traded = trade_tiles(
-                    *(session, found, match, self._trade, deferred),
-                    is_overwritten=is_overwritten,
+            args, trades = (session, found), self._trades
+            # Parts come first, since bringing them overwrites nothing yet.
+            match, nbytes = transfer_parts(*args, match, self._deals, trades, deferred)
+            self._match, self._bytes_traded = match, nbytes
+            whole = match if trades is None else match.without(trades.leaves)
+            changed = transfer_files(*args, whole, deferred, self._clock.progress)
+            if trades is not None:
+                self._bytes_traded += trade_leaves(
+                    *args, match, trades, deferred, is_overwritten=changed
                 )
-                route_rows(session.comm, match, session.options.io.window_bytes, deferred)
 
     def adopt(self) -> None:
         """Let the states take over the arrived contents, in order; make the report.
@@ -300,6 +298,10 @@ class Restore:
     def _separate(self, overlaps: Sequence[Overlap], doing: str) -> None:
         """Give leaves private memory if their places cannot hold all arriving bytes."""
         found, match, comm = self._generation, self._matched, self._session.comm
+        if found.kept is not None:
+            extents, leaves = match.extents, {n for one in overlaps for n in one.leaves}
+            files = {extents[number].file for number in leaves}
+            bring_to_root(self._session, found.kept, files)
         differing = differing_overlaps(
             comm, overlaps, SavedBytes(found, match), doing=doing, error=RestoreError
         )
@@ -318,33 +320,16 @@ class Restore:
         return self._match
 
     def _make_report(self) -> RestoreReport:
-        session, found, match = self._session, self._generation, self._matched
-        outline = found.outline
-        report = RestoreReport(
-            generation=outline.generation,
-            path=Path(outline.path) if outline.path else session.directory.root,
-            step=outline.step,
-            saved_size=outline.size,
-            size=session.comm.size,
-            bytes_read=0 if found.is_copy else self._count_bytes(),
-            seconds=self._clock.seconds(),
-            metrics=outline.metrics,
-            quarantined=outline.quarantined,
-            missing=match.missing,
-            unexpected=match.unexpected,
-            missing_leaves=match.missing_leaves,
-            unexpected_leaves=match.unexpected_leaves,
-            from_memory=found.is_copy,
+        session, found, chosen = self._session, self._generation, self._choice
+        report = make_report(
+            session, found, self._matched, self._clock.seconds(), self._bytes_traded
         )
-        if self._pinned is None or not self._choice.is_newest:
-            go_on_from(session, None if self._choice.is_newest else outline)
+        if self._pinned is None or not chosen.is_newest:
+            go_on_from(session, None if chosen.is_newest else found.outline)
+        if session.hosts is not None:
+            kept = None if found.kept is None else found.kept.origin
+            session.hosts.note_restored(report.generation, kept)
         if not found.is_copy:
-            session.note("restored", outline.step)
+            session.note("restored", report.step)
             warn_of_differences(session, report)
         return report
-
-    def _count_bytes(self) -> int:
-        reader = self._generation.reader
-        mine = np.array([0 if reader is None else reader.bytes_read]) + self._bytes_traded
-        counted = self._session.comm.all_reduce(mine, "sum", "counting what was read")
-        return int(counted[0])

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm import choose_ranks, gather_bytes, meet, scatter_parts
+from mpi_ckpt.comm import agree, choose_ranks, gather_bytes, meet, scatter_parts
 from mpi_ckpt.decomposition.rank_plan import RankPlan
 from mpi_ckpt.decomposition.reshard import plan_reshard
 from mpi_ckpt.digest import DIGEST_BYTES
+from mpi_ckpt.engine.restore.tile_headers import join_tile_headers, read_tile_headers
+from mpi_ckpt.engine.restore.traded_parts import join_part_wants, traded_states
 from mpi_ckpt.engine.restore.wanted import LeafIndex, encode_wants, join_wants
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 
@@ -25,36 +28,68 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
+    from mpi_ckpt.engine.restore.traded_parts import PartForm
     from mpi_ckpt.engine.restore.wanted import Wants
     from mpi_ckpt.engine.session import Session
 
 _PLANNING = "planning how tiles reach the ranks"
+_OUT_OF_SIGHT = b"null"
 
 
 @dataclass(frozen=True, slots=True)
 class Trade:
-    """What this rank does so that cut leaves arrive.
+    """What this rank does so that some tiles arrive.
 
     Attributes:
-        leaves: The leaves that arrive so; the same on every rank.
-        unwanted: State -> names of its cut leaves that no rank wants; the same on every
-            rank.
         plan: What this rank reads, sends and receives.
         files: Names of the files that this rank reads, by the plan's numbers.
         digests: The digest of each piece that this rank reads.
     """
 
-    leaves: frozenset[LeafIndex]
-    unwanted: Mapping[str, tuple[str, ...]]
     plan: RankPlan
     files: Mapping[int, str]
     digests: Sequence[bytes]
 
+    @classmethod
+    def decode(cls, data: bytes) -> Trade:
+        """Return what `_plan_of_ranks` made for this rank. Not collective."""
+        head, digests, plan = _split(data)
+        return cls(
+            RankPlan.decode(plan),
+            {int(number): name for number, name in json.loads(head).items()},
+            [
+                digests[start : start + DIGEST_BYTES]
+                for start in range(0, len(digests), DIGEST_BYTES)
+            ],
+        )
 
-def plan_trade(session: Session, found: OpenGeneration, match: StateMatch) -> Trade:
+
+@dataclass(frozen=True, slots=True)
+class Trades:
+    """How leaves that are cut over ranks arrive, and parts in files of tiles.
+
+    Attributes:
+        leaves: The leaves that arrive so; the same on every rank.
+        unwanted: State -> names of its leaves that no rank wants; the same on every rank.
+        of_leaves: What this rank does for them.
+        with_parts: Names of the states whose parts arrive so; the same on every rank.
+        part_forms: State -> the form of this rank's part, if there is one for it.
+        of_parts: What this rank does for them; None if there are none.
+    """
+
+    leaves: frozenset[LeafIndex]
+    unwanted: Mapping[str, tuple[str, ...]]
+    of_leaves: Trade
+    with_parts: tuple[str, ...]
+    part_forms: Mapping[str, PartForm]
+    of_parts: Trade | None
+
+
+def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> Trades:
     """Find out what this rank reads, sends and receives.
 
-    Collective. Main thread only. Nothing is changed.
+    Collective. Main thread only. Nothing is changed. The ranks read the lists of tiles in
+    turn.
 
     Args:
         session: The manager's.
@@ -62,27 +97,47 @@ def plan_trade(session: Session, found: OpenGeneration, match: StateMatch) -> Tr
         match: The states to restore, with this rank's destinations.
 
     Raises:
-        StateMismatchError: On every rank, if no rank wants a cut leaf and options are
-            strict.
+        StateMismatchError: On every rank, if no rank wants a leaf and options are strict.
         CorruptGenerationError: On every rank, if a list of tiles is damaged.
-        ReadError: On every rank, if root cannot read one.
+        ReadError: On every rank, if a rank cannot read one.
     """
     comm, options = session.comm, session.options
-    gathered = gather_bytes(comm, encode_wants(match), _PLANNING)
+    headers = read_tile_headers(session, found)
+    mine = _joined(encode_wants(match), headers.encoded)
+    gathered = gather_bytes(comm, mine, _PLANNING)
     parts: list[bytes] = []
 
     def plan() -> bytes:
+        if found.kept is not None:
+            raise RestoreError(
+                "the program has state that is cut over the ranks, and the newest "
+                "generation is on the hosts, which keep whole state only: restore it with "
+                "state that is not cut, save that to the directory, and go on from there"
+            )
         if found.reader is None or not comm.is_root:
             return b""
+        split = [_split(one) for one in gathered]
+        if found.reader.unproven and join_tile_headers(
+            found.reader, [headers for _, headers in split]
+        ):
+            return _OUT_OF_SIGHT
         states = [matched.saved for matched in match.states]
-        wants = join_wants(found.reader, states, gathered)
+        wants = join_wants(found.reader, states, [wants for wants, _ in split])
         if options.strict:
             _refuse_unwanted(found, wants)
-        parts.extend(_plan_of_ranks(session, found, wants))
-        return json.dumps([sorted(wants.leaves), wants.unwanted]).encode()
+        plans = [_plan_of_ranks(session, found, wants)]
+        names = [state.name for _, state in traded_states(match, comm.size)]
+        if names:
+            of_parts = join_part_wants(found.reader, match, comm.size)
+            plans.append([json.dumps(form).encode() for form in of_parts.forms])
+            plans.append(_plan_of_ranks(session, found, of_parts.wants))
+        parts.extend(_joined(*of_rank) for of_rank in zip(*plans, strict=True))
+        return json.dumps([sorted(wants.leaves), wants.unwanted, names]).encode()
 
     met = meet(comm, _PLANNING, plan, error=RestoreError, encode=bytes)
-    leaves, unwanted = json.loads(met.message)
+    if met.message == _OUT_OF_SIGHT:
+        agree(comm, _PLANNING, headers.refuse, error=RestoreError)
+    leaves, unwanted, names = json.loads(met.message)
     mine = scatter_parts(
         comm,
         parts,
@@ -90,26 +145,24 @@ def plan_trade(session: Session, found: OpenGeneration, match: StateMatch) -> Tr
         error=RestoreError,
         window_bytes=options.io.window_bytes,
     )
-    head, digests, encoded = _split(mine)
-    return Trade(
+    of_leaves, *more = _split(mine)
+    return Trades(
         leaves=frozenset(LeafIndex(*leaf) for leaf in leaves),
         unwanted={state: tuple(names) for state, names in unwanted.items()},
-        plan=RankPlan.decode(encoded),
-        files={int(number): name for number, name in json.loads(head).items()},
-        digests=[
-            digests[start : start + DIGEST_BYTES]
-            for start in range(0, len(digests), DIGEST_BYTES)
-        ],
+        of_leaves=Trade.decode(of_leaves),
+        with_parts=tuple(names),
+        part_forms=json.loads(more[0]) if more else {},
+        of_parts=Trade.decode(more[1]) if more else None,
     )
 
 
 def _refuse_unwanted(found: OpenGeneration, wants: Wants) -> None:
-    cut = {
-        state.name: {leaf.name: leaf for leaf in state.cut}
+    specs = {
+        state.name: {leaf.name: leaf for leaf in state.leaves}
         for state in found.outline.states
     }
     problems = [
-        f"{state}: {cut[state][name]} is saved, the program has no such leaf on any rank"
+        f"{state}: {specs[state][name]} is saved, the program has no such leaf on any rank"
         for state, names in wants.unwanted.items()
         for name in names
     ]
@@ -123,7 +176,7 @@ def _refuse_unwanted(found: OpenGeneration, wants: Wants) -> None:
 
 
 def _plan_of_ranks(session: Session, found: OpenGeneration, wants: Wants) -> list[bytes]:
-    """Return for each rank its files, the digests of what it reads, and its plan."""
+    """Return the trade of each rank: files, digests of what it reads, plan."""
     comm, io = session.comm, session.options.io
     plan = plan_reshard(
         wants.saved,
@@ -159,14 +212,12 @@ def readers_of_tiles(session: Session) -> list[int]:
 
 
 def _joined(*parts: bytes) -> bytes:
-    lengths = np.array([len(part) for part in parts], np.int64)
+    lengths = np.array([len(parts), *map(len, parts)], np.int64)
     return b"".join([lengths.tobytes(), *parts])
 
 
-def _split(data: bytes) -> tuple[bytes, bytes, bytes]:
-    first, second, third = np.cumsum(np.frombuffer(data[:24], np.int64)).tolist()
-    return (
-        data[24 : 24 + first],
-        data[24 + first : 24 + second],
-        data[24 + second : 24 + third],
-    )
+def _split(data: bytes) -> list[bytes]:
+    count = int(np.frombuffer(data[:8], np.int64)[0])
+    first = 8 * (1 + count)
+    ends = np.cumsum([first, *np.frombuffer(data[8:first], np.int64)]).tolist()
+    return [data[start:end] for start, end in pairwise(ends)]

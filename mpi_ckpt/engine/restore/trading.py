@@ -16,6 +16,7 @@ import numpy as np
 from mpi_ckpt.comm import UNTOUCHED, agree, exchange_messages
 from mpi_ckpt.decomposition.regions import elements_of
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
+from mpi_ckpt.engine.restore.routing import route_rows
 from mpi_ckpt.engine.restore.wanted import tiles_here
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.failures import concerning
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Deferred
-    from mpi_ckpt.decomposition.rank_plan import Incoming, Local, Outgoing, Turn
+    from mpi_ckpt.decomposition.rank_plan import Incoming, Outgoing, Staying, Turn
     from mpi_ckpt.decomposition.regions import Regions
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.trade_plan import Trade
+    from mpi_ckpt.engine.restore.trade_plan import Trade, Trades
     from mpi_ckpt.engine.restore.wanted import TradedTile
     from mpi_ckpt.engine.session import Session
 
@@ -46,11 +47,11 @@ _OUT_OF_SIGHT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ESTALE)
 def trade_tiles(
     session: Session,
     found: OpenGeneration,
-    match: StateMatch,
     trade: Trade,
+    targets: Sequence[TradedTile],
     deferred: Deferred,
     *,
-    is_overwritten: bool,
+    safe: Sequence[str],
 ) -> int:
     """Read, prove, send and store the tiles, in turns.
 
@@ -60,10 +61,10 @@ def trade_tiles(
     Args:
         session: The manager's.
         found: The generation.
-        match: The states to restore, with this rank's destinations.
         trade: What this rank does.
+        targets: The tiles that it wants, by the plan's numbers.
         deferred: Keeps failures to store bytes, for the next meeting.
-        is_overwritten: Whether other leaves of the generation have been stored already.
+        safe: What is still safe if the first turn fails, and if a later one does.
 
     Returns:
         Bytes read by this rank.
@@ -73,7 +74,6 @@ def trade_tiles(
         ReadError: On every rank, if a rank cannot read.
     """
     path = session.directory.root / generation_name(found.outline.generation)
-    targets = tiles_here(match, sorted(trade.leaves))
     with ExitStack() as stack:
         reader = stack.enter_context(FileReader(path, found.outline.generation))
         trader = stack.enter_context(closing(_Trader(session, reader, trade, targets)))
@@ -84,11 +84,45 @@ def trade_tiles(
                 deferred.raise_failure()
                 trader.read(turn)
 
-            safe = OVERWRITTEN if number or is_overwritten else UNTOUCHED
-            agree(session.comm, _READING, read, error=RestoreError, safe=safe)
+            kept = safe[min(number, 1)]
+            agree(session.comm, _READING, read, error=RestoreError, safe=kept)
             trader.release()
             trader.exchange(turn, deferred)
         return reader.bytes_read
+
+
+def trade_leaves(
+    session: Session,
+    found: OpenGeneration,
+    match: StateMatch,
+    trades: Trades,
+    deferred: Deferred,
+    *,
+    is_overwritten: bool,
+) -> int:
+    """Bring leaves that are cut to their places, and rows to the ranks that want them.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        found: The generation.
+        match: The states to restore, with this rank's destinations.
+        trades: What this rank does.
+        deferred: As for `trade_tiles`.
+        is_overwritten: Whether other leaves of the generation have been stored already.
+
+    Returns:
+        Bytes read by this rank.
+
+    Raises:
+        CheckpointError: On every rank, as `trade_tiles` and `route_rows` do.
+    """
+    safe = OVERWRITTEN if is_overwritten else UNTOUCHED, OVERWRITTEN
+    targets = tiles_here(match, sorted(trades.leaves))
+    nbytes = trade_tiles(session, found, trades.of_leaves, targets, deferred, safe=safe)
+    route_rows(session.comm, match, session.options.io.window_bytes, deferred)
+    return nbytes
 
 
 class _Trader:
@@ -206,7 +240,7 @@ class _Trader:
         first = int(pieces.position[row]) - self._start
         return self._data[first : first + int(pieces.nbytes[row])]
 
-    def _elements(self, table: Outgoing | Local, row: int) -> NDArray[Any]:
+    def _elements(self, table: Outgoing | Staying, row: int) -> NDArray[Any]:
         """Return the elements of a fragment of a piece, without a copy."""
         memory = elements_of(self._piece(int(table.piece[row])), int(table.unit[row]))
         return table.source.view(row, memory)
@@ -229,7 +263,7 @@ class _Trader:
             elements = elements_of(message[start:end], unit)
             self._store(table, row, elements.reshape(shape))
 
-    def _store(self, table: Incoming | Local, row: int, elements: NDArray[Any]) -> None:
+    def _store(self, table: Incoming | Staying, row: int, elements: NDArray[Any]) -> None:
         """Put elements where they belong in a wanted tile."""
         number, goal = int(table.target[row]), table.goal
         target, memory = self._targets[number], self._memories[number]

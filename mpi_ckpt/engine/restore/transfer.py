@@ -73,7 +73,7 @@ def transfer_files(
         block_bytes=outline.block_bytes,
         window_bytes=session.options.io.window_bytes // SLOTS,
     )
-    readers = [found.readers[turn % len(found.readers)] for turn in range(len(windows))]
+    readers = list(found.sources(windows))
     places = Destinations(match)
     transport: Transport = SentTransport(comm, windows, readers, places)
     mine = [

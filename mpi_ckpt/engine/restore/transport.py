@@ -129,7 +129,11 @@ class SharedTransport:
         self._data = memoryview(b"")
 
     def prepare(self, turn: int, proven: memoryview | None) -> None:
-        """Do nothing: the bytes are where they are needed. Not collective."""
+        """Let the ranks of this host know that it is proven. Not collective."""
+        if proven is not None:
+            self._memory.announce(turn)
+        else:
+            self._memory.look_for(turn)
 
     def send(self, turn: int) -> None:
         """Bring the window to the other hosts. Collective."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.outline import StateOutline
     from mpi_ckpt.engine.restore.matching import StateMatch
-    from mpi_ckpt.leaf import Leaf, TileBuffer
+    from mpi_ckpt.leaf import Leaf, LeafSpec, TileBuffer
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
-_ABSENT, _WHOLE, _CUT = "-wc"
+_ABSENT, _ELSEWHERE, _WHOLE, _CUT = "-?wc"
 
 
 class LeafIndex(NamedTuple):
@@ -46,8 +47,15 @@ def encode_wants(match: StateMatch) -> bytes:
     """
     wants = []
     for matched in match.states:
-        leaves = () if matched.saved.is_stream else matched.arrival.leaves
-        codes = "".join([_code(leaf) for leaf in leaves])
+        is_whole = matched.saved.is_stream or matched.saved.parts is not None
+        leaves = () if is_whole else matched.arrival.leaves
+        unexpected = set(matched.arrival.unexpected)
+        codes = "".join(
+            [
+                _code(leaf, is_told=spec.name in unexpected)
+                for spec, leaf in zip(matched.saved.leaves, leaves, strict=True)
+            ]
+        )
         boxes = [
             [tile.box for tile in leaf.tiles]
             for leaf in leaves
@@ -57,9 +65,9 @@ def encode_wants(match: StateMatch) -> bytes:
     return json.dumps(wants).encode()
 
 
-def _code(leaf: Leaf | None) -> str:
+def _code(leaf: Leaf | None, *, is_told: bool) -> str:
     if leaf is None:
-        return _ABSENT
+        return _ABSENT if is_told else _ELSEWHERE
     return _WHOLE if leaf.tiles is None else _CUT
 
 
@@ -74,7 +82,7 @@ class Wants:
         itemsizes: Bytes of an element of each leaf, int64.
         files: Names of the files with the saved tiles, by their numbers.
         stored: The saved tiles, in the order of ``saved``.
-        unwanted: State -> names of its cut leaves that no rank wants.
+        unwanted: State -> names of its leaves that no rank wants, though some might.
     """
 
     leaves: tuple[LeafIndex, ...]
@@ -110,6 +118,26 @@ def join_wants(
         for at, (leaf, box) in enumerate(tiles):
             wanted.append((leaf, rank, at, box))
     stored = _stored_tiles(reader, states, traded)
+    return join_tiles(traded, specs, stored, wanted, unwanted)
+
+
+def join_tiles(
+    leaves: Sequence[LeafIndex],
+    specs: Sequence[LeafSpec],
+    stored: Sequence[tuple[int, StoredTile]],
+    wanted: Sequence[tuple[int, int, int, Box]],
+    unwanted: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> Wants:
+    """Put saved and wanted tiles into tables. Not collective. Thread-safe.
+
+    Args:
+        leaves: The leaves.
+        specs: Their specs.
+        stored: Number of a leaf in these, and a saved tile of it.
+        wanted: Number of a leaf, the rank that wants a tile of it, the number of the tile
+            on that rank, and its box.
+        unwanted: As that of `Wants`.
+    """
     files = sorted({tile.leaf.extent.file for _, tile in stored})
     places = {name: number for number, name in enumerate(files)}
     saved = [
@@ -122,7 +150,7 @@ def join_wants(
         for leaf, tile in stored
     ]
     return Wants(
-        leaves=tuple(traded),
+        leaves=tuple(leaves),
         saved=SavedTiles.of(saved),
         wanted=WantedTiles.of(wanted),
         itemsizes=np.array([dtypes.element_bytes(spec.dtype) for spec in specs], np.int64),
@@ -160,7 +188,10 @@ def tiles_here(match: StateMatch, traded: Sequence[LeafIndex]) -> list[TradedTil
 def _traded(
     states: Sequence[StateOutline], codes: Sequence[Sequence[str]]
 ) -> tuple[list[LeafIndex], dict[str, tuple[str, ...]]]:
-    """Return the leaves to trade, and the cut leaves that no rank wants."""
+    """Return the leaves to trade, and those that no rank wants.
+
+    A leaf that was saved whole counts among these only if a rank has left it to others.
+    """
     traded: list[LeafIndex] = []
     unwanted: dict[str, tuple[str, ...]] = {}
     for state, saved in enumerate(states):
@@ -168,7 +199,8 @@ def _traded(
         for at, spec in enumerate(saved.leaves if any(of_ranks) else ()):
             here = {one[at] for one in of_ranks}
             is_cut = at >= len(saved.specs)
-            if is_cut and here == {_ABSENT}:
+            is_nowhere = here <= {_ABSENT, _ELSEWHERE}
+            if is_nowhere and (is_cut or _ELSEWHERE in here):
                 unwanted[saved.name] = (*unwanted.get(saved.name, ()), spec.name)
             elif is_cut or _CUT in here:
                 traded.append(LeafIndex(state, at))

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 Result = TypeVar("Result")
+
+# The training goes first where all cores are busy; a save then takes what it leaves.
+_NICENESS = 5
 
 
 class Background:
@@ -39,7 +44,7 @@ class Background:
         """Run work after all work submitted before. Not collective."""
         if self._pool is None:
             _finish_at_exit()
-            self._pool = ThreadPoolExecutor(1, "mpi_ckpt-save")
+            self._pool = ThreadPoolExecutor(1, "mpi_ckpt-save", _give_way)
         try:
             future = self._pool.submit(work)
         except RuntimeError:
@@ -103,6 +108,13 @@ def _wait_at_exit() -> None:
         wait([future], seconds)
         if give_up is not None and not future.done():
             give_up()
+
+
+def _give_way() -> None:
+    """Lower the priority of the calling thread, and of the threads that it starts."""
+    if sys.platform == "linux":  # elsewhere priorities are those of whole processes
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _forget(future: Future[Any]) -> None:

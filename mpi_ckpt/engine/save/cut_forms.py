@@ -93,7 +93,7 @@ def encode_forms(captured: Iterable[CapturedState]) -> bytes:
             one.name,
             leaf.spec.to_json(),
             leaf.is_concatenated,
-            one.state.sync_mode != "none",
+            not one.state.takes_any_replica,
             [tile.box for tile in leaf.tiles or ()],
         ]
         for one in captured

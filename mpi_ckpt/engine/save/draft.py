@@ -7,7 +7,7 @@ import logging
 import operator
 import time
 from io import UnsupportedOperation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.save.request import Published, SaveRequest, foresee_space
@@ -33,7 +33,6 @@ from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX, encode, l
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import BinaryIO
 
     from mpi_ckpt.engine.save.own_tiles import TileFiles
     from mpi_ckpt.engine.save.shard import Shard, ShardImage
@@ -47,8 +46,7 @@ logger = logging.getLogger(__name__)
 _NO_HEADER = digest_bytes(b"")
 
 # Above this size, a sample of leaves is digested first.
-_SAMPLED_BYTES_MIN = 64 << 20
-_SAMPLES = 8
+_SAMPLED_BYTES_MIN, _SAMPLES = 64 << 20, 8
 
 # Early enough for the user to change the states before saves start to fail.
 _WARNED_BYTES = MANIFEST_BYTES_MAX // 4

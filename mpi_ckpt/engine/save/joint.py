@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.save.tile_history import WrittenTiles
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.engine.sync.coming import PartsInTransit
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.writing.partial import Partial
@@ -51,6 +52,7 @@ class JointWrite:
         survey: How leaves are cut over the ranks; None if none is.
         tiles: The tiles that this rank writes.
         history: What this rank has in the generation that was saved last.
+        parts: The parts of ranks that root writes.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class JointWrite:
         survey: TileSurvey | None,
         tiles: Sequence[CapturedTiles],
         history: TileHistory,
+        parts: PartsInTransit,
     ) -> None:
         self._session = session
         self._request = request
         self._survey = survey
         self._tiles = tiles
         self._history = history
+        self._parts = parts
         self._own = OwnTiles({})
         self._draft: Draft | None = None
         self._shares: dict[int, Share] = {}
@@ -182,12 +186,13 @@ class JointWrite:
                 tiles.setdefault(one.name, []).append(one)
             elif isinstance(one, CapturedState):
                 captured.append(one)
-        partial = self._open(mine)
-        if self._draft is not None:
-            plain = [one for one in mine if not isinstance(one, CapturedState)]
-            self._draft.write(captured, plain, image)
-        elif partial is not None:
-            write_shard(partial, captured, comm.rank, image)
+        with self._parts.handed_over():
+            partial = self._open(mine)
+            if self._draft is not None:
+                plain = [one for one in mine if not isinstance(one, CapturedState)]
+                self._draft.write(captured, plain, image)
+            elif partial is not None:
+                write_shard(partial, captured, comm.rank, image)
         if self._survey is None:
             return
         writer = self._survey.mine.writer

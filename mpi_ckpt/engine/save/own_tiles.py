@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, cast
 
-from mpi_ckpt.digest import BLOCK_BYTES, split_blocks
+from mpi_ckpt.digest import split_blocks
 from mpi_ckpt.engine.save.tile_history import WrittenTiles
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
 from mpi_ckpt.storage.format.layout import tile_file_name
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Tiles that are not contiguous are copied to be written, so many bytes at a time.
 _COPIED_BYTES = 4 << 20
+# Of others a piece at a time, which is still in the cache when it is copied for the disk.
+_CACHED_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +210,7 @@ def runs_of(leaf: Leaf) -> Iterator[memoryview]:
     """
     buffer, shape, nbytes = leaf.buffer, leaf.spec.shape, leaf.spec.nbytes
     if nbytes <= _COPIED_BYTES or not shape or buffer.view() is not None:
-        yield from split_blocks(buffer.read(), BLOCK_BYTES)
+        yield from split_blocks(buffer.read(), _CACHED_BYTES)
         return
     yield from _copied_runs(cast("TileBuffer", buffer), shape, nbytes, ())
 

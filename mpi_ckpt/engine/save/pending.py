@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mpi_ckpt.comm import any_of
 from mpi_ckpt.errors import CheckpointError
@@ -15,12 +15,27 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.engine.save.saving import Save
+    from mpi_ckpt.engine.save.request import Published
     from mpi_ckpt.reports import SaveReport
 
 __all__ = ["PendingSave"]
 
 logger = logging.getLogger(__name__)
+
+
+class LeftSave(Protocol):
+    """What a pending save needs of the save, whichever level it goes to."""
+
+    step: int
+    work: Future[None] | None
+    published: Published | None
+    report: SaveReport | None
+
+    def publish(self) -> None:
+        """Agree on how the writing ended. Collective."""
+
+    def prune(self) -> None:
+        """Remove what the save replaces. Not collective."""
 
 
 class PendingSave:
@@ -32,12 +47,16 @@ class PendingSave:
     Args:
         comm: The manager's communicator.
         save: The save; its writing has begun.
+        level: Where it saves to: ``"directory"`` or ``"local"``.
 
     Attributes:
         leave: Not collective: call it if the ranks will no longer meet for the save.
     """
 
-    def __init__(self, comm: Communicator, save: Save) -> None:
+    def __init__(
+        self, comm: Communicator, save: LeftSave, level: str = "directory"
+    ) -> None:
+        self.level = level
         self._comm = comm
         self._save = save
         self._error: CheckpointError | None = None
@@ -106,7 +125,7 @@ def _leave(work: Future[None] | None, log_end: partial[None]) -> None:
         work.add_done_callback(log_end)
 
 
-def _log_end(save: Save, is_root: bool, work: Future[None]) -> None:
+def _log_end(save: LeftSave, is_root: bool, work: Future[None]) -> None:
     """Log how a save ended if the ranks did not meet for it again."""
     if not is_root:
         return

@@ -6,16 +6,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.storage.owning.mounts import survived_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
+    from mpi_ckpt.engine.sync.parts import OwnParts
     from mpi_ckpt.state import State
 
 # An entry for a leaf in the manifest, or in a file's header, takes at least this much and
@@ -35,7 +38,7 @@ class Begun:
     """
 
     states: Sequence[State]
-    parts: bytes | None
+    parts: OwnParts | None
 
 
 def require_notes(step: object, metrics: object) -> None:
@@ -125,7 +128,40 @@ class Published:
             "pruned": self.retired,
             "kept": self.kept,
             "metrics": dict(self.metrics),
+            "survives": survived_losses(self.path),
         }
+
+
+def make_report(
+    facts: Mapping[str, Any],
+    step: int,
+    size: int,
+    seconds: Mapping[str, float],
+    sync: SyncReport,
+) -> SaveReport:
+    """Return the report of a save. Not collective. Thread-safe.
+
+    Args:
+        facts: What `Published.to_json` returned on root.
+        step: The training step.
+        size: Number of ranks.
+        seconds: The times of its phases.
+        sync: What has differed between replicas.
+    """
+    return SaveReport(
+        generation=facts["generation"],
+        path=Path(facts["path"]),
+        step=step,
+        size=size,
+        bytes_written=facts["bytes_written"],
+        bytes_reused=facts["bytes_reused"],
+        seconds=seconds,
+        pruned=tuple(facts["pruned"]),
+        sync=sync,
+        survives=frozenset(facts["survives"]),
+        kept=facts["kept"],
+        metrics=facts["metrics"],
+    )
 
 
 class SpaceNeeded(NamedTuple):

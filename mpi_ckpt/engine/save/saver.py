@@ -17,7 +17,7 @@ from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
 from mpi_ckpt.engine.save.saving import Save
 from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.steps.interval import Durations
-from mpi_ckpt.engine.sync.parts import combine_parts, parts_apart, take_parts
+from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
 from mpi_ckpt.engine.sync.sync_log import SyncLog
 from mpi_ckpt.errors import OptionsError, RegistrationError, SaveError
@@ -25,7 +25,7 @@ from mpi_ckpt.memory import Arena
 from mpi_ckpt.state import LeafState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from mpi_ckpt.comm import Member
     from mpi_ckpt.engine.registry import Registry
@@ -70,6 +70,7 @@ class Saver:
 
     Attributes:
         durations: The times that saves have taken in this run.
+        workshop: The resources that saves share.
         pending: The pending save; None for none.
     """
 
@@ -81,7 +82,7 @@ class Saver:
         end_job = partial(_end_job, member_of(session.comm, how)) if how else None
         background = Background(options.deadline_seconds, end_job)
         self.durations = Durations()
-        self._workshop = Workshop(Arena(), background, self.durations, SyncLog())
+        self.workshop = Workshop(Arena(), background, self.durations, SyncLog())
         self.pending: PendingSave | None = None
 
     @property
@@ -102,9 +103,11 @@ class Saver:
                 another.
         """
         asynchronous = self._session.options.asynchronous
-        if self.pending is not None and not self.pending.finished:
+        pending = self.pending
+        # A pending save to the hosts is no reason to leave out one to the directory.
+        if pending and not pending.finished and pending.level == "directory":
             if asynchronous == "skip":
-                return self.pending
+                return pending
             if asynchronous == "raise":
                 raise SaveError(
                     "a save is still under way, and Options.asynchronous is 'raise'; that "
@@ -146,6 +149,43 @@ class Saver:
         """
         session = self._session
         syncs = session.options.sync if sync is None else sync
+        apart = partial(parts_apart, session)
+        begun = self.begin_states(only, step, metrics, syncs=syncs, apart=apart)
+        return Save(
+            session,
+            self.workshop,
+            begun,
+            step=step,
+            sync=syncs,
+            metrics=metrics,
+            carry=None if only is None else carry or bool,  # bool(name) is true
+            clock=clock,
+        )
+
+    def begin_states(
+        self,
+        only: Collection[str] | None,
+        step: int,
+        metrics: Mapping[str, float] | None,
+        *,
+        syncs: bool,
+        apart: Callable[[Sequence[State]], Collection[str]],
+    ) -> Begun:
+        """Agree on the states of a save, which root must be allowed to make. Collective.
+
+        Args:
+            only: As for `begin`.
+            step: As for `begin`.
+            metrics: As for `begin`.
+            syncs: Whether the replicas will be made equal.
+            apart: Returns the names of states whose parts the ranks write themselves.
+
+        Raises:
+            RegistrationError: On every rank, if names are unknown or differ.
+            SaveError: On every rank, if root may not save to the directory.
+        """
+        session = self._session
+        threads = session.options.io.digest_threads
 
         def begin(states: list[State]) -> Begun:
             require_notes(step, metrics)
@@ -159,20 +199,11 @@ class Saver:
                 session.directory.own()
             # Take parts after the plain states' sync(), which may change them.
             waits = syncs and any(not isinstance(state, LeafState) for state in states)
-            apart = parts_apart(session, states)
-            return Begun(states, None if waits else take_parts(states, apart))
+            parts = None if waits else take_parts(states, apart(states), threads=threads)
+            return Begun(states, parts)
 
         begun = self._registry.begin("beginning a save", only, begin, error=SaveError)
-        return Save(
-            session,
-            self._workshop,
-            begun.result,
-            step=step,
-            sync=syncs,
-            metrics=metrics,
-            carry=None if only is None else carry or bool,  # bool(name) is true
-            clock=clock,
-        )
+        return begun.result
 
     def leave(self, save: Save) -> PendingSave:
         """Leave a save to finish in the background. Not collective."""
@@ -184,7 +215,12 @@ class Saver:
         """Return the report of a save that has ended. Not collective."""
         self.durations.note_save(save.seconds)
         assert save.report is not None
+        self._note_published(save.report)
         return save.report
+
+    def _note_published(self, report: SaveReport | None) -> None:
+        if self._session.hosts is not None and report is not None:
+            self._session.hosts.note_published(report.generation)
 
     def remember(self, step: int) -> None:
         """Copy the states into the `Memory`, without a sync and without a save.
@@ -199,20 +235,21 @@ class Saver:
             CheckpointError: On every rank, if any rank cannot copy a state.
         """
         comm, memory = self._session.comm, self._session.memory
+        threads = self._session.options.io.digest_threads
         if memory is None:
             raise OptionsError("remember() needs a manager that was given a Memory")
 
         def begin(states: list[State]) -> Begun:
-            return Begun(states, take_parts(states))
+            return Begun(states, take_parts(states, threads=threads))
 
         doing = "beginning to remember the states"
         begun = self._registry.begin(doing, None, begin, error=SaveError).result
-        combine_parts(comm, begun.states, begun.parts)
-        synced = capture_on_root(comm, begun.states)
+        synced = capture_on_root(comm, begun.states, begun.parts, threads=threads)
         if synced.is_cut:
             memory.clear()  # a lost rank would take its tiles along
             return
-        by_name = {content.name: content for content in synced.captured}
+        captured = receive_parts(comm, synced.parts, synced.captured)
+        by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
         threads = self._session.options.io.digest_threads
@@ -229,14 +266,17 @@ class Saver:
         try:
             self._finish_pending()
         finally:
-            self._workshop.background.join()  # not collective
+            self.workshop.background.join()  # not collective
 
     def _finish_pending(self) -> None:
         pending, self.pending = self.pending, None
         if pending is not None and not pending.finished:
             start = time.perf_counter()
             pending.wait()
-            self.durations.note_end_of_save(time.perf_counter() - start)
+            if pending.level == "directory":
+                self.durations.note_end_of_save(time.perf_counter() - start)
+        if pending is not None and pending.level == "directory":
+            self._note_published(pending.report)
 
     def close(self) -> bool:
         """Let root's thread finish, and free its memory. Not collective.
@@ -250,16 +290,18 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is not None and not pending.finished:
             pending.leave()
-        if not self._workshop.background.close(self._session.options.deadline_seconds):
+        if not self.workshop.background.close(self._session.options.deadline_seconds):
             logger.error("a save is still under way, and is not waited for any longer")
             return False
-        self._workshop.arena.close()
+        self.workshop.arena.close()
         return True
 
     def let_go(self) -> None:
         """Close; release the directory unless the thread still writes. Not collective."""
         if self.close():
             self._session.directory.close()
+            if self._session.hosts is not None:
+                self._session.hosts.close()
 
 
 def _end_job(member: Member | None) -> None:

@@ -3,16 +3,16 @@
 
 If root writes alone, it publishes right after writing. If several ranks write (`joint`),
 each writes its own files, and root publishes after all have agreed. Only leaves that every
-rank has proven equal are shared out. Root writes plain states, and the leaves of states
-that are not compared or that this save had to make equal. Tiles of leaves that are cut over
-the ranks are written by the ranks that have them.
+rank has proven equal are shared out: root writes plain states, and leaves that were not
+compared or had to be made equal. The ranks write the tiles of cut leaves that they have.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, choose_ranks, on_root
@@ -20,11 +20,12 @@ from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.lone import LoneWrite
-from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.save.request import SaveRequest, make_report
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
-from mpi_ckpt.engine.sync.parts import parts_apart
+from mpi_ckpt.engine.sync.coming import PartsInTransit
+from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts
 from mpi_ckpt.engine.sync.replicas import (
     SyncedStates,
     capture_on_root,
@@ -32,11 +33,10 @@ from mpi_ckpt.engine.sync.replicas import (
     sync_states,
 )
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.reports import SyncReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from concurrent.futures import Future
 
     from mpi_ckpt.engine.save.own_tiles import CapturedTiles
     from mpi_ckpt.engine.save.request import Begun, Published
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.reports import PhaseClock
+    from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
 
 
@@ -98,6 +98,7 @@ class Save:
         self._image: ShardImage | None = None
         self._survey: TileSurvey | None = None
         self._tiles: Sequence[CapturedTiles] = ()
+        self._parts = PartsInTransit.none(session.comm)
         self._joint: JointWrite | None = None
         self._lone: LoneWrite | None = None
         self.step = step
@@ -128,7 +129,8 @@ class Save:
                     comm, states, options, parts=parts, apart=apart, may_wait=alone
                 )
             else:
-                synced = capture_on_root(comm, states, parts, apart)
+                threads = options.io.digest_threads
+                synced = capture_on_root(comm, states, parts, apart, threads=threads)
             if synced.is_cut:
                 self._survey = self._workshop.survey = survey_tiles(
                     comm,
@@ -139,7 +141,10 @@ class Save:
                 )
                 self._tiles = take_tiles(comm, synced.captured, self._survey)
         self._note_synced(synced)
-        by_name = {one.name: one for one in synced.captured}
+        self._parts, captured = synced.parts or self._parts, synced.captured
+        if self._session.memory is not None:
+            captured = receive_parts(comm, self._parts, captured)
+        by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._request = replace(self._request, states=taken)
 
@@ -163,6 +168,7 @@ class Save:
                 self._survey,
                 self._tiles,
                 self._workshop.history,
+                self._parts,
             )
             self._mine = self._joint.begin(writers, equal, self._clock)
         elif comm.is_root:
@@ -180,21 +186,18 @@ class Save:
         Not collective. `publish` reports how it ends. If root is the only writer, this
         publishes as well, unless the replicas are still to be compared.
         """
-        carries = self._joint is not None and self._joint.carries
-        if not (self._mine or carries or self._session.comm.is_root):
+        gives = self._parts.are_here or (self._joint is not None and self._joint.carries)
+        if not (self._mine or gives or self._session.comm.is_root):
             return
         if not self._session.options.asynchronous:
             self.work = run_here(self._write)
             return
-        background = self._workshop.background
-        if self._late:
-            copied = background.submit(self._late.copy)
-            # Before the training goes on: an optimizer's step now waits for the copy.
-            for gate in self._late.gates:
-                gate.hold(copied)
-            self.work = background.submit(lambda: self._write(copied))
-        else:
-            self.work = background.submit(self._write)
+        # Before the training goes on: an optimizer's step now waits for the copy.
+        copied: Future[None] = Future()
+        for gate in self._late.gates:
+            gate.hold(copied)
+        # Last: from now on this thread and the other take turns at Python.
+        self.work = self._workshop.background.submit(lambda: self._copy_and_write(copied))
 
     def publish(self) -> None:
         """Agree on how the writing ended; let root publish the generation, and report it.
@@ -202,33 +205,25 @@ class Save:
         Raises:
             SaveError: On every rank; nothing was published.
         """
-        comm = self._session.comm
+        comm, wait = self._session.comm, self._await_work
         try:
             if self._joint is None:
                 if self._synced.uncompared:
                     self._compare_beside("saving", self._written)
-                facts = on_root(comm, "saving", self._conclude, error=SaveError)
+                facts = on_root(
+                    comm, "saving", self._conclude, error=SaveError, others=wait
+                )
             else:
                 doing = "writing a share of a save"
-                agree(comm, doing, self._await_work, error=SaveError)
-                publish = self._publish(self._joint)
+                agree(comm, doing, wait, error=SaveError)
+                files = self._joint.gather_files()
+                publish = partial(self._publish, self._joint, files)
                 facts = on_root(comm, "publishing", publish, error=SaveError)
         except BaseException:
             self.abandon()
             raise
-        self.report = SaveReport(
-            generation=facts["generation"],
-            path=Path(facts["path"]),
-            step=self.step,
-            size=comm.size,
-            bytes_written=facts["bytes_written"],
-            bytes_reused=facts["bytes_reused"],
-            seconds={**facts["seconds"], **self._clock.seconds()},
-            pruned=tuple(facts["pruned"]),
-            sync=self._synced.report,
-            kept=facts["kept"],
-            metrics=facts["metrics"],
-        )
+        seconds = {**facts["seconds"], **self._clock.seconds()}
+        self.report = make_report(facts, self.step, comm.size, seconds, self._synced.report)
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
             self._workshop.history = self._joint.history
@@ -236,6 +231,7 @@ class Save:
         self._request = replace(self._request, states=())
         self._mine, self._tiles, self._joint, self._lone = (), (), None, None
         self._synced = replace(self._synced, captured=[])
+        self._parts = PartsInTransit.none(comm)
 
     def prune(self) -> None:
         """Remove generations that retention no longer keeps; report the save.
@@ -285,22 +281,21 @@ class Save:
     def _compare_beside(self, doing: str, work: Callable[[], list[CapturedState]]) -> None:
         """Do work, and compare the replicas if they are not compared yet. Collective."""
         comm, options = self._session.comm, self._session.options
-        if self._synced.uncompared:
-            synced = compare_beside(comm, self._synced, options, doing, work)
-            self._note_synced(synced)
-        else:
+        if not self._synced.uncompared:
             agree(comm, doing, work, error=SaveError)
+            return
+        self._note_synced(compare_beside(comm, self._synced, options, doing, work))
 
     def _copy(self) -> list[CapturedState]:
         """Copy what this rank writes; return the states to compare, digested."""
         todo, threads = self._synced.uncompared, self._session.options.io.digest_threads
+        parts = self._parts.fetch(self._mine)
         if not self._mine:
             return digest_states(todo, threads)
-        names = [one.name for one in todo]
+        names, arena = [one.name for one in todo], self._workshop.arena
         with self._clock.phase("stage"):
-            staged = stage(
-                self._workshop.arena, self._mine, threads=threads, digested=names
-            )
+            mine = [parts.get(one.name, one) for one in self._mine]
+            staged = stage(arena, mine, threads=threads, digested=names)
         self._mine, self._late, self._image = staged.states, staged.late, staged.image
         copies = {o.name: o.digests for o in staged.states if isinstance(o, CapturedState)}
         return [replace(one, digests=copies[one.name]) for one in todo]
@@ -311,10 +306,16 @@ class Save:
         self._await_work()
         return self._lone.digested(todo) if self._lone else digest_states(todo, threads)
 
-    def _write(self, copied: Future[None] | None = None) -> None:
+    def _copy_and_write(self, copied: Future[None]) -> None:
+        """Make the late copies, and do this rank's work. In the background."""
+        try:
+            self._late.copy()
+        finally:
+            copied.set_result(None)  # also of a failed copy: the training goes on
+        self._write()
+
+    def _write(self) -> None:
         """Do this rank's work. On any thread; no MPI."""
-        if copied is not None:
-            copied.result()
         session, clock = self._session, self._clock
         behind = session.options.asynchronous
         with session.watch_behind(clock) if behind else nullcontext():
@@ -322,8 +323,11 @@ class Save:
                 with clock.phase("write"):
                     self._joint.write(self._mine, self._image)
                 return
-            self._lone = LoneWrite(session, clock)
-            self._lone.write(replace(self._request, states=self._mine), self._image)
+            with self._parts.handed_over():
+                if not session.comm.is_root:
+                    return
+                self._lone = LoneWrite(session, clock)
+                self._lone.write(replace(self._request, states=self._mine), self._image)
             if not self._synced.uncompared:
                 self.published = self._lone.publish()
 
@@ -331,15 +335,10 @@ class Save:
         if self.work is not None:
             self.work.result()
 
-    def _publish(self, joint: JointWrite) -> Callable[[], dict[str, Any]]:
-        """Return root's work once all ranks have written their files. Collective."""
-        files = joint.gather_files()
-
-        def publish() -> dict[str, Any]:
-            self.published = joint.publish(files, self._clock)
-            return self._conclude()
-
-        return publish
+    def _publish(self, joint: JointWrite, files: Sequence[bytes]) -> dict[str, Any]:
+        """Publish once all ranks have written their files. On root."""
+        self.published = joint.publish(files, self._clock)
+        return self._conclude()
 
     def _conclude(self) -> dict[str, Any]:
         """Wait until root has written and published. On root."""

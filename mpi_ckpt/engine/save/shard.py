@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise
@@ -12,11 +13,11 @@ from urllib.parse import quote
 import numpy as np
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.buckets import plan_buckets, read_leaves
+from mpi_ckpt.buckets import are_read_together, plan_buckets, read_leaves
 from mpi_ckpt.digest import (
     BLOCK_BYTES,
     DIGEST_BYTES,
-    Digest,
+    BlockHasher,
     Digests,
     digest_bytes,
     split_blocks,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 # Smaller leaves are joined before they are written, in buckets that stay in the cache.
 _SMALL_BYTES = 32 << 10
 _BUCKET_BYTES = 256 << 10
+_CACHED_BYTES = 512 << 10
 # Runs of an image are joined up to multiples of this, which fills whole writes.
 _JOINED_BYTES = 4 << 20
 
@@ -96,6 +98,16 @@ def write_shard(
     rank: int,
     image: ShardImage | None = None,
 ) -> Shard | None:
+    """Write a rank's leaves to its file, as `write_leaf_file` does. Not collective."""
+    return write_leaf_file(partial, captured, shard_file_name(rank), image)
+
+
+def write_leaf_file(
+    partial: Partial,
+    captured: Sequence[CapturedState],
+    name: str,
+    image: ShardImage | None = None,
+) -> Shard | None:
     """Write all leaves of some states to one durable file.
 
     Not collective. Leaves not digested yet are digested here, while earlier bytes are being
@@ -104,7 +116,7 @@ def write_shard(
     Args:
         partial: The generation being written.
         captured: The states whose leaves this rank writes.
-        rank: This rank.
+        name: Name of the file.
         image: What holds the bytes of these leaves, if nothing changes them meanwhile. It
             is written as it is, unless only some of its leaves are to be written.
 
@@ -123,16 +135,16 @@ def write_shard(
         runs = _runs_of_image(leaves.runs(image.memory), image.memory)
     else:
         runs = leaves.runs(None)
-    partial.write_shard(shard_file_name(rank), runs, plan.nbytes, kept=is_kept)
-    return _describe(plan, captured, leaves.digests, rank, partial.generation)
+    partial.write_shard(name, runs, plan.nbytes, kept=is_kept)
+    return _describe(plan, captured, leaves.digests, name, partial.generation)
 
 
 class _Leaves:
     """The leaves of a file, whose bytes pass once: those not digested yet are digested."""
 
     def __init__(self, captured: Sequence[CapturedState], plan: ShardPlan) -> None:
-        self._captured = captured
         self._plan = plan
+        self._homes = [content for content in captured for _ in content.leaves]
         leaves = list(chain.from_iterable(content.leaves for content in captured))
         self._leaves = [leaves[number] for number in plan.order.tolist()]
         counts = [len(content.leaves) for content in captured]
@@ -174,27 +186,30 @@ class _Leaves:
                 yield memoryview(b"".join(data)) if image is None else image[start:end]
 
     def _digested_blocks(self, number: int, data: Readable) -> Iterator[memoryview]:
-        # Block by block: otherwise the disk would be idle while a large leaf is digested.
-        blocks = []
-        for block in split_blocks(memoryview(data), BLOCK_BYTES):
-            blocks.append(digest_bytes(block))
-            yield block
-        digest = Digest(tuple(blocks))
+        # Piece by piece: each is still in the cache when it is copied or written, and the
+        # disk is not idle while a large leaf is digested.
+        hasher = BlockHasher(BLOCK_BYTES)
+        for piece in split_blocks(memoryview(data), _CACHED_BYTES):
+            hasher.update(piece)
+            yield piece
+        digest = hasher.finish()
         self._rows[number] = Digests(digest.whole).rows[0]
-        if len(blocks) > 1:
+        if len(digest.blocks) > 1:
             self._several[number] = digest
 
     def _read(self, first: int, last: int) -> Sequence[Readable]:
         leaves = self._leaves[first:last]
-        try:
-            return [leaves[0].buffer.read()] if len(leaves) == 1 else read_leaves(leaves)
-        except Exception:
-            ends = accumulate(len(content.leaves) for content in self._captured)
-            states = np.searchsorted(list(ends), self._plan.order[first:last], side="right")
-            for state, leaf in zip(states.tolist(), self._leaves[first:last], strict=True):
-                with about_leaf(self._captured[state], leaf):
-                    leaf.buffer.read()
-            raise
+        if len(leaves) > 1 and are_read_together(leaves):
+            with suppress(Exception):  # read one by one, it is raised with the name
+                return read_leaves(leaves)
+        found = []
+        for leaf, number in zip(leaves, self._plan.order[first:last].tolist(), strict=True):
+            try:
+                found.append(leaf.buffer.read())
+            except Exception:
+                with about_leaf(self._homes[number], leaf):
+                    raise
+        return found
 
 
 def _runs_of_image(runs: Iterator[memoryview], memory: memoryview) -> Iterator[memoryview]:
@@ -212,19 +227,38 @@ def _runs_of_image(runs: Iterator[memoryview], memory: memoryview) -> Iterator[m
 def foresee_shard(
     captured: Sequence[CapturedState], rank: int, generation: int
 ) -> Shard | None:
-    """Return the shard that `write_shard` makes on another rank from digested states.
+    """Return the shard of another rank, as `foresee_leaf_file` does. Not collective."""
+    return foresee_leaf_file(captured, shard_file_name(rank), generation)
+
+
+def foresee_leaf_file(
+    captured: Sequence[CapturedState], name: str, generation: int
+) -> Shard | None:
+    """Return the shard that `write_leaf_file` makes on another rank from digested states.
 
     Not collective. Thread-safe.
 
     Args:
         captured: States equal to those of the other rank.
-        rank: The other rank.
+        name: Name of the file.
         generation: The generation being written.
     """
     if not any(content.leaves for content in captured):
         return None
     digests = Digests.joined(content.digests or Digests() for content in captured)
-    return _describe(plan_of(captured), captured, digests, rank, generation)
+    return _describe(plan_of(captured), captured, digests, name, generation)
+
+
+def encode_shard(captured: Sequence[CapturedState]) -> bytes:
+    """Return the bytes of the file that `write_leaf_file` writes.
+
+    Not collective. Thread-safe.
+
+    Args:
+        captured: The states whose leaves are in it.
+    """
+    plan = plan_of(captured)
+    return b"".join(_Leaves(captured, plan).runs(None))
 
 
 def with_digests(captured: CapturedState, shards: Iterable[Shard]) -> CapturedState:
@@ -292,10 +326,9 @@ def _describe(
     plan: ShardPlan,
     captured: Sequence[CapturedState],
     digests: Digests,
-    rank: int,
+    name: str,
     generation: int,
 ) -> Shard:
-    name = shard_file_name(rank)
     ends = accumulate((len(content.leaves) for content in captured), initial=0)
     states = {}
     for content, (first, last) in zip(captured, pairwise(ends), strict=True):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STOP, _DUE, _WRITING, _LONG = 1, 2, 4, 8
+_STOP, _DUE, _WRITING, _LONG, _LOCAL = 1, 2, 4, 8, 16
 
 _REASONS_MAX = 4
 
@@ -46,12 +46,14 @@ class StepActions:
         finish: All ranks have written a pending save; it can be acknowledged.
         remember: A copy in memory is due, and no save is being written from the previous
             one.
+        local: A save to the hosts is due, and no save is pending once ``finish`` was done.
     """
 
     stop: bool
     save: bool
     finish: bool
     remember: bool
+    local: bool
 
 
 class Steps:
@@ -77,6 +79,9 @@ class Steps:
         every = session.options.interval
         self._every = AutoInterval() if every == "auto" else every
         self._interval = Interval(self._every, saver.durations)
+        local = None if session.hosts is None else session.hosts.local.every
+        self._local = Interval(local, saver.durations)
+        self._is_local_due = False
         self._turn = 0  # the number of saves and restores so far
         self._posted_in = 0
         self._is_long = False
@@ -123,9 +128,15 @@ class Steps:
         """
         if self._turn == 0 and self._session.comm.is_root:
             self._interval.failures = self._known_failures()
-        self._turn += 1
         self._warn_of_displaced()
         self._interval.restart()
+        self.restart_local()
+
+    def restart_local(self) -> None:
+        """Note that a save to the hosts begins. Not collective. No save is pending."""
+        self._turn += 1
+        self._local.restart()
+        self._is_local_due = False
         self._saver.durations.restart_step(time.monotonic())
 
     def decide(self, step: int) -> StepActions:
@@ -154,11 +165,18 @@ class Steps:
         # is written. The turn is the same on every rank.
         is_fresh = turn == self._turn
         memory, pending = self._session.memory, self._saver.pending is not None
+        finish = pending and is_fresh and not flags & _WRITING
+        # A local save that is due waits for the pending one, not the training for both.
+        self._is_local_due |= self._local.is_due_at(step)
+        self._is_local_due |= is_fresh and bool(flags & _LOCAL)
+        hosts = self._session.hosts
+        is_on = hosts is not None and not hosts.is_off
         return StepActions(
             stop=self._is_agreed,
             save=self._interval.is_due_at(step) or (is_fresh and bool(flags & _DUE)),
-            finish=pending and is_fresh and not flags & _WRITING,
+            finish=finish,
             remember=memory is not None and memory.is_due(step) and not pending,
+            local=is_on and self._is_local_due and (finish or not pending),
         )
 
     def go_on(self) -> None:
@@ -246,6 +264,7 @@ class Steps:
             durations = self._saver.durations
             flags |= _LONG * (durations.last_step_seconds >= _LONG_STEP_SECONDS)
             flags |= _DUE * self._interval.is_due_now()
+            flags |= _LOCAL * self._local.is_due_now()
             if not self._reason:
                 self._reason = self._requests.reason(
                     durations.durable_seconds,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
@@ -74,13 +75,17 @@ def capture_states(states: Iterable[LeafState]) -> list[CapturedState]:
     return [_capture(state, state.capture) for state in states]
 
 
-def capture_own_parts(states: Iterable[RankedState]) -> list[CapturedState]:
-    """Capture of each state the part of this rank alone, as cut leaves. Not collective.
+def capture_own_parts(states: Iterable[RankedState], *, cut: bool) -> list[CapturedState]:
+    """Capture of each state the part of this rank alone. Not collective.
+
+    Args:
+        states: The states.
+        cut: Whether this rank writes it itself, as cut leaves.
 
     Raises:
         StageError: On the calling rank, if a part cannot be captured.
     """
-    return [_capture(state, state.capture_own) for state in states]
+    return [_capture(state, partial(state.capture_own, cut=cut)) for state in states]
 
 
 def _capture(state: LeafState, capture: Callable[[], Capture]) -> CapturedState:

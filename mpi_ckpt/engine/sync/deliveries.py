@@ -14,10 +14,11 @@ from mpi_ckpt import dtypes
 from mpi_ckpt.comm import Deferred, agree, meet, on_root
 from mpi_ckpt.digest import Digest, Digests, digest_bytes
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, separate_overlaps
-from mpi_ckpt.engine.sync.sending import average_leaves, send_leaves
+from mpi_ckpt.engine.sync.sending import average_leaves, look_at, send_leaves
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Form, LeafSpec
+from mpi_ckpt.leaf import Form, Leaf, LeafSpec
+from mpi_ckpt.states.mismatch import raise_mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.engine.sync.comparing import StateDifference
-    from mpi_ckpt.leaf import Leaf
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import Arrival, Structure
 
@@ -192,6 +192,11 @@ def _deliver(
         arrival = own.state.prepare(structure, [*specs, *cut], strict=True)
         arriving = arrival.leaves[: len(specs)]
         targets = tuple([leaf for leaf in arriving if leaf is not None])
+        # A restore may leave a leaf to other stages of a pipeline; a save compares it.
+        pairs = zip(specs, arriving, strict=True)
+        lacking = [f"{spec} is on root, not here" for spec, leaf in pairs if leaf is None]
+        raise_mismatch(own.name, lacking)
+        look_at([targets[n] for n in sent])
         if difference.leaves is not None:
             _keep_equal(own.leaves, targets, set() if is_root else set(sent))
     return _Delivery(
@@ -216,7 +221,6 @@ def _keep_equal(
     leaves: Sequence[Leaf], targets: Sequence[Leaf], sent: Collection[int]
 ) -> None:
     """Fill targets that receive nothing with this rank's own bytes, which are equal."""
-    assert len(leaves) == len(targets)
     for number in sorted(set(range(len(leaves))) - set(sent)):
         leaf, target = leaves[number], targets[number]
         if leaf is not target and not _same_memory(leaf, target):
@@ -227,9 +231,8 @@ def _same_memory(leaf: Leaf, target: Leaf) -> bool:
     source, destination = leaf.buffer.view(), target.buffer.view()
     if source is None or destination is None or not len(source):
         return False
-    return bool(
-        np.shares_memory(np.frombuffer(source, "u1"), np.frombuffer(destination, "u1"))
-    )
+    pair = np.frombuffer(source, "u1"), np.frombuffer(destination, "u1")
+    return bool(np.shares_memory(*pair))
 
 
 class _RootsBytes:
@@ -253,13 +256,8 @@ def _destinations(
     return [targets.get(index, content.leaves) for index, content in enumerate(captured)]
 
 
-def _home(places: Sequence[Sequence[Leaf]], index: int) -> tuple[int, int]:
-    """Return which state and leaf has an index among all leaves."""
-    for state, leaves in enumerate(places):
-        if index < len(leaves):
-            return state, index
-        index -= len(leaves)
-    raise IndexError
+def _homes(places: Sequence[Sequence[Leaf]]) -> list[tuple[int, int]]:
+    return [(state, n) for state, leaves in enumerate(places) for n in range(len(leaves))]
 
 
 def _overlaps(
@@ -270,11 +268,12 @@ def _overlaps(
     found = find_overlaps(list(chain.from_iterable(places)))
     if not found:
         return []
+    homes = _homes(places)
     changing = {(one.index, n) for one in deliveries for n in (*one.sent, *one.averaged)}
     return [
         overlap
         for overlap in found
-        if any(_home(places, index) in changing for index in overlap.leaves)
+        if any(homes[index] in changing for index in overlap.leaves)
     ]
 
 
@@ -285,14 +284,15 @@ def _without_overlaps(
 ) -> list[_Delivery]:
     """Return the deliveries with private memory for one leaf of each overlap."""
     places = _destinations(captured, deliveries)
+    homes = _homes(places)
     found = {delivery.index: delivery for delivery in deliveries}
 
     def name_of(index: int) -> str:
-        state, n = _home(places, index)
+        state, n = homes[index]
         return f"state {captured[state].name!r}, leaf {places[state][n].spec.name!r}"
 
     def move(index: int) -> bool:
-        state, n = _home(places, index)
+        state, n = homes[index]
         arrival = found[state].arrival if state in found else None
         leaf = None if arrival is None else arrival.elsewhere(n)
         if leaf is None:

@@ -11,7 +11,6 @@ from mpi_ckpt.comm import agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
-    capture_own_parts,
     capture_states,
     digest_of,
     digest_states,
@@ -23,7 +22,7 @@ from mpi_ckpt.engine.sync.comparing import (
     compare_heads_first,
 )
 from mpi_ckpt.engine.sync.deliveries import deliver
-from mpi_ckpt.engine.sync.parts import combine_parts
+from mpi_ckpt.engine.sync.parts import OwnParts, capture_apart, combine_parts
 from mpi_ckpt.engine.sync.sync_log import listed, log_sync
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.reports import SyncReport
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from mpi_ckpt.comm import Communicator, Meeting
+    from mpi_ckpt.engine.sync.coming import PartsInTransit
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
 
@@ -43,8 +43,9 @@ WAITING_BYTES_MIN = 64 << 20
 _STATES_MAX = 12
 _CAPTURING = "capturing the states"
 _WAYS = (
-    "if each rank has a value of its own, take a PerRankState; if root's is right for all, "
-    'give sync="root", or call sync() once'
+    "if each rank has a value of its own, take a PerRankState; if arrays are parts of one "
+    'field, a ShardedArrayState; if root\'s is right for all, give sync="root", or call '
+    "sync() once. (structure): plain values, or names and shapes of arrays"
 )
 
 
@@ -59,17 +60,20 @@ class SyncedStates:
         is_cut: Whether any rank has a leaf that is cut over the ranks; the same on every
             rank.
         uncompared: Those of them that `compare_beside` must still compare.
+        parts: The parts of ranks among the contents, which are still to be handed over.
     """
 
     captured: list[CapturedState]
     report: SyncReport
     is_cut: bool
     uncompared: list[CapturedState] = field(default_factory=list)
+    parts: PartsInTransit | None = None
 
     @property
     def proven_equal(self) -> set[str]:
         """Names of the states whose leaves have been the same on all ranks."""
-        compared = {one.name for one in self.captured if one.digests is not None}
+        digested = [one for one in self.captured if one.digests is not None]
+        compared = {one.name for one in digested if not isinstance(one.state, RankedState)}
         return compared - set(self.report.differing)
 
 
@@ -79,7 +83,7 @@ def sync_states(
     states: Sequence[State],
     options: Options,
     *,
-    parts: bytes | None = None,
+    parts: OwnParts | None = None,
     apart: Collection[str] = (),
     forced: bool = False,
     may_wait: bool = False,
@@ -107,15 +111,24 @@ def sync_states(
     for state in states:
         if not isinstance(state, LeafState):
             agree(comm, f"sync() of state {state.name!r}", state.sync, error=StageError)
-    combine_parts(comm, states, parts, apart)
+    if forced:
+        # What each rank has of its own stays as it is.
+        states = [state for state in states if not isinstance(state, RankedState)]
+    threads = options.io.digest_threads
+    transit = combine_parts(comm, states, parts, apart, threads=threads)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
-    met = _capture(comm, leaf_states, options, apart, forced=forced, may_wait=may_wait)
+    met = _capture(
+        comm, leaf_states, options, apart, transit, forced=forced, may_wait=may_wait
+    )
     compared, rest = met.result
+    rest = [*rest, *transit.captured]
     waits = not forced and any(one.digests is None for one in compared)
     if waits and met.is_alike and not met.is_flagged:
         contents = [*compared, *rest]
-        return SyncedStates(contents, SyncReport(), is_cut=False, uncompared=compared)
-    threads = options.io.digest_threads
+        report = SyncReport()
+        return SyncedStates(
+            contents, report, is_cut=False, uncompared=compared, parts=transit
+        )
     if forced:
         comparison = compare_heads_first(comm, compared, threads)
     elif waits or (may_wait and not met.is_alike):
@@ -125,7 +138,7 @@ def sync_states(
     synced = _make_equal(comm, comparison, rest, options, forced=forced)
     if forced and comm.is_root:
         log_sync(synced.report, states)
-    return replace(synced, is_cut=met.is_flagged)
+    return replace(synced, is_cut=met.is_flagged, parts=transit)
 
 
 @without_collections()
@@ -201,8 +214,10 @@ def _digest(
 def capture_on_root(
     comm: Communicator,
     states: Sequence[State],
-    parts: bytes | None = None,
+    parts: OwnParts | None = None,
     apart: Collection[str] = (),
+    *,
+    threads: int,
 ) -> SyncedStates:
     """Capture root's leaf states and all ranks' tiles, without any comparison.
 
@@ -213,6 +228,7 @@ def capture_on_root(
         states: The same states in the same order on every rank.
         parts: Result of `take_parts` on this rank; None to take the parts now.
         apart: As for `sync_states`.
+        threads: Threads that hash.
 
     Returns:
         The contents, not yet digested; on other ranks those of states with tiles.
@@ -220,27 +236,21 @@ def capture_on_root(
     Raises:
         StageError: On every rank, if a state cannot be captured on any.
     """
-    combine_parts(comm, states, parts, apart)
+    transit = combine_parts(comm, states, parts, apart, threads=threads)
     leaf_states = [state for state in states if isinstance(state, LeafState)]
 
     def capture() -> list[CapturedState]:
-        own = _capture_apart(leaf_states, apart)
-        rest = [state for state in leaf_states if state.name not in apart]
+        transit.learn()
+        own = capture_apart(leaf_states, apart)
+        rest = [state for state in leaf_states if not isinstance(state, RankedState)]
         if comm.is_root:
             return [*capture_states(rest), *own]
         may_be_cut = [s for s in rest if not isinstance(s, PartsState)]
         return [*(one for one in capture_states(may_be_cut) if one.cut), *own]
 
     met = meet(comm, _CAPTURING, capture, error=StageError, flag=_has_tiles)
-    return SyncedStates(met.result, SyncReport(), met.is_flagged)
-
-
-def _capture_apart(
-    states: Sequence[LeafState], apart: Collection[str]
-) -> list[CapturedState]:
-    return capture_own_parts(
-        state for state in states if isinstance(state, RankedState) and state.name in apart
-    )
+    contents = [*met.result, *transit.captured]
+    return SyncedStates(contents, SyncReport(), met.is_flagged, parts=transit)
 
 
 def _has_tiles(captured: Sequence[CapturedState]) -> bool:
@@ -252,6 +262,7 @@ def _capture(
     states: Sequence[LeafState],
     options: Options,
     apart: Collection[str],
+    transit: PartsInTransit,
     *,
     forced: bool,
     may_wait: bool,
@@ -263,12 +274,15 @@ def _capture(
     names = {state.name for state in states if _is_root_only(comm, state, forced=forced)}
 
     def capture() -> tuple[list[CapturedState], list[CapturedState]]:
+        transit.learn()
         compared = capture_states(state for state in states if state.name not in names)
         if not (forced or (may_wait and _is_worth_waiting(compared))):
             compared = digest_states(compared, options.io.digest_threads)
-        root_only = [s for s in states if s.name in names and s.name not in apart]
+        root_only = [
+            s for s in states if s.name in names and not isinstance(s, RankedState)
+        ]
         of_root = capture_states(root_only if comm.is_root else ())
-        return compared, [*of_root, *_capture_apart(states, apart)]
+        return compared, [*of_root, *capture_apart(states, apart)]
 
     return meet(
         comm,

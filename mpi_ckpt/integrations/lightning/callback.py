@@ -12,6 +12,7 @@ from mpi_ckpt.integrations.lightning.package import classes
 from mpi_ckpt.integrations.lightning.trainer_state import TrainerState
 from mpi_ckpt.manager import CheckpointManager
 from mpi_ckpt.options import Options
+from mpi_ckpt.states.packed import pack
 from mpi_ckpt.states.unshared.rng import RNGState
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class MPICheckpoint(classes("callbacks").Checkpoint):  # type: ignore[misc]
         )
         # Before the loader is asked for batches.
         if self.manager.restore() is not None:
-            self._streams = self._rng.part()
+            self._streams = pack(self._rng.own_value())
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002
         """Pass the restored contents to Lightning. Not collective.

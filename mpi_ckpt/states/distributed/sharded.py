@@ -57,6 +57,7 @@ class ShardedArrayState(LeafState):
     ) -> None:
         super().__init__(name, sync=sync)
         require_cut_mode(name, sync)
+        self.takes_any_replica = sync == "none"
         self._asked = blocks if callable(blocks) else None
         self._kept: dict[str, Any] = {} if callable(blocks) else dict(blocks)
         self._is_looked_at = False

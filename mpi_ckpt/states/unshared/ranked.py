@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import logging
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
-from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
-from mpi_ckpt.states.packed import own_leaves, pack, packed_head, part_leaves, unpack
+from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
+from mpi_ckpt.states.packed import (
+    cut_part_leaves,
+    pack,
+    packed_head,
+    part_leaves,
+    unpack,
+)
 from mpi_ckpt.storage.format.rank_parts import find_parts
 
 if TYPE_CHECKING:
@@ -26,15 +31,16 @@ __all__ = ["PerRankState", "RankedState"]
 logger = logging.getLogger(__name__)
 
 
-class RankedState(PartsState):
+class RankedState(LeafState):
     """A state whose parts are saved unchanged, each with leaves of its own.
 
-    A part is what `pack` makes of a nested value. Its tensors and arrays are saved as
-    leaves of their own type and shape, so that tools can read them.
+    A part is a nested value. Its tensors and arrays are saved as leaves of their own type
+    and shape, so that tools can read them. In a save the bytes of each rank's leaves go to
+    the rank that writes them, and no rank holds those of all.
 
-    In a restore only root sees all parts. It sends each rank one part: that of the saved
-    rank which `source` returns or, if ``resizes`` is true and the number of ranks has
-    changed, one that `resize` has made on root.
+    In a restore each rank gets one part: that of the saved rank which `source` returns or,
+    if ``resizes`` is true and the number of ranks has changed, one that `resize` has made
+    on root of all parts.
 
     Args:
         name: As for `mpi_ckpt.State`.
@@ -61,7 +67,19 @@ class RankedState(PartsState):
         super().__init__(name, sync="none")
         self._rank = 0
         self._size = 1
-        self._parts: list[bytes] = []
+
+    def own_value(self) -> Any:  # noqa: ANN401 (any nested value)
+        """Return this rank's part. Not collective. Called once a save."""
+        raise NotImplementedError
+
+    def compare(self, structures: Sequence[Structure]) -> None:
+        """Compare the structures of the parts of all ranks, in rank order.
+
+        Not collective. Called on root in each save.
+
+        Raises:
+            CheckpointError: On the calling rank, if they do not belong together.
+        """
 
     def source(self, rank: int, saved: int) -> int | None:
         """Return the saved rank whose part a rank gets, None for no part.
@@ -103,25 +121,24 @@ class RankedState(PartsState):
         self._rank = comm.rank
         self._size = comm.size
 
-    def combine(self, parts: Sequence[bytes]) -> None:
-        """See `PartsState`. Root only."""
-        self._parts = list(parts)
-
-    def combined(self) -> None:
-        """See `PartsState`: this rank keeps its part. Not collective."""
-
     def capture(self) -> Capture:
-        """See `LeafState`. Not collective; the parts are on root only."""
-        parts = self._parts or [self.part()]
-        leaves = [part_leaves(rank, part) for rank, part in enumerate(parts)]
-        return Capture(self.form(len(parts)), list(chain.from_iterable(leaves)))
+        """See `LeafState`: this rank's part, as if it were the only rank.
 
-    def capture_own(self) -> Capture:
-        """Return this rank's part alone, for the rank to write it: cut leaves.
-
-        Not collective. Only of states whose parts may be large.
+        Not collective.
         """
-        raise NotImplementedError
+        return Capture(self.form(1), part_leaves(0, self.own_value()))
+
+    def capture_own(self, *, cut: bool) -> Capture:
+        """Return this rank's part among those of all.
+
+        Not collective.
+
+        Args:
+            cut: Whether the rank writes it itself: as leaves of which other ranks have
+                nothing.
+        """
+        leaves = cut_part_leaves if cut else part_leaves
+        return Capture(self.form(self._size), leaves(self._rank, self.own_value()))
 
     def prepare(
         self,
@@ -241,13 +258,9 @@ class PerRankState(RankedState):
         self._resize = resize
         self.resizes = resize is not None
 
-    def part(self) -> bytes:
-        """See `PartsState`. Not collective."""
-        return pack(self.value)
-
-    def capture_own(self) -> Capture:
+    def own_value(self) -> Any:  # noqa: ANN401
         """See `RankedState`. Not collective."""
-        return Capture(self.form(self._size), own_leaves(self._rank, self.value))
+        return self.value
 
     def source(self, rank: int, saved: int) -> int | None:
         """See `RankedState`. Not collective."""

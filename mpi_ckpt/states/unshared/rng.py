@@ -16,7 +16,7 @@ from mpi_ckpt.errors import (
     StageError,
 )
 from mpi_ckpt.states.mismatch import raise_mismatch
-from mpi_ckpt.states.packed import form_of, pack, unpack
+from mpi_ckpt.states.packed import pack, unpack
 from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.states.unshared.streams import (
     built_in_streams,
@@ -95,8 +95,8 @@ class RNGState(RankedState):
             )
         self._shared = frozenset(named.values())
 
-    def part(self) -> bytes:
-        """See `PartsState`. Not collective."""
+    def own_value(self) -> Any:  # noqa: ANN401
+        """See `RankedState`. Not collective."""
         states = {key: stream.get() for key, stream in self._streams().items()}
         shared = sorted(self._shared & set(states))
         head = {
@@ -104,20 +104,19 @@ class RNGState(RankedState):
             "kinds": {k: v for k, v in self._kinds_now().items() if k != "torch"},
             "shared": {key: xxhash.xxh3_128_hexdigest(pack(states[key])) for key in shared},
         }
-        return pack({**head, "streams": states})
+        return {**head, "streams": states}
 
-    def combine(self, parts: Sequence[bytes]) -> None:
-        """See `PartsState`. Root only.
+    def compare(self, structures: Sequence[Structure]) -> None:
+        """See `RankedState`. Not collective.
 
         Raises:
             DivergedError: On root, if a shared stream is not the same on all ranks.
             StageError: On root, if ranks have different streams.
         """
-        forms = [form_of(part) for part in parts]
-        for rank, form in enumerate(forms):
-            if any(form[key] != forms[0][key] for key in ("kinds", "shared")):
-                self._refuse(rank, forms[0], form)
-        super().combine(parts)
+        roots = structures[0]
+        for rank, theirs in enumerate(structures):
+            if any(theirs[key] != roots[key] for key in ("kinds", "shared")):
+                self._refuse(rank, roots, theirs)
 
     def form(self, count: int) -> Structure:
         """See `RankedState`. Not collective."""

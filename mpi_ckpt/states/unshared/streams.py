@@ -39,10 +39,16 @@ class _Python:
         self._source = source
 
     def get(self) -> Any:  # noqa: ANN401
-        return self._source.getstate()
+        state = self._source.getstate()
+        if state[0] != random.Random.VERSION:
+            return state  # of a class of the program
+        version, words, gauss = state
+        return version, np.array(words, np.uint32), gauss
 
     def set(self, state: Any) -> None:  # noqa: ANN401
-        self._source.setstate(state)
+        # Older checkpoints have the words as a tuple.
+        items = [tuple(x.tolist()) if isinstance(x, np.ndarray) else x for x in state]
+        self._source.setstate(tuple(items))
 
     def seed(self, seed: int) -> None:
         self._source.seed(seed)

@@ -21,6 +21,7 @@ from mpi_ckpt.storage.directory.finding import (
     open_chosen,
     open_twice,
     refuse_generation,
+    refuse_part,
 )
 from mpi_ckpt.storage.directory.pins import bring_back_pinned
 from mpi_ckpt.storage.faults import read_errors_as_save_errors
@@ -123,8 +124,10 @@ class CheckpointDirectory:
         if lock is not None:
             lock.close()
 
-    def begin(self) -> Partial:
-        """Start the next generation, without leftovers; the directory must be owned.
+    def begin(self, at_least: int = 0) -> Partial:
+        """Start the next generation, of a number of ``at_least`` or more.
+
+        The directory must be owned. Leftovers are gone.
 
         Raises:
             FencedError: On the calling rank, if another job has taken over the directory.
@@ -145,7 +148,7 @@ class CheckpointDirectory:
         self._warn_of_unrestored(found)
         return Partial(
             self.root,
-            max(found.next_generation, self.catalog.highest + 1),
+            max(found.next_generation, self.catalog.highest + 1, at_least),
             self.job,
             mode=self._mode,
             staging=self._staging,
@@ -176,8 +179,11 @@ class CheckpointDirectory:
             sync_names=self._ownership.sync_names,
         )
 
-    def open_newest(self) -> GenerationReader | None:
+    def open_newest(self, *, tiles_later: bool = False) -> GenerationReader | None:
         """Open the newest generation whose manifest and files look right.
+
+        Args:
+            tiles_later: As for `GenerationReader`.
 
         Returns:
             The open generation; None if nothing was ever saved here.
@@ -204,7 +210,8 @@ class CheckpointDirectory:
             )
             if number is not None:
                 try:
-                    return open_twice(self.root / generation_name(number))
+                    path = self.root / generation_name(number)
+                    return refuse_part(open_twice(path, tiles_later=tiles_later))
                 except CorruptGenerationError as problem:
                     self.reject(number, problem)
                 except ReadError:

@@ -131,23 +131,43 @@ def open_newest_there(catalog: Catalog) -> GenerationReader:
     )
 
 
-def open_twice(path: Path) -> GenerationReader:
+def open_twice(path: Path, *, tiles_later: bool = False) -> GenerationReader:
     """Open a generation; if it looks bad, open it again before believing so.
 
     Not collective. A network file system that briefly shows an old state must not cause a
-    good generation to be quarantined.
+    good generation to be quarantined. Arguments are those of `GenerationReader`.
 
     Raises:
         RestoreError: On the calling rank, as `GenerationReader` does.
     """
     try:
-        return GenerationReader(path)
+        return GenerationReader(path, tiles_later=tiles_later)
     except (CorruptGenerationError, ReadError) as problem:
         passing = isinstance(problem, CorruptGenerationError) or problem.errno in _PASSING
         if is_gone(path) or not passing:
             raise
         time.sleep(_PAUSE_SECONDS)
-    return GenerationReader(path)
+    return GenerationReader(path, tiles_later=tiles_later)
+
+
+def refuse_part(reader: GenerationReader) -> GenerationReader:
+    """Return a generation that a job may restore; refuse a host's part of one.
+
+    Not collective.
+
+    Raises:
+        UnsupportedFormatError: On the calling rank, for a part of a local generation.
+    """
+    if reader.manifest.local is None:
+        return reader
+    reader.close()
+    raise UnsupportedFormatError(
+        f"{reader.path} is one host's part of a local generation, not a directory to "
+        f"restore from: give the manager {reader.manifest.local.directory}, and this place "
+        "as local=",
+        path=reader.path,
+        generation=reader.manifest.generation,
+    )
 
 
 def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:

@@ -34,7 +34,7 @@ from mpi_ckpt.storage.format.layout import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mpi_ckpt.errors import CorruptGenerationError
+    from mpi_ckpt.errors import CheckpointError, CorruptGenerationError
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,12 @@ class Survey:
         """Numbers of the generations set aside by a rollback."""
         pairs = map(rolled_back_numbers, self.rolled_back)
         return frozenset(pair[0] for pair in pairs if pair)
+
+    @property
+    def last_rollback(self) -> int:
+        """The highest number that any generation had at a rollback; 0 for none."""
+        pairs = map(rolled_back_numbers, self.rolled_back)
+        return max([0, *(pair[1] for pair in pairs if pair)])
 
     @property
     def next_generation(self) -> int:
@@ -250,12 +256,7 @@ def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> 
     shelf = root / QUARANTINE
     target = shelf / source.name
     try:
-        _refuse_foreign(shelf)
-        filesystem.make_directories(shelf)
-        attempt = 1
-        while target.is_symlink() or target.exists():
-            attempt += 1
-            target = shelf / f"{source.name}~{attempt}"
+        target = _free_place(shelf, source.name)
         reason = json.dumps({"generation": generation, "reason": str(problem)})
         filesystem.rename_new(source, target)
         # CRASH: the new name becomes durable before the old name is durably gone: a power
@@ -267,6 +268,45 @@ def quarantine(root: Path, generation: int, problem: CorruptGenerationError) -> 
     except OSError as error:
         logger.warning("%s could not be set aside: %s", source, error)
         return source if source.exists() else target
+    return target
+
+
+def quarantine_file(
+    root: Path, generation: int, name: str, problem: CheckpointError
+) -> Path:
+    """Quarantine one file of a local generation: other hosts have copies of it.
+
+    Not collective. The caller holds the lock.
+
+    Returns:
+        Its new path; its old path if it could not be moved.
+    """
+    source = root / generation_name(generation) / name
+    target = source
+    try:
+        folder = _free_place(root / QUARANTINE, generation_name(generation))
+        reason = {"generation": generation, "file": name, "reason": str(problem)}
+        filesystem.make_directory(folder)
+        target = folder / name
+        filesystem.rename_new(source, target)
+        # CRASH: a power cut may bring the file back under its old name; it is then found
+        # bad again.
+        filesystem.sync_directory(folder, if_possible=True)
+        filesystem.sync_directory(source.parent, if_possible=True)
+        _leave_reason(folder, json.dumps(reason).encode())
+    except OSError as error:
+        logger.warning("%s could not be set aside: %s", source, error)
+        return target if target.exists() else source
+    return target
+
+
+def _free_place(shelf: Path, name: str) -> Path:
+    _refuse_foreign(shelf)
+    filesystem.make_directories(shelf)
+    target, attempt = shelf / name, 1
+    while target.is_symlink() or target.exists():
+        attempt += 1
+        target = shelf / f"{name}~{attempt}"
     return target
 
 

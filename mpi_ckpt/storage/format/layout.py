@@ -138,6 +138,11 @@ def shard_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
+def share_file_name(number: int) -> str:
+    """Return the name of the file with a share of a local generation."""
+    return f"share-{number:05d}.safetensors"
+
+
 def tile_file_name(rank: int) -> str:
     """Return the name of the file with the tiles that a rank wrote."""
     return f"tiles-{rank:05d}.safetensors"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.decomposition.boxes import Box
+    from mpi_ckpt.storage.format.local_set import LocalSet
 
 STREAM = "stream"
 """Name of the one leaf of what a state wrote itself."""
@@ -43,6 +44,17 @@ class StoredFile:
     header_bytes: int
     header_digest: bytes
     generation: int
+
+    def to_json(self) -> list[Any]:
+        """Return the file as JSON values. Not collective. Thread-safe."""
+        digest = self.header_digest.hex()
+        return [self.name, self.nbytes, self.header_bytes, digest, self.generation]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> StoredFile:
+        """Return the file that `to_json` encoded. Not collective. Thread-safe."""
+        name, nbytes, header_bytes, digest, generation = values
+        return cls(name, nbytes, header_bytes, bytes.fromhex(digest), generation)
 
 
 # Named tuples, not dataclasses: thousands are made at a time, five times as fast.
@@ -302,6 +314,7 @@ class Manifest:
         block_bytes: Block length of all digests.
         files: The files beside the manifest.
         states: The states, in saving order.
+        local: Where its files are, if it lies on several hosts; None for others.
     """
 
     generation: int
@@ -313,6 +326,7 @@ class Manifest:
     block_bytes: int = BLOCK_BYTES
     files: tuple[StoredFile, ...] = ()
     states: tuple[StoredState, ...] = ()
+    local: LocalSet | None = None
 
     @property
     def leaves(self) -> list[StoredLeaf]:

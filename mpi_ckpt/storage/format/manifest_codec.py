@@ -36,6 +36,7 @@ from mpi_ckpt.storage.format.leaf_columns import (
     encode_leaves,
     encode_stream,
 )
+from mpi_ckpt.storage.format.local_set import LocalSet
 from mpi_ckpt.storage.format.manifest import (
     CutLeaf,
     Manifest,
@@ -46,8 +47,8 @@ from mpi_ckpt.storage.format.strict_json import read_json, shown
 from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
 
 FORMAT = "mpi_ckpt"
-VERSIONS = (1, 2)
-"""A manifest is of version 2 if, and only if, a leaf in it is cut over the ranks."""
+VERSIONS = (1, 2, 3)
+"""Version 3 lies on several hosts (`LocalSet`); else 2 has leaves cut over the ranks."""
 
 MANIFEST_BYTES_MAX = 64 << 20
 """Names some 300,000 leaves; reading it takes memory by its size (docs/security.md)."""
@@ -72,9 +73,10 @@ def encode(manifest: Manifest) -> bytes:
             collide with those of carried states.
     """
     check_names_differ(state.name for state in manifest.states)
+    is_local = manifest.local is not None
     document = {
         "format": FORMAT,
-        "version": 2 if any(state.cut for state in manifest.states) else 1,
+        "version": 3 if is_local else 1 + any(state.cut for state in manifest.states),
         "digest_algorithm": ALGORITHM,
         "block_bytes": manifest.block_bytes,
         "generation": manifest.generation,
@@ -94,6 +96,8 @@ def encode(manifest: Manifest) -> bytes:
             for file in manifest.files
         ],
     }
+    if manifest.local is not None:
+        document["local"] = manifest.local.to_json()
     states = ",".join([_encode_state(state) for state in manifest.states])
     head = f'{_json(document)[:-1]},"states":[{states}]'.encode()
     return head + _TAIL_START + digest_bytes(head).hex().encode() + _TAIL_END
@@ -173,7 +177,7 @@ def _refuse_other_formats(document: dict[str, Any]) -> None:
     if not is_ours or version not in VERSIONS:
         raise UnsupportedFormatError(
             f"the manifest is of format {shown(document.get('format'))} version "
-            f"{shown(version)}; this library reads {FORMAT!r} versions 1 and 2"
+            f"{shown(version)}; this library reads {FORMAT!r} versions 1 to 3"
         )
 
 
@@ -201,6 +205,9 @@ def _decode_manifest(document: dict[str, Any]) -> Manifest:
         block_bytes=block_bytes,
         files=files,
         states=states,
+        local=None
+        if document["version"] != 3
+        else LocalSet.from_json(document["local"], len(files)),
     )
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 _TABLE = Path("/etc/fstab")
 _MOUNTED = Path("/proc/self/mountinfo")
 
+IN_MEMORY = ("tmpfs", "ramfs")
+"""File systems that a power cut empties."""
+
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ramfs", "overlay")
 
 
@@ -58,6 +61,17 @@ def local_file_system(path: Path) -> str | None:
         if (kind := kinds.get(str(above))) is not None:
             return kind if kind in _LOCAL else None
     return None
+
+
+def survived_losses(path: Path) -> list[str]:
+    """Return which losses a durable file at a path survives: see `SaveReport`.
+
+    Not collective. Thread-safe.
+    """
+    kind = local_file_system(path)
+    if kind is None:
+        return ["process", "host", "power", "site"]
+    return ["process"] if kind in IN_MEMORY else ["process", "power"]
 
 
 def _unescaped(text: str) -> str:

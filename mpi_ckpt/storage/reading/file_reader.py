@@ -11,6 +11,7 @@ from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.format.tile_table import TABLE_BYTES_MAX
 from mpi_ckpt.storage.reading.open_files import OpenFiles
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
+
+    from mpi_ckpt.storage.format.manifest import StoredFile
 
 # Errors of open that mean a damaged generation, rather than an unreachable one.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
@@ -93,6 +96,24 @@ class FileReader:
         self._counts.append(count)
         return count
 
+    def read_header(self, file: StoredFile) -> bytes:
+        """Return the proven header of a file of tiles. Not collective. Thread-safe.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, if the file is missing, of another
+                size, or has a damaged header.
+            ReadError: On the calling rank, if the operating system cannot read it.
+        """
+        with self._reading(file.name):
+            if file.header_bytes > TABLE_BYTES_MAX:
+                raise ValueError(f"{file.header_bytes} bytes are no header of tiles")
+            header = bytearray(file.header_bytes)
+            with self._files.use(file.name) as found, memoryview(header) as into:
+                require_size(file, found.nbytes)
+                self._counts.append(filesystem.read_at(found.descriptor, into, 0))
+            prove_header(file, header)
+        return bytes(header)
+
     def expect(self, file: str, found: int, needed: int) -> None:
         """Require that a read returned as many bytes as needed. Not collective.
 
@@ -134,6 +155,26 @@ class FileReader:
 
     def _reading(self, name: str) -> AbstractContextManager[None]:
         return corrupt_unless_readable(self.path / name, self._generation)
+
+
+def require_size(file: StoredFile, nbytes: int) -> None:
+    """Require the listed size of a file. Not collective. Thread-safe.
+
+    Raises:
+        ValueError: On the calling rank, if it has another.
+    """
+    if nbytes != file.nbytes:
+        raise ValueError(f"has {nbytes} bytes, expected {file.nbytes}")
+
+
+def prove_header(file: StoredFile, header: bytes | bytearray) -> None:
+    """Require the header of a file to be the saved one. Not collective. Thread-safe.
+
+    Raises:
+        ValueError: On the calling rank, if it is not.
+    """
+    if digest_bytes(header) != file.header_digest:
+        raise ValueError("its header does not match its digest")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from mpi_ckpt.memory import Arena, round_up
 
@@ -144,6 +144,14 @@ class Slots:
         return start, start + window.end - window.start
 
 
+class _Chunk(NamedTuple):
+    """One read: number of the window, start and end in the file."""
+
+    window: int
+    start: int
+    end: int
+
+
 @dataclass(slots=True)
 class _Reading:
     """A window on its way: its outcome, the reads that have not ended, the bytes read."""
@@ -183,11 +191,11 @@ class ReadQueue(Generic[Proof]):
         self._memory = Arena().take(self._slots.nbytes) if memory is None else memory
         self._trial = ShapeTrial()
         self._lock = Lock()
-        self._chunks: deque[tuple[int, int, int]] = deque()
+        self._chunks: deque[_Chunk] = deque()
         self._readings: dict[int, _Reading] = {}
         self._proofs: dict[int, Proof] = {}
         self._opened = self._taken = self._released = self._in_flight = 0
-        self._is_over = False
+        self._has_failed = self._is_closed = False
         # One or two more than reads in flight: those that prove a window.
         threads = max(shape.in_flight for shape in _SHAPES) + 2
         self._pool = ThreadPoolExecutor(threads, "mpi_ckpt-read")
@@ -196,7 +204,7 @@ class ReadQueue(Generic[Proof]):
     def close(self) -> None:
         """End the threads, after the reads that are in flight. Callable twice."""
         with self._lock:
-            self._is_over = True
+            self._is_closed = True
         self._pool.shutdown(cancel_futures=True)
 
     def take(self) -> tuple[memoryview, Proof]:
@@ -226,11 +234,18 @@ class ReadQueue(Generic[Proof]):
     def _start_reads(self) -> None:
         """Start reads until as many are in flight as should be, or no slot is free."""
         with self._lock:
-            while not self._is_over and self._in_flight < self._trial.shape.in_flight:
-                if not self._chunks and not self._open_window():
-                    return
-                self._in_flight += 1
-                self._pool.submit(self._read, *self._chunks.popleft())
+            while (chunk := self._next_chunk()) is not None:
+                self._pool.submit(self._read, chunk)
+
+    def _next_chunk(self) -> _Chunk | None:
+        """Return the next read, which is now in flight; None if none may start."""
+        is_full = self._in_flight >= self._trial.shape.in_flight
+        if self._has_failed or self._is_closed or is_full:
+            return None
+        if not self._chunks and not self._open_window():
+            return None
+        self._in_flight += 1
+        return self._chunks.popleft()
 
     def _open_window(self) -> bool:
         """Cut the next window into reads; return whether there is one with a free slot."""
@@ -242,35 +257,44 @@ class ReadQueue(Generic[Proof]):
         step = self._trial.shape.chunk_bytes
         # An empty window is one empty read.
         for offset in range(start, max(end, start + 1), step):
-            self._chunks.append((number, offset, min(offset + step, end)))
+            self._chunks.append(_Chunk(number, offset, min(offset + step, end)))
         self._readings.setdefault(number, _Reading()).left = len(self._chunks)
         return True
 
-    def _read(self, number: int, offset: int, end: int) -> None:
-        window = self._windows[number]
+    def _read(self, chunk: _Chunk | None) -> None:
+        """Read until no more reads should be in flight, in a thread."""
+        # Handing each read to another thread would cost more than the read itself.
+        while chunk is not None:
+            failure: BaseException | None = None
+            count = 0
+            try:
+                count = self._read_chunk(chunk)
+            except BaseException as error:  # raised by `take`
+                failure = error
+            with self._lock:
+                self._in_flight -= 1
+                self._trial.note(count, time.perf_counter())
+                self._note(chunk.window, count, failure)
+                chunk = self._next_chunk()
+
+    def _read_chunk(self, chunk: _Chunk) -> int:
+        window = self._windows[chunk.window]
         start, _ = aligned(window)
-        slot = number % self._slots.count * self._slots.slot_bytes
-        into = self._memory[slot + offset - start : slot + end - start]
-        failure: BaseException | None = None
-        count = 0
-        try:
-            count = self._reader.read_direct(window.file, into, offset)
-        except BaseException as error:  # raised by `take`
-            failure = error
-        with self._lock:
-            self._in_flight -= 1
-            self._is_over = self._is_over or failure is not None
-            reading = self._readings[number]
-            reading.left -= 1
-            reading.count += count
-            is_last = reading.left == 0
-            if failure is not None and not reading.done.done():
+        slot = chunk.window % self._slots.count * self._slots.slot_bytes
+        into = self._memory[slot + chunk.start - start : slot + chunk.end - start]
+        return self._reader.read_direct(window.file, into, chunk.start)
+
+    def _note(self, number: int, count: int, failure: BaseException | None) -> None:
+        """Note the end of a read, and let another thread prove a window that is read."""
+        reading = self._readings[number]
+        reading.left -= 1
+        reading.count += count
+        if failure is not None:
+            self._has_failed = True
+            if not reading.done.done():
                 reading.done.set_exception(failure)
-            self._trial.note(count, time.perf_counter())
-        # Before the proof: the disk is not to wait for it.
-        self._start_reads()
-        if is_last and not reading.done.done():
-            self._finish(number, reading)
+        elif reading.left == 0 and not reading.done.done() and not self._is_closed:
+            self._pool.submit(self._finish, number, reading)
 
     def _finish(self, number: int, reading: _Reading) -> None:
         """Prove a window whose reads have ended."""

@@ -6,14 +6,18 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import BlockHasher, digest_bytes
+from mpi_ckpt.digest import BlockHasher
 from mpi_ckpt.errors import UnsupportedFormatError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format import manifest_codec
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_number
 from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
-from mpi_ckpt.storage.format.tile_table import TABLE_BYTES_MAX
-from mpi_ckpt.storage.reading.file_reader import FileReader, corrupt_unless_readable
+from mpi_ckpt.storage.reading.file_reader import (
+    FileReader,
+    corrupt_unless_readable,
+    prove_header,
+    require_size,
+)
 from mpi_ckpt.storage.reading.tile_index import TileIndex
 
 if TYPE_CHECKING:
@@ -76,6 +80,13 @@ class GenerationReader(FileReader):
 
     Args:
         path: Directory of the generation.
+        manifest: Its manifest, if it was already read.
+        tiles_later: Whether the files of tiles are checked later: by `take_headers`, or by
+            the first call of `tiles`.
+
+    Attributes:
+        manifest: Its manifest.
+        absent: Names of its files that are on other hosts; of most generations none.
 
     Raises:
         CorruptGenerationError: On the calling rank, if a file is missing, of another
@@ -84,14 +95,20 @@ class GenerationReader(FileReader):
         ReadError: On the calling rank, if the operating system cannot read it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.manifest: Manifest = read_manifest(path)
+    def __init__(
+        self, path: Path, manifest: Manifest | None = None, *, tiles_later: bool = False
+    ) -> None:
+        self.manifest: Manifest = manifest or read_manifest(path)
         super().__init__(path, self.manifest.generation)
         self._lock = Lock()
         self._tiles: Mapping[LeafKey, tuple[StoredTile, ...]] | None = None
+        self.absent = self._find_absent()
+        self.unproven = TileIndex(self.manifest).files if tiles_later else []
+        later = self.absent.union(file.name for file in self.unproven)
         try:
             for file in self.manifest.files:
-                self._check(file)
+                if file.name not in later:
+                    self._check(file)
         except BaseException:
             self._files.close()
             raise
@@ -111,19 +128,55 @@ class GenerationReader(FileReader):
             if self._tiles is None:
                 index = TileIndex(self.manifest)
                 for file in index.files:
+                    header = self.read_header(file)
                     with self._reading(file.name):
-                        index.add(file, self._read_header(file))
-                with corrupt_unless_readable(self.path, self.manifest.generation):
-                    self._tiles = index.finish()
+                        index.add(file, header)
+                self._tiles = self._finish(index)
             return self._tiles
+
+    def take_headers(self, headers: Mapping[str, bytes]) -> None:
+        """Take the tiles from headers that other ranks have read.
+
+        Not collective. Thread-safe.
+
+        Args:
+            headers: Name of each file of tiles -> its header.
+
+        Raises:
+            CorruptGenerationError: On the calling rank, as `tiles` does.
+        """
+        with self._lock:
+            index = TileIndex(self.manifest)
+            for file in index.files:
+                with self._reading(file.name):
+                    prove_header(file, headers[file.name])
+                    index.add(file, headers[file.name])
+            self._tiles = self._finish(index)
+
+    def prove_rest(self) -> None:
+        """Check the files of tiles whose lists nobody needs.
+
+        Not collective. Errors are those of opening a generation.
+        """
+        for file in self.unproven:
+            self._check(file)
+        self.unproven = []
+
+    def _finish(self, index: TileIndex) -> Mapping[LeafKey, tuple[StoredTile, ...]]:
+        with corrupt_unless_readable(self.path, self.manifest.generation):
+            found = index.finish()
+        self.unproven = []
+        return found
 
     def leaves(self) -> list[StoredLeaf]:
         """Return the whole leaves and the tiles of all states. Not collective. Thread-safe.
 
-        Errors are those of `tiles`.
+        Those in files on other hosts are left out. Errors are those of `tiles`.
         """
         tiles = [tile.leaf for found in self.tiles().values() for tile in found]
-        return self.manifest.leaves + tiles
+        every = self.manifest.leaves + tiles
+        absent = self.absent
+        return [one for one in every if one.extent.file not in absent] if absent else every
 
     def read_block(self, leaf: StoredLeaf, block: int) -> memoryview:
         """Return one block of a leaf, proven; `proven_blocks` reads many.
@@ -177,19 +230,15 @@ class GenerationReader(FileReader):
         if hasher.finish().whole != file.header_digest:
             raise ValueError("its header does not match its digest")
 
-    def _read_header(self, file: StoredFile) -> bytes:
-        if file.header_bytes > TABLE_BYTES_MAX:
-            raise ValueError(f"{file.header_bytes} bytes are no header of tiles")
-        header = bytearray(file.header_bytes)
-        with self._files.use(file.name) as found, memoryview(header) as into:
-            self._counts.append(filesystem.read_at(found.descriptor, into, 0))
-        # It may have changed since the generation was opened.
-        if digest_bytes(header) != file.header_digest:
-            raise ValueError("its header does not match its digest")
-        return bytes(header)
+    def _find_absent(self) -> frozenset[str]:
+        # Each host of a local generation has some of its files.
+        if self.manifest.local is None:
+            return frozenset()
+        with self._reading(""):
+            there = set(filesystem.list_names(self.path))
+        return frozenset(file.name for file in self.manifest.files) - there
 
     def _check(self, file: StoredFile) -> None:
         with self._reading(file.name), self._files.use(file.name) as found:
-            if found.nbytes != file.nbytes:
-                raise ValueError(f"has {found.nbytes} bytes, expected {file.nbytes}")
+            require_size(file, found.nbytes)
             self._prove_header(found.descriptor, file)

@@ -8,7 +8,6 @@ parent is fsynced before the save is acknowledged.
 
 from __future__ import annotations
 
-import errno
 import io
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
 from mpi_ckpt.storage.writing.out_stream import OutStream
 from mpi_ckpt.storage.writing.outfile import create_out_file
-from mpi_ckpt.storage.writing.space import require_space
+from mpi_ckpt.storage.writing.space import require_space, require_visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +90,8 @@ class Partial:
         self._was_named = False
         self._joined = joined
         if joined:
-            self._require_visible()
+            with self._errors_as(WriteError, "joining", self.path):
+                require_visible(self.path)
         else:
             with self._errors_as(WriteError, "making", self.path):
                 filesystem.make_directory(self.path)
@@ -219,17 +219,29 @@ class Partial:
             The directory under its final name, which is durable.
 
         Raises:
-            WriteError: On the calling rank; nothing was published.
-            PublishError: On the calling rank; nothing was published.
+            SaveError: On the calling rank, as in `seal` and `appear`.
         """
+        self.seal(manifest)
+        return self.appear()
+
+    def seal(self, manifest: bytes) -> None:
+        """Write the manifest, and make all names durable. Not collective. May raise."""
         with self._file(MANIFEST, len(manifest)) as out:
             out.write(memoryview(manifest))
             out.finish()
         self.bytes_written += len(manifest)
-        target = self._root / generation_name(self.generation)
         with self._errors_as(PublishError, "publishing", self.path):
             # CRASH: the bytes of all files are durable; this makes their names durable.
             self._sync(self.path)
+
+    def appear(self) -> Path:
+        """Make the sealed generation exist. Not collective.
+
+        Raises:
+            PublishError: On the calling rank; nothing was published.
+        """
+        target = self._root / generation_name(self.generation)
+        with self._errors_as(PublishError, "publishing", self.path):
             # INVARIANT: a successor first signs the lock, then sweeps. If it swept before
             # this partial was made, this check sees its name; if it sweeps later, the
             # rename below finds nothing to rename, or comes first and the successor sees
@@ -255,20 +267,6 @@ class Partial:
         if not self._was_named:
             with suppress(OSError):
                 filesystem.remove_tree(self.path)
-
-    def _require_visible(self) -> None:
-        with self._errors_as(WriteError, "joining", self.path):
-            try:
-                filesystem.list_names(self.path)
-            except FileNotFoundError as error:
-                raise WriteError(
-                    f"{self.path}: root has made it, and this host does not see it. "
-                    "Several writers, and state that is cut over ranks, need a directory "
-                    "that all ranks see; Options(writers='root') without such state does "
-                    "not",
-                    path=self.path,
-                    errno=error.errno or errno.ENOENT,
-                ) from error
 
     def _sync(self, directory: Path) -> None:
         filesystem.sync_directory(directory, if_possible=not self._sync_names)

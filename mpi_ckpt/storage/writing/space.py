@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that there is space for a save, before its first byte is written.
+"""Checks that a save has space, and is seen by its writers, before its first byte.
 
 A save is refused only if the space is certainly missing. The figures of a file system are
 cheap to read but may lag behind: on xfs and btrfs the space of files just deleted comes
@@ -82,6 +82,25 @@ def require_space(directory: Path, what: Path, *, nbytes: int, files: int) -> No
         path=what,
         errno=errno.ENOSPC,
     )
+
+
+def require_visible(path: Path) -> None:
+    """Require that a rank sees the partial that root has made. Not collective.
+
+    Raises:
+        WriteError: On the calling rank, if it does not.
+        OSError: On the calling rank, if the directory cannot be listed.
+    """
+    try:
+        filesystem.list_names(path)
+    except FileNotFoundError as error:
+        raise WriteError(
+            f"{path}: root has made it, and this host does not see it. Several writers, "
+            "and state that is cut over ranks, need a directory that all ranks see; "
+            "Options(writers='root') without such state does not",
+            path=path,
+            errno=error.errno or errno.ENOENT,
+        ) from error
 
 
 def _can_reserve(probe: Path, nbytes: int) -> bool:

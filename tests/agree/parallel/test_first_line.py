@@ -64,6 +64,7 @@ def test_options_that_cannot_be_read_on_one_rank(comm, shared_path):
         stop = Options().stop
         interval = None
         abort_on_error = False
+        hooks = Options().hooks
 
         def describe(self):
             raise ValueError("no options at all")

@@ -219,6 +219,19 @@ def test_a_metric_that_no_save_has(comm, shared_path, caplog):
     assert all("'los'" in text and "metrics there: 'loss'" in text for text in told)
 
 
+@pytest.mark.parametrize("records", [True, False])
+def test_batches_that_nobody_records(comm, shared_path, caplog, records):
+    sampler = ElasticSampler(40, 10)
+    with manager(shared_path, sampler, interval=2) as checkpoints:
+        for _ in sampler:
+            if records:
+                sampler.record_batch()
+            checkpoints.step()
+    told = [r.getMessage() for r in caplog.records if "no batch was" in r.getMessage()]
+    assert len(told) == (comm.rank == 0 and not records)
+    assert all("call record_batch() after each batch" in text for text in told)
+
+
 def trained(kind):
     module = model()
     return TrainState(module=module, optimizer=kind(module.parameters(), lr=0.1))

@@ -101,6 +101,18 @@ def test_job_comes_back_if_it_was_stopped(tmp_path, asked, ends, code, put_back)
     assert is_put_back(tmp_path) == put_back
 
 
+@pytest.mark.parametrize(("ends", "rescued"), [(0, False), (9, True), (143, True)])
+def test_what_hosts_keep_is_copied_unless_the_job_has_finished(tmp_path, ends, rescued):
+    loop = f'[ "$1" = rescue ] && echo "$@" >{tmp_path}/rescued && exit 0\nexit {ends}'
+    stand_in(tmp_path, "srun", 'while [ "$1" != mpi-ckpt ]; do shift; done\n"$@"')
+    started = job(tmp_path, loop, RESCUE="/local/me /scratch/run")
+    assert started.wait(PATIENCE_SECONDS) == ends
+    told = tmp_path / "rescued"
+    assert told.exists() == rescued
+    if rescued:
+        assert told.read_text() == "rescue /local/me /scratch/run\n"
+
+
 @pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
 def test_job_that_is_asked_before_the_loop_is_there_does_not_begin(tmp_path, asked):
     squeue = "touch asking; for _ in {1..6000}; do [ -e sent ] && break; sleep 0.01; done"

@@ -4,6 +4,7 @@
 import numpy as np
 
 from mpi_ckpt import ArrayState, Block, ShardedArrayState
+from mpi_ckpt.storage.reading.file_reader import FileReader
 from tests.programs.meetings import counted_meetings
 from tests.ranks import manager
 
@@ -70,3 +71,17 @@ def test_a_restore_of_cut_state_meets_once_a_turn(peers, shared_path):
     # The boxes are small: one turn. Nothing is sent, since each rank reads its own.
     assert meetings.count("reading a generation") == 1
     assert "sending a generation" not in meetings
+
+
+def test_ranks_read_the_lists_of_tiles_in_turn(peers, shared_path, monkeypatch):
+    read, real = [], FileReader.read_header
+
+    def counted(self, file):
+        read.append(file.name)
+        return real(self, file)
+
+    monkeypatch.setattr(FileReader, "read_header", counted)
+    with manager(shared_path, fields(peers), comm=peers) as ours:
+        ours.save()
+        ours.restore()
+    assert read == [f"tiles-{peers.rank:05d}.safetensors"]

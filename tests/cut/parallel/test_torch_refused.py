@@ -128,18 +128,25 @@ class TestStages:
         training = KINDS["stage"](0)
         training.net.register_buffer(f"of_{even.rank}", torch.ones(2))
         state = self.state_of(training)
-        refused(even, shared_path, state, StateMismatchError, "of_0")
+        refused(even, shared_path, state, StateMismatchError, "of_1")
 
-    def test_layers_of_one_name_on_two_stages(self, even, shared_path):
+    def test_a_tensor_that_is_whole_and_on_root_only(self, even, shared_path):
+        training = KINDS["stage"](0)
+        if even.rank == 0:
+            training.net.register_buffer("mean", torch.ones(2))
+        state, text = self.state_of(training), "mean F32[2] is on root, not here"
+        refused(even, shared_path, state, StateMismatchError, text)
+
+    @pytest.mark.parametrize("sync", ["root", "none"])
+    def test_layers_of_one_name_on_two_stages(self, even, shared_path, sync):
         half = even.size // 2
         mesh = init_device_mesh("cpu", (2, half), mesh_dim_names=("stage", "data"))
         torch.manual_seed(mesh["stage"].get_local_rank())
         layer = nn.Linear(4, 6)
         fully_shard(layer, mesh=mesh["data"])
         where = f"rank {half}"
-        refused(
-            even, shared_path, ModuleState("m", layer), DivergedError, "'weight'", where
-        )
+        state = ModuleState("m", layer, sync=sync)
+        refused(even, shared_path, state, DivergedError, "'weight'", where)
 
     def test_parameters_without_names(self, even, shared_path):
         training = KINDS["stage"](0)
@@ -159,5 +166,18 @@ class TestStages:
         with same_error(
             even, StateMismatchError, "module/1.weight F32[13, 4] is saved", "any"
         ):
+            ours.restore()
+        ours.close()
+
+    def test_a_layer_of_a_model_that_was_whole_and_that_no_stage_has(
+        self, even, shared_path
+    ):
+        net = KINDS["plain"](0).net
+        net.add_module("more", nn.Linear(2, 3))
+        with manager(shared_path, ModuleState("m", net), comm=even) as ours:
+            ours.save()
+        stage = ModuleState("m", KINDS["stage"](0).net)
+        ours = manager(shared_path, stage, comm=even)
+        with same_error(even, StateMismatchError, "more.weight F32[3, 2]", "on any rank"):
             ours.restore()
         ours.close()

@@ -126,6 +126,23 @@ def test_without_shared_memory_on_any_rank_all_are_sent_the_bytes(
     assert shared["sent"] > 0
 
 
+def test_a_window_that_is_never_announced_is_not_waited_for_long(
+    peers, shared_path, monkeypatch, shared
+):
+    saved(shared_path, peers)
+    monkeypatch.setattr(host_memory.HostMemory, "announce", lambda *_: None)
+    monkeypatch.setattr(host_memory, "_LOOKS", 3)
+    restored(shared_path, peers)
+    assert shared["sent"] == 0
+
+
+def test_ranks_sleep_until_a_window_is_announced(peers, shared_path, monkeypatch):
+    saved(shared_path, peers)
+    # An hour, if nothing is announced.
+    monkeypatch.setattr(host_memory, "_LOOKS", 10_000_000)
+    restored(shared_path, peers)
+
+
 @pytest.mark.parametrize("at", [0, 70_000, 700_000])
 def test_an_io_error_amid_a_full_queue_fails_all_ranks(peers, shared_path, monkeypatch, at):
     saved(shared_path, peers)

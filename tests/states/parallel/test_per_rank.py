@@ -10,6 +10,8 @@ from mpi_ckpt import ArrayState, ObjectState, PerRankState, RNGState
 from mpi_ckpt.comm import scatter_bytes
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.options import IO
+from mpi_ckpt.states.packed import pack
+from tests.making import joined
 from tests.ranks import RecordingHandle, assert_same, manager, randoms, same_error
 from tests.restore.parallel.test_fallback import flip
 
@@ -91,7 +93,7 @@ def test_what_a_rank_receives_does_not_grow_with_the_ranks(peers, shared_path):
     states = PerRankState("cache", bytes([peers.rank]) * 10_000), RNGState()
     with manager(shared_path, *states) as checkpoints:
         checkpoints.save()
-        own = sum(len(state.part()) for state in states)
+        own = sum(len(pack(state.own_value())) for state in states)
         communicator = checkpoints._session.comm
         with RecordingHandle(communicator) as handle:
             checkpoints.restore()
@@ -273,7 +275,7 @@ def test_all_write_and_all_read(comm, shared_path):
 def test_contents_go_through_a_file_object(comm, tmp_path):
     """As `State.save` and `load` do it, without a manager."""
     saved = PerRankState("p", resize=share_out)
-    saved.combine([PerRankState("p", [10 * n, 10 * n + 1]).part() for n in range(2)])
+    joined(saved, [[10 * n, 10 * n + 1] for n in range(2)])
     with open(tmp_path / "file", "w+b") as file:
         saved.save(file)
         for size in (1, 3):

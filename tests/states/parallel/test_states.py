@@ -273,7 +273,8 @@ def test_leaves_of_several_blocks(comm, shared_path):
         arrays["large"][:] = 0
         report = checkpoints.restore()
     assert np.array_equal(arrays["large"], whole)
-    assert report.bytes_read < size + 10_000
+    # The manifest, and the header and the end of the file in blocks of the disk.
+    assert report.bytes_read < size + 20_000
 
 
 def draw(generators):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps generations on the hosts' own disks: placing, saving, finding the newest whole."""

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and opens the newest generation that the hosts can complete."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpi_ckpt.comm import agree, any_of, bcast_buffers, collect, exchange_messages
+from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.hosts.completable import HeldGeneration, Holding, choose
+from mpi_ckpt.engine.hosts.losses import what_is_lost
+from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
+from mpi_ckpt.states.unshared.ranked import RankedState
+from mpi_ckpt.storage import filesystem
+from mpi_ckpt.storage.format.layout import generation_name
+from mpi_ckpt.storage.format.manifest_codec import decode
+from mpi_ckpt.storage.local.host_reader import HostReader
+from mpi_ckpt.storage.local.lineage import Origin, read_lineage
+from mpi_ckpt.storage.reading.proving import proven_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from contextlib import ExitStack
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.hosts.level import HostLevel
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.state import State
+    from mpi_ckpt.storage.format.manifest import Manifest
+    from mpi_ckpt.storage.reading.read_plan import Window
+    from mpi_ckpt.storage.reading.reader import GenerationReader
+
+logger = logging.getLogger(__name__)
+
+_LOOKING = "looking for generations on hosts"
+_READING = "reading a local generation"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptGeneration:
+    """A local generation that is complete on the hosts at hand.
+
+    Attributes:
+        origin: The generation.
+        manifest: Its manifest, on every rank.
+        holders: File name -> ranks of the leaders that hold it.
+        path: Where root's host has it, or would have it.
+        reader: Its open files on this host, on a leader; None elsewhere.
+    """
+
+    origin: Origin
+    manifest: Manifest
+    holders: Mapping[str, Sequence[int]]
+    path: Path
+    reader: GenerationReader | None
+
+    @property
+    def readers(self) -> tuple[int, ...]:
+        """The ranks that may read some of it."""
+        return tuple(sorted({rank for ranks in self.holders.values() for rank in ranks}))
+
+    def sources(self, windows: Sequence[Window]) -> list[int]:
+        """Return the rank that reads each window, so that all read about as much.
+
+        Not collective: the same on every rank.
+        """
+        loads = dict.fromkeys(self.readers, 0)
+        sources = []
+        for window in windows:
+            source = min(self.holders[window.file], key=lambda rank: (loads[rank], rank))
+            loads[source] += window.end - window.start
+            sources.append(source)
+        return sources
+
+
+def find_kept(
+    session: Session,
+    states: Sequence[State],
+    stack: ExitStack,
+    *,
+    skips: bool,
+    is_partial: bool,
+) -> KeptGeneration | None:
+    """Find the newest local generation that counts, unless the directory has a newer one.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        states: The states of the program.
+        stack: Closes the opened files.
+        skips: Whether root restores from a copy in memory, which comes first.
+        is_partial: Whether only some states will be restored.
+
+    Raises:
+        RestoreError: On every rank, if root cannot read the directory; if newer work is
+            lost and `Local.lost` is ``"raise"``; for some states of a local generation.
+    """
+    level = session.hosts
+    if level is None or not level.open(session, makes=False):
+        return None
+    while True:
+        chosen, lost = _judge(session, level, skips=skips)
+        if lost:
+            _report_lost(session, level, lost)
+        if chosen is None:
+            return None
+        if is_partial:
+            raise RestoreError(
+                f"hosts keep a generation of step {chosen.step}, newer than any in "
+                f"{session.directory.root}, and restore(only=...) reads the directory "
+                "alone: restore all states at once. Nothing was changed"
+            )
+        bad: RestoreError
+        try:
+            return _open(session, level, chosen, states, stack)
+        # The ranks agreed on it: every rank is here, with the same error.
+        except (CorruptGenerationError, ReadError) as problem:
+            bad = problem
+        if not set_aside_bad(session, chosen.origin.number, bad):
+            raise bad
+
+
+def set_aside_bad(session: Session, number: int, error: RestoreError) -> bool:
+    """Quarantine the copies that a restore has found bad, each on its host.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        number: The local generation.
+        error: What all ranks have agreed on; on a rank that has failed, its cause is the
+            failure there.
+
+    Returns:
+        Whether any copy was set aside: then another search finds other copies.
+    """
+    cause, home = error.__cause__, None if session.hosts is None else session.hosts.home
+    done = False
+    if home is not None and isinstance(cause, (CorruptGenerationError, ReadError)):
+        path = Path(cause.path or "")
+        if path.parent == home.path / generation_name(number):
+            done = home.set_aside(number, path.name, cause)
+    return any_of(session.comm, "setting copies aside", done)[0]
+
+
+def _judge(
+    session: Session, level: HostLevel, *, skips: bool
+) -> tuple[HeldGeneration | None, str]:
+    """Let root choose; return the choice, and what is lost, on every rank."""
+    comm, directory, home = session.comm, session.directory, level.home
+
+    def look() -> bytes:
+        holdings = []
+        if home is not None:
+            for reader, data in home.generations():
+                found = _holding(comm.rank, reader.manifest, reader.absent, data)
+                holdings.append(found.to_json())
+        return json.dumps(holdings).encode()
+
+    def judge(parts: Sequence[bytes]) -> list[Any]:
+        holdings = [
+            Holding.from_json(one)
+            for rank in comm.topology.leaders
+            for one in json.loads(parts[rank])
+        ]
+        if skips:
+            return [None, ""]
+        lineage = read_lineage(directory.root)
+        newest = _newest_number(session)
+        rolled_back = directory.catalog.look().last_rollback
+        verdict = choose(holdings, lineage, newest=newest, rolled_back=rolled_back)
+        runs = {one.origin.run for one in holdings}
+        lost = what_is_lost(verdict, lineage, runs, newest=newest, here=comm.topology.names)
+        chosen = verdict.chosen
+        if chosen is None:
+            return [None, lost]
+        what = chosen.step, chosen.holders, chosen.manifests, chosen.manifest_bytes
+        return [[chosen.origin, *what], lost]
+
+    values, lost = collect(comm, _LOOKING, look, judge, error=RestoreError)
+    if values is None:
+        return None, lost
+    origin, step, holders, manifests, nbytes = values
+    return HeldGeneration(
+        Origin(*origin), step, tuple(map(tuple, holders)), tuple(manifests), nbytes
+    ), lost
+
+
+def _holding(
+    rank: int, manifest: Manifest, absent: Collection[str], data: bytes
+) -> Holding:
+    assert manifest.local is not None
+    names = [file.name for file in manifest.files]
+    return Holding(
+        rank,
+        Origin(manifest.local.run, manifest.local.base, manifest.generation),
+        digest_bytes(data).hex(),
+        manifest.step,
+        len(names),
+        tuple([n for n, name in enumerate(names) if name not in absent]),
+        len(data),
+    )
+
+
+def _newest_number(session: Session) -> int:
+    """Return the number of the newest good generation in the directory; 0 for none."""
+    # If all are bad, the hosts may still have a good one; if not, the search reports it.
+    with suppress(CorruptGenerationError):
+        reader = session.directory.open_newest()
+        if reader is not None:
+            with reader:
+                return reader.manifest.generation
+    return 0
+
+
+def _report_lost(session: Session, level: HostLevel, text: str) -> None:
+    if level.local.lost == "raise":
+        raise RestoreError(
+            f"{text}. Nothing was changed: start the job on these hosts, or give "
+            'Local(lost="warn") to go on without those steps'
+        )
+    if session.comm.is_root and text != level.reported:
+        logger.warning("%s", text)
+    level.reported = text  # a search that finds a bad copy starts again
+
+
+def _fetch_manifest(
+    comm: Communicator, level: HostLevel, chosen: HeldGeneration
+) -> Manifest:
+    """Send the manifest from a leader that has it to all ranks."""
+    source = chosen.manifests[0]
+
+    def read() -> memoryview:
+        if comm.rank != source:
+            return memoryview(bytearray(chosen.manifest_bytes))
+        assert level.home is not None
+        return memoryview(level.home.manifest_of(chosen.origin.number))
+
+    data = agree(comm, _READING, read, error=RestoreError)
+    bcast_buffers(comm, [data], _READING, source)
+    return agree(comm, _READING, lambda: decode(bytes(data)), error=RestoreError)
+
+
+def bring_to_root(session: Session, kept: KeptGeneration, mine: Collection[str]) -> None:
+    """Send root some files that its host lacks, for a comparison that root makes alone.
+
+    Collective. Main thread only.
+
+    Args:
+        session: The manager's.
+        kept: The generation.
+        mine: Names of the files that this rank asks for.
+
+    Raises:
+        RestoreError: On every rank, if a host cannot read one, or its bytes are wrong.
+    """
+    names = collect(
+        session.comm,
+        _READING,
+        lambda: json.dumps(sorted(mine)).encode(),
+        lambda parts: sorted({name for part in parts for name in json.loads(part)}),
+        error=RestoreError,
+    )
+    sent = _send_to_root(session, kept.manifest, kept.holders, names)
+    if isinstance(kept.reader, HostReader):
+        kept.reader.add(sent)
+
+
+def _open(
+    session: Session,
+    level: HostLevel,
+    chosen: HeldGeneration,
+    states: Sequence[State],
+    stack: ExitStack,
+) -> KeptGeneration:
+    """Open the files of each host; send root the parts of ranks, which it deals out."""
+    manifest = _fetch_manifest(session.comm, level, chosen)
+    comm, home, number = session.comm, level.home, manifest.generation
+    names = [file.name for file in manifest.files]
+    holders = dict(zip(names, chosen.holders, strict=True))
+    place = level.local.place(comm.hosts[comm.root]) / level.folder
+    ranked = {state.name for state in states if isinstance(state, RankedState)}
+    stored = [one for one in manifest.states if one.name in ranked]
+    needed = {leaf.extent.file for one in stored for leaf in one.leaves}
+    sent = _send_to_root(session, manifest, holders, sorted(needed))
+
+    def open_here() -> GenerationReader | None:
+        if comm.is_root:
+            where = place if home is None else home.path
+            path = where / generation_name(number)
+            return stack.enter_context(HostReader(path, manifest, sent))
+        if home is not None and comm.rank in chosen.manifests:
+            return stack.enter_context(home.open(number))
+        return None
+
+    reader = agree(comm, _READING, open_here, error=RestoreError)
+    path = place / generation_name(number)
+    return KeptGeneration(chosen.origin, manifest, holders, path, reader)
+
+
+def _send_to_root(
+    session: Session,
+    manifest: Manifest,
+    holders: Mapping[str, Sequence[int]],
+    names: Sequence[str],
+) -> dict[str, memoryview]:
+    """Send root those of some files that its host lacks.
+
+    The host that has one proves it before it sends.
+    """
+    comm = session.comm
+    lacking = [name for name in names if comm.root not in holders[name]]
+    mine = [name for name in lacking if holders[name][0] == comm.rank]
+    sizes = {file.name: file.nbytes for file in manifest.files}
+
+    def read() -> dict[str, bytes]:
+        home = None if session.hosts is None else session.hosts.home
+        if not mine or home is None:
+            return {}
+        with home.open(manifest.generation) as reader:
+            leaves = [one for one in manifest.leaves if one.extent.file in mine]
+            for _ in proven_blocks(reader, leaves):
+                pass
+            return {
+                name: filesystem.read_start(reader.path / name, sizes[name])
+                for name in mine
+            }
+
+    data = agree(comm, _READING, read, error=RestoreError)
+    sends = [(comm.root, np.frombuffer(data[name], np.uint8)) for name in mine]
+    rooms = {name: np.empty(sizes[name], np.uint8) for name in lacking if comm.is_root}
+    receives = [(holders[name][0], room) for name, room in rooms.items()]
+    exchange_messages(comm, sends, receives, _READING)
+    return {name: room.data for name, room in rooms.items()}

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens the local level of a job: a directory on each host, used by the host's leader."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import on_root
+from mpi_ckpt.engine.hosts.opening import list_hosts, open_homes, refuse_moved
+from mpi_ckpt.engine.hosts.placement import count_copies
+from mpi_ckpt.errors import CheckpointError, OptionsError, RestoreError, SaveError
+from mpi_ckpt.storage.local.lineage import (
+    Lineage,
+    LocalRun,
+    Origin,
+    read_lineage,
+    write_lineage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.hosts.local_settings import Local
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.memory import Memory
+    from mpi_ckpt.options import Options
+    from mpi_ckpt.storage.local.host_directory import HostDirectory
+
+logger = logging.getLogger(__name__)
+
+_FAILURES_MAX = 3
+
+
+@dataclass(frozen=True, slots=True)
+class HostNames:
+    """The hosts of a job, in the order of their leaders.
+
+    Attributes:
+        names: Their names; root's is the first.
+        domains: Their failure domains.
+        leaders: The ranks of their leaders.
+    """
+
+    names: tuple[str, ...]
+    domains: tuple[str, ...]
+    leaders: tuple[int, ...]
+
+    @classmethod
+    def of(cls, comm: Communicator, local: Local) -> HostNames:
+        """Return the hosts of a communicator. Not collective: the same on every rank."""
+        leaders = comm.topology.leaders
+        names = tuple(comm.hosts[rank] for rank in leaders)
+        return cls(names, local.domains(names), leaders)
+
+
+class HostLevel:
+    """The local level of one manager.
+
+    Main thread only. A host is unusable if its directory cannot be opened: then a restore
+    does without it, and a save fails.
+
+    Args:
+        local: Its settings.
+        memory: The manager's `Memory`, whose copy comes from the same point; None for none.
+
+    Attributes:
+        local: Its settings.
+        folder: Name of the folder with the generations on each host; empty before `open`.
+        home: The directory of this host, on its leader once it is open; None elsewhere.
+        origin: The point in the history that the states come from; None for a fresh start,
+            or if it is not known.
+        run: Name of this run in the lineage; empty before its first save.
+        number: The highest number of a local generation; the same on every rank.
+        kept: Numbers of the generations that this run has kept, or come from.
+        failures: How many saves in a row have failed.
+        is_durable: Whether no host keeps its generations in memory.
+        reported: The losses last reported.
+    """
+
+    def __init__(self, local: Local, memory: Memory | None = None) -> None:
+        self.local = local
+        self._memory = memory
+        self.folder = ""
+        self.home: HostDirectory | None = None
+        self.origin: Origin | None = None
+        self.run = ""
+        self.number = 0
+        self.kept: list[int] = []
+        self.failures = 0
+        self.is_durable = False
+        self.reported = ""
+        self._unusable: Mapping[str, str] = {}
+        self._source: Origin | None = None
+
+    @classmethod
+    def over(cls, local: Local, options: Options, memory: Memory | None) -> HostLevel:
+        """Make the level of a manager. Not collective: called on every rank.
+
+        Args:
+            local: Its settings.
+            options: The manager's.
+            memory: The manager's `Memory`; None for none.
+
+        Raises:
+            OptionsError: On every rank, if the options contradict it.
+        """
+        if options.read_only or not options.sync:
+            raise OptionsError(
+                "a manager with local=Local(...) saves, and makes the replicas equal "
+                "first: not with Options(read_only=True), nor with Options(sync=False)"
+            )
+        return cls(local, memory)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the hosts' directories are open. Not collective: the same everywhere."""
+        return bool(self.folder)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether saves were switched off. Not collective: the same on every rank."""
+        return self.failures >= _FAILURES_MAX
+
+    def open(self, session: Session, *, makes: bool) -> bool:
+        """Open the directories of the hosts, once.
+
+        Collective.
+
+        Args:
+            session: The manager's.
+            makes: Whether to make them if there is no lineage yet.
+
+        Returns:
+            Whether they are open.
+
+        Raises:
+            OptionsError: On every rank, if two hosts see one directory.
+            RestoreError: On every rank, if the lineage cannot be read.
+        """
+        if self.is_open:
+            return True
+        comm, root = session.comm, session.directory.root
+
+        def look() -> list[str] | None:
+            found = read_lineage(root)
+            if found is None and not makes:
+                return None
+            folder = f"{root.name}-{secrets.token_hex(6)}" if found is None else found.home
+            return [folder.lstrip("."), secrets.token_hex(6)]
+
+        found = on_root(comm, "reading the lineage", look, error=RestoreError)
+        if found is None:
+            refuse_moved(session, self.local)
+            return False
+        self.folder, token = found
+        try:
+            opened = open_homes(session, self.local, self.folder, token)
+        except CheckpointError:
+            self.folder = ""
+            raise
+        self.home, self.number = opened.home, opened.number
+        self.is_durable, self._unusable = opened.is_durable, opened.unusable
+        return True
+
+    def require_usable(self) -> None:
+        """Refuse to save if a host's directory cannot be used. Not collective.
+
+        Raises:
+            SaveError: On every rank that calls, with these hosts.
+        """
+        if self._unusable:
+            raise SaveError(
+                f"{list_hosts(self._unusable)} cannot keep generations in "
+                f"{self.local.path}: {next(iter(self._unusable.values()))}"
+            )
+
+    def close(self) -> None:
+        """Release the directory of this host. Not collective. Callable twice."""
+        home, self.home, self.folder = self.home, None, ""
+        if home is not None:
+            home.close()
+
+    def survived_losses(self, hosts: HostNames) -> frozenset[str]:
+        """Return what its generations survive; see `SaveReport`. Not collective."""
+        losses = {"process"}
+        if count_copies(self.local.wanted_copies, hosts.domains) > 1:
+            losses.add("host")
+        return frozenset([*losses, *(["power"] if self.is_durable else [])])
+
+    def note_origin(self, origin: Origin | None) -> None:
+        """Note where the states come from. Not collective: called on every rank.
+
+        A run that goes back to an older point goes on as another run.
+        """
+        self._go_to(origin)
+        self._source = origin
+        self.run = ""
+        self.kept = [origin.number] if origin is not None and origin.number else []
+
+    def note_restored(self, generation: int, kept: Origin | None) -> None:
+        """Note what was restored. Not collective: called on every rank.
+
+        Args:
+            generation: Number of the generation; 0 for a copy in memory.
+            kept: The generation, if it is a local one.
+        """
+        origin = kept or Origin("", generation, 0)
+        if generation == 0:
+            known = None if self._memory is None else self._memory.origin
+            self.note_origin(None if known is None else Origin(*known))
+        else:
+            self.note_origin(origin)
+
+    def note_kept(self, origin: Origin) -> None:
+        """Note a local generation that all hosts have kept. Not collective."""
+        self._go_to(origin)
+        self.failures = 0
+        self.kept = [*self.kept, origin.number][-self.local.keep :]
+
+    def note_published(self, generation: int) -> None:
+        """Note a generation in the directory. Not collective: called on every rank."""
+        self._go_to(Origin("", generation, 0))
+
+    def begin_run(self, session: Session) -> None:
+        """Enter this run into the lineage, before its first generation. Root only.
+
+        Args:
+            session: The manager's; its directory is owned.
+
+        Raises:
+            CheckpointError: On the calling rank, if the lineage cannot be replaced.
+        """
+        if self.run:
+            return
+        directory, comm = session.directory, session.comm
+        lineage = read_lineage(directory.root) or Lineage(self.folder)
+        hosts = HostNames.of(comm, self.local).names
+        run = LocalRun(
+            secrets.token_hex(6),
+            directory.job,
+            _named(self._source, session),
+            behind=directory.catalog.look().last_rollback,
+            path=self.local.path,
+            hosts=hosts,
+        )
+        write_lineage(
+            directory.root,
+            lineage.with_run(run),
+            directory.job,
+        )
+        self.run = run.run
+        logger.info("local saves go to %d hosts, %s", len(hosts), self.local.path)
+
+    def settle(self, session: Session) -> None:
+        """Remove the local generations of a training that has ended well.
+
+        Collective. They are removed if the directory has a newer one, which a later start
+        then takes.
+
+        Args:
+            session: The manager's; no save is pending.
+        """
+        origin = self.origin
+        is_newer = origin is not None and origin.number == 0 and origin.base > 0
+        if not (self.is_open and self.run and is_newer):
+            return
+
+        def note() -> bool:
+            assert origin is not None
+            directory = session.directory
+            lineage = read_lineage(directory.root)
+            if lineage is None or lineage.runs[-1].run != self.run:
+                return False
+            last = replace(lineage.runs[-1], settled=origin.base)
+            write_lineage(
+                directory.root,
+                lineage.with_run(last),
+                directory.job,
+            )
+            return True
+
+        try:
+            noted = on_root(session.comm, "ending a local level", note, error=RestoreError)
+        except CheckpointError as error:
+            if session.comm.is_broken:
+                raise
+            if session.comm.is_root:
+                logger.warning("local generations are not removed: %s", error)
+            return
+        if noted and self.home is not None:
+            self.home.keep_only(())
+
+    def _go_to(self, origin: Origin | None) -> None:
+        self.origin = origin
+        if self._memory is not None:
+            self._memory.origin = origin
+
+
+def _named(origin: Origin | None, session: Session) -> Origin | None:
+    """Return a point whose run is known: of a directory's generation, its job."""
+    if origin is None or origin.run:
+        return origin
+    known = {info.generation: info.job for info in session.directory.catalog.generations()}
+    job = known.get(origin.base, "")
+    return origin._replace(run=job) if job else None

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes one local save: the hosts' leaders write the shares that they hold.
+
+sync      make the replicas equal, as every save does
+place     all leaders plan the same generation
+write     each leader writes its files: now, or behind the training
+publish   all have written: each renames; all have renamed: the generation is kept
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.comm import agree
+from mpi_ckpt.engine.hosts.level import HostNames
+from mpi_ckpt.engine.hosts.placing import LocalContents, place_generation
+from mpi_ckpt.engine.hosts.share_writer import ShareWriter
+from mpi_ckpt.engine.save.background import run_here
+from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.sync.replicas import sync_states
+from mpi_ckpt.errors import CheckpointError, OptionsError, SaveError
+from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.storage.format.layout import generation_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from mpi_ckpt.engine.hosts.level import HostLevel
+    from mpi_ckpt.engine.hosts.placing import Placed
+    from mpi_ckpt.engine.save.request import Begun, Published
+    from mpi_ckpt.engine.save.saver import Workshop
+    from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.engine.sync.captured import CapturedState
+    from mpi_ckpt.reports import PhaseClock
+
+logger = logging.getLogger(__name__)
+
+
+class LocalSave:
+    """One local save: its methods are its steps, called in this order.
+
+    Collective, as is every method unless it says otherwise. Main thread only. Errors of
+    `sync` are those of any save. What fails later on a host fails the save, and not the
+    training: `fail` reports it.
+
+    Args:
+        session: The manager's.
+        level: The local level.
+        workshop: The resources that saves share.
+        begun: The states to save.
+        step: Training step to note.
+        metrics: The program's metrics.
+        clock: Started with the call of the save.
+
+    Attributes:
+        step: The training step.
+        work: This rank's work, once it has begun; None if it has none.
+        published: None: a local save publishes nothing.
+        report: The report, once all ranks know how the save ended.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        level: HostLevel,
+        workshop: Workshop,
+        begun: Begun,
+        *,
+        step: int,
+        metrics: Mapping[str, float] | None,
+        clock: PhaseClock,
+    ) -> None:
+        self._session = session
+        self._level = level
+        self._workshop = workshop
+        self._begun = begun
+        self._contents = LocalContents((), (), step, dict(metrics or {}))
+        self._clock = clock
+        self._synced = SyncReport()
+        self._hosts = HostNames.of(session.comm, level.local)
+        self._placed: Placed | None = None
+        self._writer: ShareWriter | None = None
+        self.step = step
+        self.work: Future[None] | None = None
+        self.published: Published | None = None
+        self.report: SaveReport | None = None
+
+    def sync(self) -> None:
+        """Make the replicas equal, and capture their contents.
+
+        Raises:
+            CheckpointError: On every rank, if any rank cannot sync or capture the states.
+        """
+        session, states = self._session, self._begun.states
+        comm, step, metrics = session.comm, self.step, self._contents.metrics
+        with self._clock.phase("sync"):
+            synced = sync_states(comm, states, session.options, parts=self._begun.parts)
+            if synced.is_cut:
+                _refuse_cut(session, synced.captured)
+        self._synced = synced.report
+        by_name = {one.name: one for one in synced.captured}
+        taken = [by_name.get(state.name, state) for state in states]
+        self._contents = LocalContents(taken, synced.report.differing, step, metrics)
+        if session.memory is not None:
+            # INVARIANT: the copy in memory is never older than a generation on hosts: a
+            # restore takes it first.
+            request = SaveRequest(states=taken, step=step, size=comm.size, metrics=metrics)
+            with self._clock.phase("stage"):
+                threads = session.options.io.digest_threads
+                copy_into(session.memory, comm, request, threads, late=False)
+
+    def place(self) -> None:
+        """Plan the generation on every leader; send it what only root has.
+
+        Raises:
+            StageError: On every rank, if a state cannot give its contents.
+            CheckpointError: On every rank, if the leaders cannot plan one generation.
+        """
+        session, level, hosts = self._session, self._level, self._hosts
+        self._placed = placed = place_generation(session, level, hosts, self._contents)
+        if placed.plan is not None:
+            host = hosts.leaders.index(session.comm.rank)
+            self._writer = ShareWriter(level, placed.plan, host, placed.sent)
+
+    def write(self) -> None:
+        """Write this host's files: now, or in the background. `publish` learns the end.
+
+        Raises:
+            CheckpointError: On every rank, if a leader cannot copy its shares.
+        """
+        session, options = self._session, self._session.options
+        writer, clock = self._writer, self._clock
+
+        def copy() -> None:
+            if writer is not None and options.asynchronous:
+                with clock.phase("stage"):
+                    writer.stage(self._workshop.arena)
+
+        agree(session.comm, "staging a local save", copy, error=SaveError)
+        if writer is not None:
+            run = self._workshop.background.submit if options.asynchronous else run_here
+            self.work = run(lambda: writer.write(clock))
+
+    def publish(self) -> None:
+        """Agree on how the writing ended; let each leader name the generation, if well.
+
+        Raises:
+            CollectiveError: On every live rank, if one never arrives.
+        """
+        comm, writer, placed = self._session.comm, self._writer, self._placed
+        assert placed is not None
+
+        def finish() -> None:
+            if self.work is not None:
+                self.work.result()
+
+        def appear() -> None:
+            if writer is not None:
+                writer.appear()
+
+        try:
+            # CRASH: from here on each host has the generation or a leftover of it. A start
+            # takes it if the hosts that have it hold all files together.
+            agree(comm, "writing a local generation", finish, error=SaveError)
+            agree(comm, "keeping a local generation", appear, error=SaveError)
+        except CheckpointError as error:
+            self.fail(error)
+            return
+        self._level.note_kept(placed.origin)
+        self._conclude(placed.origin.number, placed.nbytes)
+
+    def prune(self) -> None:
+        """Remove generations beyond those that are kept. Not collective.
+
+        In the background. Every rank knows by now that all hosts have the new one.
+        """
+        level = self._level
+        kept, home = tuple(level.kept), level.home
+        is_kept = self.report is not None and self.report.generation > 0
+        if is_kept and home is not None and len(kept) >= level.local.keep:
+            self._workshop.background.submit(lambda: home.keep_only(kept))
+
+    def fail(self, error: CheckpointError) -> None:
+        """Give the save up, and report that. Not collective: all ranks have the error.
+
+        Raises:
+            CheckpointError: The error, if the ranks can no longer meet.
+        """
+        if self.work is not None:
+            self.work.exception()  # no thread may write while files are removed
+        if self._writer is not None:
+            self._writer.drop()
+        if self._session.comm.is_broken:
+            raise error
+        self._level.failures += 1
+        if self._session.comm.is_root:
+            _log_failure(self.step, self._level, error)
+        self._conclude(0, 0)
+
+    def settled(self) -> SaveReport:
+        """Return the report; that of a failure if local saves are switched off."""
+        if self.report is None:
+            self._conclude(0, 0)
+        assert self.report is not None
+        return self.report
+
+    def _conclude(self, number: int, nbytes: int) -> None:
+        """Make the report, and let go of the contents."""
+        level = self._level
+        self.report = SaveReport(
+            generation=number,
+            path=self._path_on_root(number),
+            step=self.step,
+            size=self._session.comm.size,
+            bytes_written=nbytes,
+            bytes_reused=0,
+            seconds=self._clock.seconds(),
+            pruned=(),
+            sync=self._synced,
+            level="local",
+            survives=level.survived_losses(self._hosts) if number else frozenset(),
+            local_failures=level.failures,
+        )
+        # Otherwise Python's next garbage collection would scan these.
+        self._contents = LocalContents((), (), self.step, {})
+        self._placed = self._writer = None
+
+    def _path_on_root(self, number: int) -> Path:
+        place = self._level.local.place(self._hosts.names[0]) / self._level.folder
+        return place / generation_name(number) if number else place
+
+
+def _log_failure(step: int, level: HostLevel, error: CheckpointError) -> None:
+    if level.is_off:
+        logger.error(
+            "local saves are switched off: %d in a row have failed, the last one at step "
+            "%d. The training goes on, and saves to the directory alone: %s",
+            *(level.failures, step, error),
+        )
+    else:
+        logger.warning(
+            "the local save of step %d has failed (%d in a row), earlier ones are still "
+            "there, and the training goes on: %s",
+            *(step, level.failures, error),
+        )
+
+
+def _refuse_cut(session: Session, captured: Sequence[CapturedState]) -> None:
+    """Refuse state that is cut over the ranks. Collective."""
+
+    def refuse() -> None:
+        names = [repr(one.name) for one in captured if one.cut]
+        if names:
+            raise OptionsError(
+                f"state {', '.join(names)} is cut over the ranks, and a local level keeps "
+                "only state that each host has as a whole: leave local= out, or save it to "
+                "the directory alone"
+            )
+
+    agree(session.comm, "looking for cut state", refuse, error=OptionsError)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans a local generation: its files, the hosts that hold them, its manifest. No MPI.
+
+Root alone knows the bytes of plain states, and of states with a part for each rank: these
+files are *bound* to it. It sends their description, a small manifest, from which each
+leader makes the same whole manifest.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mpi_ckpt.digest import Digest, digest_bytes
+from mpi_ckpt.engine.hosts.placement import count_copies, count_shares, place_files
+from mpi_ckpt.engine.save.shard import encode_shard, foresee_leaf_file
+from mpi_ckpt.engine.save.sharing import pick_share, split_by_bytes
+from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
+from mpi_ckpt.errors import StageError
+from mpi_ckpt.options import ROOT
+from mpi_ckpt.storage.format.layout import (
+    shard_file_name,
+    share_file_name,
+    stream_file_name,
+)
+from mpi_ckpt.storage.format.local_set import LocalSet
+from mpi_ckpt.storage.format.manifest import (
+    Extent,
+    Manifest,
+    StoredFile,
+    StoredLeaves,
+    StoredState,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mpi_ckpt.engine.hosts.level import HostNames
+    from mpi_ckpt.engine.save.shard import Shard
+    from mpi_ckpt.state import State
+
+_NO_HEADER = digest_bytes(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundFiles:
+    """The files whose bytes only root knows.
+
+    Attributes:
+        data: Name -> bytes.
+        files: Their entries in the manifest.
+        states: The states that lie in them.
+    """
+
+    data: Mapping[str, bytes]
+    files: tuple[StoredFile, ...]
+    states: tuple[StoredState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharePlan:
+    """A local generation as every leader plans it.
+
+    Attributes:
+        manifest: Its manifest.
+        shares: File name -> the leaves in it, of each share.
+        bound: Names of the files whose bytes only root knows.
+    """
+
+    manifest: Manifest
+    shares: Mapping[str, Sequence[CapturedState]]
+    bound: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files on all hosts, without manifests."""
+        assert self.manifest.local is not None
+        pairs = zip(self.manifest.files, self.manifest.local.holders, strict=True)
+        return sum(file.nbytes * len(holders) for file, holders in pairs)
+
+    def held_by(self, host: int) -> list[StoredFile]:
+        """Return the files that a host holds. Not collective. Thread-safe.
+
+        Args:
+            host: Index of the host.
+        """
+        assert self.manifest.local is not None
+        pairs = zip(self.manifest.files, self.manifest.local.holders, strict=True)
+        return [file for file, holders in pairs if host in holders]
+
+    def receivers(self, name: str) -> tuple[int, ...]:
+        """Return the hosts to which root sends a bound file. Not collective."""
+        assert self.manifest.local is not None
+        pairs = zip(self.manifest.files, self.manifest.local.holders, strict=True)
+        (holders,) = (holders for file, holders in pairs if file.name == name)
+        return tuple(host for host in holders if host != ROOT)
+
+
+def encode_bound(
+    states: Sequence[CapturedState | State], generation: int, threads: int
+) -> BoundFiles:
+    """Encode the states whose bytes only root knows. Not collective. Root only.
+
+    Args:
+        states: These states: plain ones, and captured ones with a part for each rank.
+        generation: Number of the generation.
+        threads: Threads that hash.
+
+    Raises:
+        StageError: On the calling rank, if a state cannot give its contents.
+    """
+    data: dict[str, bytes] = {}
+    files: list[StoredFile] = []
+    stored: list[StoredState] = []
+    for state in states:
+        if isinstance(state, CapturedState):
+            continue
+        stream = io.BytesIO()
+        try:
+            state.save(stream)
+        except Exception as error:
+            raise StageError(f"save() of state {state.name!r}: {error!r}") from error
+        name, text = stream_file_name(state.name), stream.getvalue()
+        extent, digest = Extent(name, 0, len(text)), Digest.of(memoryview(text))
+        data[name] = text
+        files.append(StoredFile(name, len(text), 0, _NO_HEADER, generation))
+        stored.append(StoredState.of_stream(state.name, extent, digest))
+    captured = [state for state in states if isinstance(state, CapturedState)]
+    captured = digest_states(captured, threads)
+    shard = foresee_leaf_file(captured, shard_file_name(ROOT), generation)
+    if shard is not None:
+        data[shard.file.name] = encode_shard(captured)
+        files.append(shard.file)
+    stored += [_stored(content, [shard] if shard else []) for content in captured]
+    return BoundFiles(data, tuple(files), tuple(stored))
+
+
+def plan_shares(
+    part: Manifest,
+    names: Sequence[str],
+    equal: Sequence[CapturedState],
+    hosts: HostNames,
+    copies: int | None,
+) -> SharePlan:
+    """Make the plan of a generation from what root has sent.
+
+    Not collective. Every leader makes the same plan of it.
+
+    Args:
+        part: The manifest of the bound files alone; also the structures of states that a
+            sync has made equal.
+        names: Names of all states, in saving order.
+        equal: The digested contents that all ranks have.
+        hosts: The hosts.
+        copies: How many hosts shall hold each file; None for one in each domain.
+    """
+    assert part.local is not None
+    sent = {state.name: state for state in part.states}
+    equal = [
+        replace(one, structure=sent[one.name].structure) if one.name in sent else one
+        for one in equal
+    ]
+    count = count_copies(copies, hosts.domains)
+    shares = _cut(equal, count_shares(len(hosts.names), count))
+    shards = [foresee_leaf_file(one, name, part.generation) for name, one in shares.items()]
+    made = [shard for shard in shards if shard is not None]
+    files = (*part.files, *(shard.file for shard in made))
+    holders = place_files(
+        [file.nbytes for file in files],
+        hosts.names,
+        hosts.domains,
+        count,
+        bound=[ROOT] * len(part.files),
+    )
+    stored = {one.name: _stored(one, made) for one in equal}
+    local = LocalSet(
+        part.local.run,
+        part.local.base,
+        part.local.directory,
+        hosts.names,
+        hosts.domains,
+        count,
+        tuple(holders),
+    )
+    states = tuple([stored.get(name) or sent[name] for name in names])
+    return SharePlan(
+        replace(part, files=files, states=states, local=local),
+        shares,
+        tuple(file.name for file in part.files),
+    )
+
+
+def _cut(equal: Sequence[CapturedState], count: int) -> dict[str, Sequence[CapturedState]]:
+    """Cut the leaves of all states into shares of about equal size."""
+    leaves = [
+        ((content.name, number), spec.nbytes)
+        for content in equal
+        for number, spec in enumerate(content.specs)
+    ]
+    shares: dict[str, Sequence[CapturedState]] = {}
+    for part in split_by_bytes(leaves, count):
+        share: dict[str, list[int]] = {}
+        for name, number in part:
+            share.setdefault(name, []).append(number)
+        if share:
+            shares[share_file_name(len(shares))] = pick_share(equal, share)
+    return shares
+
+
+def _stored(content: CapturedState, shards: Sequence[Shard]) -> StoredState:
+    name = content.name
+    parts = [shard.states[name] for shard in shards if name in shard.states]
+    leaves = StoredLeaves.joined(content.form, parts)
+    return StoredState(name, content.structure, leaves)
