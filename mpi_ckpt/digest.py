@@ -8,15 +8,23 @@ and show where in a large leaf a byte has flipped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 import xxhash
 
+from mpi_ckpt.buckets import plan_buckets
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from mpi_ckpt.buckets import Readable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,6 +35,7 @@ __all__ = [
     "DIGEST_BYTES",
     "BlockHasher",
     "Digest",
+    "Digests",
     "copy_many",
     "digest_bytes",
     "digest_many",
@@ -39,12 +48,15 @@ BLOCK_BYTES = 16 << 20
 
 # Below this many bytes, starting threads costs more than it saves (13 GB/s a core).
 _PARALLEL_BYTES = 32 << 20
+# Handing a run to a thread costs what hashing half a megabyte does; smaller runs are hashed
+# by the thousand, in a loop that is not Python's and does not let other threads run.
+_SMALL_BYTES = 512 << 10
 _GROUP_BYTES = 4 << 20
 # A copy of so many bytes, and its source, are still in the cache of a core afterwards.
 _CACHED_BYTES = 256 << 10
 
 
-def digest_bytes(data: memoryview | bytes | bytearray) -> bytes:
+def digest_bytes(data: Readable) -> bytes:
     """Return the xxh3-128 of one run of bytes, 16 bytes, big end first. Thread-safe."""
     return xxhash.xxh3_128_digest(data)
 
@@ -126,29 +138,115 @@ class BlockHasher:
         self._filled = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Digests(Sequence[Digest]):
+    """The digests of many runs of bytes, in order, as one run of bytes.
+
+    Attributes:
+        wholes: The `whole` of each, in a row.
+        several: Index -> digest, of the runs of more than one block.
+    """
+
+    wholes: bytes = b""
+    several: Mapping[int, Digest] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def of(cls, digests: Iterable[Digest]) -> Digests:
+        """Join digests. Not collective. Thread-safe."""
+        digests = list(digests)
+        several = {n: one for n, one in enumerate(digests) if len(one.blocks) != 1}
+        return cls(b"".join([one.whole for one in digests]), several)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Digests]) -> Digests:
+        """Join several lists of digests. Not collective. Thread-safe."""
+        wholes: list[bytes] = []
+        several: dict[int, Digest] = {}
+        count = 0
+        for part in parts:
+            wholes.append(part.wholes)
+            several |= {count + number: one for number, one in part.several.items()}
+            count += len(part)
+        return cls(b"".join(wholes), several)
+
+    @property
+    def rows(self) -> NDArray[np.uint64]:
+        """The `whole` of each as a row of two numbers, for comparisons."""
+        return np.frombuffer(self.wholes, np.uint64).reshape(-1, 2)
+
+    def pick(self, numbers: Sequence[int] | NDArray[np.int64]) -> Digests:
+        """Return some of them. Not collective. Thread-safe."""
+        several: dict[int, Digest] = {}
+        if self.several:
+            picked = enumerate(np.asarray(numbers, np.int64).tolist())
+            several = {at: self.several[n] for at, n in picked if n in self.several}
+        return Digests(self.rows[np.asarray(numbers, np.int64)].tobytes(), several)
+
+    def __iter__(self) -> Iterator[Digest]:
+        for number, at in enumerate(range(0, len(self.wholes), DIGEST_BYTES)):
+            several = self.several.get(number)
+            yield several or Digest((self.wholes[at : at + DIGEST_BYTES],))
+
+    def __len__(self) -> int:
+        return len(self.wholes) // DIGEST_BYTES
+
+    @overload
+    def __getitem__(self, index: int) -> Digest: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Digests: ...
+
+    def __getitem__(self, index: int | slice) -> Digest | Digests:
+        if isinstance(index, slice):
+            return self.pick(range(*index.indices(len(self))))
+        number = range(len(self))[index]
+        if number in self.several:
+            return self.several[number]
+        start = number * DIGEST_BYTES
+        return Digest((self.wholes[start : start + DIGEST_BYTES],))
+
+
 def digest_many(
-    reads: Sequence[Callable[[], memoryview]], sizes: Sequence[int], threads: int
-) -> list[Digest]:
-    """Digest several runs of bytes, in parallel where that is faster.
+    read: Callable[[int, int], Sequence[Readable]],
+    sizes: NDArray[np.int64],
+    threads: int,
+    block_bytes: int = BLOCK_BYTES,
+) -> Digests:
+    """Digest several runs of bytes, the large ones in parallel where that is faster.
 
     Not collective. Thread-safe. The worker threads end before this returns.
 
     Args:
-        reads: One function for each run that returns its bytes. At most ``threads`` runs
-            are held at a time, which bounds the memory of private copies.
+        read: Returns the bytes of the runs from one index to another. At most ``threads``
+            results are held at a time, which bounds the memory of private copies.
         sizes: Length of each in bytes.
         threads: Threads to use at most.
+        block_bytes: Block length in bytes.
 
     Returns:
         One digest for each run, in order.
     """
+    several: dict[int, Digest] = {}
 
-    def digest(group: Sequence[Callable[[], memoryview]]) -> list[Digest]:
-        return [Digest.of(read()) for read in group]
+    def digest(group: tuple[int, int]) -> bytes:
+        first, last = group
+        if last - first > 1 or sizes[first] <= block_bytes:
+            return b"".join(map(xxhash.xxh3_128_digest, read(first, last)))
+        (data,) = read(first, last)
+        several[first] = Digest.of(memoryview(data), block_bytes)
+        return several[first].whole
 
-    if threads == 1 or sum(sizes) < _PARALLEL_BYTES:
-        return digest(reads)
-    return _in_groups(digest, zip(reads, sizes, strict=True), threads)
+    groups = plan_buckets(sizes, min(_SMALL_BYTES, block_bytes), _GROUP_BYTES)
+    large = [group for group in groups if group[1] - group[0] == 1]
+    if threads == 1 or sum(int(sizes[first]) for first, _ in large) < _PARALLEL_BYTES:
+        found = [digest(group) for group in groups]
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="mpi_ckpt-digest") as pool:
+            of_large = pool.map(digest, large)
+            small = {group: digest(group) for group in groups if group[1] - group[0] > 1}
+            of_all = {**small, **dict(zip(large, of_large, strict=True))}
+        found = [of_all[group] for group in groups]
+    return Digests(b"".join(found), several)
 
 
 def copy_many(

@@ -78,6 +78,23 @@ class Form:
     def __init__(self, specs: Iterable[LeafSpec]) -> None:
         self.specs = tuple(specs)
 
+    def pick(self, numbers: Sequence[int]) -> Form:
+        """Return the form of some of the leaves. Not collective."""
+        if len(numbers) == len(self.specs):
+            return self
+        return Form([self.specs[number] for number in numbers])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the leaves."""
+        return tuple([spec.name for spec in self.specs])
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """The bytes of each leaf."""
+        sizes = [spec.nbytes for spec in self.specs]
+        return np.array(sizes, np.int64)
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all leaves."""
@@ -262,6 +279,11 @@ class MemoryBuffer:
         """Return the memory itself. Not collective."""
         return self._memory
 
+    @staticmethod
+    def read_all(buffers: Sequence[MemoryBuffer]) -> Sequence[memoryview]:
+        """Return the memory of each buffer. Not collective."""
+        return [buffer._memory for buffer in buffers]  # noqa: SLF001 (its own)
+
     def copy_to(self, target: memoryview) -> None:
         """Copy the memory. Not collective."""
         copy_bytes(self._memory, target)
@@ -298,6 +320,11 @@ class Target:
         self._leaf = leaf
         self._live: memoryview | None = None if leaf is None else leaf.buffer.view()
         self._private: bytearray | None = None
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the memory is a private copy, which `finish` moves."""
+        return self._live is None
 
     def memory(self) -> memoryview:
         """Return the bytes to fill; makes a private copy when first needed."""

@@ -12,7 +12,7 @@ import numpy as np
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.states.array_dtypes import array_dtype_name
+from mpi_ckpt.states.array_bytes import array_dtype_name
 from mpi_ckpt.storage.format.layout import shard_file_name, tile_file_name
 from mpi_ckpt.storage.format.manifest import (
     CutLeaf,
@@ -20,6 +20,7 @@ from mpi_ckpt.storage.format.manifest import (
     Manifest,
     StoredFile,
     StoredLeaf,
+    StoredLeaves,
     StoredState,
 )
 from mpi_ckpt.storage.format.manifest_codec import encode
@@ -81,7 +82,7 @@ def write_cut(
     root.mkdir(exist_ok=True)
     partial = Partial(root, generation, "9f3c2a61b07e", mode=mode)
     specs = {name: spec_of(name, one.array) for name, one in arrays.items()}
-    files, leaves = [], ()
+    files, leaves = [], StoredLeaves.of(())
     if whole:
         file, leaves = write_whole(partial, state, whole, block_bytes)
         files.append(file)
@@ -112,14 +113,14 @@ def write_cut(
 
 def write_whole(
     partial: Partial, state: str, arrays: dict[str, np.ndarray], block_bytes: int
-) -> tuple[StoredFile, tuple[StoredLeaf, ...]]:
+) -> tuple[StoredFile, StoredLeaves]:
     """Write leaves that are not cut, as root does."""
     name, specs = shard_file_name(0), [spec_of(n, a) for n, a in arrays.items()]
     header = encode_header([(f"{state}/{one.name}", one) for one in specs], {})
     data = [bytes_of(array, Box.whole(array.shape)) for array in arrays.values()]
     *offsets, end = accumulate(map(len, data), initial=len(header))
     partial.write_shard(name, [memoryview(header), *data], end)
-    leaves = tuple(
+    leaves = StoredLeaves.of(
         StoredLeaf(spec, Extent(name, offset, len(one)), Digest.of(one, block_bytes))
         for spec, offset, one in zip(specs, offsets, data, strict=True)
     )

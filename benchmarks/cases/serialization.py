@@ -13,6 +13,7 @@ from benchmarks import ceilings, names
 from benchmarks.harness import Contender, Group
 from benchmarks.peers import to_bytes_contenders
 from mpi_ckpt import ArrayState, Options
+from mpi_ckpt.buckets import read_leaves
 from mpi_ckpt.digest import digest_bytes, digest_many
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def groups(setting: Setting) -> Iterator[Group]:
 def _as_a_save_does(setting: Setting) -> None:
     leaves = ArrayState("adam", setting.state).capture().leaves
     reads = [leaf.buffer.read for leaf in leaves]
-    sizes = [leaf.spec.nbytes for leaf in leaves]
-    digest_many(reads, sizes, Options().io.digest_threads)
+    sizes = np.array([leaf.spec.nbytes for leaf in leaves])
+    digest_many(lambda i, j: read_leaves(leaves[i:j]), sizes, Options().io.digest_threads)
     block = memoryview(bytearray(_BLOCK_BYTES))
     for read in reads:
         data = read()

@@ -66,8 +66,8 @@ def _sent(report: SyncReport) -> dict[str, float]:
 
 
 def _digest(arrays: list[np.ndarray]) -> None:
-    reads = [partial(getattr, array.reshape(-1).view(np.uint8), "data") for array in arrays]
-    digest_many(reads, [array.nbytes for array in arrays], Options().io.digest_threads)
+    sizes = np.array([array.nbytes for array in arrays])
+    digest_many(lambda i, j: arrays[i:j], sizes, Options().io.digest_threads)
 
 
 def _one_hop(setting: Setting, arrays: list[np.ndarray]) -> list[Contender]:

@@ -307,7 +307,7 @@ def differing_digests(
 
     Args:
         comm: The communicator.
-        digests: 16 bytes each; as many on every rank.
+        digests: 16 bytes each, or several in a row; as many on every rank.
         doing: What the ranks meet for, for the error if one never arrives.
 
     Returns:
@@ -318,7 +318,7 @@ def differing_digests(
     """
     mine = np.frombuffer(b"".join(digests), np.uint64)
     if comm.size == 1 or len(mine) == 0:
-        return np.zeros(len(digests), np.bool_)
+        return np.zeros(len(mine) // 2, np.bool_)
     least = comm.all_reduce(np.concatenate([mine, ~mine]), "min", doing)
     differs = least[: len(mine)] != ~least[len(mine) :]
     found: np.ndarray[tuple[int], np.dtype[np.bool_]] = differs.reshape(-1, 2).any(axis=1)

@@ -8,7 +8,8 @@ larger than ``Communicator.message_bytes``.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +17,16 @@ from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.topology import plan_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from mpi4py import MPI
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm.communicator import Communicator
+
+# While a sum is awaited, the next ones are under way, and their memory is a few pieces.
+_PIECE_BYTES = 4 << 20
+_IN_FLIGHT = 4
 
 
 def mean_buffers(comm: Communicator, arrays: Sequence[NDArray[Any]], doing: str) -> None:
@@ -37,11 +43,37 @@ def mean_buffers(comm: Communicator, arrays: Sequence[NDArray[Any]], doing: str)
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
+    flying: deque[_Sum] = deque()
+
+    def land() -> None:
+        first = flying[0]
+        # If one is given up, all in flight are: their memory must not be reused.
+        comm.wait([first.request], doing, streaming=True, buffers=flying)
+        flying.popleft()
+        np.divide(first.result, comm.size, out=first.part)
+
+    for part in _cut(arrays, min(_PIECE_BYTES, comm.message_bytes)):
+        if len(flying) == _IN_FLIGHT:
+            land()
+        result = np.empty_like(part)
+        flying.append(_Sum(part, result, comm.start_all_reduce(part, result, "sum")))
+    while flying:
+        land()
+    comm.note_meeting(doing)
+
+
+class _Sum(NamedTuple):
+    """A sum under way: this rank's values, the sum of all ranks, the request."""
+
+    part: NDArray[Any]
+    result: NDArray[Any]
+    request: MPI.Request
+
+
+def _cut(arrays: Sequence[NDArray[Any]], nbytes: int) -> Iterator[NDArray[Any]]:
     for array in arrays:
-        cuts = plan_messages([array.nbytes], comm.message_bytes, unit=array.itemsize)
-        for (piece,) in cuts:
-            part = array[piece.start // array.itemsize : piece.end // array.itemsize]
-            part[:] = comm.all_reduce(part, "sum", doing) / comm.size
+        for (piece,) in plan_messages([array.nbytes], nbytes, unit=array.itemsize):
+            yield array[piece.start // array.itemsize : piece.end // array.itemsize]
 
 
 def bcast_bytes(comm: Communicator, data: bytes | None, doing: str) -> bytes:

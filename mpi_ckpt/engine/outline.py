@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.storage.format.manifest import STREAM, Extent
+from mpi_ckpt.storage.format.manifest import STREAM, Extent, known_form
 from mpi_ckpt.storage.format.rank_parts import find_parts
 
 if TYPE_CHECKING:
@@ -145,8 +145,10 @@ class Outline:
                 [
                     state.name,
                     state.structure,
-                    [spec.to_json() for spec in state.specs],
                     # In columns: with thousands of leaves that halves the work.
+                    [spec.name for spec in state.specs],
+                    [spec.dtype for spec in state.specs],
+                    [spec.shape for spec in state.specs],
                     [numbers[extent.file] for extent in state.extents],
                     [extent.offset for extent in state.extents],
                     state.parts,
@@ -181,7 +183,7 @@ class Outline:
 
 def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
     if deals and not stored.is_stream:
-        names = [leaf.spec.name for leaf in stored.leaves]
+        names = [*stored.leaves.form.names]
         names += [leaf.spec.name for leaf in stored.cut]
         count, are_cut = len(find_parts(names)), bool(stored.cut)
         form = stored.name, stored.structure, ()
@@ -189,8 +191,8 @@ def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
     return StateOutline(
         stored.name,
         stored.structure,
-        tuple([leaf.spec for leaf in stored.leaves]),
-        tuple([leaf.extent for leaf in stored.leaves]),
+        stored.leaves.form.specs,
+        tuple(stored.leaves.extents),
         is_stream=stored.is_stream,
         cut=tuple([replace(leaf.spec, is_cut=True) for leaf in stored.cut]),
     )
@@ -200,7 +202,9 @@ def _decode_state(
     files: Sequence[str],
     name: str,
     structure: Structure,
-    specs: Sequence[Any],
+    names: Sequence[str],
+    kinds: Sequence[str],
+    shapes: Sequence[Sequence[int]],
     numbers: Sequence[int],
     offsets: Sequence[int],
     parts: int | None,
@@ -208,14 +212,14 @@ def _decode_state(
     cut: Sequence[Any],
     are_parts_cut: bool,
 ) -> StateOutline:
-    leaves = tuple([LeafSpec.from_json(spec) for spec in specs])
+    form = known_form(tuple(names), tuple(kinds), tuple(map(tuple, shapes)))
     places = [files[number] for number in numbers]
-    lengths = [spec.nbytes for spec in leaves] if places else []
+    lengths = form.sizes.tolist() if places else []
     extents = tuple(map(Extent, places, offsets, lengths))
     return StateOutline(
         name,
         structure,
-        leaves,
+        form.specs,
         extents,
         parts,
         is_stream,

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from mpi_ckpt.buckets import find_spans
 from mpi_ckpt.comm import collect
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.leaf import Place
@@ -60,9 +60,7 @@ def find_overlaps(leaves: Sequence[Leaf | None]) -> list[Overlap]:
     Args:
         leaves: The destinations of bytes; None for a leaf without one.
     """
-    spans = [(0, 0) if leaf is None else leaf.buffer.span() for leaf in leaves]
-    flat = np.fromiter(chain.from_iterable(spans), np.uint64, 2 * len(spans))
-    starts, ends = flat.reshape(-1, 2).T
+    starts, ends = find_spans(leaves).T
     order = np.lexsort((ends, starts))
     order = order[starts[order] < ends[order]]
     starts, ends = starts[order], ends[order]

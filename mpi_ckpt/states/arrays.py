@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
-from mpi_ckpt.leaf import Leaf, LeafSpec, Place
+from mpi_ckpt.leaf import Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
-from mpi_ckpt.states.array_dtypes import LITTLE, array_dtype, array_dtype_name, holes_of
+from mpi_ckpt.states.array_bytes import ArrayBuffer, array_dtype, array_dtype_name
 from mpi_ckpt.states.memory_layout import Layout, overlaps_itself
-from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
+from mpi_ckpt.states.mismatch import are_alike, compare_specs, raise_mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 _C_ORDER = Layout()
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+# The program may replace arrays at any time. The replaced ones stay in memory until the
+# next look, so they must not be large; then their number hardly matters.
+_KEPT_BYTES_MAX = 256 << 20
 # Other subclasses hold more than numbers (a unit, a mask), and a restore would lose or mix
 # that.
 _TAKEN = (np.ndarray, np.memmap, np.matrix, np.recarray, np.ma.MaskedArray)
@@ -59,105 +63,6 @@ def empty_array(spec: LeafSpec, layout: Layout = _C_ORDER) -> NDArray[Any]:
         return lying.transpose(np.argsort(order)) if layout.order else lying
     except (ValueError, MemoryError) as error:
         raise StateMismatchError(f"{spec}: {error}") from None
-
-
-class _Bytes:
-    """The bytes of an array's elements: one more dimension, whatever the strides."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array = array
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "data": array.__array_interface__["data"],
-            "shape": (*array.shape, array.itemsize),
-            "strides": (*array.strides, 1),
-        }
-
-
-class ArrayBuffer:
-    """The bytes of an array of any layout, little end first. Not collective."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self._array = array
-
-    def view(self) -> memoryview | None:
-        """Return the live bytes if they are contiguous, writable and little-endian."""
-        direct = self._direct()
-        return None if direct is None or direct.readonly else direct
-
-    def read(self) -> memoryview:
-        """Return the live bytes if possible, else a copy's."""
-        direct = self._direct()
-        if direct is not None:
-            return direct.toreadonly()
-        data = np.empty(self._array.nbytes, np.uint8).data
-        self.copy_to(data)
-        return data.toreadonly()
-
-    def copy_to(self, target: memoryview) -> None:
-        """Copy the bytes at once, for any layout."""
-        if self._array.size:
-            new = np.frombuffer(target, self._little()).reshape(self._array.shape)
-            np.copyto(new, self._array)
-            holes = holes_of(new.dtype)
-            if holes is not None:
-                np.frombuffer(target, np.uint8).reshape(-1, len(holes))[:, holes] = 0
-
-    def write(self, data: memoryview) -> None:
-        """Write bytes into the array, for any layout."""
-        new = np.frombuffer(data, self._little()).reshape(self._array.shape)
-        np.copyto(self._array, new)
-
-    def part(self, index: tuple[slice, ...]) -> ArrayBuffer:
-        """Return a box of the array, as `TileBuffer` says."""
-        # An array without dimensions, indexed by nothing, would give a number.
-        return ArrayBuffer(self._array[index] if index else self._array)
-
-    def host_bytes(self) -> NDArray[np.uint8] | None:
-        """Return the live bytes of each element, as `TileBuffer` says."""
-        array = self._array
-        if array.dtype != self._little() or not array.flags.writeable:
-            return None
-        return np.asarray(_Bytes(array))
-
-    def stamp(self) -> int:
-        """Return a constant: an array notices no change."""
-        return 0
-
-    def place(self) -> Place:
-        """Return the array's place in memory."""
-        array = self._array
-        return Place(array.ctypes.data, array.itemsize, array.shape, array.strides)
-
-    def span(self) -> tuple[int, int]:
-        """Return the address of its first byte, and one past the last."""
-        array = self._array
-        if array.flags.c_contiguous and array.dtype in LITTLE and array.size:
-            # NumPy's own way to the address takes three times as long.
-            start = ctypes.addressof(ctypes.c_char.from_buffer(array.data))
-            return start, start + array.nbytes
-        return self.place().span
-
-    def _direct(self) -> memoryview | None:
-        array = self._array
-        if not array.flags.c_contiguous:
-            return None
-        if array.dtype in LITTLE and array.size:
-            # This takes a third of the time of the general way below.
-            return array.data.cast("B")
-        if array.dtype != self._little() or holes_of(array.dtype) is not None:
-            return None
-        return array.reshape(-1).view(np.uint8).data
-
-    def _little(self) -> np.dtype[Any]:
-        dtype: np.dtype[Any] = self._array.dtype
-        # Records are saved unchanged, and types that are not NumPy's own have only one
-        # order.
-        if dtype in LITTLE or dtype.names or (dtype.isnative and LITTLE):
-            return dtype
-        little: np.dtype[Any] = dtype.newbyteorder("<")
-        return little
 
 
 def array_leaf(name: str, array: NDArray[Any], known: LeafSpec | None = None) -> Leaf:
@@ -222,6 +127,7 @@ class ArrayState(LeafState):
         self._asked = arrays if callable(arrays) else None
         self._kept: dict[str, Any] = {} if callable(arrays) else dict(arrays)
         problems = [_no_array(key, value) for key, value in self._kept.items()]
+        self._known = _KnownArrays({}, ())
         if any(problems):
             raise RegistrationError(f"state {name!r}: {'; '.join(filter(None, problems))}")
 
@@ -250,8 +156,10 @@ class ArrayState(LeafState):
         """See `LeafState`. Not collective."""
         leaves, problems = self._look()
         raise_mismatch(self.name, problems)
-        live = {leaf.spec.name: leaf for leaf in leaves}
         ours = [leaf.spec for leaf in leaves]
+        if are_alike(specs, ours):
+            return Arrival(leaves, adopt=_nothing_left)
+        live = {leaf.spec.name: leaf for leaf in leaves}
         compare_specs(self.name, specs, ours, common=not strict)
         saved = {spec.name for spec in specs}
         return Arrival(
@@ -261,10 +169,13 @@ class ArrayState(LeafState):
             unexpected=tuple(spec.name for spec in specs if spec.name not in live),
         )
 
-    def _look(self) -> tuple[list[Leaf], list[str]]:
+    def _look(self) -> tuple[Sequence[Leaf], list[str]]:
         """Return the leaves of the live arrays, and why some of them cannot be restored."""
-        known = {spec.name: spec for spec in self._form.specs}
         arrays: dict[str, Any] = self.arrays
+        known = self._known.find(arrays) if self._asked is None else None
+        if known is not None:
+            return known, []
+        specs = {spec.name: spec for spec in self._form.specs}
         problems: list[str] = []
         leaves: list[Leaf] = []
         for key, value in arrays.items():
@@ -279,7 +190,7 @@ class ArrayState(LeafState):
                 if problem is not None:
                     problems.append(problem)
                     continue
-            spec = known.get(key)
+            spec = specs.get(key)
             try:
                 leaf = array_leaf(key, array, spec)
             except StageError as error:
@@ -289,6 +200,8 @@ class ArrayState(LeafState):
             if leaf.spec is not spec:
                 problem = _not_restorable(key, array)
                 problems += [problem] if problem else []
+        if self._asked is None and not problems:
+            self._known = _KnownArrays(arrays, leaves)
         return leaves, problems
 
 
@@ -323,3 +236,42 @@ def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
 
 def _nothing_left() -> None:
     """Adopt arrays: every byte is already in place."""
+
+
+class _KnownArrays:
+    """The leaves of arrays, valid as long as arrays, dtypes and shapes are the same.
+
+    Not thread-safe. Thousands of arrays are compared by C code alone.
+
+    Args:
+        arrays: The arrays, by name.
+        leaves: Their leaves, in the same order.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], leaves: Sequence[Leaf]) -> None:
+        values = list(arrays.values())
+        is_kept = sum(leaf.spec.nbytes for leaf in leaves) <= _KEPT_BYTES_MAX
+        self._names = list(arrays) if is_kept else []
+        self._arrays = values if is_kept else []
+        self._dtypes = list(map(_DTYPE, self._arrays))
+        self._shapes = list(map(_SHAPE, self._arrays))
+        self._leaves = tuple(leaves) if is_kept else ()
+
+    def find(self, arrays: Mapping[str, Any]) -> Sequence[Leaf] | None:
+        """Return the leaves of arrays; None if any of them has changed, or is not known.
+
+        Only their values may have changed, and where a C-contiguous array
+        has its strides: a leaf reads both at each use.
+
+        Args:
+            arrays: The arrays, by name.
+        """
+        values = list(arrays.values())
+        is_known = (
+            len(values) == len(self._arrays) > 0
+            and all(map(is_, values, self._arrays))
+            and list(arrays) == self._names
+            and list(map(_DTYPE, values)) == self._dtypes
+            and list(map(_SHAPE, values)) == self._shapes
+        )
+        return self._leaves if is_known else None

@@ -17,7 +17,7 @@ import numpy as np
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import Tile
-from mpi_ckpt.states.array_dtypes import LITTLE, unnamed_part
+from mpi_ckpt.states.array_bytes import LITTLE, unnamed_part
 from mpi_ckpt.states.arrays import array_leaf, empty_array
 from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
 from mpi_ckpt.tiles import cut_leaf

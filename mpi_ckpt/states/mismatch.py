@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import StateMismatchError
@@ -11,6 +12,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.leaf import LeafSpec
+
+
+_PARTS = attrgetter("name"), attrgetter("dtype"), attrgetter("shape")
+
+
+def are_alike(saved: Sequence[LeafSpec], live: Sequence[LeafSpec]) -> bool:
+    """Return whether leaves have the same names, dtypes and shapes, in the same order.
+
+    Not collective. Thread-safe. Their attributes one by one: comparing thousands of specs
+    takes ten times as long.
+    """
+    return len(saved) == len(live) and all(
+        list(map(part, saved)) == list(map(part, live)) for part in _PARTS
+    )
 
 
 def compare_specs(

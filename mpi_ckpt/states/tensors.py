@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,15 +17,18 @@ from torch.utils._python_dispatch import (
 
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaf import Leaf, LeafSpec, Place, Tile, copy_bytes
+from mpi_ckpt.states.array_bytes import write_alike
 from mpi_ckpt.states.dtensor import local_pieces, local_tensor, make_like
 from mpi_ckpt.states.memory_layout import Layout
 from mpi_ckpt.states.wrappers import is_dtensor, is_sharded
 from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from mpi_ckpt.buckets import Readable
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _function_modes = torch._C._len_torch_function_stack  # noqa: SLF001 (as torch.overrides)
@@ -218,6 +222,16 @@ class TensorBuffer:
             tensor = self._tensor.resolve_conj().resolve_neg()
             return _as_bytes(tensor.to("cpu").contiguous()).data.toreadonly()
 
+    @staticmethod
+    def read_all(buffers: Sequence[TensorBuffer]) -> Sequence[Readable]:
+        """Return the live bytes of each tensor if possible, else a copy's."""
+        return _arrays_of(buffers) or [buffer.read() for buffer in buffers]
+
+    @staticmethod
+    def write_all(buffers: Sequence[TensorBuffer], data: memoryview) -> bool:
+        """Write bytes into tensors of one dtype and shape; return False if they are not."""
+        return write_alike(_arrays_of(buffers), data)
+
     def copy_to(self, target: memoryview) -> None:
         """Copy the bytes at once, for any layout and device."""
         direct = self.view()
@@ -280,6 +294,16 @@ class TensorBuffer:
             start: int = tensor.data_ptr()
             return start, start + tensor.nbytes
         return self.place().span
+
+
+def _arrays_of(buffers: Sequence[TensorBuffer]) -> list[Any]:
+    """Return contiguous tensors of the host as arrays; none if one is not as NumPy's."""
+    try:
+        tensors = [one._tensor for one in buffers if _is_ordinary()]  # noqa: SLF001
+        arrays = [tensor.numpy() for tensor in tensors]
+    except (TypeError, RuntimeError):
+        return []
+    return arrays if all(map(attrgetter("flags.c_contiguous"), arrays)) else []
 
 
 def _unknown_dtype(spec: LeafSpec) -> StateMismatchError:

@@ -2,14 +2,24 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpi_ckpt import digest
-from mpi_ckpt.digest import BlockHasher, Digest, copy_many, digest_bytes, digest_many
+from mpi_ckpt.buckets import plan_buckets
+from mpi_ckpt.digest import (
+    BlockHasher,
+    Digest,
+    Digests,
+    copy_many,
+    digest_bytes,
+    digest_many,
+)
 
 
 @given(
@@ -54,43 +64,75 @@ def test_views_of_any_format_are_digested_as_bytes():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_many_digests_come_in_order_on_any_number_of_threads(monkeypatch, threads):
+@pytest.mark.parametrize("small", [0, 50, 200])
+def test_many_digests_come_in_order_on_any_number_of_threads(monkeypatch, threads, small):
     monkeypatch.setattr(digest, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(digest, "_SMALL_BYTES", small)
     monkeypatch.setattr(digest, "_GROUP_BYTES", 200)
     runs = [bytes([i]) * (i * 7) for i in range(20)]
     workers = set()
 
-    def reading(run):
-        def read():
-            workers.add(threading.current_thread())
-            return memoryview(run)
+    def read(first, last):
+        workers.add(threading.current_thread())
+        return [memoryview(run) for run in runs[first:last]]
 
-        return read
-
-    found = digest_many([reading(run) for run in runs], [len(run) for run in runs], threads)
-    assert found == [Digest.of(run) for run in runs]
-    assert (threading.main_thread() in workers) == (threads == 1)
+    found = digest_many(read, np.array([len(run) for run in runs]), threads, 64)
+    assert list(found) == [Digest.of(run, 64) for run in runs]
+    assert (workers == {threading.main_thread()}) == (threads == 1)
 
 
 def test_few_bytes_start_no_thread():
     seen = []
 
-    def read():
+    def read(_first, _last):
         seen.append(threading.current_thread())
-        return memoryview(b"few")
+        return [memoryview(b"few")]
 
-    digest_many([read], [3], threads=4)
+    digest_many(read, np.array([3]), threads=4)
     assert seen == [threading.main_thread()]
 
 
 def test_failure_of_a_read_is_raised(monkeypatch):
     monkeypatch.setattr(digest, "_PARALLEL_BYTES", 0)
 
-    def read():
+    def read(_first, _last):
         raise RuntimeError("gone")
 
     with pytest.raises(RuntimeError, match="gone"):
-        digest_many([read], [1], threads=2)
+        digest_many(read, np.array([1]), threads=2)
+
+
+RUNS = st.lists(st.binary(max_size=9), max_size=8)
+
+
+@given(RUNS, st.data())
+def test_columns_of_digests_are_the_digests(runs, data):
+    digests = [Digest.of(run, 4) for run in runs]
+    columns = Digests.of(digests)
+    assert list(columns) == digests
+    assert [columns[n] for n in range(len(runs))] == digests
+    numbers = data.draw(st.lists(st.sampled_from(range(len(runs))))) if runs else []
+    assert list(columns.pick(numbers)) == [digests[n] for n in numbers]
+    cut = data.draw(st.integers(0, len(runs)))
+    assert list(columns[:cut]) == digests[:cut]
+    assert Digests.joined([columns[:cut], columns[cut:]]) == columns
+    assert columns.wholes == b"".join(one.whole for one in digests)
+
+
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(0, 20), st.integers(20, 60))
+def test_buckets_hold_all_runs_in_order_and_large_ones_alone(sizes, small, most):
+    buckets = plan_buckets(np.array(sizes, np.int64), small, most)
+    assert [n for first, last in buckets for n in range(first, last)] == [
+        *range(len(sizes))
+    ]
+    for first, last in buckets:
+        assert last > first
+        if last - first > 1:
+            assert max(sizes[first:last]) <= small
+            assert sum(sizes[first:last]) <= most
+    for (first, middle), (_, last) in pairwise(buckets):
+        fused = sizes[first:last]
+        assert max(fused) > small or sum(sizes[first : middle + 1]) > most
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -20,6 +20,7 @@ from mpi_ckpt.storage.format.manifest import (
     Manifest,
     StoredFile,
     StoredLeaf,
+    StoredLeaves,
     StoredState,
 )
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
@@ -61,7 +62,7 @@ def manifests(draw):
             offset += spec.nbytes
         cut = tuple(CutLeaf(LeafSpec(f"/{n}", "F32", (5,)), 2) for n in range(number))
         files = ("tiles-00001.safetensors",) if cut else ()
-        state = StoredState(f"s{number}", draw(json_values), tuple(leaves))
+        state = StoredState(f"s{number}", draw(json_values), StoredLeaves.of(leaves))
         states.append(replace(state, cut=cut, files=files))
     stream = draw(st.binary(max_size=70))
     states.append(
@@ -126,7 +127,7 @@ def small() -> Manifest:
             StoredFile("x.bin", 3, 0, digest_bytes(b""), 1),
         ),
         states=(
-            StoredState("model", {"ties": {}}, (leaf,)),
+            StoredState("model", {"ties": {}}, StoredLeaves.of([leaf])),
             StoredState.of_stream("x", Extent("x.bin", 0, 3), Digest.of(b"abc", 4)),
         ),
     )
@@ -610,6 +611,6 @@ def test_names_that_no_reader_would_take_are_not_written():
             encode(Manifest(states=states, **noted))
     leaf = StoredLeaf(LeafSpec(5, "U8", (0,)), *place)
     with pytest.raises(ValueError, match="is no text"):
-        encode(Manifest(states=(StoredState("a", None, (leaf,)),), **noted))
+        encode(Manifest(states=(StoredState("a", None, StoredLeaves.of([leaf])),), **noted))
     with pytest.raises(ValueError, match="is no text"):
         encode(Manifest(metrics={5: 0.5}, **noted))

@@ -193,9 +193,9 @@ def test_manifest_of_absurd_size_is_refused_unread(generation):
 
 def test_newer_version_is_told_as_such(generation):
     document = document_of(generation)
-    document["version"] = 3
+    document["version"] = 4
     (generation / MANIFEST).write_bytes(sealed_document(document))
-    with pytest.raises(UnsupportedFormatError, match="version 3") as caught:
+    with pytest.raises(UnsupportedFormatError, match="version 4") as caught:
         GenerationReader(generation)
     assert caught.value.generation == 1
     assert caught.value.path.endswith(MANIFEST)

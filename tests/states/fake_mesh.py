@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import debug
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mpi_ckpt.states.array_dtypes import array_dtype
+from mpi_ckpt.states.array_bytes import array_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

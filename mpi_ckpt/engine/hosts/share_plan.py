@@ -25,7 +25,13 @@ from mpi_ckpt.storage.format.layout import (
     stream_file_name,
 )
 from mpi_ckpt.storage.format.local_set import LocalSet
-from mpi_ckpt.storage.format.manifest import Extent, Manifest, StoredFile, StoredState
+from mpi_ckpt.storage.format.manifest import (
+    Extent,
+    Manifest,
+    StoredFile,
+    StoredLeaves,
+    StoredState,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -203,14 +209,7 @@ def _cut(equal: Sequence[CapturedState], count: int) -> dict[str, Sequence[Captu
 
 
 def _stored(content: CapturedState, shards: Sequence[Shard]) -> StoredState:
-    leaves = {
-        key.leaf: leaf
-        for shard in shards
-        for key, leaf in shard.leaves.items()
-        if key.state == content.name
-    }
-    return StoredState(
-        content.name,
-        content.structure,
-        tuple([leaves[spec.name] for spec in content.specs]),
-    )
+    name = content.name
+    parts = [shard.states[name] for shard in shards if name in shard.states]
+    leaves = StoredLeaves.joined(content.form, parts)
+    return StoredState(name, content.structure, leaves)

@@ -7,6 +7,8 @@ from contextlib import closing
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpi_ckpt.comm import UNTOUCHED, agree, any_of
 from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.restore.host_memory import HostMemory
@@ -15,6 +17,7 @@ from mpi_ckpt.engine.restore.transport import Destinations, SentTransport, Share
 from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.storage.format.manifest import StoredLeaves
 from mpi_ckpt.storage.reading.proving import read_proven, take_proven
 from mpi_ckpt.storage.reading.read_plan import plan_reads
 from mpi_ckpt.storage.reading.read_queue import SLOTS, Slots
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import MemoryCopy
     from mpi_ckpt.reports import Progress
-    from mpi_ckpt.storage.format.manifest import StoredLeaf
     from mpi_ckpt.storage.reading.proving import Refusal
     from mpi_ckpt.storage.reading.read_plan import Window
     from mpi_ckpt.storage.reading.read_queue import ReadQueue
@@ -181,7 +183,7 @@ class SavedBytes:
         return self._stored[index].digest.whole
 
     @cached_property
-    def _stored(self) -> list[StoredLeaf]:
+    def _stored(self) -> StoredLeaves:
         return _stored_leaves(self._found, self._match)
 
     @cached_property
@@ -189,20 +191,20 @@ class SavedBytes:
         return _copied_leaves(self._found.copy, self._match)
 
 
-def _stored_leaves(found: OpenGeneration, match: StateMatch) -> list[StoredLeaf]:
+def _stored_leaves(found: OpenGeneration, match: StateMatch) -> StoredLeaves:
     assert found.reader is not None
-    leaves: list[StoredLeaf] = []
+    parts: list[StoredLeaves] = []
     for matched in match.states:
         stored = found.reader.manifest.state(matched.saved.name)
         if not matched.saved.extents or stored is None:
             continue
-        specs = matched.saved.specs
-        if len(specs) == len(stored.leaves):
-            leaves += stored.leaves
-            continue
-        names = {spec.name for spec in specs}  # some leaves are traded
-        leaves += [leaf for leaf in stored.leaves if leaf.spec.name in names]
-    return leaves
+        leaves, specs = stored.leaves, matched.saved.specs
+        if len(specs) < len(leaves):
+            names = {spec.name for spec in specs}  # some leaves are traded
+            wanted = [n for n, name in enumerate(leaves.form.names) if name in names]
+            leaves = leaves.pick(np.array(wanted, np.int64))
+        parts.append(leaves)
+    return StoredLeaves.chained(parts)
 
 
 def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:

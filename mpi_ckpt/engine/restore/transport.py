@@ -6,8 +6,10 @@ Through memory that the ranks of a host share, if they do; else by broadcast.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
+from mpi_ckpt.buckets import write_leaves
 from mpi_ckpt.comm import bcast_buffers
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Target, copy_bytes
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.storage.reading.read_plan import DigestBlock, Window
 
+_START, _IS_LAST = attrgetter("start"), attrgetter("is_last")
 _SENDING = "sending a generation"
+
+# Smaller leaves are stored many at a time.
+_SMALL_BYTES = 64 << 10
 
 
 class Destinations:
@@ -34,12 +40,17 @@ class Destinations:
 
     def __init__(self, match: StateMatch) -> None:
         self._match = match
-        pairs = zip(match.specs, match.leaves, strict=True)
-        self._targets = [Target(spec, leaf) for spec, leaf in pairs]
+        self._specs, self._leaves = match.specs, match.leaves
+        self._targets: dict[int, Target] = {}
 
     def memory(self, block: DigestBlock) -> memoryview:
         """Return the memory of a block."""
-        return self._targets[block.leaf].memory()[block.start : block.end]
+        return self._target(block.leaf).memory()[block.start : block.end]
+
+    def _target(self, leaf: int) -> Target:
+        if leaf not in self._targets:
+            self._targets[leaf] = Target(self._specs[leaf], self._leaves[leaf])
+        return self._targets[leaf]
 
     def store(self, blocks: Sequence[DigestBlock], data: memoryview | None) -> None:
         """Store blocks that follow one another in a file, and the leaves that they end.
@@ -49,17 +60,33 @@ class Destinations:
             data: Their bytes, with what is between them; None if they are in their memory.
         """
         leaf, first = 0, blocks[0].offset
+        if data is not None and self._store_small(blocks, data):
+            return
         try:
             for leaf, _, start, end, offset, is_last in blocks:
                 if data is not None:
                     at = offset - first
                     source = data[at : at + end - start]
-                    copy_bytes(source, self._targets[leaf].memory()[start:end])
+                    copy_bytes(source, self._target(leaf).memory()[start:end])
                 if is_last:
-                    self._targets[leaf].finish()
+                    self._target(leaf).finish()
         except Exception:
             with concerning(self._match.name_of(leaf)):
                 raise
+
+    def _store_small(self, blocks: Sequence[DigestBlock], data: memoryview) -> bool:
+        """Store blocks if all are small leaves without a gap; return whether they are."""
+        leaves = [self._leaves[block.leaf] for block in blocks]
+        sizes = [block.end for block in blocks]
+        is_whole = all(map(_IS_LAST, blocks)) and not any(map(_START, blocks))
+        is_dense = blocks[-1].offset + sizes[-1] - blocks[0].offset == sum(sizes)
+        if not (is_whole and is_dense) or max(sizes) > _SMALL_BYTES or None in leaves:
+            return False
+        try:
+            write_leaves([leaf for leaf in leaves if leaf], data[: sum(sizes)])
+        except Exception:
+            return False
+        return True
 
 
 class Transport(Protocol):

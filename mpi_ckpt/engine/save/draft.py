@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.save.request import Published, SaveRequest, foresee_space
 from mpi_ckpt.engine.save.reuse import SharedLeaves, has_unchanged, plan_reuse, sample
-from mpi_ckpt.engine.save.shard import LeafKey, with_digests, write_shard
+from mpi_ckpt.engine.save.shard import with_digests, write_shard
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
 from mpi_ckpt.options import ROOT
@@ -22,7 +22,13 @@ from mpi_ckpt.storage.format.layout import (
     generation_name,
     stream_file_name,
 )
-from mpi_ckpt.storage.format.manifest import Extent, Manifest, StoredFile, StoredState
+from mpi_ckpt.storage.format.manifest import (
+    Extent,
+    Manifest,
+    StoredFile,
+    StoredLeaves,
+    StoredState,
+)
 from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX, encode, largest_state
 
 if TYPE_CHECKING:
@@ -76,10 +82,7 @@ class Draft:
         self._stream_files: list[StoredFile] = []
         self.partial = partial
         self.captured = captured
-        self.fresh = [
-            [n for n in range(len(content.leaves)) if (i, n) not in shared.leaves]
-            for i, content in enumerate(captured)
-        ]
+        self.fresh = [shared.others(n, len(one.leaves)) for n, one in enumerate(captured)]
 
     @classmethod
     def begin(
@@ -211,18 +214,16 @@ class Draft:
 
     def _complete(self, shards: Sequence[Shard], tiles: TileFiles | None) -> Manifest:
         request = self._request
-        written = {key: leaf for shard in shards for key, leaf in shard.leaves.items()}
         states = {state.name: state for state in self._streams}
         for index, content in enumerate(self.captured):
-            name, shared = content.name, self._shared.leaves
-            leaves = [
-                shared.get((index, number)) or written[LeafKey(name, spec.name)]
-                for number, spec in enumerate(content.specs)
-            ]
+            name, shared = content.name, self._shared.leaves.get(index)
+            parts = [shard.states[name] for shard in shards if name in shard.states]
+            parts += [] if shared is None else [shared]
+            leaves = StoredLeaves.joined(content.form, parts)
             cut = tiles.leaves.get(name, ()) if tiles else ()
             files = tiles.names.get(name, ()) if tiles else ()
             states[name] = StoredState(
-                name, content.structure, tuple(leaves), cut=cut, files=files
+                name, content.structure, leaves, cut=cut, files=files
             )
         return Manifest(
             generation=self.partial.generation,
@@ -327,8 +328,7 @@ def _link_unchanged(
         carried=carried,
     )
     source = directory.root / generation_name(older.generation)
-    needed = {leaf.extent.file for state in carried for leaf in state.leaves}
-    needed |= {name for state in carried for name in state.files}
+    needed = {name for state in carried for name in (*state.leaves.files, *state.files)}
     refused = set()
     for name, file in shared.files.items():
         target = carried_file_name(name, file.generation)

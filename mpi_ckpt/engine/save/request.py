@@ -185,15 +185,12 @@ def foresee_space(
         fresh: For each of them, the indices of the leaves that must be written.
         plain: The states that write themselves.
     """
-    every = [spec for content in captured for spec in content.specs]
-    written = [
-        content.specs[number]
-        for content, numbers in zip(captured, fresh, strict=True)
-        for number in numbers
-    ]
-    manifest = sum(len(spec.name) + _MANIFEST_ENTRY_BYTES for spec in every)
-    headers = sum(len(spec.name) + _HEADER_ENTRY_BYTES for spec in written)
-    leaves = sum(spec.nbytes for spec in written)
+    rests = [content.form.pick(n) for content, n in zip(captured, fresh, strict=True)]
+    every = [name for content in captured for name in content.form.names]
+    written = [name for form in rests for name in form.names]
+    manifest = sum(map(len, every)) + _MANIFEST_ENTRY_BYTES * len(every)
+    headers = sum(map(len, written)) + _HEADER_ENTRY_BYTES * len(written)
+    leaves = sum(form.nbytes for form in rests)
     streams = sum(stream.nbytes for stream in plain if isinstance(stream, StagedStream))
     return SpaceNeeded(
         nbytes=manifest + headers + leaves + streams,

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,12 @@ from mpi_ckpt.engine.sync.captured import CapturedState, pick_leaves
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from mpi_ckpt.storage.format.manifest import (
         Manifest,
         StoredFile,
-        StoredLeaf,
+        StoredLeaves,
         StoredState,
     )
 
@@ -31,23 +34,49 @@ class SharedLeaves:
     """The leaves that a new generation shares with an older one.
 
     Attributes:
-        leaves: (Index of the state, index of the leaf) -> its place in the older
-            generation.
+        numbers: Index of a state -> the indices of its shared leaves, ascending.
+        leaves: Index of a state -> these leaves in the older generation.
         states: States carried over unchanged.
         files: The older generation's files that these need, by name.
     """
 
-    leaves: Mapping[tuple[int, int], StoredLeaf] = field(default_factory=dict)
+    numbers: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
+    leaves: Mapping[int, StoredLeaves] = field(default_factory=dict)
     states: tuple[StoredState, ...] = ()
     files: Mapping[str, StoredFile] = field(default_factory=dict)
 
+    def others(self, index: int, count: int) -> Sequence[int]:
+        """Return the indices of a state's leaves that are not shared. Not collective.
+
+        Args:
+            index: Index of the state.
+            count: Number of its leaves.
+        """
+        if index not in self.numbers:
+            return range(count)
+        others: list[int] = np.delete(np.arange(count), self.numbers[index]).tolist()
+        return others
+
+    def in_files(self, files: Mapping[str, StoredFile]) -> SharedLeaves:
+        """Return it with some files only; other leaves are written again. Not collective.
+
+        Args:
+            files: The files; those of the carried states among them.
+        """
+        numbers, leaves = {}, {}
+        for index, found in self.leaves.items():
+            inside = np.array([file in files for file in found.files], np.bool_)[found.file]
+            if inside.any():
+                numbers[index] = self.numbers[index][inside]
+                leaves[index] = found.pick(np.flatnonzero(inside))
+        return SharedLeaves(numbers, leaves, self.states, files)
+
     def without_files(self, refused: set[str]) -> SharedLeaves:
         """Return it without some files; their leaves are written again. Not collective."""
-        leaves = {
-            at: leaf for at, leaf in self.leaves.items() if leaf.extent.file not in refused
-        }
+        if not refused:
+            return self
         files = {name: file for name, file in self.files.items() if name not in refused}
-        return SharedLeaves(leaves, self.states, files)
+        return self.in_files(files)
 
     def renamed(self, rename: Callable[[str, int], str]) -> SharedLeaves:
         """Return it with the files' names in the new generation. Not collective.
@@ -57,17 +86,13 @@ class SharedLeaves:
                 file.
         """
         names = {name: rename(name, file.generation) for name, file in self.files.items()}
-
-        def moved(leaf: StoredLeaf) -> StoredLeaf:
-            extent = leaf.extent._replace(file=names[leaf.extent.file])
-            return leaf._replace(extent=extent)
-
         return SharedLeaves(
-            leaves={at: moved(leaf) for at, leaf in self.leaves.items()},
+            self.numbers,
+            {index: found.renamed(names) for index, found in self.leaves.items()},
             states=tuple(
                 replace(
                     state,
-                    leaves=tuple(map(moved, state.leaves)),
+                    leaves=state.leaves.renamed(names),
                     files=tuple(names[file] for file in state.files),
                 )
                 for state in self.states
@@ -100,23 +125,20 @@ def plan_reuse(
         carried: States of ``older`` that must be carried over in any case.
     """
     files = {file.name: file for file in older.files}
-    taken = [leaf for state in carried for leaf in state.leaves]
-    needed = {leaf.extent.file for leaf in taken}
-    needed |= {name for state in carried for name in state.files}
+    needed = {name for state in carried for name in (*state.leaves.files, *state.files)}
     unchanged = _unchanged(older, captured)
-    live: dict[str, int] = {}
-    for leaf in [*unchanged.values(), *taken]:
-        live[leaf.extent.file] = live.get(leaf.extent.file, 0) + leaf.extent.nbytes
+    live: Counter[str] = Counter()
+    for leaves in [*unchanged.leaves.values(), *(state.leaves for state in carried)]:
+        for name in leaves.files:
+            live[name] += leaves.bytes_of({name})
     shared = needed | {
         name
         for name, nbytes in live.items()
         if nbytes >= _LIVE_SHARE_MIN * (files[name].nbytes - files[name].header_bytes)
         and generation - files[name].generation < full_every
     }
-    return SharedLeaves(
-        leaves={at: leaf for at, leaf in unchanged.items() if leaf.extent.file in shared},
-        states=tuple(carried),
-        files={name: files[name] for name in sorted(shared)},
+    return replace(unchanged, states=tuple(carried)).in_files(
+        {name: files[name] for name in sorted(shared)}
     )
 
 
@@ -126,14 +148,13 @@ def sample(captured: Sequence[CapturedState], count: int) -> list[CapturedState]
     Not collective. Thread-safe. From adjacent leaves that hold more than one part in
     ``count`` of all bytes, it always picks one.
     """
-    sizes = [spec.nbytes for content in captured for spec in content.specs]
-    ends = list(accumulate(sizes, initial=0))
+    ends = np.cumsum(np.concatenate([[0], *(content.form.sizes for content in captured)]))
     places = (np.arange(count) + 0.5) * (ends[-1] / count)
-    picked = set(np.searchsorted(ends[1:], places, side="right").tolist())
+    picked = np.unique(np.searchsorted(ends[1:], places, side="right"))
     firsts = accumulate((len(content.leaves) for content in captured), initial=0)
     return [
-        pick_leaves(content, [n for n in range(len(content.leaves)) if first + n in picked])
-        for content, first in zip(captured, firsts, strict=False)
+        pick_leaves(content, (picked[(first <= picked) & (picked < last)] - first).tolist())
+        for content, (first, last) in zip(captured, pairwise(firsts), strict=True)
     ]
 
 
@@ -142,27 +163,44 @@ def has_unchanged(older: Manifest, captured: Sequence[CapturedState]) -> bool:
 
     Not collective. Thread-safe.
     """
-    return bool(_unchanged(older, captured))
+    return bool(_unchanged(older, captured).leaves)
 
 
-def _unchanged(
-    older: Manifest, captured: Sequence[CapturedState]
-) -> dict[tuple[int, int], StoredLeaf]:
-    found: dict[tuple[int, int], StoredLeaf] = {}
+def _unchanged(older: Manifest, captured: Sequence[CapturedState]) -> SharedLeaves:
+    numbers, leaves = {}, {}
     for index, content in enumerate(captured):
         stored = older.state(content.name)
         if stored is None or content.digests is None or stored.is_stream:
             continue
-        known = {leaf.spec.name: leaf for leaf in stored.leaves}
-        for number, (spec, digest) in enumerate(
-            zip(content.specs, content.digests, strict=True)
-        ):
-            leaf = known.get(spec.name)
-            # Compare digests first: they usually differ.
-            if (
-                leaf is not None
-                and leaf.digest.blocks == digest.blocks
-                and leaf.spec == spec
-            ):
-                found[index, number] = leaf
-    return found
+        here, there = _alike(content, stored.leaves)
+        if len(here):
+            numbers[index], leaves[index] = here, stored.leaves.pick(there)
+    return SharedLeaves(numbers, leaves)
+
+
+def _alike(
+    content: CapturedState, stored: StoredLeaves
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of the leaves of equal spec and digest, here and there."""
+    assert content.digests is not None
+    ours, theirs = content.form, stored.form
+    here = there = np.arange(len(ours.specs))
+    is_same_form = ours is theirs or ours.specs == theirs.specs
+    if not is_same_form:
+        known = {name: number for number, name in enumerate(theirs.names)}
+        pairs = [(n, known[name]) for n, name in enumerate(ours.names) if name in known]
+        here, there = np.array(pairs, np.int64).reshape(-1, 2).T
+    # Compare digests first: they usually differ.
+    is_same = (content.digests.rows[here] == stored.digests.rows[there]).all(axis=1)
+    here, there = here[is_same], there[is_same]
+    if not is_same_form or content.digests.several or stored.digests.several:
+        is_same = np.array(
+            [
+                ours.specs[i] == theirs.specs[j]
+                and content.digests[i].blocks == stored.digests[j].blocks
+                for i, j in zip(here.tolist(), there.tolist(), strict=True)
+            ],
+            np.bool_,
+        )
+        here, there = here[is_same], there[is_same]
+    return here, there

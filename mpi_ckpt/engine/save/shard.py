@@ -3,53 +3,67 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import numpy as np
+
 from mpi_ckpt import dtypes
-from mpi_ckpt.digest import BLOCK_BYTES, BlockHasher, digest_bytes, split_blocks
+from mpi_ckpt.buckets import are_read_together, plan_buckets, read_leaves
+from mpi_ckpt.digest import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    BlockHasher,
+    Digests,
+    digest_bytes,
+    split_blocks,
+)
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.storage.format.layout import shard_file_name
-from mpi_ckpt.storage.format.manifest import Extent, StoredFile, StoredLeaf
+from mpi_ckpt.storage.format.manifest import StoredFile, StoredLeaves
 from mpi_ckpt.storage.format.tensorfile import encode_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from mpi_ckpt.digest import Digest
+    from numpy.typing import NDArray
+
+    from mpi_ckpt.buckets import Readable
     from mpi_ckpt.engine.sync.captured import CapturedState
-    from mpi_ckpt.leaf import Form, LeafSpec
+    from mpi_ckpt.leaf import Form
     from mpi_ckpt.storage.writing.partial import Partial
 
+# Smaller leaves are joined before they are written, in buckets that stay in the cache.
+_SMALL_BYTES = 32 << 10
+_BUCKET_BYTES = 256 << 10
 _CACHED_BYTES = 512 << 10
 # Runs of an image are joined up to multiples of this, which fills whole writes.
 _JOINED_BYTES = 4 << 20
 
 
-class LeafKey(NamedTuple):
-    """The name of a state and of a leaf in it."""
-
-    state: str
-    leaf: str
-
-
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """The layout of one file.
+    """The layout of one file. Leaves are counted over all states.
 
     Attributes:
         header: The bytes before the first leaf.
-        order: Indices of the state and of its leaf, for each leaf in file order.
-        offsets: Start of each leaf in the file, without gaps between them.
+        order: The number of each leaf, in file order.
+        offsets: Start of each leaf in the file, in the order of the leaves; there are no
+            gaps between them.
         nbytes: Size of the file.
+        buckets: The runs of leaves that are written at once: first place in file order, and
+            one past the last.
     """
 
     header: bytes
-    order: tuple[tuple[int, int], ...]
-    offsets: tuple[int, ...]
+    order: NDArray[np.int64]
+    offsets: NDArray[np.int64]
     nbytes: int
+    buckets: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +85,11 @@ class Shard:
 
     Attributes:
         file: The file.
-        leaves: The leaves in it.
+        states: The leaves in it, by the name of their state.
     """
 
     file: StoredFile
-    leaves: Mapping[LeafKey, StoredLeaf]
+    states: Mapping[str, StoredLeaves]
 
 
 def write_shard(
@@ -115,38 +129,87 @@ def write_leaf_file(
     if not any(content.leaves for content in captured):
         return None
     plan = plan_of(captured)
-    digests: list[Digest] = []
-    runs = _digested_runs(plan, captured, digests)
+    leaves = _Leaves(captured, plan)
     is_kept = image is not None and image.plan is plan
     if image is not None and is_kept:
-        runs = _runs_of_image(runs, image.memory)
+        runs = _runs_of_image(leaves.runs(image.memory), image.memory)
+    else:
+        runs = leaves.runs(None)
     partial.write_shard(name, runs, plan.nbytes, kept=is_kept)
-    return _describe(plan, captured, digests, name, partial.generation)
+    return _describe(plan, captured, leaves.digests, name, partial.generation)
 
 
-def _digested_runs(
-    plan: ShardPlan, captured: Sequence[CapturedState], digests: list[Digest]
-) -> Iterator[memoryview]:
-    """Yield the bytes of a file; append the digest of each leaf on the way."""
-    yield memoryview(plan.header)
-    for state, leaf in plan.order:
-        content = captured[state]
-        try:
-            data = content.leaves[leaf].buffer.read()
-        except Exception:
-            with about_leaf(content, content.leaves[leaf]):
-                raise
-        if content.digests:
-            digests.append(content.digests[leaf])
-            yield data
-            continue
+class _Leaves:
+    """The leaves of a file, whose bytes pass once: those not digested yet are digested."""
+
+    def __init__(self, captured: Sequence[CapturedState], plan: ShardPlan) -> None:
+        self._plan = plan
+        self._homes = [content for content in captured for _ in content.leaves]
+        leaves = list(chain.from_iterable(content.leaves for content in captured))
+        self._leaves = [leaves[number] for number in plan.order.tolist()]
+        counts = [len(content.leaves) for content in captured]
+        is_known = [content.digests is not None for content in captured]
+        self._is_known = np.repeat(is_known, counts)[plan.order]
+        known = Digests.joined(
+            content.digests or Digests(bytes(count * DIGEST_BYTES))
+            for content, count in zip(captured, counts, strict=True)
+        )
+        self._rows, self._several = known.rows.copy(), dict(known.several)
+
+    @property
+    def digests(self) -> Digests:
+        """Their digests, in the order of the states; complete once `runs` has ended."""
+        return Digests(self._rows.tobytes(), self._several)
+
+    def runs(self, image: memoryview | None) -> Iterator[memoryview]:
+        """Yield the bytes of the file in order.
+
+        Args:
+            image: The whole file, if there is one: small leaves need no joining then.
+        """
+        yield memoryview(self._plan.header)
+        end = len(self._plan.header)
+        for first, last in self._plan.buckets:
+            data = self._read(first, last)
+            start = end
+            end += sum([leaf.spec.nbytes for leaf in self._leaves[first:last]])
+            is_new = ~self._is_known[first:last]
+            if last - first == 1 and is_new[0]:
+                yield from self._digested_blocks(int(self._plan.order[first]), data[0])
+                continue
+            if is_new.any():
+                found = Digests(b"".join(map(digest_bytes, data))).rows
+                self._rows[self._plan.order[first:last][is_new]] = found[is_new]
+            if len(data) == 1:
+                yield data[0]
+            else:
+                yield memoryview(b"".join(data)) if image is None else image[start:end]
+
+    def _digested_blocks(self, number: int, data: Readable) -> Iterator[memoryview]:
         # Piece by piece: each is still in the cache when it is copied or written, and the
         # disk is not idle while a large leaf is digested.
         hasher = BlockHasher(BLOCK_BYTES)
-        for piece in split_blocks(data, _CACHED_BYTES):
+        for piece in split_blocks(memoryview(data), _CACHED_BYTES):
             hasher.update(piece)
             yield piece
-        digests.append(hasher.finish())
+        digest = hasher.finish()
+        self._rows[number] = Digests(digest.whole).rows[0]
+        if len(digest.blocks) > 1:
+            self._several[number] = digest
+
+    def _read(self, first: int, last: int) -> Sequence[Readable]:
+        leaves = self._leaves[first:last]
+        if len(leaves) > 1 and are_read_together(leaves):
+            with suppress(Exception):  # read one by one, it is raised with the name
+                return read_leaves(leaves)
+        found = []
+        for leaf, number in zip(leaves, self._plan.order[first:last].tolist(), strict=True):
+            try:
+                found.append(leaf.buffer.read())
+            except Exception:
+                with about_leaf(self._homes[number], leaf):
+                    raise
+        return found
 
 
 def _runs_of_image(runs: Iterator[memoryview], memory: memoryview) -> Iterator[memoryview]:
@@ -182,9 +245,8 @@ def foresee_leaf_file(
     """
     if not any(content.leaves for content in captured):
         return None
-    plan = plan_of(captured)
-    digests = [(captured[state].digests or ())[leaf] for state, leaf in plan.order]
-    return _describe(plan, captured, digests, name, generation)
+    digests = Digests.joined(content.digests or Digests() for content in captured)
+    return _describe(plan_of(captured), captured, digests, name, generation)
 
 
 def encode_shard(captured: Sequence[CapturedState]) -> bytes:
@@ -196,8 +258,7 @@ def encode_shard(captured: Sequence[CapturedState]) -> bytes:
         captured: The states whose leaves are in it.
     """
     plan = plan_of(captured)
-    leaves = [captured[state].leaves[leaf].buffer.read() for state, leaf in plan.order]
-    return b"".join([plan.header, *leaves])
+    return b"".join(_Leaves(captured, plan).runs(None))
 
 
 def with_digests(captured: CapturedState, shards: Iterable[Shard]) -> CapturedState:
@@ -207,48 +268,41 @@ def with_digests(captured: CapturedState, shards: Iterable[Shard]) -> CapturedSt
     """
     if captured.digests is not None:
         return captured
-    found = [
-        shard.leaves[key].digest
-        for spec in captured.specs
-        for shard in shards
-        if (key := LeafKey(captured.name, spec.name)) in shard.leaves
-    ]
-    return replace(captured, digests=tuple(found))
+    found = [one.states[captured.name] for one in shards if captured.name in one.states]
+    return replace(captured, digests=StoredLeaves.joined(captured.form, found).digests)
 
 
-def plan_shard(states: Sequence[tuple[str, Sequence[LeafSpec]]]) -> ShardPlan:
+def plan_shard(states: Sequence[tuple[str, Form]]) -> ShardPlan:
     """Lay out the leaves of several states in one safetensors file.
 
     Not collective. Thread-safe. Leaves with larger elements come first, so that every leaf
     is aligned to its element size; otherwise the order is that of the states.
 
     Args:
-        states: Name and leaves of each state.
+        states: Name and form of each state.
 
     Raises:
         SaveError: On the calling rank, if the header would be too large to read.
     """
-    order = sorted(
-        (
-            (state, leaf)
-            for state, (_, specs) in enumerate(states)
-            for leaf in range(len(specs))
-        ),
-        key=lambda at: -dtypes.element_bytes(states[at[0]][1][at[1]].dtype),
-    )
-    specs = [states[state][1][leaf] for state, leaf in order]
+    specs = [spec for _, form in states for spec in form.specs]
+    widths = np.array([dtypes.element_bytes(spec.dtype) for spec in specs], np.int64)
+    order = np.argsort(-widths, kind="stable")
     # A state's name is encoded, so that "a/b" + "c" and "a" + "b/c" stay apart.
     prefixes = [quote(name, safe="") for name, _ in states]
     names = [
-        f"{prefixes[state]}/{spec.name}"
-        for (state, _), spec in zip(order, specs, strict=True)
+        f"{prefix}/{name}"
+        for prefix, (_, form) in zip(prefixes, states, strict=True)
+        for name in form.names
     ]
-    header = encode_header(zip(names, specs, strict=True), {"format": "mpi_ckpt"})
-    offsets, end = [], len(header)
-    for spec in specs:
-        offsets.append(end)
-        end += spec.nbytes
-    return ShardPlan(header, tuple(order), tuple(offsets), end)
+    entries = [(names[number], specs[number]) for number in order.tolist()]
+    header = encode_header(entries, {"format": "mpi_ckpt"})
+    sizes = np.array([spec.nbytes for spec in specs], np.int64)[order]
+    ends = len(header) + np.cumsum(sizes)
+    offsets = np.empty_like(sizes)
+    offsets[order] = ends - sizes
+    end = int(ends[-1]) if len(ends) else len(header)
+    buckets = plan_buckets(sizes, _SMALL_BYTES, _BUCKET_BYTES)
+    return ShardPlan(header, order, offsets, end, buckets)
 
 
 def plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
@@ -265,25 +319,26 @@ def plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
 @lru_cache(maxsize=4)
 def _plan_forms(forms: tuple[tuple[str, Form], ...]) -> ShardPlan:
     # The forms, and so the plan, usually stay the same from save to save.
-    return plan_shard([(name, form.specs) for name, form in forms])
+    return plan_shard(forms)
 
 
 def _describe(
     plan: ShardPlan,
     captured: Sequence[CapturedState],
-    digests: Sequence[Digest],
+    digests: Digests,
     name: str,
     generation: int,
 ) -> Shard:
-    forms = [(content.name, content.specs) for content in captured]
-    leaves = {}
-    for (number, leaf), offset, digest in zip(
-        plan.order, plan.offsets, digests, strict=True
-    ):
-        state, specs = forms[number]
-        spec = specs[leaf]
-        extent = Extent(name, offset, spec.nbytes)
-        leaves[LeafKey(state, spec.name)] = StoredLeaf(spec, extent, digest)
+    ends = accumulate((len(content.leaves) for content in captured), initial=0)
+    states = {}
+    for content, (first, last) in zip(captured, pairwise(ends), strict=True):
+        if last > first:
+            file, offsets = np.zeros(last - first, np.int64), plan.offsets[first:last]
+            of_state = digests if last - first == len(digests) else digests[first:last]
+            states[content.name] = StoredLeaves(
+                content.form, (name,), file, offsets, of_state
+            )
     header = digest_bytes(plan.header)
-    file = StoredFile(name, plan.nbytes, len(plan.header), header, generation)
-    return Shard(file, leaves)
+    return Shard(
+        StoredFile(name, plan.nbytes, len(plan.header), header, generation), states
+    )

@@ -8,7 +8,10 @@ import mmap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import Digest, copy_many, digest_many
+import numpy as np
+
+from mpi_ckpt.buckets import read_leaves
+from mpi_ckpt.digest import Digest, Digests, copy_many, digest_many
 from mpi_ckpt.engine.save.own_tiles import CapturedTiles
 from mpi_ckpt.engine.save.shard import ShardImage, plan_of
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
@@ -219,8 +222,10 @@ def _lay_out(states: Sequence[CapturedState | State]) -> _ArenaLayout:
     plan, end = None, 0
     if any(captured[index].leaves for index in whole):
         plan = plan_of([captured[index] for index in whole])
-        for (state, number), offset in zip(plan.order, plan.offsets, strict=True):
-            offsets[whole[state]][number] = offset
+        last = 0
+        for index in whole:
+            first, last = last, last + len(captured[index].leaves)
+            offsets[index] = plan.offsets[first:last].tolist()
         end = round_up(plan.nbytes, mmap.PAGESIZE)
     entries = {
         (index, number): entry
@@ -243,7 +248,7 @@ def _copy(
     threads: int,
     *,
     digested: bool,
-) -> tuple[Digest, ...] | None:
+) -> Digests | None:
     """Copy the leaves of a state, or leave them for later; return their digests."""
     taken: dict[int, Digest] = dict(enumerate(state.digests or ()))
     gated, direct = [], {}
@@ -266,14 +271,14 @@ def _copy(
     taken |= dict(zip(direct, copied, strict=False))
     if digested and gated:
         leaves = [state.leaves[number] for number in gated]
-        sizes = [leaf.spec.nbytes for leaf in leaves]
-        found = digest_many([leaf.buffer.read for leaf in leaves], sizes, threads)
+        sizes = np.array([leaf.spec.nbytes for leaf in leaves])
+        found = digest_many(lambda i, j: read_leaves(leaves[i:j]), sizes, threads)
         taken |= dict(zip(gated, found, strict=True))
     for number in gated:
         late.add(state.leaves[number], places[number], taken.get(number))
     if not digested and state.digests is None:
         return None
-    return tuple([taken[number] for number in range(len(places))])
+    return Digests.of([taken[number] for number in range(len(places))])
 
 
 def _stage_stream(state: State) -> StagedStream:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_parts
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import DIGEST_BYTES, Digest
+from mpi_ckpt.digest import DIGEST_BYTES, Digest, Digests
 from mpi_ckpt.engine.save.assignment import Assignment, TileNumber
 from mpi_ckpt.engine.save.cut_forms import JoinedForms, encode_forms, join_forms
 from mpi_ckpt.engine.save.own_tiles import CapturedTiles
@@ -133,7 +133,7 @@ def take_tiles(
             None,
             tuple([leaf for leaf, _, _ in tiles]),
             Form(leaf.spec for leaf, _, _ in tiles),
-            None if is_new else tuple([digest for _, _, digest in tiles if digest]),
+            None if is_new else Digests.of([digest for _, _, digest in tiles if digest]),
             entries=tuple([entry for _, entry, _ in tiles]),
         )
         for (name, is_new), tiles in taken.items()

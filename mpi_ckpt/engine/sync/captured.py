@@ -7,17 +7,19 @@ import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import Digest, digest_bytes, digest_many
+import numpy as np
+
+from mpi_ckpt.buckets import read_leaves
+from mpi_ckpt.digest import Digests, digest_bytes, digest_many
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import Form, Leaf, LeafSpec
     from mpi_ckpt.state import Capture, LeafState, Structure
     from mpi_ckpt.states.unshared.ranked import RankedState
 
@@ -39,7 +41,7 @@ class CapturedState:
     structure: Structure
     leaves: tuple[Leaf, ...]
     form: Form
-    digests: tuple[Digest, ...] | None = None
+    digests: Digests | None = None
     cut: tuple[Leaf, ...] = ()
 
     @property
@@ -60,7 +62,7 @@ class CapturedState:
         return (
             digest_bytes(self.form.text),
             digest_bytes(json.dumps(self.structure).encode()),
-            digest_bytes(b"".join(digest.whole for digest in self.digests or ())),
+            digest_bytes(b"" if self.digests is None else self.digests.wholes),
         )
 
 
@@ -107,26 +109,24 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
         captured: The states.
         threads: Threads that hash.
     """
-    todo = [
-        (content, leaf)
-        for content in captured
-        if content.digests is None
-        for leaf in content.leaves
-    ]
-    reads = [leaf.buffer.read for _, leaf in todo]
+    todo = [content for content in captured if content.digests is None]
+    if not todo:
+        return list(captured)
+    leaves = list(chain.from_iterable(content.leaves for content in todo))
+    sizes = np.concatenate([content.form.sizes for content in todo])
     try:
-        taken = digest_many(reads, [leaf.spec.nbytes for _, leaf in todo], threads)
+        taken = digest_many(lambda i, j: read_leaves(leaves[i:j]), sizes, threads)
     except Exception:
         # A parallel failure does not name its leaf: find the first leaf that fails alone.
-        for content, leaf in todo:
-            with about_leaf(content, leaf):
-                leaf.buffer.read()
+        for content in todo:
+            for leaf in content.leaves:
+                with about_leaf(content, leaf):
+                    leaf.buffer.read()
         raise
-    digests = iter(taken)
+    ends = accumulate((len(content.leaves) for content in todo), initial=0)
+    parts = iter([taken] if len(todo) == 1 else [taken[i:j] for i, j in pairwise(ends)])
     return [
-        content
-        if content.digests is not None
-        else replace(content, digests=tuple(islice(digests, len(content.leaves))))
+        content if content.digests is not None else replace(content, digests=next(parts))
         for content in captured
     ]
 
@@ -156,6 +156,6 @@ def pick_leaves(captured: CapturedState, numbers: Sequence[int]) -> CapturedStat
     return replace(
         captured,
         leaves=tuple([leaves[n] for n in numbers]),
-        form=Form([leaves[n].spec for n in numbers]),
-        digests=digests and tuple([digests[n] for n in numbers]),
+        form=captured.form.pick(numbers),
+        digests=None if digests is None else digests.pick(numbers),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaf import Leaf
 
 STRUCTURE = "(structure)"
 """Stands in reports for what of a state is not a tensor."""
@@ -45,14 +46,15 @@ class StateDifference:
     form: bool
     leaves: tuple[int, ...] | None
 
-    def names(self, specs: Sequence[LeafSpec]) -> tuple[str, ...]:
+    def names(self, leaves: tuple[str, ...]) -> tuple[str, ...]:
         """Return the names of the difference for a report. Not collective.
 
         Args:
-            specs: Specs of root's leaves.
+            leaves: Names of root's leaves.
         """
-        numbers = range(len(specs)) if self.leaves is None else self.leaves
-        return (*([STRUCTURE] if self.form else []), *(specs[n].name for n in numbers))
+        if self.leaves is not None and len(self.leaves) < len(leaves):
+            leaves = tuple([leaves[n] for n in self.leaves])
+        return (STRUCTURE, *leaves) if self.form else leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +89,17 @@ def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
     differs = differing_digests(comm, summaries, _DOING).reshape(-1, 3)
     # Compare digests of single leaves where the leaves agree in name and form, but some
     # byte differs.
-    inspected = {i for i, (specs, _, data) in enumerate(differs) if data and not specs}
-    leaf_digests = [d.whole for i in sorted(inspected) for d in captured[i].digests or ()]
-    leaf_differs = iter(differing_digests(comm, leaf_digests, _DOING))
+    inspected = [i for i, (specs, _, data) in enumerate(differs) if data and not specs]
+    wholes = [digests.wholes for i in inspected if (digests := captured[i].digests)]
+    leaf_differs = differing_digests(comm, wholes, _DOING)
+    ends = accumulate((len(captured[i].leaves) for i in inspected), initial=0)
+    of_state = {
+        index: tuple(np.flatnonzero(leaf_differs[first:last]).tolist())
+        for index, (first, last) in zip(inspected, pairwise(ends), strict=True)
+    }
     found = []
     for index, (specs, structure, _) in enumerate(differs):
-        leaves: tuple[int, ...] | None = () if not specs else None
-        if index in inspected:
-            flags = [next(leaf_differs) for _ in captured[index].leaves]
-            leaves = tuple(int(i) for i in np.flatnonzero(flags))
+        leaves = None if specs else of_state.get(index, ())
         if specs or structure or leaves:
             found.append(StateDifference(index, bool(specs or structure), leaves))
     return Comparison(captured, found, sum(content.form.nbytes for content in captured))
@@ -122,6 +126,8 @@ def compare_heads_first(
     plain = _find_by_heads(comm, captured)
     others = [
         [n for n in range(len(content.leaves)) if n not in differ]
+        if differ
+        else range(len(content.leaves))
         for content, differ in zip(captured, plain, strict=True)
     ]
 
@@ -156,8 +162,7 @@ def _find_by_heads(comm: Communicator, captured: Sequence[CapturedState]) -> lis
         (index, number)
         for index, content in enumerate(captured)
         if content.state.sync_mode == "root" and not other_form[index]
-        for number, spec in enumerate(content.specs)
-        if spec.nbytes >= _LARGE_BYTES
+        for number in np.flatnonzero(content.form.sizes >= _LARGE_BYTES).tolist()
     ]
     leaves = [captured[index].leaves[number] for index, number in large]
     heads = agree(comm, "looking at the states", lambda: _heads(leaves), error=StageError)

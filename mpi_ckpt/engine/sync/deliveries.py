@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.comm import Deferred, agree, meet, on_root
-from mpi_ckpt.digest import Digest, digest_bytes
+from mpi_ckpt.digest import Digest, Digests, digest_bytes
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, separate_overlaps
-from mpi_ckpt.engine.sync.sending import average_leaves, send_leaves
+from mpi_ckpt.engine.sync.sending import average_leaves, look_at, send_leaves
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaf import Form, Leaf, LeafSpec
 from mpi_ckpt.states.mismatch import raise_mismatch
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.engine.sync.comparing import StateDifference
-    from mpi_ckpt.leaf import Leaf
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import Arrival, Structure
 
@@ -87,7 +88,7 @@ class _Delivery:
     Attributes:
         index: Index of the state.
         names: Names of the differences, for a report.
-        specs: Specs of root's leaves.
+        form: Specs of root's leaves.
         sent: Indices of the leaves that root sends.
         averaged: Indices of the leaves that are averaged instead.
         targets: All leaves of the state on this rank: the sources on root, the destinations
@@ -97,7 +98,7 @@ class _Delivery:
 
     index: int
     names: tuple[str, ...]
-    specs: tuple[LeafSpec, ...]
+    form: Form
     sent: tuple[int, ...]
     averaged: tuple[int, ...]
     targets: tuple[Leaf, ...]
@@ -106,7 +107,7 @@ class _Delivery:
     @property
     def nbytes(self) -> int:
         """Bytes that are sent or averaged."""
-        return sum(self.specs[n].nbytes for n in (*self.sent, *self.averaged))
+        return int(self.form.sizes[[*self.sent, *self.averaged]].sum())
 
 
 def _prepare(
@@ -114,7 +115,7 @@ def _prepare(
     captured: Sequence[CapturedState],
     differences: Sequence[StateDifference],
 ) -> list[_Delivery]:
-    forms = _send_forms(comm, [captured[difference.index] for difference in differences])
+    forms = _send_forms(comm, captured, differences)
     overlaps: list[Overlap] = []
 
     def prepare() -> list[_Delivery]:
@@ -151,37 +152,39 @@ def _prepare(
 
 
 def _send_forms(
-    comm: Communicator, captured: Sequence[CapturedState]
-) -> list[tuple[Structure, list[LeafSpec]]]:
-    def forms() -> list[list[object]]:
-        return [
-            [content.structure, [spec.to_json() for spec in content.specs]]
-            for content in captured
-        ]
+    comm: Communicator,
+    captured: Sequence[CapturedState],
+    differences: Sequence[StateDifference],
+) -> list[tuple[Structure, Form]]:
+    """Return root's structure and form of each state; those that are equal are not sent."""
+    own = [captured[difference.index] for difference in differences]
+    forms = [(json.loads(json.dumps(one.structure)), one.form) for one in own]
+    differing = [number for number, one in enumerate(differences) if one.form]
 
-    received = on_root(comm, "sending the form of the states", forms, error=StageError)
-    return [
-        (structure, [LeafSpec.from_json(spec) for spec in specs])
-        for structure, specs in received
-    ]
+    def encode() -> list[object]:
+        return [[forms[n][0], [s.to_json() for s in own[n].specs]] for n in differing]
+
+    if differing:
+        doing = "sending the form of the states"
+        received = on_root(comm, doing, encode, error=StageError)
+        for number, (structure, specs) in zip(differing, received, strict=True):
+            forms[number] = structure, Form(LeafSpec.from_json(spec) for spec in specs)
+    return forms
 
 
 def _deliver(
     own: CapturedState,
     difference: StateDifference,
     structure: Structure,
-    specs: Sequence[LeafSpec],
+    form: Form,
     *,
     is_root: bool,
 ) -> _Delivery:
     """Find the destinations of root's leaves on this rank."""
     averaged = _averaged(own, difference)
-    everything = tuple(range(len(specs)))
-    sent = tuple(
-        n
-        for n in (everything if difference.leaves is None else difference.leaves)
-        if n not in averaged
-    )
+    specs, taken = form.specs, set(averaged)
+    differing = range(len(specs)) if difference.leaves is None else difference.leaves
+    sent = tuple([n for n in differing if n not in taken] if taken else differing)
     targets, arrival = own.leaves, None
     if averaged or not is_root:
         # Tiles stay where they are, but the state expects all of its leaves.
@@ -193,12 +196,13 @@ def _deliver(
         pairs = zip(specs, arriving, strict=True)
         lacking = [f"{spec} is on root, not here" for spec, leaf in pairs if leaf is None]
         raise_mismatch(own.name, lacking)
+        look_at([targets[n] for n in sent])
         if difference.leaves is not None:
             _keep_equal(own.leaves, targets, set() if is_root else set(sent))
     return _Delivery(
         index=difference.index,
-        names=difference.names(specs),
-        specs=tuple(specs),
+        names=difference.names(form.names),
+        form=form,
         sent=sent,
         averaged=averaged,
         targets=targets,
@@ -217,8 +221,9 @@ def _keep_equal(
     leaves: Sequence[Leaf], targets: Sequence[Leaf], sent: Collection[int]
 ) -> None:
     """Fill targets that receive nothing with this rank's own bytes, which are equal."""
-    for number, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
-        if number not in sent and not _same_memory(leaf, target):
+    for number in sorted(set(range(len(leaves))) - set(sent)):
+        leaf, target = leaves[number], targets[number]
+        if leaf is not target and not _same_memory(leaf, target):
             target.buffer.write(leaf.buffer.read())
 
 
@@ -226,9 +231,8 @@ def _same_memory(leaf: Leaf, target: Leaf) -> bool:
     source, destination = leaf.buffer.view(), target.buffer.view()
     if source is None or destination is None or not len(source):
         return False
-    return bool(
-        np.shares_memory(np.frombuffer(source, "u1"), np.frombuffer(destination, "u1"))
-    )
+    pair = np.frombuffer(source, "u1"), np.frombuffer(destination, "u1")
+    return bool(np.shares_memory(*pair))
 
 
 class _RootsBytes:
@@ -244,35 +248,32 @@ class _RootsBytes:
         return Digest.of(self.bytes_of(index)).whole
 
 
-def _flat(
+def _destinations(
     captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
-) -> list[tuple[int, int, Leaf]]:
-    """Return state index, leaf index and destination for each of root's leaves."""
-    delivered = {delivery.index: delivery for delivery in deliveries}
-    return [
-        (index, n, leaf)
-        for index, content in enumerate(captured)
-        for n, leaf in enumerate(
-            delivered[index].targets if index in delivered else content.leaves
-        )
-    ]
+) -> list[tuple[Leaf, ...]]:
+    """Return for each compared state the destinations of root's leaves."""
+    targets = {delivery.index: delivery.targets for delivery in deliveries}
+    return [targets.get(index, content.leaves) for index, content in enumerate(captured)]
+
+
+def _homes(places: Sequence[Sequence[Leaf]]) -> list[tuple[int, int]]:
+    return [(state, n) for state, leaves in enumerate(places) for n in range(len(leaves))]
 
 
 def _overlaps(
     captured: Sequence[CapturedState], deliveries: Sequence[_Delivery]
 ) -> list[Overlap]:
     """Return this rank's overlaps in which a leaf is about to be overwritten."""
-    flat = _flat(captured, deliveries)
-    changing = {
-        (delivery.index, n)
-        for delivery in deliveries
-        for n in (*delivery.sent, *delivery.averaged)
-    }
-    found = find_overlaps([leaf for _, _, leaf in flat])
+    places = _destinations(captured, deliveries)
+    found = find_overlaps(list(chain.from_iterable(places)))
+    if not found:
+        return []
+    homes = _homes(places)
+    changing = {(one.index, n) for one in deliveries for n in (*one.sent, *one.averaged)}
     return [
         overlap
         for overlap in found
-        if any(flat[index][:2] in changing for index in overlap.leaves)
+        if any(homes[index] in changing for index in overlap.leaves)
     ]
 
 
@@ -282,21 +283,22 @@ def _without_overlaps(
     overlaps: Sequence[Overlap],
 ) -> list[_Delivery]:
     """Return the deliveries with private memory for one leaf of each overlap."""
-    flat = _flat(captured, deliveries)
+    places = _destinations(captured, deliveries)
+    homes = _homes(places)
     found = {delivery.index: delivery for delivery in deliveries}
 
     def name_of(index: int) -> str:
-        state, _, leaf = flat[index]
-        return f"state {captured[state].name!r}, leaf {leaf.spec.name!r}"
+        state, n = homes[index]
+        return f"state {captured[state].name!r}, leaf {places[state][n].spec.name!r}"
 
     def move(index: int) -> bool:
-        state, n, _ = flat[index]
+        state, n = homes[index]
         arrival = found[state].arrival if state in found else None
         leaf = None if arrival is None else arrival.elsewhere(n)
         if leaf is None:
             return False
         if n not in found[state].sent:
-            leaf.buffer.write(flat[index][2].buffer.read())
+            leaf.buffer.write(places[state][n].buffer.read())
         targets = list(found[state].targets)
         targets[n] = leaf
         found[state] = replace(found[state], targets=tuple(targets))
@@ -329,7 +331,7 @@ def _with_new_digests(own: CapturedState, delivery: _Delivery) -> CapturedState:
     digests = list(own.digests or ())
     for number in delivery.averaged:
         digests[number] = Digest.of(delivery.targets[number].buffer.read())
-    return replace(own, leaves=delivery.targets, digests=tuple(digests))
+    return replace(own, leaves=delivery.targets, digests=Digests.of(digests))
 
 
 def _adopt(

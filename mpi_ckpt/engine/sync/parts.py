@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, gather_bytes
-from mpi_ckpt.digest import Digest
+from mpi_ckpt.digest import Digest, Digests
 from mpi_ckpt.engine.sync.captured import CapturedState, capture_own_parts, digest_states
 from mpi_ckpt.engine.sync.coming import ComingBytes, PartsInTransit
 from mpi_ckpt.errors import StageError
@@ -225,7 +225,8 @@ def _capture(
         for at, (spec, digest) in enumerate(more, start=1):
             leaves.append(coming.expect(rank, (number, at), mine.name, spec, digest))
     form = state.form_of(leaves)
-    return CapturedState(state, state.form(len(heads)), tuple(leaves), form, tuple(digests))
+    structure = state.form(len(heads))
+    return CapturedState(state, structure, tuple(leaves), form, Digests.of(digests))
 
 
 def _split(encoded: bytes) -> list[bytes]:

@@ -331,7 +331,7 @@ def _refuse_divergence(
         own = captured[difference.index]
         if own.state.sync_mode in ("check", "none"):
             # If the leaves' forms differ between ranks, no names are common to all.
-            names = difference.names(() if difference.leaves is None else own.specs)
+            names = difference.names(() if difference.leaves is None else own.form.names)
             problems.append(f"state {own.name!r}: {', '.join(names)} differ between ranks")
             lines.append(f"state {own.name!r}: {listed(names)} differ between ranks")
     # The ranks agreed on the differences, so all ranks reach this or none.

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpi_ckpt.buckets import plan_buckets, read_leaves, write_leaves
 from mpi_ckpt.comm import bcast_buffers, mean_buffers
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Target
@@ -20,15 +23,33 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Communicator, Deferred
     from mpi_ckpt.leaf import Leaf
 
+_DOING = "sending what differs"
+
+# Smaller leaves are sent in buckets. A bucket is too large for the broadcast to join it
+# with others again, and with few at a time their memory stays in the cache.
+_SMALL_BYTES = 64 << 10
+_BUCKET_BYTES = 2 << 20
+_AT_ONCE = 2
+
 _NATIVE = {"F64": "<f8", "F32": "<f4", "C64": "<c8", "C128": "<c16"}
 # A complex half is two halves side by side, and so is a sum of complex halves.
 _HALVES = ("F16", "C32")
 
 
+def look_at(leaves: Sequence[Leaf]) -> None:
+    """Look at the memory of the large leaves that will be sent. Not collective.
+
+    An error then comes in a meeting, before the first byte moves.
+    """
+    for leaf in leaves:
+        if leaf.spec.nbytes > _SMALL_BYTES:
+            leaf.buffer.view()
+
+
 def send_leaves(
     comm: Communicator, leaves: Sequence[Leaf], window_bytes: int, deferred: Deferred
 ) -> None:
-    """Send root's leaves into those of the other ranks, in place if possible.
+    """Send root's leaves into those of the other ranks, large ones in place if possible.
 
     Collective. Main thread only.
 
@@ -37,73 +58,145 @@ def send_leaves(
         leaves: Leaves with the same specs on every rank.
         window_bytes: Limit of the memory for leaves that some rank must copy, because they
             are not contiguous host memory.
-        deferred: Keeps failures to store bytes, for the next meeting.
+        deferred: Keeps failures to read or store bytes, for the next meeting.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    for batch in _batches(comm, leaves, window_bytes):
+    sizes = np.array([leaf.spec.nbytes for leaf in leaves], np.int64)
+    buckets = plan_buckets(sizes, _SMALL_BYTES, _BUCKET_BYTES)
+    large = [
+        _Addressee.of(leaves[first], deferred)
+        for first, last in buckets
+        if last - first == 1
+    ]
+    for batch in _batches(comm, large, window_bytes):
         _send_batch(comm, batch, deferred)
+    small = [leaves[first:last] for first, last in buckets if last - first > 1]
+    _send_small(comm, small, deferred)
+
+
+def _send_small(
+    comm: Communicator, buckets: Sequence[Sequence[Leaf]], deferred: Deferred
+) -> None:
+    """Send small leaves, a few buckets at a time, through the same memory."""
+    memory = memoryview(bytearray(_AT_ONCE * _BUCKET_BYTES if buckets else 0))
+    for start in range(0, len(buckets), _AT_ONCE):
+        batch = buckets[start : start + _AT_ONCE]
+        lengths = [sum([leaf.spec.nbytes for leaf in bucket]) for bucket in batch]
+        ends = accumulate(lengths, initial=0)
+        places = [memory[first:last] for first, last in pairwise(ends)]
+        if comm.is_root:
+            for bucket, place in zip(batch, places, strict=True):
+                place[:] = _read(bucket, len(place), deferred)
+        bcast_buffers(comm, places, _DOING)
+        if not comm.is_root:
+            deferred.attempt(partial(_store, batch, places))
+
+
+def _store(buckets: Sequence[Sequence[Leaf]], places: Sequence[memoryview]) -> None:
+    for bucket, place in zip(buckets, places, strict=True):
+        write_leaves(bucket, place)
+
+
+def _read(leaves: Sequence[Leaf], nbytes: int, deferred: Deferred) -> memoryview:
+    """Return the bytes of leaves, one after the other; zeros if they cannot be read."""
+    found: list[memoryview] = []
+
+    def read() -> None:
+        if len(leaves) == 1:
+            found.append(leaves[0].buffer.read())
+        else:
+            found.append(memoryview(b"".join(read_leaves(leaves))))
+
+    deferred.attempt(read)
+    return found[0] if found else memoryview(bytes(nbytes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Addressee:
+    """A leaf, and the memory that receives it on this rank."""
+
+    leaf: Leaf
+    target: Target
+
+    @classmethod
+    def of(cls, leaf: Leaf, deferred: Deferred) -> _Addressee:
+        found = [Target(leaf.spec, None)]
+        deferred.attempt(lambda: found.append(Target(leaf.spec, leaf)))
+        return cls(leaf, found[-1])
+
+    def finish(self) -> None:
+        try:
+            self.target.finish()
+        except Exception:
+            with concerning(f"leaf {self.leaf.spec.name!r}"):
+                raise
 
 
 def _batches(
-    comm: Communicator, leaves: Sequence[Leaf], window_bytes: int
-) -> Iterator[list[Leaf]]:
+    comm: Communicator, leaves: Sequence[_Addressee], window_bytes: int
+) -> Iterator[list[_Addressee]]:
     """Group leaves so that private copies of a group stay within the window."""
     if not leaves:
         return
-    copied = np.array([leaf.buffer.view() is None for leaf in leaves], np.uint8)
+    copied = np.array([one.target.is_private for one in leaves], np.uint8)
     # If one rank needs a copy, the group ends on all ranks: messages must match.
-    copied = comm.all_reduce(copied, "max", "sending what differs")
-    batch: list[Leaf] = []
+    copied = comm.all_reduce(copied, "max", _DOING)
+    batch: list[_Addressee] = []
     filled = 0
-    for leaf, is_copied in zip(leaves, copied, strict=True):
-        nbytes = leaf.spec.nbytes if is_copied else 0
+    for one, is_copied in zip(leaves, copied, strict=True):
+        nbytes = one.leaf.spec.nbytes if is_copied else 0
         if batch and filled + nbytes > window_bytes:
             yield batch
             batch, filled = [], 0
-        batch.append(leaf)
+        batch.append(one)
         filled += nbytes
     yield batch
 
 
-def _send_batch(comm: Communicator, leaves: Sequence[Leaf], deferred: Deferred) -> None:
-    doing = "sending what differs"
+def _send_batch(
+    comm: Communicator, batch: Sequence[_Addressee], deferred: Deferred
+) -> None:
     if comm.is_root:
-        bcast_buffers(comm, [leaf.buffer.read() for leaf in leaves], doing)
+        data = [_read([one.leaf], one.leaf.spec.nbytes, deferred) for one in batch]
+        bcast_buffers(comm, data, _DOING)
         return
-    targets = [Target(leaf.spec, leaf) for leaf in leaves]
-    bcast_buffers(comm, [target.memory() for target in targets], doing)
-    deferred.attempt(partial(_finish, leaves, targets))
-
-
-def _finish(leaves: Sequence[Leaf], targets: Sequence[Target]) -> None:
-    for leaf, target in zip(leaves, targets, strict=True):
-        try:
-            target.finish()
-        except Exception:
-            with concerning(f"leaf {leaf.spec.name!r}"):
-                raise
+    bcast_buffers(comm, [one.target.memory() for one in batch], _DOING)
+    for one in batch:
+        deferred.attempt(one.finish)
 
 
 def average_leaves(comm: Communicator, leaves: Sequence[Leaf], deferred: Deferred) -> None:
-    """Replace leaves by their averages over all ranks, one leaf after the other.
+    """Replace leaves by their averages over all ranks: small ones of a dtype at a time.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
         leaves: Leaves of floating dtypes with the same specs on every rank.
-        deferred: Keeps failures to store averages, for the next meeting.
+        deferred: Keeps failures to read leaves or store averages, for the next meeting.
 
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    for leaf in leaves:
-        array = to_summable(leaf.spec.dtype, leaf.buffer.read())
-        mean_buffers(comm, [array], "averaging what differs")
-        average = from_summable(leaf.spec.dtype, array)
-        deferred.attempt(partial(leaf.buffer.write, average))
+    ordered = sorted(leaves, key=lambda leaf: leaf.spec.dtype)
+    for dtype, group in groupby(ordered, key=lambda leaf: leaf.spec.dtype):
+        alike = list(group)
+        sizes = np.array([leaf.spec.nbytes for leaf in alike], np.int64)
+        for first, last in plan_buckets(sizes, _SMALL_BYTES, _BUCKET_BYTES):
+            bucket, nbytes = alike[first:last], int(sizes[first:last].sum())
+            array = to_summable(dtype, _read(bucket, nbytes, deferred))
+            mean_buffers(comm, [array], "averaging what differs")
+            deferred.attempt(partial(_write_average, bucket, array))
+
+
+def _write_average(leaves: Sequence[Leaf], array: NDArray[Any]) -> None:
+    average = from_summable(leaves[0].spec.dtype, array)
+    if len(leaves) == 1:
+        leaves[0].buffer.write(average)
+    else:
+        write_leaves(leaves, average)
 
 
 def to_summable(dtype: str, data: memoryview) -> NDArray[Any]:

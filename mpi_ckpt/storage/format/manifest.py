@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from mpi_ckpt.digest import BLOCK_BYTES
-from mpi_ckpt.leaf import LeafSpec
+import numpy as np
+
+from mpi_ckpt.digest import BLOCK_BYTES, Digest, Digests
+from mpi_ckpt.leaf import Form, LeafSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+
+    from numpy.typing import NDArray
 
     from mpi_ckpt.decomposition.boxes import Box
-    from mpi_ckpt.digest import Digest
     from mpi_ckpt.storage.format.local_set import LocalSet
 
 STREAM = "stream"
@@ -68,6 +74,173 @@ class StoredLeaf(NamedTuple):
     digest: Digest
 
 
+@lru_cache(maxsize=4)
+def known_form(
+    names: tuple[str, ...], kinds: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
+) -> Form:
+    """Return the form of leaves from columns; usually the previous object.
+
+    Not collective. Thread-safe. Most generations that a job reads have one form.
+
+    Args:
+        names: The name of each.
+        kinds: Its dtype.
+        shapes: Its shape.
+    """
+    return Form(map(LeafSpec, names, kinds, shapes))
+
+
+class StoredLeaves(Sequence[StoredLeaf]):
+    """The whole leaves of a state, in columns: thousands of them are a few objects.
+
+    Not collective. Thread-safe.
+
+    Args:
+        form: Their specs.
+        files: The names of the files that hold them.
+        file: For each leaf the index of its file.
+        offsets: For each leaf its first byte in that file.
+        digests: Their digests.
+    """
+
+    __slots__ = ("digests", "file", "files", "form", "offsets")
+
+    def __init__(
+        self,
+        form: Form,
+        files: tuple[str, ...],
+        file: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        digests: Digests,
+    ) -> None:
+        assert len(form.specs) == len(file) == len(offsets) == len(digests)
+        self.form = form
+        self.files = files
+        self.file = file
+        self.offsets = offsets
+        self.digests = digests
+
+    @classmethod
+    def of(cls, leaves: Iterable[StoredLeaf]) -> StoredLeaves:
+        """Return leaves as columns. Not collective. Thread-safe."""
+        leaves = list(leaves)
+        numbers: dict[str, int] = {}
+        file = [numbers.setdefault(leaf.extent.file, len(numbers)) for leaf in leaves]
+        return cls(
+            Form([leaf.spec for leaf in leaves]),
+            tuple(numbers),
+            np.array(file, np.int64),
+            np.array([leaf.extent.offset for leaf in leaves], np.int64),
+            Digests.of([leaf.digest for leaf in leaves]),
+        )
+
+    @classmethod
+    def joined(cls, form: Form, parts: Sequence[StoredLeaves]) -> StoredLeaves:
+        """Return the leaves of a form, each of which is in one of several parts.
+
+        Not collective. Thread-safe.
+
+        Args:
+            form: The specs of all leaves.
+            parts: The leaves, some of them in each part.
+        """
+        if len(parts) == 1 and parts[0].form is form:
+            return parts[0]
+        numbers = {name: number for number, name in enumerate(form.names)}
+        found = [numbers[name] for part in parts for name in part.form.names]
+        assert sorted(found) == list(range(len(form.specs)))
+        order = np.argsort(np.array(found, np.int64))
+        every = cls.chained(parts)
+        return cls(
+            form,
+            every.files,
+            every.file[order],
+            every.offsets[order],
+            every.digests.pick(order),
+        )
+
+    @classmethod
+    def chained(cls, parts: Sequence[StoredLeaves]) -> StoredLeaves:
+        """Return the leaves of several parts, one part after the other.
+
+        Not collective. Thread-safe. Parts of several states may have equal names.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        files = tuple(dict.fromkeys(file for part in parts for file in part.files))
+        file = [
+            np.array([files.index(f) for f in p.files], np.int64)[p.file] for p in parts
+        ]
+        none = np.empty(0, np.int64)
+        return cls(
+            Form(chain.from_iterable(part.form.specs for part in parts)),
+            files,
+            np.concatenate([none, *file]),
+            np.concatenate([none, *(part.offsets for part in parts)]),
+            Digests.joined(part.digests for part in parts),
+        )
+
+    def pick(self, numbers: NDArray[np.int64]) -> StoredLeaves:
+        """Return some of them. Not collective. Thread-safe."""
+        if len(numbers) == len(self):
+            return self
+        used, file = np.unique(self.file[numbers], return_inverse=True)
+        return StoredLeaves(
+            self.form.pick(numbers.tolist()),
+            tuple([self.files[number] for number in used.tolist()]),
+            file,
+            self.offsets[numbers],
+            self.digests.pick(numbers),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> StoredLeaves:
+        """Return them with other names of the files. Not collective. Thread-safe."""
+        files = tuple([names[file] for file in self.files])
+        return StoredLeaves(self.form, files, self.file, self.offsets, self.digests)
+
+    @property
+    def extents(self) -> list[Extent]:
+        """Where their bytes are."""
+        places = [self.files[number] for number in self.file.tolist()]
+        return list(map(Extent, places, self.offsets.tolist(), self.form.sizes.tolist()))
+
+    def bytes_of(self, files: Collection[str]) -> int:
+        """Return how many of their bytes lie in some files. Not collective. Thread-safe."""
+        inside = np.isin(
+            self.file, [n for n, file in enumerate(self.files) if file in files]
+        )
+        return int(self.form.sizes[inside].sum())
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> StoredLeaf: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[StoredLeaf]: ...
+
+    def __getitem__(self, index: int | slice) -> StoredLeaf | list[StoredLeaf]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        spec, file = self.form.specs[number], self.files[self.file[number]]
+        extent = Extent(file, int(self.offsets[number]), spec.nbytes)
+        return StoredLeaf(spec, extent, self.digests[number])
+
+    def __iter__(self) -> Iterator[StoredLeaf]:
+        return map(StoredLeaf, self.form.specs, self.extents, self.digests)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self.form.specs)
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 class CutLeaf(NamedTuple):
     """One leaf that is cut over the ranks: its tiles are listed in their files' headers.
 
@@ -109,7 +282,7 @@ class StoredState:
 
     name: str
     structure: Any = None
-    leaves: tuple[StoredLeaf, ...] = ()
+    leaves: StoredLeaves = field(default_factory=lambda: StoredLeaves.of(()))
     is_stream: bool = False
     cut: tuple[CutLeaf, ...] = ()
     files: tuple[str, ...] = ()
@@ -118,13 +291,13 @@ class StoredState:
     def of_stream(cls, name: str, extent: Extent, digest: Digest) -> StoredState:
         """Make the state of a stream. Not collective."""
         spec = LeafSpec(STREAM, "U8", (extent.nbytes,))
-        return cls(name, leaves=(StoredLeaf(spec, extent, digest),), is_stream=True)
+        leaves = StoredLeaves.of([StoredLeaf(spec, extent, digest)])
+        return cls(name, leaves=leaves, is_stream=True)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its leaves."""
-        whole = sum(leaf.extent.nbytes for leaf in self.leaves)
-        return whole + sum(leaf.spec.nbytes for leaf in self.cut)
+        return self.leaves.form.nbytes + sum(leaf.spec.nbytes for leaf in self.cut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +342,7 @@ class Manifest:
     def bytes_reused(self) -> int:
         """Bytes of leaves in files of older generations."""
         older = {file.name for file in self.files if file.generation != self.generation}
-        return sum(leaf.extent.nbytes for leaf in self.leaves if leaf.extent.file in older)
+        return sum(state.leaves.bytes_of(older) for state in self.states)
 
     def state(self, name: str) -> StoredState | None:
         """Return the state of that name, None if there is none. Not collective."""

@@ -11,14 +11,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from json.encoder import encode_basestring
 from typing import Any
 
-from mpi_ckpt.digest import ALGORITHM, DIGEST_BYTES, Digest, digest_bytes
+from mpi_ckpt.digest import ALGORITHM, DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import UnsupportedFormatError
 from mpi_ckpt.storage.format.json_values import (
     SIZE_MAX,
-    as_digest,
     as_hash,
     as_integer,
     as_list,
@@ -31,13 +29,18 @@ from mpi_ckpt.storage.format.layout import (
     check_names_differ,
     check_state_name,
 )
+from mpi_ckpt.storage.format.leaf_columns import (
+    check_overlaps,
+    decode_leaves,
+    decode_place,
+    encode_leaves,
+    encode_stream,
+)
 from mpi_ckpt.storage.format.local_set import LocalSet
 from mpi_ckpt.storage.format.manifest import (
     CutLeaf,
-    Extent,
     Manifest,
     StoredFile,
-    StoredLeaf,
     StoredState,
 )
 from mpi_ckpt.storage.format.strict_json import read_json, shown
@@ -113,8 +116,8 @@ def _json(value: object) -> str:
 def _encode_state(state: StoredState) -> str:
     name = _json(state.name)
     if state.is_stream:
-        return f'{{"name":{name},"stream":{{{_encode_place(state.leaves[0])}}}}}'
-    leaves = ",".join([_encode_leaf(leaf) for leaf in state.leaves])
+        return f'{{"name":{name},"stream":{{{encode_stream(state.leaves[0])}}}}}'
+    leaves = encode_leaves(state.leaves)
     cut = _encode_cut(state) if state.cut else ""
     structure = _json(state.structure)
     return f'{{"name":{name},"structure":{structure},"leaves":[{leaves}]{cut}}}'
@@ -131,25 +134,6 @@ def _encode_cut(state: StoredState) -> str:
         for leaf in state.cut
     ]
     return f',"cut":{_json(cut)},"tile_files":{_json(state.files)}'
-
-
-# Built as text: a dict for each of thousands of leaves takes three times as long.
-def _encode_leaf(leaf: StoredLeaf) -> str:
-    spec = leaf.spec
-    name, dtype = encode_basestring(as_text(spec.name)), encode_basestring(spec.dtype)
-    shape = ",".join(map(str, spec.shape))
-    return f'{{"name":{name},"dtype":{dtype},"shape":[{shape}],{_encode_place(leaf)}}}'
-
-
-def _encode_place(leaf: StoredLeaf) -> str:
-    extent, digest = leaf.extent, leaf.digest
-    text = (
-        f'"file":"{extent.file}","offset":{extent.offset},"bytes":{extent.nbytes},'
-        f'"digest":"{digest.whole.hex()}"'
-    )
-    if len(digest.blocks) == 1:
-        return text
-    return f'{text},"blocks":"{b"".join(digest.blocks).hex()}"'
 
 
 def largest_state(manifest: Manifest) -> tuple[str, int]:
@@ -246,10 +230,10 @@ def _decode_state(
     check_state_name(name)
     if "stream" in entry:
         return StoredState.of_stream(
-            name, *_decode_place(entry["stream"], files, block_bytes)
+            name, *decode_place(entry["stream"], files, block_bytes)
         )
-    leaves = tuple(_decode_leaf(e, files, block_bytes) for e in as_list(entry["leaves"]))
-    names = {leaf.spec.name for leaf in leaves}
+    leaves = decode_leaves(as_list(entry["leaves"]), files, block_bytes)
+    names = set(leaves.form.names)
     _expect(len(names) == len(leaves), f"state {name!r} lists a leaf twice")
     return StoredState(name, entry["structure"], leaves)
 
@@ -261,8 +245,7 @@ def _with_cut(
     if state.is_stream or "cut" not in entry:
         return state
     cut = tuple([_decode_cut_leaf(one) for one in as_list(entry["cut"])])
-    names = [leaf.spec.name for leaf in state.leaves]
-    names += [leaf.spec.name for leaf in cut]
+    names = [*state.leaves.form.names, *(leaf.spec.name for leaf in cut)]
     _expect(len(set(names)) == len(names), f"state {state.name!r} lists a leaf twice")
     tile_files = tuple([files[as_text(name)].name for name in as_list(entry["tile_files"])])
     _expect(
@@ -284,49 +267,11 @@ def _decode_cut_leaf(entry: dict[str, Any]) -> CutLeaf:
     return leaf
 
 
-def _decode_leaf(
-    entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
-) -> StoredLeaf:
-    spec = as_spec(entry["name"], entry["dtype"], entry["shape"])
-    extent, digest = _decode_place(entry, files, block_bytes)
-    if spec.nbytes != extent.nbytes:
-        raise ValueError(
-            f"leaf {shown(spec.name)} {spec.dtype}{shown(spec.shape)} takes "
-            f"{shown(spec.nbytes)} bytes, {extent.nbytes} listed"
-        )
-    return StoredLeaf(spec, extent, digest)
-
-
-def _decode_place(
-    entry: dict[str, Any], files: dict[str, StoredFile], block_bytes: int
-) -> tuple[Extent, Digest]:
-    file = files[entry["file"]]
-    offset = as_integer(entry["offset"], SIZE_MAX)
-    nbytes = as_integer(entry["bytes"], SIZE_MAX)
-    if offset < file.header_bytes or offset + nbytes > file.nbytes:
-        end = offset + nbytes
-        raise ValueError(f"{file.name}: bytes {offset} to {end} lie outside its data")
-    whole = entry["digest"]
-    try:
-        digest = as_digest(whole, entry.get("blocks", whole), nbytes, block_bytes)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from None
-    return Extent(file.name, offset, nbytes), digest
-
-
 def _check_extents(states: tuple[StoredState, ...], files: dict[str, StoredFile]) -> None:
-    by_file: dict[str, list[Extent]] = {name: [] for name in files}
-    for state in states:
-        for leaf in state.leaves:
-            by_file[leaf.extent.file].append(leaf.extent)
+    used = {name for state in states for name in state.leaves.files}
     for name in {name for state in states for name in state.files}:
-        _expect(not by_file[name], f"{name}: has leaves and tiles")
-    for name, extents in by_file.items():
-        end = 0
-        for extent in sorted(extents, key=lambda extent: (extent.offset, extent.nbytes)):
-            if extent.offset < end:
-                raise ValueError(f"{name}: leaves overlap at {extent.offset}")
-            end = extent.offset + extent.nbytes
+        _expect(name not in used, f"{name}: has leaves and tiles")
+    check_overlaps(files, [state.leaves for state in states])
 
 
 def _decode_metric(value: object) -> float:

@@ -204,7 +204,7 @@ def test_error_while_staging_leaves_nothing(comm, shared_path, monkeypatch):
             raise MemoryError("no arena")
 
         if comm.rank == comm.size - 1:
-            monkeypatch.setattr(mine._saver._workshop.arena, "take", refuse)
+            monkeypatch.setattr(mine._saver.workshop.arena, "take", refuse)
         with same_error(comm, SaveError, "no arena"):
             mine.save()
         monkeypatch.undo()

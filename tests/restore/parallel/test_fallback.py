@@ -384,7 +384,7 @@ def test_a_newer_format_is_not_gone_behind(comm, saved, job):
     if comm.rank == 0:
         rewrite(
             saved / "checkpoint-00000003" / "manifest.json",
-            lambda text: text.replace('"version":1', '"version":3'),
+            lambda text: text.replace('"version":1', '"version":4'),
         )
     comm.barrier()
     with manager(saved, *job.states) as checkpoints:
