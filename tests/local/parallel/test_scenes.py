@@ -17,8 +17,8 @@ from mpi_ckpt.errors import (
 )
 from mpi_ckpt.storage.directory.rollback import bring_back, set_newer_aside
 from mpi_ckpt.storage.reading.reader import read_manifest
-from tests.local.scene import Crash, Values, flip
-from tests.ranks import assert_same, groupings, same_error
+from tests.local.scene import LEAVES, Crash, Values, flip
+from tests.ranks import RecordingHandle, assert_same, groupings, same_error
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -399,3 +399,18 @@ def test_leaves_that_share_memory_are_compared_by_root(scene, comm):
     ) as manager:
         assert manager.restore().level == "local"
     assert (whole == np.arange(40.0)).all()
+
+
+def test_a_save_of_replicated_state_sends_next_to_nothing(scene, comm):
+    scene.on_hosts(scene.hosts)
+    arrays = {f"x{n}": np.zeros(20_000) for n in range(LEAVES)}
+    options = Options(deadline_seconds=35, preemption_signals=())
+    states = [ArrayState("arrays", arrays)]
+    with CheckpointManager(
+        scene.directory, states, options=options, local=scene.local()
+    ) as manager:
+        manager.save(1, level="local")
+        arrays["x0"] += 1
+        with RecordingHandle(manager._session.comm) as handle:
+            assert manager.save(2, level="local").generation == 2
+    assert sum(nbytes for _, nbytes in handle.messages) <= 2048

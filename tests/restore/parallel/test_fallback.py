@@ -384,11 +384,11 @@ def test_a_newer_format_is_not_gone_behind(comm, saved, job):
     if comm.rank == 0:
         rewrite(
             saved / "checkpoint-00000003" / "manifest.json",
-            lambda text: text.replace('"version":1', '"version":3'),
+            lambda text: text.replace('"version":1', '"version":4'),
         )
     comm.barrier()
     with manager(saved, *job.states) as checkpoints:
-        with same_error(comm, UnsupportedFormatError, "version 3", "checkpoint-00000003"):
+        with same_error(comm, UnsupportedFormatError, "version 4", "checkpoint-00000003"):
             checkpoints.restore()
         assert job.holds(-1)
         assert [info.generation for info in checkpoints.generations()] == [1, 2]
