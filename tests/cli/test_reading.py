@@ -101,7 +101,7 @@ def test_ls_lists_everything_with_its_state(tmp_path):
 
 def test_a_newer_format_is_told_apart_from_damage(tmp_path):
     path = publish(tmp_path)
-    document = document_of(path) | {"version": 3}
+    document = document_of(path) | {"version": 4}
     (path / "manifest.json").write_bytes(sealed_document(document))
     assert ask("ls", tmp_path)["generations"][0]["state"] == "unsupported"
     assert ask("verify", tmp_path, code=1)["generations"][0]["state"] == "unsupported"

@@ -179,9 +179,9 @@ def test_newer_format_is_an_error_and_nothing_behind_it_is_used(tmp_path, opened
     publish(tmp_path)
     newer = publish(tmp_path)
     document = document_of(newer)
-    document["version"] = 3
+    document["version"] = 4
     (newer / "manifest.json").write_bytes(sealed_document(document))
-    with pytest.raises(UnsupportedFormatError, match="version 3"):
+    with pytest.raises(UnsupportedFormatError, match="version 4"):
         opened(tmp_path).open_newest()
     assert newer.exists()
 

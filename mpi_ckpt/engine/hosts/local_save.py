@@ -19,6 +19,7 @@ from mpi_ckpt.engine.hosts.share_writer import ShareWriter
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.sync.parts import receive_parts
 from mpi_ckpt.engine.sync.replicas import sync_states
 from mpi_ckpt.errors import CheckpointError, OptionsError, SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
@@ -101,8 +102,10 @@ class LocalSave:
             synced = sync_states(comm, states, session.options, parts=self._begun.parts)
             if synced.is_cut:
                 _refuse_cut(session, synced.captured)
+            # All leaders plan at once, so root cannot receive parts while it writes them.
+            captured = receive_parts(comm, synced.parts, synced.captured)
         self._synced = synced.report
-        by_name = {one.name: one for one in synced.captured}
+        by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._contents = LocalContents(taken, synced.report.differing, step, metrics)
         if session.memory is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.engine.hosts.local_save import LocalSave
 from mpi_ckpt.engine.save.pending import PendingSave
-from mpi_ckpt.errors import CheckpointError, OptionsError, StageError
+from mpi_ckpt.errors import CheckpointError, OptionsError, SaveError, StageError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -74,10 +74,11 @@ class LocalSaver:
         saver.finish()
         self._steps.restart_local()
         with session.watch("saving to hosts") as clock:
-            begun = saver.begin_states(None, step, metrics, syncs=True, apart=_nobody)
-            workshop = saver.workshop
+            work = saver.work_on_states(None, step, metrics, syncs=True, apart=_nobody)
+            begun = saver.registry.begin("beginning a save", None, work, error=SaveError)
+            states, shop = begun.result, saver.workshop
             save = LocalSave(
-                *(session, level, workshop, begun), step=step, metrics=metrics, clock=clock
+                *(session, level, shop, states), step=step, metrics=metrics, clock=clock
             )
             if level.is_off:
                 return save.settled()

@@ -69,6 +69,7 @@ class Saver:
         registry: The manager's.
 
     Attributes:
+        registry: As given.
         durations: The times that saves have taken in this run.
         workshop: The resources that saves share.
         pending: The pending save; None for none.
@@ -76,7 +77,7 @@ class Saver:
 
     def __init__(self, session: Session, registry: Registry) -> None:
         self._session = session
-        self._registry = registry
+        self.registry = registry
         options = session.options
         how = options.abort_on_error
         end_job = partial(_end_job, member_of(session.comm, how)) if how else None
@@ -150,11 +151,12 @@ class Saver:
         session = self._session
         syncs = session.options.sync if sync is None else sync
         apart = partial(parts_apart, session)
-        begun = self.begin_states(only, step, metrics, syncs=syncs, apart=apart)
+        work = self.work_on_states(only, step, metrics, syncs=syncs, apart=apart)
+        begun = self.registry.begin("beginning a save", only, work, error=SaveError)
         return Save(
             session,
             self.workshop,
-            begun,
+            begun.result,
             step=step,
             sync=syncs,
             metrics=metrics,
@@ -162,7 +164,7 @@ class Saver:
             clock=clock,
         )
 
-    def begin_states(
+    def work_on_states(
         self,
         only: Collection[str] | None,
         step: int,
@@ -170,8 +172,10 @@ class Saver:
         *,
         syncs: bool,
         apart: Callable[[Sequence[State]], Collection[str]],
-    ) -> Begun:
-        """Agree on the states of a save, which root must be allowed to make. Collective.
+    ) -> Callable[[list[State]], Begun]:
+        """Return what each rank does with the chosen states when a save begins.
+
+        Not collective. Root must be allowed to save, or the work raises.
 
         Args:
             only: As for `begin`.
@@ -179,17 +183,13 @@ class Saver:
             metrics: As for `begin`.
             syncs: Whether the replicas will be made equal.
             apart: Returns the names of states whose parts the ranks write themselves.
-
-        Raises:
-            RegistrationError: On every rank, if names are unknown or differ.
-            SaveError: On every rank, if root may not save to the directory.
         """
         session = self._session
         threads = session.options.io.digest_threads
 
         def begin(states: list[State]) -> Begun:
             require_notes(step, metrics)
-            if only is None and not self._registry.names:
+            if only is None and not self.registry.names:
                 raise RegistrationError(
                     "this manager has no states, so nothing would be saved: give them as "
                     "CheckpointManager(directory, [state, ...]), or by add(state)"
@@ -202,8 +202,7 @@ class Saver:
             parts = None if waits else take_parts(states, apart(states), threads=threads)
             return Begun(states, parts)
 
-        begun = self._registry.begin("beginning a save", only, begin, error=SaveError)
-        return begun.result
+        return begin
 
     def leave(self, save: Save) -> PendingSave:
         """Leave a save to finish in the background. Not collective."""
@@ -243,7 +242,7 @@ class Saver:
             return Begun(states, take_parts(states, threads=threads))
 
         doing = "beginning to remember the states"
-        begun = self._registry.begin(doing, None, begin, error=SaveError).result
+        begun = self.registry.begin(doing, None, begin, error=SaveError).result
         synced = capture_on_root(comm, begun.states, begun.parts, threads=threads)
         if synced.is_cut:
             memory.clear()  # a lost rank would take its tiles along
