@@ -32,7 +32,7 @@ Readable: TypeAlias = Any
 """Contiguous bytes, which ``bytes.join`` and xxhash take: a memoryview, bytes, an array."""
 
 
-class _Leaf(Protocol):
+class _HasBuffer(Protocol):
     """A `Leaf`, of which this layer knows no more."""
 
     @property
@@ -73,7 +73,7 @@ def plan_buckets(
     return buckets
 
 
-def read_leaves(leaves: Sequence[_Leaf]) -> Sequence[Readable]:
+def read_leaves(leaves: Sequence[_HasBuffer]) -> Sequence[Readable]:
     """Return the bytes of each leaf: live ones where possible, else copies.
 
     Not collective. A kind of buffer that has ``read_all`` reads them at once.
@@ -86,7 +86,7 @@ def read_leaves(leaves: Sequence[_Leaf]) -> Sequence[Readable]:
     return read_all(buffers) if read_all else [buffer.read() for buffer in buffers]
 
 
-def are_read_together(leaves: Sequence[_Leaf]) -> bool:
+def are_read_together(leaves: Sequence[_HasBuffer]) -> bool:
     """Return whether `read_leaves` reads leaves at once, and may do so again.
 
     Not collective. Leaves that arrive from elsewhere can be read only once.
@@ -94,7 +94,7 @@ def are_read_together(leaves: Sequence[_Leaf]) -> bool:
     return _of_all([leaf.buffer for leaf in leaves], "read_all") is not None
 
 
-def write_leaves(leaves: Sequence[_Leaf], data: memoryview) -> None:
+def write_leaves(leaves: Sequence[_HasBuffer], data: memoryview) -> None:
     """Replace the bytes of leaves by bytes that follow one another.
 
     Not collective. A kind of buffer that has ``write_all`` writes them at once.
@@ -121,7 +121,7 @@ def write_leaves(leaves: Sequence[_Leaf], data: memoryview) -> None:
             raise
 
 
-def find_spans(leaves: Sequence[_Leaf | None]) -> NDArray[np.uint64]:
+def find_spans(leaves: Sequence[_HasBuffer | None]) -> NDArray[np.uint64]:
     """Return the first byte of each leaf, and one past its last; two zeros for none.
 
     Not collective. A kind of buffer that has ``span_all`` finds them at once.

@@ -388,7 +388,7 @@ def test_a_newer_format_is_not_gone_behind(comm, saved, job):
         )
     comm.barrier()
     with manager(saved, *job.states) as checkpoints:
-        with same_error(comm, UnsupportedFormatError, "version 3", "checkpoint-00000003"):
+        with same_error(comm, UnsupportedFormatError, "version 4", "checkpoint-00000003"):
             checkpoints.restore()
         assert job.holds(-1)
         assert [info.generation for info in checkpoints.generations()] == [1, 2]
