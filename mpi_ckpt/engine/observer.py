@@ -106,13 +106,15 @@ class Observer:
         self._show_soon()
 
     def note_save(self, report: SaveReport) -> None:
-        """Report an acknowledged save. On every rank."""
-        self.last_save = report
+        """Report an acknowledged save, or one that the hosts keep. On every rank."""
+        is_local = report.level == "local"
+        if not is_local:
+            self.last_save = report
         if not self._comm.is_root:
             return
         logger.info("%s", describe_save(report))
         self._add(
-            "saved",
+            "kept" if is_local else "saved",
             step=int(report.step),
             generation=report.generation,
             nbytes=report.bytes_written,
@@ -123,13 +125,8 @@ class Observer:
         if self._clock is not None:
             self.pause(self._clock)
         self._facts["step"] = int(report.step)
-        self._facts["last_save"] = {
-            "generation": report.generation,
-            "step": int(report.step),
-            "time": time.time(),
-            "seconds": report.seconds["total"],
-            "bytes": report.bytes_written,
-        }
+        if not is_local:
+            self._facts["last_save"] = _facts_of(report)
         self._show()
         self._call("on_save", report)
 
@@ -230,8 +227,23 @@ class Observer:
             self._showing.release()
 
 
+def _facts_of(report: SaveReport) -> dict[str, Any]:
+    return {
+        "generation": report.generation,
+        "step": int(report.step),
+        "time": time.time(),
+        "seconds": report.seconds["total"],
+        "bytes": report.bytes_written,
+    }
+
+
 def describe_save(report: SaveReport) -> str:
-    """Return an acknowledged save in one line. Pure."""
+    """Return a save in one line. Pure."""
+    if report.level == "local":
+        return (
+            f"kept generation {report.generation}, step {report.step}, on the hosts: "
+            f"{bytes_text(report.bytes_written)} written, {_timed(report.seconds)}"
+        )
     text = f"saved generation {report.generation}, step {report.step}, {_by(report.size)}: "
     text += f"{bytes_text(report.bytes_written)} written, "
     text += f"{bytes_text(report.bytes_reused)} reused, {_timed(report.seconds)}; "

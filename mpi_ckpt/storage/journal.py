@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVENTS = ("saved", "restored", "fresh", "stopped", "ended")
+EVENTS = ("saved", "kept", "restored", "fresh", "stopped", "ended")
 """The events of a history."""
 
 _STATUS_BYTES = 4096
@@ -44,7 +44,8 @@ class HistoryEvent:
         job: A name for the run of the job.
         step: The training step.
         ranks: Number of ranks.
-        generation: Number of the generation that was saved or restored; 0 for none.
+        generation: Number of the generation that was saved, kept by the hosts, or restored;
+            0 for none.
         saved_ranks: Number of ranks that had saved what was restored.
         nbytes: Bytes written or read.
         reused: Bytes shared with older generations.

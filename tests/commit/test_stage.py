@@ -21,6 +21,7 @@ from mpi_ckpt.engine.sync.captured import (
 )
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.memory import Arena
+from mpi_ckpt.storage.format.layout import shard_file_name
 from mpi_ckpt.storage.writing.partial import Partial
 
 
@@ -90,8 +91,8 @@ def test_the_arena_holds_the_file(tmp_path_factory, sizes):
     plan = plan_of(contents)
     partials = [Partial(path, number, "job", mode="direct") for number in (1, 2)]
     shards = [
-        write_shard(partials[0], contents, 0),
-        write_shard(partials[1], staged.states, 0, staged.image),
+        write_shard(partials[0], contents, shard_file_name(0)),
+        write_shard(partials[1], staged.states, shard_file_name(0), staged.image),
     ]
     files = [(one.path / "rank-00000.safetensors").read_bytes() for one in partials]
     assert files[0] == files[1] == bytes(staged.image.memory[: plan.nbytes])
@@ -103,7 +104,7 @@ def test_leaves_of_several_states_that_are_picked_are_written_one_by_one(tmp_pat
     staged = stage(Arena(), contents)
     picked = [pick_leaves(staged.states[0], [1])]
     partial = Partial(tmp_path, 1, "job", mode="direct")
-    shard = write_shard(partial, picked, 0, staged.image)
+    shard = write_shard(partial, picked, shard_file_name(0), staged.image)
     assert shard.states["one"].form.names == ("b",)
     data = (partial.path / "rank-00000.safetensors").read_bytes()
     assert data.endswith(np.ones(9).tobytes())

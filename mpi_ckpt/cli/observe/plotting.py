@@ -18,6 +18,7 @@ _METRICS_MAX = 4
 _PHASES = ("sync", "stage", "write", "publish")
 _MARKERS = {
     "saved": ("o", "save"),
+    "kept": (".", "save on the hosts"),
     "restored": ("v", "restore"),
     "fresh": ("*", "fresh start"),
     "stopped": ("s", "stop on request"),

@@ -177,13 +177,15 @@ class LocalSave:
         self._conclude(placed.origin.number, placed.nbytes)
 
     def prune(self) -> None:
-        """Remove generations beyond those that are kept. Not collective.
+        """Remove generations beyond those that are kept; report the save. Not collective.
 
         In the background. Every rank knows by now that all hosts have the new one.
         """
-        level = self._level
+        level, report = self._level, self.report
         kept, home = tuple(level.kept), level.home
-        is_kept = self.report is not None and self.report.generation > 0
+        is_kept = report is not None and report.generation > 0
+        if report is not None and is_kept:
+            self._session.observer.note_save(report)
         if is_kept and home is not None and len(kept) >= level.local.keep:
             self._workshop.background.submit(lambda: home.keep_only(kept))
 

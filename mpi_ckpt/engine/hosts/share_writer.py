@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.engine.save.shard import write_leaf_file
+from mpi_ckpt.engine.save.shard import write_shard
 from mpi_ckpt.engine.save.staging import stage
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
@@ -82,7 +82,7 @@ class ShareWriter:
             reserve = self._level.local.reserve
             self._partial = partial = home.begin(plan.manifest.generation, nbytes, reserve)
             for name, share in self._shares.items():
-                write_leaf_file(partial, share, name)
+                write_shard(partial, share, name)
             for file in self._files:
                 if file.name in plan.bound:
                     partial.write_shard(file.name, [self._sent[file.name]], file.nbytes)

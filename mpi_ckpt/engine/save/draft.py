@@ -20,6 +20,7 @@ from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import (
     carried_file_name,
     generation_name,
+    shard_file_name,
     stream_file_name,
 )
 from mpi_ckpt.storage.format.manifest import (
@@ -155,7 +156,7 @@ class Draft:
         """
         for state in plain:
             self._write_stream(state)
-        shard = write_shard(self.partial, captured, ROOT, image)
+        shard = write_shard(self.partial, captured, shard_file_name(ROOT), image)
         if shard is not None:
             self._shards.append(shard)
 

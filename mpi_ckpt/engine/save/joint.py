@@ -23,6 +23,7 @@ from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.options import ROOT
 from mpi_ckpt.reports import Progress
+from mpi_ckpt.storage.format.layout import shard_file_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -192,7 +193,7 @@ class JointWrite:
                 plain = [one for one in mine if not isinstance(one, CapturedState)]
                 self._draft.write(captured, plain, image)
             elif partial is not None:
-                write_shard(partial, captured, comm.rank, image)
+                write_shard(partial, captured, shard_file_name(comm.rank), image)
         if self._survey is None:
             return
         writer = self._survey.mine.writer

@@ -95,16 +95,6 @@ class Shard:
 def write_shard(
     partial: Partial,
     captured: Sequence[CapturedState],
-    rank: int,
-    image: ShardImage | None = None,
-) -> Shard | None:
-    """Write a rank's leaves to its file, as `write_leaf_file` does. Not collective."""
-    return write_leaf_file(partial, captured, shard_file_name(rank), image)
-
-
-def write_leaf_file(
-    partial: Partial,
-    captured: Sequence[CapturedState],
     name: str,
     image: ShardImage | None = None,
 ) -> Shard | None:
@@ -234,7 +224,7 @@ def foresee_shard(
 def foresee_leaf_file(
     captured: Sequence[CapturedState], name: str, generation: int
 ) -> Shard | None:
-    """Return the shard that `write_leaf_file` makes on another rank from digested states.
+    """Return the shard that `write_shard` makes on another rank from digested states.
 
     Not collective. Thread-safe.
 
@@ -250,7 +240,7 @@ def foresee_leaf_file(
 
 
 def encode_shard(captured: Sequence[CapturedState]) -> bytes:
-    """Return the bytes of the file that `write_leaf_file` writes.
+    """Return the bytes of the file that `write_shard` writes.
 
     Not collective. Thread-safe.
 

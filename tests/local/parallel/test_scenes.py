@@ -16,6 +16,7 @@ from mpi_ckpt.errors import (
     RestoreError,
 )
 from mpi_ckpt.storage.directory.rollback import bring_back, set_newer_aside
+from mpi_ckpt.storage.journal import read_history
 from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.local.scene import LEAVES, Crash, Values, flip
 from tests.ranks import RecordingHandle, assert_same, groupings, same_error
@@ -32,6 +33,20 @@ def test_all_processes_die_and_the_hosts_have_it(scene, comm):
     assert (restored.level, restored.step, restored.generation) == ("local", 3, 3)
     assert not list(scene.directory.glob("checkpoint-*"))
     assert_same(comm, (restored.bytes_read, restored.path))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_hosts_keep_is_seen_in_the_log_and_the_history(
+    scene, comm, caplog, asynchronous
+):
+    with caplog.at_level(logging.INFO, "mpi_ckpt"):
+        _, saves = scene.run(2, asynchronous=asynchronous)
+    told = [line for line in caplog.messages if line.startswith("kept generation")]
+    expected = [f"kept generation {n}, step {n}, on the hosts: " for n in (1, 2)]
+    assert [line[: len(expected[0])] for line in told] == expected * (comm.rank == 0)
+    kept = [event for event in read_history(scene.directory) if event.event == "kept"]
+    assert [(event.generation, event.step) for event in kept] == [(1, 1), (2, 2)]
+    assert kept[-1].nbytes == comm.bcast(saves[2].bytes_written)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -234,10 +234,14 @@ def test_root_reads_each_byte_once(comm, shared_path, monkeypatch):
 def test_windows_of_any_size(comm, shared_path, window_bytes, monkeypatch):
     # Blocks of a manifest of our own making: a leaf of many blocks need not be large.
     from mpi_ckpt import digest
+    from mpi_ckpt.engine.save import shard
     from mpi_ckpt.storage.format import manifest
 
-    for function in (digest.Digest.of.__func__, digest.BlockHasher.__init__):
+    methods = (digest.Digest.of.__func__, digest.BlockHasher.__init__, digest.digest_many)
+    for function in methods:
         monkeypatch.setattr(function, "__defaults__", (64,))
+    monkeypatch.setattr(shard, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(shard, "_SMALL_BYTES", 64)
     defaults = manifest.Manifest.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "block_bytes", 64)
     lengths = [0, 1, 63, 64, 65, 127, 128, 129, 1000]
