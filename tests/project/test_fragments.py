@@ -110,7 +110,7 @@ def test_local_page(tmp_path):
     run(block, tmp_path, **given, batches=[1] * 120)
     steps[0] = 0
     found = run(block, tmp_path, **given, batches=[1] * 3)
-    # From a save that the host kept: of step 50, 100, or soon after one that was written then.
+    # From a save that the host kept: of step 50 or 100, or soon after one that was written.
     assert steps[0] == found["manager"].steps
     assert 53 <= steps[0] <= 123
 

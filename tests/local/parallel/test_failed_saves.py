@@ -27,7 +27,7 @@ def fail(*_, **__):
 FAULTS = {
     "begin": (host_directory.HostDirectory, "begin"),
     "stage": (share_writer, "stage"),
-    "share": (share_writer, "write_leaf_file"),
+    "share": (share_writer, "write_shard"),
     "manifest": (Partial, "seal"),
     "rename": (Partial, "appear"),
 }
