@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpi_ckpt import digest
 from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.engine.save import shard
 from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.request import Published, SaveRequest
 from mpi_ckpt.engine.sync.captured import capture_states
@@ -21,11 +23,14 @@ from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.states.packed import part_leaves
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
+from mpi_ckpt.storage.format import manifest
 from mpi_ckpt.storage.format.manifest_codec import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    import pytest
 
     from mpi_ckpt.states.unshared.ranked import RankedState
 
@@ -141,3 +146,14 @@ def document_of(path: Path) -> dict:
     del document["digest"]
     decode(sealed_document(document))  # a test that breaks one thing starts from whole
     return document
+
+
+def use_blocks_of(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let digests be of shorter blocks, so that a leaf of several need not be large."""
+    methods = (digest.Digest.of.__func__, digest.BlockHasher.__init__, digest.digest_many)
+    for function in methods:
+        monkeypatch.setattr(function, "__defaults__", (nbytes,))
+    monkeypatch.setattr(shard, "BLOCK_BYTES", nbytes)
+    monkeypatch.setattr(shard, "_SMALL_BYTES", nbytes)
+    defaults = manifest.Manifest.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "block_bytes", nbytes)

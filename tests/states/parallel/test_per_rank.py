@@ -11,7 +11,7 @@ from mpi_ckpt.comm import scatter_bytes
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.options import IO
 from mpi_ckpt.states.packed import pack
-from tests.making import joined
+from tests.making import joined, use_blocks_of
 from tests.ranks import RecordingHandle, assert_same, manager, randoms, same_error
 from tests.restore.parallel.test_fallback import flip
 
@@ -217,13 +217,7 @@ def test_damaged_part_of_any_rank_makes_all_fall_back(comm, shared_path):
 def test_parts_larger_than_the_window_and_than_a_block(
     comm, shared_path, window_bytes, monkeypatch
 ):
-    from mpi_ckpt import digest
-    from mpi_ckpt.storage.format import manifest
-
-    for function in (digest.Digest.of.__func__, digest.BlockHasher.__init__):
-        monkeypatch.setattr(function, "__defaults__", (512,))
-    defaults = manifest.Manifest.__init__.__kwdefaults__
-    monkeypatch.setitem(defaults, "block_bytes", 512)
+    use_blocks_of(512, monkeypatch)
     mine = randoms(comm.rank).randbytes(100 + 2000 * comm.rank)
     state = PerRankState("p", mine)
     with manager(

@@ -25,6 +25,7 @@ from mpi_ckpt import (
 from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.reading.reader import read_manifest
+from tests.making import use_blocks_of
 from tests.ranks import assert_same, manager, plain
 from tests.sync.parallel.test_sync import contents, make_model, train
 
@@ -233,17 +234,7 @@ def test_root_reads_each_byte_once(comm, shared_path, monkeypatch):
 @pytest.mark.parametrize("window_bytes", [1, 100, 1 << 20])
 def test_windows_of_any_size(comm, shared_path, window_bytes, monkeypatch):
     # Blocks of a manifest of our own making: a leaf of many blocks need not be large.
-    from mpi_ckpt import digest
-    from mpi_ckpt.engine.save import shard
-    from mpi_ckpt.storage.format import manifest
-
-    methods = (digest.Digest.of.__func__, digest.BlockHasher.__init__, digest.digest_many)
-    for function in methods:
-        monkeypatch.setattr(function, "__defaults__", (64,))
-    monkeypatch.setattr(shard, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(shard, "_SMALL_BYTES", 64)
-    defaults = manifest.Manifest.__init__.__kwdefaults__
-    monkeypatch.setitem(defaults, "block_bytes", 64)
+    use_blocks_of(64, monkeypatch)
     lengths = [0, 1, 63, 64, 65, 127, 128, 129, 1000]
     arrays = {str(n): np.frombuffer(random.Random(n).randbytes(n), "u1") for n in lengths}
     strided = np.arange(60.0).reshape(6, 10)[:, ::2]
