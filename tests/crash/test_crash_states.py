@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(1800 if STRESS else 300 * TIMES)
 # Scenario -> distinct crash states that must be judged at least.
 RUNS = {
     "first save": (scenarios.first_save, 30),
-    "next save": (scenarios.next_save, 65),
+    "next save": (scenarios.next_save, 60),
     "prune to 1": (lambda: scenarios.saves_that_prune(1), 125),
     "prune to 2": (lambda: scenarios.saves_that_prune(2), 125),
     "carry": (scenarios.saves_that_carry, 125),

@@ -48,12 +48,14 @@ def encode_wants(match: StateMatch) -> bytes:
     wants = []
     for matched in match.states:
         is_whole = matched.saved.is_stream or matched.saved.parts is not None
-        leaves = () if is_whole else matched.arrival.leaves
+        saved, leaves = matched.saved.leaves, matched.arrival.leaves
+        if is_whole:
+            saved, leaves = (), ()
         unexpected = set(matched.arrival.unexpected)
         codes = "".join(
             [
                 _code(leaf, is_told=spec.name in unexpected)
-                for spec, leaf in zip(matched.saved.leaves, leaves, strict=True)
+                for spec, leaf in zip(saved, leaves, strict=True)
             ]
         )
         boxes = [
