@@ -19,6 +19,7 @@ from mpi_ckpt.elastic import Memory
 from mpi_ckpt.options import IO
 from tests.cut import cuts
 from tests.cut.parallel.test_any_cut import on_first
+from tests.making import Stream
 from tests.ranks import manager
 
 WHOLE = cuts.whole_array((12, 5))
@@ -34,6 +35,7 @@ def states_of(boxes, *, filled=True, rank=0):
         "whole": ArrayState("whole", {"a": np.arange(7.0) * scale}),
         "value": ObjectState("value", {"epoch": 3 * scale}),
         "random": RNGState(),
+        "plain": Stream("plain", b"text" * scale),
     }
 
 
@@ -44,6 +46,7 @@ def holds(states, boxes, saved, size):
     assert len(states["rows"].arrays["i"]) in (rows // size, rows // size + 1)
     assert states["whole"].arrays["a"].tolist() == list(range(7))
     assert states["value"].value == {"epoch": 3}
+    assert states["plain"].data == b"text"
 
 
 SAVES = [
