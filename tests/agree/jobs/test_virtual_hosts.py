@@ -38,7 +38,7 @@ told = MPI.COMM_WORLD.gather((weights.sum(), received() - before))
 if world.is_root:
     sums, crossed = zip(*told)
     step = None if restored is None else restored.step
-    note = dict(hosts=world.hosts, step=step, sums=sums, crossed=crossed)
+    note = dict(hosts=list(world.hosts), step=step, sums=sums, crossed=crossed)
     (folder / "note.json").write_text(json.dumps(note))
 """
 
