@@ -98,6 +98,24 @@ def test_a_save_does_not_need_them(manage, tmp_path, monkeypatch, code):
     assert not {HISTORY, STATUS} & set(os.listdir(tmp_path))
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_line_that_cannot_be_written_fails_no_save(manage, tmp_path, monkeypatch, code):
+    def refuse(descriptor, data):
+        raise OSError(code, os.strerror(code))
+
+    class Refusing:
+        def __getattr__(self, name):
+            return refuse if name == "write" else getattr(os, name)
+
+    monkeypatch.setattr(filesystem, "os", Refusing())
+    manager = manage(arrays(), interval=1)
+    manager.step()
+    assert manager.last_save.generation == 1
+    manager.close()
+    assert read_history(tmp_path) == []
+    assert read_status(tmp_path)["last_save"]["generation"] == 1
+
+
 def test_links_in_their_place_are_not_followed(manage, tmp_path):
     target = tmp_path / "theirs"
     target.write_text("theirs")
