@@ -151,6 +151,6 @@ def missed_deadline(
     error = CollectiveError(text, problems=problems)
     # Each rank reports its view of the absent ones; one rank reports the place in the
     # program.
-    is_first = not any(map(call.is_present, range(comm.rank)))
+    is_first = comm.rank == call.first
     error.printing = Printing(comm.name, "" if is_first else f"CollectiveError: {error}")
     return error

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -67,7 +69,17 @@ class RollCall:
     @property
     def absent(self) -> list[int]:
         """The ranks of which nothing was heard, ascending."""
-        return [rank for rank in range(self.size) if not self.is_present(rank)]
+        bits = np.frombuffer(
+            self._present.to_bytes((self.size + 7) // 8, "little"), np.uint8
+        )
+        present = np.unpackbits(bits, count=self.size, bitorder="little")
+        absent: list[int] = np.flatnonzero(present == 0).tolist()
+        return absent
+
+    @property
+    def first(self) -> int:
+        """The lowest rank that is here."""
+        return (self._present & -self._present).bit_length() - 1
 
     def is_present(self, rank: int) -> bool:
         """Whether a rank is known to be here."""
