@@ -122,6 +122,15 @@ def generation_argument(*, required: bool = False) -> Callable[[Function], Funct
     )
 
 
+def mode_option() -> Callable[[Function], Function]:
+    """Return the option for the direction in which a metric is good."""
+    return click.option(
+        "--mode",
+        type=click.Choice(["min", "max"]),
+        help="Whether its lowest or its highest value is the best.",
+    )
+
+
 def lock_directory(directory: Path, job: str) -> DirectoryLock:
     """Lock a directory for a command that changes it.
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, command, directory_argument
+from mpi_ckpt.cli.command import (
+    GOOD,
+    MISUSED,
+    CommandError,
+    command,
+    directory_argument,
+    mode_option,
+)
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import lock_holder, look
 from mpi_ckpt.cli.plain_text import bytes_text, plural
@@ -67,11 +74,7 @@ class _Marks:
 @command("ls", "List the generations in a directory.", dates=True)
 @directory_argument()
 @click.option("--best", metavar="METRIC", help="Mark the best by METRIC; give --mode too.")
-@click.option(
-    "--mode",
-    type=click.Choice(["min", "max"]),
-    help="Whether its lowest or its highest value is the best.",
-)
+@mode_option()
 @click.option(
     "--sort",
     is_flag=False,

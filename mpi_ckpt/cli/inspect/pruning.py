@@ -20,6 +20,7 @@ from mpi_ckpt.cli.command import (
     command,
     directory_argument,
     lock_directory,
+    mode_option,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import look
@@ -80,11 +81,7 @@ class _PrunePlan:
     metavar="METRIC",
     help="Keep the generation with the best value of METRIC.",
 )
-@click.option(
-    "--mode",
-    type=click.Choice(["min", "max"]),
-    help="Whether its lowest or its highest value is the best.",
-)
+@mode_option()
 @click.option(
     "--verify",
     is_flag=True,
