@@ -96,6 +96,7 @@ def choose(
     lineage: Lineage | None,
     *,
     newest: int,
+    copied: Origin | None = None,
     rolled_back: int = 0,
 ) -> LocalChoice:
     """Choose between the local generations at hand and the newest one in the directory.
@@ -106,12 +107,14 @@ def choose(
         holdings: What each host holds.
         lineage: The runs that have saved to hosts; None if none is known.
         newest: Number of the newest good generation in the directory; 0 for none.
+        copied: The local generation that this one was copied from; None if it was not.
         rolled_back: The highest number in the last rollback; 0 for none.
     """
     lost: list[HeldGeneration] = []
+    point = (newest, 0) if copied is None else copied[1:]
     for held in _newest_first(gather(holdings), lineage, rolled_back):
         # The directory's generation came later: it is newer than this one and all older.
-        if held.origin.base < newest:
+        if held.origin[1:] < point:
             break
         if held.is_whole:
             return LocalChoice(held, tuple(lost))

@@ -174,9 +174,12 @@ def _judge(
         if skips:
             return [None, ""]
         lineage = read_lineage(directory.root)
-        newest = _newest_number(session)
+        newest, moment = _newest_in_directory(session)
+        copied = None if lineage is None else lineage.source(newest, moment)
         rolled_back = directory.catalog.look().last_rollback
-        verdict = choose(holdings, lineage, newest=newest, rolled_back=rolled_back)
+        verdict = choose(
+            holdings, lineage, newest=newest, copied=copied, rolled_back=rolled_back
+        )
         runs = {one.origin.run for one in holdings}
         lost = what_is_lost(verdict, lineage, runs, newest=newest, here=comm.topology.names)
         chosen = verdict.chosen
@@ -210,15 +213,15 @@ def _holding(
     )
 
 
-def _newest_number(session: Session) -> int:
-    """Return the number of the newest good generation in the directory; 0 for none."""
+def _newest_in_directory(session: Session) -> tuple[int, float]:
+    """Return number and time of the newest good generation there; zeros for none."""
     # If all are bad, the hosts may still have a good one; if not, the search reports it.
     with suppress(CorruptGenerationError):
         reader = session.directory.open_newest()
         if reader is not None:
             with reader:
-                return reader.manifest.generation
-    return 0
+                return reader.manifest.generation, reader.manifest.time
+    return 0, 0.0
 
 
 def _report_lost(session: Session, level: HostLevel, text: str) -> None:
