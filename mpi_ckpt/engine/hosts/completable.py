@@ -8,7 +8,7 @@ local generation notes the highest one at its time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.storage.local.lineage import Origin
@@ -63,6 +63,7 @@ class HeldGeneration:
         holders: For each of its files the ranks of the leaders that hold it.
         manifests: The ranks of the leaders that have its manifest.
         manifest_bytes: Size of the manifest.
+        is_copied: Whether the newest generation of the directory is a copy of it.
     """
 
     origin: Origin
@@ -70,6 +71,7 @@ class HeldGeneration:
     holders: tuple[tuple[int, ...], ...]
     manifests: tuple[int, ...]
     manifest_bytes: int = 0
+    is_copied: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -117,7 +119,8 @@ def choose(
         if held.origin[1:] < point:
             break
         if held.is_whole:
-            return LocalChoice(held, tuple(lost))
+            chosen = replace(held, is_copied=held.origin == copied)
+            return LocalChoice(chosen, tuple(lost))
         lost.append(held)
     return LocalChoice(None, tuple(lost))
 

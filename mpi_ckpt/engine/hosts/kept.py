@@ -53,6 +53,7 @@ class KeptGeneration:
         holders: File name -> ranks of the leaders that hold it.
         path: Where root's host has it, or would have it.
         reader: Its open files on this host, on a leader; None elsewhere.
+        is_copied: Whether the newest generation of the directory is a copy of it.
     """
 
     origin: Origin
@@ -60,6 +61,7 @@ class KeptGeneration:
     holders: Mapping[str, Sequence[int]]
     path: Path
     reader: GenerationReader | None
+    is_copied: bool = False
 
     @property
     def readers(self) -> tuple[int, ...]:
@@ -186,15 +188,14 @@ def _judge(
         if chosen is None:
             return [None, lost]
         what = chosen.step, chosen.holders, chosen.manifests, chosen.manifest_bytes
-        return [[chosen.origin, *what], lost]
+        return [[chosen.origin, *what, chosen.is_copied], lost]
 
     values, lost = collect(comm, _LOOKING, look, judge, error=RestoreError)
     if values is None:
         return None, lost
-    origin, step, holders, manifests, nbytes = values
-    return HeldGeneration(
-        Origin(*origin), step, tuple(map(tuple, holders)), tuple(manifests), nbytes
-    ), lost
+    origin, step, holders, manifests, *rest = values
+    files = tuple(map(tuple, holders))
+    return HeldGeneration(Origin(*origin), step, files, tuple(manifests), *rest), lost
 
 
 def _holding(
@@ -306,7 +307,7 @@ def _open(
 
     reader = agree(comm, _READING, open_here, error=RestoreError)
     path = place / generation_name(number)
-    return KeptGeneration(chosen.origin, manifest, holders, path, reader)
+    return KeptGeneration(chosen.origin, manifest, holders, path, reader, chosen.is_copied)
 
 
 def _send_to_root(
