@@ -6,14 +6,20 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from mpi_ckpt.devices import Pin
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from mpi_ckpt.devices import DeviceLink
 
 __all__ = ["Arena", "Memory", "MemoryCopy", "SharedMemory", "round_up"]
 
@@ -39,6 +45,7 @@ class Arena:
     def __init__(self, *, huge_pages: bool = False) -> None:
         self._huge_pages = huge_pages
         self._memory: mmap.mmap | None = None
+        self._pin: Pin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -57,9 +64,25 @@ class Arena:
         assert self._memory is not None
         return memoryview(self._memory)
 
+    def pin(self, link: DeviceLink) -> None:
+        """Let devices copy to and from the memory by themselves, from now on until `close`.
+
+        If the system refuses that, it is not asked again, and copies take longer.
+
+        Args:
+            link: The link to the devices.
+        """
+        if self._pin is None and self._memory is not None:
+            address = np.frombuffer(self._memory, np.uint8).ctypes.data
+            self._pin = Pin(link, address, len(self._memory))
+            # It must not outlive the mapping, which ends after this object.
+            weakref.finalize(self, self._pin.release).atexit = False
+
     def close(self) -> None:
         """Free the memory, as soon as nothing uses it. Callable twice."""
-        self._memory = None
+        if self._pin is not None:
+            self._pin.release()
+        self._pin = self._memory = None
 
     def _map(self, nbytes: int) -> mmap.mmap:
         # Private: shared memory takes 1.5 times as long to touch first.
