@@ -50,6 +50,7 @@ class KeptGeneration:
         holders: File name -> ranks of the leaders that hold it.
         path: Where root's host has it, or would have it.
         reader: Its open files on this host, on a leader; None elsewhere.
+        is_copied: Whether the newest generation of the directory is a copy of it.
     """
 
     origin: Origin
@@ -57,6 +58,7 @@ class KeptGeneration:
     holders: Mapping[str, Sequence[int]]
     path: Path
     reader: GenerationReader | None
+    is_copied: bool = False
 
     @property
     def readers(self) -> tuple[int, ...]:
@@ -171,24 +173,26 @@ def _judge(
         if skips:
             return [None, ""]
         lineage = read_lineage(directory.root)
-        newest = _newest_number(session)
+        newest, moment = _newest_in_directory(session)
+        copied = None if lineage is None else lineage.source(newest, moment)
         rolled_back = directory.catalog.look().last_rollback
-        verdict = choose(holdings, lineage, newest=newest, rolled_back=rolled_back)
+        verdict = choose(
+            holdings, lineage, newest=newest, copied=copied, rolled_back=rolled_back
+        )
         runs = {one.origin.run for one in holdings}
         lost = what_is_lost(verdict, lineage, runs, newest=newest, here=comm.topology.names)
         chosen = verdict.chosen
         if chosen is None:
             return [None, lost]
         what = chosen.step, chosen.holders, chosen.manifests, chosen.manifest_bytes
-        return [[chosen.origin, *what], lost]
+        return [[chosen.origin, *what, chosen.is_copied], lost]
 
     values, lost = collect(comm, _LOOKING, look, judge, error=RestoreError)
     if values is None:
         return None, lost
-    origin, step, holders, manifests, nbytes = values
-    return HeldGeneration(
-        Origin(*origin), step, tuple(map(tuple, holders)), tuple(manifests), nbytes
-    ), lost
+    origin, step, holders, manifests, *rest = values
+    files = tuple(map(tuple, holders))
+    return HeldGeneration(Origin(*origin), step, files, tuple(manifests), *rest), lost
 
 
 def _holding(
@@ -207,15 +211,15 @@ def _holding(
     )
 
 
-def _newest_number(session: Session) -> int:
-    """Return the number of the newest good generation in the directory; 0 for none."""
+def _newest_in_directory(session: Session) -> tuple[int, float]:
+    """Return number and time of the newest good generation there; zeros for none."""
     # If all are bad, the hosts may still have a good one; if not, the search reports it.
     with suppress(CorruptGenerationError):
         reader = session.directory.open_newest()
         if reader is not None:
             with reader:
-                return reader.manifest.generation
-    return 0
+                return reader.manifest.generation, reader.manifest.time
+    return 0, 0.0
 
 
 def _report_lost(session: Session, level: HostLevel, text: str) -> None:
@@ -274,7 +278,7 @@ def _open(
 
     reader = agree(comm, _READING, open_here, error=RestoreError)
     path = place / generation_name(number)
-    return KeptGeneration(chosen.origin, manifest, holders, path, reader)
+    return KeptGeneration(chosen.origin, manifest, holders, path, reader, chosen.is_copied)
 
 
 def _files_dealt(manifest: Manifest, states: Sequence[State], size: int) -> list[str]:

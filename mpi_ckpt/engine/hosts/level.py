@@ -249,7 +249,7 @@ class HostLevel:
         run = LocalRun(
             secrets.token_hex(6),
             directory.job,
-            _named(self._source, session),
+            _named(self._source, session, lineage),
             behind=directory.catalog.look().last_rollback,
             path=self.local.path,
             hosts=hosts,
@@ -307,10 +307,16 @@ class HostLevel:
             self._memory.origin = origin
 
 
-def _named(origin: Origin | None, session: Session) -> Origin | None:
-    """Return a point whose run is known: of a directory's generation, its job."""
+def _named(origin: Origin | None, session: Session, lineage: Lineage) -> Origin | None:
+    """Return a point whose run is known: of a directory's generation, its job.
+
+    Of one that was copied from hosts it is the point of its source: what its run kept while
+    it was copied is not on the way.
+    """
     if origin is None or origin.run:
         return origin
-    known = {info.generation: info.job for info in session.directory.catalog.generations()}
-    job = known.get(origin.base, "")
-    return origin._replace(run=job) if job else None
+    for info in session.directory.catalog.generations():
+        if info.generation == origin.base and info.job:
+            source = lineage.source(info.generation, info.time)
+            return source or origin._replace(run=info.job)
+    return None
