@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine.hosts.kept import bring_to_root
+from mpi_ckpt.engine.hosts.root_copies import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.dealing import plan_deals
 from mpi_ckpt.engine.restore.from_memory import transfer_copy
