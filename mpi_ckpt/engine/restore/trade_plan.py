@@ -88,6 +88,12 @@ class Trades:
     part_forms: Mapping[str, PartForm]
     of_parts: Trade | None
 
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that this rank reads from files of tiles, or gets from other ranks."""
+        parts = 0 if self.of_parts is None else self.of_parts.plan.bytes_moved
+        return self.of_leaves.plan.bytes_moved + parts
+
 
 def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> Trades:
     """Find out what this rank reads, sends and receives.

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.trade_plan import Trade, Trades
     from mpi_ckpt.engine.restore.wanted import TradedTile
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import Progress
 
 _READING = "reading a generation"
 
@@ -52,6 +53,7 @@ def trade_tiles(
     deferred: Deferred,
     *,
     safe: Sequence[str],
+    progress: Progress,
 ) -> int:
     """Read, prove, send and store the tiles, in turns.
 
@@ -65,6 +67,7 @@ def trade_tiles(
         targets: The tiles that it wants, by the plan's numbers.
         deferred: Keeps failures to store bytes, for the next meeting.
         safe: What is still safe if the first turn fails, and if a later one does.
+        progress: Counts the bytes that this rank has read, or got from others.
 
     Returns:
         Bytes read by this rank, but for those that its reader of ``found`` counts.
@@ -92,6 +95,7 @@ def trade_tiles(
             agree(session.comm, _READING, read, error=RestoreError, safe=kept)
             trader.release()
             trader.exchange(turn, deferred)
+            progress.count(trader.bytes_moved(turn))
         return 0 if reader is found.reader else reader.bytes_read
 
 
@@ -103,6 +107,7 @@ def trade_leaves(
     deferred: Deferred,
     *,
     is_overwritten: bool,
+    progress: Progress,
 ) -> int:
     """Bring leaves that are cut to their places, and rows to the ranks that want them.
 
@@ -115,6 +120,7 @@ def trade_leaves(
         trades: What this rank does.
         deferred: As for `trade_tiles`.
         is_overwritten: Whether other leaves of the generation have been stored already.
+        progress: As for `trade_tiles`.
 
     Returns:
         Bytes read by this rank.
@@ -124,7 +130,8 @@ def trade_leaves(
     """
     safe = OVERWRITTEN if is_overwritten else UNTOUCHED, OVERWRITTEN
     targets = tiles_here(match, sorted(trades.leaves))
-    nbytes = trade_tiles(session, found, trades.of_leaves, targets, deferred, safe=safe)
+    args = session, found, trades.of_leaves, targets, deferred
+    nbytes = trade_tiles(*args, safe=safe, progress=progress)
     route_rows(session.comm, match, session.options.io.window_bytes, deferred)
     return nbytes
 
@@ -216,6 +223,12 @@ class _Trader:
                 self._unpack(one.fragments, message)
 
         deferred.attempt(store)
+
+    def bytes_moved(self, turn: Turn) -> int:
+        """Return the bytes that a turn brings to this rank. Not collective."""
+        window = None if turn.window is None else self._windows[turn.window]
+        read = 0 if window is None else window.end - window.start
+        return read + sum(message.nbytes for message in turn.receives)
 
     def _take(self) -> memoryview:
         try:
