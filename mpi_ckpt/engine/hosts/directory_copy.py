@@ -225,7 +225,7 @@ def _proven_runs(reader: GenerationReader, file: StoredFile) -> Iterator[memoryv
                 generation=reader.manifest.generation,
             )
         yield memoryview(header)
-    leaves = [one for one in reader.manifest.leaves if one.extent.file == file.name]
+    leaves = [one for one in reader.leaves() if one.extent.file == file.name]
     leaves.sort(key=lambda leaf: leaf.extent.offset)
     with closing(proven_blocks(reader, leaves)) as blocks:
         for _, data in blocks:

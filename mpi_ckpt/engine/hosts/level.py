@@ -13,6 +13,7 @@ from mpi_ckpt.engine.hosts.drain import Drain
 from mpi_ckpt.engine.hosts.opening import list_hosts, open_homes, refuse_moved
 from mpi_ckpt.engine.hosts.placement import count_copies
 from mpi_ckpt.errors import CheckpointError, OptionsError, RestoreError, SaveError
+from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage.local.lineage import (
     Lineage,
     LocalRun,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.hosts.host_tiles import HostSurvey
     from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import Memory
@@ -81,6 +83,8 @@ class HostLevel:
         is_durable: Whether no host keeps its generations in memory.
         reported: The losses last reported.
         drain: Copies generations to the directory; None if the ranks write there.
+        survey: How cut leaves lay on the ranks at the last save; None for none.
+        tile_memory: Memory for the files of tiles of an asynchronous save, on leaders.
     """
 
     def __init__(self, local: Local, memory: Memory | None = None) -> None:
@@ -96,6 +100,8 @@ class HostLevel:
         self.is_durable = False
         self.reported = ""
         self.drain = None if local.drain is None else Drain(local.drain)
+        self.survey: HostSurvey | None = None
+        self.tile_memory = Arena()
         self._unusable: Mapping[str, str] = {}
         self._source: Origin | None = None
 
@@ -184,6 +190,7 @@ class HostLevel:
     def close(self) -> None:
         """Release the directory of this host. Not collective. Callable twice."""
         home, self.home, self.folder = self.home, None, ""
+        self.tile_memory.close()
         if home is not None:
             home.close()
 
