@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine.hosts.kept import bring_to_root
+from mpi_ckpt.engine.hosts.root_copies import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.dealing import plan_deals
+from mpi_ckpt.engine.restore.from_memory import transfer_copy
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
     StateMatch,
@@ -33,7 +34,7 @@ from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
 from mpi_ckpt.engine.restore.trade_plan import Trades, plan_trades
 from mpi_ckpt.engine.restore.traded_parts import transfer_parts
 from mpi_ckpt.engine.restore.trading import trade_leaves
-from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
+from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     ReadError,
@@ -227,7 +228,7 @@ class Restore:
         session, match, deferred = self._session, self._matched, self._deferred
         with self._clock.phase("transfer"):
             if self._generation.is_copy:
-                transfer_copy(session, self._generation.copy, match, deferred)
+                transfer_copy(session, self._generation, match, deferred)
                 return
             found = self._found = open_on_readers(session, self._generation, self._open)
             args, trades, progress = (session, found), self._trades, self._clock.progress

@@ -70,7 +70,7 @@ def trade_tiles(
         progress: Counts the bytes that this rank has read, or got from others.
 
     Returns:
-        Bytes read by this rank.
+        Bytes read by this rank, but for those that its reader of ``found`` counts.
 
     Raises:
         CorruptGenerationError: On every rank, if bytes are not those saved.
@@ -78,8 +78,12 @@ def trade_tiles(
     """
     path = session.directory.root / generation_name(found.outline.generation)
     with ExitStack() as stack:
-        reader = stack.enter_context(FileReader(path, found.outline.generation))
+        if found.kept is not None and found.reader is not None:
+            reader: FileReader = found.reader
+        else:
+            reader = stack.enter_context(FileReader(path, found.outline.generation))
         trader = stack.enter_context(closing(_Trader(session, reader, trade, targets)))
+        trader.sees_own_files = found.kept is not None
         for number in range(trade.plan.turns):
             turn = trade.plan.turn(number)
 
@@ -92,7 +96,7 @@ def trade_tiles(
             trader.release()
             trader.exchange(turn, deferred)
             progress.count(trader.bytes_moved(turn))
-        return reader.bytes_read
+        return 0 if reader is found.reader else reader.bytes_read
 
 
 def trade_leaves(
@@ -140,6 +144,9 @@ class _Trader:
         reader: Reads the files that the plan names.
         trade: What this rank does.
         targets: The tiles that it wants, by the plan's numbers.
+
+    Attributes:
+        sees_own_files: Whether no other rank can open the files that this one reads.
     """
 
     def __init__(
@@ -163,6 +170,7 @@ class _Trader:
         ]
         self._start = 0
         self._data = memoryview(b"")
+        self.sees_own_files = False
 
     @cached_property
     def _queue(self) -> ReadQueue[None]:
@@ -226,7 +234,8 @@ class _Trader:
         try:
             data, _ = self._queue.take()
         except (CorruptGenerationError, ReadError) as error:
-            if self._comm.is_root or not _is_out_of_sight(error):
+            is_own = self._comm.is_root or self.sees_own_files
+            if is_own or not _is_out_of_sight(error):
                 raise
             # Root has opened this file: the fault is in this host's view of it.
             raise ReadError(
