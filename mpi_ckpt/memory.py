@@ -6,14 +6,20 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from mpi_ckpt.devices import Pin
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from mpi_ckpt.devices import DeviceLink
 
 __all__ = ["Arena", "Memory", "MemoryCopy", "SharedMemory", "round_up"]
 
@@ -42,6 +48,7 @@ class Arena:
         self._is_lent = is_lent
         self._memory: mmap.mmap | None = None
         self._shared: SharedMemory | None = None
+        self._pin: Pin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,9 +72,25 @@ class Arena:
         assert self._memory is not None
         return memoryview(self._memory)
 
+    def pin(self, link: DeviceLink) -> None:
+        """Let devices copy to and from the memory by themselves, from now on until `close`.
+
+        If the system refuses that, it is not asked again, and copies take longer.
+
+        Args:
+            link: The link to the devices.
+        """
+        if self._pin is None and self._memory is not None:
+            address = np.frombuffer(self._memory, np.uint8).ctypes.data
+            self._pin = Pin(link, address, len(self._memory))
+            # It must not outlive the mapping, which ends after this object.
+            weakref.finalize(self, self._pin.release).atexit = False
+
     def close(self) -> None:
         """Free the memory, as soon as nothing uses it. Callable twice."""
-        self._memory = None
+        if self._pin is not None:
+            self._pin.release()
+        self._pin = self._memory = None
         if self._shared is not None:
             self._shared.close()
             self._shared = None

@@ -73,24 +73,6 @@ def several(shape, size):
     ]
 
 
-def drawn(random, shape, size, depth=4):
-    """Return boxes from random cuts, dealt to random ranks; a rank may have none."""
-    boxes = [((0,) * len(shape), tuple(shape))]
-    for _ in range(depth):
-        offset, length = boxes.pop(random.randrange(len(boxes)))
-        axis = random.randrange(len(shape))
-        at = random.randint(0, length[axis])
-        low, high = list(length), list(length)
-        low[axis], high[axis] = at, length[axis] - at
-        start = list(offset)
-        start[axis] += at
-        boxes += [(offset, tuple(low)), (tuple(start), tuple(high))]
-    dealt = [[] for _ in range(size)]
-    for box in boxes:
-        dealt[random.randrange(size)].append(box)
-    return dealt
-
-
 CUTS = [rows, columns, grid, uneven, last_has_all, several]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine.hosts.kept import bring_to_root
+from mpi_ckpt.engine.hosts.root_copies import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.dealing import plan_deals
 from mpi_ckpt.engine.restore.from_memory import transfer_copy
@@ -231,15 +231,24 @@ class Restore:
                 transfer_copy(session, self._generation, match, deferred)
                 return
             found = self._found = open_on_readers(session, self._generation, self._open)
-            args, trades = (session, found), self._trades
+            args, trades, progress = (session, found), self._trades, self._clock.progress
+            if trades is not None:
+                progress.expect(trades.bytes_moved)
             # Parts come first, since bringing them overwrites nothing yet.
-            match, nbytes = transfer_parts(*args, match, self._deals, trades, deferred)
+            match, nbytes = transfer_parts(
+                *args, match, self._deals, trades, deferred, progress
+            )
             self._match, self._bytes_traded = match, nbytes
             whole = match if trades is None else match.without(trades.leaves)
-            changed = transfer_files(*args, whole, deferred, self._clock.progress)
+            changed = transfer_files(*args, whole, deferred, progress)
             if trades is not None:
                 self._bytes_traded += trade_leaves(
-                    *args, match, trades, deferred, is_overwritten=changed
+                    *args,
+                    match,
+                    trades,
+                    deferred,
+                    is_overwritten=changed,
+                    progress=progress,
                 )
 
     def adopt(self) -> None:

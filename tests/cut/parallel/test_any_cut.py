@@ -3,12 +3,11 @@
 
 from itertools import product
 
-import numpy as np
 import pytest
 
 from mpi_ckpt import ShardedArrayState
 from tests.cut import cuts
-from tests.ranks import manager, on_first, randoms
+from tests.ranks import manager, on_first
 
 
 def save(comm, root, size, whole, cut, **options):
@@ -67,15 +66,3 @@ def test_ghost_cells_come_from_their_owners(peers, shared_path, ghosts, periodic
     for m, cut in product(range(1, peers.size + 1), (cuts.grid, cuts.several)):
         boxes = cut(cuts.SHAPE, m)
         restore(peers, shared_path, m, whole, boxes, ghosts=ghosts, periodic=periodic)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_drawn_cuts_of_drawn_arrays(peers, shared_path, seed):
-    random = randoms(seed)
-    shape = tuple(random.randint(0, 9) for _ in range(random.randint(1, 6)))
-    dtype = random.choice(["f8", "f4", "u1", "c16", ">i4", [("a", "i2"), ("b", "u1")]])
-    whole = cuts.whole_array(shape, np.dtype(dtype))
-    n, m = random.randint(1, peers.size), random.randint(1, peers.size)
-    save(peers, shared_path, n, whole, cuts.drawn(random, shape, n))
-    cut, order = cuts.drawn(random, shape, m), random.choice("CF")
-    restore(peers, shared_path, m, whole, cut, order=order)

@@ -1,162 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole round trips, drawn: any arrays, cut in any way, in any memory, on any ranks.
+"""Whole round trips, drawn: any arrays, cut in any way, in any memory, on any ranks."""
 
-What ranks must have alike comes from a stream that all draw; layouts from a stream of each.
-"""
+from itertools import count, product
 
 import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ConcatState, ShardedArrayState
 from mpi_ckpt.decomposition.boxes import Box
+from mpi_ckpt.decomposition.rank_plan import Outgoing
+from mpi_ckpt.engine.restore.trading import _Trader
 from mpi_ckpt.options import IO
 from tests.cut import drawn
 from tests.cutting import CutArray, write_cut
-from tests.draws import SEED, STRESS, TIMES
-from tests.ranks import manager, on_first, randoms
-
-DRAWS = 200 if STRESS else 14 * TIMES
-KINDS = ("whole", "cut", "rows")
+from tests.examples import on_every_rank
+from tests.ranks import manager, on_first
 
 
-class Job:
-    """Some arrays of a job, drawn; and the ways in which two programs have them.
+class Side:
+    """The state of one rank in one of the programs of a job.
 
     Args:
-        random: A random stream that is the same on every rank.
-        most: Ranks at most.
+        job: The job.
+        program: The program.
+        rank: The rank.
+        filled: Whether it has the values; otherwise a restore is to bring them.
     """
 
-    def __init__(self, random, most):
-        self.kinds = random.choice(KINDS), random.choice(KINDS)
-        rows = random.randint(0, 6) if "rows" in self.kinds else None
-        names = [f"a{n}" for n in range(random.randint(1, 4))]
-        self.wholes = {name: drawn.array(random, rows=rows) for name in names}
-        self.sizes = random.randint(1, most), random.randint(1, most)
-        self.parts = [
-            {n: drawn.parts(random, w.shape, size) for n, w in self.wholes.items()}
-            for size in self.sizes
-        ]
-        # Where the rows of a rank end; a rank may have none.
-        ends = sorted(random.randint(0, rows or 0) for _ in range(self.sizes[0] - 1))
-        self.rows = [0, *ends, rows or 0]
+    def __init__(self, job, program, rank, *, filled):
+        self.wholes = {name: one.array() for name, one in job.arrays.items()}
+        self.parts, self.expected = [], self.wholes
+        if program.kind == "cut":
+            self.state = ShardedArrayState("s", self._blocks(program, rank, filled=filled))
+            return
+        if program.kind == "rows":
+            mine = slice(*program.rows[rank : rank + 2])
+            if not filled:
+                # A restore gives each rank as many as the next, whoever saved them.
+                rows, size = program.rows[-1], program.size
+                mine = slice(rows * rank // size, rows * (rank + 1) // size)
+            self.expected = {name: whole[mine] for name, whole in self.wholes.items()}
+        kind = ConcatState if program.kind == "rows" else ArrayState
+        if filled:
+            arrays = {name: one.copy() for name, one in self.expected.items()}
+        elif program.kind == "rows":
+            arrays = {name: np.zeros_like(one[:0]) for name, one in self.wholes.items()}
+        else:
+            arrays = {name: np.zeros_like(one) for name, one in self.wholes.items()}
+        self.state = kind("s", arrays)
 
-    def saved(self, rank, own):
-        """Return the state that a rank saves."""
-        kind, parts = self.kinds[0], self.parts[0]
-        if kind == "whole":
-            return ArrayState("s", {n: w.copy() for n, w in self.wholes.items()})
-        if kind == "rows":
-            mine = slice(self.rows[rank], self.rows[rank + 1])
-            return ConcatState("s", {n: w[mine].copy() for n, w in self.wholes.items()})
+    def _blocks(self, program, rank, *, filled):
         blocks = {}
         for name, whole in self.wholes.items():
-            made = [drawn.part(own, whole, box, ghosts=True) for box in parts[name][rank]]
+            made = [drawn.part(whole, *one) for one in program.boxes[name][rank]]
             for part in made:
-                part.fill(whole)
+                if filled:
+                    part.fill(whole)
+            self.parts += [(part, whole) for part in made]
             blocks[name] = [part.block for part in made]
-        return ShardedArrayState("s", blocks)
+        return blocks
 
-    def wanted(self, rank, own):
-        """Return the state that a rank restores, and what then finds its problems."""
-        kind, size = self.kinds[1], self.sizes[1]
-        if kind == "whole":
-            state = ArrayState("s", {n: np.zeros_like(w) for n, w in self.wholes.items()})
-            return state, lambda: self.differing(state.arrays, self.wholes)
-        if kind == "rows":
-            rows = self.rows[-1]
-            share = slice(rows * rank // size, rows * (rank + 1) // size)
-            empty = {n: np.zeros_like(w[:0]) for n, w in self.wholes.items()}
-            state = ConcatState("s", empty)
-            own_rows = {n: w[share] for n, w in self.wholes.items()}
-            return state, lambda: self.differing(state.arrays, own_rows)
-        made = {
-            name: [
-                drawn.part(own, whole, box, ghosts=True)
-                for box in self.parts[1][name][rank]
-            ]
-            for name, whole in self.wholes.items()
-        }
-        blocks = {name: [part.block for part in of_leaf] for name, of_leaf in made.items()}
-
-        def problems():
-            found = [
-                part.problem(self.wholes[name])
-                for name, of_leaf in made.items()
-                for part in of_leaf
-            ]
+    def problems(self):
+        """Return what is wrong after a restore."""
+        if isinstance(self.state, ShardedArrayState):
+            found = [part.problem(whole) for part, whole in self.parts]
             return [problem for problem in found if problem]
-
-        return ShardedArrayState("s", blocks), problems
-
-    @staticmethod
-    def differing(arrays, expected):
         return [
-            name
-            for name, array in expected.items()
-            if arrays[name].dtype != array.dtype
-            or arrays[name].shape != array.shape
-            or arrays[name].tobytes() != array.tobytes()
+            f"{name}: {self.state.arrays[name]!r}, not {array!r}"
+            for name, array in self.expected.items()
+            if self.state.arrays[name].dtype != array.dtype
+            or self.state.arrays[name].shape != array.shape
+            or self.state.arrays[name].tobytes() != array.tobytes()
         ]
 
 
-def options_of(random):
-    """Draw how bytes move; the same on every rank."""
-    return {
-        "writers": random.choice(["root", "all"]),
-        "asynchronous": random.random() < 0.4,
-        "io": IO(
-            window_bytes=random.choice([1, 64, 4096, 1 << 20]),
-            mode=random.choice(["auto", "direct", "buffered"]),
-            readers=random.choice(["root", "node", "all"]),
-        ),
-    }
+def save(comm, root, job):
+    """Save by the first ranks."""
 
-
-def restored(comm, root, job, own, options):
-    """Restore by the first ranks; return what is wrong on any."""
-
-    def restore(part):
-        state, problems = job.wanted(part.rank, own)
-        with manager(root, state, comm=part, **options) as ours:
-            ours.restore()
-        return problems()
-
-    found = on_first(comm, job.sizes[1], restore)
-    return [problem for of_rank in comm.allgather(found) for problem in of_rank or ()]
-
-
-@pytest.mark.parametrize("seed", range(DRAWS))
-def test_any_job_restores_what_any_other_saved(comm, shared_path, seed):
-    random, own = randoms(f"{SEED} {seed}"), randoms(f"{SEED} {seed} {comm.rank}")
-    job, options = Job(random, comm.size), options_of(random)
-
-    def save(part):
-        with manager(shared_path, job.saved(part.rank, own), comm=part, **options) as ours:
+    def work(part):
+        side = Side(job, job.saved, part.rank, filled=True)
+        with manager(root, side.state, comm=part, **job.writing) as ours:
             ours.save(step=1).wait()
 
-    on_first(comm, job.sizes[0], save)
-    wrong = restored(comm, shared_path, job, own, options)
-    assert wrong == [], (job.kinds, job.sizes, job.wholes)
+    on_first(comm, job.saved.size, work)
 
 
-@pytest.mark.parametrize("seed", range(DRAWS // 2))
-def test_tiles_of_several_blocks_are_restored(comm, shared_path, seed):
+def restore(comm, root, job):
+    """Restore by the first ranks; require that each has what was saved."""
+
+    def work(part):
+        side = Side(job, job.wanted, part.rank, filled=False)
+        with manager(root, side.state, comm=part, **job.reading) as ours:
+            ours.restore()
+        return side.problems()
+
+    assert not on_first(comm, job.wanted.size, work)
+
+
+def round_trips(comm, shared_path):
+    """Return what checks one job."""
+    numbers = count()
+
+    def round_trip(job):
+        root = shared_path / str(next(numbers))
+        save(comm, root, job)
+        restore(comm, root, job)
+
+    return round_trip
+
+
+def sizes(comm):
+    """Return the ranks of a program that saves and of one that restores: all pairs."""
+    return product(range(1, comm.size + 1), repeat=2)
+
+
+@pytest.mark.parametrize("wanted", drawn.KINDS)
+@pytest.mark.parametrize("saved", drawn.KINDS)
+def test_any_job_restores_what_any_other_saved(comm, shared_path, saved, wanted):
+    examples = 6 if saved == wanted == "cut" else 2
+    round_trip = round_trips(comm, shared_path)
+    for pair in sizes(comm):
+        jobs = drawn.jobs((saved, wanted), pair)
+        on_every_rank(comm, jobs, round_trip, count=examples)
+
+
+@pytest.mark.parametrize("wanted", drawn.KINDS)
+def test_tiles_of_several_blocks_are_restored(comm, shared_path, wanted):
     """A digest block is 16 MiB: here a few bytes, so that tiles have many of them."""
-    random, own = randoms(f"{SEED} b{seed}"), randoms(f"{SEED} b{seed} {comm.rank}")
-    job, options = Job(random, comm.size), options_of(random)
-    saved = {
-        name: CutArray(whole.astype(whole.dtype.newbyteorder("<")), stored(parts))
-        for (name, whole), parts in zip(
-            job.wholes.items(), job.parts[0].values(), strict=True
+    numbers = count()
+
+    def small_blocks(job):
+        root = shared_path / str(next(numbers))
+        if comm.rank == 0:
+            boxes = job.saved.boxes
+            saved = {
+                name: CutArray(stored_array(one.array()), stored_boxes(boxes[name]))
+                for name, one in job.arrays.items()
+            }
+            write_cut(root, saved, state="s", block_bytes=job.block_bytes)
+        comm.Barrier()
+        restore(comm, root, job)
+
+    for pair in sizes(comm):
+        on_every_rank(comm, drawn.jobs(("cut", wanted), pair), small_blocks, count=2)
+
+
+def stored_array(array):
+    """Return an array with the byte order of a file."""
+    return array.astype(array.dtype.newbyteorder("<"))
+
+
+def stored_boxes(dealt):
+    """Return the boxes that a file has: none is empty, and of replicas there is one."""
+    seen = set()
+    return [
+        [
+            Box(*box)
+            for *box, _ in boxes
+            if 0 not in box[1] and not (tuple(box) in seen or seen.add(tuple(box)))
+        ]
+        for boxes in dealt
+    ]
+
+
+def test_a_rank_that_mixes_up_what_it_sends_is_found(peers, shared_path, monkeypatch):
+    """The jobs drawn are such that a fault of one rank shows, and a small one is told."""
+    real = _Trader._elements
+
+    def mixed_up(self, table, row):
+        found = real(self, table, row)
+        return np.flip(found) if isinstance(table, Outgoing) else found
+
+    if peers.rank == peers.size - 1:
+        monkeypatch.setattr(_Trader, "_elements", mixed_up)
+    jobs = drawn.jobs(("cut", "cut"), (peers.size, peers.size))
+    with pytest.raises(AssertionError, match=r"other elements(.|\n)*Job\(arrays="):
+        on_every_rank(
+            peers, jobs, round_trips(peers, shared_path), count=40, shrink_seconds=1
         )
-    }
-    block_bytes = random.choice([1, 3, 8, 64])
-    if comm.rank == 0:
-        write_cut(shared_path, saved, state="s", block_bytes=block_bytes)
-    comm.Barrier()
-    wrong = restored(comm, shared_path, job, own, options)
-    assert wrong == [], (job.kinds, job.sizes, job.wholes)
 
 
 @pytest.mark.parametrize(
@@ -177,16 +198,3 @@ def test_blocks_that_end_within_elements_of_another_byte_order(
     with manager(shared_path, state, comm=comm, io=IO(window_bytes=1)) as ours:
         ours.restore()
     assert state.arrays["x"].tobytes() == whole.tobytes()
-
-
-def stored(dealt):
-    """Return the boxes that a file has: none is empty, and of replicas there is one."""
-    seen = set()
-    return [
-        [
-            Box(*box)
-            for box in boxes
-            if 0 not in box[1] and not (box in seen or seen.add(box))
-        ]
-        for boxes in dealt
-    ]
