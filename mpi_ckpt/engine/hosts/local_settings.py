@@ -39,6 +39,9 @@ class Local:
         keep: How many generations stay on the hosts.
         reserve: Bytes that must stay free on the file system, and of memory if that is a
             tmpfs; a save that would leave less fails.
+        drain: Bytes per second at which all hosts together copy a due save of the directory
+            from their generations, behind the training. None: the ranks write it
+            themselves.
         lost: What a restore does if the hosts of a newer generation are gone: ``"warn"``
             and go on from an older one, or ``"raise"``.
 
@@ -53,6 +56,7 @@ class Local:
     domain: Callable[[str], str] | None = field(default=None, kw_only=True, repr=False)
     keep: int = field(default=2, kw_only=True)
     reserve: int = field(default=1 << 30, kw_only=True)
+    drain: float | None = field(default=None, kw_only=True)
     lost: Literal["warn", "raise"] = field(default="warn", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -82,6 +86,10 @@ class Local:
                 (
                     _is_integer(self.reserve) and self.reserve >= 0,
                     f"reserve is {self.reserve!r}: at least 0 bytes",
+                ),
+                (
+                    self.drain is None or _is_above_0(self.drain),
+                    f"drain is {self.drain!r}: above 0 bytes per second, or None",
                 ),
                 (
                     self.lost in ("warn", "raise"),
@@ -125,3 +133,7 @@ class Local:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_above_0(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

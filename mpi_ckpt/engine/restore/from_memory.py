@@ -96,7 +96,7 @@ def _send(
 
 
 def copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:
-    """Return the bytes of the matched leaves in a copy; none without one. Not collective."""
+    """Return the bytes of the matched leaves in a copy, if any. Not collective."""
     held: Mapping[str, Sequence[memoryview]] = {} if copy is None else copy.leaves
     return [data for matched in match.states for data in held.get(matched.saved.name, ())]
 

@@ -44,6 +44,7 @@ class Workshop:
     Attributes:
         arena: Memory for the copies of an asynchronous save.
         background: Root's thread, or another writer's.
+        copying: Copies what hosts keep to the directory, beside other saves.
         durations: The times that saves have taken.
         sync_log: Logs what syncs have changed.
         survey: How cut leaves lay on the ranks at the last save; None for none.
@@ -52,6 +53,7 @@ class Workshop:
 
     arena: Arena
     background: Background
+    copying: Background
     durations: Durations
     sync_log: SyncLog
     survey: TileSurvey | None = None
@@ -82,8 +84,11 @@ class Saver:
         how = options.abort_on_error
         end_job = partial(_end_job, member_of(session.comm, how)) if how else None
         background = Background(options.deadline_seconds, end_job)
+        drain = None if session.hosts is None else session.hosts.drain
+        stop = None if drain is None else drain.stop
+        copying = Background(options.deadline_seconds, end_job, stop)
         self.durations = Durations()
-        self.workshop = Workshop(Arena(), background, self.durations, SyncLog())
+        self.workshop = Workshop(Arena(), background, copying, self.durations, SyncLog())
         self.pending: PendingSave | None = None
 
     @property
@@ -103,6 +108,9 @@ class Saver:
             SaveError: On every rank, if the pending save failed, or the options forbid
                 another.
         """
+        if self.pending and self.pending.level == "local":
+            self.finish_pending()  # it may begin a copy
+        self._finish_copy()
         asynchronous = self._session.options.asynchronous
         pending = self.pending
         # A pending save to the hosts is no reason to leave out one to the directory.
@@ -119,7 +127,7 @@ class Saver:
             # the next save comes after that.
             self._finish_pending()
         else:
-            self.finish()
+            self.finish_pending()
         return None
 
     def begin(
@@ -255,6 +263,22 @@ class Saver:
         copy_into(memory, comm, request, threads, late=False)
 
     def finish(self) -> None:
+        """Finish the pending save and a copy from the hosts: nothing is under way then.
+
+        Collective.
+
+        Raises:
+            SaveError: On every rank, if either has failed.
+        """
+        self.finish_pending()
+        self._finish_copy()
+
+    def _finish_copy(self) -> None:
+        drain = None if self._session.hosts is None else self._session.hosts.drain
+        if drain is not None:
+            drain.finish(self._session, self.workshop)
+
+    def finish_pending(self) -> None:
         """Finish the pending save; root's thread is idle afterwards.
 
         Collective.
@@ -289,6 +313,10 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is not None and not pending.finished:
             pending.leave()
+        # A copy that is not finished is given up: the next start removes its files.
+        if not self.workshop.copying.close(self._session.options.deadline_seconds):
+            logger.error("a copy is still under way, and is not waited for any longer")
+            return False
         if not self.workshop.background.close(self._session.options.deadline_seconds):
             logger.error("a save is still under way, and is not waited for any longer")
             return False
