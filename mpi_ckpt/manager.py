@@ -251,7 +251,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         if (report := restore.report) is not None:
             self._step = report.step
             self._pinned = None if only is None else report.generation
-            self._steps.restart()
+            self._steps.note_restored(report, args[-1])
         self._session.observer.note_restore(report)
         restore.report_resize(on_resize)
         return report

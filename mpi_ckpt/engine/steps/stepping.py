@@ -24,10 +24,11 @@ from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
 from mpi_ckpt.reports import StopReport
 
 if TYPE_CHECKING:
+    from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.hosts.drain import Drain
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.reports import SaveReport
+    from mpi_ckpt.reports import RestoreReport, SaveReport
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class Steps:
         self._why = ""
         self._fits = True
         self._has_warned_of_displaced = False
+        self._counted = 0  # steps since the last save or restore
+        self._has_warned_of_lost = False
         self._guard.is_heeded = False
 
     @property
@@ -142,9 +145,33 @@ class Steps:
         if (drain := self._drain) is not None:
             drain.note_written()
 
+    def note_restored(self, report: RestoreReport, choice: Choice) -> None:
+        """Note that a restore has ended; warn once if it undid steps. Not collective.
+
+        Args:
+            report: Its report.
+            choice: What the program has asked for.
+        """
+        # From memory a recovery goes back; what was asked for by number was meant.
+        is_told = self._has_warned_of_lost or report.from_memory or not choice.is_newest
+        if self._counted and self._session.comm.is_root and not is_told:
+            self._has_warned_of_lost = True
+            logger.warning(
+                "restore() went to step %d of generation %d: %d steps that step() has "
+                "counted since the last save or restore are undone. If that was not meant, "
+                "call restore() once, before the training; to go back without this "
+                "warning, restore(generation=%d)",
+                report.step,
+                report.generation,
+                self._counted,
+                report.generation,
+            )
+        self.restart()
+
     def restart_local(self) -> None:
         """Note that a save to the hosts begins. Not collective. No save is pending."""
         self._turn += 1
+        self._counted = 0
         self._local.restart()
         self._is_local_due = False
         self._saver.durations.restart_step(time.monotonic())
@@ -161,6 +188,7 @@ class Steps:
             CollectiveError: On every live rank, if a rank never arrives or is in another
                 call.
         """
+        self._counted += 1
         self._saver.durations.note_step(time.monotonic())
         self._session.observer.note_step(step, self._interval.next_due(step))
         self._guard.is_heeded = True
