@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import Vote, any_of, collect, on_root
 from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.elastic.requests import StopRequests
 from mpi_ckpt.elastic.walltime import fits
 from mpi_ckpt.engine.steps.interval import Interval
+from mpi_ckpt.engine.steps.step_actions import StepActions
 from mpi_ckpt.engine.steps.stop_texts import join_reasons, only_on_hosts
 from mpi_ckpt.errors import CheckpointError, CollectiveError, OptionsError
 from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
@@ -38,30 +38,6 @@ _STOP, _DUE, _WRITING, _LONG, _LOCAL, _COPYING, _TRY, _FAILED = (
 
 # An allreduce is less than a hundredth of such a step.
 _LONG_STEP_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class StepActions:
-    """What to do at the end of a step, the same on every rank.
-
-    Attributes:
-        stop: Save, then stop.
-        save: A save is due.
-        finish: All ranks have written a pending save; it can be acknowledged.
-        remember: A copy in memory is due, and no save is being written from the previous
-            one.
-        local: A save to the hosts is due, and no save is pending once ``finish`` was done.
-        copy: All hosts have copied a generation to the directory, or should try again.
-        last: Where the last save goes before a stop: to the hosts if it fits nowhere else.
-    """
-
-    stop: bool
-    save: bool
-    finish: bool
-    remember: bool
-    local: bool
-    copy: bool
-    last: Literal["directory", "local"] = "directory"
 
 
 class Steps:
@@ -287,10 +263,7 @@ class Steps:
         return self._turn, 0 if self._drain is None else self._drain.turn
 
     def _is_due_in_directory(self, step: int, *, is_due: bool) -> bool:
-        """Return whether to save to the directory; hosts may copy what they keep instead.
-
-        Not collective: the same on every rank.
-        """
+        """Return whether the ranks write to the directory, which hosts may do instead."""
         hosts, drain = self._session.hosts, self._drain
         if drain is None or hosts is None:
             return is_due
