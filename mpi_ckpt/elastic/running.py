@@ -177,10 +177,9 @@ class _Run(Generic[Result]):
             return _AttemptEnd(loss=error)
 
     def _recover(self, handle: MPI.Intracomm, seen: float) -> MPI.Intracomm:
-        newest = self._memory.step
         repaired = repair(
             handle,
-            newest=-1 if newest is None else newest,
+            newest=self._memory.age,
             wanted=self._wanted if self._replace else 0,
             start_seconds=self._start_seconds,
         )

@@ -119,7 +119,7 @@ def repair(
 
     Args:
         handle: Communicator that lost ranks.
-        newest: Step of this rank's copy of the states; -1 for none.
+        newest: Age of this rank's copy of the states, larger for later ones; -1 for none.
         wanted: Number of ranks to reach; missing ones are started.
         start_seconds: How long a new rank may take to join.
     """

@@ -11,6 +11,12 @@ from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.hosts.kept import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.dealing import plan_deals
+from mpi_ckpt.engine.restore.from_memory import (
+    bring_copy,
+    find_tiles,
+    plan_arrivals,
+    refuse_fresh_start,
+)
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
     StateMatch,
@@ -30,10 +36,9 @@ from mpi_ckpt.engine.restore.notices import (
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
-from mpi_ckpt.engine.restore.trade_plan import Trades, plan_trades
 from mpi_ckpt.engine.restore.traded_parts import transfer_parts
 from mpi_ckpt.engine.restore.trading import trade_leaves
-from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_copy, transfer_files
+from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     ReadError,
@@ -48,8 +53,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.registry import Registry
+    from mpi_ckpt.engine.restore.copied_tiles import HeldTiles
     from mpi_ckpt.engine.restore.dealing import Deal
     from mpi_ckpt.engine.restore.newest import OpenGeneration
+    from mpi_ckpt.engine.restore.trade_plan import Trades
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, RestoreReport
 
@@ -107,6 +114,8 @@ class Restore:
         self._match: StateMatch | None = None
         self._deals: Mapping[str, Deal] = {}
         self._trades: Trades | None = None
+        self._held: HeldTiles | None = None
+        self._lost = ""
         self._bytes_traded = 0
         self._deferred = Deferred()
         self._resize = ResizeWatch()
@@ -134,12 +143,18 @@ class Restore:
                 from_memory=self._only is None and self._choice.is_newest,
             )
         )
+        self._held, lost = find_tiles(self._session, self._found)
+        if lost:
+            self._open.close()
+            self._lost = lost
+            return self.find()
         found, memory = self._found, self._session.memory
         if memory is not None and self._only is None and not (found and found.is_copy):
             # No rank may go back to another rank's older copy from here.
             memory.clear()
         if found is None:
             self._open.close()
+            refuse_fresh_start(self._lost)
         return found is not None
 
     @contextmanager
@@ -212,7 +227,7 @@ class Restore:
             )
             self._match = met.result
             if met.is_flagged:
-                self._trades = plan_trades(session, found, met.result)
+                self._trades = plan_arrivals(session, found, met.result, self._held)
                 self._match = met.result.with_unexpected(self._trades.unwanted)
             if overlaps or not met.is_alike:
                 self._separate(overlaps, doing)
@@ -227,7 +242,7 @@ class Restore:
         session, match, deferred = self._session, self._matched, self._deferred
         with self._clock.phase("transfer"):
             if self._generation.is_copy:
-                transfer_copy(session, self._generation.copy, match, deferred)
+                bring_copy(session, self._generation, match, self._trades, deferred)
                 return
             found = self._found = open_on_readers(session, self._generation, self._open)
             args, trades = (session, found), self._trades

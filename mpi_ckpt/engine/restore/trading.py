@@ -15,6 +15,7 @@ import numpy as np
 
 from mpi_ckpt.comm import UNTOUCHED, agree, exchange_messages
 from mpi_ckpt.decomposition.regions import elements_of
+from mpi_ckpt.engine.restore.copied_tiles import CopiedWindows, held_memories
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
 from mpi_ckpt.engine.restore.routing import route_rows
 from mpi_ckpt.engine.restore.wanted import tiles_here
@@ -26,7 +27,7 @@ from mpi_ckpt.storage.reading.read_plan import Window
 from mpi_ckpt.storage.reading.read_queue import ReadQueue, Slots
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -76,7 +77,9 @@ def trade_tiles(
     path = session.directory.root / generation_name(found.outline.generation)
     with ExitStack() as stack:
         reader = stack.enter_context(FileReader(path, found.outline.generation))
-        trader = stack.enter_context(closing(_Trader(session, reader, trade, targets)))
+        memories = held_memories(session, found) if found.is_copy else None
+        args = session, reader, trade, targets, memories
+        trader = stack.enter_context(closing(_Trader(*args)))
         for number in range(trade.plan.turns):
             turn = trade.plan.turn(number)
 
@@ -133,6 +136,7 @@ class _Trader:
         reader: Reads the files that the plan names.
         trade: What this rank does.
         targets: The tiles that it wants, by the plan's numbers.
+        memories: What it holds of a copy in memory, in place of files; else None.
     """
 
     def __init__(
@@ -141,10 +145,12 @@ class _Trader:
         reader: FileReader,
         trade: Trade,
         targets: Sequence[TradedTile],
+        memories: Mapping[str, memoryview] | None,
     ) -> None:
         self._comm = session.comm
         self._window_bytes = session.options.io.window_bytes
         self._reader = reader
+        self._memories_held = memories
         self._trade = trade
         self._plan = plan = trade.plan
         self._targets = targets
@@ -158,7 +164,9 @@ class _Trader:
         self._data = memoryview(b"")
 
     @cached_property
-    def _queue(self) -> ReadQueue[None]:
+    def _queue(self) -> ReadQueue[None] | CopiedWindows:
+        if self._memories_held is not None:
+            return CopiedWindows(self._memories_held, self._windows)
         slots = Slots.of(self._windows, self._window_bytes)
         return ReadQueue(self._reader, self._windows, self._prove, slots)
 
