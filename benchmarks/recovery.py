@@ -25,9 +25,10 @@ from benchmarks.harness import idle_share
 
 __all__ = ["main"]
 
-HOWS = ("fewer", "replaced", "restarted")
+HOWS = ("fewer", "spare", "replaced", "restarted")
 WORDS = {
     "fewer": "in place, one rank less",
+    "spare": "in place, with a spare",
     "replaced": "in place, with a new rank",
     "restarted": "started again",
 }
@@ -46,7 +47,8 @@ def measure(ranks: int, nbytes: int, how: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="recovery-") as name:
         folder = Path(name)
         command = [
-            *("mpirun", *flags, *_FLAGS, "-n", str(ranks), sys.executable),
+            *("mpirun", *flags, *_FLAGS, "-n", str(ranks + (how == "spare"))),
+            sys.executable,
             *(str(_JOB), name, str(nbytes), how),
         ]
         for _ in range(2 if how == "restarted" else 1):

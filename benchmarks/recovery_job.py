@@ -22,7 +22,7 @@ SAVE_AT, DIE_AT, END_AT = 3, 6, 8
 
 
 def main(folder: Path, nbytes: int, how: str) -> None:
-    """Train a few steps: FEWER or REPLACED recover in place, RESTARTED is started again."""
+    """Train a few steps: all but RESTARTED, which is started again, recover in place."""
     # Made once, as a model is: what is there need not be made again.
     each = nbytes // ARRAYS // 8
     arrays = {f"a{n:02}": np.full(each, float(n)) for n in range(ARRAYS)}
@@ -60,7 +60,7 @@ def main(folder: Path, nbytes: int, how: str) -> None:
     if how == "restarted":
         train(elastic.World(MPI.COMM_WORLD, elastic.Memory()))
     else:
-        elastic.run(train, replace=how == "replaced")
+        elastic.run(train, replace=how == "replaced", spares=int(how == "spare"))
 
 
 if __name__ == "__main__":

@@ -99,9 +99,10 @@ def train(world: elastic.World, args: argparse.Namespace, network: Network) -> s
         restored = manager.restore()
         if restored is None:
             manager.sync()
-        # From here on every rank holds a copy: before the first step, as the network
-        # outlives a loss just as it is then; and new ranks, who may be the last to live.
-        manager.remember()
+        if restored is None or not restored.from_memory:
+            # From here on every rank holds a copy: before the first step, as the network
+            # outlives a loss just as it is then.
+            manager.remember()
         source = "nothing" if restored is None else "files"
         if restored is not None and restored.from_memory:
             source = "memory"
@@ -168,6 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--interval", type=int, default=20, help="steps between saves")
     parser.add_argument("--every", type=int, default=5, help="steps between copies")
     parser.add_argument("--replace", action="store_true", help="start new ranks")
+    parser.add_argument("--spares", type=int, default=0, help="ranks that wait for a loss")
     parser.add_argument("--asynchronous", action="store_true", help="save behind it")
     parser.add_argument("--max-recoveries", type=int, default=20)
     parser.add_argument("--start-seconds", type=float, default=120.0)
@@ -191,6 +193,7 @@ def main() -> None:
     digest = elastic.run(
         lambda world: train(world, args, network),
         replace=args.replace,
+        spares=args.spares,
         memory=elastic.Memory(every=args.every),
         max_recoveries=args.max_recoveries,
         start_seconds=args.start_seconds,

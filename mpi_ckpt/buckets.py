@@ -15,7 +15,7 @@ import numpy as np
 from mpi_ckpt.failures import concerning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -23,6 +23,7 @@ __all__ = [
     "Readable",
     "are_read_together",
     "find_spans",
+    "pieces_of",
     "plan_buckets",
     "read_leaves",
     "write_leaves",
@@ -84,6 +85,19 @@ def read_leaves(leaves: Sequence[_HasBuffer]) -> Sequence[Readable]:
     buffers = [leaf.buffer for leaf in leaves]
     read_all = _of_all(buffers, "read_all")
     return read_all(buffers) if read_all else [buffer.read() for buffer in buffers]
+
+
+def pieces_of(leaf: _HasBuffer) -> Iterator[memoryview] | None:
+    """Return the bytes of a leaf piece by piece, the next of which come meanwhile.
+
+    Not collective.
+
+    Returns:
+        None for leaves that are at hand, or come in one piece. A piece is overwritten once
+        the next one has been asked for.
+    """
+    pieces = getattr(leaf.buffer, "pieces", None)
+    return None if pieces is None else pieces()
 
 
 def are_read_together(leaves: Sequence[_HasBuffer]) -> bool:

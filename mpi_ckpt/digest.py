@@ -211,6 +211,8 @@ def digest_many(
     sizes: NDArray[np.int64],
     threads: int,
     block_bytes: int = BLOCK_BYTES,
+    *,
+    pieces_of: Callable[[int], Iterator[memoryview] | None] | None = None,
 ) -> Digests:
     """Digest several runs of bytes, the large ones in parallel where that is faster.
 
@@ -222,6 +224,8 @@ def digest_many(
         sizes: Length of each in bytes.
         threads: Threads to use at most.
         block_bytes: Block length in bytes.
+        pieces_of: Returns the bytes of one run, for a large one, piece by piece; None if
+            ``read`` is to return them.
 
     Returns:
         One digest for each run, in order.
@@ -230,23 +234,36 @@ def digest_many(
 
     def digest(group: tuple[int, int]) -> bytes:
         first, last = group
-        if last - first > 1 or sizes[first] <= block_bytes:
+        pieces = pieces_of(first) if pieces_of and last - first == 1 else None
+        if pieces is None and (last - first > 1 or sizes[first] <= block_bytes):
             return b"".join(map(xxhash.xxh3_128_digest, read(first, last)))
-        (data,) = read(first, last)
-        several[first] = Digest.of(memoryview(data), block_bytes)
-        return several[first].whole
+        if pieces is None:
+            (data,) = read(first, last)
+            found = Digest.of(memoryview(data), block_bytes)
+        else:
+            found = _digest_pieces(pieces, block_bytes)
+        if len(found.blocks) > 1:
+            several[first] = found
+        return found.whole
 
     groups = plan_buckets(sizes, min(_SMALL_BYTES, block_bytes), _GROUP_BYTES)
     large = [group for group in groups if group[1] - group[0] == 1]
     if threads == 1 or sum(int(sizes[first]) for first, _ in large) < _PARALLEL_BYTES:
-        found = [digest(group) for group in groups]
+        digests = [digest(group) for group in groups]
     else:
         with ThreadPoolExecutor(threads, thread_name_prefix="mpi_ckpt-digest") as pool:
             of_large = pool.map(digest, large)
             small = {group: digest(group) for group in groups if group[1] - group[0] > 1}
             of_all = {**small, **dict(zip(large, of_large, strict=True))}
-        found = [of_all[group] for group in groups]
-    return Digests(b"".join(found), several)
+        digests = [of_all[group] for group in groups]
+    return Digests(b"".join(digests), several)
+
+
+def _digest_pieces(pieces: Iterator[memoryview], block_bytes: int) -> Digest:
+    hasher = BlockHasher(block_bytes)
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.finish()
 
 
 def copy_many(

@@ -14,7 +14,7 @@ import numpy as np
 from mpi_ckpt import dtypes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.decomposition.boxes import Box
 
 __all__ = [
-    *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place", "Target"),
+    *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place"),
     *("Tile", "TileBuffer", "copy_bytes"),
 ]
 
@@ -195,10 +195,15 @@ class Gate:
 
     Main thread only. A future ends whether the copy succeeds or fails, so no code waits for
     ever.
+
+    Attributes:
+        bypass: Returns what may change the tensors without passing the gate; None if
+            nothing is known that may.
     """
 
     def __init__(self) -> None:
         self._copy: Future[None] | None = None
+        self.bypass: Callable[[], str | None] = lambda: None
 
     def hold(self, copy: Future[None]) -> None:
         """Let `wait` wait for a copy."""
@@ -303,39 +308,3 @@ class MemoryBuffer:
     def span(self) -> tuple[int, int]:
         """Return nothing: the memory is private. Not collective."""
         return 0, 0
-
-
-class Target:
-    """The memory that receives a leaf: its own, if that is contiguous host memory.
-
-    Not collective. Not thread-safe.
-
-    Args:
-        spec: Spec of the leaf to receive.
-        leaf: The live leaf to fill; None if the program has none.
-    """
-
-    def __init__(self, spec: LeafSpec, leaf: Leaf | None) -> None:
-        self._nbytes = spec.nbytes
-        self._leaf = leaf
-        self._live: memoryview | None = None if leaf is None else leaf.buffer.view()
-        self._private: bytearray | None = None
-
-    @property
-    def is_private(self) -> bool:
-        """Whether the memory is a private copy, which `finish` moves."""
-        return self._live is None
-
-    def memory(self) -> memoryview:
-        """Return the bytes to fill; makes a private copy when first needed."""
-        if self._live is not None:
-            return self._live
-        if self._private is None:
-            self._private = bytearray(self._nbytes)
-        return memoryview(self._private)
-
-    def finish(self) -> None:
-        """Move a private copy into the live leaf, and drop the copy."""
-        if self._live is None and self._leaf is not None:
-            self._leaf.buffer.write(self.memory())
-        self._private = None

@@ -6,14 +6,20 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from mpi_ckpt.devices import Pin
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from mpi_ckpt.devices import DeviceLink
 
 __all__ = ["Arena", "Memory", "MemoryCopy", "SharedMemory", "TileShare", "round_up"]
 
@@ -36,16 +42,25 @@ class Arena:
             one machine, and five times as long on a virtual machine whose host reclaims
             free memory. For memory that may be needed at any time, not for memory that is
             kept.
+        is_lent: Whether other processes of this host may map it, where the kernel can.
     """
 
-    def __init__(self, *, huge_pages: bool = False) -> None:
+    def __init__(self, *, huge_pages: bool = False, is_lent: bool = False) -> None:
         self._huge_pages = huge_pages
+        self._is_lent = is_lent
         self._memory: mmap.mmap | None = None
+        self._shared: SharedMemory | None = None
+        self._pin: Pin | None = None
 
     @property
     def nbytes(self) -> int:
         """How much memory it holds, in bytes."""
         return 0 if self._memory is None else len(self._memory)
+
+    @property
+    def shared(self) -> SharedMemory | None:
+        """The memory, as far as other processes may map it; None if they may not."""
+        return self._shared
 
     def take(self, nbytes: int) -> memoryview:
         """Return memory of at least that many bytes; invalidates what was returned before.
@@ -59,11 +74,34 @@ class Arena:
         assert self._memory is not None
         return memoryview(self._memory)
 
+    def pin(self, link: DeviceLink) -> None:
+        """Let devices copy to and from the memory by themselves, from now on until `close`.
+
+        If the system refuses that, it is not asked again, and copies take longer.
+
+        Args:
+            link: The link to the devices.
+        """
+        if self._pin is None and self._memory is not None:
+            address = np.frombuffer(self._memory, np.uint8).ctypes.data
+            self._pin = Pin(link, address, len(self._memory))
+            # It must not outlive the mapping, which ends after this object.
+            weakref.finalize(self, self._pin.release).atexit = False
+
     def close(self) -> None:
         """Free the memory, as soon as nothing uses it. Callable twice."""
-        self._memory = None
+        if self._pin is not None:
+            self._pin.release()
+        self._pin = self._memory = None
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
 
     def _map(self, nbytes: int) -> mmap.mmap:
+        if self._is_lent:
+            with suppress(OSError):
+                self._shared = SharedMemory.create(nbytes)
+                return self._shared.mapped
         # Private: shared memory takes 1.5 times as long to touch first.
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(AttributeError, OSError):  # if this kernel supports them
@@ -109,13 +147,17 @@ class SharedMemory:
             raise
 
     @classmethod
-    def attach(cls, process: int, descriptor: int, nbytes: int) -> SharedMemory:
+    def attach(
+        cls, process: int, descriptor: int, nbytes: int, access: int = mmap.ACCESS_READ
+    ) -> SharedMemory:
         """Map memory that another process has made, to read it.
 
         Args:
             process: Id of that process.
             descriptor: Its `descriptor`, in that process.
             nbytes: Length of the memory.
+            access: ``mmap.ACCESS_COPY`` for memory that MPI takes as its own: it may be
+                written, and nobody sees that.
 
         Raises:
             OSError: On the calling rank, if it may not, or there is no such memory.
@@ -123,7 +165,7 @@ class SharedMemory:
         """
         mine = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return cls(mine, mmap.mmap(mine, nbytes, access=mmap.ACCESS_READ))
+            return cls(mine, mmap.mmap(mine, nbytes, access=access))
         except BaseException:
             os.close(mine)
             raise
@@ -133,6 +175,16 @@ class SharedMemory:
         """Its descriptor in this process, until `close`."""
         assert self._descriptor is not None
         return self._descriptor
+
+    @property
+    def inode(self) -> int:
+        """A number that no other memory of this kernel has, until `close`."""
+        return os.fstat(self.descriptor).st_ino
+
+    @property
+    def mapped(self) -> mmap.mmap:
+        """The mapping itself."""
+        return self._memory
 
     @property
     def view(self) -> memoryview:
@@ -238,6 +290,14 @@ class Memory:
     def is_due(self, step: int) -> bool:
         """Return whether a copy is due after a step. Not collective."""
         return self.every is not None and step % self.every == 0
+
+    def lend(self) -> None:
+        """Let new ranks on this host map the copies made from now on. Not collective.
+
+        What they map outlives this process. The first copy takes longer: see `Arena`.
+        """
+        if self.arena.nbytes == 0:
+            self.arena = Arena(is_lent=True)
 
     def clear(self) -> None:
         """Forget the copy; keep its memory for the next one. Not collective."""

@@ -56,6 +56,7 @@ class Tag(IntEnum):
     FAILED = 7007
     DONE = 7008
     ROSTER = 7009
+    DISMISSAL = 7010
 
 
 class Patience:

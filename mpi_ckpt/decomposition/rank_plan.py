@@ -173,6 +173,13 @@ class RankPlan:
     receives: Incoming
     kept: Staying
 
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that the rank reads from files, or gets from other ranks."""
+        table = self.receives
+        received = table.goal.shape.prod(axis=1) * table.unit
+        return int((self.reads.end - self.reads.start).sum() + received.sum())
+
     def turn(self, number: int) -> Turn:
         """Return what the rank does in a turn. Not collective. Thread-safe."""
         rows = _rows_of(self.reads.turn, number)

@@ -131,7 +131,7 @@ def plan_reshard(
     digest_bytes: int,
     readers: Sequence[int],
     window_bytes: int,
-    reader_of_file: NDArray[np.int64] | None = None,
+    holders: Sequence[Sequence[int]] | None = None,
 ) -> ReshardPlan:
     """Plan which rank reads what, and what it sends to others.
 
@@ -147,7 +147,7 @@ def plan_reshard(
         window_bytes: A reader reads at most a quarter of these in a turn, unless a digest
             block is longer, and a receiver gets at most half of these from others, unless
             it needs more of a single window.
-        reader_of_file: The only rank that can read each file, int64; None if all can.
+        holders: For each file the readers that have it; None: all have all files.
 
     Returns:
         The plan of all ranks.
@@ -170,10 +170,7 @@ def plan_reshard(
     unit = units[wanted.leaf[fragments.target]]
     nbytes = fragments.source.sizes()[fragments.form] * unit
     needs = Needs.count(window, receiver, nbytes)
-    if reader_of_file is None:
-        reader = choose_readers(file[first], stop - start, needs, readers)
-    else:
-        reader = reader_of_file[file[first]]
+    reader = choose_readers(file[first], stop - start, needs, readers, holders)
     turn = order_turns(reader, needs, window_bytes)
     number = wanted.number[fragments.target]
     # Messages carry no description: both sides have the fragments in this order.

@@ -104,7 +104,11 @@ def cut_windows(
 
 
 def choose_readers(
-    file: NDArray[np.int64], nbytes: NDArray[np.int64], needs: Needs, readers: Sequence[int]
+    file: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    needs: Needs,
+    readers: Sequence[int],
+    holders: Sequence[Sequence[int]] | None = None,
 ) -> NDArray[np.int64]:
     """Choose the rank that reads each window. Not collective. Thread-safe.
 
@@ -119,23 +123,30 @@ def choose_readers(
         nbytes: Its length.
         needs: What ranks need of the windows.
         readers: The ranks that may read.
+        holders: For each file those of them that have it; None: all have all files.
 
     Returns:
         The reader of each window.
     """
+    having = [readers if holders is None else holders[number] for number in file.tolist()]
     # Even where shares are uneven: a restart as before then needs no message at all.
     own = _owners_of_files(file, needs, readers)
     if own is not None:
-        return own[file]
+        pairs = zip(own[file].tolist(), having, strict=True)
+        if all(rank in ranks for rank, ranks in pairs):
+            return own[file]
     lengths = nbytes.tolist()
     fair = _SLACK * sum(lengths) / len(readers)
     loads = dict.fromkeys(sorted(readers), 0)
     chosen: list[int | None] = []
-    for length, of_window in zip(lengths, needs.by_window(len(lengths)), strict=True):
+    windows = zip(lengths, needs.by_window(len(lengths)), having, strict=True)
+    for length, of_window, ranks in windows:
         near = [
             (-needed, loads[rank], rank)
             for rank, needed in of_window
-            if rank in loads and (not loads[rank] or loads[rank] + length / 2 <= fair)
+            if rank in loads
+            and (holders is None or rank in ranks)
+            and (not loads[rank] or loads[rank] + length / 2 <= fair)
         ]
         chosen.append(min(near)[2] if near else None)
         if near:
@@ -144,7 +155,8 @@ def choose_readers(
     # comes later.
     for window, reader in enumerate(chosen):
         if reader is None:
-            lightest = min(loads, key=loads.__getitem__)
+            few = loads if holders is None else sorted(having[window])
+            lightest = min(few, key=loads.__getitem__)
             chosen[window] = lightest
             loads[lightest] += lengths[window]
     return np.array(chosen, np.int64)

@@ -13,16 +13,23 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from mpi_ckpt.comm import is_sign_of_loss, why_lost_ranks_end_the_job
 from mpi_ckpt.comm.ulfm import (
     Departure,
+    DismissedError,
+    await_dismissal,
+    count_alike,
+    dismiss,
     duplicate,
+    form_team,
     greet,
     is_spawned,
     join,
     let_go,
+    meet_as_spare,
     meet_at_the_end,
     repair,
 )
+from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.elastic.world import World
-from mpi_ckpt.errors import CollectiveError, LaunchError
+from mpi_ckpt.errors import CollectiveError, LaunchError, OptionsError
 from mpi_ckpt.memory import Memory
 from mpi_ckpt.options import ROOT
 from mpi_ckpt.storage.notes import Notes
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpi4py import MPI
+
+    from mpi_ckpt.comm.ulfm import Repaired
 
 __all__ = ["run"]
 
@@ -47,6 +56,7 @@ def run(
     *,
     comm: MPI.Intracomm | None = None,
     replace: bool = False,
+    spares: int = 0,
     memory: Memory | None = None,
     max_recoveries: int = 20,
     start_seconds: float = 120.0,
@@ -64,6 +74,8 @@ def run(
         comm: Communicator of mpi4py; it is duplicated. None: all ranks of the job.
         replace: Whether to start new ranks in place of lost ones: each runs this program
             from its beginning, and joins at this call, as one of the last ranks.
+        spares: How many of the ranks, the last ones, wait here to take the place of lost
+            ones. A spare that was not needed leaves the program with ``sys.exit(0)``.
         memory: Holds the copies of the states; None for one that all ranks hold.
         max_recoveries: After so many recoveries the next loss is an error.
         start_seconds: How long a new rank may take from its start to its call of this; if a
@@ -73,21 +85,18 @@ def run(
         The training's result on this rank, after it has returned on all ranks.
 
     Raises:
-        CollectiveError: On every live rank, after too many losses.
+        CollectiveError: On every live rank that trains, after too many losses.
         LaunchError: On the calling rank, if the job has lost ranks in an earlier run.
+        OptionsError: On every rank, if ``spares`` leaves no rank or differs between ranks.
     """
     memory = Memory() if memory is None else memory
     reason = why_lost_ranks_end_the_job()
     if reason:
-        handle = duplicate(comm)
-        if handle.rank == ROOT:
-            logger.warning(
-                "a lost rank ends this job: %s; `mpi-ckpt run` restarts such a job",
-                reason,
-            )
-        return train(World(handle, memory))
+        return _train_once(train, memory, comm, spares, reason)
     if _DEPARTURE.is_prepared:
         raise LaunchError("ranks were lost in an earlier run(): call it once in a program")
+    if replace or spares:
+        memory.lend()
     run = _Run(
         train,
         memory,
@@ -95,16 +104,68 @@ def run(
         max_recoveries=max_recoveries,
         start_seconds=start_seconds,
     )
-    return run.go(comm)
+    return run.go(comm, spares)
+
+
+def _train_once(
+    train: Callable[[World], Result],
+    memory: Memory,
+    comm: MPI.Intracomm | None,
+    spares: int,
+    reason: str,
+) -> Result:
+    """Call a training where MPI ends the job with a rank: nobody can use a spare."""
+    handle = duplicate(comm)
+    if handle.rank == ROOT:
+        logger.warning(
+            "a lost rank ends this job: %s; `mpi-ckpt run` restarts such a job", reason
+        )
+    places = _places_beside(handle, spares)
+    team = form_team(handle, places)
+    if handle.rank >= places:
+        with PreemptionGuard():
+            await_dismissal(handle)
+        raise SystemExit(0)
+    try:
+        value = train(World(team, memory, spares=spares))
+    except BaseException:
+        dismiss(handle, places)
+        raise
+    if handle.rank == ROOT:
+        dismiss(handle, places)
+    return value
+
+
+def _places_beside(handle: MPI.Intracomm, spares: int) -> int:
+    """Return how many ranks train. Collective."""
+    least, most = count_alike(handle, spares)
+    if least != most:
+        raise OptionsError(
+            f"spares differs between ranks: from {least} to {most}; give all the same"
+        )
+    if not 0 <= spares < handle.size:
+        raise OptionsError(
+            f"spares={spares} of a job of {handle.size} ranks: at least 0, and one rank at "
+            "least trains; start the job with as many ranks more as it has spares"
+        )
+    return handle.size - spares
 
 
 @dataclass(frozen=True, slots=True)
 class _AttemptEnd(Generic[Result]):
-    """How a call of the training ended on this rank: it returned, left, or lost ranks."""
+    """How a call of the training ended on this rank: it returned, left, or lost ranks.
+
+    Attributes:
+        value: What the training returned.
+        leaving: The exit by which this rank left it; every spare leaves by one.
+        loss: The error that came from a lost rank.
+        is_over: Whether all ranks have ended.
+    """
 
     value: Result | None = None
     leaving: SystemExit | None = None
     loss: Exception | None = None
+    is_over: bool = False
 
 
 class _Run(Generic[Result]):
@@ -124,50 +185,87 @@ class _Run(Generic[Result]):
         self._replace = replace
         self._max_recoveries = max_recoveries
         self._start_seconds = start_seconds
-        self._wanted = 0
+        self._places = 0
         self._failures = 0
         self._lost = 0
         self._has_new = False
+        self._was_spare = False
 
-    def go(self, comm: MPI.Intracomm | None) -> Result:
+    def go(self, comm: MPI.Intracomm | None, spares: int) -> Result:
         """Call the training until it has ended on all ranks."""
-        handle = self._begin(comm)
+        handle, team = self._begin(comm, spares)
         while True:
-            world = World(handle, self._memory, self._failures, self._lost, is_spawned())
-            ending = self._attempt(world)
+            watched: list[MPI.Comm] = [team]
+            ending = self._wait_or_attempt(handle, team, watched)
             seen = time.monotonic()
-            if ending.loss is None:
-                seconds = None if ending.leaving is None else _EXIT_SECONDS
-                if meet_at_the_end(handle, done=True, seconds=seconds):
-                    return self._end(handle, ending)
-            _DEPARTURE.prepare(handle, world.watched)
-            let_go(handle, world.watched)
+            if ending.is_over:
+                return self._end(handle, ending)
+            _DEPARTURE.prepare(handle, watched)
+            let_go(handle, watched)
             if ending.loss is not None:
                 meet_at_the_end(handle, done=False)
             if self._failures >= self._max_recoveries:
-                raise CollectiveError(
-                    f"ranks were lost {self._failures + 1} times, max_recoveries is "
-                    f"{self._max_recoveries}; published generations are untouched"
-                ) from ending.loss
-            handle = self._recover(handle, seen)
+                raise self._too_many(ending)
+            repaired = self._recover(handle, seen)
+            handle, team = repaired.handle, repaired.team
             _DEPARTURE.prepare(handle, [])
             _forget(ending.loss)
 
-    def _begin(self, comm: MPI.Intracomm | None) -> MPI.Intracomm:
+    def _begin(
+        self, comm: MPI.Intracomm | None, spares: int
+    ) -> tuple[MPI.Intracomm, MPI.Intracomm]:
         if is_spawned():
             handle, numbers = join()
             _DEPARTURE.prepare(handle, [])
-            self._wanted, self._failures, self._lost = numbers
-        else:
-            handle = duplicate(comm)
-            self._wanted = handle.size
-        return handle
+            self._places, self._failures, self._lost = numbers
+            return handle, handle
+        handle = duplicate(comm)
+        self._places = _places_beside(handle, spares)
+        self._was_spare = handle.rank >= self._places
+        return handle, form_team(handle, self._places)
+
+    def _wait_or_attempt(
+        self, handle: MPI.Intracomm, team: MPI.Intracomm, watched: list[MPI.Comm]
+    ) -> _AttemptEnd[Result]:
+        """Train on a rank of the team, wait on a spare; all meet if none lost ranks."""
+        places = min(self._places, handle.size)
+        if handle.rank >= places:
+            return self._wait(handle, places)
+        world = World(
+            team,
+            self._memory,
+            self._failures,
+            self._lost,
+            is_spawned() or self._was_spare,
+            handle.size - places,
+        )
+        try:
+            ending = self._attempt(world)
+        except BaseException:
+            # Nobody will meet the spares.
+            dismiss(handle, places)
+            raise
+        watched += world.watched
+        if ending.loss is not None:
+            return ending
+        seconds = None if ending.leaving is None else _EXIT_SECONDS
+        is_over = meet_at_the_end(handle, done=True, seconds=seconds, places=places)
+        return _AttemptEnd(ending.value, ending.leaving, is_over=is_over)
+
+    def _wait(self, handle: MPI.Intracomm, places: int) -> _AttemptEnd[Result]:
+        try:
+            # Signals that ask all ranks for a save and a stop are for those that train.
+            with PreemptionGuard():
+                is_over = meet_as_spare(handle, places)
+        except DismissedError:
+            is_over = True
+        return _AttemptEnd(leaving=SystemExit(0), is_over=is_over)
 
     def _attempt(self, world: World) -> _AttemptEnd[Result]:
         try:
             if self._has_new:
                 self._has_new = False
-                greet(world.comm, (self._wanted, self._failures, self._lost))
+                greet(world.comm, (self._places, self._failures, self._lost))
             return _AttemptEnd(value=self._train(world))
         except SystemExit as leaving:
             return _AttemptEnd(leaving=leaving)
@@ -176,26 +274,42 @@ class _Run(Generic[Result]):
                 raise
             return _AttemptEnd(loss=error)
 
-    def _recover(self, handle: MPI.Intracomm, seen: float) -> MPI.Intracomm:
+    def _recover(self, handle: MPI.Intracomm, seen: float) -> Repaired:
+        before = min(self._places, handle.size)
         repaired = repair(
             handle,
             newest=self._memory.age,
-            wanted=self._wanted if self._replace else 0,
+            places=self._places,
+            replace=self._replace,
             start_seconds=self._start_seconds,
         )
         self._failures += 1
         self._lost += len(repaired.lost)
         self._has_new = repaired.spawned > 0
         if repaired.handle.rank == ROOT:
+            size = repaired.team.size
+            survivors = before - sum(rank < before for rank in repaired.lost)
+            came = size - repaired.spawned - survivors
             logger.warning(
-                "lost rank(s) %s of %d; going on with %d, %d of them new, after %.2f s",
+                "lost rank(s) %s of %d; going on with %d, %d of them new, after %.2f s%s",
                 ", ".join(map(str, repaired.lost)) or "none",
                 handle.size,
-                repaired.handle.size,
+                size,
                 repaired.spawned,
                 time.monotonic() - seen,
+                f"; {came} of them spares until now" if came else "",
             )
-        return repaired.handle
+        return repaired
+
+    def _too_many(self, ending: _AttemptEnd[Result]) -> BaseException:
+        if ending.leaving is not None and self._was_spare:
+            return ending.leaving
+        error = CollectiveError(
+            f"ranks were lost {self._failures + 1} times, max_recoveries is "
+            f"{self._max_recoveries}; published generations are untouched"
+        )
+        error.__cause__ = ending.loss
+        return error
 
     def _end(self, handle: MPI.Intracomm, ending: _AttemptEnd[Result]) -> Result:
         if ending.leaving is not None:

@@ -26,7 +26,9 @@ class World:
         memory: Copies of the states that outlive a recovery; give it to the manager too.
         failures: How often the job has gone on after losing ranks.
         lost: How many ranks it has lost so far.
-        is_replacement: Whether this process was started in place of a lost rank.
+        is_replacement: Whether this process came in place of a lost rank, as a new rank or
+            as a spare.
+        spares: How many spare ranks are left.
     """
 
     comm: MPI.Intracomm
@@ -34,6 +36,7 @@ class World:
     failures: int = 0
     lost: int = 0
     is_replacement: bool = False
+    spares: int = 0
     _watched: list[MPI.Comm] = field(default_factory=list, repr=False)
 
     @property

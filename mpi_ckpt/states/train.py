@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mpi_ckpt import devices
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
 from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure, SyncMode
@@ -42,7 +44,9 @@ class TrainState(LeafState):
             are copied. The copy then continues during forward and backward, and ``step()``
             of any torch optimizer waits for it. Any other change in that time spoils the
             save: torch notices it, and the save fails, unless the change was made through
-            ``.data`` or NumPy. All else is copied at once, buffers of the module too.
+            ``.data`` or NumPy. All else is copied at once, buffers of the module too. A
+            replay of a captured CUDA graph passes no ``step()``: where one may have it, an
+            asynchronous save of tensors on a device is refused with a `StageError`.
 
     Raises:
         RegistrationError: On every rank that makes it, if the name or mode is illegal, a
@@ -79,7 +83,7 @@ class TrainState(LeafState):
                 "the copy"
             )
         if overlap:
-            self._let_steps_wait()
+            self._let_steps_wait([item for _, item in _numbered("optimizer", optimizer)])
 
     @property
     def _parts(self) -> dict[str, LeafState]:
@@ -175,16 +179,25 @@ class TrainState(LeafState):
 
         return look
 
-    def _let_steps_wait(self) -> None:
+    def _let_steps_wait(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
         gate = self._gate
         for part in self._parts.values():
             if isinstance(part, ModuleState | OptimizerState):
                 part.gate = gate
+        captures: list[bool] = []
+
+        def pass_gate(*_: object) -> None:
+            if devices.is_capturing():
+                captures.append(True)
+            gate.wait()
+
         # A hook of every optimizer: another one may hold some of the parameters too.
-        hook = register_optimizer_step_pre_hook(lambda *_: gate.wait())
+        hook = register_optimizer_step_pre_hook(pass_gate)
         weakref.finalize(self, hook.remove)
+        # Not of this object, which the hook would keep.
+        gate.bypass = partial(_bypass, optimizers, captures)
 
     def _check_parts(self, structure: Structure, *, strict: bool) -> None:
         saved = set(structure) if isinstance(structure, dict) else set()
@@ -197,6 +210,19 @@ class TrainState(LeafState):
             f"{key} is in the program, not saved" for key in set(self._parts) - saved
         ]
         raise_mismatch(self.name, sorted(problems))
+
+
+def _bypass(
+    optimizers: Sequence[torch.optim.Optimizer], captures: Sequence[bool]
+) -> str | None:
+    """Return what may change a device's tensors without a call of ``step()``."""
+    if captures:
+        return "step() of an optimizer was captured in a graph"
+    if any(group.get("capturable") for one in optimizers for group in one.param_groups):
+        return "an optimizer is capturable, so that a graph may have its step()"
+    if devices.keeps_graphs():
+        return "the process keeps captured graphs"
+    return None
 
 
 def _numbered(key: str, given: Any) -> list[tuple[str, Any]]:  # noqa: ANN401

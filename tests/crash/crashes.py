@@ -82,9 +82,12 @@ class Run:
         *,
         only: Collection[str] | None = None,
         moved: Collection[str] = STATES,
+        level: str = "directory",
     ) -> None:
         """Bring some states to a step, save all or some, and note the acknowledgement."""
-        number, report = self.start_save(training, step, only=only, moved=moved)
+        number, report = self.start_save(
+            training, step, only=only, moved=moved, level=level
+        )
         report.wait()
         self.recorder.mark(number)
         training.manager.wait()  # also for what is pruned behind the training
@@ -96,6 +99,7 @@ class Run:
         *,
         only: Collection[str] | None = None,
         moved: Collection[str] = STATES,
+        level: str = "directory",
     ) -> tuple[int, Any]:
         """As `save`, but only begun; return what to note once it is acknowledged."""
         training.move(step, moved)
@@ -108,7 +112,9 @@ class Run:
                 saved.plain if "plain" in only else last.plain,
             )
         self.scenario.saves.append(saved)
-        return len(self.scenario.saves) - 1, training.manager.save(step, only=only)
+        return len(self.scenario.saves) - 1, training.manager.save(
+            step, only=only, level=level
+        )
 
 
 def record(

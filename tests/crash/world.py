@@ -20,6 +20,7 @@ from mpi_ckpt import (
     CheckpointManager,
     ConcatState,
     KeepLast,
+    Local,
     Options,
     ShardedArrayState,
     State,
@@ -177,6 +178,7 @@ class Training:
         comm: Any = None,
         overlap: bool = False,
         cut: bool = False,
+        local: Local | None = None,
         **options: Any,
     ) -> None:
         comm = MPI.COMM_SELF if comm is None else comm
@@ -191,6 +193,7 @@ class Training:
             states,
             comm=comm,
             options=Options(retention=KeepLast(keep), preemption_signals=(), **options),
+            local=local,
         )
 
     def __enter__(self) -> Training:

@@ -15,8 +15,9 @@ def needs_of(*of_windows):
     return Needs.count(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
 
 
-def chosen(files, lengths, needs, readers):
-    return choose_readers(np.array(files), np.array(lengths), needs, readers).tolist()
+def chosen(files, lengths, needs, readers, holders=None):
+    columns = np.array(files), np.array(lengths)
+    return choose_readers(*columns, needs, readers, holders).tolist()
 
 
 def windows(pieces, **options):
@@ -65,6 +66,18 @@ def test_windows_that_their_ranks_cannot_take_go_to_the_lightest_at_the_end():
 def test_ranks_that_do_not_read_get_all_from_others():
     needs = needs_of({2: 10}, {2: 10, 1: 2}, {2: 10})
     assert chosen([0, 0, 0], [10] * 3, needs, [0, 1]) == [0, 1, 0]
+
+
+def test_only_ranks_that_have_a_file_read_it():
+    # Each needs one file, which the other has.
+    needs = needs_of({0: 10}, {1: 10})
+    assert chosen([0, 1], [10, 10], needs, [0, 1]) == [0, 1]
+    assert chosen([0, 1], [10, 10], needs, [0, 1], [[1], [0]]) == [1, 0]
+    # Rank 2 has both, and reads none while the ranks that need them may.
+    assert chosen([0, 1], [10, 10], needs, [0, 1, 2], [[0, 2], [1, 2]]) == [0, 1]
+    # Of those that have it, the one that needs most; else the one that has read least.
+    needs = needs_of(*[{0: 9, 1: 1}] * 4)
+    assert chosen([0] * 4, [10] * 4, needs, [0, 1, 2], [[1, 2]]) == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize(

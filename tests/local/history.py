@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 
 from mpi_ckpt.engine.hosts.completable import Holding, choose
 from mpi_ckpt.engine.hosts.placement import count_copies, place_files
-from mpi_ckpt.storage.local.lineage import Lineage, LocalRun, Origin
+from mpi_ckpt.storage.local.lineage import CopiedGeneration, Lineage, LocalRun, Origin
 
 FILES = 4
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One save of the model; ``number`` is 0 for one in the directory."""
+    """One save of the model; ``number`` is 0 for one written to the directory."""
 
     origin: Origin
     parent: Saved | None
     age: int
+    job: str = ""
 
     @property
     def is_local(self):
@@ -40,6 +41,8 @@ class World:
     pick: object = choose
     disks: list[dict] = field(init=False)
     directory: list[Saved] = field(default_factory=list)
+    copying: Saved | None = None
+    copies_published: int = 0
     lineage: Lineage | None = None
     head: Saved | None = None
     state: Saved | None = None
@@ -61,10 +64,12 @@ class World:
     def start(self, present):
         """Start a job on some hosts; it restores the newest that it can complete."""
         self.present, self.run = tuple(sorted(set(present))), ""
+        self.copying = None
         self.starts += 1
         self.job = f"job{self.starts}"
-        newest = self.directory[-1].origin.base if self.directory else 0
-        verdict = self.pick(self._holdings(), self.lineage, newest=newest)
+        verdict = self.pick(
+            self._holdings(), self.lineage, newest=self.newest, copied=self._copied()
+        )
         found = None
         if verdict.chosen is not None:
             holders = verdict.chosen.holders
@@ -75,7 +80,13 @@ class World:
             found = self.directory[-1]
         expected = self._expected()
         assert found == expected, f"restored {found}, expected {expected}"
-        self.state = self.source = found
+        self.state = found
+        # A program that restores from the directory learns the number alone.
+        from_hosts = verdict.chosen is not None
+        self.source = None
+        if found is not None:
+            written = Origin(found.job, self.newest, 0)
+            self.source = found.origin if from_hosts else self._copied() or written
         self.kept = [found.origin.number] if found is not None and found.is_local else []
 
     def save_locally(self, named):
@@ -84,9 +95,9 @@ class World:
         Returns:
             Whether all did; else the job has been killed.
         """
-        base = self.directory[-1].origin.base if self.directory else 0
+        base = self.newest
         if not self.run:
-            self._begin_run(base)
+            self._begin_run()
         number = 1 + max(
             (o.number for host in self.present for o in self.disks[host]), default=0
         )
@@ -108,9 +119,35 @@ class World:
         return True
 
     def save_to_directory(self):
-        number = 1 + (self.directory[-1].origin.base if self.directory else 0)
-        saved = self._save(Origin(self.job, number, 0))
+        self.copying = None  # a save to the directory never runs beside a copy
+        saved = self._save(Origin(self.job, self.newest + 1, 0))
         self.directory.append(saved)
+
+    def begin_copy(self):
+        """Begin to copy the last save to the directory, if hosts keep it."""
+        if (
+            self.state is not None
+            and self.state.is_local
+            and self.state.origin.run == self.run
+        ):
+            self.copying = self.state
+
+    def note_copy(self):
+        """Enter the copy into the lineage: the next start may find this, and no copy."""
+        if self.copying is None:
+            return
+        copied = CopiedGeneration(
+            self.newest + 1, float(self.copying.age), self.copying.origin
+        )
+        self.lineage = self.lineage.with_copied(copied)
+
+    def publish_copy(self):
+        """Publish it; hosts may keep newer saves by now."""
+        if self.copying is not None:
+            self.note_copy()
+            self.directory.append(self.copying)
+            self.copies_published += self.copying != self.state
+            self.copying = None
 
     def wipe(self, host):
         self.disks[host] = {}
@@ -125,15 +162,24 @@ class World:
 
     def _save(self, origin):
         self.clock += 1
-        self.state = self.head = Saved(origin, self.state, self.clock)
+        self.state = self.head = Saved(origin, self.state, self.clock, self.job)
         return self.head
 
-    def _begin_run(self, base):
+    @property
+    def newest(self):
+        """The number of the newest generation in the directory."""
+        return len(self.directory)
+
+    def _copied(self):
+        if not self.directory or self.lineage is None:
+            return None
+        return self.lineage.source(self.newest, float(self.directory[-1].age))
+
+    def _begin_run(self):
         """Enter the run into the lineage: from here on its way back is what counts."""
         self.run = f"run{self.starts}"
-        origin = None if self.source is None else self.source.origin
         lineage = self.lineage or Lineage("home")
-        self.lineage = lineage.with_run(LocalRun(self.run, self.job, origin))
+        self.lineage = lineage.with_run(LocalRun(self.run, self.job, self.source))
         if self.head != self.state:
             self.branched += 1
         self.head = self.state
@@ -148,7 +194,8 @@ class World:
     def _expected(self):
         """Return the newest save on the way back that is whole."""
         for saved in self._way_back():
-            if not saved.is_local or self._is_whole(saved):
+            # A newer one in the directory counts, even of a run that has not saved here.
+            if saved in self.directory or self._is_whole(saved):
                 return saved
         return None
 

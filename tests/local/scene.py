@@ -78,8 +78,8 @@ class Values:
 class Scene:
     """One training in a directory, whose jobs run on hosts of any names."""
 
-    def __init__(self, comm, on_hosts, path):
-        self.comm, self.on_hosts, self.path = comm, on_hosts, path
+    def __init__(self, comm, on_hosts, path, kind=Values):
+        self.comm, self.on_hosts, self.path, self.kind = comm, on_hosts, path, kind
         self.hosts = [f"h{rank}" for rank in range(comm.size)]
         self.directory = path / "run"
         self.saved_by = {}
@@ -107,7 +107,7 @@ class Scene:
         """
         comm = comm or self.comm
         self.on_hosts(hosts or self.hosts)
-        values, reports, restored = Values(comm), {}, None
+        values, reports, restored = self.kind(comm), {}, None
         try:
             with self.manager(values, comm=comm, **given) as manager:
                 restored = manager.restore()

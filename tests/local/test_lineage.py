@@ -11,6 +11,7 @@ from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, FencedError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.local.lineage import (
     LINEAGE,
+    CopiedGeneration,
     Lineage,
     LocalRun,
     Origin,
@@ -21,6 +22,10 @@ from mpi_ckpt.storage.local.lineage import (
 RUNS = (
     LocalRun("r1", "j1", None, path="/local/{user}"),
     LocalRun("r2", "j2", Origin("r1", 3, 7), behind=2, settled=9, hosts=("a", "b")),
+)
+COPIED = (
+    CopiedGeneration(7, 1796000000.123456789, Origin("r1", 3, 6)),
+    CopiedGeneration(8, 1796000001.5, Origin("r1", 3, 7)),
 )
 
 
@@ -34,7 +39,7 @@ def read_or_refuse(path):
 def test_what_is_written_is_read(tmp_path):
     assert read_lineage(tmp_path) is None
     assert read_lineage(tmp_path / "missing") is None
-    lineage = Lineage("home", RUNS)
+    lineage = Lineage("home", RUNS, COPIED)
     write_lineage(tmp_path, lineage, "j2")
     assert read_lineage(tmp_path) == lineage
     write_lineage(tmp_path, Lineage("home"), "j3")
@@ -62,8 +67,35 @@ def test_the_way_back_ends_where_a_run_started_afresh():
     assert limits == {"r3": None, "r2": Origin("j2", 4, 0), "r1": Origin("r1", 3, 7)}
 
 
-def test_every_flipped_byte_is_found(tmp_path):
+def test_a_copied_generation_is_told_from_another_of_its_number():
     lineage = Lineage("home", RUNS)
+    for one in COPIED:
+        lineage = lineage.with_copied(one)
+    assert lineage.copied == COPIED
+    assert lineage.source(7, COPIED[0].time) == Origin("r1", 3, 6)
+    assert lineage.source(7, 1796000009.0) is None
+    again = CopiedGeneration(7, 1796000002.0, Origin("r1", 4, 9))
+    assert lineage.with_copied(again).copied == (COPIED[1], again)
+    for number in range(100):
+        lineage = lineage.with_copied(CopiedGeneration(10 + number, 1.0, Origin("r", 1, 1)))
+    assert len(lineage.copied) == 64
+
+
+def test_a_lineage_of_before_copies_is_read(tmp_path, monkeypatch):
+    real = json.dumps
+
+    def without_copies(values, **how):
+        return real({name: one for name, one in values.items() if name != "copied"}, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", without_copies)
+        write_lineage(tmp_path, Lineage("home", RUNS, COPIED), "j2")
+    assert b"copied" not in (tmp_path / LINEAGE).read_bytes()
+    assert read_lineage(tmp_path) == Lineage("home", RUNS)
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    lineage = Lineage("home", RUNS, COPIED)
     write_lineage(tmp_path, lineage, "j2")
     path = tmp_path / LINEAGE
     good = path.read_bytes()

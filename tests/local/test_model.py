@@ -58,6 +58,11 @@ class Trainings(RuleBasedStateMachine):
     def save_to_directory(self):
         self.world.save_to_directory()
 
+    @precondition(lambda self: self.is_running)
+    @rule(step=st.sampled_from(["begin_copy", "note_copy", "publish_copy"]))
+    def copy(self, step):
+        getattr(self.world, step)()
+
     @precondition(lambda self: not self.is_running)
     @rule(host=st.integers(0, 4))
     def wipe(self, host):
@@ -83,8 +88,11 @@ def play(seed, pick=choose):
     for _ in range(12):
         some = draw.sample(range(hosts), draw.randint(1, hosts))
         world.start(some if draw.random() < 0.6 else range(hosts))
-        for _ in range(draw.randint(0, 4)):
-            if draw.random() < 0.25:
+        for _ in range(draw.randint(0, 5)):
+            steps = ["begin_copy", "begin_copy", "publish_copy", "note_copy"]
+            if draw.random() < 0.8:
+                getattr(world, draw.choice(steps))()
+            if draw.random() < 0.2:
                 world.save_to_directory()
             elif not world.save_locally(
                 len(world.present)
@@ -102,32 +110,34 @@ def test_thousands_of_starts_take_the_newest_that_is_whole():
     # Else the model would not show much.
     assert sum(world.locals_taken for world in worlds) > 800
     assert sum(world.branched for world in worlds) > 200
+    assert sum(world.copies_published for world in worlds) > 100
 
 
-def without_lineage(holdings, lineage, *, newest):
+def without_lineage(holdings, lineage, *, newest, copied):
     """Take any run's generation: a host that comes back brings an abandoned branch."""
     holdings = list(holdings)
     runs = () if lineage is None else lineage.runs
     free = tuple(replace(run, origin=None) for run in runs)
     found = [
-        choose(holdings, Lineage("home", (run,)), newest=newest).chosen for run in free
+        choose(holdings, Lineage("home", (run,)), newest=newest, copied=copied).chosen
+        for run in free
     ]
     whole = [held for held in found if held is not None]
     return LocalChoice(max(whole, key=lambda held: held.origin[1:], default=None))
 
 
-def without_completeness(holdings, lineage, *, newest):
+def without_completeness(holdings, lineage, *, newest, copied):
     """Take the newest that any host has some of."""
-    verdict = choose(holdings, lineage, newest=newest)
+    verdict = choose(holdings, lineage, newest=newest, copied=copied)
     return LocalChoice(verdict.lost[0] if verdict.lost else verdict.chosen)
 
 
-def local_first(holdings, lineage, *, newest):
+def local_first(holdings, lineage, *, newest, copied):
     """Take what the hosts have, though the directory has a newer one."""
-    return choose(holdings, lineage, newest=0)
+    return choose(holdings, lineage, newest=0, copied=None)
 
 
-def without_limits(holdings, lineage, *, newest):
+def without_limits(holdings, lineage, *, newest, copied):
     """Take all generations of each run on the way back, those it was left at too."""
     if lineage is not None:
         runs = [
@@ -137,10 +147,10 @@ def without_limits(holdings, lineage, *, newest):
             for run in lineage.runs
         ]  # fmt: skip
         lineage = Lineage("home", tuple(runs))
-    return choose(holdings, lineage, newest=newest)
+    return choose(holdings, lineage, newest=newest, copied=copied)
 
 
-def oldest_run_first(holdings, lineage, *, newest):
+def oldest_run_first(holdings, lineage, *, newest, copied):
     """Order by numbers alone: numbers of runs on other hosts may be higher."""
     if lineage is None:
         return LocalChoice()
@@ -153,9 +163,17 @@ def oldest_run_first(holdings, lineage, *, newest):
     return LocalChoice(max(whole, key=lambda held: held.origin.number, default=None))
 
 
+def copies_as_new(holdings, lineage, *, newest, copied):
+    """Take a copy in the directory for newer than what hosts kept while it was made."""
+    return choose(holdings, lineage, newest=newest)
+
+
 @pytest.mark.parametrize(
     "bug",
-    [without_lineage, without_completeness, local_first, without_limits, oldest_run_first],
+    [
+        *(without_lineage, without_completeness, local_first, without_limits),
+        *(oldest_run_first, copies_as_new),
+    ],
     ids=lambda bug: bug.__name__,
 )
 def test_the_model_finds_planted_bugs(bug):

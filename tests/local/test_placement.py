@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.engine.hosts.placement import count_copies, count_shares, place_files
+from mpi_ckpt.engine.hosts.placement import (
+    count_copies,
+    count_shares,
+    order_turns_of_files,
+    place_files,
+    place_own_files,
+)
 
 
 def names(count):
@@ -90,3 +96,53 @@ def test_many_hosts_are_placed_in_a_moment():
     hosts = names(12_500)
     placed = place_files([100] * count_shares(12_500, 2), hosts, hosts, 2)
     assert len(placed) == 12_500
+
+
+@given(layouts(), st.data())
+def test_what_a_host_has_alone_lies_on_it_and_in_other_domains(layout, data):
+    hosts, domains, copies, _, _ = layout
+    owners = data.draw(st.lists(st.sampled_from(range(len(hosts))), unique=True))
+    placed = place_own_files(owners, hosts, domains, copies)
+    assert placed == place_own_files(owners, hosts, domains, copies)
+    for owner, holders in zip(owners, placed, strict=True):
+        assert owner in holders
+        assert len({domains[host] for host in holders}) == len(holders) == copies
+        assert list(holders) == sorted(holders)
+
+
+@pytest.mark.parametrize("hosts", range(1, 18))
+@pytest.mark.parametrize("copies", [1, 2, 3, None])
+def test_each_host_gets_files_of_as_many_hosts_as_it_sends_to(hosts, copies):
+    domains = names(hosts)
+    count = count_copies(copies, domains)
+    placed = place_own_files(range(hosts), domains, domains, count)
+    assert loads([1] * hosts, placed, hosts) == [count] * hosts
+
+
+def test_racks_of_one_size_get_as_much_on_each_host():
+    racks = [f"rack{host // 4}" for host in range(16)]
+    placed = place_own_files(range(16), names(16), racks, 2)
+    assert loads([1] * 16, placed, 16) == [2] * 16
+
+
+def test_two_lost_hosts_of_sixteen_mostly_lose_no_part():
+    hosts = names(16)
+    placed = place_own_files(range(16), hosts, hosts, 2)
+    assert len(set(placed)) == 8
+    # The same pairs as those of shares: together they lose no more.
+    assert set(placed) == set(place_files([100] * count_shares(16, 2), hosts, hosts, 2))
+
+
+@given(layouts())
+def test_no_host_has_two_files_in_a_turn(layout):
+    hosts, domains, copies, _, _ = layout
+    holders = place_own_files(range(len(hosts)), hosts, domains, copies)
+    turns = order_turns_of_files(holders)
+    for (a, one), (b, other) in combinations(zip(turns, holders, strict=True), 2):
+        assert a != b or not set(one) & set(other)
+
+
+def test_files_of_many_hosts_take_few_turns():
+    hosts = names(12_500)
+    holders = place_own_files(range(12_500), hosts, hosts, 2)
+    assert max(order_turns_of_files(holders)) == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training that loses a rank at one certain place: recovering.py ROOT LOG HOW [replace].
+"""A training that loses a rank at one place: recovering.py ROOT LOG HOW [replace] [SPARES].
 
 Adds up the same sums with any number of ranks, and tells how it came to them.
 """
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, Options, elastic
 from mpi_ckpt.comm import vote
@@ -26,6 +27,7 @@ from mpi_ckpt.storage import filesystem
 
 ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 REPLACE = "replace" in sys.argv
+SPARES = int(sys.argv[-1]) if sys.argv[-1].isdecimal() else 0
 STEPS = 30
 STARTING = ("merge", "newcomer", "starter", "unstartable")
 
@@ -52,8 +54,6 @@ def before(module: object, name: str, condition) -> None:  # type: ignore[no-unt
 
 def fail_to_start(start: object) -> object:
     """Stand in for what starts a new rank: it cannot, as where no slot is free."""
-    from mpi4py import MPI
-
     if start._handle.rank == start._starter:  # type: ignore[attr-defined]
         raise MPI.Exception(MPI.ERR_SPAWN)
     return MPI.COMM_NULL
@@ -109,6 +109,19 @@ def at_step(world: elastic.World, step: int) -> None:
         die(signal.SIGSTOP)
     if HOW == "error" and world.rank == 1:
         raise ValueError("bad luck")
+    if HOW == "errors":
+        raise ValueError("the same everywhere")
+    if HOW in ("waiting", "both") and world.rank == 0:
+        os.kill(int(WAITING.read_text()), signal.SIGKILL)
+        time.sleep(0.5)
+        world.comm.Barrier()
+    elif HOW in ("waiting", "both"):
+        world.comm.Barrier()
+    if HOW == "both" and world.rank == 1:
+        die()
+    if HOW == "asked" and world.rank == 0:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(int(WAITING.read_text()), number)
     if HOW == "stuck" and world.rank == 1:
         with Guard("a call of MPI", 0.2):
             time.sleep(60)
@@ -130,6 +143,7 @@ def train(world: elastic.World) -> float:
         tell(
             world,
             size=world.size,
+            spares=world.spares,
             failures=world.failures,
             step=manager.steps,
             memory=restored is not None and restored.from_memory,
@@ -183,5 +197,10 @@ if HOW == "stopped":
 limit = 0 if HOW == "too_many" else 20
 if HOW == "too_many":
     HOW = "plain"
-value = elastic.run(train, replace=REPLACE, max_recoveries=limit, start_seconds=90)
+WAITING = LOG.with_name("waiting")
+if HOW in ("waiting", "both", "asked") and MPI.COMM_WORLD.rank == 3:
+    WAITING.write_text(str(os.getpid()))
+value = elastic.run(
+    train, replace=REPLACE, spares=SPARES, max_recoveries=limit, start_seconds=90
+)
 print(f"returned {value}", flush=True)

@@ -17,9 +17,9 @@ import pytest
 from mpi4py import MPI  # noqa: F401 (a test would leave what starting it opens)
 
 import mpi_ckpt
-from mpi_ckpt import PerRankState
 from mpi_ckpt.options import ENVIRONMENT, IO, Options, StopWhen
 from tests.project import listings, rooms
+from tests.project.pages import shows, take
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
@@ -81,26 +81,7 @@ def test_no_arrow_leads_up():
     order.prepare()  # raises where rooms import one another
 
 
-def block_of(document, function):
-    """Return the example in which a page defines a function."""
-    return block_with(document, f"def {function}(")
-
-
-def block_with(document, part):
-    """Return the one example of a page that has this part."""
-    text = (REPOSITORY / "docs" / document).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (block,) = (block for block in blocks if part in block)
-    return block
-
-
-def test_example_of_sharing_out_runs():
-    found = {"PerRankState": PerRankState}
-    exec(block_of("elastic.md", "share_out"), found)
-    assert found["share_out"]([[1, 2], [3]], 3) == [[1], [2], [3]]
-    assert found["hard"].value == []
-
-
+@shows("docs/elastic.md", 3)
 def test_example_of_rescaling_keeps_the_schedule():
     torch = pytest.importorskip("torch")
 
@@ -112,7 +93,7 @@ def test_example_of_rescaling_keeps_the_schedule():
     expected, other = make(0.5)
     restoring = SimpleNamespace(restore=lambda on_resize: on_resize(2, 4))
     found = {"optimizer": optimizer, "scheduler": scheduler, "manager": restoring}
-    exec(block_of("elastic.md", "rescale"), found)
+    exec(take("docs/elastic.md", 3), found)
     for _ in range(3):
         assert optimizer.param_groups[0]["lr"] == expected.param_groups[0]["lr"]
         for tested, schedule in ((optimizer, scheduler), (expected, other)):
@@ -136,9 +117,7 @@ print(len(trained), manager.steps)
 
 
 def program_of_the_readme():
-    text = (REPOSITORY / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    return example
+    return take("README.md", 0)
 
 
 def example_of_the_readme():
@@ -148,6 +127,7 @@ def example_of_the_readme():
     return program[:start] + program[end:]
 
 
+@shows("README.md", 0)
 def test_program_of_the_readme_runs_as_it_stands(tmp_path):
     pytest.importorskip("torch")
     (tmp_path / "train.py").write_text(program_of_the_readme())
@@ -225,9 +205,10 @@ def test_example_of_the_readme_resumes_bit_for_bit(tmp_path):
     assert resumed.stdout == undisturbed.stdout, resumed.stderr
 
 
+@shows("docs/elastic.md", 2)
 def test_recipe_of_epochs_resumes_with_the_next_one(tmp_path):
     torch = pytest.importorskip("torch")
-    block = block_with("elastic.md", "epochs.done()")
+    block = take("docs/elastic.md", 2)
 
     def run(until):
         evaluated, steps = [], []

@@ -7,25 +7,16 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import logging
 import re
 import textwrap
-from pathlib import Path
 
 import pytest
 
 import mpi_ckpt
-from tests.project import listings
+from tests.project.pages import REPOSITORY, RUN_BY, all_blocks, blocks_of
 
-REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", *listings.DOCUMENTS]
-SHOWN = [
-    pytest.param(block, id=f"{page.relative_to(REPOSITORY)}-{number}")
-    for page in PAGES
-    for number, block in enumerate(
-        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    )
-]
+BLOCKS = all_blocks()
+SHOWN = [pytest.param(one.text, id=f"{one.page}-{one.number}") for one in BLOCKS]
 
 
 def parsed(block):
@@ -103,33 +94,20 @@ def write_numbers(numbers, step):
 """
 
 
-@pytest.fixture
-def own_logging():
-    """Undo what a page sets for the process: levels, and handlers of the root logger."""
-    root, ours = logging.getLogger(), logging.getLogger("mpi_ckpt")
-    before = root.level, list(root.handlers), ours.level
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    ours.setLevel(before[2])
+WHOLE = ["how-to/per-epoch", "how-to/mid-epoch", "how-to/interval", "how-to/disk"]
+WHOLE += ["how-to/logging", "reference/errors", "index"]
+"""The pages whose blocks run one after the other, with the same names."""
 
 
-RUN = ["how-to/per-epoch", "how-to/mid-epoch", "how-to/interval", "how-to/disk"]
-RUN += ["how-to/logging", "reference/errors", "index"]
-
-
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", WHOLE)
 def test_programs_of_a_page_run_as_shown(page, tmp_path, monkeypatch, own_logging):
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
-    text = (REPOSITORY / "docs" / f"{page}.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert blocks
     around = AROUND + "from torch.utils.data import DataLoader\n"
     found = {"directory": tmp_path / "run"}
     exec(around, found)
-    for block in blocks:
-        exec(compile(block, page, "exec"), found)
+    for block in blocks_of(f"docs/{page}.md"):
+        exec(compile(block.text, page, "exec"), found)
     if page == "how-to/per-epoch":
         assert len(found["trained"]) == 3 * 64
     if page == "how-to/mid-epoch":
@@ -143,10 +121,36 @@ def test_pages_resume_where_they_say(tmp_path):
     """A second run of a page finds its work done: it trains on nothing."""
     pytest.importorskip("torch")
     for page in ("per-epoch", "mid-epoch"):
-        text = (REPOSITORY / "docs" / "how-to" / f"{page}.md").read_text()
-        (block,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        (block,) = blocks_of(f"docs/how-to/{page}.md")
         for expected in (True, False):
             found = {"directory": tmp_path / page}
             exec(AROUND, found)
-            exec(compile(block, page, "exec"), found)
+            exec(compile(block.text, page, "exec"), found)
             assert bool(found["trained"]) == expected
+
+
+def test_every_block_is_run_by_a_test():
+    for module in ("project.test_docs", "project.test_fragments", "programs.shown_blocks"):
+        if module.startswith("programs"):
+            pytest.importorskip("torch")
+        importlib.import_module(f"tests.{module}")
+    whole = {f"docs/{page}.md" for page in WHOLE}
+    blocks = {(one.page, one.number): one for one in BLOCKS}
+    assert set(RUN_BY) <= set(blocks)
+    assert not whole & {page for page, _ in RUN_BY}
+    assert whole <= {page for page, _ in blocks}
+    left = [
+        f"{block.page}-{block.number}"
+        for key, block in blocks.items()
+        if key not in RUN_BY and block.page not in whole and not started(block.listing)
+    ]
+    assert left == []
+
+
+def started(program):
+    """Return whether tests that start jobs name an example."""
+    if program is None:
+        return False
+    name = f'"{program.removeprefix("examples/")}"'
+    tests = (REPOSITORY / "tests").glob("*/jobs/test_*.py")
+    return any(name in path.read_text() for path in tests)

@@ -11,6 +11,7 @@ import torch
 from mpi_ckpt.errors import CorruptGenerationError, RegistrationError, StateMismatchError
 from mpi_ckpt.leaf import LeafSpec
 from mpi_ckpt.states.unshared.rng import RNGState
+from mpi_ckpt.states.unshared.streams import built_in_streams
 from tests.making import Ranks, joined
 
 BIT_GENERATORS = ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"]
@@ -163,3 +164,26 @@ def test_part_that_is_no_json_is_told_as_damage():
     arrival = state.prepare(captured.structure, specs, strict=True)
     with pytest.raises(CorruptGenerationError, match="'rng'"):
         arrival.adopt()
+
+
+def test_the_streams_of_all_devices_of_a_rank_come_back(monkeypatch):
+    """Against generators of the host in place of those of devices."""
+    generators = (torch.Generator(), torch.Generator())
+    for number, generator in enumerate(generators):
+        generator.manual_seed(number)
+    for name, value in {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "init": lambda: None,
+        "default_generators": generators,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert {"cuda:0", "cuda:1"} <= built_in_streams().keys()
+    file = io.BytesIO()
+    RNGState().save(file)
+    expected = [torch.rand(3, generator=one) for one in generators]
+    file.seek(0)
+    RNGState().load(file)
+    again = [torch.rand(3, generator=one) for one in generators]
+    assert all(map(torch.equal, expected, again))
+    assert not torch.equal(*expected)

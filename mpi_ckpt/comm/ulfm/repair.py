@@ -21,6 +21,7 @@ from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import is_done_within
 from mpi_ckpt.comm.ulfm import spawning
 from mpi_ckpt.comm.ulfm.guard import Guard
+from mpi_ckpt.comm.ulfm.team import agree_on_the_end, form_team
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -42,11 +43,13 @@ class Repaired:
 
     Attributes:
         handle: The communicator; its rank 0 is the survivor with the newest copy.
+        team: Its first ranks, which train; COMM_NULL on a spare.
         lost: The ranks of the previous communicator that have died.
         spawned: Number of new ranks, which are the last ones.
     """
 
     handle: MPI.Intracomm
+    team: MPI.Intracomm
     lost: tuple[int, ...]
     spawned: int
 
@@ -85,7 +88,10 @@ def let_go(handle: MPI.Intracomm, others: Iterable[MPI.Comm] = ()) -> None:
 
 
 def meet_at_the_end(
-    handle: MPI.Intracomm, done: bool, seconds: float | None = None
+    handle: MPI.Intracomm,
+    done: bool,
+    seconds: float | None = None,
+    places: int | None = None,
 ) -> bool:
     """Agree on whether all ranks are done and none was lost.
 
@@ -95,23 +101,26 @@ def meet_at_the_end(
         handle: The communicator.
         done: Whether this rank is done.
         seconds: How long to wait for the others; None: as long as they live.
+        places: Number of ranks, the first ones, whose loss counts; None for all.
 
     Returns:
         The same on every rank. True on this rank if another did not arrive in time.
     """
-    mpi = load_mpi()
-    flag = np.array([done], np.int32)
-    try:
-        request = handle.Iagree(flag)
-        if not is_done_within(request, seconds):
-            return True
-    except mpi.Exception:
-        return False
-    return bool(flag[0])
+
+    def wait(request: MPI.Request) -> bool:
+        return is_done_within(request, seconds)
+
+    places = handle.size if places is None else places
+    return agree_on_the_end(handle, places, done, wait)
 
 
 def repair(
-    handle: MPI.Intracomm, *, newest: int, wanted: int, start_seconds: float
+    handle: MPI.Intracomm,
+    *,
+    newest: int,
+    places: int,
+    replace: bool,
+    start_seconds: float,
 ) -> Repaired:
     """Return a communicator of all live ranks and of replacements for lost ones.
 
@@ -120,7 +129,8 @@ def repair(
     Args:
         handle: Communicator that lost ranks.
         newest: Age of this rank's copy of the states, larger for later ones; -1 for none.
-        wanted: Number of ranks to reach; missing ones are started.
+        places: Number of ranks that train, if there are so many: the rest are spares.
+        replace: Whether to start ranks if there are fewer.
         start_seconds: How long a new rank may take to join.
     """
     before, spawns = handle, 0
@@ -128,12 +138,13 @@ def repair(
         # All survivors have met, so each arrives soon.
         with Guard("going on after a lost rank", _SECONDS):
             survivors = _shrink(before)
-        missing = wanted - survivors.size if spawns < _SPAWNS_MAX else 0
+        may_start = replace and spawns < _SPAWNS_MAX
+        missing = places - survivors.size if may_start else 0
         try:
             ordered = _step(survivors, partial(_order, survivors, newest))
             lost = _missing_in(ordered, handle)
             if missing <= 0:
-                return Repaired(ordered, lost, 0)
+                return Repaired(ordered, _divide(survivors, ordered, places), lost, 0)
             spawns += 1
             merged = _add(survivors, ordered, missing, start_seconds)
         except _AgainError:
@@ -141,7 +152,14 @@ def repair(
             if spawns == _SPAWNS_MAX:
                 logger.warning("no rank can be started; going on with fewer")
         else:
-            return Repaired(merged, lost, missing)
+            return Repaired(merged, merged, lost, missing)
+
+
+def _divide(survivors: MPI.Intracomm, ordered: MPI.Intracomm, places: int) -> MPI.Intracomm:
+    """Return the communicator of the ranks that train, all if there are no spares."""
+    if places >= ordered.size:
+        return ordered
+    return _step(survivors, partial(form_team, ordered, places), ordered)
 
 
 def _add(

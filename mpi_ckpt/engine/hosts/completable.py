@@ -8,7 +8,7 @@ local generation notes the highest one at its time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.storage.local.lineage import Origin
@@ -63,6 +63,7 @@ class HeldGeneration:
         holders: For each of its files the ranks of the leaders that hold it.
         manifests: The ranks of the leaders that have its manifest.
         manifest_bytes: Size of the manifest.
+        is_copied: Whether the newest generation of the directory is a copy of it.
     """
 
     origin: Origin
@@ -70,6 +71,7 @@ class HeldGeneration:
     holders: tuple[tuple[int, ...], ...]
     manifests: tuple[int, ...]
     manifest_bytes: int = 0
+    is_copied: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -96,6 +98,7 @@ def choose(
     lineage: Lineage | None,
     *,
     newest: int,
+    copied: Origin | None = None,
     rolled_back: int = 0,
 ) -> LocalChoice:
     """Choose between the local generations at hand and the newest one in the directory.
@@ -106,15 +109,18 @@ def choose(
         holdings: What each host holds.
         lineage: The runs that have saved to hosts; None if none is known.
         newest: Number of the newest good generation in the directory; 0 for none.
+        copied: The local generation that this one was copied from; None if it was not.
         rolled_back: The highest number in the last rollback; 0 for none.
     """
     lost: list[HeldGeneration] = []
+    point = (newest, 0) if copied is None else copied[1:]
     for held in _newest_first(gather(holdings), lineage, rolled_back):
         # The directory's generation came later: it is newer than this one and all older.
-        if held.origin.base < newest:
+        if held.origin[1:] < point:
             break
         if held.is_whole:
-            return LocalChoice(held, tuple(lost))
+            chosen = replace(held, is_copied=held.origin == copied)
+            return LocalChoice(chosen, tuple(lost))
         lost.append(held)
     return LocalChoice(None, tuple(lost))
 

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mpi_ckpt.comm import agree, any_of, bcast_buffers, collect, exchange_messages
+from mpi_ckpt.comm import agree, any_of, bcast_buffers, collect
 from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.hosts.completable import HeldGeneration, Holding, choose
 from mpi_ckpt.engine.hosts.losses import what_is_lost
+from mpi_ckpt.engine.hosts.root_copies import send_headers_to_root, send_to_root
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.states.unshared.ranked import RankedState
-from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.format.manifest_codec import decode
 from mpi_ckpt.storage.local.host_reader import HostReader
 from mpi_ckpt.storage.local.lineage import Origin, read_lineage
-from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -53,6 +50,7 @@ class KeptGeneration:
         holders: File name -> ranks of the leaders that hold it.
         path: Where root's host has it, or would have it.
         reader: Its open files on this host, on a leader; None elsewhere.
+        is_copied: Whether the newest generation of the directory is a copy of it.
     """
 
     origin: Origin
@@ -60,6 +58,7 @@ class KeptGeneration:
     holders: Mapping[str, Sequence[int]]
     path: Path
     reader: GenerationReader | None
+    is_copied: bool = False
 
     @property
     def readers(self) -> tuple[int, ...]:
@@ -174,24 +173,26 @@ def _judge(
         if skips:
             return [None, ""]
         lineage = read_lineage(directory.root)
-        newest = _newest_number(session)
+        newest, moment = _newest_in_directory(session)
+        copied = None if lineage is None else lineage.source(newest, moment)
         rolled_back = directory.catalog.look().last_rollback
-        verdict = choose(holdings, lineage, newest=newest, rolled_back=rolled_back)
+        verdict = choose(
+            holdings, lineage, newest=newest, copied=copied, rolled_back=rolled_back
+        )
         runs = {one.origin.run for one in holdings}
         lost = what_is_lost(verdict, lineage, runs, newest=newest, here=comm.topology.names)
         chosen = verdict.chosen
         if chosen is None:
             return [None, lost]
         what = chosen.step, chosen.holders, chosen.manifests, chosen.manifest_bytes
-        return [[chosen.origin, *what], lost]
+        return [[chosen.origin, *what, chosen.is_copied], lost]
 
     values, lost = collect(comm, _LOOKING, look, judge, error=RestoreError)
     if values is None:
         return None, lost
-    origin, step, holders, manifests, nbytes = values
-    return HeldGeneration(
-        Origin(*origin), step, tuple(map(tuple, holders)), tuple(manifests), nbytes
-    ), lost
+    origin, step, holders, manifests, *rest = values
+    files = tuple(map(tuple, holders))
+    return HeldGeneration(Origin(*origin), step, files, tuple(manifests), *rest), lost
 
 
 def _holding(
@@ -210,15 +211,15 @@ def _holding(
     )
 
 
-def _newest_number(session: Session) -> int:
-    """Return the number of the newest good generation in the directory; 0 for none."""
+def _newest_in_directory(session: Session) -> tuple[int, float]:
+    """Return number and time of the newest good generation there; zeros for none."""
     # If all are bad, the hosts may still have a good one; if not, the search reports it.
     with suppress(CorruptGenerationError):
         reader = session.directory.open_newest()
         if reader is not None:
             with reader:
-                return reader.manifest.generation
-    return 0
+                return reader.manifest.generation, reader.manifest.time
+    return 0, 0.0
 
 
 def _report_lost(session: Session, level: HostLevel, text: str) -> None:
@@ -249,31 +250,6 @@ def _fetch_manifest(
     return agree(comm, _READING, lambda: decode(bytes(data)), error=RestoreError)
 
 
-def bring_to_root(session: Session, kept: KeptGeneration, mine: Collection[str]) -> None:
-    """Send root some files that its host lacks, for a comparison that root makes alone.
-
-    Collective. Main thread only.
-
-    Args:
-        session: The manager's.
-        kept: The generation.
-        mine: Names of the files that this rank asks for.
-
-    Raises:
-        RestoreError: On every rank, if a host cannot read one, or its bytes are wrong.
-    """
-    names = collect(
-        session.comm,
-        _READING,
-        lambda: json.dumps(sorted(mine)).encode(),
-        lambda parts: sorted({name for part in parts for name in json.loads(part)}),
-        error=RestoreError,
-    )
-    sent = _send_to_root(session, kept.manifest, kept.holders, names)
-    if isinstance(kept.reader, HostReader):
-        kept.reader.add(sent)
-
-
 def _open(
     session: Session,
     level: HostLevel,
@@ -281,62 +257,39 @@ def _open(
     states: Sequence[State],
     stack: ExitStack,
 ) -> KeptGeneration:
-    """Open the files of each host; send root the parts of ranks, which it deals out."""
+    """Open the files of each host; send root what it deals out, and the lists of tiles."""
     manifest = _fetch_manifest(session.comm, level, chosen)
     comm, home, number = session.comm, level.home, manifest.generation
     names = [file.name for file in manifest.files]
     holders = dict(zip(names, chosen.holders, strict=True))
     place = level.local.place(comm.hosts[comm.root]) / level.folder
-    ranked = {state.name for state in states if isinstance(state, RankedState)}
-    stored = [one for one in manifest.states if one.name in ranked]
-    needed = {leaf.extent.file for one in stored for leaf in one.leaves}
-    sent = _send_to_root(session, manifest, holders, sorted(needed))
+    dealt = _files_dealt(manifest, states, comm.size)
+    sent = send_to_root(session, manifest, holders, dealt)
+    headers = send_headers_to_root(session, manifest, holders)
 
     def open_here() -> GenerationReader | None:
         if comm.is_root:
             where = place if home is None else home.path
             path = where / generation_name(number)
-            return stack.enter_context(HostReader(path, manifest, sent))
+            return stack.enter_context(HostReader(path, manifest, sent, headers))
         if home is not None and comm.rank in chosen.manifests:
             return stack.enter_context(home.open(number))
         return None
 
     reader = agree(comm, _READING, open_here, error=RestoreError)
     path = place / generation_name(number)
-    return KeptGeneration(chosen.origin, manifest, holders, path, reader)
+    return KeptGeneration(chosen.origin, manifest, holders, path, reader, chosen.is_copied)
 
 
-def _send_to_root(
-    session: Session,
-    manifest: Manifest,
-    holders: Mapping[str, Sequence[int]],
-    names: Sequence[str],
-) -> dict[str, memoryview]:
-    """Send root those of some files that its host lacks.
-
-    The host that has one proves it before it sends.
-    """
-    comm = session.comm
-    lacking = [name for name in names if comm.root not in holders[name]]
-    mine = [name for name in lacking if holders[name][0] == comm.rank]
-    sizes = {file.name: file.nbytes for file in manifest.files}
-
-    def read() -> dict[str, bytes]:
-        home = None if session.hosts is None else session.hosts.home
-        if not mine or home is None:
-            return {}
-        with home.open(manifest.generation) as reader:
-            leaves = [one for one in manifest.leaves if one.extent.file in mine]
-            for _ in proven_blocks(reader, leaves):
-                pass
-            return {
-                name: filesystem.read_start(reader.path / name, sizes[name])
-                for name in mine
-            }
-
-    data = agree(comm, _READING, read, error=RestoreError)
-    sends = [(comm.root, np.frombuffer(data[name], np.uint8)) for name in mine]
-    rooms = {name: np.empty(sizes[name], np.uint8) for name in lacking if comm.is_root}
-    receives = [(holders[name][0], room) for name, room in rooms.items()]
-    exchange_messages(comm, sends, receives, _READING)
-    return {name: room.data for name, room in rooms.items()}
+def _files_dealt(manifest: Manifest, states: Sequence[State], size: int) -> list[str]:
+    """Return the names of the files of which root reads the parts of all ranks."""
+    needed: set[str] = set()
+    for state in states:
+        stored = manifest.state(state.name)
+        if not isinstance(state, RankedState) or stored is None:
+            continue
+        needed.update(leaf.extent.file for leaf in stored.leaves)
+        # Parts among the tiles go to their ranks, unless root makes new ones of them all.
+        if state.resizes and manifest.size != size:
+            needed.update(stored.files)
+    return sorted(needed)

@@ -12,6 +12,7 @@ from mpi_ckpt.comm import on_root
 from mpi_ckpt.engine.hosts.opening import list_hosts, open_homes, refuse_moved
 from mpi_ckpt.engine.hosts.placement import count_copies
 from mpi_ckpt.errors import CheckpointError, OptionsError, RestoreError, SaveError
+from mpi_ckpt.memory import Arena
 from mpi_ckpt.storage.local.lineage import (
     Lineage,
     LocalRun,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.engine.hosts.host_tiles import HostSurvey
     from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import Memory
@@ -79,6 +81,8 @@ class HostLevel:
         failures: How many saves in a row have failed.
         is_durable: Whether no host keeps its generations in memory.
         reported: The losses last reported.
+        survey: How cut leaves lay on the ranks at the last save; None for none.
+        tile_memory: Memory for the files of tiles of an asynchronous save, on leaders.
     """
 
     def __init__(self, local: Local, memory: Memory | None = None) -> None:
@@ -93,6 +97,8 @@ class HostLevel:
         self.failures = 0
         self.is_durable = False
         self.reported = ""
+        self.survey: HostSurvey | None = None
+        self.tile_memory = Arena()
         self._unusable: Mapping[str, str] = {}
         self._source: Origin | None = None
 
@@ -181,6 +187,7 @@ class HostLevel:
     def close(self) -> None:
         """Release the directory of this host. Not collective. Callable twice."""
         home, self.home, self.folder = self.home, None, ""
+        self.tile_memory.close()
         if home is not None:
             home.close()
 
@@ -242,7 +249,7 @@ class HostLevel:
         run = LocalRun(
             secrets.token_hex(6),
             directory.job,
-            _named(self._source, session),
+            _named(self._source, session, lineage),
             behind=directory.catalog.look().last_rollback,
             path=self.local.path,
             hosts=hosts,
@@ -300,10 +307,16 @@ class HostLevel:
             self._memory.origin = origin
 
 
-def _named(origin: Origin | None, session: Session) -> Origin | None:
-    """Return a point whose run is known: of a directory's generation, its job."""
+def _named(origin: Origin | None, session: Session, lineage: Lineage) -> Origin | None:
+    """Return a point whose run is known: of a directory's generation, its job.
+
+    Of one that was copied from hosts it is the point of its source: what its run kept while
+    it was copied is not on the way.
+    """
     if origin is None or origin.run:
         return origin
-    known = {info.generation: info.job for info in session.directory.catalog.generations()}
-    job = known.get(origin.base, "")
-    return origin._replace(run=job) if job else None
+    for info in session.directory.catalog.generations():
+        if info.generation == origin.base and info.job:
+            source = lineage.source(info.generation, info.time)
+            return source or origin._replace(run=info.job)
+    return None

@@ -13,7 +13,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree
+from mpi_ckpt.engine.hosts.host_tiles import describe_tiles, survey_hosts
 from mpi_ckpt.engine.hosts.level import HostNames
+from mpi_ckpt.engine.hosts.part_forms import compare_parts, parts_on_hosts
 from mpi_ckpt.engine.hosts.placing import LocalContents, place_generation
 from mpi_ckpt.engine.hosts.share_writer import ShareWriter
 from mpi_ckpt.engine.save.background import run_here
@@ -21,7 +23,7 @@ from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.sync.parts import receive_parts
 from mpi_ckpt.engine.sync.replicas import sync_states
-from mpi_ckpt.errors import CheckpointError, OptionsError, SaveError
+from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
 from mpi_ckpt.storage.format.layout import generation_name
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from mpi_ckpt.engine.hosts.host_tiles import DescribedTiles
     from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.engine.hosts.placing import Placed
     from mpi_ckpt.engine.save.request import Begun, Published
@@ -99,22 +102,39 @@ class LocalSave:
         session, states = self._session, self._begun.states
         comm, step, metrics = session.comm, self.step, self._contents.metrics
         with self._clock.phase("sync"):
-            synced = sync_states(comm, states, session.options, parts=self._begun.parts)
+            apart = parts_on_hosts(session, states)
+            synced = sync_states(
+                comm, states, session.options, parts=self._begun.parts, apart=apart
+            )
+            tiles = None
             if synced.is_cut:
-                _refuse_cut(session, synced.captured)
-            # All leaders plan at once, so root cannot receive parts while it writes them.
+                tiles = self._describe(synced.captured, has_parts=bool(apart))
+            # For a copy in memory. All leaders plan at once, so root cannot receive parts
+            # while it writes them.
             captured = receive_parts(comm, synced.parts, synced.captured)
         self._synced = synced.report
         by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in states]
-        self._contents = LocalContents(taken, synced.report.differing, step, metrics)
-        if session.memory is not None:
+        self._contents = LocalContents(taken, synced.report.differing, step, metrics, tiles)
+        if session.memory is not None and synced.is_cut:
+            session.memory.clear()  # a lost rank would take its tiles along
+        elif session.memory is not None:
             # INVARIANT: the copy in memory is never older than a generation on hosts: a
             # restore takes it first.
             request = SaveRequest(states=taken, step=step, size=comm.size, metrics=metrics)
             with self._clock.phase("stage"):
                 threads = session.options.io.digest_threads
                 copy_into(session.memory, comm, request, threads, late=False)
+
+    def _describe(
+        self, captured: Sequence[CapturedState], *, has_parts: bool
+    ) -> DescribedTiles:
+        """Describe what is cut over the ranks, and their parts. Collective."""
+        session, level = self._session, self._level
+        if has_parts:
+            compare_parts(session.comm, captured)
+        level.survey = survey_hosts(session, captured, level.survey)
+        return describe_tiles(session.comm, captured, level.survey)
 
     def place(self) -> None:
         """Plan the generation on every leader; send it what only root has.
@@ -127,26 +147,31 @@ class LocalSave:
         self._placed = placed = place_generation(session, level, hosts, self._contents)
         if placed.plan is not None:
             host = hosts.leaders.index(session.comm.rank)
-            self._writer = ShareWriter(level, placed.plan, host, placed.sent)
+            self._writer = ShareWriter(level, placed.plan, host, placed.sent, placed.copies)
 
     def write(self) -> None:
         """Write this host's files: now, or in the background. `publish` learns the end.
 
         Raises:
-            CheckpointError: On every rank, if a leader cannot copy its shares.
+            CheckpointError: On every rank, if a leader cannot copy its files, or a rank
+                cannot hand over its tiles.
         """
-        session, options = self._session, self._session.options
-        writer, clock = self._writer, self._clock
+        options, clock, writer = self._session.options, self._clock, self._writer
+        copies = None if self._placed is None else self._placed.copies
 
         def copy() -> None:
             if writer is not None and options.asynchronous:
                 with clock.phase("stage"):
-                    writer.stage(self._workshop.arena)
+                    writer.stage(self._workshop.arena, self._level.tile_memory)
+            elif copies is not None and options.asynchronous:
+                copies.pass_on(None)
 
-        agree(session.comm, "staging a local save", copy, error=SaveError)
+        agree(self._session.comm, "staging a local save", copy, error=SaveError)
         if writer is not None:
             run = self._workshop.background.submit if options.asynchronous else run_here
             self.work = run(lambda: writer.write(clock))
+        elif copies is not None and not options.asynchronous:
+            self.work = run_here(lambda: copies.pass_on(None))
 
     def publish(self) -> None:
         """Agree on how the writing ended; let each leader name the generation, if well.
@@ -252,18 +277,3 @@ def _log_failure(step: int, level: HostLevel, error: CheckpointError) -> None:
             "there, and the training goes on: %s",
             *(step, level.failures, error),
         )
-
-
-def _refuse_cut(session: Session, captured: Sequence[CapturedState]) -> None:
-    """Refuse state that is cut over the ranks. Collective."""
-
-    def refuse() -> None:
-        names = [repr(one.name) for one in captured if one.cut]
-        if names:
-            raise OptionsError(
-                f"state {', '.join(names)} is cut over the ranks, and a local level keeps "
-                "only state that each host has as a whole: leave local= out, or save it to "
-                "the directory alone"
-            )
-
-    agree(session.comm, "looking for cut state", refuse, error=OptionsError)

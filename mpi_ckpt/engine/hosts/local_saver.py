@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.engine.hosts.local_save import LocalSave
+from mpi_ckpt.engine.hosts.part_forms import parts_on_hosts
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.errors import CheckpointError, OptionsError, SaveError, StageError
 
@@ -74,7 +76,8 @@ class LocalSaver:
         saver.finish()
         self._steps.restart_local()
         with session.watch("saving to hosts") as clock:
-            work = saver.work_on_states(None, step, metrics, syncs=True, apart=_nobody)
+            apart = partial(parts_on_hosts, session)
+            work = saver.work_on_states(None, step, metrics, syncs=True, apart=apart)
             begun = saver.registry.begin("beginning a save", None, work, error=SaveError)
             states, shop = begun.result, saver.workshop
             save = LocalSave(
@@ -111,8 +114,3 @@ class LocalSaver:
             save.write()
         except CheckpointError as error:
             save.fail(error)
-
-
-def _nobody(_: object) -> frozenset[str]:
-    """Return that no rank writes its own parts: root collects those of all."""
-    return frozenset()

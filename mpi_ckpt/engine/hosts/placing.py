@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ import numpy as np
 
 from mpi_ckpt.comm import agree, exchange_messages, meet
 from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
+from mpi_ckpt.engine.hosts.host_tiles import HostTiles
 from mpi_ckpt.engine.hosts.share_plan import encode_bound, plan_shares
+from mpi_ckpt.engine.hosts.tile_copies import TileCopies
 from mpi_ckpt.engine.sync.captured import CapturedState, capture_states, digest_states
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.state import LeafState
@@ -24,6 +27,7 @@ from mpi_ckpt.storage.local.lineage import Origin
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from mpi_ckpt.engine.hosts.host_tiles import DescribedTiles
     from mpi_ckpt.engine.hosts.level import HostLevel, HostNames
     from mpi_ckpt.engine.hosts.share_plan import BoundFiles, SharePlan
     from mpi_ckpt.engine.session import Session
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
 _PLACING = "placing a local generation"
 _LENGTH_BYTES = 8
-_HEAD_BYTES = DIGEST_BYTES + _LENGTH_BYTES
+_HEAD_BYTES = DIGEST_BYTES + 2 * _LENGTH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,14 @@ class LocalContents:
         differed: Names of the states that the sync has made equal.
         step: The training step.
         metrics: The user's metrics.
+        tiles: The tiles of this rank, and what is cut over the ranks; None if nothing is.
     """
 
     states: Sequence[CapturedState | State]
     differed: Collection[str]
     step: int
     metrics: Mapping[str, float]
+    tiles: DescribedTiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +66,15 @@ class Placed:
         nbytes: Bytes that all hosts will write.
         plan: The plan, on leaders; None elsewhere.
         sent: Name -> bytes of the files of this host that only root knew.
+        copies: The files of tiles that this rank makes, sends or receives; None if there
+            are none.
     """
 
     origin: Origin
     nbytes: int
     plan: SharePlan | None
     sent: dict[str, memoryview] = field(default_factory=dict)
+    copies: TileCopies | None = None
 
 
 def place_generation(
@@ -86,8 +95,7 @@ def place_generation(
         CheckpointError: On every rank, if a leader cannot take its contents, root cannot
             enter the run into the lineage, or a leader plans another generation than root.
     """
-    comm, copies = session.comm, level.local.wanted_copies
-    names = [one.name for one in contents.states]
+    comm, planner = session.comm, _Planner(session, level, hosts, contents)
     is_leader = comm.rank in hosts.leaders
     bound: list[BoundFiles] = []
     plans: list[SharePlan] = []
@@ -101,19 +109,23 @@ def place_generation(
         return equal
 
     def describe(equal: list[CapturedState]) -> bytes:
-        part = _describe(session, level, contents, bound[0], equal)
-        plans.append(plan_shares(part, names, equal, hosts, copies))
+        part = encode(_describe(session, level, contents, bound[0], equal))
+        of_hosts = planner.describe_tiles()
+        plans.append(planner.plan(decode(part), of_hosts, equal))
         whole = encode(plans[0].manifest)
         nbytes = plans[0].nbytes + len(whole) * len(hosts.names)
-        return digest_bytes(whole) + nbytes.to_bytes(_LENGTH_BYTES, "big") + encode(part)
+        numbers = [number.to_bytes(_LENGTH_BYTES, "big") for number in (nbytes, len(part))]
+        return b"".join([digest_bytes(whole), *numbers, part, of_hosts])
 
     met = meet(comm, _PLACING, take, error=SaveError, encode=describe)
-    head, part = met.message[:_HEAD_BYTES], decode(met.message[_HEAD_BYTES:])
+    head, rest = met.message[:_HEAD_BYTES], met.message[_HEAD_BYTES:]
+    length = int.from_bytes(head[-_LENGTH_BYTES:], "big")
+    part, of_hosts = decode(rest[:length]), rest[length:]
 
     def plan() -> None:
         if not is_leader or comm.is_root:
             return
-        plans.append(plan_shares(part, names, met.result, hosts, copies))
+        plans.append(planner.plan(part, of_hosts, met.result))
         if digest_bytes(encode(plans[0].manifest)) != head[:DIGEST_BYTES]:
             raise SaveError(
                 f"{comm.name} has other contents than root, or sees the hosts in other "
@@ -123,18 +135,48 @@ def place_generation(
     assert part.local is not None
     level.number, level.run = part.generation, part.local.run
     agree(comm, _PLACING, plan, error=SaveError)
+    mine, tiles = plans[0] if plans else None, contents.tiles
     return Placed(
         Origin(part.local.run, part.local.base, part.generation),
-        int.from_bytes(head[DIGEST_BYTES:], "big"),
-        plans[0] if plans else None,
-        _send_bound(session, hosts, plans[0], bound) if plans else {},
+        int.from_bytes(head[DIGEST_BYTES:-_LENGTH_BYTES], "big"),
+        mine,
+        {} if mine is None else _send_bound(session, hosts, mine, bound),
+        None if tiles is None else TileCopies(comm, hosts, tiles, mine),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """Makes the plan of a generation from what root has sent, alike on every leader."""
+
+    session: Session
+    level: HostLevel
+    hosts: HostNames
+    contents: LocalContents
+
+    def describe_tiles(self) -> bytes:
+        """Return what the other leaders must know of the files of tiles. On root."""
+        tiles = self.contents.tiles
+        return b"" if tiles is None else json.dumps(tiles.of_hosts).encode()
+
+    def plan(
+        self, part: Manifest, of_hosts: bytes, equal: Sequence[CapturedState]
+    ) -> SharePlan:
+        described, files = self.contents.tiles, HostTiles()
+        if described is not None:
+            leaders, number = self.hosts.leaders, part.generation
+            values = json.loads(of_hosts)
+            files = HostTiles.join(values, described.leaves, leaders, number)
+        names = [one.name for one in self.contents.states]
+        copies = self.level.local.wanted_copies
+        return plan_shares(part, files, names, equal, self.hosts, copies)
 
 
 def is_bound(content: CapturedState | State) -> bool:
     """Return whether only root knows the contents of a state. Not collective."""
-    state = content.state if isinstance(content, CapturedState) else content
-    return isinstance(state, RankedState) or not isinstance(state, LeafState)
+    if isinstance(content, CapturedState):
+        return isinstance(content.state, RankedState) and not content.cut
+    return isinstance(content, RankedState) or not isinstance(content, LeafState)
 
 
 def _take_equal(session: Session, contents: LocalContents) -> list[CapturedState]:
@@ -167,9 +209,13 @@ def _describe(
     equal: Sequence[CapturedState],
 ) -> Manifest:
     """Return what the other leaders cannot know, as a manifest. On root."""
-    # Of states that differed, the leaders' own structures may be older.
-    differed = [one for one in equal if one.name in contents.differed]
-    stubs = [StoredState(one.name, one.structure) for one in differed]
+    # Of states that differed, the leaders' own structures may be older; those of parts name
+    # what a rank has imported.
+    stubs = [
+        StoredState(one.name, one.structure)
+        for one in equal
+        if one.name in contents.differed or isinstance(one.state, RankedState)
+    ]
     return Manifest(
         generation=level.number + 1,
         step=contents.step,

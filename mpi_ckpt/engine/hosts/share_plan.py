@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans a local generation: its files, the hosts that hold them, its manifest. No MPI.
 
-Root alone knows the bytes of plain states, and of states with a part for each rank: these
-files are *bound* to it. It sends their description, a small manifest, from which each
-leader makes the same whole manifest.
+Root alone knows the bytes of plain states, and with a copy in memory those of all ranks'
+parts: these files are *bound* to it. It sends their description, a small manifest, and that
+of the files of tiles, from which each leader makes the same whole manifest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.digest import Digest, digest_bytes
-from mpi_ckpt.engine.hosts.placement import count_copies, count_shares, place_files
+from mpi_ckpt.engine.hosts.placement import (
+    count_copies,
+    count_shares,
+    place_files,
+    place_own_files,
+)
 from mpi_ckpt.engine.save.shard import encode_shard, foresee_leaf_file
 from mpi_ckpt.engine.save.sharing import pick_share, split_by_bytes
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
@@ -36,6 +41,7 @@ from mpi_ckpt.storage.format.manifest import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from mpi_ckpt.engine.hosts.host_tiles import HostTiles
     from mpi_ckpt.engine.hosts.level import HostNames
     from mpi_ckpt.engine.save.shard import Shard
     from mpi_ckpt.state import State
@@ -66,18 +72,21 @@ class SharePlan:
         manifest: Its manifest.
         shares: File name -> the leaves in it, of each share.
         bound: Names of the files whose bytes only root knows.
+        tiles: The files of tiles.
+        holders: File name -> the hosts that hold it.
     """
 
     manifest: Manifest
     shares: Mapping[str, Sequence[CapturedState]]
     bound: tuple[str, ...]
+    tiles: HostTiles
+    holders: Mapping[str, tuple[int, ...]]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files on all hosts, without manifests."""
-        assert self.manifest.local is not None
-        pairs = zip(self.manifest.files, self.manifest.local.holders, strict=True)
-        return sum(file.nbytes * len(holders) for file, holders in pairs)
+        files = self.manifest.files
+        return sum(file.nbytes * len(self.holders[file.name]) for file in files)
 
     def held_by(self, host: int) -> list[StoredFile]:
         """Return the files that a host holds. Not collective. Thread-safe.
@@ -85,16 +94,11 @@ class SharePlan:
         Args:
             host: Index of the host.
         """
-        assert self.manifest.local is not None
-        pairs = zip(self.manifest.files, self.manifest.local.holders, strict=True)
-        return [file for file, holders in pairs if host in holders]
+        return [one for one in self.manifest.files if host in self.holders[one.name]]
 
     def receivers(self, name: str) -> tuple[int, ...]:
         """Return the hosts to which root sends a bound file. Not collective."""
-        assert self.manifest.local is not None
-        pairs = zip(self.manifest.files, self.manifest.local.holders, strict=True)
-        (holders,) = (holders for file, holders in pairs if file.name == name)
-        return tuple(host for host in holders if host != ROOT)
+        return tuple(host for host in self.holders[name] if host != ROOT)
 
 
 def encode_bound(
@@ -138,6 +142,7 @@ def encode_bound(
 
 def plan_shares(
     part: Manifest,
+    tiles: HostTiles,
     names: Sequence[str],
     equal: Sequence[CapturedState],
     hosts: HostNames,
@@ -149,7 +154,8 @@ def plan_shares(
 
     Args:
         part: The manifest of the bound files alone; also the structures of states that a
-            sync has made equal.
+            sync has made equal, and of states with tiles.
+        tiles: The files of tiles of all hosts.
         names: Names of all states, in saving order.
         equal: The digested contents that all ranks have.
         hosts: The hosts.
@@ -165,14 +171,8 @@ def plan_shares(
     shares = _cut(equal, count_shares(len(hosts.names), count))
     shards = [foresee_leaf_file(one, name, part.generation) for name, one in shares.items()]
     made = [shard for shard in shards if shard is not None]
-    files = (*part.files, *(shard.file for shard in made))
-    holders = place_files(
-        [file.nbytes for file in files],
-        hosts.names,
-        hosts.domains,
-        count,
-        bound=[ROOT] * len(part.files),
-    )
+    files = (*part.files, *tiles.files, *(shard.file for shard in made))
+    holders = _place(files, len(part.files), tiles, hosts, count)
     stored = {one.name: _stored(one, made) for one in equal}
     local = LocalSet(
         part.local.run,
@@ -183,12 +183,49 @@ def plan_shares(
         count,
         tuple(holders),
     )
-    states = tuple([stored.get(name) or sent[name] for name in names])
+    states = [stored.get(name) or sent[name] for name in names]
     return SharePlan(
-        replace(part, files=files, states=states, local=local),
+        replace(
+            part,
+            files=files,
+            states=tuple([_with_tiles(state, tiles) for state in states]),
+            local=local,
+        ),
         shares,
         tuple(file.name for file in part.files),
+        tiles,
+        dict(zip([file.name for file in files], holders, strict=True)),
     )
+
+
+def _place(
+    files: Sequence[StoredFile],
+    bound: int,
+    tiles: HostTiles,
+    hosts: HostNames,
+    copies: int,
+) -> list[tuple[int, ...]]:
+    """Choose the holders of bound files, of tiles and of shares, in this order."""
+    own = place_own_files(tiles.hosts, hosts.names, hosts.domains, copies)
+    loads = [0] * len(hosts.names)
+    for file, holders in zip(tiles.files, own, strict=True):
+        for host in holders:
+            loads[host] += file.nbytes
+    rest = [*files[:bound], *files[bound + len(own) :]]
+    placed = place_files(
+        [file.nbytes for file in rest],
+        hosts.names,
+        hosts.domains,
+        copies,
+        bound=[ROOT] * bound,
+        loads=loads,
+    )
+    return [*placed[:bound], *own, *placed[bound:]]
+
+
+def _with_tiles(state: StoredState, tiles: HostTiles) -> StoredState:
+    cut = tiles.leaves.get(state.name, ())
+    return replace(state, cut=cut, files=tiles.names.get(state.name, ())) if cut else state
 
 
 def _cut(equal: Sequence[CapturedState], count: int) -> dict[str, Sequence[CapturedState]]:

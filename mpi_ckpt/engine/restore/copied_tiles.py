@@ -37,23 +37,23 @@ class HeldTiles:
 
     Attributes:
         tiles: State and leaf -> its tiles, each with its file and its place in that.
-        holders: File -> the rank that holds it.
+        holders: File -> the ranks that hold it.
     """
 
     tiles: Mapping[tuple[str, str], Sequence[tuple[Box, str, int]]]
-    holders: Mapping[str, int]
+    holders: Mapping[str, Sequence[int]]
 
     @classmethod
     def join(cls, encoded: Sequence[bytes]) -> HeldTiles:
         """Join what each rank holds, in rank order. Not collective. Thread-safe."""
         tiles: dict[tuple[str, str], list[tuple[Box, str, int]]] = {}
-        holders: dict[str, int] = {}
+        holders: dict[str, list[int]] = {}
         for rank, shares in enumerate(map(json.loads, encoded)):
             for owner, table in shares:
                 file = _share_name(owner)
-                if file in holders:
+                holders.setdefault(file, []).append(rank)
+                if len(holders[file]) > 1:
                     continue
-                holders[file] = rank
                 for state, leaf, offset, shape, place in table:
                     box = Box(tuple(offset), tuple(shape))
                     tiles.setdefault((state, leaf), []).append((box, file, place))

@@ -7,8 +7,6 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mpi_ckpt.comm import gather_bytes, meet, scatter_parts
 from mpi_ckpt.decomposition.reshard import plan_reshard
 from mpi_ckpt.digest import BLOCK_BYTES
@@ -16,9 +14,10 @@ from mpi_ckpt.engine.restore.copied_tiles import HeldTiles
 from mpi_ckpt.engine.restore.trade_plan import Trade, Trades, joined, refuse_unwanted
 from mpi_ckpt.engine.restore.wanted import LeafIndex, encode_wants, join_wants
 from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.options import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
@@ -74,7 +73,7 @@ def plan_copied_trades(
 
 
 def _plan_of_ranks(
-    session: Session, wants: Wants, holders: Mapping[str, int]
+    session: Session, wants: Wants, holders: Mapping[str, Sequence[int]]
 ) -> list[bytes]:
     plan = plan_reshard(
         wants.saved,
@@ -84,7 +83,7 @@ def _plan_of_ranks(
         readers=range(session.comm.size),
         window_bytes=session.options.io.window_bytes,
         # What was whole is root's.
-        reader_of_file=np.array([holders.get(n, 0) for n in wants.files], np.int64),
+        holders=[holders.get(name, (ROOT,)) for name in wants.files],
     )
     parts = []
     for rank in range(session.comm.size):

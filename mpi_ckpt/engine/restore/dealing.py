@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.matching import MatchedState, StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import Progress
     from mpi_ckpt.state import Arrival
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
@@ -36,6 +37,13 @@ class Deal:
 
     lengths: Sequence[int]
     turns: Iterator[tuple[Sequence[int], bytes]]
+
+    def counted(self, progress: Progress) -> Iterator[tuple[Sequence[int], bytes]]:
+        """Yield the turns, and count the bytes that they send. Not collective."""
+        progress.expect(sum(self.lengths))
+        for ranks, part in self.turns:
+            yield ranks, part
+            progress.count(len(ranks) * len(part))
 
 
 def plan_deals(
@@ -69,6 +77,7 @@ def deal_parts(
     deals: Mapping[str, Deal],
     traded: Collection[str],
     deferred: Deferred,
+    progress: Progress,
 ) -> StateMatch:
     """Send each rank its parts.
 
@@ -80,6 +89,7 @@ def deal_parts(
         deals: What `plan_deals` planned, on root; ignored elsewhere.
         traded: Names of states whose parts reach the ranks otherwise.
         deferred: Keeps the error of a part, to be raised before anything is overwritten.
+        progress: Counts the bytes that root sends.
 
     Returns:
         The same states; those with parts are ready to take over this rank's part.
@@ -101,7 +111,7 @@ def deal_parts(
         part = scatter_bytes(
             comm,
             deal.lengths if deal else (),
-            deal.turns if deal else (),
+            deal.counted(progress) if deal else (),
             f"dealing out the parts of state {name!r}",
             error=RestoreError,
             window_bytes=session.options.io.window_bytes,

@@ -1,110 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restores a copy in memory, of which the ranks may hold tiles, if these are all left."""
+"""Restores a copy in memory, and gives a copy to ranks that hold none."""
 
 from __future__ import annotations
 
+import json
 import logging
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.engine.restore.copied_tiles import find_held
-from mpi_ckpt.engine.restore.copied_trades import plan_copied_trades
-from mpi_ckpt.engine.restore.trade_plan import plan_trades
-from mpi_ckpt.engine.restore.trading import trade_leaves
-from mpi_ckpt.engine.restore.transfer import transfer_copy
+from mpi_ckpt.comm import agree, any_of, bcast_bytes
+from mpi_ckpt.engine.restore.lent_copy import LentCopy
+from mpi_ckpt.engine.save.remembering import number_of
+from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.memory import MemoryCopy, round_up
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from mpi_ckpt.comm import Deferred
-    from mpi_ckpt.engine.restore.copied_tiles import HeldTiles
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.trade_plan import Trades
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.memory import Memory
 
 logger = logging.getLogger(__name__)
 
-
-def find_tiles(
-    session: Session, found: OpenGeneration | None
-) -> tuple[HeldTiles | None, str]:
-    """Find whether the ranks hold all tiles of a copy; if not, forget it, root warns.
-
-    Collective. Main thread only.
-
-    Args:
-        session: The manager's.
-        found: The source of a restore; any other than a copy with tiles is whole.
-
-    Returns:
-        What the ranks hold, on root; and on every rank what is lost, empty for nothing.
-    """
-    if found is None or not found.outline.copy or session.memory is None:
-        return None, ""
-    held, lost = find_held(session, found)
-    if lost:
-        session.memory.clear()
-        if session.comm.is_root:
-            logger.warning(
-                "the copy in memory of step %d is not used, since all ranks that held some "
-                "of its tiles are gone; now the newest generation is looked for:\n  %s",
-                found.outline.step,
-                lost,
-            )
-    return held, lost
+_COPYING = "bringing back a copy in memory"
+_ALIGNMENT = 64
 
 
-def refuse_fresh_start(lost: str) -> None:
-    """Refuse to take a lost copy for a first start. Not collective: the same everywhere.
-
-    Args:
-        lost: What the copy lacks; empty for none.
-
-    Raises:
-        RestoreError: On every rank, if anything is lost.
-    """
-    if lost:
-        raise RestoreError(
-            "all ranks that held some tiles of the copy in memory are gone, and no "
-            "generation is there to go back to; nothing was changed. To start from the "
-            f"beginning, call restore() once more, which returns None:\n  {lost}"
-        )
-
-
-def plan_arrivals(
-    session: Session, found: OpenGeneration, match: StateMatch, held: HeldTiles | None
-) -> Trades:
-    """Find out what this rank reads, sends and receives of leaves that are cut.
-
-    Collective. Main thread only. Arguments and errors are those of `plan_trades`, or of
-    `plan_copied_trades` for a copy in memory.
-    """
-    if found.is_copy:
-        return plan_copied_trades(session, found, match, held)
-    return plan_trades(session, found, match)
-
-
-def bring_copy(
-    session: Session,
-    found: OpenGeneration,
-    match: StateMatch,
-    trades: Trades | None,
-    deferred: Deferred,
+def transfer_copy(
+    session: Session, found: OpenGeneration, match: StateMatch, deferred: Deferred
 ) -> None:
-    """Put every byte of a copy into its destination.
+    """Restore a copy in memory: each rank its own, or root's if the rank has none.
 
-    Collective. Main thread only.
+    Collective. Main thread only. A rank that has none keeps what root sends as its copy, if
+    all ranks hold one: it may soon be the only rank left.
 
     Args:
         session: The manager's.
-        found: The copy.
-        match: The destinations.
-        trades: What this rank does so that tiles arrive; None if there are none.
+        found: The copy of this rank, if it is of the same form as root's.
+        match: The destinations, in the same order on every rank.
         deferred: Keeps failures to store bytes, for the next meeting.
 
     Raises:
         RestoreError: On every rank, if any rank cannot store bytes.
     """
-    whole = match if trades is None else match.leaving(trades.leaves)
-    transfer_copy(session, found.copy, whole, deferred)
-    if trades is not None:
-        trade_leaves(session, found, match, trades, deferred, is_overwritten=True)
+    comm, copy = session.comm, found.copy
+    sources = copied_leaves(copy, match)
+
+    def put() -> None:
+        for source, leaf in zip(sources, match.leaves, strict=copy is not None):
+            if leaf is not None:
+                leaf.buffer.write(source)
+
+    agree(comm, _COPYING, put, error=RestoreError)
+    (lacking,) = any_of(comm, _COPYING, copy is None)
+    if not lacking:
+        return
+    origin = _origin_of_root(session)
+    lent = LentCopy.offer(comm, session.memory, sources)
+    received = None if copy is not None else _ReceivedCopy.of(session, found, match)
+    is_mapped = received is not None and received.map(lent)
+    (lacking,) = any_of(comm, _COPYING, copy is None and not is_mapped)
+    if lacking:
+        room = None
+        if received is not None and not is_mapped:
+            room = received.make_room()
+        _send(session, sources, match, room or match.leaves, deferred)
+    if received is not None:
+        deferred.attempt(lambda: received.keep(origin))
+
+
+def _send(
+    session: Session,
+    sources: Sequence[memoryview],
+    match: StateMatch,
+    leaves: Sequence[Leaf | None],
+    deferred: Deferred,
+) -> None:
+    """Send root's copy into leaves of all other ranks."""
+    # Root sends from the copy, since a leaf that root's program lacks is nowhere else.
+    if session.comm.is_root:
+        sent = [
+            Leaf(spec, MemoryBuffer(source))
+            for spec, source in zip(match.specs, sources, strict=True)
+        ]
+    else:
+        sent = [
+            leaf or Leaf(spec, MemoryBuffer.empty(spec.nbytes))
+            for spec, leaf in zip(match.specs, leaves, strict=True)
+        ]
+    send_leaves(session.comm, sent, session.options.io.window_bytes, deferred)
+
+
+def copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:
+    """Return the bytes of the matched leaves in a copy, if any. Not collective."""
+    held: Mapping[str, Sequence[memoryview]] = {} if copy is None else copy.leaves
+    return [data for matched in match.states for data in held.get(matched.saved.name, ())]
+
+
+def _origin_of_root(session: Session) -> tuple[str, int, int] | None:
+    """Return the point in the history of saves that root's copy comes from. Collective."""
+    comm, memory = session.comm, session.memory
+    if session.hosts is None or memory is None:
+        return None
+    mine = json.dumps(memory.origin).encode() if comm.is_root else None
+    origin = json.loads(bcast_bytes(comm, mine, _COPYING))
+    return None if origin is None else (origin[0], origin[1], origin[2])
+
+
+class _ReceivedCopy:
+    """A copy for a rank that is to hold one and holds none. Not collective.
+
+    Args:
+        session: The manager's.
+        memory: Is to hold it.
+        found: Root's copy.
+        match: The destinations.
+    """
+
+    def __init__(
+        self, session: Session, memory: Memory, found: OpenGeneration, match: StateMatch
+    ) -> None:
+        self._session = session
+        self._memory = memory
+        self._found = found
+        self._match = match
+        self._places: list[memoryview] | None = None
+
+    @classmethod
+    def of(
+        cls, session: Session, found: OpenGeneration, match: StateMatch
+    ) -> _ReceivedCopy | None:
+        """Return one, if this rank is to hold a copy of all that root has."""
+        memory, names = session.memory, {one.saved.name for one in match.states}
+        is_whole = names == {state.name for state in found.outline.states}
+        if memory is None or memory.holders != "all" or not is_whole:
+            return None
+        memory.copy = None  # but it may hold tiles of root's copy
+        return cls(session, memory, found, match)
+
+    def map(self, lent: LentCopy | None) -> bool:
+        """Take the copy that root lends; return whether this rank can map it."""
+        self._places = None if lent is None else lent.take(self._session.comm)
+        return self._places is not None
+
+    def make_room(self) -> list[Leaf] | None:
+        """Return leaves to receive the copy; None if there is no memory."""
+        specs = self._match.specs
+        sizes = [round_up(spec.nbytes, _ALIGNMENT) for spec in specs]
+        ends = list(accumulate(sizes))
+        try:
+            room = self._memory.arena.take(ends[-1] if ends else 0)
+        except OSError as error:
+            logger.warning(
+                "%s: no memory for a copy of the states (%s); this rank holds none until "
+                "the next save",
+                self._session.comm.name,
+                error,
+            )
+            return None
+        self._places = [
+            room[end - size : end - size + spec.nbytes]
+            for spec, size, end in zip(specs, sizes, ends, strict=True)
+        ]
+        pairs = zip(specs, self._places, strict=True)
+        return [Leaf(spec, MemoryBuffer(place)) for spec, place in pairs]
+
+    def keep(self, origin: tuple[str, int, int] | None) -> None:
+        """Put the bytes into their destinations, and hold them as the copy of this rank.
+
+        Args:
+            origin: The point in the history of saves that they come from.
+        """
+        if self._places is None:
+            return  # received into their destinations
+        for place, leaf in zip(self._places, self._match.leaves, strict=True):
+            if leaf is not None:
+                leaf.buffer.write(place)
+        places = iter(self._places)
+        held = {
+            one.saved.name: [next(places) for _ in one.saved.specs]
+            for one in self._match.states
+        }
+        outline = self._found.outline
+        number = number_of(outline.copy)
+        self._memory.copy = MemoryCopy(outline.step, self._found.text, held, number)
+        self._memory.origin = origin

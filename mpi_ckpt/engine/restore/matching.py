@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mpi_ckpt.devices import following
 from mpi_ckpt.engine.overlaps import Overlap, separate_overlaps
 from mpi_ckpt.engine.registry import ADVICE, numbered_alike
 from mpi_ckpt.errors import StateMismatchError, cut_lines
@@ -269,7 +270,7 @@ def match_states(
         if saved is None:
             continue
         try:
-            with concerning(f"state {state.name!r}"):
+            with concerning(f"state {state.name!r}"), following():
                 matched.append(MatchedState(state, saved, _match(saved, state, strict)))
         except StateMismatchError as error:
             problems += error.problems or [str(error)]

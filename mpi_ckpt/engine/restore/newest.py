@@ -46,6 +46,7 @@ class OpenGeneration:
             elsewhere.
         copy: The copy of this rank, if it is of the same form as root's; else None.
         kept: The generation on the hosts, if it is a local one; else None.
+        text: Of a copy in memory, the text of its whole outline.
     """
 
     outline: Outline
@@ -54,6 +55,7 @@ class OpenGeneration:
     reader: GenerationReader | None = None
     copy: MemoryCopy | None = None
     kept: KeptGeneration | None = None
+    text: bytes = b""
 
     @property
     def is_copy(self) -> bool:
@@ -147,7 +149,7 @@ def open_newest(
         outline = outline.only([state.name for state in states])
         if outline.generation == 0:
             mine = copy if copy is not None and copy.text == met.message else None
-            yield OpenGeneration(outline, states, copy=mine)
+            yield OpenGeneration(outline, states, copy=mine, text=met.message)
             return
         ranks = choose_ranks(session.options.io.readers, comm.topology)
         reader = opened[0] if opened else None

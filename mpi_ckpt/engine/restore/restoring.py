@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.digest import digest_bytes
-from mpi_ckpt.engine.hosts.kept import bring_to_root
+from mpi_ckpt.engine.hosts.root_copies import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
+from mpi_ckpt.engine.restore import copied_arrivals
 from mpi_ckpt.engine.restore.dealing import plan_deals
-from mpi_ckpt.engine.restore.from_memory import (
-    bring_copy,
-    find_tiles,
-    plan_arrivals,
-    refuse_fresh_start,
-)
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
     StateMatch,
@@ -143,18 +138,17 @@ class Restore:
                 from_memory=self._only is None and self._choice.is_newest,
             )
         )
-        self._held, lost = find_tiles(self._session, self._found)
+        self._held, lost = copied_arrivals.find_tiles(self._session, self._found)
         if lost:
-            self._open.close()
             self._lost = lost
-            return self.find()
+            return self.find()  # among the files
         found, memory = self._found, self._session.memory
         if memory is not None and self._only is None and not (found and found.is_copy):
             # No rank may go back to another rank's older copy from here.
             memory.clear()
         if found is None:
             self._open.close()
-            refuse_fresh_start(self._lost)
+            copied_arrivals.refuse_fresh_start(self._lost)
         return found is not None
 
     @contextmanager
@@ -227,7 +221,8 @@ class Restore:
             )
             self._match = met.result
             if met.is_flagged:
-                self._trades = plan_arrivals(session, found, met.result, self._held)
+                args = session, found, met.result, self._held
+                self._trades = copied_arrivals.plan_arrivals(*args)
                 self._match = met.result.with_unexpected(self._trades.unwanted)
             if overlaps or not met.is_alike:
                 self._separate(overlaps, doing)
@@ -240,20 +235,25 @@ class Restore:
             ReadError: On every rank, if a reading rank cannot read.
         """
         session, match, deferred = self._session, self._matched, self._deferred
+        trades, progress = self._trades, self._clock.progress
         with self._clock.phase("transfer"):
             if self._generation.is_copy:
-                bring_copy(session, self._generation, match, self._trades, deferred)
+                args = session, self._generation, match, trades, deferred
+                copied_arrivals.bring_copy(*args, progress)
                 return
-            found = self._found = open_on_readers(session, self._generation, self._open)
-            args, trades = (session, found), self._trades
+            self._found = open_on_readers(session, self._generation, self._open)
+            source = session, self._found
+            progress.expect(0 if trades is None else trades.bytes_moved)
             # Parts come first, since bringing them overwrites nothing yet.
-            match, nbytes = transfer_parts(*args, match, self._deals, trades, deferred)
+            match, nbytes = transfer_parts(
+                *source, match, self._deals, trades, deferred, progress
+            )
             self._match, self._bytes_traded = match, nbytes
             whole = match if trades is None else match.without(trades.leaves)
-            changed = transfer_files(*args, whole, deferred, self._clock.progress)
+            changed = transfer_files(*source, whole, deferred, progress)
             if trades is not None:
                 self._bytes_traded += trade_leaves(
-                    *args, match, trades, deferred, is_overwritten=changed
+                    *source, match, trades, deferred, progress, is_overwritten=changed
                 )
 
     def adopt(self) -> None:

@@ -44,8 +44,8 @@ class TileHeaders:
         failure: Why one could not be read here; None if all could.
     """
 
-    encoded: bytes
-    failure: CheckpointError | None
+    encoded: bytes = b""
+    failure: CheckpointError | None = None
 
     def refuse(self) -> None:
         """Raise the failure, since root has found that it is this rank's own.

@@ -19,7 +19,11 @@ from mpi_ckpt.comm import agree, choose_ranks, gather_bytes, meet, scatter_parts
 from mpi_ckpt.decomposition.rank_plan import RankPlan
 from mpi_ckpt.decomposition.reshard import plan_reshard
 from mpi_ckpt.digest import DIGEST_BYTES
-from mpi_ckpt.engine.restore.tile_headers import join_tile_headers, read_tile_headers
+from mpi_ckpt.engine.restore.tile_headers import (
+    TileHeaders,
+    join_tile_headers,
+    read_tile_headers,
+)
 from mpi_ckpt.engine.restore.traded_parts import join_part_wants, traded_states
 from mpi_ckpt.engine.restore.wanted import (
     LeafIndex,
@@ -90,6 +94,12 @@ class Trades:
     part_forms: Mapping[str, PartForm]
     of_parts: Trade | None
 
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that this rank reads from files of tiles, or gets from other ranks."""
+        parts = 0 if self.of_parts is None else self.of_parts.plan.bytes_moved
+        return self.of_leaves.plan.bytes_moved + parts
+
 
 def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> Trades:
     """Find out what this rank reads, sends and receives.
@@ -108,13 +118,13 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
         ReadError: On every rank, if a rank cannot read one.
     """
     comm, options = session.comm, session.options
-    headers = read_tile_headers(session, found)
+    # Of a local generation, root has had the headers since it was opened.
+    headers = TileHeaders() if found.kept else read_tile_headers(session, found)
     mine = joined(encode_wants(match), headers.encoded)
     gathered = gather_bytes(comm, mine, _PLANNING)
     parts: list[bytes] = []
 
     def plan() -> bytes:
-        _refuse_kept(found)
         if found.reader is None or not comm.is_root:
             return b""
         of_ranks = [split(one) for one in gathered]
@@ -158,15 +168,6 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
     )
 
 
-def _refuse_kept(found: OpenGeneration) -> None:
-    if found.kept is not None:
-        raise RestoreError(
-            "the program has state that is cut over the ranks, and the newest generation "
-            "is on the hosts, which keep whole state only: restore it with state that is "
-            "not cut, save that to the directory, and go on from there"
-        )
-
-
 def refuse_unwanted(found: OpenGeneration, wants: Wants) -> None:
     """Refuse to leave out saved leaves. Not collective. On root.
 
@@ -193,14 +194,16 @@ def refuse_unwanted(found: OpenGeneration, wants: Wants) -> None:
 
 def _plan_of_ranks(session: Session, found: OpenGeneration, wants: Wants) -> list[bytes]:
     """Return the trade of each rank: files, digests of what it reads, plan."""
-    comm, io = session.comm, session.options.io
+    comm, io, kept = session.comm, session.options.io, found.kept
+    holders = None if kept is None else [kept.holders[name] for name in wants.files]
     plan = plan_reshard(
         wants.saved,
         wants.wanted,
         itemsizes=wants.itemsizes,
         digest_bytes=found.outline.block_bytes,
-        readers=readers_of_tiles(session),
+        readers=readers_of_tiles(session) if kept is None else kept.readers,
         window_bytes=io.window_bytes,
+        holders=holders,
     )
     parts = []
     for rank in range(comm.size):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.restore.trade_plan import Trades
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import Progress
     from mpi_ckpt.state import Arrival
     from mpi_ckpt.storage.format.manifest import CutLeaf, StoredLeaf, StoredTile
     from mpi_ckpt.storage.format.rank_parts import PartLeaves
@@ -121,6 +122,7 @@ def transfer_parts(
     deals: Mapping[str, Deal],
     trades: Trades | None,
     deferred: Deferred,
+    progress: Progress,
 ) -> tuple[StateMatch, int]:
     """Bring each rank its parts, into private memory.
 
@@ -133,6 +135,7 @@ def transfer_parts(
         deals: What root deals out; empty elsewhere.
         trades: What the ranks exchange; None for nothing.
         deferred: Keeps the error of a part, to be raised before anything is overwritten.
+        progress: Counts the bytes that are dealt out, on root, and those of `trade_tiles`.
 
     Returns:
         The same states, those with parts ready to take over this rank's; and the bytes that
@@ -143,12 +146,12 @@ def transfer_parts(
         ReadError: On every rank, if a rank cannot read.
     """
     traded = () if trades is None else trades.with_parts
-    match = deal_parts(session, match, deals, traded, deferred)
+    match = deal_parts(session, match, deals, traded, deferred, progress)
     if trades is None or trades.of_parts is None:
         return match, 0
     room, safe = PartRoom(trades.part_forms), (UNTOUCHED, UNTOUCHED)
-    tiles = room.tiles()
-    nbytes = trade_tiles(session, found, trades.of_parts, tiles, deferred, safe=safe)
+    args = session, found, trades.of_parts, room.tiles(), deferred
+    nbytes = trade_tiles(*args, safe=safe, progress=progress)
     matched = {one.state.name: one for one in match.states}
     arrivals: dict[str, Arrival] = {}
 

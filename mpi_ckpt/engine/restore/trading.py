@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.trade_plan import Trade, Trades
     from mpi_ckpt.engine.restore.wanted import TradedTile
     from mpi_ckpt.engine.session import Session
+    from mpi_ckpt.reports import Progress
 
 _READING = "reading a generation"
 
@@ -53,6 +54,7 @@ def trade_tiles(
     deferred: Deferred,
     *,
     safe: Sequence[str],
+    progress: Progress,
 ) -> int:
     """Read, prove, send and store the tiles, in turns.
 
@@ -66,9 +68,10 @@ def trade_tiles(
         targets: The tiles that it wants, by the plan's numbers.
         deferred: Keeps failures to store bytes, for the next meeting.
         safe: What is still safe if the first turn fails, and if a later one does.
+        progress: Counts the bytes that this rank has read, or got from others.
 
     Returns:
-        Bytes read by this rank.
+        Bytes read by this rank, but for those that its reader of ``found`` counts.
 
     Raises:
         CorruptGenerationError: On every rank, if bytes are not those saved.
@@ -76,10 +79,14 @@ def trade_tiles(
     """
     path = session.directory.root / generation_name(found.outline.generation)
     with ExitStack() as stack:
-        reader = stack.enter_context(FileReader(path, found.outline.generation))
+        if found.kept is not None and found.reader is not None:
+            reader: FileReader = found.reader
+        else:
+            reader = stack.enter_context(FileReader(path, found.outline.generation))
         memories = held_memories(session, found) if found.is_copy else None
         args = session, reader, trade, targets, memories
         trader = stack.enter_context(closing(_Trader(*args)))
+        trader.sees_own_files = found.kept is not None
         for number in range(trade.plan.turns):
             turn = trade.plan.turn(number)
 
@@ -91,7 +98,8 @@ def trade_tiles(
             agree(session.comm, _READING, read, error=RestoreError, safe=kept)
             trader.release()
             trader.exchange(turn, deferred)
-        return reader.bytes_read
+            progress.count(trader.bytes_moved(turn))
+        return 0 if reader is found.reader else reader.bytes_read
 
 
 def trade_leaves(
@@ -100,6 +108,7 @@ def trade_leaves(
     match: StateMatch,
     trades: Trades,
     deferred: Deferred,
+    progress: Progress,
     *,
     is_overwritten: bool,
 ) -> int:
@@ -113,6 +122,7 @@ def trade_leaves(
         match: The states to restore, with this rank's destinations.
         trades: What this rank does.
         deferred: As for `trade_tiles`.
+        progress: As for `trade_tiles`.
         is_overwritten: Whether other leaves of the generation have been stored already.
 
     Returns:
@@ -123,7 +133,8 @@ def trade_leaves(
     """
     safe = OVERWRITTEN if is_overwritten else UNTOUCHED, OVERWRITTEN
     targets = tiles_here(match, sorted(trades.leaves))
-    nbytes = trade_tiles(session, found, trades.of_leaves, targets, deferred, safe=safe)
+    args = session, found, trades.of_leaves, targets, deferred
+    nbytes = trade_tiles(*args, safe=safe, progress=progress)
     route_rows(session.comm, match, session.options.io.window_bytes, deferred)
     return nbytes
 
@@ -137,6 +148,9 @@ class _Trader:
         trade: What this rank does.
         targets: The tiles that it wants, by the plan's numbers.
         memories: What it holds of a copy in memory, in place of files; else None.
+
+    Attributes:
+        sees_own_files: Whether no other rank can open the files that this one reads.
     """
 
     def __init__(
@@ -162,6 +176,7 @@ class _Trader:
         ]
         self._start = 0
         self._data = memoryview(b"")
+        self.sees_own_files = False
 
     @cached_property
     def _queue(self) -> ReadQueue[None] | CopiedWindows:
@@ -217,11 +232,18 @@ class _Trader:
 
         deferred.attempt(store)
 
+    def bytes_moved(self, turn: Turn) -> int:
+        """Return the bytes that a turn brings to this rank. Not collective."""
+        window = None if turn.window is None else self._windows[turn.window]
+        read = 0 if window is None else window.end - window.start
+        return read + sum(message.nbytes for message in turn.receives)
+
     def _take(self) -> memoryview:
         try:
             data, _ = self._queue.take()
         except (CorruptGenerationError, ReadError) as error:
-            if self._comm.is_root or not _is_out_of_sight(error):
+            is_own = self._comm.is_root or self.sees_own_files
+            if is_own or not _is_out_of_sight(error):
                 raise
             # Root has opened this file: the fault is in this host's view of it.
             raise ReadError(

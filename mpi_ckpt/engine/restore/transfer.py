@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves saved bytes from files, or from memory, to their destinations on every rank."""
+"""Moves saved bytes from files to their destinations on every rank."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm import UNTOUCHED, agree, any_of
+from mpi_ckpt.comm import UNTOUCHED, agree
 from mpi_ckpt.digest import Digest
+from mpi_ckpt.engine.restore.from_memory import copied_leaves
 from mpi_ckpt.engine.restore.host_memory import HostMemory
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
 from mpi_ckpt.engine.restore.transport import Destinations, SentTransport, SharedTransport
-from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
-from mpi_ckpt.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.storage.format.manifest import StoredLeaves
 from mpi_ckpt.storage.reading.proving import read_proven, take_proven
 from mpi_ckpt.storage.reading.read_plan import plan_reads
@@ -30,13 +29,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.restore.transport import Transport
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.memory import MemoryCopy
     from mpi_ckpt.reports import Progress
     from mpi_ckpt.storage.reading.proving import Refusal
     from mpi_ckpt.storage.reading.read_plan import Window
     from mpi_ckpt.storage.reading.read_queue import ReadQueue
-
-_COPYING = "bringing back a copy in memory"
 
 
 def transfer_files(
@@ -108,48 +104,6 @@ def transfer_files(
     return bool(windows)
 
 
-def transfer_copy(
-    session: Session, copy: MemoryCopy | None, match: StateMatch, deferred: Deferred
-) -> None:
-    """Restore a copy in memory: each rank its own, or root's if the rank has none.
-
-    Collective. Main thread only.
-
-    Args:
-        session: The manager's.
-        copy: This rank's copy, of the same form as root's; None if it holds none.
-        match: The destinations, in the same order on every rank.
-        deferred: Keeps failures to store bytes, for the next meeting.
-
-    Raises:
-        RestoreError: On every rank, if any rank cannot store bytes.
-    """
-    comm = session.comm
-    sources = _copied_leaves(copy, match)
-
-    def put() -> None:
-        for source, leaf in zip(sources, match.leaves, strict=copy is not None):
-            if leaf is not None:
-                leaf.buffer.write(source)
-
-    agree(comm, _COPYING, put, error=RestoreError)
-    (lacking,) = any_of(comm, _COPYING, copy is None)
-    if not lacking:
-        return
-    # Root sends from the copy, since a leaf that root's program lacks is nowhere else.
-    if comm.is_root:
-        sent = [
-            Leaf(spec, MemoryBuffer(source))
-            for spec, source in zip(match.specs, sources, strict=True)
-        ]
-    else:
-        sent = [
-            leaf or Leaf(spec, MemoryBuffer.empty(spec.nbytes))
-            for spec, leaf in zip(match.specs, match.leaves, strict=True)
-        ]
-    send_leaves(comm, sent, session.options.io.window_bytes, deferred)
-
-
 class SavedBytes:
     """The bytes that will arrive for each leaf, on root, before they arrive.
 
@@ -188,7 +142,7 @@ class SavedBytes:
 
     @cached_property
     def _copies(self) -> list[memoryview]:
-        return _copied_leaves(self._found.copy, self._match)
+        return copied_leaves(self._found.copy, self._match)
 
 
 def _stored_leaves(found: OpenGeneration, match: StateMatch) -> StoredLeaves:
@@ -205,11 +159,6 @@ def _stored_leaves(found: OpenGeneration, match: StateMatch) -> StoredLeaves:
             leaves = leaves.pick(np.array(wanted, np.int64))
         parts.append(leaves)
     return StoredLeaves.chained(parts)
-
-
-def _copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:
-    held = {} if copy is None else copy.leaves
-    return [data for matched in match.states for data in held.get(matched.saved.name, ())]
 
 
 class _OwnWindows:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from mpi_ckpt.buckets import write_leaves
 from mpi_ckpt.comm import bcast_buffers
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Target, copy_bytes
+from mpi_ckpt.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +43,10 @@ class Destinations:
         self._specs, self._leaves = match.specs, match.leaves
         self._targets: dict[int, Target] = {}
 
-    def memory(self, block: DigestBlock) -> memoryview:
-        """Return the memory of a block."""
-        return self._target(block.leaf).memory()[block.start : block.end]
+    def memory(self, block: DigestBlock) -> memoryview | None:
+        """Return the memory of a block; None if its bytes can only be stored."""
+        target = self._target(block.leaf)
+        return None if target.takes_parts else target.memory()[block.start : block.end]
 
     def _target(self, leaf: int) -> Target:
         if leaf not in self._targets:
@@ -66,8 +67,7 @@ class Destinations:
             for leaf, _, start, end, offset, is_last in blocks:
                 if data is not None:
                     at = offset - first
-                    source = data[at : at + end - start]
-                    copy_bytes(source, self._target(leaf).memory()[start:end])
+                    self._target(leaf).put(start, data[at : at + end - start])
                 if is_last:
                     self._target(leaf).finish()
         except Exception:
@@ -170,15 +170,22 @@ class SentTransport:
         self._places = places
         self._groups: list[list[DigestBlock]] = []
         self._buffers: list[memoryview] = []
+        self._arrives: list[bool] = []
 
     def prepare(self, turn: int, proven: memoryview | None) -> None:
         """Find the memory that is sent, or received into. Not collective."""
         window = self._windows[turn]
         self._groups = window.groups()
         if proven is None:
-            self._buffers = [self._room(group) for group in self._groups]
+            places = [self._place(group) for group in self._groups]
+            self._arrives = [place is not None for place in places]
+            self._buffers = [
+                place if place is not None else _room(group)
+                for group, place in zip(self._groups, places, strict=True)
+            ]
             return
         start = window.start
+        self._arrives = [False] * len(self._groups)
         self._buffers = [
             proven[group[0].offset - start : _end(group) - start] for group in self._groups
         ]
@@ -187,18 +194,20 @@ class SentTransport:
         """Broadcast the window. Collective."""
         bcast_buffers(self._comm, self._buffers, _SENDING, self._readers[turn])
 
-    def store(self, turn: int) -> None:
+    def store(self, turn: int) -> None:  # noqa: ARG002 (the window prepared last)
         """Copy what has not arrived in its destination. Not collective."""
-        is_mine = self._readers[turn] == self._comm.rank
-        for group, data in zip(self._groups, self._buffers, strict=True):
-            is_there = not is_mine and len(group) == 1
-            self._places.store(group, None if is_there else data)
+        received = zip(self._groups, self._buffers, self._arrives, strict=True)
+        for group, data, arrives in received:
+            self._places.store(group, None if arrives else data)
 
-    def _room(self, group: Sequence[DigestBlock]) -> memoryview:
-        """Return memory to receive blocks: the destination itself, if it is one block."""
-        if len(group) > 1:
-            return memoryview(bytearray(_end(group) - group[0].offset))
-        return self._places.memory(group[0])
+    def _place(self, group: Sequence[DigestBlock]) -> memoryview | None:
+        """Return the destination of blocks, if it is one block that arrives there."""
+        return self._places.memory(group[0]) if len(group) == 1 else None
+
+
+def _room(group: Sequence[DigestBlock]) -> memoryview:
+    """Return memory to receive blocks."""
+    return memoryview(bytearray(_end(group) - group[0].offset))
 
 
 def _end(group: Sequence[DigestBlock]) -> int:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, bcast_bytes, on_root
 from mpi_ckpt.engine.outline import Outline, StateOutline
+from mpi_ckpt.engine.save.remembering import RememberedTiles, number_of
 from mpi_ckpt.engine.save.staging import LateCopies, Staged, StagedStream, stage
-from mpi_ckpt.engine.save.tile_copies import TileCopies
 from mpi_ckpt.engine.sync.captured import CapturedState, capture_states
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaf import Form, Leaf, MemoryBuffer
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.memory import Memory
 
 _DOING = "remembering the states"
-_NO_TILES = TileCopies()
+_NO_TILES = RememberedTiles()
 
 
 @without_collections()
@@ -39,7 +39,7 @@ def copy_into(
     threads: int,
     *,
     late: bool,
-    tiles: TileCopies = _NO_TILES,
+    tiles: RememberedTiles = _NO_TILES,
 ) -> Staged | None:
     """Copy the contents of a save into the memory, on the ranks that hold a copy.
 
@@ -153,7 +153,9 @@ def _decode(state: LeafState, data: bytes) -> CapturedState:
     return CapturedState(state, structure, tuple(leaves), Form(specs))
 
 
-def _hold(memory: Memory, request: SaveRequest, staged: Staged, tiles: TileCopies) -> None:
+def _hold(
+    memory: Memory, request: SaveRequest, staged: Staged, tiles: RememberedTiles
+) -> None:
     outline = Outline(
         step=request.step,
         size=request.size,
@@ -166,11 +168,11 @@ def _hold(memory: Memory, request: SaveRequest, staged: Staged, tiles: TileCopie
         for content in staged.states
     }
     text = json.dumps(outline.to_json()).encode()
-    memory.copy = MemoryCopy(request.step, text, leaves, tiles.number)
+    memory.copy = MemoryCopy(request.step, text, leaves, number_of(tiles.name))
     tiles.keep(memory)
 
 
-def _outline_of(content: CapturedState | State, tiles: TileCopies) -> StateOutline:
+def _outline_of(content: CapturedState | State, tiles: RememberedTiles) -> StateOutline:
     if not isinstance(content, CapturedState):
         return StateOutline.of_stream(content.name, _leaves_of(content)[0].spec.nbytes)
     known = tiles.states.get(content.name)

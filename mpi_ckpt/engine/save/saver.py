@@ -13,10 +13,10 @@ from mpi_ckpt.comm import abort_job, member_of
 from mpi_ckpt.engine.save.background import Background
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
+from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
 from mpi_ckpt.engine.save.saving import Save
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles
-from mpi_ckpt.engine.save.tile_copies import TileCopies, copy_tiles
 from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
@@ -246,7 +246,7 @@ class Saver:
         doing = "beginning to remember the states"
         begun = self.registry.begin(doing, None, begin, error=SaveError).result
         synced = capture_on_root(comm, begun.states, begun.parts, threads=threads)
-        tiles = TileCopies()
+        tiles = RememberedTiles()
         if synced.is_cut:
             args, options = (comm, synced.captured), self._session.options
             survey = survey_tiles(*args, self.workshop.survey, options)

@@ -20,10 +20,10 @@ from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.lone import LoneWrite
+from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import SaveRequest, make_report
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles
-from mpi_ckpt.engine.save.tile_copies import TileCopies, copy_tiles
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.engine.sync.coming import PartsInTransit
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts
@@ -261,7 +261,7 @@ class Save:
         memory, comm, survey = session.memory, session.comm, self._survey
         late = bool(session.options.asynchronous) and survey is None
         with self._clock.phase("stage"):
-            tiles, captured = TileCopies(), self._synced.captured
+            tiles, captured = RememberedTiles(), self._synced.captured
             if survey is not None:
                 tiles = copy_tiles(comm, memory, captured, self._tiles, survey)
             threads = session.options.io.digest_threads

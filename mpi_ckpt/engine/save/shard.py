@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from mpi_ckpt import dtypes
-from mpi_ckpt.buckets import are_read_together, plan_buckets, read_leaves
+from mpi_ckpt.buckets import are_read_together, pieces_of, plan_buckets, read_leaves
 from mpi_ckpt.digest import (
     BLOCK_BYTES,
     DIGEST_BYTES,
@@ -160,28 +160,41 @@ class _Leaves:
         yield memoryview(self._plan.header)
         end = len(self._plan.header)
         for first, last in self._plan.buckets:
-            data = self._read(first, last)
             start = end
             end += sum([leaf.spec.nbytes for leaf in self._leaves[first:last]])
             is_new = ~self._is_known[first:last]
-            if last - first == 1 and is_new[0]:
-                yield from self._digested_blocks(int(self._plan.order[first]), data[0])
+            if last - first == 1 and (is_new[0] or image is None):
+                number = int(self._plan.order[first])
+                pieces = self._pieces(first, number)
+                yield from self._digested(number, pieces) if is_new[0] else pieces
                 continue
+            data = self._read(first, last)
             if is_new.any():
                 found = Digests(b"".join(map(digest_bytes, data))).rows
                 self._rows[self._plan.order[first:last][is_new]] = found[is_new]
-            if len(data) == 1:
-                yield data[0]
-            else:
-                yield memoryview(b"".join(data)) if image is None else image[start:end]
+            yield memoryview(b"".join(data)) if image is None else image[start:end]
 
-    def _digested_blocks(self, number: int, data: Readable) -> Iterator[memoryview]:
+    def _pieces(self, at: int, number: int) -> Iterator[memoryview]:
+        """Yield the bytes of one leaf."""
+        leaf = self._leaves[at]
+        pieces = pieces_of(leaf)
+        if pieces is None:
+            yield memoryview(self._read(at, at + 1)[0])
+            return
+        try:
+            yield from pieces
+        except Exception:
+            with about_leaf(self._homes[number], leaf):
+                raise
+
+    def _digested(self, number: int, runs: Iterable[memoryview]) -> Iterator[memoryview]:
         # Piece by piece: each is still in the cache when it is copied or written, and the
         # disk is not idle while a large leaf is digested.
         hasher = BlockHasher(BLOCK_BYTES)
-        for piece in split_blocks(memoryview(data), _CACHED_BYTES):
-            hasher.update(piece)
-            yield piece
+        for run in runs:
+            for piece in split_blocks(run, _CACHED_BYTES):
+                hasher.update(piece)
+                yield piece
         digest = hasher.finish()
         self._rows[number] = Digests(digest.whole).rows[0]
         if len(digest.blocks) > 1:
@@ -248,7 +261,8 @@ def encode_shard(captured: Sequence[CapturedState]) -> bytes:
         captured: The states whose leaves are in it.
     """
     plan = plan_of(captured)
-    return b"".join(_Leaves(captured, plan).runs(None))
+    # The memory of a run may serve for the next one.
+    return b"".join(map(bytes, _Leaves(captured, plan).runs(None)))
 
 
 def with_digests(captured: CapturedState, shards: Iterable[Shard]) -> CapturedState:

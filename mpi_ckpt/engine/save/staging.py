@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.buckets import read_leaves
-from mpi_ckpt.digest import Digest, Digests, copy_many, digest_many
+from mpi_ckpt.digest import Digest, Digests, copy_many
+from mpi_ckpt.engine.save.landing import is_on_device, land_leaves, pin_for, require_gates
 from mpi_ckpt.engine.save.own_tiles import CapturedTiles
 from mpi_ckpt.engine.save.shard import ShardImage, plan_of
-from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
+from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf, digest_leaves
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.state import State
@@ -68,6 +69,8 @@ class _LateCopy:
         if self.digest is None:
             self.leaf.buffer.copy_to(self.place)
             return True
+        if is_on_device(self.leaf):
+            return land_leaves([self.leaf], [self.place], digested=True) == [self.digest]
         view = None
         if self.leaf.spec.nbytes >= _DIRECT_BYTES:
             view = self.leaf.buffer.view()
@@ -192,6 +195,8 @@ def stage(
     """
     layout = _lay_out(states)
     memory = _take(arena, layout.nbytes, states)
+    captured = [state for state in states if isinstance(state, CapturedState)]
+    pin_for(arena, [leaf for state in captured for leaf in state.leaves])
     late = LateCopies()
     staged: list[CapturedState | State] = []
     for index, state in enumerate(states):
@@ -251,10 +256,13 @@ def _copy(
 ) -> Digests | None:
     """Copy the leaves of a state, or leave them for later; return their digests."""
     taken: dict[int, Digest] = dict(enumerate(state.digests or ()))
-    gated, direct = [], {}
+    gated, flying, direct = [], [], {}
     for number, (leaf, place) in enumerate(zip(state.leaves, places, strict=True)):
         if leaf.gate is not None:
             gated.append(number)
+            continue
+        if is_on_device(leaf):
+            flying.append(number)
             continue
         try:
             source = leaf.buffer.view() if leaf.spec.nbytes >= _DIRECT_BYTES else None
@@ -267,18 +275,36 @@ def _copy(
                 raise
         if digested:
             taken[number] = Digest.of(place)
+    with concerning(f"state {state.name!r}"):
+        require_gates([state.leaves[number] for number in gated])
+    taken |= _land(state, flying, places, digested=digested)
     copied = copy_many(list(direct.values()), threads, digested=digested)
     taken |= dict(zip(direct, copied, strict=False))
     if digested and gated:
         leaves = [state.leaves[number] for number in gated]
         sizes = np.array([leaf.spec.nbytes for leaf in leaves])
-        found = digest_many(lambda i, j: read_leaves(leaves[i:j]), sizes, threads)
-        taken |= dict(zip(gated, found, strict=True))
+        taken |= dict(zip(gated, digest_leaves(leaves, sizes, threads), strict=True))
     for number in gated:
         late.add(state.leaves[number], places[number], taken.get(number))
     if not digested and state.digests is None:
         return None
     return Digests.of([taken[number] for number in range(len(places))])
+
+
+def _land(
+    state: CapturedState,
+    numbers: Sequence[int],
+    places: Sequence[memoryview],
+    *,
+    digested: bool,
+) -> dict[int, Digest]:
+    """Copy some leaves of a state from devices; return their digests, if wanted."""
+    leaves = [state.leaves[number] for number in numbers]
+    with concerning(f"state {state.name!r}"):
+        found = land_leaves(
+            leaves, [places[number] for number in numbers], digested=digested
+        )
+    return dict(zip(numbers, found, strict=False))
 
 
 def _stage_stream(state: State) -> StagedStream:

@@ -51,6 +51,7 @@ def survey_tiles(
     captured: Sequence[CapturedState],
     previous: TileSurvey | None,
     options: Options,
+    writers: Sequence[int] | None = None,
 ) -> TileSurvey:
     """Find which tiles each rank writes.
 
@@ -62,6 +63,7 @@ def survey_tiles(
         captured: The contents of this rank.
         previous: The previous survey of this manager, if any.
         options: The manager's, the same in each survey.
+        writers: The rank that takes the tiles of each rank; None: as the options say.
 
     Raises:
         StageError: On every rank, if the tiles of all ranks do not make whole leaves.
@@ -70,10 +72,11 @@ def survey_tiles(
     (is_other,) = any_of(comm, _DOING, previous is None or previous.forms != forms)
     if previous is not None and not is_other:
         return previous
-    gathered, writers = gather_bytes(comm, forms, _DOING), _writers(comm, options)
+    gathered = gather_bytes(comm, forms, _DOING)
+    takers = writers or _writers(comm, options)
 
     def join() -> JoinedForms | None:
-        return join_forms(gathered, comm.hosts, writers) if comm.is_root else None
+        return join_forms(gathered, comm.hosts, takers) if comm.is_root else None
 
     joined = agree(comm, _DOING, join, error=StageError)
     encoded = [] if joined is None else [one.encode() for one in joined.assignments]

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.buckets import read_leaves
+from mpi_ckpt.buckets import pieces_of, read_leaves
+from mpi_ckpt.devices import following
 from mpi_ckpt.digest import Digests, digest_bytes, digest_many
 from mpi_ckpt.failures import concerning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
 
     from mpi_ckpt.leaf import Form, Leaf, LeafSpec
     from mpi_ckpt.state import Capture, LeafState, Structure
@@ -69,10 +72,13 @@ class CapturedState:
 def capture_states(states: Iterable[LeafState]) -> list[CapturedState]:
     """Capture states without reading their bytes. Not collective.
 
+    On a device their bytes are those after all work that it has been given by now.
+
     Raises:
         StageError: On the calling rank, if a state cannot be captured.
     """
-    return [_capture(state, state.capture) for state in states]
+    with following():
+        return [_capture(state, state.capture) for state in states]
 
 
 def capture_own_parts(states: Iterable[RankedState], *, cut: bool) -> list[CapturedState]:
@@ -85,7 +91,8 @@ def capture_own_parts(states: Iterable[RankedState], *, cut: bool) -> list[Captu
     Raises:
         StageError: On the calling rank, if a part cannot be captured.
     """
-    return [_capture(state, partial(state.capture_own, cut=cut)) for state in states]
+    with following():
+        return [_capture(state, partial(state.capture_own, cut=cut)) for state in states]
 
 
 def _capture(state: LeafState, capture: Callable[[], Capture]) -> CapturedState:
@@ -115,7 +122,7 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
     leaves = list(chain.from_iterable(content.leaves for content in todo))
     sizes = np.concatenate([content.form.sizes for content in todo])
     try:
-        taken = digest_many(lambda i, j: read_leaves(leaves[i:j]), sizes, threads)
+        taken = digest_leaves(leaves, sizes, threads)
     except Exception:
         # A parallel failure does not name its leaf: find the first leaf that fails alone.
         for content in todo:
@@ -129,6 +136,24 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
         content if content.digests is not None else replace(content, digests=next(parts))
         for content in captured
     ]
+
+
+def digest_leaves(
+    leaves: Sequence[Leaf], sizes: NDArray[np.int64], threads: int
+) -> Digests:
+    """Digest leaves; see `digest_many`. Not collective.
+
+    Args:
+        leaves: Whole leaves.
+        sizes: The bytes of each.
+        threads: Threads that hash.
+    """
+    return digest_many(
+        lambda first, last: read_leaves(leaves[first:last]),
+        sizes,
+        threads,
+        pieces_of=lambda number: pieces_of(leaves[number]),
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from mpi_ckpt.buckets import plan_buckets, read_leaves, write_leaves
 from mpi_ckpt.comm import bcast_buffers, mean_buffers
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Target
+from mpi_ckpt.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

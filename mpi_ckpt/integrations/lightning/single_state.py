@@ -19,7 +19,6 @@ from mpi_ckpt.errors import (
     SaveError,
     StageError,
 )
-from mpi_ckpt.leaf import Target
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.storage import filesystem
@@ -38,6 +37,7 @@ from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.proving import proven_blocks
 from mpi_ckpt.storage.reading.reader import GenerationReader
+from mpi_ckpt.target import Target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -203,7 +203,7 @@ def _fill(reader: GenerationReader, stored: StoredState, state: LeafState) -> No
     arrival = state.prepare(stored.structure, specs, strict=True)
     targets = [Target(spec, leaf) for spec, leaf in zip(specs, arrival.leaves, strict=True)]
     for block, data in proven_blocks(reader, stored.leaves):
-        targets[block.leaf].memory()[block.start : block.end] = data
+        targets[block.leaf].put(block.start, data)
         if block.is_last:
             targets[block.leaf].finish()
     arrival.adopt()

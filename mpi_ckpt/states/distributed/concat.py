@@ -269,7 +269,7 @@ def _like(column: Any, rows: int) -> Any:  # noqa: ANN401
     if isinstance(column, np.ndarray):
         made = np.empty(shape, column.dtype)
         return made.view(np.recarray) if type(column) is np.recarray else made
-    from mpi_ckpt.states.tensors import ordinary
+    from mpi_ckpt.states.tensor_bytes import ordinary
 
     with ordinary():
         return column.detach().new_empty(shape)

@@ -81,6 +81,13 @@ class RankedState(LeafState):
             CheckpointError: On the calling rank, if they do not belong together.
         """
 
+    def alike(self, structure: Structure) -> Structure:  # noqa: ARG002
+        """Return what `compare` needs of the structure of a part.
+
+        Not collective. If all ranks have the same, their parts belong together.
+        """
+        return None
+
     def source(self, rank: int, saved: int) -> int | None:
         """Return the saved rank whose part a rank gets, None for no part.
 

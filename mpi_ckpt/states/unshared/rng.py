@@ -118,6 +118,11 @@ class RNGState(RankedState):
             if any(theirs[key] != roots[key] for key in ("kinds", "shared")):
                 self._refuse(rank, roots, theirs)
 
+    def alike(self, structure: Structure) -> Structure:
+        """See `RankedState`. Not collective."""
+        assert isinstance(structure, dict)
+        return {key: structure[key] for key in ("kinds", "shared")}
+
     def form(self, count: int) -> Structure:
         """See `RankedState`. Not collective."""
         return {

@@ -16,7 +16,7 @@ from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
-from mpi_ckpt.storage.format.json_values import as_integer, as_list, as_text
+from mpi_ckpt.storage.format.json_values import as_integer, as_list, as_real, as_text
 from mpi_ckpt.storage.format.strict_json import read_json
 from mpi_ckpt.storage.owning.lock import refuse_if_taken_over
 
@@ -29,6 +29,7 @@ _FORMAT = "mpi_ckpt lineage 1"
 _NEW = ".lineage-"
 _BYTES_MAX = 64 << 20
 _RUNS_MAX = 64
+_COPIED_MAX = 64
 _NUMBER_MAX = (1 << 63) - 1
 
 
@@ -71,21 +72,60 @@ class LocalRun:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiedGeneration:
+    """A generation of the directory that was copied from the hosts.
+
+    It is as old as its source: hosts may keep newer ones, made while it was copied.
+
+    Attributes:
+        generation: Its number.
+        time: The time in its manifest, by which another one of that number is told apart.
+        origin: The local generation.
+    """
+
+    generation: int
+    time: float
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
 class Lineage:
     """The runs that have saved to hosts, oldest first.
 
     Attributes:
         home: Name of the folder in which each host keeps the generations.
         runs: The runs.
+        copied: The generations of the directory that were copied from hosts, oldest first;
+            one that was cut off may be among them.
     """
 
     home: str
     runs: tuple[LocalRun, ...] = ()
+    copied: tuple[CopiedGeneration, ...] = ()
 
     def with_run(self, run: LocalRun) -> Lineage:
         """Return the lineage with a newest run; very old runs fall out. Not collective."""
         older = [replace(one, hosts=()) for one in self.runs if one.run != run.run]
         return replace(self, runs=(*older[1 - _RUNS_MAX :], run))
+
+    def with_copied(self, copied: CopiedGeneration) -> Lineage:
+        """Return the lineage with a generation copied from hosts. Not collective."""
+        older = [one for one in self.copied if one.generation != copied.generation]
+        return replace(self, copied=(*older[1 - _COPIED_MAX :], copied))
+
+    def source(self, generation: int, time: float) -> Origin | None:
+        """Return what a generation of the directory was copied from; None if it was not.
+
+        Not collective. Thread-safe.
+
+        Args:
+            generation: Its number.
+            time: The time in its manifest.
+        """
+        for one in self.copied:
+            if (one.generation, one.time) == (generation, time):
+                return one.origin
+        return None
 
     def limits(self) -> dict[str, Origin | None]:
         """Return the runs on the way back from the newest one, newest first.
@@ -179,6 +219,7 @@ def _encode(lineage: Lineage) -> bytes:
             }
             for one in lineage.runs
         ],
+        "copied": [(one.generation, one.time, one.origin) for one in lineage.copied],
     }
     text = json.dumps(values, indent=1)
     return f'{{"lineage": {text},\n "digest": "{_digest(text)}"}}\n'.encode()
@@ -194,24 +235,36 @@ def _decode(data: bytes) -> Lineage:
     home = as_text(values["home"])
     if not home or "/" in home or home.startswith("."):
         raise ValueError(f"{home!r} is no name of a folder")
-    return Lineage(home, tuple([_decode_run(one) for one in as_list(values["runs"])]))
+    runs = tuple([_decode_run(one) for one in as_list(values["runs"])])
+    # A lineage that was written before there were copies behind the training has none.
+    copied = as_list(values.get("copied", []))
+    return Lineage(home, runs, tuple([_decode_copied(one) for one in copied]))
 
 
 def _decode_run(one: dict[str, Any]) -> LocalRun:
     origin = one["origin"]
-    if origin is not None:
-        run, base, number = as_list(origin)
-        origin = Origin(
-            as_text(run), as_integer(base, _NUMBER_MAX), as_integer(number, _NUMBER_MAX)
-        )
     return LocalRun(
         as_text(one["run"]),
         as_text(one["job"]),
-        origin,
+        None if origin is None else _decode_origin(origin),
         as_integer(one["behind"], _NUMBER_MAX),
         as_integer(one["settled"], _NUMBER_MAX),
         as_text(one["path"]),
         tuple([as_text(host) for host in as_list(one["hosts"])]),
+    )
+
+
+def _decode_copied(one: object) -> CopiedGeneration:
+    generation, moment, origin = as_list(one)
+    return CopiedGeneration(
+        as_integer(generation, _NUMBER_MAX), as_real(moment), _decode_origin(origin)
+    )
+
+
+def _decode_origin(origin: object) -> Origin:
+    run, base, number = as_list(origin)
+    return Origin(
+        as_text(run), as_integer(base, _NUMBER_MAX), as_integer(number, _NUMBER_MAX)
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition.boxes import Box, boxes_of_run, intersection
+from mpi_ckpt.errors import ReadError
 from mpi_ckpt.storage.format.manifest import CutLeaf, StoredTile
 
 if TYPE_CHECKING:
@@ -60,10 +61,18 @@ def stored_array(
 
     Raises:
         CorruptGenerationError: On the calling rank, if the tables of tiles are damaged.
-        ReadError: On the calling rank, if the operating system cannot read them.
+        ReadError: On the calling rank, if the operating system cannot read them, or some
+            are on other hosts.
     """
     if isinstance(leaf, CutLeaf):
-        return StoredArray(leaf.spec, reader.tiles()[state, leaf.spec.name])
+        tiles = reader.tiles()[state, leaf.spec.name]
+        if len(tiles) < leaf.tiles:
+            raise ReadError(
+                f"state {state!r}, leaf {leaf.spec.name!r}: {len(tiles)} of its "
+                f"{leaf.tiles} tiles are in {reader.path}, the others are on other hosts",
+                path=reader.path,
+            )
+        return StoredArray(leaf.spec, tiles)
     whole = Box.whole(leaf.spec.shape)
     return StoredArray(leaf.spec, (StoredTile(whole, leaf),))
 

@@ -117,7 +117,7 @@ class GenerationReader(FileReader):
         """Return the tiles of each cut leaf, by the names of its state and of the leaf.
 
         Not collective. Thread-safe. The first call reads and proves the headers of the
-        files of tiles.
+        files of tiles. Tiles in files on other hosts are left out.
 
         Raises:
             CorruptGenerationError: On the calling rank, if a header is damaged, contradicts
@@ -127,11 +127,13 @@ class GenerationReader(FileReader):
         with self._lock:
             if self._tiles is None:
                 index = TileIndex(self.manifest)
-                for file in index.files:
+                here = [file for file in index.files if self._has_header(file.name)]
+                for file in here:
                     header = self.read_header(file)
                     with self._reading(file.name):
                         index.add(file, header)
-                self._tiles = self._finish(index)
+                is_whole = len(here) == len(index.files)
+                self._tiles = self._finish(index) if is_whole else index.found()
             return self._tiles
 
     def take_headers(self, headers: Mapping[str, bytes]) -> None:
@@ -229,6 +231,9 @@ class GenerationReader(FileReader):
             hasher.update(into[:count])
         if hasher.finish().whole != file.header_digest:
             raise ValueError("its header does not match its digest")
+
+    def _has_header(self, name: str) -> bool:
+        return name not in self.absent
 
     def _find_absent(self) -> frozenset[str]:
         # Each host of a local generation has some of its files.

@@ -93,6 +93,13 @@ class TileIndex:
                 problem = _fault(leaf.spec, found)
                 if problem:
                     raise ValueError(f"{_words(key)}: {problem}")
+        return self.found()
+
+    def found(self) -> dict[LeafKey, tuple[StoredTile, ...]]:
+        """Return the tiles of the files that were added; others are on other hosts.
+
+        Not collective.
+        """
         return {key: tuple(tiles) for key, tiles in self._tiles.items()}
 
 

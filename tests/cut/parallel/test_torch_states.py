@@ -24,7 +24,8 @@ from mpi_ckpt import (
 )
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.integrations.torch_distributed import init_process_group
-from mpi_ckpt.states.tensors import TensorBuffer
+from mpi_ckpt.states.tensor_bytes import TensorBuffer
+from tests.cut.parallel.test_progress import clocks_of
 from tests.cut.trainings import KINDS, whole_tensors
 from tests.ranks import manager, same_error
 
@@ -130,7 +131,9 @@ def test_parameters_and_averages_of_16_bits(peers, shared_path, kind):
         ours.save()
     second, state = make(1)
     with manager(shared_path, state, comm=peers) as ours:
+        noted = clocks_of(ours)
         ours.restore()
+    assert noted[0].progress.moved == noted[0].progress.expected > 0
     expected = whole_tensors(first)
     assert {tensor.dtype for tensor in expected.values()} >= {torch.bfloat16}
     assert_equal(whole_tensors(second), expected)

@@ -322,7 +322,9 @@ def test_recovery_can_be_measured(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [event["how"] for event in found] == ["fewer", "replaced", "restarted"]
+    assert [event["how"] for event in found] == [
+        "fewer", "spare", "replaced", "restarted",
+    ]  # fmt: skip
     assert all(event["from_kill"][0] >= event["from_seen"][0] > 0 for event in found)
 
 

@@ -6,38 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from mpi4py import MPI
 
 from mpi_ckpt import ArrayState
 from mpi_ckpt.errors import LaunchError, OptionsError
 from mpi_ckpt.integrations import horovod
+from tests.horovod_stand_in import Horovod
 from tests.ranks import assert_same, manager, same_error
-
-
-class Horovod:
-    """Says what Horovod would that runs on a communicator; gathers by it."""
-
-    def __init__(self, comm, *, mpi=True):
-        self.comm = comm
-        self.mpi = mpi
-
-    def is_initialized(self):
-        return self.comm is not None
-
-    def mpi_enabled(self):
-        return self.mpi
-
-    def rank(self):
-        return self.comm.rank
-
-    def size(self):
-        return self.comm.size
-
-    def allgather(self, tensor, name, process_set=None):
-        assert name == "mpi_ckpt.communicator"
-        among = self.comm if process_set is None else process_set.comm
-        return torch.cat(among.allgather(tensor))
 
 
 class ProcessSet(SimpleNamespace):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpi_ckpt import ArrayState, Block, CheckpointManager, Options, ShardedArrayState, State
+from mpi_ckpt import ArrayState, CheckpointManager, Options, State
 from mpi_ckpt.engine.hosts import share_writer
 from mpi_ckpt.errors import DivergedError, OptionsError, StageError, WriteError
 from mpi_ckpt.memory import Memory
@@ -141,19 +141,6 @@ def test_what_any_save_refuses_is_an_error(scene, comm):
                 manager.save(1, level="local")
         values.go_to(1)
         assert manager.save(1, level="local").wait().generation
-
-
-def test_state_that_is_cut_over_the_ranks_is_refused_by_name(scene, comm):
-    scene.on_hosts(scene.hosts)
-    block = Block(np.ones((1, 3)), shape=(comm.size, 3), offset=(comm.rank, 0))
-    state = ShardedArrayState("field", {"rho": block})
-    values = Values(comm)
-    values.states = [state]
-    with (
-        scene.manager(values) as manager,
-        same_error(comm, OptionsError, "'field' is cut over the ranks"),
-    ):
-        manager.save(1, level="local")
 
 
 def test_wrong_use_is_refused(scene, comm):

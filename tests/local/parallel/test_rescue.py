@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from mpi_ckpt.engine.hosts import promoting
+from mpi_ckpt.engine.hosts import directory_copy
 from mpi_ckpt.engine.hosts.promoting import rescue
 from mpi_ckpt.errors import FencedError, LockedError, WriteError
 from mpi_ckpt.storage.directory import CheckpointDirectory
@@ -109,14 +109,14 @@ def test_a_directory_in_use_is_refused(scene, comm):
 
 def test_a_job_that_takes_the_directory_over_fences_the_copy_off(scene, comm, monkeypatch):
     scene.run(2)
-    real = promoting.encode
+    real = directory_copy.encode
 
     def taken_over(manifest):
         lock = scene.directory / ".lock"
         lock.write_text("job abcdef, process 1 on elsewhere\n")
         return real(manifest)
 
-    monkeypatch.setattr(promoting, "encode", taken_over)
+    monkeypatch.setattr(directory_copy, "encode", taken_over)
     with same_error(comm, FencedError, "taken over"):
         call(scene)
     assert not list(scene.directory.glob("checkpoint-*"))

@@ -191,7 +191,7 @@ def test_a_damaged_header_or_manifest_is_set_aside_too(scene, comm, place):
 
 def test_no_good_copy_leads_to_the_generation_before(scene, comm, caplog):
     scene.run(3, durable=[1])
-    damaged = "rank-00000.safetensors"
+    damaged = "tiles-00000.safetensors"
 
     def damage():
         for host in scene.hosts:

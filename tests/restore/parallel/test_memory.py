@@ -2,6 +2,8 @@
 """Copies in memory: what a save or `remember` leaves there, and a restore from it."""
 
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from mpi_ckpt import (
     State,
     TrainState,
 )
+from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.elastic import Memory
+from mpi_ckpt.engine.restore.lent_copy import LentCopy
 from mpi_ckpt.errors import OptionsError, StageError, StateMismatchError
 from mpi_ckpt.storage.format.layout import generation_name
 from tests.ranks import assert_same, same_error
@@ -183,6 +187,111 @@ def test_a_rank_without_a_copy_is_sent_roots(comm, shared_path):
         assert manager.restore().from_memory
         # Root's, as in a generation, of a state that does not sync itself.
         assert later.seen() == {**roots, "words": b"0"}
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_a_rank_that_was_given_roots_copy_holds_it_from_then_on(comm, shared_path, lent):
+    memory = Memory("all")
+    if lent:
+        memory.lend()
+    program = Program(comm.rank, seed=comm.rank)
+    with make(shared_path, program, comm, memory) as manager:
+        manager.sync()
+        program.sums["seen"] += 1
+        manager.remember(step=2)
+        roots = program.seen()
+    is_new = comm.rank == comm.size - 1 and comm.size > 1
+    if is_new:
+        memory = Memory("all")
+    later = Program(comm.rank, seed=50)
+    with make(shared_path, later, comm, memory) as manager:
+        manager.restore()
+        assert memory.step == 2
+        # What is mapped needs no memory of its own.
+        assert (memory.arena.nbytes == 0) == (is_new and lent)
+        later.change()
+        if not is_new and comm.size > 1:
+            memory.clear()
+            memory.arena.close()
+    # All others are lost, and the new rank is the only one to know.
+    order = comm.Split(0, comm.size - comm.rank)
+    last = Program(order.rank, seed=70)
+    with make(shared_path, last, order, memory) as manager:
+        assert manager.restore().from_memory
+        with last.sums.synchronized():
+            assert last.sums["seen"] == comm.size
+        found = last.seen()
+        for name in ("weights", "moments", "array", "counters"):
+            assert found[name] == roots[name], name
+    order.Free()
+
+
+def test_a_copy_that_was_lent_gives_way_to_the_next_one(comm, shared_path):
+    memory = Memory("all")
+    memory.lend()
+    program = Program(comm.rank)
+    with make(shared_path, program, comm, memory) as manager:
+        manager.remember(step=2)
+        if comm.rank > 0:
+            memory = Memory("all")
+    later = Program(comm.rank)
+    with make(shared_path, later, comm, memory) as manager:
+        manager.restore()
+        later.change()
+        manager.remember(step=3)
+        before = later.seen()
+        later.change()
+        manager.restore()
+        assert memory.step == 3
+        assert later.seen() == before
+
+
+def test_other_memory_is_not_taken_for_the_lent_one():
+    memory = Memory("all")
+    memory.lend()
+    memory.arena.take(5000)[:3] = b"abc"
+    shared = memory.arena.shared
+    assert shared.view[:3] == b"abc"
+    offer = LentCopy(
+        shared.descriptor, shared.inode, shared.view.nbytes, (0, -1, 1), (2, 1, 2), b"x"
+    )
+    assert LentCopy.decode(offer.encode()) == offer
+    assert LentCopy.decode(b"null") is None
+
+    alone = SimpleNamespace(root=0, visible={0: Presence.own()})
+    assert [*map(bytes, offer.take(alone))] == [b"ab", b"x", b"bc"]
+    assert replace(offer, inode=offer.inode + 1).take(alone) is None
+    assert replace(offer, nbytes=1 << 40).take(alone) is None
+    alone.visible = {}
+    assert offer.take(alone) is None
+
+
+@pytest.mark.parametrize("holders", ["root", "all"])
+def test_a_rank_without_memory_for_a_copy_goes_on_without(
+    comm, shared_path, holders, monkeypatch, caplog
+):
+    if comm.size == 1:
+        pytest.skip("root holds the copy")
+    memory = Memory(holders)
+    program = Program(comm.rank)
+    with make(shared_path, program, comm, memory) as manager:
+        manager.remember(step=2)
+        before = program.seen()
+        program.change()
+        if comm.rank > 0:
+            memory.clear()
+
+        def none_left(_):
+            raise OSError(12, "Cannot allocate memory")
+
+        if comm.rank == 1:
+            monkeypatch.setattr(memory.arena, "take", none_left)
+        assert manager.restore().from_memory
+        assert {**program.seen(), "own": before["own"]} == before
+        holds = comm.rank == 0 or (holders == "all" and comm.rank > 1)
+        assert memory.step == (2 if holds else None)
+    said = "holds none until the next save" in caplog.text
+    assert said == (comm.rank == 1 and holders == "all")
 
 
 def test_fewer_ranks_go_on_from_memory(comm, shared_path):

@@ -49,17 +49,15 @@ class CutContents:
 
 
 @dataclass(frozen=True, slots=True)
-class TileCopies:
+class RememberedTiles:
     """A copy whose tiles are all in the memory of the ranks; the same on every rank.
 
     Attributes:
-        name: Name of the copy.
-        number: Its number.
+        name: Name of the copy, which begins with its number.
         states: The states with cut leaves.
     """
 
     name: str = ""
-    number: int = 0
     states: Mapping[str, CutContents] = field(default_factory=dict)
 
     def keep(self, memory: Memory) -> None:
@@ -69,13 +67,18 @@ class TileCopies:
         }
 
 
+def number_of(name: str) -> int:
+    """Return the number in the name of a copy; 0 for one without tiles. Not collective."""
+    return int(name.partition("-")[0] or 0)
+
+
 def copy_tiles(
     comm: Communicator,
     memory: Memory,
     captured: Sequence[CapturedState],
     tiles: Sequence[CapturedTiles],
     survey: TileSurvey,
-) -> TileCopies:
+) -> RememberedTiles:
     """Copy the tiles that each rank would write into its memory, and another rank's.
 
     Collective. Main thread only. The tiles of the last copy stay, so that a rank that is
@@ -103,9 +106,10 @@ def copy_tiles(
             name: [structures[name], [leaf.spec.to_json() for leaf in leaves]]
             for name, leaves in survey.joined.leaves.items()
         }
-        return [os.urandom(8).hex(), 1 + (0 if last is None else last.number), states]
+        number = 1 + (0 if last is None else last.number)
+        return [f"{number}-{os.urandom(8).hex()}", states]
 
-    name, number, states = on_root(comm, _DOING, head, error=StageError)
+    name, states = on_root(comm, _DOING, head, error=StageError)
     own = agree(comm, _DOING, lambda: _pack(comm.rank, tiles), error=StageError)
     shares = [own]
     if comm.size > 1 and memory.holders == "all":
@@ -117,7 +121,7 @@ def copy_tiles(
         state: CutContents(structure, tuple([as_leaf_spec(*spec) for spec in specs]))
         for state, (structure, specs) in states.items()
     }
-    return TileCopies(name, number, contents)
+    return RememberedTiles(name, contents)
 
 
 def _pack(rank: int, tiles: Sequence[CapturedTiles]) -> TileShare:

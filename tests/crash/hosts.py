@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs that save to hosts: recorded, and started again on one host of what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpi_ckpt import Local
+from mpi_ckpt.errors import CheckpointError
+from tests.crash.crashes import ROOT, Scenario, assert_explained
+from tests.crash.recorder import merge
+from tests.crash.world import Saved, Training, leftovers, scratch
+from tests.launch import run_job
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.crash.recorder import Op
+
+RECORD_HOSTS = str(Path(__file__).parent / "programs" / "record_hosts.py")
+HOSTS = ("host0", "host1")
+
+
+class Killed(Exception):
+    """Ends a job without its last steps, as a kill does."""
+
+
+@contextlib.contextmanager
+def ignoring_kills() -> Iterator[None]:
+    with contextlib.suppress(Killed):
+        yield
+
+
+def place(sandbox: Path) -> str:
+    return f"{sandbox}/local/{{host}}"
+
+
+def local_level(sandbox: Path) -> Local:
+    return Local(place(sandbox), copies=2, keep=2, reserve=0)
+
+
+@functools.cache
+def recorded_on_hosts(way: str) -> list[Op]:
+    """Return what two hosts do in local saves, in saves to the directory and a rescue."""
+    sandbox = scratch()
+    try:
+        out = sandbox / "records"
+        disk = sandbox / "disk"
+        disk.mkdir()
+        outcome = run_job(2, [RECORD_HOSTS, str(disk), str(out), way], timeout=100)
+        assert outcome.code == 0, outcome.text
+        ops = merge(json.loads(out.read_text()))
+        assert_explained(Scenario(way, {}, ops), disk)
+        return ops
+    finally:
+        shutil.rmtree(sandbox)
+
+
+def saves_on_hosts(way: str) -> Scenario:
+    saves = [Saved.of(step) for step in range(1, 9)]
+    return Scenario(f"two hosts, {way}", {}, recorded_on_hosts(way), saves=saves)
+
+
+def judge_host(host: str, sandbox: Path, saves: Sequence[Saved], acked: int) -> str | None:
+    """Start again on one host alone, as a crash left its disk and the directory.
+
+    Each host has all of a generation, as there are two copies on two hosts. Returns what
+    `world.judge` does.
+    """
+    name, socket.gethostname = socket.gethostname, lambda: host
+    try:
+        with Training(sandbox / ROOT, local=local_level(sandbox)) as training:
+            try:
+                found = training.restore()
+            except CheckpointError as error:
+                return f"NONE {error}"
+            except ValueError as error:
+                return f"WRONG {error}"
+            if found is None and acked >= 0:
+                return f"NONE nothing found, {saves[acked]} was acknowledged"
+            if found is not None and found not in saves:
+                return f"WRONG {found} is none of {saves}"
+            if found is not None and saves.index(found) < acked:
+                return f"LOST {found} came back, {saves[acked]} was acknowledged"
+            return _go_on(training, sandbox, host)
+    finally:
+        socket.gethostname = name
+
+
+def _go_on(training: Training, sandbox: Path, host: str) -> str | None:
+    training.move(900)
+    if not training.manager.save(900, level="local").wait().generation:
+        return "STUCK a local save fails"
+    training.plain.value = b""
+    if training.restore() != Saved.of(900):
+        return "STUCK the next save does not come back"
+    training.manager.wait()  # also for what is pruned behind the training
+    homes = list((sandbox / "local" / host).iterdir())
+    # A run that nobody has entered into the lineage leaves a folder that nobody uses.
+    left = [name for home in homes for name in leftovers(home) if len(homes) == 1]
+    if left:
+        return f"LEFTOVER {left}"
+    return None

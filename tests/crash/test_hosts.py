@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Power cuts and kills in saves to hosts: each host alone goes on from the last one kept.
+
+Two hosts with disks of their own save, blocking or behind the training, to themselves and
+to the directory, go on twice, and are rescued. A power cut leaves any state of both disks
+and of the directory; a kill leaves all that was done.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from tests.crash.crashes import empty, quiet_scratch
+from tests.crash.hosts import HOSTS, judge_host, saves_on_hosts
+from tests.crash.replay import Model, crash_images, image_digest, write_image
+from tests.draws import JUDGED, SEED, STRESS, TIMES
+
+WAYS = ("blocking", "asynchronous")
+STATES = 5000 if STRESS else 120 * TIMES
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(1800 if STRESS else 300 * TIMES)]
+
+
+def judge(scenario, states):
+    """Start again on each host in each state; return what is wrong."""
+    wrong = []
+    with quiet_scratch() as sandbox:
+        for done, image in states:
+            JUDGED.add(image_digest(image))
+            for host in HOSTS:
+                empty(sandbox)
+                write_image(image, sandbox)
+                acked = scenario.acked_after(done)
+                fault = judge_host(host, sandbox, scenario.saves, acked)
+                if fault is not None:
+                    last = scenario.ops[done - 1] if done else "nothing"
+                    wrong.append(f"{fault} on {host}, after operation {done} ({last})")
+    return wrong
+
+
+def draw(scenario, rng, count):
+    """Return some of the states that a power cut may leave, with the moment of each."""
+    images = crash_images(scenario.base, scenario.ops, rng, samples=2)
+    distinct = {}
+    for done, _, image in images:
+        key = frozenset(image.items()), scenario.acked_after(done)
+        distinct.setdefault(key, (done, image))
+    states = list(distinct.values())
+    return rng.sample(states, min(count, len(states)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_power_cuts_of_all_hosts(way):
+    scenario = saves_on_hosts(way)
+    states = draw(scenario, random.Random(SEED), STATES)
+    assert len(states) == STATES or STRESS
+    wrong = judge(scenario, states)
+    assert not wrong, "\n".join(wrong[:10])
+
+
+@pytest.mark.parametrize("forgotten", ["sync_dir", "sync_file"])
+def test_a_save_that_does_not_sync_on_a_host_is_found(forgotten):
+    scenario = saves_on_hosts("blocking")
+    ops = [
+        op
+        for op in scenario.ops
+        if op.kind != forgotten or not op.path.startswith("local/host0/")
+    ]
+    bad = replace(scenario, ops=ops)
+    wrong = judge(bad, draw(bad, random.Random(SEED), 40))
+    assert any(line.startswith(("LOST", "NONE")) for line in wrong)
+    assert not any("on host1" in line for line in wrong)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_kills_between_any_two_changes_of_names(way):
+    scenario = saves_on_hosts(way)
+    names = {"rename", "unlink", "rmdir", "link"}
+    moments = [
+        done for done, op in enumerate(scenario.ops) if op.kind in names
+    ]  # before each of them
+    assert sum(scenario.ops[done].kind == "rename" for done in moments) >= 20
+    if way == "blocking" and not STRESS and TIMES == 1:
+        moments = moments[::2]
+    model, states, applied = Model(scenario.base), [], 0
+    for done in moments:
+        for op in scenario.ops[applied:done]:
+            model.apply(op)
+        applied = done
+        states.append((done, model.seen()))
+    wrong = judge(scenario, states)
+    assert not wrong, "\n".join(wrong[:10])

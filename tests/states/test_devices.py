@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of copies from and to a device, against a stand-in that works late."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import tracemalloc
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from mpi_ckpt import devices
+from mpi_ckpt.devices import Lane, following, land
+from mpi_ckpt.digest import Digest
+from mpi_ckpt.engine.save.landing import land_leaves
+from mpi_ckpt.engine.sync.captured import digest_leaves
+from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.memory import Arena
+from mpi_ckpt.states import device_bytes
+from mpi_ckpt.states.device_bytes import DeviceBuffer
+from mpi_ckpt.states.tensors import tensor_leaf
+from mpi_ckpt.target import Target
+from tests.stand_in import StandIn, install
+
+CHUNK = 4096
+
+
+@pytest.fixture(params=["late", "hasty"])
+def device(request, monkeypatch):
+    device = StandIn(hasty=request.param == "hasty")
+    yield install(device, monkeypatch, chunk_bytes=CHUNK)
+    assert device.faults == []
+
+
+def numbers(count):
+    return torch.arange(count, dtype=torch.float32)
+
+
+def elsewhere(work):
+    """Do work on another thread, whose current stream is another."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def trained_late(device, count=5000):
+    """Return a leaf whose last step the device has not done, and what it will hold."""
+    weights = device.tensor(numbers(count))
+    with device.on(device.stream()):
+        device.work(lambda: weights.mul_(3))
+        leaf = tensor_leaf("weights", weights)
+    return leaf, (numbers(count) * 3).numpy().tobytes()
+
+
+def copied(leaf):
+    target = memoryview(bytearray(leaf.spec.nbytes))
+    leaf.buffer.copy_to(target)
+    return bytes(target)
+
+
+READS = {
+    "read": lambda leaf: bytes(leaf.buffer.read()),
+    "read_all": lambda leaf: bytes(leaf.buffer.read_all([leaf.buffer])[0]),
+    "copy_to": copied,
+    "pieces": lambda leaf: b"".join(map(bytes, leaf.buffer.pieces())),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_the_bytes_are_those_after_the_work_given_before(device, read):
+    leaf, expected = trained_late(device)
+    assert elsewhere(lambda: read(leaf)) == expected
+
+
+def test_work_given_later_is_not_waited_for(device):
+    leaf, expected = trained_late(device)
+    with device.on(device.stream()):
+        device.work(lambda: pytest.fail("done, though nobody waits for it"))
+    assert elsewhere(lambda: copied(leaf)) == expected
+
+
+def no_wait(device, monkeypatch):
+    monkeypatch.setattr(device, "wait", lambda stream, event: None)
+
+
+def event_of_the_wrong_stream(device, monkeypatch):
+    monkeypatch.setattr(device, "current", lambda _: device.stream())
+
+
+def no_end_of_a_copy(device, monkeypatch):
+    monkeypatch.setattr(devices, "_landed", lambda flying: iter(flying.popleft()[0]))
+
+
+def one_half(device, monkeypatch):
+    monkeypatch.setattr(device_bytes, "cycle", lambda both: itertools.cycle(both[:1]))
+
+
+def halves_filled_early(device, monkeypatch):
+    real = devices._chunks
+
+    def all_at_once(copies):
+        yield [copy for group in real(copies) for copy in group]
+
+    monkeypatch.setattr(devices, "_chunks", all_at_once)
+
+
+def nothing_kept(device, monkeypatch):
+    real = device_bytes.DeviceBuffer._copy
+
+    def drop(buffer, source, target, data):
+        copy = real(buffer, source, target, data)
+        copy.begin()
+        return copy._replace(begin=lambda: None)
+
+    monkeypatch.setattr(device_bytes.DeviceBuffer, "_copy", drop)
+
+
+@pytest.mark.parametrize(
+    ("hasty", "read", "plant"),
+    [
+        (False, "copy_to", no_wait),
+        (True, "copy_to", no_wait),
+        (False, "copy_to", event_of_the_wrong_stream),
+        (True, "pieces", event_of_the_wrong_stream),
+        (False, "copy_to", no_end_of_a_copy),
+        (False, "pieces", no_end_of_a_copy),
+        (True, "pieces", one_half),
+        (True, "pieces", halves_filled_early),
+        (False, "pieces", nothing_kept),
+    ],
+)
+def test_the_stand_in_shows_a_wrong_order(monkeypatch, hasty, read, plant):
+    device = install(StandIn(hasty=hasty), monkeypatch, chunk_bytes=CHUNK)
+    plant(device, monkeypatch)
+    leaf, expected = trained_late(device)
+    assert READS[read](leaf) != expected or device.faults
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 2048, 5000])
+def test_every_length_passes_in_both_ways(device, count):
+    leaf = tensor_leaf("x", device.tensor(numbers(count)))
+    for read in READS.values():
+        assert read(leaf) == numbers(count).numpy().tobytes()
+    other = device.tensor(torch.zeros(count))
+    tensor_leaf("x", other).buffer.write(memoryview(numbers(count).numpy()).cast("B"))
+    assert torch.equal(other, numbers(count))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 4, 5)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.complex64])
+def test_shapes_and_dtypes_pass(device, shape, dtype):
+    value = torch.ones(shape, dtype=dtype)
+    leaf = tensor_leaf("x", device.tensor(value))
+    expected = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert copied(leaf) == expected
+    cleared = device.tensor(torch.zeros(shape, dtype=dtype))
+    tensor_leaf("x", cleared).buffer.write(memoryview(expected))
+    assert torch.equal(cleared, value)
+
+
+def test_strided_tensors_pass(device):
+    base = device.tensor(numbers(600))
+    turned = base.view(20, 30).t()[::2]
+    device.work(lambda: base.add_(1))
+    leaf = tensor_leaf("x", turned)
+    expected = (numbers(600) + 1).view(20, 30).t()[::2].contiguous().numpy().tobytes()
+    for read in READS.values():
+        assert read(leaf) == expected
+    leaf.buffer.write(memoryview(bytes(len(expected))))
+    assert not turned.any()
+
+
+def test_parts_of_a_tile_come_from_the_device(device):
+    leaf, _ = trained_late(device)
+    part = leaf.buffer.part((slice(10, 20),))
+    assert isinstance(part, DeviceBuffer)
+    assert bytes(part.read()) == (numbers(5000) * 3)[10:20].numpy().tobytes()
+    assert part.host_bytes() is None
+    assert part.view() is None
+
+
+def test_one_event_for_all_leaves_of_a_capture(device):
+    tensors = [device.tensor(numbers(10)) for _ in range(50)]
+    with following():
+        leaves = [tensor_leaf(str(n), tensor) for n, tensor in enumerate(tensors)]
+        # Work that the capture itself gives the device.
+        device.work(lambda: [tensor.neg_() for tensor in tensors])
+    assert device.events == 1
+    assert {copied(leaf) for leaf in leaves} == {(-numbers(10)).numpy().tobytes()}
+
+
+def test_an_early_end_waits_for_what_flies(device):
+    leaf, _ = trained_late(device)
+    target = memoryview(bytearray(leaf.spec.nbytes))
+    with closing(land(leaf.buffer.copies(target))) as landed:
+        next(landed)
+    del leaf, landed
+    gc.collect()
+    device.synchronize()  # what was still to be copied had its memory
+
+
+def test_digests_are_those_of_the_bytes(device):
+    leaves = [tensor_leaf(str(n), device.tensor(numbers(n))) for n in (0, 3, 9000, 5, 2048)]
+    sizes = np.array([leaf.spec.nbytes for leaf in leaves])
+    expected = [Digest.of(numbers(n).numpy().tobytes()) for n in (0, 3, 9000, 5, 2048)]
+    assert list(digest_leaves(leaves, sizes, threads=2)) == expected
+    places = [memoryview(bytearray(leaf.spec.nbytes)) for leaf in leaves]
+    assert land_leaves(leaves, places, digested=True) == expected
+    assert list(map(bytes, places)) == [bytes(leaf.buffer.read()) for leaf in leaves]
+    assert land_leaves(leaves, places, digested=False) == []
+
+
+def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped(device):
+    arena = Arena()
+    memory = arena.take(100_000)
+    for _ in range(3):
+        arena.pin(device)
+    assert device.pin_calls == 1
+    assert set(device.pinned.values()) == {len(memory)}
+    memory.release()
+    arena.take(500_000)  # grows: another mapping
+    assert device.pinned == {}
+    arena.pin(device)
+    assert device.pin_calls == 2
+    del arena
+    gc.collect()
+    assert device.pinned == {}
+
+
+def test_memory_that_cannot_be_pinned_serves_as_well(monkeypatch):
+    device = install(StandIn(pins=False), monkeypatch, chunk_bytes=CHUNK)
+    arena = Arena()
+    arena.take(100)
+    arena.pin(device)
+    arena.pin(device)
+    assert device.pin_calls == 1
+    arena.close()
+    leaf, expected = trained_late(device)
+    assert READS["pieces"](leaf) == expected
+    assert device.faults == []
+
+
+def test_halves_are_lent_to_one_reader_at_a_time(device):
+    leaf, expected = trained_late(device)
+    first, second = leaf.buffer.pieces(), leaf.buffer.pieces()
+    pairs = [(bytes(one), bytes(other)) for one, other in zip(first, second, strict=True)]
+    assert b"".join(one for one, _ in pairs) == expected
+    assert b"".join(other for _, other in pairs) == expected
+    calls = device.pin_calls
+    assert READS["pieces"](leaf) == expected
+    assert device.pin_calls == calls  # those of before
+
+
+def test_a_target_on_a_device_needs_no_copy_of_the_leaf(device):
+    count = 1 << 20
+    weights = device.tensor(torch.zeros(count))
+    # Work of the program before the restore, which must not come after it.
+    device.work(lambda: weights.fill_(7))
+    spec = LeafSpec("x", "F32", (count,))
+    target = Target(spec, tensor_leaf("x", weights))
+    data = numbers(count).numpy().tobytes()
+    tracemalloc.start()
+    for start in range(0, len(data), 1000):
+        target.put(start, memoryview(data)[start : start + 1000])
+    target.finish()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(data) // 4
+    assert torch.equal(weights, numbers(count))
+
+
+def test_a_half_on_the_way_to_a_device_is_not_filled_again(monkeypatch):
+    """The stand-in would show it: copies to it are made when somebody waits."""
+    device = install(StandIn(), monkeypatch, chunk_bytes=CHUNK)
+    finish = device.finish
+    monkeypatch.setattr(device, "finish", lambda event: None)
+    weights = device.tensor(torch.zeros(5000))
+    tensor_leaf("x", weights).buffer.write(memoryview(numbers(5000).numpy()).cast("B"))
+    monkeypatch.setattr(device, "finish", finish)
+    device.synchronize()
+    assert not torch.equal(weights, numbers(5000))
+
+
+def test_lanes_are_the_same_for_all_threads(device):
+    weights = device.tensor(numbers(3))
+    lane = Lane.of(device, weights.device)
+    assert elsewhere(lambda: Lane.of(device, weights.device)) is lane
