@@ -201,7 +201,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         Raises:
             CheckpointError: On every rank, if any fails; that rank then holds no copy.
         """
-        self._saver.finish()
+        self._saver.finish_pending()
         self._saver.remember(self._step if step is None else step)
 
     def restore(
@@ -251,7 +251,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         if (report := restore.report) is not None:
             self._step = report.step
             self._pinned = None if only is None else report.generation
-            self._steps.restart()
+            self._steps.note_restored(report, args[-1])
         self._session.observer.note_restore(report)
         restore.report_resize(on_resize)
         return report
@@ -274,8 +274,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         """
         self._step += 1
         actions = self._steps.decide(self._step)
-        if actions.stop or actions.finish:
-            self._saver.finish()
+        self._local.go_on(actions)
         if actions.stop:
             self._steps.note_stop(self.save(metrics=metrics).wait())
         elif actions.save:

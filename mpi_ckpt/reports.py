@@ -63,6 +63,10 @@ class SaveReport:
             ``"host"`` (the loss of a host), ``"power"`` (a power cut of all hosts),
             ``"site"`` (a later job on other hosts).
         local_failures: How many local saves in a row have failed.
+        copied_from: Number of the local generation that hosts have copied to the directory;
+            0 if the ranks have written it.
+        lag: Steps that the training had gone on by the time a copy was in the directory.
+        skipped: Due saves to the directory that were left out because a copy was under way.
     """
 
     generation: int
@@ -79,6 +83,9 @@ class SaveReport:
     level: Literal["directory", "local"] = "directory"
     survives: frozenset[str] = frozenset()
     local_failures: int = 0
+    copied_from: int = 0
+    lag: int = 0
+    skipped: int = 0
 
     def wait(self) -> SaveReport:
         """Return this report: ``save().wait()`` works whether the save blocks or not."""

@@ -10,6 +10,7 @@ ranks, one part each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import RegistrationError, StageError
@@ -92,13 +93,29 @@ class Capture:
         StageError: On the calling rank, if two leaves have one name.
     """
 
-    __slots__ = ("leaves", "structure")
-
     def __init__(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
         self.structure = structure
         self.leaves = tuple(leaves)
         if len({leaf.spec.name for leaf in self.leaves}) != len(self.leaves):
             raise StageError("two leaves of a state have one name")
+
+    # Cached: a state of the same arrays as before may return the same object again.
+    @cached_property
+    def cut(self) -> tuple[Leaf, ...]:
+        """The leaves that are cut over the ranks. Not collective."""
+        return tuple([leaf for leaf in self.leaves if leaf.tiles is not None])
+
+    @cached_property
+    def whole(self) -> tuple[Leaf, ...]:
+        """The other leaves. Not collective."""
+        if not self.cut:
+            return self.leaves
+        return tuple([leaf for leaf in self.leaves if leaf.tiles is None])
+
+    @cached_property
+    def whole_specs(self) -> tuple[LeafSpec, ...]:
+        """Their specs. Not collective."""
+        return tuple([leaf.spec for leaf in self.whole])
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +180,12 @@ class LeafState(State):
         self.sync_mode: SyncMode = sync
         self._form = Form(())
 
-    def form_of(self, leaves: Sequence[Leaf]) -> Form:
+    def form_of(self, specs: tuple[LeafSpec, ...]) -> Form:
         """Return the form of captured leaves; the previous object, if it is equal.
 
         Not collective. Called by the manager.
         """
-        specs = tuple([leaf.spec for leaf in leaves])
-        if specs != self._form.specs:
+        if specs is not self._form.specs and specs != self._form.specs:
             self._form = Form(specs)
         return self._form
 

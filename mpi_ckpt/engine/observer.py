@@ -244,6 +244,11 @@ def describe_save(report: SaveReport) -> str:
             f"kept generation {report.generation}, step {report.step}, on the hosts: "
             f"{bytes_text(report.bytes_written)} written, {_timed(report.seconds)}"
         )
+    if report.copied_from:
+        text = f"saved generation {report.generation}, step {report.step}, from the hosts: "
+        text += f"{bytes_text(report.bytes_written)} copied, {_timed(report.seconds)}; "
+        text += f"{report.lag} steps behind the training, {report.skipped} due saves left "
+        return f"{text}out; {report.kept} kept"
     text = f"saved generation {report.generation}, step {report.step}, {_by(report.size)}: "
     text += f"{bytes_text(report.bytes_written)} written, "
     text += f"{bytes_text(report.bytes_reused)} reused, {_timed(report.seconds)}; "

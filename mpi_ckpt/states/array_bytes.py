@@ -42,6 +42,7 @@ _NAMES = {
     "complex64": "C64",
     "complex128": "C128",
 }
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 # Types of JAX and TensorFlow, if the program has imported them.
 _ML_NAMES = {
     "bfloat16": "BF16",
@@ -200,12 +201,14 @@ def write_alike(arrays: Sequence[NDArray[Any]], data: memoryview) -> bool:
     if not many:
         return False
     dtype, shape = many[0].dtype, many[0].shape
-    alike = set(map(attrgetter("dtype", "shape"), many)) == {(dtype, shape)}
-    can_write = all(map(attrgetter("flags.writeable"), many))
-    if not (alike and can_write and shape and dtype in LITTLE):
+    alike = set(map(_SHAPE, many)) == {shape} and set(map(_DTYPE, many)) == {dtype}
+    if not (alike and shape and dtype in LITTLE):
         return False
     rows = np.frombuffer(data, dtype).reshape(len(many), *shape)
-    deque(map(setitem, many, repeat(...), rows), maxlen=0)
+    try:
+        deque(map(setitem, many, repeat(...), rows), maxlen=0)
+    except ValueError:  # one is read-only: written one by one, it is raised with the name
+        return False
     return True
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,8 @@ class ArrayState(LeafState):
                 f"state {self.name!r} cannot be saved:\n    " + "\n    ".join(problems),
                 problems=problems,
             )
+        if leaves is self._known.leaves:
+            return self._known.capture
         return Capture(None, leaves)
 
     def prepare(
@@ -255,7 +258,12 @@ class _KnownArrays:
         self._arrays = values if is_kept else []
         self._dtypes = list(map(_DTYPE, self._arrays))
         self._shapes = list(map(_SHAPE, self._arrays))
-        self._leaves = tuple(leaves) if is_kept else ()
+        self.leaves = tuple(leaves) if is_kept else ()
+
+    @cached_property
+    def capture(self) -> Capture:
+        """Their capture."""
+        return Capture(None, self.leaves)
 
     def find(self, arrays: Mapping[str, Any]) -> Sequence[Leaf] | None:
         """Return the leaves of arrays; None if any of them has changed, or is not known.
@@ -274,4 +282,4 @@ class _KnownArrays:
             and list(map(_DTYPE, values)) == self._dtypes
             and list(map(_SHAPE, values)) == self._shapes
         )
-        return self._leaves if is_known else None
+        return self.leaves if is_known else None

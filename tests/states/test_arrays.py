@@ -239,3 +239,19 @@ def test_every_array_that_is_no_bytes_is_named():
     with pytest.raises(StageError) as caught:
         ArrayState("s", arrays).capture()
     assert [text.partition(":")[0] for text in caught.value.problems] == ["a", "b"]
+
+
+def test_the_same_arrays_have_the_same_capture_until_one_changes():
+    arrays = {name: np.zeros(4) for name in ("a", "b")}
+    state = ArrayState("s", arrays)
+    state.capture()
+    first = state.capture()
+    arrays["a"][:] = 3  # a value: a leaf refers to it
+    assert state.capture() is first
+    assert bytes(first.leaves[0].buffer.read()) == np.full(4, 3.0).tobytes()
+    state.arrays["b"] = np.ones(4)
+    second = state.capture()
+    assert second is not first
+    assert bytes(second.leaves[1].buffer.read()) == np.ones(4).tobytes()
+    state.arrays["b"].shape = (2, 2)
+    assert state.capture().whole_specs[1].shape == (2, 2)

@@ -61,6 +61,7 @@ class DirectoryCopy:
     Attributes:
         source: As given.
         nbytes: Bytes that this rank copies, once it has begun.
+        share: They are this share of all bytes.
     """
 
     def __init__(self, session: Session, source: LocalSource) -> None:
@@ -71,6 +72,7 @@ class DirectoryCopy:
         self._job = ""
         self._mine: list[StoredFile] = []
         self.nbytes = 0
+        self.share = 0.0
 
     def begin(self) -> None:
         """Begin a generation on root, and deal out the files to the hosts that hold them.
@@ -96,7 +98,8 @@ class DirectoryCopy:
         if manifest is not None:
             pairs = zip(manifest.files, sources, strict=True)
             self._mine = [file for file, rank in pairs if rank == comm.rank]
-        self.nbytes = sum(file.nbytes for file in self._mine)
+            self.nbytes = sum(file.nbytes for file in self._mine)
+            self.share = self.nbytes / max(1, sum(file.nbytes for file in manifest.files))
 
     def copy(self, bucket: TokenBucket | None = None) -> None:
         """Copy this host's files, each block proven. Not collective. On any thread; no MPI.

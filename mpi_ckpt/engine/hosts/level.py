@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import on_root
+from mpi_ckpt.engine.hosts.drain import Drain
 from mpi_ckpt.engine.hosts.opening import list_hosts, open_homes, refuse_moved
 from mpi_ckpt.engine.hosts.placement import count_copies
 from mpi_ckpt.errors import CheckpointError, OptionsError, RestoreError, SaveError
@@ -81,6 +82,7 @@ class HostLevel:
         failures: How many saves in a row have failed.
         is_durable: Whether no host keeps its generations in memory.
         reported: The losses last reported.
+        drain: Copies generations to the directory; None if the ranks write there.
         survey: How cut leaves lay on the ranks at the last save; None for none.
         tile_memory: Memory for the files of tiles of an asynchronous save, on leaders.
     """
@@ -97,6 +99,7 @@ class HostLevel:
         self.failures = 0
         self.is_durable = False
         self.reported = ""
+        self.drain = None if local.drain is None else Drain(local.drain)
         self.survey: HostSurvey | None = None
         self.tile_memory = Arena()
         self._unusable: Mapping[str, str] = {}
@@ -227,6 +230,11 @@ class HostLevel:
         self._go_to(origin)
         self.failures = 0
         self.kept = [*self.kept, origin.number][-self.local.keep :]
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """The local generations that must stay on the hosts. Not collective."""
+        return (*self.kept, *(self.drain.needed if self.drain else ()))
 
     def note_published(self, generation: int) -> None:
         """Note a generation in the directory. Not collective: called on every rank."""

@@ -13,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree
+from mpi_ckpt.engine.hosts.directory_copy import LocalSource
 from mpi_ckpt.engine.hosts.host_tiles import describe_tiles, survey_hosts
 from mpi_ckpt.engine.hosts.level import HostNames
 from mpi_ckpt.engine.hosts.part_forms import compare_parts, parts_on_hosts
@@ -59,6 +60,7 @@ class LocalSave:
         step: Training step to note.
         metrics: The program's metrics.
         clock: Started with the call of the save.
+        is_copied: Whether it is to be copied to the directory once it is kept.
 
     Attributes:
         step: The training step.
@@ -77,9 +79,11 @@ class LocalSave:
         step: int,
         metrics: Mapping[str, float] | None,
         clock: PhaseClock,
+        is_copied: bool = False,
     ) -> None:
         self._session = session
         self._level = level
+        self._is_copied = is_copied
         self._workshop = workshop
         self._begun = begun
         self._contents = LocalContents((), (), step, dict(metrics or {}))
@@ -167,11 +171,16 @@ class LocalSave:
                 copies.pass_on(None)
 
         agree(self._session.comm, "staging a local save", copy, error=SaveError)
-        if writer is not None:
-            run = self._workshop.background.submit if options.asynchronous else run_here
-            self.work = run(lambda: writer.write(clock))
+        if writer is not None and options.asynchronous:
+            self.work = self._workshop.background.submit(lambda: self._write_behind(writer))
+        elif writer is not None:
+            self.work = run_here(lambda: writer.write(clock))
         elif copies is not None and not options.asynchronous:
             self.work = run_here(lambda: copies.pass_on(None))
+
+    def _write_behind(self, writer: ShareWriter) -> None:
+        with self._session.watch_behind(self._clock, "saving to hosts"):
+            writer.write(self._clock)
 
     def publish(self) -> None:
         """Agree on how the writing ended; let each leader name the generation, if well.
@@ -200,6 +209,7 @@ class LocalSave:
             return
         self._level.note_kept(placed.origin)
         self._conclude(placed.origin.number, placed.nbytes)
+        self._begin_copy(placed)
 
     def prune(self) -> None:
         """Remove generations beyond those that are kept; report the save. Not collective.
@@ -207,11 +217,11 @@ class LocalSave:
         In the background. Every rank knows by now that all hosts have the new one.
         """
         level, report = self._level, self.report
-        kept, home = tuple(level.kept), level.home
+        kept, home = level.needed, level.home
         is_kept = report is not None and report.generation > 0
         if report is not None and is_kept:
             self._session.observer.note_save(report)
-        if is_kept and home is not None and len(kept) >= level.local.keep:
+        if is_kept and home is not None and len(level.kept) >= level.local.keep:
             self._workshop.background.submit(lambda: home.keep_only(kept))
 
     def fail(self, error: CheckpointError) -> None:
@@ -227,6 +237,8 @@ class LocalSave:
         if self._session.comm.is_broken:
             raise error
         self._level.failures += 1
+        if self._level.drain is not None and self._is_copied:
+            self._level.drain.is_owed = True
         if self._session.comm.is_root:
             _log_failure(self.step, self._level, error)
         self._conclude(0, 0)
@@ -237,6 +249,17 @@ class LocalSave:
             self._conclude(0, 0)
         assert self.report is not None
         return self.report
+
+    def _begin_copy(self, placed: Placed) -> None:
+        """Begin to copy the generation to the directory, if it is to be. Collective."""
+        drain, plan = self._level.drain, placed.plan
+        if drain is None:
+            return
+        manifest = None if plan is None else plan.manifest
+        drain.note_kept(LocalSource(placed.origin, self.step, manifest))
+        if self._is_copied:
+            self._workshop.background.join()  # it may still remove old generations
+            drain.begin(self._session, self._workshop)
 
     def _conclude(self, number: int, nbytes: int) -> None:
         """Make the report, and let go of the contents."""

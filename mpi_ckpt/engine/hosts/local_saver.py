@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.steps.stepping import Steps
+    from mpi_ckpt.engine.steps.stepping import StepActions, Steps
     from mpi_ckpt.reports import SaveReport
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,11 @@ class LocalSaver:
                 'save(level="local") needs a manager that was given local=Local(...), a '
                 "sync, and all states"
             )
-        saver.finish()
+        saver.finish_pending()
+        drain = level.drain
+        if drain is not None:
+            drain.raise_failure()
+        is_copied = drain is not None and not level.is_off and drain.take_wish()
         self._steps.restart_local()
         with session.watch("saving to hosts") as clock:
             apart = partial(parts_on_hosts, session)
@@ -81,12 +85,18 @@ class LocalSaver:
             begun = saver.registry.begin("beginning a save", None, work, error=SaveError)
             states, shop = begun.result, saver.workshop
             save = LocalSave(
-                *(session, level, shop, states), step=step, metrics=metrics, clock=clock
+                *(session, level, shop, states),
+                step=step,
+                metrics=metrics,
+                clock=clock,
+                is_copied=is_copied,
             )
             if level.is_off:
                 return save.settled()
             save.sync()
             self._attempt(save, level)
+            if is_copied:
+                saver.durations.note_save(clock.seconds()["total"])
             if save.report is None and session.options.asynchronous:
                 saver.pending = PendingSave(session.comm, save, "local")
                 return saver.pending
@@ -94,6 +104,27 @@ class LocalSaver:
                 save.publish()
                 save.prune()
             return save.settled()
+
+    def go_on(self, actions: StepActions) -> None:
+        """Finish what all ranks have written or copied by this step.
+
+        Collective. Before a stop a copy to the directory is given up: the last save comes
+        in its place, and at once.
+
+        Args:
+            actions: What the ranks have agreed to do at this step.
+
+        Raises:
+            CheckpointError: On every rank, if a pending save has failed, or another job has
+                taken over the directory.
+        """
+        drain = None if self._session.hosts is None else self._session.hosts.drain
+        if actions.stop or actions.finish:
+            self._saver.finish_pending()
+        if drain is not None and actions.stop:
+            drain.give_up(self._session)
+        elif drain is not None and actions.copy:
+            drain.go_on(self._session, self._saver.workshop)
 
     def settle(self) -> None:
         """Remove the local generations of a training that has ended well. Collective."""

@@ -9,14 +9,15 @@ import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.pacing import parse_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Local"]
+__all__ = ["LOCAL_ENVIRONMENT", "Local"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class Local:
         keep: How many generations stay on the hosts.
         reserve: Bytes that must stay free on the file system, and of memory if that is a
             tmpfs; a save that would leave less fails.
+        drain: Bytes per second at which all hosts together copy a due save of the directory
+            from their generations, behind the training. None: the ranks write it
+            themselves.
         lost: What a restore does if the hosts of a newer generation are gone: ``"warn"``
             and go on from an older one, or ``"raise"``.
 
@@ -53,6 +57,7 @@ class Local:
     domain: Callable[[str], str] | None = field(default=None, kw_only=True, repr=False)
     keep: int = field(default=2, kw_only=True)
     reserve: int = field(default=1 << 30, kw_only=True)
+    drain: float | None = field(default=None, kw_only=True)
     lost: Literal["warn", "raise"] = field(default="warn", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -84,6 +89,10 @@ class Local:
                     f"reserve is {self.reserve!r}: at least 0 bytes",
                 ),
                 (
+                    self.drain is None or _is_above_0(self.drain),
+                    f"drain is {self.drain!r}: above 0 bytes per second, or None",
+                ),
+                (
                     self.lost in ("warn", "raise"),
                     f"lost is {self.lost!r}: warn or raise",
                 ),
@@ -95,6 +104,30 @@ class Local:
                 "these values of Local cannot be used:\n  " + "\n  ".join(faults),
                 problems=faults,
             )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Local | None:
+        """Make it from ``MPI_CKPT_LOCAL*`` variables; None if they name no path.
+
+        Not collective. Thread-safe. docs/local.md lists the variables.
+
+        Raises:
+            OptionsError: On every rank that calls, if a value cannot be read or used, or
+                there are others without ``MPI_CKPT_LOCAL``.
+        """
+        given: dict[str, Any] = {}
+        faults: list[str] = []
+        for variable, (name, parse) in LOCAL_ENVIRONMENT.items():
+            if environ.get(variable):
+                try:
+                    given[name] = parse(environ[variable])
+                except (ValueError, OverflowError) as error:
+                    faults.append(f"{variable}={environ[variable]!r}: {error}")
+        if (given or faults) and not environ.get("MPI_CKPT_LOCAL"):
+            faults.append("MPI_CKPT_LOCAL, the path on each host, is not set")
+        if faults:
+            raise OptionsError("\n  ".join(faults), problems=faults)
+        return cls(given.pop("path"), **given) if given else None
 
     @property
     def wanted_copies(self) -> int | None:
@@ -123,5 +156,32 @@ class Local:
         return repr(self)
 
 
+def _parse_every(text: str) -> int | timedelta:
+    every = parse_interval(text)
+    if every == "auto":
+        raise ValueError("steps (50) or seconds (60s)")
+    return every
+
+
+def _parse_copies(text: str) -> int | Literal["all"]:
+    return "all" if text == "all" else int(text)
+
+
+LOCAL_ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "MPI_CKPT_LOCAL": ("path", str),
+    "MPI_CKPT_LOCAL_EVERY": ("every", _parse_every),
+    "MPI_CKPT_LOCAL_COPIES": ("copies", _parse_copies),
+    "MPI_CKPT_LOCAL_KEEP": ("keep", int),
+    "MPI_CKPT_LOCAL_DRAIN": ("drain", float),
+    "MPI_CKPT_LOCAL_RESERVE": ("reserve", int),
+    "MPI_CKPT_LOCAL_LOST": ("lost", str),
+}
+"""Variable -> (argument of `Local`, parser): drives `Local.from_env` and the docs."""
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_above_0(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -7,12 +7,14 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.errors import SaveError
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BUCKET_BYTES = 64 << 20
+
+
+class Stopped(Exception):
+    """The end of bytes that pass: they are no longer wanted."""
 
 
 class TokenBucket:
@@ -45,7 +47,7 @@ class TokenBucket:
         """Wait until so many bytes may have passed.
 
         Raises:
-            SaveError: On the calling rank, if it was stopped.
+            Stopped: On the calling rank, if it was stopped.
         """
         now = self._clock()
         filled = self._tokens + (now - self._filled_at) * self._rate
@@ -54,7 +56,7 @@ class TokenBucket:
             seconds = min(-self._tokens / self._rate, threading.TIMEOUT_MAX)
             self._pause(self._is_open, seconds)
         if self._is_stopped:
-            raise SaveError("the copy was given up")
+            raise Stopped
 
     def open(self) -> None:
         """Let all that comes pass at once."""

@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 # The training goes first where all cores are busy; a save then takes what it leaves.
 _NICENESS = 5
 
+NICENESS_OF_COPIES = 19
+"""A copy behind the training has time: it takes next to nothing from a busy core."""
+
 
 class Background:
     """Runs pieces of file work one after the other. Used from the main thread.
@@ -30,21 +33,32 @@ class Background:
         exit_seconds: How long the interpreter waits at exit.
         give_up: Called after that time: ends the process, which could not end by itself.
             None: waits without a limit.
+        stop: Called when the interpreter or the owner ends: the work should end soon. None:
+            it is finished.
+        niceness: Of the thread, and of the threads that it starts.
     """
 
     def __init__(
-        self, exit_seconds: float = 600.0, give_up: Callable[[], None] | None = None
+        self,
+        exit_seconds: float = 600.0,
+        give_up: Callable[[], None] | None = None,
+        stop: Callable[[], None] | None = None,
+        niceness: int = _NICENESS,
     ) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._futures: list[Future[Any]] = []
         self._exit_seconds = exit_seconds if give_up is not None else None
         self._give_up = give_up
+        self._stop = stop
+        self._niceness = niceness
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Run work after all work submitted before. Not collective."""
         if self._pool is None:
             _finish_at_exit()
-            self._pool = ThreadPoolExecutor(1, "mpi_ckpt-save", _give_way)
+            self._pool = ThreadPoolExecutor(
+                1, "mpi_ckpt-save", _give_way, (self._niceness,)
+            )
         try:
             future = self._pool.submit(work)
         except RuntimeError:
@@ -52,7 +66,7 @@ class Background:
             return run_here(work)
         self._futures = [future for future in self._futures if not future.done()]
         self._futures.append(future)
-        _UNDER_WAY[future] = (self._exit_seconds, self._give_up)
+        _UNDER_WAY[future] = (self._exit_seconds, self._give_up, self._stop)
         future.add_done_callback(_forget)
         return future
 
@@ -77,6 +91,8 @@ class Background:
         Returns:
             Whether the thread has ended. If not, it ends with its work.
         """
+        if self._stop is not None:
+            self._stop()
         pool, self._pool = self._pool, None
         ended = self.join(seconds)
         if pool is not None:
@@ -84,8 +100,10 @@ class Background:
         return ended
 
 
-# Unfinished work -> how long to wait for it at exit, and what to call after that.
-_UNDER_WAY: dict[Future[Any], tuple[float | None, Callable[[], None] | None]] = {}
+# Unfinished work -> how long to wait for it at exit, what to call after that, and before.
+_UNDER_WAY: dict[
+    Future[Any], tuple[float | None, Callable[[], None] | None, Callable[[], None] | None]
+] = {}
 os.register_at_fork(after_in_child=_UNDER_WAY.clear)  # the thread is not in the child
 
 _waits_at_exit = False
@@ -104,17 +122,19 @@ def _finish_at_exit() -> None:
 
 
 def _wait_at_exit() -> None:
-    for future, (seconds, give_up) in list(_UNDER_WAY.items()):
+    for future, (seconds, give_up, stop) in list(_UNDER_WAY.items()):
+        if stop is not None:
+            stop()
         wait([future], seconds)
         if give_up is not None and not future.done():
             give_up()
 
 
-def _give_way() -> None:
+def _give_way(niceness: int) -> None:
     """Lower the priority of the calling thread, and of the threads that it starts."""
     if sys.platform == "linux":  # elsewhere priorities are those of whole processes
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def _forget(future: Future[Any]) -> None:

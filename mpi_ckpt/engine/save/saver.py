@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import abort_job, member_of
-from mpi_ckpt.engine.save.background import Background
+from mpi_ckpt.engine.save.background import NICENESS_OF_COPIES, Background
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
@@ -46,6 +46,7 @@ class Workshop:
     Attributes:
         arena: Memory for the copies of an asynchronous save.
         background: Root's thread, or another writer's.
+        copying: Copies what hosts keep to the directory, beside other saves.
         durations: The times that saves have taken.
         sync_log: Logs what syncs have changed.
         survey: How cut leaves lay on the ranks at the last save; None for none.
@@ -54,6 +55,7 @@ class Workshop:
 
     arena: Arena
     background: Background
+    copying: Background
     durations: Durations
     sync_log: SyncLog
     survey: TileSurvey | None = None
@@ -84,8 +86,13 @@ class Saver:
         how = options.abort_on_error
         end_job = partial(_end_job, member_of(session.comm, how)) if how else None
         background = Background(options.deadline_seconds, end_job)
+        drain = None if session.hosts is None else session.hosts.drain
+        stop = None if drain is None else drain.stop
+        copying = Background(
+            options.deadline_seconds, end_job, stop, niceness=NICENESS_OF_COPIES
+        )
         self.durations = Durations()
-        self.workshop = Workshop(Arena(), background, self.durations, SyncLog())
+        self.workshop = Workshop(Arena(), background, copying, self.durations, SyncLog())
         self.pending: PendingSave | None = None
 
     @property
@@ -105,6 +112,9 @@ class Saver:
             SaveError: On every rank, if the pending save failed, or the options forbid
                 another.
         """
+        if self.pending and self.pending.level == "local":
+            self.finish_pending()  # it may begin a copy
+        self._finish_copy()
         asynchronous = self._session.options.asynchronous
         pending = self.pending
         # A pending save to the hosts is no reason to leave out one to the directory.
@@ -121,7 +131,7 @@ class Saver:
             # the next save comes after that.
             self._finish_pending()
         else:
-            self.finish()
+            self.finish_pending()
         return None
 
     def begin(
@@ -260,6 +270,22 @@ class Saver:
         copy_into(memory, comm, request, threads, late=False, tiles=tiles)
 
     def finish(self) -> None:
+        """Finish the pending save and a copy from the hosts: nothing is under way then.
+
+        Collective.
+
+        Raises:
+            SaveError: On every rank, if either has failed.
+        """
+        self.finish_pending()
+        self._finish_copy()
+
+    def _finish_copy(self) -> None:
+        drain = None if self._session.hosts is None else self._session.hosts.drain
+        if drain is not None:
+            drain.finish(self._session, self.workshop)
+
+    def finish_pending(self) -> None:
         """Finish the pending save; root's thread is idle afterwards.
 
         Collective.
@@ -294,6 +320,10 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is not None and not pending.finished:
             pending.leave()
+        # A copy that is not finished is given up: the next start removes its files.
+        if not self.workshop.copying.close(self._session.options.deadline_seconds):
+            logger.error("a copy is still under way, and is not waited for any longer")
+            return False
         if not self.workshop.background.close(self._session.options.deadline_seconds):
             logger.error("a save is still under way, and is not waited for any longer")
             return False

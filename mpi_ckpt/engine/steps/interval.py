@@ -86,7 +86,7 @@ class Interval:
         self._planned_after = self._durations.notes
         seconds = best_interval(
             stall,
-            self._durations.durable_seconds or 0.0,
+            max(self._durations.durable_seconds or 0.0, self._durations.copied_seconds),
             self.failures.mtbf_seconds,
             auto.overhead,
         )
@@ -122,6 +122,7 @@ class Durations:
         notes: Number of notes about saves; changes whenever the values below may change.
         stall_seconds: How long a save usually stops the training; None before the first.
         durable_seconds: The longest time until a save is durable; None before the first.
+        copied_seconds: How long the last copy from the hosts took; 0 before the first.
         step_seconds: Recent average duration of a step.
         last_step_seconds: Duration of the last step.
     """
@@ -134,6 +135,7 @@ class Durations:
         self.notes = 0
         self.stall_seconds: float | None = None
         self.durable_seconds: float | None = None
+        self.copied_seconds = 0.0
         self.step_seconds = 0.0
         self.last_step_seconds = 0.0
 
@@ -155,6 +157,14 @@ class Durations:
         self._durable.append(seconds)
         self.notes += 1
         self.durable_seconds = max(self._durable)
+
+    def note_copied(self, seconds: float) -> None:
+        """Note how long a copy from the hosts to the directory took, behind the training.
+
+        A save does not take as long: its rate is not limited.
+        """
+        self.notes += 1
+        self.copied_seconds = seconds
 
     def note_step(self, now: float) -> None:
         """Note the end of a step.

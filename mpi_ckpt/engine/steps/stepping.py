@@ -22,13 +22,17 @@ from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
 from mpi_ckpt.reports import StopReport
 
 if TYPE_CHECKING:
+    from mpi_ckpt.choice import Choice
+    from mpi_ckpt.engine.hosts.drain import Drain
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.reports import SaveReport
+    from mpi_ckpt.reports import RestoreReport, SaveReport
 
 logger = logging.getLogger(__name__)
 
-_STOP, _DUE, _WRITING, _LONG, _LOCAL = 1, 2, 4, 8, 16
+_STOP, _DUE, _WRITING, _LONG, _LOCAL, _COPYING, _TRY, _FAILED = (
+    1 << bit for bit in range(8)
+)
 
 _REASONS_MAX = 4
 
@@ -47,6 +51,7 @@ class StepActions:
         remember: A copy in memory is due, and no save is being written from the previous
             one.
         local: A save to the hosts is due, and no save is pending once ``finish`` was done.
+        copy: All hosts have copied a generation to the directory, or should try again.
     """
 
     stop: bool
@@ -54,6 +59,7 @@ class StepActions:
     finish: bool
     remember: bool
     local: bool
+    copy: bool
 
 
 class Steps:
@@ -83,12 +89,14 @@ class Steps:
         self._local = Interval(local, saver.durations)
         self._is_local_due = False
         self._turn = 0  # the number of saves and restores so far
-        self._posted_in = 0
+        self._posted_in = (0, 0)
         self._is_long = False
         self._is_agreed = False
         self._reason = ""
         self._why = ""
         self._has_warned_of_displaced = False
+        self._counted = 0  # steps since the last save or restore
+        self._has_warned_of_lost = False
         self._guard.is_heeded = False
 
     @property
@@ -131,10 +139,36 @@ class Steps:
         self._warn_of_displaced()
         self._interval.restart()
         self.restart_local()
+        if (drain := self._drain) is not None:
+            drain.note_written()
+
+    def note_restored(self, report: RestoreReport, choice: Choice) -> None:
+        """Note that a restore has ended; warn once if it undid steps. Not collective.
+
+        Args:
+            report: Its report.
+            choice: What the program has asked for.
+        """
+        # From memory a recovery goes back; what was asked for by number was meant.
+        is_told = self._has_warned_of_lost or report.from_memory or not choice.is_newest
+        if self._counted and self._session.comm.is_root and not is_told:
+            self._has_warned_of_lost = True
+            logger.warning(
+                "restore() went to step %d of generation %d: %d steps that step() has "
+                "counted since the last save or restore are undone. If that was not meant, "
+                "call restore() once, before the training; to go back without this "
+                "warning, restore(generation=%d)",
+                report.step,
+                report.generation,
+                self._counted,
+                report.generation,
+            )
+        self.restart()
 
     def restart_local(self) -> None:
         """Note that a save to the hosts begins. Not collective. No save is pending."""
         self._turn += 1
+        self._counted = 0
         self._local.restart()
         self._is_local_due = False
         self._saver.durations.restart_step(time.monotonic())
@@ -151,6 +185,7 @@ class Steps:
             CollectiveError: On every live rank, if a rank never arrives or is in another
                 call.
         """
+        self._counted += 1
         self._saver.durations.note_step(time.monotonic())
         self._session.observer.note_step(step, self._interval.next_due(step))
         self._guard.is_heeded = True
@@ -158,25 +193,30 @@ class Steps:
         if self._vote.is_posted:
             flags, turn = self._vote.take().flags, self._posted_in
         else:
-            flags, turn = self._vote.exchange(self._flags()).flags, self._turn
+            flags, turn = self._vote.exchange(self._flags()).flags, self._turns
         self._agree_to_stop(wanted=bool(flags & _STOP))
         self._is_long = bool(flags & _LONG)
         # A vote from before the last save cannot decide on the next save, or on whether it
         # is written. The turn is the same on every rank.
-        is_fresh = turn == self._turn
+        is_fresh = turn[0] == self._turn
         memory, pending = self._session.memory, self._saver.pending is not None
         finish = pending and is_fresh and not flags & _WRITING
-        # A local save that is due waits for the pending one, not the training for both.
+        # A local save that is due waits for the pending one, not the training for both;
+        # but one that is due in the directory is of this step, with its metrics.
         self._is_local_due |= self._local.is_due_at(step)
         self._is_local_due |= is_fresh and bool(flags & _LOCAL)
+        is_due = self._interval.is_due_at(step) or (is_fresh and bool(flags & _DUE))
+        is_due = self._is_due_in_directory(step, is_due=is_due)
         hosts = self._session.hosts
         is_on = hosts is not None and not hosts.is_off
+        is_wanted = self._drain is not None and self._drain.is_wanted
         return StepActions(
             stop=self._is_agreed,
-            save=self._interval.is_due_at(step) or (is_fresh and bool(flags & _DUE)),
+            save=is_due,
             finish=finish,
             remember=memory is not None and memory.is_due(step) and not pending,
-            local=is_on and self._is_local_due and (finish or not pending),
+            local=is_on and self._is_local_due and (finish or not pending or is_wanted),
+            copy=self._must_go_on_copying(flags, is_fresh=turn[1] == self._turns[1]),
         )
 
     def go_on(self) -> None:
@@ -187,7 +227,7 @@ class Steps:
         self._saver.durations.restart_step(time.monotonic())
         if not self._is_long and not self._is_agreed:
             self._vote.post(self._flags())
-            self._posted_in = self._turn
+            self._posted_in = self._turns
 
     def note_stop(self, report: SaveReport) -> None:
         """Log why the job stops, and what it has saved. Not collective.
@@ -230,6 +270,45 @@ class Steps:
         if self._vote.is_posted and self._session.comm.can_meet():
             self._vote.take()
 
+    @property
+    def _drain(self) -> Drain | None:
+        return None if self._session.hosts is None else self._session.hosts.drain
+
+    @property
+    def _turns(self) -> tuple[int, int]:
+        """Numbers of the saves and restores, and of the copies, so far."""
+        return self._turn, 0 if self._drain is None else self._drain.turn
+
+    def _is_due_in_directory(self, step: int, *, is_due: bool) -> bool:
+        """Return whether to save to the directory; hosts may copy what they keep instead.
+
+        Not collective: the same on every rank.
+        """
+        hosts, drain = self._session.hosts, self._drain
+        if drain is None or hosts is None:
+            return is_due
+        drain.step = step
+        if drain.is_owed or (is_due and hosts.is_off):
+            return True
+        if is_due and not drain.is_wanted:
+            self._interval.restart()
+            if drain.is_busy:
+                drain.note_skipped(self._session, step)
+            else:
+                drain.is_wanted = self._is_local_due = True
+        return False
+
+    def _must_go_on_copying(self, flags: int, *, is_fresh: bool) -> bool:
+        drain = self._drain
+        if drain is None:
+            return False
+        if drain.is_under_way:
+            if is_fresh and flags & _FAILED:
+                drain.stop()  # the others need not copy the rest
+                return True
+            return is_fresh and not flags & _COPYING
+        return drain.is_busy and is_fresh and bool(flags & _TRY)
+
     def _agree_to_stop(self, *, wanted: bool) -> bool:
         """Note that all ranks must stop, and find out why; return whether this is new."""
         if self._is_agreed or not wanted:
@@ -260,6 +339,10 @@ class Steps:
 
     def _flags(self) -> int:
         flags = _STOP * self.must_stop + _WRITING * self._saver.is_writing
+        if (drain := self._drain) is not None:
+            is_root = self._session.comm.is_root
+            flags |= _COPYING * drain.is_copying | _FAILED * drain.has_failed
+            flags |= _TRY * (is_root and drain.must_try)
         if self._requests is not None:
             durations = self._saver.durations
             flags |= _LONG * (durations.last_step_seconds >= _LONG_STEP_SECONDS)

@@ -98,12 +98,8 @@ def capture_own_parts(states: Iterable[RankedState], *, cut: bool) -> list[Captu
 def _capture(state: LeafState, capture: Callable[[], Capture]) -> CapturedState:
     with concerning(f"state {state.name!r}"):
         captured = capture()
-        leaves = captured.leaves
-        cut = tuple([leaf for leaf in leaves if leaf.tiles is not None])
-        if cut:
-            leaves = tuple([leaf for leaf in leaves if leaf.tiles is None])
-        form = state.form_of(leaves)
-    return CapturedState(state, captured.structure, leaves, form, cut=cut)
+        form = state.form_of(captured.whole_specs)
+    return CapturedState(state, captured.structure, captured.whole, form, cut=captured.cut)
 
 
 def digest_states(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:

@@ -224,7 +224,7 @@ def _capture(
         more = zip(named[1:], of_rank[1:], strict=True)
         for at, (spec, digest) in enumerate(more, start=1):
             leaves.append(coming.expect(rank, (number, at), mine.name, spec, digest))
-    form = state.form_of(leaves)
+    form = state.form_of(tuple([leaf.spec for leaf in leaves]))
     structure = state.form(len(heads))
     return CapturedState(state, structure, tuple(leaves), form, Digests.of(digests))
 

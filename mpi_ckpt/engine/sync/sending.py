@@ -79,16 +79,19 @@ def send_leaves(
 def _send_small(
     comm: Communicator, buckets: Sequence[Sequence[Leaf]], deferred: Deferred
 ) -> None:
-    """Send small leaves, a few buckets at a time, through the same memory."""
-    memory = memoryview(bytearray(_AT_ONCE * _BUCKET_BYTES if buckets else 0))
+    """Send small leaves, a few buckets at a time; receive through the same memory."""
+    receives = bool(buckets) and not comm.is_root
+    memory = memoryview(bytearray(_AT_ONCE * _BUCKET_BYTES if receives else 0))
     for start in range(0, len(buckets), _AT_ONCE):
         batch = buckets[start : start + _AT_ONCE]
         lengths = [sum([leaf.spec.nbytes for leaf in bucket]) for bucket in batch]
         ends = accumulate(lengths, initial=0)
         places = [memory[first:last] for first, last in pairwise(ends)]
         if comm.is_root:
-            for bucket, place in zip(batch, places, strict=True):
-                place[:] = _read(bucket, len(place), deferred)
+            places = [
+                _read(bucket, nbytes, deferred)
+                for bucket, nbytes in zip(batch, lengths, strict=True)
+            ]
         bcast_buffers(comm, places, _DOING)
         if not comm.is_root:
             deferred.attempt(partial(_store, batch, places))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ObjectState
+from mpi_ckpt import target as memory_of_leaf
 from mpi_ckpt.engine.restore import host_memory, transport
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.memory import SharedMemory
@@ -181,13 +182,13 @@ def test_damage_sends_all_back_and_nothing_of_it_is_stored(
             file.write(b"\xff" * 8)
     peers.Barrier()
     stored = []
-    real = transport.copy_bytes
+    real = memory_of_leaf.copy_bytes
 
     def watched(source, target):
         stored.append(b"\xff" * 8 in bytes(source))
         real(source, target)
 
-    monkeypatch.setattr(transport, "copy_bytes", watched)
+    monkeypatch.setattr(memory_of_leaf, "copy_bytes", watched)
     report = restored(shared_path, peers, 1.0)
     assert report.generation == 1
     assert not any(stored)
