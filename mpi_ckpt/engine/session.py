@@ -229,15 +229,16 @@ class Session:
         self.timeline.flush()
 
     @contextmanager
-    def watch_behind(self, clock: PhaseClock) -> Iterator[None]:
+    def watch_behind(self, clock: PhaseClock, doing: str = "saving") -> Iterator[None]:
         """Warn if a save in the background makes no progress. Not collective.
 
         Args:
             clock: The save's clock.
+            doing: What it is, as given to `watch`.
         """
-        self.observer.resume("saving", clock)
+        self.observer.resume(doing, clock)
         try:
-            with self._watchdog("saving", lambda: None, clock), without_collections():
+            with self._watchdog(doing, lambda: None, clock), without_collections():
                 yield
         finally:
             self.observer.pause(clock)

@@ -90,7 +90,10 @@ def suspects(said: str, hosts: Collection[str]) -> set[str]:
 
 
 class HostBook:
-    """Records which hosts have failed.
+    """Records which hosts have failed, and which have survived the last attempt.
+
+    Survivors come first, in the order of the list: what they keep on their disks then need
+    not be read from the directory.
 
     A host that was missing from the list and is back starts without failures: it was
     probably repaired.
@@ -107,6 +110,7 @@ class HostBook:
         self._warn = warn
         self._failures: Counter[str] = Counter()
         self._last: Sequence[Host] | None = None
+        self._survivors: frozenset[str] = frozenset()
 
     @property
     def is_known(self) -> bool:
@@ -132,9 +136,15 @@ class HostBook:
         names = {host.name for host in hosts}
         for gone in [name for name in self._failures if name not in names]:
             del self._failures[gone]
-        return [host for host in hosts if self._failures[host.name] <= FAILURES_FORGIVEN]
+        usable = [h for h in hosts if self._failures[h.name] <= FAILURES_FORGIVEN]
+        return sorted(usable, key=lambda host: host.name not in self._survivors)
+
+    def note_used(self, names: Collection[str]) -> None:
+        """Note the hosts of an attempt."""
+        self._survivors = frozenset(names)
 
     def blame(self, names: Collection[str]) -> list[str]:
         """Note failed hosts; return those that are now left out."""
+        self._survivors -= frozenset(names)
         self._failures.update(names)
         return sorted(n for n in names if self._failures[n] > FAILURES_FORGIVEN)

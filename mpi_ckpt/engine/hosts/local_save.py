@@ -171,11 +171,16 @@ class LocalSave:
                 copies.pass_on(None)
 
         agree(self._session.comm, "staging a local save", copy, error=SaveError)
-        if writer is not None:
-            run = self._workshop.background.submit if options.asynchronous else run_here
-            self.work = run(lambda: writer.write(clock))
+        if writer is not None and options.asynchronous:
+            self.work = self._workshop.background.submit(lambda: self._write_behind(writer))
+        elif writer is not None:
+            self.work = run_here(lambda: writer.write(clock))
         elif copies is not None and not options.asynchronous:
             self.work = run_here(lambda: copies.pass_on(None))
+
+    def _write_behind(self, writer: ShareWriter) -> None:
+        with self._session.watch_behind(self._clock, "saving to hosts"):
+            writer.write(self._clock)
 
     def publish(self) -> None:
         """Agree on how the writing ended; let each leader name the generation, if well.

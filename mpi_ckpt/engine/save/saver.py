@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import abort_job, member_of
-from mpi_ckpt.engine.save.background import Background
+from mpi_ckpt.engine.save.background import NICENESS_OF_COPIES, Background
 from mpi_ckpt.engine.save.copies import copy_into
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
@@ -86,7 +86,9 @@ class Saver:
         background = Background(options.deadline_seconds, end_job)
         drain = None if session.hosts is None else session.hosts.drain
         stop = None if drain is None else drain.stop
-        copying = Background(options.deadline_seconds, end_job, stop)
+        copying = Background(
+            options.deadline_seconds, end_job, stop, niceness=NICENESS_OF_COPIES
+        )
         self.durations = Durations()
         self.workshop = Workshop(Arena(), background, copying, self.durations, SyncLog())
         self.pending: PendingSave | None = None

@@ -15,6 +15,7 @@ from mpi_ckpt.storage.journal import read_history
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.writing.partial import Partial
+from tests.local.cut_values import CutValues
 from tests.local.scene import Crash, Values, flip
 from tests.ranks import assert_same, same_error
 
@@ -26,10 +27,20 @@ FAST, SLOW = 1e12, 1.0
 class Training:
     """A training that steps; hosts keep every second step, every sixth is due to go on."""
 
-    def __init__(self, scene, *, drain=FAST, every=2, interval=6, hosts=None, **options):
+    def __init__(
+        self,
+        scene,
+        *,
+        drain=FAST,
+        every=2,
+        interval=6,
+        hosts=None,
+        values=Values,
+        **options,
+    ):
         scene.comm.Barrier()
         scene.on_hosts(hosts or scene.hosts)
-        self.scene, self.values = scene, Values(scene.comm)
+        self.scene, self.values = scene, values(scene.comm)
         self.reports = []
         self.manager = scene.manager(
             self.values,
@@ -109,6 +120,17 @@ def test_due_saves_reach_the_directory_from_the_hosts(scene, comm, caplog, async
     scene.wipe(*scene.hosts)
     with Training(scene, hosts=elsewhere(scene)) as training:
         assert (training.restored.level, training.restored.step) == ("directory", 12)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_state_that_is_cut_over_the_ranks_is_copied_too(scene, comm, asynchronous):
+    with Training(scene, values=CutValues, asynchronous=asynchronous) as training:
+        training.go_to(7)
+    if comm.rank == 0:
+        assert generations(scene) == {1: 6}
+    scene.wipe(*scene.hosts)
+    with Training(scene, values=CutValues, hosts=elsewhere(scene)) as training:
+        assert (training.restored.level, training.restored.step) == ("directory", 6)
 
 
 def test_newer_steps_on_hosts_come_before_an_older_copy(scene, comm):
@@ -349,9 +371,3 @@ def test_the_ranks_write_what_hosts_could_not_keep(scene, comm, monkeypatch):
         assert training.manager._session.hosts.is_off
         training.manager.wait()
         assert training.manager.last_save.step == 30
-
-
-def test_a_rate_that_is_none_is_refused(scene):
-    for rate in (0, -1.0, True, "fast"):
-        with pytest.raises(Exception, match="drain is"):
-            scene.local(drain=rate)

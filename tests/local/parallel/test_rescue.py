@@ -61,6 +61,15 @@ def test_what_is_copied_is_an_ordinary_generation(scene, comm):
     assert saves[3].generation == 2
 
 
+def test_hosts_that_are_left_have_enough_for_a_rescue(scene, comm):
+    if comm.size == 1:
+        pytest.skip("one host has no other")
+    for step, lost in enumerate(scene.hosts, 1):
+        scene.run(2 * step)
+        scene.wipe(lost)
+        assert call(scene).step == 2 * step
+
+
 def test_a_bad_copy_is_replaced_by_another_and_a_lost_one_by_none(scene, comm):
     if comm.size == 1:
         pytest.skip("one host has no other copy")

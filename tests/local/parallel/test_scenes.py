@@ -98,11 +98,39 @@ def test_lost_work_can_be_an_error(scene, comm):
     assert restored.step == 2
 
 
-def test_all_hosts_lost_are_told_of(scene, comm, caplog):
-    scene.run(3, durable=[1])
+def test_two_of_three_hosts_are_off_and_the_third_goes_on_from_the_directory(
+    scene, comm, caplog
+):
+    if comm.size != 3:
+        pytest.skip("needs three hosts")
+    scene.run(4, durable=[2], local=scene.local(copies=2))
+    for left in range(3):
+        part = comm.Split(int(comm.rank != left), comm.rank)
+        caplog.clear()
+        if comm.rank == left:
+            with caplog.at_level(logging.WARNING):
+                host = scene.hosts[left]
+                restored, _ = scene.run(0, hosts=[host] * 3, comm=part)
+            assert (restored.level, restored.step) == ("directory", 2)
+            others = [name for name in scene.hosts if name != host]
+            (told,) = [line for line in caplog.messages if "of step 4" in line]
+            assert all(name in told for name in others)
+        part.Free()
+        comm.Barrier()
+    # They are back, and nobody has gone on meanwhile.
+    restored, _ = scene.run(4)
+    assert (restored.level, restored.step) == ("local", 4)
+
+
+@pytest.mark.parametrize("durable", [[1], []])
+def test_all_hosts_lost_are_told_of(scene, comm, caplog, durable):
+    scene.run(3, durable=durable)
     with caplog.at_level(logging.WARNING):
         restored, _ = scene.run(1, hosts=[f"new{rank}" for rank in range(comm.size)])
-    assert (restored.level, restored.step) == ("directory", 1)
+    if durable:
+        assert (restored.level, restored.step) == ("directory", 1)
+    else:
+        assert restored is None
     told = [line for line in caplog.messages if "h0" in line and "are lost" in line]
     assert len(told) == (comm.rank == 0)
 
