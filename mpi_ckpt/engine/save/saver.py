@@ -279,6 +279,7 @@ class Saver:
         """
         self.finish_pending()
         self._finish_copy()
+        self.workshop.background.join()  # it may remove what the copy replaces
 
     def _finish_copy(self) -> None:
         drain = None if self._session.hosts is None else self._session.hosts.drain
