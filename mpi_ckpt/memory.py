@@ -19,7 +19,7 @@ from mpi_ckpt.errors import OptionsError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mpi_ckpt.devices import DeviceLink
+    from mpi_ckpt.devices import Lane
 
 __all__ = ["Arena", "Memory", "MemoryCopy", "SharedMemory", "TileShare", "round_up"]
 
@@ -74,17 +74,17 @@ class Arena:
         assert self._memory is not None
         return memoryview(self._memory)
 
-    def pin(self, link: DeviceLink) -> None:
+    def pin(self, lane: Lane) -> None:
         """Let devices copy to and from the memory by themselves, from now on until `close`.
 
         If the system refuses that, it is not asked again, and copies take longer.
 
         Args:
-            link: The link to the devices.
+            lane: The lane of a device that the process uses.
         """
         if self._pin is None and self._memory is not None:
             address = np.frombuffer(self._memory, np.uint8).ctypes.data
-            self._pin = Pin(link, address, len(self._memory))
+            self._pin = Pin(lane, address, len(self._memory))
             # It must not outlive the mapping, which ends after this object.
             weakref.finalize(self, self._pin.release).atexit = False
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.buckets import Readable
-    from mpi_ckpt.devices import DeviceLink
 
 # On the way to a device one half is filled while the other flies.
 _SENT_BYTES = 4 << 20
@@ -58,18 +57,16 @@ class DeviceBuffer(TensorBuffer):
         tensor: The tensor.
         owner: As for `TensorBuffer`.
         lane: The lane in which it is read, which follows what the tensor waits for.
+
+    Attributes:
+        lane: The same.
     """
 
     def __init__(
         self, tensor: torch.Tensor, owner: torch.Tensor | None, lane: Lane
     ) -> None:
         super().__init__(tensor, owner)
-        self._lane = lane
-
-    @property
-    def link(self) -> DeviceLink:
-        """The link to the device."""
-        return self._lane.link
+        self.lane = lane
 
     def view(self) -> memoryview | None:
         """Return nothing: it is no host memory."""
@@ -137,7 +134,7 @@ class DeviceBuffer(TensorBuffer):
             yield self.read()
             return
         with (
-            _two_halves(self.link) as halves,
+            _two_halves(self.lane) as halves,
             closing(land(self._halved(halves))) as landed,
         ):
             for copy in landed:
@@ -155,7 +152,7 @@ class DeviceBuffer(TensorBuffer):
             yield self._copy(source, target, data)
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor, data: memoryview) -> Copy:
-        return Copy(partial(_begin, self._lane, target, source), self._lane, data)
+        return Copy(partial(_begin, self.lane, target, source), self.lane, data)
 
     @property
     def takes_parts(self) -> bool:
@@ -178,11 +175,11 @@ class DeviceBuffer(TensorBuffer):
         """
         if not len(data):
             return
-        tensor, lane = self._tensor, self._lane
+        tensor, lane = self._tensor, self.lane
         # In the stream of the training: neither overtakes the other.
         stream = lane.link.current(lane.device)
         events: dict[int, Any] = {}
-        with _two_halves(lane.link) as halves:
+        with _two_halves(lane) as halves:
             try:
                 for number, piece in enumerate(split_blocks(data, _SENT_BYTES)):
                     half = halves[number % 2][: len(piece)]
@@ -203,7 +200,7 @@ class DeviceBuffer(TensorBuffer):
     def part(self, index: tuple[slice, ...]) -> TensorBuffer:
         """Return a box of the tensor, as `TileBuffer` says."""
         with ordinary():
-            return DeviceBuffer(self._tensor[index], self._owner, self._lane)
+            return DeviceBuffer(self._tensor[index], self._owner, self.lane)
 
     def _is_flat(self) -> bool:
         tensor = self._tensor
@@ -223,12 +220,12 @@ def _begin(lane: Lane, target: torch.Tensor, source: torch.Tensor) -> None:
 class _Halves:
     """Two chunks of host memory that the devices of a link reach by themselves."""
 
-    def __init__(self, link: DeviceLink) -> None:
-        self.link = link
+    def __init__(self, lane: Lane) -> None:
+        self.link = lane.link
         self._arena = Arena()
         nbytes = devices.CHUNK_BYTES
         memory = self._arena.take(2 * nbytes)
-        self._arena.pin(link)
+        self._arena.pin(lane)
         self.both = (memory[:nbytes], memory[nbytes : 2 * nbytes])
 
 
@@ -237,13 +234,13 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def _two_halves(link: DeviceLink) -> Iterator[tuple[memoryview, memoryview]]:
+def _two_halves(lane: Lane) -> Iterator[tuple[memoryview, memoryview]]:
     """Lend two chunks. They are kept for the next one: to pin memory takes longer."""
     with _lock:
-        found = next((one for one in _spare if one.link is link), None)
+        found = next((one for one in _spare if one.link is lane.link), None)
         if found is not None:
             _spare.remove(found)
-    halves = found or _Halves(link)
+    halves = found or _Halves(lane)
     try:
         yield halves.both
     finally:

@@ -41,6 +41,10 @@ def numbers(count):
     return torch.arange(count, dtype=torch.float32)
 
 
+def lane_of(device):
+    return Lane.of(device, torch.device("cpu"))
+
+
 def elsewhere(work):
     """Do work on another thread, whose current stream is another."""
     found = []
@@ -221,13 +225,13 @@ def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped(device):
     arena = Arena()
     memory = arena.take(100_000)
     for _ in range(3):
-        arena.pin(device)
+        arena.pin(lane_of(device))
     assert device.pin_calls == 1
     assert set(device.pinned.values()) == {len(memory)}
     memory.release()
     arena.take(500_000)  # grows: another mapping
     assert device.pinned == {}
-    arena.pin(device)
+    arena.pin(lane_of(device))
     assert device.pin_calls == 2
     del arena
     gc.collect()
@@ -238,8 +242,8 @@ def test_memory_that_cannot_be_pinned_serves_as_well(monkeypatch):
     device = install(StandIn(pins=False), monkeypatch, chunk_bytes=CHUNK)
     arena = Arena()
     arena.take(100)
-    arena.pin(device)
-    arena.pin(device)
+    arena.pin(lane_of(device))
+    arena.pin(lane_of(device))
     assert device.pin_calls == 1
     arena.close()
     leaf, expected = trained_late(device)
@@ -302,17 +306,24 @@ def test_cuda_is_asked_by_the_names_that_torch_has(monkeypatch):
     torch_here = mock.Mock(cuda=cuda)
     monkeypatch.setattr(devices, "_torch", lambda: torch_here)
     link = devices.CudaLink()
-    stream, event = mock.Mock(), mock.Mock()
+    entered = []
+    for guard in (cuda.device, cuda.stream):
+        guard.return_value = mock.MagicMock()
+    cuda.device.side_effect = lambda one: entered.append(one) or mock.MagicMock()
+    stream = mock.Mock(device="cuda:1")
 
     assert link.current("cuda:1") is cuda.current_stream.return_value
     cuda.current_stream.assert_called_once_with("cuda:1")
     assert link.make_stream("cuda:1") is cuda.Stream.return_value
-    assert link.record(stream) is stream.record_event.return_value
+    event = link.record(stream)
+    stream.record_event.assert_called_once_with(cuda.Event.return_value)
     cuda.Event.assert_called_once_with(blocking=True)
     link.wait(stream, event)
-    stream.wait_event.assert_called_once_with(event)
+    stream.wait_event.assert_called_once_with(stream.record_event.return_value)
+    assert entered == []  # these choose the device of the stream by themselves
     link.finish(event)
-    event.synchronize.assert_called_once_with()
+    stream.record_event.return_value.synchronize.assert_called_once_with()
+    assert entered == ["cuda:1"]
 
     target, source = mock.Mock(), numbers(4)
     link.copy(target, source, stream)
@@ -320,17 +331,19 @@ def test_cuda_is_asked_by_the_names_that_torch_has(monkeypatch):
     (given,), options = target.copy_.call_args
     assert torch.equal(given, source)
     assert options == {"non_blocking": True}
+    assert entered == ["cuda:1"] * 2
 
     cudart.cudaHostRegister.return_value = 0
-    assert link.pin(4096, 8192)
+    assert link.pin("cuda:1", 4096, 8192)
     cudart.cudaHostRegister.assert_called_once_with(4096, 8192, 0)
     assert not torch_here.zeros.called
     cudart.cudaHostRegister.return_value = 2
     torch_here.zeros.side_effect = RuntimeError("out of memory")  # what CUDA had kept
-    assert not link.pin(4096, 8192)
-    assert torch_here.zeros.called
-    link.unpin(4096)
+    assert not link.pin("cuda:1", 4096, 8192)
+    torch_here.zeros.assert_called_once_with(1, device="cuda:1")
+    link.unpin("cuda:1", 4096)
     cudart.cudaHostUnregister.assert_called_once_with(4096)
+    assert entered == ["cuda:1"] * 5
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def pin_for(arena: Arena, leaves: Sequence[Leaf]) -> None:
     """
     found: Any = next((leaf.buffer for leaf in leaves if is_on_device(leaf)), None)
     if found is not None:
-        arena.pin(found.link)
+        arena.pin(found.lane)
 
 
 def require_gates(leaves: Sequence[Leaf]) -> None:
