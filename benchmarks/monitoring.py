@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["SentMessages", "enable"]
 
@@ -43,7 +46,7 @@ class SentMessages:
         self._session, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
         self._size = ctypes.c_int()
         world = ctypes.c_void_p(mpi._handleof(mpi.COMM_WORLD))  # noqa: SLF001
-        calls = (
+        calls: tuple[Callable[[], Any], ...] = (
             lambda: self._mpi.MPI_T_init_thread(0, ctypes.byref(ignored)),
             lambda: self._mpi.MPI_T_pvar_get_index(_NAME, _CLASS_SIZE, ctypes.byref(index)),
             lambda: self._mpi.MPI_T_pvar_session_create(ctypes.byref(self._session)),

@@ -415,6 +415,13 @@ TARGETS: tuple[Target, ...] = (
         times(names.STALL_LOCAL, names.STALL_SYNC),
     ),
     Target(
+        "training while hosts copy to the directory at half its rate / without",
+        "drain",
+        1.03,
+        False,
+        times(names.STEPS_COPIED, names.NO_SAVES),
+    ),
+    Target(
         "stall, overlapped: ours / memcpy",
         "stall",
         0.05,

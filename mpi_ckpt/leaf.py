@@ -251,6 +251,8 @@ class Leaf:
 
     def behind(self, gate: Gate | None) -> Leaf:
         """Return the same leaf behind a gate. Not collective. Thread-safe."""
+        if gate is self.gate:
+            return self
         return Leaf(self.spec, self.buffer, gate, self.tiles, self.is_concatenated)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.cases import (
     distributed,
+    drain,
     horovod,
     local,
     memory,
@@ -36,6 +37,7 @@ CASES: dict[str, Callable[[Setting], Iterator[Group]]] = {
     "save": save.groups,
     "stall": stall.groups,
     "local": local.groups,
+    "drain": drain.groups,
     "sync": sync.groups,
     "restore": restore.groups,
     "reuse": reuse.groups,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.setting import Setting
     from mpi_ckpt import CheckpointManager, RestoreReport
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.comm.exchange import Message
+    from mpi_ckpt.comm.collectives import Message
 
 __all__ = ["groups"]
 

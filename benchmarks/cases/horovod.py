@@ -121,13 +121,12 @@ def _commits(setting: Setting) -> Group:
     copy = ceilings.WarmCopy(setting.state.values()) if setting.is_root else None
     memcpy = setting.on_root(lambda: copy and copy())
     contenders = [Contender(names.MEMCPY, memcpy, ceiling=True, durable=False)]
-    for number, (name, options) in enumerate(
-        (
-            (names.COMMIT_DURABLE, {"interval": 1}),
-            (names.COMMIT_ASYNC, {"interval": 1, "asynchronous": True}),
-            (names.COMMIT_MEMORY, {"asynchronous": True}),
-        )
-    ):
+    ways: dict[str, dict[str, Any]] = {
+        names.COMMIT_DURABLE: {"interval": 1},
+        names.COMMIT_ASYNC: {"interval": 1, "asynchronous": True},
+        names.COMMIT_MEMORY: {"asynchronous": True},
+    }
+    for number, (name, options) in enumerate(ways.items()):
         chosen: dict[str, Any] = {"retention": KeepLast(1), "preemption_signals": ()}
         beside.configure(
             setting.directory / f"commits-{number}",

@@ -74,7 +74,7 @@ def _report(manager: CheckpointManager, report: SaveReport) -> None:
 
 def _blind(manager: CheckpointManager) -> None:
     observer = manager._session.observer  # noqa: SLF001 (there is no option for it)
-    observer.note_save = lambda _: None  # type: ignore[method-assign]
+    observer.note_save = lambda report: None  # type: ignore[method-assign]  # noqa: ARG005
     observer._show = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
 
 

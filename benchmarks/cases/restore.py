@@ -41,8 +41,8 @@ def groups(setting: Setting) -> Iterator[Group]:
         return Contender(name, setting.on_root(read_all), setting.cold, ceiling=True)
 
     def direct(mebibytes: int, depth: int) -> Contender:
-        shape = {"block_bytes": mebibytes << 20, "depth": depth}
-        return raw(names.RAW_READ, partial(ceilings.read_direct, **shape))
+        read = partial(ceilings.read_direct, block_bytes=mebibytes << 20, depth=depth)
+        return raw(names.RAW_READ, read)
 
     contenders = [
         setting.fastest(names.RAW_READ, direct),

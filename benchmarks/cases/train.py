@@ -163,9 +163,12 @@ def groups(setting: Setting) -> Iterator[Group]:
         }
         directory = f"ours-{len(savers)}"
         savers[name] = setting.manager(directory, [TrainState(**parts)], **options)
-    for name, holders in ((names.COPIES, "all"), (names.COPIES_ON_ROOT, "root")):
+    memories = {
+        names.COPIES: Memory("all", every=1),
+        names.COPIES_ON_ROOT: Memory("root", every=1),
+    }
+    for name, memory in memories.items():
         state = TrainState(module=training.module, optimizer=training.optimizer)
-        memory = Memory(holders, every=1)
         directory = f"ours-{len(savers)}"
         savers[name] = Copies(setting.manager(directory, [state], memory=memory))
     savers[names.durable(names.TORCH)] = TorchSaves(setting, training)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from mpi_ckpt.cli.restart.launching import (
     launch_command,
     place,
 )
+from mpi_ckpt.cli.restart.salvage import Salvage, left_behind, salvage_command
 
 
 def test_hosts_are_read_in_the_forms_of_both_mpis_and_horovod():
@@ -83,6 +85,48 @@ def test_host_that_failed_twice_is_left_out_until_it_was_away():
     answers.append(Host("b"))
     assert [host.name for host in book.usable()] == ["a", "b"]
     assert book.blame({"a"}) == ["a"]
+
+
+def test_survivors_of_the_last_attempt_come_first():
+    answers = [Host("new"), Host("a"), Host("b"), Host("c")]
+    book = HostBook(lambda: list(answers), pytest.fail)
+    assert [host.name for host in book.usable()] == ["new", "a", "b", "c"]
+    book.note_used(["c", "a", "b"])
+    assert [host.name for host in book.usable()] == ["a", "b", "c", "new"]
+    book.blame({"b"})
+    assert [host.name for host in book.usable()] == ["a", "c", "new", "b"]
+    book.note_used(["new"])
+    assert [host.name for host in book.usable()] == ["new", "a", "b", "c"]
+
+
+def test_one_process_on_each_host_copies_what_it_keeps():
+    salvage = Salvage("/ssd/{user}", Path("/scratch/run"))
+    told = {
+        "Open MPI": "-x MPI_CKPT_NOTES -n 2 --host a:1,b:1",
+        "MPICH": "-n 2 -hosts a:1,b:1",
+        "srun": "--kill-on-bad-exit=1 --ntasks=2 --nodes=2 --nodelist=a,b",
+    }
+    for family, words in told.items():
+        launcher = Launcher(("launch",), family)
+        command = salvage_command(launcher, 8, ["a", "b"], salvage)
+        assert " ".join(command[:-6]) == f"launch {words}"
+        end = ["-m", "mpi_ckpt", "rescue", "/ssd/{user}", "/scratch/run"]
+        assert command[-5:] == end
+        alone = salvage_command(launcher, 8, [], salvage)
+        assert "8" in " ".join(alone[:-6])
+
+
+@pytest.mark.parametrize(
+    ("last", "there", "chosen", "is_behind"),
+    [
+        ("ab", "ab", "ab", False),
+        ("ab", "abc", "bc", True),
+        ("ab", "bc", "bc", False),  # a is gone: nothing can be copied from it
+        ("", "ab", "ab", False),
+    ],
+)
+def test_a_host_that_is_there_and_not_used_is_left_behind(last, there, chosen, is_behind):
+    assert left_behind(tuple(last), set(there), set(chosen)) is is_behind
 
 
 def test_last_answer_serves_while_the_source_fails():

@@ -266,6 +266,81 @@ def test_hosts_script_is_asked_before_each_attempt_and_ranks_follow(site):
     assert "--host a:2,b:2 " in site.calls()[0]
 
 
+def test_hosts_of_the_last_attempt_are_taken_before_new_ones(site):
+    script = site.script(
+        "hosts",
+        """m=$(cat "$0.asked" 2>/dev/null || echo 0); m=$((m + 1)); echo $m >"$0.asked"
+        [ $m = 1 ] || echo new:2
+        echo a:2; echo b:2""",
+    )
+    site.job("note started 0; note restored $n; [ $n = 2 ] || exit 9; note finished 9")
+    done = site.run("--hosts-script", script)
+    assert done.returncode == 0, done.stderr
+    assert [attempt["hosts"] for attempt in site.log()] == [["a", "b"], ["a", "b"]]
+
+
+def copies(site, code=0):
+    """Let the launcher note rescues instead of starting them; return the hosts of each."""
+    site.script(
+        "mpirun",
+        LAUNCHER.replace(
+            "while [", f'case "$*" in *" rescue "*) exit {code} ;; esac\nwhile [', 1
+        ),
+    )
+
+    def found():
+        lines = [line.split() for line in site.calls() if " rescue " in line]
+        assert all(
+            line[-3:] == ["rescue", "/ssd/me", f"{site.folder}/run"] for line in lines
+        )
+        return [
+            line[line.index("--host") + 1] if "--host" in line else "" for line in lines
+        ]
+
+    return found
+
+
+def test_what_a_host_keeps_is_copied_before_an_attempt_leaves_it(site):
+    (site.folder / "hosts").write_text("a:2\nb:2\nc:2\n")
+    site.job(
+        """note started 0; note restored $n
+        [ $n = 1 ] || { note finished 9; exit 0; }
+        echo "prterun noticed that process rank 3 with PID 9 on node b exited on" >&2
+        exit 137"""
+    )
+    rescued = copies(site)
+    words = ("--hostfile", site.folder / "hosts", "--rescue", "/ssd/me", "run")
+    done = site.run(*words)
+    assert done.returncode == 0, done.stderr
+    assert [attempt["hosts"] for attempt in site.log()] == [["a", "b"], ["a", "c"]]
+    assert rescued() == ["a:1,b:1"]
+    assert "copying what hosts keep" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_what_hosts_keep_is_copied_when_the_loop_gives_up(site, code):
+    site.job("note started 0; note restored 5; exit 9")
+    rescued = copies(site, code)
+    done = site.run("--rescue", "/ssd/me", "run")
+    assert done.returncode == 9
+    assert len(site.log()) == 3
+    assert rescued() == [""]
+    assert ("was not copied: the rescue ended with code 1" in done.stderr) == bool(code)
+
+
+def test_nothing_is_copied_from_hosts_that_are_gone_or_of_a_job_that_finished(site):
+    script = site.script(
+        "hosts",
+        """m=$(cat "$0.asked" 2>/dev/null || echo 0); m=$((m + 1)); echo $m >"$0.asked"
+        if [ $m = 1 ]; then echo a:4; else echo new:4; fi""",
+    )
+    site.job("note started 0; note restored $n; [ $n = 2 ] || exit 9; note finished 9")
+    rescued = copies(site)
+    done = site.run("--hosts-script", script, "--rescue", "/ssd/me", "run")
+    assert done.returncode == 0, done.stderr
+    assert rescued() == []
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [("exit 7", "code 7"), ("sleep 60", "hung"), ("echo '?'", "form host:slots")],

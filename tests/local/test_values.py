@@ -11,6 +11,7 @@ import pytest
 
 from mpi_ckpt import Local, Options
 from mpi_ckpt.engine.hosts.level import HostLevel
+from mpi_ckpt.engine.hosts.local_settings import LOCAL_ENVIRONMENT
 from mpi_ckpt.errors import OptionsError
 
 
@@ -27,6 +28,9 @@ from mpi_ckpt.errors import OptionsError
         {"keep": 0},
         {"reserve": -1},
         {"lost": "ignore"},
+        {"drain": 0},
+        {"drain": True},
+        {"drain": "fast"},
     ],
     ids=repr,
 )
@@ -40,6 +44,40 @@ def test_all_faults_are_told_at_once():
     with pytest.raises(OptionsError) as caught:
         Local("x", every=0, copies=0, keep=0)
     assert len(caught.value.problems) == 4
+
+
+def test_variables_set_it():
+    assert Local.from_env({"HOME": "/", "MPI_CKPT_INTERVAL": "5"}) is None
+    assert Local.from_env({"MPI_CKPT_LOCAL": "/ssd/{user}"}) == Local("/ssd/{user}")
+    given = {
+        "MPI_CKPT_LOCAL": "/ssd",
+        "MPI_CKPT_LOCAL_EVERY": "60s",
+        "MPI_CKPT_LOCAL_COPIES": "all",
+        "MPI_CKPT_LOCAL_KEEP": "3",
+        "MPI_CKPT_LOCAL_DRAIN": "5e8",
+        "MPI_CKPT_LOCAL_RESERVE": "0",
+        "MPI_CKPT_LOCAL_LOST": "raise",
+    }
+    assert given.keys() == LOCAL_ENVIRONMENT.keys()
+    every = timedelta(seconds=60)
+    rest = {"copies": "all", "keep": 3, "drain": 5e8, "reserve": 0, "lost": "raise"}
+    assert Local.from_env(given) == Local("/ssd", every=every, **rest)
+    assert Local.from_env({**given, "MPI_CKPT_LOCAL_EVERY": "50"}).every == 50
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"MPI_CKPT_LOCAL_EVERY": "50"}, "MPI_CKPT_LOCAL, the path"),
+        ({"MPI_CKPT_LOCAL": "ssd"}, "absolute path"),
+        ({"MPI_CKPT_LOCAL": "/x", "MPI_CKPT_LOCAL_EVERY": "auto"}, "EVERY='auto'"),
+        ({"MPI_CKPT_LOCAL": "/x", "MPI_CKPT_LOCAL_COPIES": "two"}, "COPIES='two'"),
+        ({"MPI_CKPT_LOCAL": "/x", "MPI_CKPT_LOCAL_DRAIN": "-1"}, "drain is -1.0"),
+    ],
+)
+def test_variables_that_cannot_be_used_are_refused(given, told):
+    with pytest.raises(OptionsError, match=told):
+        Local.from_env(given)
 
 
 def test_the_path_names_user_and_host():

@@ -17,6 +17,8 @@ import pytest
 from mpi4py import MPI  # noqa: F401 (a test would leave what starting it opens)
 
 import mpi_ckpt
+from mpi_ckpt import Local
+from mpi_ckpt.engine.hosts.local_settings import LOCAL_ENVIRONMENT
 from mpi_ckpt.options import ENVIRONMENT, IO, Options, StopWhen
 from tests.project import listings, rooms
 from tests.project.pages import shows, take
@@ -37,6 +39,15 @@ def test_the_options_page_names_nothing_else():
     described = [*fields(Options), *fields(IO), *fields(StopWhen)]
     assert sorted(rows) == sorted(field.name for field in described)
     assert set(re.findall(r"MPI_CKPT_\w+", text)) == set(ENVIRONMENT)
+
+
+def test_the_settings_of_local_are_in_its_page_with_their_variables():
+    text = (REPOSITORY / "docs" / "local.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", text, re.MULTILINE)
+    found = {name: re.findall(r"MPI_CKPT_\w+", cell) for name, cell in rows}
+    variables = {name: [one] for one, (name, _) in LOCAL_ENVIRONMENT.items()}
+    assert found == {one.name: variables.get(one.name, []) for one in fields(Local)}
+    assert set(re.findall(r"MPI_CKPT_LOCAL\w*", text)) == set(LOCAL_ENVIRONMENT)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

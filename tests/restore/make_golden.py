@@ -2,16 +2,18 @@
 """Writes the golden generation of a format version. Run once per version, then committed::
 
     python -m tests.restore.make_golden v1
+    mpirun -n 3 python -m tests.restore.make_golden hosts
 
-golden/v1, v3 and parts were written so by version 0.1.0 (CPython 3.11, NumPy 2.4, torch
-2.13); v2 in one process, without a job. They are not written again: every later release
-must read those very bytes.
+golden/v1, v3, parts and hosts were written so by version 0.1.0 (CPython 3.11, NumPy 2.4,
+torch 2.13); v2 in one process, without a job. They are not written again: every later
+release must read those very bytes.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+import socket
 import sys
 import tempfile
 from dataclasses import replace
@@ -24,6 +26,7 @@ from mpi4py import MPI
 
 from mpi_ckpt import (
     ArrayState,
+    Block,
     CheckpointManager,
     Local,
     ModuleState,
@@ -31,10 +34,12 @@ from mpi_ckpt import (
     Options,
     PerRankState,
     RNGState,
+    ShardedArrayState,
     State,
 )
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
+from mpi_ckpt.storage.local.lineage import read_lineage, write_lineage
 from tests.cutting import CutArray, write_cut
 from tests.making import joined, publish
 
@@ -191,5 +196,64 @@ def write_parts() -> None:
     (GOLDEN / "parts" / ".lock").unlink()
 
 
+def field() -> np.ndarray:
+    """Return the array that three ranks hold in parts."""
+    return np.arange(42, dtype=np.float64).reshape(7, 6) / 4
+
+
+def value_of(rank: int) -> dict:
+    """Return what one of three ranks has for itself."""
+    return {"rank": rank, "cache": np.full((2, rank), 0.5), "text": "x" * rank}
+
+
+def states_of(rank: int, size: int) -> list[State]:
+    """Return the states of one rank of the golden generation on hosts."""
+    first, last = 7 * rank // size, 7 * (rank + 1) // size
+    block = Block(field()[first:last].copy(), shape=(7, 6), offset=(first, 0))
+    return [
+        ArrayState("whole", whole_arrays()),
+        ShardedArrayState("field", {"rho": block}),
+        PerRankState("own", value_of(rank)),
+        Words("my/words"),
+    ]
+
+
+def write_hosts() -> None:
+    """Write the golden generation of version 3 of three ranks on two hosts: a job of 3."""
+    comm = MPI.COMM_WORLD
+    name = "host1" if comm.rank < 2 else "host2"
+    socket.gethostname = lambda: name
+    root, options = GOLDEN / "hosts", Options(preemption_signals=())
+    folder = comm.bcast(tempfile.mkdtemp())
+    local = Local(f"{folder}/{{host}}", copies=1, reserve=0)
+    manager = CheckpointManager(
+        f"{folder}/run", states_of(comm.rank, comm.size), options=options, local=local
+    )
+    assert manager.save(STEP, metrics=METRICS, level="local").generation
+    comm.Barrier()
+    if comm.rank == 0:
+        for host in ("host1", "host2"):
+            (home,) = Path(folder, host).iterdir()
+            path = home / "checkpoint-00000001"
+            copied = Path(shutil.copytree(path, root / host / path.name))
+            manifest = decode((copied / "manifest.json").read_bytes())
+            local_set = replace(manifest.local, directory="/scratch/run")
+            manifest = replace(manifest, local=local_set)
+            (copied / "manifest.json").write_bytes(encode(manifest))
+        lineage = read_lineage(Path(folder, "run"))
+        run = replace(lineage.runs[-1], path="/local/{host}")
+        write_lineage(root, lineage.with_run(run), run.job)
+        shutil.rmtree(folder)
+    comm.Barrier()
+
+
+WRITERS = {
+    "v1": write_v1,
+    "v2": write_v2,
+    "v3": write_v3,
+    "parts": write_parts,
+    "hosts": write_hosts,
+}
+
 if __name__ == "__main__":
-    {"v1": write_v1, "v2": write_v2, "parts": write_parts, "v3": write_v3}[sys.argv[1]]()
+    WRITERS[sys.argv[1]]()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -12,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from mpi_ckpt import ArrayState, ModuleState, ObjectState
+from mpi_ckpt import (
+    ArrayState,
+    Block,
+    CheckpointManager,
+    Local,
+    ModuleState,
+    ObjectState,
+    Options,
+    PerRankState,
+    ShardedArrayState,
+)
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.cutting import bytes_of, write_cut
@@ -196,6 +207,60 @@ def test_stranger_reads_the_golden_local_generation(tmp_path):
     local = new.manifest["local"]
     assert (local["hosts"], local["copies"]) == (["host1"], 1)
     assert local["holders"] == [[0]] * len(new.manifest["files"])
+
+
+@pytest.fixture
+def golden_hosts(tmp_path):
+    """Give what two hosts hold of the golden generation on them, in one folder."""
+    joined = tmp_path / "joined"
+    for host in ("host1", "host2"):
+        home = GOLDEN / "hosts" / host / "checkpoint-00000001"
+        shutil.copytree(home, joined, dirs_exist_ok=True)
+    return joined
+
+
+def test_stranger_reads_what_several_hosts_hold_together(golden_hosts):
+    found = stranger.read(golden_hosts)
+    whole, field = make_golden.whole_arrays(), make_golden.field()
+    for name, array in whole.items():
+        assert array_of(found.leaves["whole"][name]).tobytes() == array.tobytes()
+    assert array_of(found.leaves["field"]["rho"]).tobytes() == field.tobytes()
+    assert found.streams == {"my/words": TEXT}
+    assert found.structures["own"]["parts"] == 3
+    for rank in range(3):
+        cache = make_golden.value_of(rank)["cache"]
+        leaf = found.leaves["own"][f"rank-{rank:05d}/cache"]
+        assert array_of(leaf).tobytes() == cache.tobytes()
+    local = found.manifest["local"]
+    assert (local["hosts"], local["copies"]) == (["host1", "host2"], 1)
+    assert {"tiles-00000.safetensors", "tiles-00002.safetensors"} <= {
+        file["name"] for file in found.manifest["files"]
+    }
+
+
+def test_the_golden_generation_on_hosts_is_restored(golden_hosts, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(GOLDEN / "hosts" / "lineage.json", run)
+    folder = json.loads((run / "lineage.json").read_text())["lineage"]["home"]
+    shutil.copytree(golden_hosts, tmp_path / "disk" / folder / "checkpoint-00000001")
+    field, own = np.zeros((7, 6)), PerRankState("own", None)
+    block = Block(field, shape=(7, 6), offset=(0, 0))
+    whole = {name: np.zeros_like(a) for name, a in make_golden.whole_arrays().items()}
+    words = Words("my/words")
+    words.data = b""
+    states = [ArrayState("whole", whole), ShardedArrayState("field", {"rho": block}), own]
+    with CheckpointManager(
+        run,
+        [*states, words],
+        options=Options(preemption_signals=()),
+        local=Local(str(tmp_path / "disk")),
+    ) as manager:
+        report = manager.restore()
+    assert (report.level, report.step, report.saved_size) == ("local", STEP, 3)
+    np.testing.assert_array_equal(field, make_golden.field())
+    assert (own.value["rank"], words.data) == (0, TEXT)
+    assert whole["time"] == make_golden.whole_arrays()["time"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -8,6 +8,7 @@ import itertools
 import threading
 import tracemalloc
 from contextlib import closing
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -291,3 +292,63 @@ def test_lanes_are_the_same_for_all_threads(device):
     weights = device.tensor(numbers(3))
     lane = Lane.of(device, weights.device)
     assert elsewhere(lambda: Lane.of(device, weights.device)) is lane
+
+
+def test_cuda_is_asked_by_the_names_that_torch_has(monkeypatch):
+    """Without a device: what is called, in which order, with signatures of torch."""
+    cuda = mock.create_autospec(torch.cuda)
+    cudart = mock.Mock(spec=["cudaHostRegister", "cudaHostUnregister"])
+    cuda.cudart.return_value = cudart
+    torch_here = mock.Mock(cuda=cuda)
+    monkeypatch.setattr(devices, "_torch", lambda: torch_here)
+    link = devices.CudaLink()
+    stream, event = mock.Mock(), mock.Mock()
+
+    assert link.current("cuda:1") is cuda.current_stream.return_value
+    cuda.current_stream.assert_called_once_with("cuda:1")
+    assert link.make_stream("cuda:1") is cuda.Stream.return_value
+    assert link.record(stream) is stream.record_event.return_value
+    cuda.Event.assert_called_once_with(blocking=True)
+    link.wait(stream, event)
+    stream.wait_event.assert_called_once_with(event)
+    link.finish(event)
+    event.synchronize.assert_called_once_with()
+
+    target, source = mock.Mock(), numbers(4)
+    link.copy(target, source, stream)
+    cuda.stream.assert_called_once_with(stream)
+    (given,), options = target.copy_.call_args
+    assert torch.equal(given, source)
+    assert options == {"non_blocking": True}
+
+    cudart.cudaHostRegister.return_value = 0
+    assert link.pin(4096, 8192)
+    cudart.cudaHostRegister.assert_called_once_with(4096, 8192, 0)
+    assert not torch_here.zeros.called
+    cudart.cudaHostRegister.return_value = 2
+    torch_here.zeros.side_effect = RuntimeError("out of memory")  # what CUDA had kept
+    assert not link.pin(4096, 8192)
+    assert torch_here.zeros.called
+    link.unpin(4096)
+    cudart.cudaHostUnregister.assert_called_once_with(4096)
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        ([], False),
+        ([{"segment_pool_id": (0, 0)}, {}], False),
+        ([{"segment_pool_id": (0, 0)}, {"segment_pool_id": (0, 1)}], True),
+    ],
+)
+def test_a_pool_of_its_own_tells_of_a_graph(monkeypatch, segments, expected):
+    cuda = mock.create_autospec(torch.cuda)
+    monkeypatch.setattr(devices, "_torch", lambda: mock.Mock(cuda=cuda))
+    cuda.memory_snapshot.return_value = segments
+    cuda.is_initialized.return_value = True
+    cuda.is_current_stream_capturing.return_value = True
+    assert devices.keeps_graphs() is expected
+    assert devices.is_capturing()
+    cuda.is_initialized.return_value = False  # no device was used: none is asked
+    assert not devices.keeps_graphs()
+    assert not devices.is_capturing()

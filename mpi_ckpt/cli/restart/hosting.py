@@ -90,7 +90,10 @@ def suspects(said: str, hosts: Collection[str]) -> set[str]:
 
 
 class HostBook:
-    """Records which hosts have failed.
+    """Records which hosts have failed, and which have survived the last attempt.
+
+    Survivors come first: what they keep on their disks then need not be read from the
+    directory. Hosts that were complained of come last. Else the order is that of the list.
 
     A host that was missing from the list and is back starts without failures: it was
     probably repaired.
@@ -107,6 +110,8 @@ class HostBook:
         self._warn = warn
         self._failures: Counter[str] = Counter()
         self._last: Sequence[Host] | None = None
+        self._used: frozenset[str] = frozenset()
+        self._blamed: frozenset[str] = frozenset()
 
     @property
     def is_known(self) -> bool:
@@ -132,9 +137,19 @@ class HostBook:
         names = {host.name for host in hosts}
         for gone in [name for name in self._failures if name not in names]:
             del self._failures[gone]
-        return [host for host in hosts if self._failures[host.name] <= FAILURES_FORGIVEN]
+        usable = [h for h in hosts if self._failures[h.name] <= FAILURES_FORGIVEN]
+
+        def order(host: Host) -> int:
+            return 1 if host.name not in self._used else 2 * (host.name in self._blamed)
+
+        return sorted(usable, key=order)
+
+    def note_used(self, names: Collection[str]) -> None:
+        """Note the hosts of an attempt."""
+        self._used, self._blamed = frozenset(names), frozenset()
 
     def blame(self, names: Collection[str]) -> list[str]:
         """Note failed hosts; return those that are now left out."""
+        self._blamed |= frozenset(names)
         self._failures.update(names)
         return sorted(n for n in names if self._failures[n] > FAILURES_FORGIVEN)

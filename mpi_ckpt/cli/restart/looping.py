@@ -14,6 +14,7 @@ from mpi_ckpt.cli.restart.child import Child
 from mpi_ckpt.cli.restart.hosting import suspects
 from mpi_ckpt.cli.restart.launching import Host, Launcher, launch_command, place
 from mpi_ckpt.cli.restart.outcome import PREEMPTED_CODE, Ending, judge, next_move
+from mpi_ckpt.cli.restart.salvage import left_behind, salvage_command
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.notes import VARIABLE, read_notes, remove_notes
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.cli.restart.hosting import HostBook
+    from mpi_ckpt.cli.restart.salvage import Salvage
 
 LOG = "attempts.jsonl"
 
@@ -48,6 +50,7 @@ class Plan:
         stop_when_preempted: Whether the loop ends after a preemption, since a scheduler
             starts it again.
         folder: Directory of the notes and the log, which every host sees.
+        salvage: What hosts keep, to be copied to the directory; None for nothing.
     """
 
     program: tuple[str, ...]
@@ -61,6 +64,7 @@ class Plan:
     trust_code: bool
     stop_when_preempted: bool
     folder: Path
+    salvage: Salvage | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +148,7 @@ class Loop:
         self._quiet = quiet
         self._run = secrets.token_hex(4)
         self._endings: list[Ending] = []
+        self._there: frozenset[str] = frozenset()
         self.attempts: list[Attempt] = []
         self.reason = ""
 
@@ -159,6 +164,9 @@ class Loop:
             size, hosts = self._choose()
             if size == 0:
                 break
+            last = self.attempts[-1].hosts if self.attempts else ()
+            if left_behind(last, self._there, [host.name for host in hosts]):
+                self._salvage()
             ending = self._attempt(size, hosts)
             self._endings.append(ending)
             move = next_move(self._endings, plan.max_restarts, plan.backoff)
@@ -171,7 +179,30 @@ class Loop:
             if not self.reason and move.seconds:
                 self._say(f"next attempt in {move.seconds:.0f} s")
                 self._rest(move.seconds)
+        if self.reason != "finished":
+            self._salvage()
         return self.reason == "finished"
+
+    def _salvage(self) -> None:
+        """Copy what the hosts of the last attempt keep to the directory, if asked for."""
+        plan = self._plan
+        if plan.salvage is None or not self.attempts:
+            return
+        last = self.attempts[-1]
+        hosts = [name for name in last.hosts if name in self._there]
+        if last.hosts and not hosts:
+            self._say("none of the last hosts is there: what they keep is not copied")
+            return
+        self._say(f"copying what hosts keep to {plan.salvage.directory}")
+        command = salvage_command(plan.launcher, last.np, hosts, plan.salvage)
+        asked = self._requests.count
+        with Child(command, self._environ, quiet=self._quiet) as child:
+            while (code := child.wait(_POLL_SECONDS)) is None:
+                if self._requests.count > asked:
+                    asked = self._requests.count
+                    child.end()
+        if code != 0:
+            self._say(f"what hosts keep was not copied: the rescue ended with code {code}")
 
     def _choose(self) -> tuple[int, tuple[Host, ...]]:
         plan = self._plan
@@ -181,6 +212,7 @@ class Loop:
         has_said = False
         while not self.reason:
             usable = self._book.usable()
+            self._there = frozenset(host.name for host in usable)
             size, hosts = place(usable, plan.size, plan.least)
             if size:
                 return size, hosts
@@ -210,6 +242,7 @@ class Loop:
             code, hung = self._watch(child, prefix)
         notes = read_notes(prefix)
         remove_notes(prefix)
+        self._book.note_used(names)
         ending = judge(code, notes, hung=hung, trust_code=plan.trust_code)
         out: list[str] = []
         # An exception is the program's fault. Any other end may be a host's.

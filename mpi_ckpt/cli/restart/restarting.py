@@ -15,6 +15,7 @@ from mpi_ckpt.cli.doctor.machine import which
 from mpi_ckpt.cli.restart.hosting import HostBook, ask_hosts_script, parse_hosts
 from mpi_ckpt.cli.restart.launching import find_launcher
 from mpi_ckpt.cli.restart.looping import LOG, Loop, Plan, Requests
+from mpi_ckpt.cli.restart.salvage import Salvage
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
@@ -122,6 +123,13 @@ _SECONDS = click.FloatRange(min=0)
     is_flag=True,
     help="End when the job is preempted: a scheduler starts this command again.",
 )
+@click.option(
+    "--rescue",
+    "salvage",
+    metavar="LOCAL DIR",
+    type=(str, click.Path(file_okay=False, path_type=Path)),
+    help="Copy what hosts keep in LOCAL to DIR when hosts change, or the job ends early.",
+)
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     screen: Screen,
@@ -138,6 +146,7 @@ def run(
     folder: Path,
     trust_exit_code: bool,
     stop_when_preempted: bool,
+    salvage: tuple[str, Path] | None,
     program: tuple[str, ...],
 ) -> int:
     """Start PROGRAM on NP ranks; when it ends too early, start it again.
@@ -167,6 +176,7 @@ def run(
         trust_code=trust_exit_code,
         stop_when_preempted=stop_when_preempted,
         folder=folder.absolute(),
+        salvage=None if salvage is None else Salvage(salvage[0], salvage[1].absolute()),
     )
     warn = partial(screen.say, aside=True)
     book = HostBook(_source(hostfile, hosts_script, script_timeout), warn)

@@ -208,7 +208,7 @@ class Drain:
             raise failure
 
     def give_up(self, session: Session) -> None:
-        """Give up the copy that is under way: a newer save takes its place.
+        """Give up the copy that is under way, or due: a newer save takes its place.
 
         Collective.
 
@@ -219,7 +219,8 @@ class Drain:
             self.stop()
             agree(session.comm, "giving up a copy", self._await_end, error=SaveError)
             self._drop()
-        self._tries, self._is_pausing, self._failure = 0, False, None
+        self._tries, self._failure = 0, None
+        self._is_pausing = self.is_wanted = False
 
     def stop(self) -> None:
         """Let this rank copy nothing more. Not collective.

@@ -167,8 +167,7 @@ def survey_hosts(
     comm = session.comm
     leaders = [comm.topology.leaders[node] for node in comm.topology.node_of]
     before = None if previous is None else previous.ranks
-    window_bytes = session.options.io.window_bytes
-    ranks = survey_tiles(comm, captured, before, leaders, window_bytes)
+    ranks = survey_tiles(comm, captured, before, session.options, leaders)
     if previous is not None and ranks is before:
         return previous
     joined = {} if ranks.joined is None else ranks.joined.leaves

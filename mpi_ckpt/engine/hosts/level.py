@@ -82,9 +82,9 @@ class HostLevel:
         failures: How many saves in a row have failed.
         is_durable: Whether no host keeps its generations in memory.
         reported: The losses last reported.
+        drain: Copies generations to the directory; None if the ranks write there.
         survey: How cut leaves lay on the ranks at the last save; None for none.
         tile_memory: Memory for the files of tiles of an asynchronous save, on leaders.
-        drain: Copies generations to the directory; None if the ranks write there.
     """
 
     def __init__(self, local: Local, memory: Memory | None = None) -> None:
@@ -99,9 +99,9 @@ class HostLevel:
         self.failures = 0
         self.is_durable = False
         self.reported = ""
+        self.drain = None if local.drain is None else Drain(local.drain)
         self.survey: HostSurvey | None = None
         self.tile_memory = Arena()
-        self.drain = None if local.drain is None else Drain(local.drain)
         self._unusable: Mapping[str, str] = {}
         self._source: Origin | None = None
 

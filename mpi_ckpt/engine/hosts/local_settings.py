@@ -9,14 +9,15 @@ import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import OptionsError
+from mpi_ckpt.pacing import parse_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Local"]
+__all__ = ["LOCAL_ENVIRONMENT", "Local"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,30 @@ class Local:
                 problems=faults,
             )
 
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Local | None:
+        """Make it from ``MPI_CKPT_LOCAL*`` variables; None if they name no path.
+
+        Not collective. Thread-safe. docs/local.md lists the variables.
+
+        Raises:
+            OptionsError: On every rank that calls, if a value cannot be read or used, or
+                there are others without ``MPI_CKPT_LOCAL``.
+        """
+        given: dict[str, Any] = {}
+        faults: list[str] = []
+        for variable, (name, parse) in LOCAL_ENVIRONMENT.items():
+            if environ.get(variable):
+                try:
+                    given[name] = parse(environ[variable])
+                except (ValueError, OverflowError) as error:
+                    faults.append(f"{variable}={environ[variable]!r}: {error}")
+        if (given or faults) and not environ.get("MPI_CKPT_LOCAL"):
+            faults.append("MPI_CKPT_LOCAL, the path on each host, is not set")
+        if faults:
+            raise OptionsError("\n  ".join(faults), problems=faults)
+        return cls(given.pop("path"), **given) if given else None
+
     @property
     def wanted_copies(self) -> int | None:
         """How many copies are wanted; None for one in each domain."""
@@ -129,6 +154,29 @@ class Local:
     def describe(self) -> str:
         """Return the settings, which must be the same on every rank. Not collective."""
         return repr(self)
+
+
+def _parse_every(text: str) -> int | timedelta:
+    every = parse_interval(text)
+    if every == "auto":
+        raise ValueError("steps (50) or seconds (60s)")
+    return every
+
+
+def _parse_copies(text: str) -> int | Literal["all"]:
+    return "all" if text == "all" else int(text)
+
+
+LOCAL_ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "MPI_CKPT_LOCAL": ("path", str),
+    "MPI_CKPT_LOCAL_EVERY": ("every", _parse_every),
+    "MPI_CKPT_LOCAL_COPIES": ("copies", _parse_copies),
+    "MPI_CKPT_LOCAL_KEEP": ("keep", int),
+    "MPI_CKPT_LOCAL_DRAIN": ("drain", float),
+    "MPI_CKPT_LOCAL_RESERVE": ("reserve", int),
+    "MPI_CKPT_LOCAL_LOST": ("lost", str),
+}
+"""Variable -> (argument of `Local`, parser): drives `Local.from_env` and the docs."""
 
 
 def _is_integer(value: object) -> bool:

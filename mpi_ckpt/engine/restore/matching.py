@@ -126,6 +126,20 @@ class StateMatch:
         ]
         return replace(self, states=tuple(states)) if traded else self
 
+    def leaving(self, traded: Collection[LeafIndex]) -> StateMatch:
+        """Return the match with no destination for some leaves. Not collective."""
+        places = {
+            one.state.name: replace(
+                one.arrival,
+                leaves=[
+                    None if (number, at) in traded else leaf
+                    for at, leaf in enumerate(one.arrival.leaves)
+                ],
+            )
+            for number, one in enumerate(self.states)
+        }
+        return self.with_arrivals(places)
+
     def with_unexpected(self, names: Mapping[str, tuple[str, ...]]) -> StateMatch:
         """Return the match with more leaves that only the generation has. Not collective.
 

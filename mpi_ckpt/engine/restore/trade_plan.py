@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,12 @@ from mpi_ckpt.engine.restore.tile_headers import (
     read_tile_headers,
 )
 from mpi_ckpt.engine.restore.traded_parts import join_part_wants, traded_states
-from mpi_ckpt.engine.restore.wanted import LeafIndex, encode_wants, join_wants
+from mpi_ckpt.engine.restore.wanted import (
+    LeafIndex,
+    encode_wants,
+    join_wants,
+    tiles_of_files,
+)
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 
 if TYPE_CHECKING:
@@ -57,7 +63,7 @@ class Trade:
     @classmethod
     def decode(cls, data: bytes) -> Trade:
         """Return what `_plan_of_ranks` made for this rank. Not collective."""
-        head, digests, plan = _split(data)
+        head, digests, plan = split(data)
         return cls(
             RankPlan.decode(plan),
             {int(number): name for number, name in json.loads(head).items()},
@@ -114,29 +120,30 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
     comm, options = session.comm, session.options
     # Of a local generation, root has had the headers since it was opened.
     headers = TileHeaders() if found.kept else read_tile_headers(session, found)
-    mine = _joined(encode_wants(match), headers.encoded)
+    mine = joined(encode_wants(match), headers.encoded)
     gathered = gather_bytes(comm, mine, _PLANNING)
     parts: list[bytes] = []
 
     def plan() -> bytes:
         if found.reader is None or not comm.is_root:
             return b""
-        split = [_split(one) for one in gathered]
+        of_ranks = [split(one) for one in gathered]
         if found.reader.unproven and join_tile_headers(
-            found.reader, [headers for _, headers in split]
+            found.reader, [headers for _, headers in of_ranks]
         ):
             return _OUT_OF_SIGHT
         states = [matched.saved for matched in match.states]
-        wants = join_wants(found.reader, states, [wants for wants, _ in split])
+        tiles = partial(tiles_of_files, found.reader, states)
+        wants = join_wants(states, [wants for wants, _ in of_ranks], tiles)
         if options.strict:
-            _refuse_unwanted(found, wants)
+            refuse_unwanted(found, wants)
         plans = [_plan_of_ranks(session, found, wants)]
         names = [state.name for _, state in traded_states(match, comm.size)]
         if names:
             of_parts = join_part_wants(found.reader, match, comm.size)
             plans.append([json.dumps(form).encode() for form in of_parts.forms])
             plans.append(_plan_of_ranks(session, found, of_parts.wants))
-        parts.extend(_joined(*of_rank) for of_rank in zip(*plans, strict=True))
+        parts.extend(joined(*of_rank) for of_rank in zip(*plans, strict=True))
         return json.dumps([sorted(wants.leaves), wants.unwanted, names]).encode()
 
     met = meet(comm, _PLANNING, plan, error=RestoreError, encode=bytes)
@@ -150,7 +157,7 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
         error=RestoreError,
         window_bytes=options.io.window_bytes,
     )
-    of_leaves, *more = _split(mine)
+    of_leaves, *more = split(mine)
     return Trades(
         leaves=frozenset(LeafIndex(*leaf) for leaf in leaves),
         unwanted={state: tuple(names) for state, names in unwanted.items()},
@@ -161,7 +168,12 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
     )
 
 
-def _refuse_unwanted(found: OpenGeneration, wants: Wants) -> None:
+def refuse_unwanted(found: OpenGeneration, wants: Wants) -> None:
+    """Refuse to leave out saved leaves. Not collective. On root.
+
+    Raises:
+        StateMismatchError: On the calling rank, with all leaves that no rank wants.
+    """
     specs = {
         state.name: {leaf.name: leaf for leaf in state.leaves}
         for state in found.outline.states
@@ -203,7 +215,7 @@ def _plan_of_ranks(session: Session, found: OpenGeneration, wants: Wants) -> lis
                 mine.pieces.tile.tolist(), mine.pieces.number.tolist(), strict=True
             )
         ]
-        parts.append(_joined(json.dumps(files).encode(), b"".join(digests), mine.encode()))
+        parts.append(joined(json.dumps(files).encode(), b"".join(digests), mine.encode()))
     return parts
 
 
@@ -218,12 +230,14 @@ def readers_of_tiles(session: Session) -> list[int]:
     return list(ranks)
 
 
-def _joined(*parts: bytes) -> bytes:
+def joined(*parts: bytes) -> bytes:
+    """Join runs of bytes that `split` takes apart. Not collective. Thread-safe."""
     lengths = np.array([len(parts), *map(len, parts)], np.int64)
     return b"".join([lengths.tobytes(), *parts])
 
 
-def _split(data: bytes) -> list[bytes]:
+def split(data: bytes) -> list[bytes]:
+    """Return the runs of bytes that `joined` has joined. Not collective. Thread-safe."""
     count = int(np.frombuffer(data[:8], np.int64)[0])
     first = 8 * (1 + count)
     ends = np.cumsum([first, *np.frombuffer(data[8:first], np.int64)]).tolist()

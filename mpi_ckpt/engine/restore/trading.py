@@ -15,6 +15,7 @@ import numpy as np
 
 from mpi_ckpt.comm import UNTOUCHED, agree, exchange_messages
 from mpi_ckpt.decomposition.regions import elements_of
+from mpi_ckpt.engine.restore.copied_tiles import CopiedWindows, held_memories
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
 from mpi_ckpt.engine.restore.routing import route_rows
 from mpi_ckpt.engine.restore.wanted import tiles_here
@@ -26,7 +27,7 @@ from mpi_ckpt.storage.reading.read_plan import Window
 from mpi_ckpt.storage.reading.read_queue import ReadQueue, Slots
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -82,7 +83,9 @@ def trade_tiles(
             reader: FileReader = found.reader
         else:
             reader = stack.enter_context(FileReader(path, found.outline.generation))
-        trader = stack.enter_context(closing(_Trader(session, reader, trade, targets)))
+        memories = held_memories(session, found) if found.is_copy else None
+        args = session, reader, trade, targets, memories
+        trader = stack.enter_context(closing(_Trader(*args)))
         trader.sees_own_files = found.kept is not None
         for number in range(trade.plan.turns):
             turn = trade.plan.turn(number)
@@ -105,9 +108,9 @@ def trade_leaves(
     match: StateMatch,
     trades: Trades,
     deferred: Deferred,
+    progress: Progress,
     *,
     is_overwritten: bool,
-    progress: Progress,
 ) -> int:
     """Bring leaves that are cut to their places, and rows to the ranks that want them.
 
@@ -119,8 +122,8 @@ def trade_leaves(
         match: The states to restore, with this rank's destinations.
         trades: What this rank does.
         deferred: As for `trade_tiles`.
-        is_overwritten: Whether other leaves of the generation have been stored already.
         progress: As for `trade_tiles`.
+        is_overwritten: Whether other leaves of the generation have been stored already.
 
     Returns:
         Bytes read by this rank.
@@ -144,6 +147,7 @@ class _Trader:
         reader: Reads the files that the plan names.
         trade: What this rank does.
         targets: The tiles that it wants, by the plan's numbers.
+        memories: What it holds of a copy in memory, in place of files; else None.
 
     Attributes:
         sees_own_files: Whether no other rank can open the files that this one reads.
@@ -155,10 +159,12 @@ class _Trader:
         reader: FileReader,
         trade: Trade,
         targets: Sequence[TradedTile],
+        memories: Mapping[str, memoryview] | None,
     ) -> None:
         self._comm = session.comm
         self._window_bytes = session.options.io.window_bytes
         self._reader = reader
+        self._memories_held = memories
         self._trade = trade
         self._plan = plan = trade.plan
         self._targets = targets
@@ -173,7 +179,9 @@ class _Trader:
         self.sees_own_files = False
 
     @cached_property
-    def _queue(self) -> ReadQueue[None]:
+    def _queue(self) -> ReadQueue[None] | CopiedWindows:
+        if self._memories_held is not None:
+            return CopiedWindows(self._memories_held, self._windows)
         slots = Slots.of(self._windows, self._window_bytes)
         return ReadQueue(self._reader, self._windows, self._prove, slots)
 

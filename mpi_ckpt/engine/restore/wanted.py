@@ -20,7 +20,7 @@ from mpi_ckpt.decomposition.fragments import SavedTiles, WantedTiles
 from mpi_ckpt.storage.format.manifest import StoredTile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -97,18 +97,17 @@ class Wants:
 
 
 def join_wants(
-    reader: GenerationReader, states: Sequence[StateOutline], encoded: Sequence[bytes]
+    states: Sequence[StateOutline],
+    encoded: Sequence[bytes],
+    stored_tiles: Callable[[Sequence[LeafIndex]], list[tuple[int, StoredTile]]],
 ) -> Wants:
     """Join what all ranks want. Not collective. On root.
 
     Args:
-        reader: The open generation.
         states: The saved contents of the states to restore.
         encoded: What `encode_wants` returned on each rank, in rank order.
-
-    Raises:
-        CorruptGenerationError: On the calling rank, if a list of tiles is damaged.
-        ReadError: On the calling rank, if the operating system cannot read it.
+        stored_tiles: Returns the saved tiles of some leaves, each with the number of its
+            leaf among them. Its errors pass.
     """
     wants = [json.loads(one) for one in encoded]
     traded, unwanted = _traded(states, [[codes for codes, _ in one] for one in wants])
@@ -119,7 +118,7 @@ def join_wants(
         tiles = _tiles_wanted(states, of_rank, numbers)
         for at, (leaf, box) in enumerate(tiles):
             wanted.append((leaf, rank, at, box))
-    stored = _stored_tiles(reader, states, traded)
+    stored = stored_tiles(traded)
     return join_tiles(traded, specs, stored, wanted, unwanted)
 
 
@@ -229,9 +228,23 @@ def _tiles_wanted(
     return tiles
 
 
-def _stored_tiles(
+def tiles_of_files(
     reader: GenerationReader, states: Sequence[StateOutline], traded: Sequence[LeafIndex]
 ) -> list[tuple[int, StoredTile]]:
+    """Return the tiles of some leaves in a generation. Not collective. On root.
+
+    Args:
+        reader: The open generation.
+        states: The saved contents of the states to restore.
+        traded: The leaves.
+
+    Returns:
+        Each with the number of its leaf in ``traded``.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if a list of tiles is damaged.
+        ReadError: On the calling rank, if the operating system cannot read it.
+    """
     stored: list[tuple[int, StoredTile]] = []
     for number, (state, at) in enumerate(traded):
         saved = states[state]

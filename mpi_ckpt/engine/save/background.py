@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 # The training goes first where all cores are busy; a save then takes what it leaves.
 _NICENESS = 5
 
+NICENESS_OF_COPIES = 19
+"""A copy behind the training has time: it takes next to nothing from a busy core."""
+
 
 class Background:
     """Runs pieces of file work one after the other. Used from the main thread.
@@ -32,6 +35,7 @@ class Background:
             None: waits without a limit.
         stop: Called when the interpreter or the owner ends: the work should end soon. None:
             it is finished.
+        niceness: Of the thread, and of the threads that it starts.
     """
 
     def __init__(
@@ -39,18 +43,22 @@ class Background:
         exit_seconds: float = 600.0,
         give_up: Callable[[], None] | None = None,
         stop: Callable[[], None] | None = None,
+        niceness: int = _NICENESS,
     ) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._futures: list[Future[Any]] = []
         self._exit_seconds = exit_seconds if give_up is not None else None
         self._give_up = give_up
         self._stop = stop
+        self._niceness = niceness
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Run work after all work submitted before. Not collective."""
         if self._pool is None:
             _finish_at_exit()
-            self._pool = ThreadPoolExecutor(1, "mpi_ckpt-save", _give_way)
+            self._pool = ThreadPoolExecutor(
+                1, "mpi_ckpt-save", _give_way, (self._niceness,)
+            )
         try:
             future = self._pool.submit(work)
         except RuntimeError:
@@ -122,11 +130,11 @@ def _wait_at_exit() -> None:
             give_up()
 
 
-def _give_way() -> None:
+def _give_way(niceness: int) -> None:
     """Lower the priority of the calling thread, and of the threads that it starts."""
     if sys.platform == "linux":  # elsewhere priorities are those of whole processes
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def _forget(future: Future[Any]) -> None:

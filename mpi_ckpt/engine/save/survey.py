@@ -50,8 +50,8 @@ def survey_tiles(
     comm: Communicator,
     captured: Sequence[CapturedState],
     previous: TileSurvey | None,
-    writers: Sequence[int],
-    window_bytes: int,
+    options: Options,
+    writers: Sequence[int] | None = None,
 ) -> TileSurvey:
     """Find which tiles each rank writes.
 
@@ -62,8 +62,8 @@ def survey_tiles(
         comm: The communicator.
         captured: The contents of this rank.
         previous: The previous survey of this manager, if any.
-        writers: The rank that writes the tiles of each rank; the same in each survey.
-        window_bytes: Limit of the bytes in flight.
+        options: The manager's, the same in each survey.
+        writers: The rank that takes the tiles of each rank; None: as the options say.
 
     Raises:
         StageError: On every rank, if the tiles of all ranks do not make whole leaves.
@@ -73,18 +73,20 @@ def survey_tiles(
     if previous is not None and not is_other:
         return previous
     gathered = gather_bytes(comm, forms, _DOING)
+    takers = writers or _writers(comm, options)
 
     def join() -> JoinedForms | None:
-        return join_forms(gathered, comm.hosts, writers) if comm.is_root else None
+        return join_forms(gathered, comm.hosts, takers) if comm.is_root else None
 
     joined = agree(comm, _DOING, join, error=StageError)
     encoded = [] if joined is None else [one.encode() for one in joined.assignments]
-    mine = scatter_parts(comm, encoded, _DOING, error=SaveError, window_bytes=window_bytes)
+    window = options.io.window_bytes
+    mine = scatter_parts(comm, encoded, _DOING, error=SaveError, window_bytes=window)
     (has_replicas,) = any_of(comm, _DOING, bool(joined and joined.replicas))
     return TileSurvey(forms, Assignment.decode(mine), joined, has_replicas)
 
 
-def writers_of_tiles(comm: Communicator, options: Options) -> list[int]:
+def _writers(comm: Communicator, options: Options) -> list[int]:
     """Return the rank that writes the tiles of each rank. Not collective.
 
     Each rank writes its own, or with ``writers="node"`` the first rank of its host. While a
@@ -96,17 +98,23 @@ def writers_of_tiles(comm: Communicator, options: Options) -> list[int]:
 
 
 def take_tiles(
-    comm: Communicator, captured: Sequence[CapturedState], survey: TileSurvey
+    comm: Communicator,
+    captured: Sequence[CapturedState],
+    survey: TileSurvey,
+    *,
+    compared: bool = True,
 ) -> list[CapturedTiles]:
     """Return the tiles that this rank writes, after replicas were proven equal.
 
-    Collective. Main thread only. A tile that several ranks have is digested by each of
-    them, and root compares the digests: 16 bytes a tile and rank.
+    Collective if replicas are compared. Main thread only. A tile that several ranks have
+    is then digested by each of them, and root compares the digests: 16 bytes a tile and
+    rank.
 
     Args:
         comm: The communicator.
         captured: The contents of this rank.
         survey: Their survey.
+        compared: Whether to compare replicas; if not, one is as good as another.
 
     Raises:
         DivergedError: On every rank, if two ranks have different bytes for one tile.
@@ -114,7 +122,7 @@ def take_tiles(
     """
     leaves = [(one, leaf) for one in captured for leaf in one.cut]
     digests: dict[TileNumber, Digest] = {}
-    if survey.has_replicas:
+    if survey.has_replicas and compared:
         digests = _compare_replicas(comm, leaves, survey)
     taken: dict[tuple[str, bool], list[tuple[Leaf, TileEntry, Digest | None]]] = {}
     states = {one.name: one for one in captured}
