@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mpi_ckpt import devices
-from mpi_ckpt.states import device_bytes
+from mpi_ckpt.states.buffers import device_bytes
 
 
 class Event:

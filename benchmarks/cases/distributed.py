@@ -14,7 +14,7 @@ from benchmarks.harness import Contender, Group
 from benchmarks.peers.cut import available_cut
 from benchmarks.setting import sleep_until_all_come
 from mpi_ckpt.comm import exchange_messages
-from mpi_ckpt.engine.restore import trading
+from mpi_ckpt.engine.restore.cut import trading
 from mpi_ckpt.options import IO
 
 if TYPE_CHECKING:

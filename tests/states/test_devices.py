@@ -16,15 +16,15 @@ import torch
 
 from mpi_ckpt import devices
 from mpi_ckpt.devices import Lane, following, land
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.save.landing import land_leaves
 from mpi_ckpt.engine.sync.captured import digest_leaves
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.digest import Digest
+from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.states import device_bytes
-from mpi_ckpt.states.device_bytes import DeviceBuffer
+from mpi_ckpt.states.buffers import device_bytes
+from mpi_ckpt.states.buffers.device_bytes import DeviceBuffer
 from mpi_ckpt.states.tensors import tensor_leaf
-from mpi_ckpt.target import Target
 from tests.stand_in import StandIn, install
 
 CHUNK = 4096

@@ -13,7 +13,7 @@ from mpi_ckpt.engine.restore.lent_copy import LentCopy
 from mpi_ckpt.engine.save.remembering import number_of
 from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
-from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.memory import MemoryCopy, round_up
 
 if TYPE_CHECKING:

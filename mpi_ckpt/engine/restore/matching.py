@@ -12,7 +12,7 @@ from mpi_ckpt.engine.overlaps import Overlap, separate_overlaps
 from mpi_ckpt.engine.registry import ADVICE, numbered_alike
 from mpi_ckpt.errors import StateMismatchError, cut_lines
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Arrival, LeafState, State
 from mpi_ckpt.states.unshared.ranked import RankedState
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.engine.outline import Outline, StateOutline
-    from mpi_ckpt.engine.restore.wanted import LeafIndex
+    from mpi_ckpt.engine.restore.cut.wanted import LeafIndex
     from mpi_ckpt.storage.format.manifest import Extent
 
 _PROBLEMS_MAX = 18

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.hosts.root_copies import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
-from mpi_ckpt.engine.restore import copied_arrivals
-from mpi_ckpt.engine.restore.dealing import plan_deals
+from mpi_ckpt.engine.restore.cut import copied_arrivals
+from mpi_ckpt.engine.restore.cut.dealing import plan_deals
+from mpi_ckpt.engine.restore.cut.traded_parts import transfer_parts
+from mpi_ckpt.engine.restore.cut.trading import trade_leaves
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
     StateMatch,
@@ -31,8 +32,6 @@ from mpi_ckpt.engine.restore.notices import (
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
-from mpi_ckpt.engine.restore.traded_parts import transfer_parts
-from mpi_ckpt.engine.restore.trading import trade_leaves
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -41,6 +40,7 @@ from mpi_ckpt.errors import (
     StateMismatchError,
 )
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves.digest import digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.registry import Registry
-    from mpi_ckpt.engine.restore.copied_tiles import HeldTiles
-    from mpi_ckpt.engine.restore.dealing import Deal
+    from mpi_ckpt.engine.restore.cut.copied_tiles import HeldTiles
+    from mpi_ckpt.engine.restore.cut.dealing import Deal
+    from mpi_ckpt.engine.restore.cut.trade_plan import Trades
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.trade_plan import Trades
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, RestoreReport
 

@@ -15,7 +15,7 @@ from mpi_ckpt.engine.save.remembering import RememberedTiles, number_of
 from mpi_ckpt.engine.save.staging import LateCopies, Staged, StagedStream, stage
 from mpi_ckpt.engine.sync.captured import CapturedState, capture_states
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaf import Form, Leaf, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Form, Leaf, MemoryBuffer
 from mpi_ckpt.memory import MemoryCopy
 from mpi_ckpt.state import LeafState, PartsState, State
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves

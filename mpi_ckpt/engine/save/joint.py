@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, gather_bytes, on_root
-from mpi_ckpt.engine.save.carrying import CarriedTiles, hand_over
-from mpi_ckpt.engine.save.draft import Draft
-from mpi_ckpt.engine.save.own_tiles import (
+from mpi_ckpt.engine.save.cut.carrying import CarriedTiles, hand_over
+from mpi_ckpt.engine.save.cut.own_tiles import (
     CapturedTiles,
     OwnTiles,
     TileFiles,
     runs_of,
     write_own_tiles,
 )
+from mpi_ckpt.engine.save.cut.tile_history import TileHistory
+from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.shard import foresee_shard, write_shard
 from mpi_ckpt.engine.save.sharing import Task, deal_tasks, pick_share, share_out
-from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.options import ROOT
@@ -28,11 +28,11 @@ from mpi_ckpt.storage.format.layout import shard_file_name
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
+    from mpi_ckpt.engine.save.cut.tile_history import WrittenTiles
     from mpi_ckpt.engine.save.request import Published, SaveRequest
     from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.sharing import Share
-    from mpi_ckpt.engine.save.survey import TileSurvey
-    from mpi_ckpt.engine.save.tile_history import WrittenTiles
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.sync.coming import PartsInTransit
     from mpi_ckpt.reports import PhaseClock

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import agree, exchange_messages, on_root
-from mpi_ckpt.engine.save.assignment import as_leaf_spec
+from mpi_ckpt.engine.save.cut.assignment import as_leaf_spec
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.memory import TileShare, round_up
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
-    from mpi_ckpt.engine.save.survey import TileSurvey
+    from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
     from mpi_ckpt.engine.sync.captured import CapturedState
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.state import Structure
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import abort_job, member_of
 from mpi_ckpt.engine.save.background import NICENESS_OF_COPIES, Background
 from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
+from mpi_ckpt.engine.save.cut.tile_history import TileHistory
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
 from mpi_ckpt.engine.save.saving import Save
-from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles
-from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Member
     from mpi_ckpt.engine.registry import Registry
-    from mpi_ckpt.engine.save.survey import TileSurvey
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.comm import agree, choose_ranks, on_root
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
 from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.lone import LoneWrite
 from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import SaveRequest, make_report
 from mpi_ckpt.engine.save.staging import LateCopies, stage
-from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.engine.sync.coming import PartsInTransit
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts
@@ -39,11 +39,11 @@ from mpi_ckpt.reports import SyncReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
+    from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
     from mpi_ckpt.engine.save.request import Begun, Published
     from mpi_ckpt.engine.save.saver import Workshop
     from mpi_ckpt.engine.save.shard import ShardImage
-    from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State

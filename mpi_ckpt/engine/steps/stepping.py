@@ -25,7 +25,7 @@ from mpi_ckpt.reports import StopReport
 
 if TYPE_CHECKING:
     from mpi_ckpt.choice import Choice
-    from mpi_ckpt.engine.hosts.drain import Drain
+    from mpi_ckpt.engine.hosts.copying.drain import Drain
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import RestoreReport, SaveReport

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition.boxes import Box, boxes_of_run, intersection
 from mpi_ckpt.errors import ReadError
+from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.storage.format.manifest import CutLeaf, StoredTile
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.storage.format.manifest import StoredLeaf, StoredState
     from mpi_ckpt.storage.reading.reader import GenerationReader
 

@@ -27,7 +27,7 @@ from mpi_ckpt import (
 from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.integrations.torch_distributed import init_process_group
-from mpi_ckpt.states.tensor_bytes import TensorBuffer
+from mpi_ckpt.states.buffers.tensor_bytes import TensorBuffer
 from tests.cut.parallel.test_progress import clocks_of
 from tests.cut.trainings import KINDS, whole_tensors
 from tests.ranks import manager, same_error

@@ -16,7 +16,7 @@ from mpi_ckpt import (
     ShardedArrayState,
 )
 from mpi_ckpt.engine.hosts import handed_tiles, tile_copies
-from mpi_ckpt.engine.hosts.promoting import rescue
+from mpi_ckpt.engine.hosts.copying.promoting import rescue
 from mpi_ckpt.errors import DivergedError, StageError, WriteError
 from mpi_ckpt.memory import Memory
 from mpi_ckpt.storage.format.tile_table import decode_tile_header

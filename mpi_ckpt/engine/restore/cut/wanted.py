@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.decomposition.fragments import SavedTiles, WantedTiles
+from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.storage.format.manifest import StoredTile
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.engine.outline import StateOutline
     from mpi_ckpt.engine.restore.matching import StateMatch
-    from mpi_ckpt.leaf import Leaf, LeafSpec, TileBuffer
+    from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, TileBuffer
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 _ABSENT, _ELSEWHERE, _WHOLE, _CUT = "-?wc"

@@ -18,28 +18,28 @@ import numpy as np
 from mpi_ckpt.comm import agree, choose_ranks, gather_bytes, meet, scatter_parts
 from mpi_ckpt.decomposition.rank_plan import RankPlan
 from mpi_ckpt.decomposition.reshard import plan_reshard
-from mpi_ckpt.digest import DIGEST_BYTES
-from mpi_ckpt.engine.restore.tile_headers import (
+from mpi_ckpt.engine.restore.cut.tile_headers import (
     TileHeaders,
     join_tile_headers,
     read_tile_headers,
 )
-from mpi_ckpt.engine.restore.traded_parts import join_part_wants, traded_states
-from mpi_ckpt.engine.restore.wanted import (
+from mpi_ckpt.engine.restore.cut.traded_parts import join_part_wants, traded_states
+from mpi_ckpt.engine.restore.cut.wanted import (
     LeafIndex,
     encode_wants,
     join_wants,
     tiles_of_files,
 )
 from mpi_ckpt.errors import RestoreError, StateMismatchError
+from mpi_ckpt.leaves.digest import DIGEST_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from mpi_ckpt.engine.restore.cut.traded_parts import PartForm
+    from mpi_ckpt.engine.restore.cut.wanted import Wants
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.traded_parts import PartForm
-    from mpi_ckpt.engine.restore.wanted import Wants
     from mpi_ckpt.engine.session import Session
 
 _PLANNING = "planning how tiles reach the ranks"

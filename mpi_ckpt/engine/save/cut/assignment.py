@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format.tile_table import TileEntry
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaf import Leaf
+from mpi_ckpt.leaves.leaf import Leaf
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mpi_ckpt.leaf import Gate, LeafSpec, Place, Tile
+    from mpi_ckpt.leaves.leaf import Gate, LeafSpec, Place, Tile
 
 __all__ = ["cut_leaf"]
 

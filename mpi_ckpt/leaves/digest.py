@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, TypeVar, overload
 import numpy as np
 import xxhash
 
-from mpi_ckpt.buckets import plan_buckets
+from mpi_ckpt.leaves.buckets import plan_buckets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.buckets import Readable
+    from mpi_ckpt.leaves.buckets import Readable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, on_root
-from mpi_ckpt.engine.hosts.directory_copy import DirectoryCopy
+from mpi_ckpt.engine.hosts.copying.directory_copy import DirectoryCopy
+from mpi_ckpt.engine.hosts.copying.token_bucket import Stopped, TokenBucket
 from mpi_ckpt.engine.hosts.kept import set_aside_bad
-from mpi_ckpt.engine.hosts.token_bucket import Stopped, TokenBucket
 from mpi_ckpt.engine.save.request import Published, make_report
 from mpi_ckpt.errors import (
     CheckpointError,
@@ -31,7 +31,7 @@ from mpi_ckpt.reports import SyncReport
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from mpi_ckpt.engine.hosts.directory_copy import LocalSource
+    from mpi_ckpt.engine.hosts.copying.directory_copy import LocalSource
     from mpi_ckpt.engine.save.saver import Workshop
     from mpi_ckpt.engine.session import Session
 

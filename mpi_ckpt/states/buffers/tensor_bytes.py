@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mpi_ckpt.leaf import Place, copy_bytes
-from mpi_ckpt.states.array_bytes import write_alike
+from mpi_ckpt.leaves.leaf import Place, copy_bytes
+from mpi_ckpt.states.buffers.array_bytes import write_alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.buckets import Readable
+    from mpi_ckpt.leaves.buckets import Readable
 
 _function_modes = torch._C._len_torch_function_stack  # noqa: SLF001 (as torch.overrides)
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001

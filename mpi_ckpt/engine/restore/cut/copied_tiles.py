@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import gather_bytes, on_root
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.errors import RestoreError, cut_lines
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.digest import Digest
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import Extent, StoredLeaf, StoredTile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mpi_ckpt.engine.outline import Outline, StateOutline
+    from mpi_ckpt.engine.restore.cut.wanted import LeafIndex
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.wanted import LeafIndex
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.memory import TileShare
     from mpi_ckpt.storage.reading.read_plan import Window

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition import tiling
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.decomposition.owners import assign_owners
-from mpi_ckpt.engine.save.assignment import (
+from mpi_ckpt.engine.save.cut.assignment import (
     Assignment,
     TileNumber,
     as_box,
@@ -22,7 +21,8 @@ from mpi_ckpt.engine.save.assignment import (
 )
 from mpi_ckpt.errors import StageError, cut_lines
 from mpi_ckpt.failures import name_ranks
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import CutLeaf
 from mpi_ckpt.storage.format.tile_table import TileEntry
 

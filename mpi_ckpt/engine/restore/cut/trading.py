@@ -15,10 +15,10 @@ import numpy as np
 
 from mpi_ckpt.comm import UNTOUCHED, agree, exchange_messages
 from mpi_ckpt.decomposition.regions import elements_of
-from mpi_ckpt.engine.restore.copied_tiles import CopiedWindows, held_memories
+from mpi_ckpt.engine.restore.cut.copied_tiles import CopiedWindows, held_memories
+from mpi_ckpt.engine.restore.cut.routing import route_rows
+from mpi_ckpt.engine.restore.cut.wanted import tiles_here
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
-from mpi_ckpt.engine.restore.routing import route_rows
-from mpi_ckpt.engine.restore.wanted import tiles_here
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.storage.format.layout import generation_name
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.comm import Deferred
     from mpi_ckpt.decomposition.rank_plan import Incoming, Outgoing, Staying, Turn
     from mpi_ckpt.decomposition.regions import Regions
+    from mpi_ckpt.engine.restore.cut.trade_plan import Trade, Trades
+    from mpi_ckpt.engine.restore.cut.wanted import TradedTile
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.trade_plan import Trade, Trades
-    from mpi_ckpt.engine.restore.wanted import TradedTile
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import Progress
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_parts
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import DIGEST_BYTES, Digest, Digests
-from mpi_ckpt.engine.save.assignment import Assignment, TileNumber
-from mpi_ckpt.engine.save.cut_forms import JoinedForms, encode_forms, join_forms
-from mpi_ckpt.engine.save.own_tiles import CapturedTiles
+from mpi_ckpt.engine.save.cut.assignment import Assignment, TileNumber
+from mpi_ckpt.engine.save.cut.cut_forms import JoinedForms, encode_forms, join_forms
+from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.errors import DivergedError, SaveError, StageError, cut_lines
 from mpi_ckpt.failures import name_ranks
-from mpi_ckpt.leaf import Form, Leaf, LeafSpec
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, Digest, Digests
+from mpi_ckpt.leaves.leaf import Form, Leaf, LeafSpec
 from mpi_ckpt.storage.format.tile_table import TileEntry
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.leaf import copy_bytes
+from mpi_ckpt.leaves.leaf import copy_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaves.leaf import Leaf, LeafSpec
 
 __all__ = ["Target"]
 

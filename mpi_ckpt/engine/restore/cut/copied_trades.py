@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import gather_bytes, meet, scatter_parts
 from mpi_ckpt.decomposition.reshard import plan_reshard
-from mpi_ckpt.digest import BLOCK_BYTES
-from mpi_ckpt.engine.restore.copied_tiles import HeldTiles
-from mpi_ckpt.engine.restore.trade_plan import Trade, Trades, joined, refuse_unwanted
-from mpi_ckpt.engine.restore.wanted import LeafIndex, encode_wants, join_wants
+from mpi_ckpt.engine.restore.cut.copied_tiles import HeldTiles
+from mpi_ckpt.engine.restore.cut.trade_plan import Trade, Trades, joined, refuse_unwanted
+from mpi_ckpt.engine.restore.cut.wanted import LeafIndex, encode_wants, join_wants
 from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.leaves.digest import BLOCK_BYTES
 from mpi_ckpt.options import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from mpi_ckpt.engine.restore.cut.wanted import Wants
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.wanted import Wants
     from mpi_ckpt.engine.session import Session
 
 _PLANNING = "planning how copied tiles reach the ranks"

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaf import Place
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.buckets import Readable
+    from mpi_ckpt.leaves.buckets import Readable
 
 _NAMES = {
     "bool": "BOOL",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, cast
 
-from mpi_ckpt.digest import split_blocks
-from mpi_ckpt.engine.save.tile_history import WrittenTiles
+from mpi_ckpt.engine.save.cut.tile_history import WrittenTiles
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
+from mpi_ckpt.leaves.digest import split_blocks
 from mpi_ckpt.storage.format.layout import tile_file_name
 from mpi_ckpt.storage.format.manifest import StoredFile
 from mpi_ckpt.storage.format.tile_table import TileEntry, TileFilePlan, plan_tile_file
@@ -19,7 +19,7 @@ from mpi_ckpt.storage.writing.tile_file import write_tile_file
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from mpi_ckpt.leaf import Leaf, TileBuffer
+    from mpi_ckpt.leaves.leaf import Leaf, TileBuffer
     from mpi_ckpt.storage.format.manifest import CutLeaf
     from mpi_ckpt.storage.writing.partial import Partial
 

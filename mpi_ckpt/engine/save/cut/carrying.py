@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import exchange_messages
-from mpi_ckpt.engine.save.assignment import handing_order
-from mpi_ckpt.engine.save.own_tiles import runs_of
+from mpi_ckpt.engine.save.cut.assignment import handing_order
+from mpi_ckpt.engine.save.cut.own_tiles import runs_of
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.storage.format.tile_table import file_order
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
+    from mpi_ckpt.leaves.leaf import Leaf
     from mpi_ckpt.storage.format.tile_table import TileEntry
 
 _PIECE_BYTES = 8 << 20

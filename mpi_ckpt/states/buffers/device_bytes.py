@@ -14,17 +14,17 @@ import torch
 
 from mpi_ckpt import devices
 from mpi_ckpt.devices import Copy, Lane, land
-from mpi_ckpt.digest import split_blocks
-from mpi_ckpt.leaf import copy_bytes
+from mpi_ckpt.leaves.digest import split_blocks
+from mpi_ckpt.leaves.leaf import copy_bytes
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.states.tensor_bytes import TensorBuffer, flat_bytes, ordinary
+from mpi_ckpt.states.buffers.tensor_bytes import TensorBuffer, flat_bytes, ordinary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.buckets import Readable
+    from mpi_ckpt.leaves.buckets import Readable
 
 # On the way to a device one half is filled while the other flies.
 _SENT_BYTES = 4 << 20

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator, Deferred
     from mpi_ckpt.engine.restore.matching import StateMatch
-    from mpi_ckpt.leaf import Buffer
+    from mpi_ckpt.leaves.leaf import Buffer
 
 
 def route_rows(

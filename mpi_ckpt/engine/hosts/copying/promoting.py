@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, on_root
-from mpi_ckpt.engine.hosts.directory_copy import DirectoryCopy, LocalSource
+from mpi_ckpt.engine.hosts.copying.directory_copy import DirectoryCopy, LocalSource
 from mpi_ckpt.engine.hosts.kept import find_kept, set_aside_bad
 from mpi_ckpt.engine.hosts.level import HostLevel
 from mpi_ckpt.engine.hosts.local_settings import Local

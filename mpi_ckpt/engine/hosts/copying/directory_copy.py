@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import collect
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, SaveError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.format.manifest_codec import encode
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from mpi_ckpt.engine.hosts.token_bucket import TokenBucket
+    from mpi_ckpt.engine.hosts.copying.token_bucket import TokenBucket
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.storage.format.manifest import Manifest, StoredFile
     from mpi_ckpt.storage.local.lineage import Origin

@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import BLOCK_BYTES, BlockHasher
 from mpi_ckpt.engine.sync.captured import about_leaf
+from mpi_ckpt.leaves.digest import BLOCK_BYTES, BlockHasher
 from mpi_ckpt.storage.format.layout import carried_file_name, generation_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from mpi_ckpt.digest import Digest
-    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
+    from mpi_ckpt.leaves.digest import Digest
+    from mpi_ckpt.leaves.leaf import Leaf
     from mpi_ckpt.storage.format.manifest import StoredFile
     from mpi_ckpt.storage.format.tile_table import TileEntry
     from mpi_ckpt.storage.writing.partial import Partial

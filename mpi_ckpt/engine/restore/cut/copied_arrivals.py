@@ -6,19 +6,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.engine.restore.copied_tiles import find_held
-from mpi_ckpt.engine.restore.copied_trades import plan_copied_trades
+from mpi_ckpt.engine.restore.cut.copied_tiles import find_held
+from mpi_ckpt.engine.restore.cut.copied_trades import plan_copied_trades
+from mpi_ckpt.engine.restore.cut.trade_plan import plan_trades
+from mpi_ckpt.engine.restore.cut.trading import trade_leaves
 from mpi_ckpt.engine.restore.from_memory import transfer_copy
-from mpi_ckpt.engine.restore.trade_plan import plan_trades
-from mpi_ckpt.engine.restore.trading import trade_leaves
 from mpi_ckpt.errors import RestoreError
 
 if TYPE_CHECKING:
     from mpi_ckpt.comm import Deferred
-    from mpi_ckpt.engine.restore.copied_tiles import HeldTiles
+    from mpi_ckpt.engine.restore.cut.copied_tiles import HeldTiles
+    from mpi_ckpt.engine.restore.cut.trade_plan import Trades
     from mpi_ckpt.engine.restore.matching import StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.trade_plan import Trades
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import Progress
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import scatter_bytes
-from mpi_ckpt.engine.restore.saved_parts import SavedParts
+from mpi_ckpt.engine.restore.cut.saved_parts import SavedParts
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
 from mpi_ckpt.states.unshared.ranked import RankedState

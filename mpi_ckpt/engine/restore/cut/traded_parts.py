@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.comm import UNTOUCHED
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.engine.restore.dealing import (
+from mpi_ckpt.engine.restore.cut.dealing import (
     deal_parts,
     is_dealt,
     open_dealt_part,
     ranks_of_parts,
 )
-from mpi_ckpt.engine.restore.trading import trade_tiles
-from mpi_ckpt.engine.restore.wanted import LeafIndex, TradedTile, Wants, join_tiles
-from mpi_ckpt.leaf import LeafSpec, MemoryBuffer
+from mpi_ckpt.engine.restore.cut.trading import trade_tiles
+from mpi_ckpt.engine.restore.cut.wanted import LeafIndex, TradedTile, Wants, join_tiles
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import LeafSpec, MemoryBuffer
 from mpi_ckpt.states.packed import packed_head
 from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.format.rank_parts import find_parts
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Deferred
-    from mpi_ckpt.engine.restore.dealing import Deal
+    from mpi_ckpt.engine.restore.cut.dealing import Deal
+    from mpi_ckpt.engine.restore.cut.trade_plan import Trades
     from mpi_ckpt.engine.restore.matching import MatchedState, StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
-    from mpi_ckpt.engine.restore.trade_plan import Trades
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import Progress
     from mpi_ckpt.state import Arrival
