@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mpi_ckpt import Hooks, StopWhen
-from mpi_ckpt.engine.hosts import directory_copy, drain
+from mpi_ckpt.engine.hosts.copying import directory_copy, drain
 from mpi_ckpt.errors import FencedError, SaveError, WriteError
 from mpi_ckpt.storage.journal import read_history
 from mpi_ckpt.storage.local.host_directory import HostDirectory
