@@ -48,10 +48,13 @@ class DeviceLink(Protocol):
     def copy(self, target: Any, source: Any, stream: Any) -> None:  # noqa: ANN401
         """Give a stream the copy of a tensor into another, of the same dtype and shape."""
 
-    def pin(self, address: int, nbytes: int) -> bool:
-        """Let devices reach host memory by themselves; return whether they may."""
+    def pin(self, device: Any, address: int, nbytes: int) -> bool:  # noqa: ANN401
+        """Let devices reach host memory by themselves; return whether they may.
 
-    def unpin(self, address: int) -> None:
+        The device is one that the process uses: no other is touched.
+        """
+
+    def unpin(self, device: Any, address: int) -> None:  # noqa: ANN401
         """Undo `pin`."""
 
     def is_capturing(self) -> bool:
@@ -62,7 +65,11 @@ class DeviceLink(Protocol):
 
 
 class CudaLink:
-    """CUDA, and ROCm under its name, by torch."""
+    """CUDA, and ROCm under its name, by torch.
+
+    A thread that the program has not given a device has the first one. Each call is made
+    with the device that it concerns: CUDA would take memory on the first one for a context.
+    """
 
     def current(self, device: Any) -> Any:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""
@@ -75,35 +82,42 @@ class CudaLink:
     def record(self, stream: Any) -> Any:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""
         # One for which a thread sleeps: the training needs the cores.
-        return stream.record_event(_torch().cuda.Event(blocking=True))
+        event = stream.record_event(_torch().cuda.Event(blocking=True))
+        return event, stream.device
 
     def wait(self, stream: Any, event: Any) -> None:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""
-        stream.wait_event(event)
+        stream.wait_event(event[0])
 
     def finish(self, event: Any) -> None:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""
-        event.synchronize()
+        recorded, device = event
+        with _torch().cuda.device(device):
+            recorded.synchronize()
 
     def copy(self, target: Any, source: Any, stream: Any) -> None:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""
-        with _torch().cuda.stream(stream):
+        cuda = _torch().cuda
+        with cuda.device(stream.device), cuda.stream(stream):
             # torch would conjugate the target on the host, before the bytes are there.
             target.copy_(source.resolve_conj().resolve_neg(), non_blocking=True)
 
-    def pin(self, address: int, nbytes: int) -> bool:
+    def pin(self, device: Any, address: int, nbytes: int) -> bool:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""
         torch = _torch()
-        if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
-            return True
-        # CUDA keeps the error for the next check, which would be one of the training.
-        with suppress(RuntimeError):
-            torch.zeros(1, device="cuda")
+        with torch.cuda.device(device):
+            if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
+                return True
+            # CUDA keeps the error for the next check, which would be one of the training.
+            with suppress(RuntimeError):
+                torch.zeros(1, device=device)
         return False
 
-    def unpin(self, address: int) -> None:
+    def unpin(self, device: Any, address: int) -> None:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""
-        _torch().cuda.cudart().cudaHostUnregister(address)
+        cuda = _torch().cuda
+        with cuda.device(device):
+            cuda.cudart().cudaHostUnregister(address)
 
     def is_capturing(self) -> bool:
         """See `DeviceLink`. Not collective."""
@@ -286,7 +300,7 @@ class Pin:
     """Host memory that devices reach by themselves, until `release`.
 
     Args:
-        link: The link to the devices.
+        lane: The lane of a device that the process uses.
         address: Address of the memory.
         nbytes: Its length in bytes.
 
@@ -294,15 +308,15 @@ class Pin:
         is_held: Whether they do; if the system refuses it, copies take longer.
     """
 
-    def __init__(self, link: DeviceLink, address: int, nbytes: int) -> None:
-        self._link, self._address = link, address
-        self.is_held = link.pin(address, nbytes)
+    def __init__(self, lane: Lane, address: int, nbytes: int) -> None:
+        self._lane, self._address = lane, address
+        self.is_held = lane.link.pin(lane.device, address, nbytes)
 
     def release(self) -> None:
         """Undo it, before the memory is unmapped. Not collective. Callable twice."""
         if self.is_held:
             self.is_held = False
-            self._link.unpin(self._address)
+            self._lane.link.unpin(self._lane.device, self._address)
 
 
 def _torch() -> Any:  # noqa: ANN401 (imported by those who have tensors)

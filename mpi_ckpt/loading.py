@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from mpi_ckpt.choice import Choice
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import NotSavedError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.states.leaf_values import KIND, make_value
 from mpi_ckpt.states.rebuilding import nodes_of, parts_in, rebuild
 from mpi_ckpt.storage.directory.catalog import Catalog
@@ -31,7 +32,6 @@ from mpi_ckpt.storage.reading.assembly import (
 )
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
-from mpi_ckpt.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -276,7 +276,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         actions = self._steps.decide(self._step)
         self._local.go_on(actions)
         if actions.stop:
-            self._steps.note_stop(self.save(metrics=metrics).wait())
+            kept = self.save(metrics=metrics, level=actions.last).wait()
+            self._steps.note_stop(kept if kept.generation else self.save().wait())
         elif actions.save:
             self.save(metrics=metrics)
         elif actions.local:

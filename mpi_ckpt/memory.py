@@ -19,9 +19,11 @@ from mpi_ckpt.errors import OptionsError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mpi_ckpt.devices import DeviceLink
+    from mpi_ckpt.devices import Lane
 
-__all__ = ["Arena", "Memory", "MemoryCopy", "SharedMemory", "round_up"]
+__all__ = ["Arena", "Memory", "MemoryCopy", "SharedMemory", "TileShare", "round_up"]
+
+_NUMBER_BITS = 20
 
 
 def round_up(nbytes: int, multiple: int) -> int:
@@ -72,17 +74,17 @@ class Arena:
         assert self._memory is not None
         return memoryview(self._memory)
 
-    def pin(self, link: DeviceLink) -> None:
+    def pin(self, lane: Lane) -> None:
         """Let devices copy to and from the memory by themselves, from now on until `close`.
 
         If the system refuses that, it is not asked again, and copies take longer.
 
         Args:
-            link: The link to the devices.
+            lane: The lane of a device that the process uses.
         """
         if self._pin is None and self._memory is not None:
             address = np.frombuffer(self._memory, np.uint8).ctypes.data
-            self._pin = Pin(link, address, len(self._memory))
+            self._pin = Pin(lane, address, len(self._memory))
             # It must not outlive the mapping, which ends after this object.
             weakref.finalize(self, self._pin.release).atexit = False
 
@@ -204,17 +206,34 @@ class SharedMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryCopy:
-    """A complete copy of all states.
+    """A complete copy of all states, but for their tiles.
 
     Attributes:
         step: The training step it was made at.
         text: Description of its contents as JSON, equal for copies of equal form.
-        leaves: The bytes of the leaves of each state, by its name.
+        leaves: The bytes of the whole leaves of each state, by its name.
+        number: Later copies with tiles have larger numbers; 0 for one without.
     """
 
     step: int
     text: bytes
     leaves: Mapping[str, Sequence[memoryview]]
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TileShare:
+    """The tiles that one rank gave to a copy; that rank and another hold them.
+
+    Attributes:
+        rank: The rank, in the communicator of the copy.
+        table: Which tiles they are, as JSON.
+        data: Their bytes.
+    """
+
+    rank: int
+    table: bytes
+    data: memoryview
 
 
 class Memory:
@@ -230,6 +249,8 @@ class Memory:
         every: After how many steps ``step()`` makes a copy; None for saves only.
 
     Attributes:
+        shares: Name of a copy -> the tiles of it that this rank holds, of leaves that are
+            cut over the ranks. While a copy is made there are those of two.
         origin: The last point in the history of saves that the copy comes from, if known:
             an `Origin` of a local level.
 
@@ -248,6 +269,7 @@ class Memory:
         self.every = every
         self.arena = Arena()
         self.copy: MemoryCopy | None = None
+        self.shares: dict[str, tuple[TileShare, ...]] = {}
         self.origin: tuple[str, int, int] | None = None
 
     @property
@@ -257,6 +279,13 @@ class Memory:
         Not collective.
         """
         return None if self.copy is None else self.copy.step
+
+    @property
+    def age(self) -> int:
+        """A number that is larger for later copies; -1 for none. Not collective."""
+        if self.copy is None:
+            return -1
+        return (self.copy.step << _NUMBER_BITS) + self.copy.number % (1 << _NUMBER_BITS)
 
     def is_due(self, step: int) -> bool:
         """Return whether a copy is due after a step. Not collective."""
@@ -273,6 +302,7 @@ class Memory:
     def clear(self) -> None:
         """Forget the copy; keep its memory for the next one. Not collective."""
         self.copy = None
+        self.shares = {}
 
     def describe(self) -> str:
         """Return the settings, which must be the same on every rank. Not collective."""

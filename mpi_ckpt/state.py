@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import RegistrationError, StageError
-from mpi_ckpt.leaf import Form
+from mpi_ckpt.leaves.leaf import Form
 from mpi_ckpt.storage.format.layout import check_state_name
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaves.leaf import Leaf, LeafSpec
 
 __all__ = [
     *("Arrival", "Capture", "Change", "LeafState", "PartsState", "State", "Structure"),

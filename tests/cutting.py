@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import BLOCK_BYTES, Digest, digest_bytes
-from mpi_ckpt.leaf import LeafSpec
-from mpi_ckpt.states.array_bytes import array_dtype_name
+from mpi_ckpt.leaves.digest import BLOCK_BYTES, Digest, digest_bytes
+from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.states.buffers.array_bytes import array_dtype_name
 from mpi_ckpt.storage.format.layout import shard_file_name, tile_file_name
 from mpi_ckpt.storage.format.manifest import (
     CutLeaf,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt import digest
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.save import shard
 from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.request import Published, SaveRequest
 from mpi_ckpt.engine.sync.captured import capture_states
+from mpi_ckpt.leaves import digest
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.state import Capture, LeafState, State

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mpi_ckpt import devices
-from mpi_ckpt.states import device_bytes
+from mpi_ckpt.states.buffers import device_bytes
 
 
 class Event:
@@ -151,13 +151,13 @@ class StandIn:
         del target, source, sent
         self._give(stream, copy)
 
-    def pin(self, address, nbytes):
+    def pin(self, device, address, nbytes):
         self.pin_calls += 1
         if self.pins:
             self.pinned[address] = nbytes
         return self.pins
 
-    def unpin(self, address):
+    def unpin(self, device, address):
         _memory_at(address, 1)[0] += 0  # still mapped
         if self.pinned.pop(address, None) is None:
             self.faults.append("unpinned what was not pinned")

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mpi_ckpt.states.array_bytes import holes_of, unnamed_part
+from mpi_ckpt.states.buffers.array_bytes import holes_of, unnamed_part
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=4) | st.sampled_from(
     ["~", "leaf", "items", "a", "a/b", "b", "0", "1", "text", "x" * 5000]

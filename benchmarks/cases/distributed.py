@@ -14,7 +14,7 @@ from benchmarks.harness import Contender, Group
 from benchmarks.peers.cut import available_cut
 from benchmarks.setting import sleep_until_all_come
 from mpi_ckpt.comm import exchange_messages
-from mpi_ckpt.engine.restore import trading
+from mpi_ckpt.engine.restore.cut import trading
 from mpi_ckpt.options import IO
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.setting import Setting
     from mpi_ckpt import CheckpointManager, RestoreReport
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.comm.exchange import Message
+    from mpi_ckpt.comm.collectives import Message
 
 __all__ = ["groups"]
 
@@ -167,7 +167,7 @@ def _our_restore(
     sent: _Sent,
     *,
     half: MPI.Intracomm | None = None,
-    **options: object,
+    io: IO | None = None,
 ) -> Contender:
     """Return a restore by a new manager, as at the start of a program.
 
@@ -179,7 +179,7 @@ def _our_restore(
         sent: Counts what is sent.
         half: Half of the ranks, this rank's half; the half with boxes restores. None if all
             restore.
-        options: Fields of `Options`.
+        io: How bytes move; None: as by default.
     """
     here = setting if half is None else replace(setting, comm=half)
     managers: list[CheckpointManager] = []
@@ -188,7 +188,8 @@ def _our_restore(
         cut.clear()
         sent.clear()
         if cut.arrays:
-            manager = here.manager(title, [cut.state()], is_fresh=False, **options)
+            ways = io or IO()
+            manager = here.manager(title, [cut.state()], is_fresh=False, io=ways)
             managers.append(manager)
         setting.cold()
 

@@ -18,18 +18,18 @@ from mpi_ckpt.collector import without_collections
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.decomposition.fragments import SavedTiles, WantedTiles
 from mpi_ckpt.decomposition.reshard import plan_reshard
-from mpi_ckpt.digest import BLOCK_BYTES
-from mpi_ckpt.engine.save.cut_forms import encode_forms, join_forms
+from mpi_ckpt.engine.save.cut.cut_forms import encode_forms, join_forms
 from mpi_ckpt.engine.sync.captured import CapturedState
-from mpi_ckpt.leaf import LeafSpec, Tile
+from mpi_ckpt.leaves.digest import BLOCK_BYTES
+from mpi_ckpt.leaves.leaf import LeafSpec, Tile
+from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.options import IO
-from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from benchmarks.setting import Setting
-    from mpi_ckpt.leaf import TileBuffer
+    from mpi_ckpt.leaves.leaf import TileBuffer
 
 __all__ = ["Cuts", "encoded_forms", "groups", "large_leaves", "plan_all", "small_leaves"]
 

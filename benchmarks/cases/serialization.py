@@ -13,8 +13,8 @@ from benchmarks import ceilings, names
 from benchmarks.harness import Contender, Group
 from benchmarks.peers import to_bytes_contenders
 from mpi_ckpt import ArrayState, Options
-from mpi_ckpt.buckets import read_leaves
-from mpi_ckpt.digest import digest_bytes, digest_many
+from mpi_ckpt.leaves.buckets import read_leaves
+from mpi_ckpt.leaves.digest import digest_bytes, digest_many
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from benchmarks.harness import Contender, Group
 from benchmarks.peers import find_horovod, sync_contenders
 from benchmarks.setting import touch_arrays
 from mpi_ckpt import ArrayState, Options
-from mpi_ckpt.digest import digest_many
+from mpi_ckpt.leaves.digest import digest_many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -46,7 +46,7 @@ def rescue(screen: Screen, place: str, directory: Path) -> int:
             kind="usage",
         )
     # Here: no other command starts MPI.
-    from mpi_ckpt.engine.hosts import promoting
+    from mpi_ckpt.engine.hosts.copying import promoting
 
     rescued = promoting.rescue(os.fspath(place), directory)
     if not rescued.is_root:

@@ -20,11 +20,13 @@ from mpi_ckpt.comm.broadcast import bcast_buffers, bcast_on_hosts, bcast_to_host
 from mpi_ckpt.comm.collectives import (
     bcast_bytes,
     bcast_json,
+    exchange_counts,
+    exchange_messages,
     gather_bytes,
     mean_buffers,
+    start_sending,
 )
 from mpi_ckpt.comm.communicator import Communicator
-from mpi_ckpt.comm.exchange import exchange_counts, exchange_messages, start_sending
 from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
 from mpi_ckpt.comm.members import Member, member_of
 from mpi_ckpt.comm.scatter import scatter_bytes, scatter_parts

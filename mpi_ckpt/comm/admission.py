@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, is_horovods
-from mpi_ckpt.comm.launch import check_launch, load_mpi
+from mpi_ckpt.comm.launch import (
+    check_finalized,
+    check_horovod,
+    check_launch,
+    is_horovods,
+    load_mpi,
+)
 from mpi_ckpt.comm.liveness import Tag, is_done_within, keep_forever
 from mpi_ckpt.comm.presence import Presence, host_name
 from mpi_ckpt.comm.roster import Roster, children_of, parent_of

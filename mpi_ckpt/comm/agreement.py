@@ -23,7 +23,6 @@ import numpy as np
 from mpi_ckpt.comm.broadcast import bcast_buffers
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.vote import UNTOUCHED, Vote, printed_by
-from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import RankFailure
 from mpi_ckpt.failures import (
     AlikeFailures,
@@ -32,6 +31,7 @@ from mpi_ckpt.failures import (
     merge_failures,
     name_ranks,
 )
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

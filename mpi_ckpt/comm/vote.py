@@ -17,9 +17,9 @@ import numpy as np
 
 from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
 from mpi_ckpt.comm.liveness import keep_until_release, release
-from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import CheckpointError, CollectiveError, Printing
 from mpi_ckpt.failures import name_ranks
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.decomposition.box_columns import strides_of
 from mpi_ckpt.decomposition.columns import Columns
 
 if TYPE_CHECKING:
@@ -63,17 +62,3 @@ class Regions(Columns):
         """Return the number of elements of each region, (n,). Not collective."""
         sizes: NDArray[np.int64] = self.shape.prod(axis=1)
         return sizes
-
-    def run_starts(self) -> NDArray[np.int64]:
-        """Find the regions whose elements follow one another. Not collective.
-
-        Returns:
-            The place of each region's first element in its memory, in elements, where the
-            others follow it without gaps; -1 elsewhere; (n,).
-        """
-        is_long = self.shape > 1
-        after_long = np.zeros_like(is_long)
-        after_long[:, 1:] = np.logical_or.accumulate(is_long[:, :-1], axis=1)
-        has_gaps = (after_long & (self.shape < self.outer)).any(axis=1)
-        place = self.first + (self.start * strides_of(self.outer)).sum(axis=1)
-        return np.where(has_gaps, -1, place)

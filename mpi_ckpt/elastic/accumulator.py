@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.elastic.epochs import EpochState
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
 
 __all__ = ["Accumulator"]
 

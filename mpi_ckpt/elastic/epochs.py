@@ -12,7 +12,7 @@ from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.state import State
 
 __all__ = ["EpochState", "remaining_epochs_until"]

@@ -91,6 +91,11 @@ class StopRequests:
                 return _explain(end.at - now, end.source, save_seconds)
         return ""
 
+    def left_seconds(self) -> float | None:
+        """Return the time until the end of the job; None if unknown. Root only."""
+        ends = [end.at for end in (self._end, self._asked_end) if end is not None]
+        return min(ends) - time.monotonic() if ends else None
+
     def _ask(self) -> bool:
         if self._asked is None:
             return False

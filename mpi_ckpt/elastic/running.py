@@ -275,11 +275,10 @@ class _Run(Generic[Result]):
             return _AttemptEnd(loss=error)
 
     def _recover(self, handle: MPI.Intracomm, seen: float) -> Repaired:
-        newest = self._memory.step
         before = min(self._places, handle.size)
         repaired = repair(
             handle,
-            newest=-1 if newest is None else newest,
+            newest=self._memory.age,
             places=self._places,
             replace=self._replace,
             start_seconds=self._start_seconds,

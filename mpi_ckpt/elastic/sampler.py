@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
 
 __all__ = ["ElasticSampler", "count_batches", "epoch_order", "global_batches"]
 

@@ -43,6 +43,7 @@ _EPOCH_RANGE = (1e9, 1e10)
 # Saves vary, and the last one may meet the busiest file system.
 _SAFETY = 1.5
 _UNKNOWN_SAVE_SECONDS = 60.0
+_VARIATION = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,19 @@ def must_save_now(
     # A request to stop is noticed one step late, and a step lies between two checks.
     needed = _SAFETY * save + 2 * step_seconds + margin_seconds
     return left_seconds <= min(needed, max(at_first_seconds, 0.0) / 2)
+
+
+def fits(left_seconds: float | None, save_seconds: float | None) -> bool:
+    """Return whether a save that begins now is durable before the job ends.
+
+    Pure. Saves vary: a tenth more than the longest of the last ones must fit.
+
+    Args:
+        left_seconds: Time until the end of the job; None if that is not known.
+        save_seconds: As for `must_save_now`.
+    """
+    save = _UNKNOWN_SAVE_SECONDS if save_seconds is None else save_seconds
+    return left_seconds is None or left_seconds >= _VARIATION * save
 
 
 def _slurm(environ: Mapping[str, str], now: float, cgroup: Path) -> JobEnd | None:

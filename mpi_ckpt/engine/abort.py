@@ -26,9 +26,9 @@ from mpi_ckpt.comm import (
     is_rank_failure,
     member_of,
 )
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.tracebacks import in_full
 from mpi_ckpt.errors import CheckpointError, Printing
+from mpi_ckpt.leaves.digest import digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import STREAM, Extent, known_form
 from mpi_ckpt.storage.format.rank_parts import find_parts
 
@@ -72,6 +72,7 @@ class Outline:
         states: Its requested states, in saving order.
         others: Names of states that were not requested.
         quarantined: Path -> reason, of newer generations that failed to verify.
+        copy: Name of a copy in memory that has tiles; empty for all else.
     """
 
     generation: int = 0
@@ -84,6 +85,7 @@ class Outline:
     states: tuple[StateOutline, ...]
     others: tuple[str, ...] = ()
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    copy: str = ""
 
     @classmethod
     def of_generation(
@@ -160,6 +162,7 @@ class Outline:
             ],
             "others": self.others,
             "quarantined": dict(self.quarantined),
+            "copy": self.copy,
         }
 
     @classmethod
@@ -178,6 +181,7 @@ class Outline:
             states=tuple(states),
             others=tuple(values["others"]),
             quarantined=values["quarantined"],
+            copy=values["copy"],
         )
 
 

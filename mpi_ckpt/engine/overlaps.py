@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mpi_ckpt.buckets import find_spans
 from mpi_ckpt.comm import collect
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.leaf import Place
+from mpi_ckpt.leaves.buckets import find_spans
+from mpi_ckpt.leaves.leaf import Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.errors import CheckpointError
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
 
 
 @dataclass(frozen=True, slots=True)

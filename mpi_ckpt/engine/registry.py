@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from mpi_ckpt.comm import agree, compare_texts, meet, printed_by
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.instead import require_names, require_state, require_states
 from mpi_ckpt.errors import RegistrationError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.state import LeafState
 from mpi_ckpt.storage.format.layout import check_names_differ
 

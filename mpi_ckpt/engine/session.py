@@ -21,12 +21,12 @@ from mpi_ckpt.comm import (
     meet,
     printed_by,
 )
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.abort import watch_errors
 from mpi_ckpt.engine.observer import Observer
 from mpi_ckpt.engine.timeline import Timeline
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.notes import Notes
 from mpi_ckpt.storage.owning.ownership import Ownership

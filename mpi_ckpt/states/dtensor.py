@@ -17,7 +17,7 @@ from mpi_ckpt.states.wrappers import is_dtensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
 
 
 def local_tensor(tensor: Any) -> Any:  # noqa: ANN401 (a torch tensor)

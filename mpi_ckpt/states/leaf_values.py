@@ -16,17 +16,17 @@ import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import Tile
-from mpi_ckpt.states.array_bytes import LITTLE, unnamed_part
+from mpi_ckpt.leaves.leaf import Tile
+from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.states.arrays import array_leaf, empty_array
-from mpi_ckpt.states.memory_layout import Layout, layout_of, overlaps_itself
-from mpi_ckpt.tiles import cut_leaf
+from mpi_ckpt.states.buffers.array_bytes import LITTLE, unnamed_part
+from mpi_ckpt.states.buffers.memory_layout import Layout, layout_of, overlaps_itself
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
     from types import ModuleType
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec, TileBuffer
+    from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, TileBuffer
 
 _NUMPY = (np.ndarray, np.generic)
 

@@ -11,7 +11,7 @@ from mpi_ckpt.errors import StateMismatchError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
 
 
 _PARTS = attrgetter("name"), attrgetter("dtype"), attrgetter("shape")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
+from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.leaf_values import KIND, make_value
-from mpi_ckpt.states.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module_contents import (
     EXTRA,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
+    from mpi_ckpt.leaves.leaf import Gate, Leaf, LeafSpec
 
 __all__ = ["ModuleState"]
 

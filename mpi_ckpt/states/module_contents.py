@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mpi_ckpt.leaf import Leaf
-    from mpi_ckpt.states.memory_layout import ReadonlyMemory
+    from mpi_ckpt.leaves.leaf import Leaf
+    from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
 
 EXTRA = "_extra_state"
 

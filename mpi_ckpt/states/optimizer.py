@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
+    from mpi_ckpt.leaves.leaf import Gate, Leaf, LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
     from mpi_ckpt.states.optimizer_params import Names, Shapes
 

@@ -13,7 +13,7 @@ from mpi_ckpt.states.wrappers import bare_name
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.state import Structure
 
 Shapes = list[list[list[int]]]

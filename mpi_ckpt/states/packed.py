@@ -11,7 +11,8 @@ import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import CorruptGenerationError, StageError
-from mpi_ckpt.leaf import Leaf, LeafSpec, Tile
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
+from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.states.leaf_values import make_value
@@ -24,12 +25,11 @@ from mpi_ckpt.storage.format.tensorfile import (
     read_form,
     write_leaves,
 )
-from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import TileBuffer
+    from mpi_ckpt.leaves.leaf import TileBuffer
     from mpi_ckpt.state import Structure
     from mpi_ckpt.states.tree import Flattened
 

@@ -19,7 +19,7 @@ from mpi_ckpt.states.wrappers import is_dtensor
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
 
 
 def is_stage(params: Iterable[Any], size: int) -> bool:

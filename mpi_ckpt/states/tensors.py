@@ -11,13 +11,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import Leaf, LeafSpec, Tile
-from mpi_ckpt.states.device_bytes import buffer_of
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
+from mpi_ckpt.leaves.tiles import cut_leaf
+from mpi_ckpt.states.buffers.device_bytes import buffer_of
+from mpi_ckpt.states.buffers.memory_layout import Layout
+from mpi_ckpt.states.buffers.tensor_bytes import is_ordinary, ordinary
 from mpi_ckpt.states.dtensor import local_pieces, local_tensor, make_like
-from mpi_ckpt.states.memory_layout import Layout
-from mpi_ckpt.states.tensor_bytes import is_ordinary, ordinary
 from mpi_ckpt.states.wrappers import is_dtensor, is_sharded
-from mpi_ckpt.tiles import cut_leaf
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _C_ORDER = Layout()

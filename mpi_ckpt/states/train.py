@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import devices
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
-from mpi_ckpt.leaf import Gate, Leaf, LeafSpec
+from mpi_ckpt.leaves.leaf import Gate, Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module import ModuleState

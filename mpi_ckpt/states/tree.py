@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.states.leaf_values import KIND, describe, is_leaf_value
 from mpi_ckpt.states.plain import (
@@ -36,7 +36,7 @@ from mpi_ckpt.states.plain import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
 
 _LEAF_KINDS = ("tensor", "array", "scalar", "numbers", "bytes", "text")
 _DEPTH_MAX = 100

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.leaf_values import (
     is_leaf_value,
     make_value,
@@ -19,14 +20,13 @@ from mpi_ckpt.states.leaf_values import (
     single_tile,
     takes_bytes,
 )
-from mpi_ckpt.states.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.optimizer_params import STATE, entries_of
 from mpi_ckpt.states.tree import check_structure, leaf_nodes, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaves.leaf import Leaf, LeafSpec
     from mpi_ckpt.state import Structure
 
 _HOME = "torch.distributed.optim.zero_redundancy_optimizer"

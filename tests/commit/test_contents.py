@@ -4,9 +4,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.sync.captured import capture_states, digest_states
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
 

@@ -10,9 +10,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt import digest
-from mpi_ckpt.buckets import plan_buckets
-from mpi_ckpt.digest import (
+from mpi_ckpt.leaves import digest
+from mpi_ckpt.leaves.buckets import plan_buckets
+from mpi_ckpt.leaves.digest import (
     BlockHasher,
     Digest,
     Digests,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.errors import CheckpointError, PublishError, SaveError, WriteError
+from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.reading.proving import verify

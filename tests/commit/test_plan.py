@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import load
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.engine.save.shard import plan_shard
-from mpi_ckpt.leaf import Form, LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import Form, LeafSpec
 from mpi_ckpt.storage.format.tensorfile import DATA_ALIGNMENT
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.buckets import find_spans, read_leaves, write_leaves
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.save import shard
 from mpi_ckpt.engine.sync.captured import capture_states, digest_states
+from mpi_ckpt.leaves.buckets import find_spans, read_leaves, write_leaves
+from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.loading import load
-from mpi_ckpt.states.array_bytes import ArrayBuffer
 from mpi_ckpt.states.arrays import ArrayState, array_leaf
+from mpi_ckpt.states.buffers.array_bytes import ArrayBuffer
 from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.making import publish
 

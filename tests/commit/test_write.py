@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mpi_ckpt.digest import BLOCK_BYTES, Digest
 from mpi_ckpt.engine.save import draft
 from mpi_ckpt.engine.sync.captured import digest_states
 from mpi_ckpt.errors import RegistrationError, SaveError, StageError, WriteError
+from mpi_ckpt.leaves.digest import BLOCK_BYTES, Digest
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast, RetentionPolicy
 from mpi_ckpt.state import Capture, LeafState

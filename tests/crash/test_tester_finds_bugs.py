@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.leaf import Gate
-from mpi_ckpt.states.array_bytes import ArrayBuffer
+from mpi_ckpt.leaves.leaf import Gate
+from mpi_ckpt.states.buffers.array_bytes import ArrayBuffer
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import catalog, finding, recovery
 from mpi_ckpt.storage.directory import checkpoint_directory as directory

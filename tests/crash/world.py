@@ -26,7 +26,7 @@ from mpi_ckpt import (
     State,
 )
 from mpi_ckpt.errors import CheckpointError
-from mpi_ckpt.leaf import Gate
+from mpi_ckpt.leaves.leaf import Gate
 from mpi_ckpt.state import Arrival, Capture, Structure
 from mpi_ckpt.storage.format.layout import generation_number, is_partial_name
 from mpi_ckpt.storage.reading.proving import verify
@@ -36,7 +36,7 @@ from tests.crash.replay import image_digest, read_image
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
 
 STATES = ("arrays", "plain")
 

@@ -186,20 +186,6 @@ def test_the_order_of_the_wanted_tiles_changes_nothing(data):
 
 
 @given(st.data())
-def test_runs_are_where_the_view_is_contiguous(data):
-    case = data.draw(cases())
-    plan = case.plan(**data.draw(options(case)))
-    for rank in range(case.size):
-        kept = plan.of_rank(rank).kept
-        for regions in (kept.source, kept.goal):
-            for row, start in enumerate(regions.run_starts().tolist()):
-                size = int(regions.first[row] + regions.outer[row].prod())
-                view = regions.view(row, np.arange(size)).ravel()
-                is_run = (np.diff(view) == 1).all()
-                assert start == (view[0] if is_run else -1)
-
-
-@given(st.data())
 def test_a_missing_tile_is_named(data):
     case = data.draw(cases())
     drawn = data.draw(options(case))

@@ -10,6 +10,7 @@ from mpi_ckpt.elastic.walltime import (
     JobEnd,
     WallTime,
     end_of_job,
+    fits,
     must_save_now,
     parse_deadline,
 )
@@ -161,6 +162,13 @@ def test_the_save_begins_early_enough():
     assert not must(90.1, save=None, step=0, margin=0)  # a minute, until one is measured
     assert must(90.0, save=None, step=0, margin=0)
     assert must(-5)
+
+
+def test_a_save_fits_if_the_longest_of_the_last_ones_does_with_a_tenth_more():
+    assert (fits(11.0, 10.0), fits(10.9, 10.0)) == (True, False)
+    assert (fits(67.0, None), fits(65.0, None)) == (True, False)  # a minute, until measured
+    assert fits(None, 1e6)  # nobody knows of an end
+    assert not fits(-1.0, 0.0)
 
 
 def test_a_short_job_trains_for_half_its_time():

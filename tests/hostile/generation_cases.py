@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.digest import Digest, digest_bytes
+from mpi_ckpt.leaves.digest import Digest, digest_bytes
 from tests.hostile.world import (
     MANIFEST,
     MARKER,

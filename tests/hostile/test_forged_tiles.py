@@ -11,8 +11,8 @@ import pytest
 
 import mpi_ckpt
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CheckpointError
+from mpi_ckpt.leaves.digest import digest_bytes
 from tests.commands import run
 from tests.cutting import CutArray, write_cut
 from tests.hostile.watch import watched

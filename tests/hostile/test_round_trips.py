@@ -15,9 +15,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.errors import CheckpointError, RegistrationError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory

@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, ObjectState, Options
-from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.leaves.digest import digest_bytes
 from tests.making import Stream, document_of, publish, sealed, sealed_document
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpi_ckpt.comm import horovod_checks as module
+from mpi_ckpt.comm import launch as module
 from mpi_ckpt.comm.admission import (
     check_before,
     objection_of,
     refuse_if_any_objects,
 )
-from mpi_ckpt.comm.horovod_checks import check_finalized, check_horovod, find_horovod
+from mpi_ckpt.comm.launch import check_finalized, check_horovod, find_horovod
 from mpi_ckpt.comm.roster import RankTexts
 from mpi_ckpt.errors import LaunchError
 

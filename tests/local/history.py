@@ -11,7 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mpi_ckpt.engine.hosts.completable import Holding, choose
-from mpi_ckpt.engine.hosts.placement import count_copies, place_files
+from mpi_ckpt.engine.hosts.placement import (
+    count_copies,
+    place_files,
+    place_own_files,
+)
 from mpi_ckpt.storage.local.lineage import CopiedGeneration, Lineage, LocalRun, Origin
 
 FILES = 4
@@ -25,6 +29,7 @@ class Saved:
     parent: Saved | None
     age: int
     job: str = ""
+    files: int = FILES
 
     @property
     def is_local(self):
@@ -105,9 +110,12 @@ class World:
         here = [f"host{host}" for host in self.present]
         domains = [self.domains[host] for host in self.present]
         copies = count_copies(self.copies, domains)
-        placed = place_files([10] * FILES, here, domains, copies, bound=[0])
+        placed = [
+            *place_files([10] * FILES, here, domains, copies, bound=[0]),
+            *place_own_files(range(len(here)), here, domains, copies),
+        ]
         for place, host in enumerate(self.present[:named]):
-            held = [file for file in range(FILES) if place in placed[file]]
+            held = [n for n, holders in enumerate(placed) if place in holders]
             self.disks[host][saved.origin] = (saved, tuple(held))
         if named < len(self.present):
             return False
@@ -162,7 +170,9 @@ class World:
 
     def _save(self, origin):
         self.clock += 1
-        self.state = self.head = Saved(origin, self.state, self.clock, self.job)
+        # Beside those of all ranks one of each host, with what its ranks have alone.
+        files = FILES + len(self.present)
+        self.state = self.head = Saved(origin, self.state, self.clock, self.job, files)
         return self.head
 
     @property
@@ -205,7 +215,7 @@ class World:
             for host in self.present
             for file in self.disks[host].get(saved.origin, (None, ()))[1]
         }
-        return len(held) == FILES
+        return len(held) == saved.files
 
     def _find(self, origin):
         (found,) = {disk[origin][0] for disk in self.disks for _ in (0,) if origin in disk}
@@ -213,7 +223,7 @@ class World:
 
     def _holdings(self):
         return [
-            Holding(host, origin, str(saved.age), saved.age, FILES, held)
+            Holding(host, origin, str(saved.age), saved.age, saved.files, held)
             for host in self.present
             for origin, (saved, held) in self.disks[host].items()
         ]

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpi_ckpt import CheckpointManager, Local, Options, load
-from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
+from mpi_ckpt.errors import CheckpointError, ReadError, UnsupportedFormatError
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.format.local_set import LocalSet
 from mpi_ckpt.storage.format.manifest import Manifest, StoredFile
@@ -144,3 +146,37 @@ def test_a_part_keeps_its_place_in_the_history(home):
     assert local.base == 0
     lineage = json.loads((home.parent.parent / "run" / "lineage.json").read_text())
     assert [run["run"] for run in lineage["lineage"]["runs"]] == [local.run]
+
+
+@pytest.fixture
+def part_of_tiles(tmp_path):
+    """One host's folder of a generation whose tiles lie on two."""
+    home = tmp_path / "home"
+    golden = Path(__file__).parents[1] / "restore" / "golden" / "hosts" / "host1"
+    shutil.copytree(golden, home)
+    return home
+
+
+def test_tools_work_on_the_tiles_of_a_host(part_of_tiles):
+    rows = ask("ls", part_of_tiles)["generations"]
+    assert [(row["generation"], row["state"]) for row in rows] == [(1, "newest")]
+    assert run("show", part_of_tiles, "1").exit_code == 0
+    drawn = run("show", part_of_tiles, "1", "--leaf", "rho").stdout
+    assert [line.strip() for line in drawn.splitlines() if "│" in line] == [
+        *["│000000000000│"] * 4,
+        *["│............│"] * 3,
+    ]
+    assert ask("verify", part_of_tiles)["good"] is True
+    flip(part_of_tiles / "checkpoint-00000001" / "tiles-00000.safetensors", -1)
+    assert run("verify", part_of_tiles).exit_code == 1
+
+
+def test_tiles_on_other_hosts_are_never_taken_for_zeros(part_of_tiles):
+    state = load(part_of_tiles)["field"]
+    with pytest.raises(ReadError, match=r"2 of its 3 tiles .* on other hosts"):
+        state.lazy("rho")[...]
+    with GenerationReader(part_of_tiles / "checkpoint-00000001") as reader:
+        assert reader.absent == {"share-00000.safetensors", "tiles-00002.safetensors"}
+        tiles = reader.tiles()["field", "rho"]
+        assert [tile.box.offset for tile in tiles] == [(0, 0), (2, 0)]
+        verify(reader)

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from mpi_ckpt.engine.hosts.token_bucket import Stopped, TokenBucket
+from mpi_ckpt.engine.hosts.copying.token_bucket import Stopped, TokenBucket
 
 
 class Clock:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training in whole numbers, equal for any number of ranks: exact.py FOLDER STEPS PACE
+"""A training in whole numbers, equal for any ranks: exact.py FOLDER STEPS PACE [LOCAL]
 
-Root logs a line a step to FOLDER/curve.jsonl, and the weights at the end to
-FOLDER/weights.json. `train_alone` is the same without MPI.
+With LOCAL, a path of each host's own, it saves there at each step, and to FOLDER only at a
+stop and at the end. Root notes step, ranks and source of each start in FOLDER/starts, logs
+a line a step to FOLDER/curve.jsonl, and the weights at the end to FOLDER/weights.json.
+`train_alone` is the same without MPI.
 """
 
 import json
@@ -42,18 +44,22 @@ def train_alone(steps):
 def main():
     from mpi4py import MPI
 
-    from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Options
+    from mpi_ckpt import ArrayState, CheckpointManager, KeepLast, Local, Options
 
     folder, steps, pace = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     world = MPI.COMM_WORLD
     weights = np.arange(WIDTH, dtype=np.int64)
     states = [ArrayState("weights", {"w": weights})]
-    options = Options(interval=5, retention=KeepLast(3))
-    with CheckpointManager(folder / "checkpoints", states, options=options) as manager:
-        manager.restore()
+    local = Local(sys.argv[4], every=1, copies=2, reserve=0) if sys.argv[4:] else None
+    options = Options(interval=None if local else 5, retention=KeepLast(3))
+    with CheckpointManager(
+        folder / "checkpoints", states, options=options, local=local
+    ) as manager:
+        restored = manager.restore()
+        level = "nothing" if restored is None else restored.level
         if world.rank == 0:
             with (folder / "starts").open("a") as file:
-                file.write(f"{manager.steps} {world.size}\n")
+                file.write(f"{manager.steps} {world.size} {level}\n")
         while manager.steps < steps:
             mine = gradient(manager.steps, weights, range(world.rank, BATCH, world.size))
             total = np.empty_like(mine)

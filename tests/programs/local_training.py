@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training that saves to its hosts at every step, and is killed at one.
 
-python local_training.py DIRECTORY LOCAL UPTO DIES NOTE
+python local_training.py DIRECTORY LOCAL UPTO DIES NOTE [DRAIN]
+
+DRAIN: bytes per second at which hosts copy each second step to the directory.
 """
 
 from __future__ import annotations
@@ -18,14 +20,19 @@ from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, Local, Options, PerRankState, RNGState
 
-directory, place, upto, dies, note = sys.argv[1:]
+directory, place, upto, dies, note, *drain = sys.argv[1:]
 world = MPI.COMM_WORLD
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 weights = {f"w{n}": np.zeros(5000 + n) for n in range(8)}
 own = PerRankState("own", 0)
 states = [ArrayState("weights", weights), own, RNGState()]
-options = Options(asynchronous=True, deadline_seconds=40, preemption_signals=())
-local = Local(place, reserve=0)
+options = Options(
+    asynchronous=True,
+    deadline_seconds=40,
+    preemption_signals=(),
+    interval=2 if drain else None,
+)
+local = Local(place, reserve=0, drain=float(drain[0]) if drain else None)
 with CheckpointManager(directory, states, options=options, local=local) as manager:
     restored = manager.restore()
     if restored is None:

@@ -177,8 +177,8 @@ def test_torch_is_imported_by_states_only_and_late_but_for_tensors():
         top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
         if name not in (
             "states/tensors.py",
-            "states/tensor_bytes.py",
-            "states/device_bytes.py",
+            "states/buffers/tensor_bytes.py",
+            "states/buffers/device_bytes.py",
         ):
             assert not any("torch" in ast.unparse(node) for node in top), name
 
@@ -232,7 +232,7 @@ def test_threads_are_started_where_no_mpi_is():
     )
     modules = {place.partition(":")[0] for place in starters}
     assert modules == {
-        "comm/ulfm/guard.py", "digest.py",
+        "comm/ulfm/guard.py", "leaves/digest.py",
         "engine/save/background.py", "engine/watchdog.py",
         "storage/filesystem.py", "storage/owning/lease.py",
         "storage/reading/read_queue.py", "storage/writing/outfile.py",

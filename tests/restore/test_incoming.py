@@ -9,12 +9,12 @@ import pytest
 from mpi_ckpt.engine.outline import Outline
 from mpi_ckpt.engine.restore.matching import match_states
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.states.arrays import ArrayState, array_leaf
 from mpi_ckpt.states.nested import ObjectState
 from mpi_ckpt.states.unshared.ranked import PerRankState
 from mpi_ckpt.storage.reading.reader import read_manifest
-from mpi_ckpt.target import Target
 from tests.making import Stream, publish, some_states
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpi_ckpt.digest import Digest, digest_bytes
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.digest import Digest, digest_bytes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format import leaf_columns, strict_json
 from mpi_ckpt.storage.format.manifest import (
     Extent,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import UnsupportedFormatError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.digest import Digest, digest_bytes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format.manifest import (
     CutLeaf,
     Extent,

@@ -10,12 +10,12 @@ import shutil
 import numpy as np
 import pytest
 
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.errors import (
     CorruptGenerationError,
     ReadError,
     UnsupportedFormatError,
 )
+from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.reading import proving

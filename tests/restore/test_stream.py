@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from mpi_ckpt.errors import CorruptGenerationError
-from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.storage.format.tensorfile import (
     encode_header,

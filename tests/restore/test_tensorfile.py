@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format import tensorfile
 from mpi_ckpt.storage.format.tensorfile import encode_header, parse_header
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.digest import Digest, digest_bytes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format import tile_table
 from mpi_ckpt.storage.format.manifest import StoredFile
 from mpi_ckpt.storage.format.tile_table import (

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, WriteError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.digest import digest_bytes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from mpi_ckpt.storage.reading import tile_index

@@ -13,12 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import debug
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mpi_ckpt.states.array_bytes import array_dtype
+from mpi_ckpt.states.buffers.array_bytes import array_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
     from mpi_ckpt.state import Arrival, Capture
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.arrays import ArrayBuffer, ArrayState, array_dtype_name, empty_array
 from tests.making import carry
 from tests.values import values_of

@@ -8,6 +8,7 @@ import itertools
 import threading
 import tracemalloc
 from contextlib import closing
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,15 +16,15 @@ import torch
 
 from mpi_ckpt import devices
 from mpi_ckpt.devices import Lane, following, land
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.save.landing import land_leaves
 from mpi_ckpt.engine.sync.captured import digest_leaves
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.digest import Digest
+from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.memory import Arena
-from mpi_ckpt.states import device_bytes
-from mpi_ckpt.states.device_bytes import DeviceBuffer
+from mpi_ckpt.states.buffers import device_bytes
+from mpi_ckpt.states.buffers.device_bytes import DeviceBuffer
 from mpi_ckpt.states.tensors import tensor_leaf
-from mpi_ckpt.target import Target
 from tests.stand_in import StandIn, install
 
 CHUNK = 4096
@@ -38,6 +39,10 @@ def device(request, monkeypatch):
 
 def numbers(count):
     return torch.arange(count, dtype=torch.float32)
+
+
+def lane_of(device):
+    return Lane.of(device, torch.device("cpu"))
 
 
 def elsewhere(work):
@@ -220,13 +225,13 @@ def test_an_arena_is_pinned_once_and_let_go_before_it_is_unmapped(device):
     arena = Arena()
     memory = arena.take(100_000)
     for _ in range(3):
-        arena.pin(device)
+        arena.pin(lane_of(device))
     assert device.pin_calls == 1
     assert set(device.pinned.values()) == {len(memory)}
     memory.release()
     arena.take(500_000)  # grows: another mapping
     assert device.pinned == {}
-    arena.pin(device)
+    arena.pin(lane_of(device))
     assert device.pin_calls == 2
     del arena
     gc.collect()
@@ -237,8 +242,8 @@ def test_memory_that_cannot_be_pinned_serves_as_well(monkeypatch):
     device = install(StandIn(pins=False), monkeypatch, chunk_bytes=CHUNK)
     arena = Arena()
     arena.take(100)
-    arena.pin(device)
-    arena.pin(device)
+    arena.pin(lane_of(device))
+    arena.pin(lane_of(device))
     assert device.pin_calls == 1
     arena.close()
     leaf, expected = trained_late(device)
@@ -291,3 +296,72 @@ def test_lanes_are_the_same_for_all_threads(device):
     weights = device.tensor(numbers(3))
     lane = Lane.of(device, weights.device)
     assert elsewhere(lambda: Lane.of(device, weights.device)) is lane
+
+
+def test_cuda_is_asked_by_the_names_that_torch_has(monkeypatch):
+    """Without a device: what is called, in which order, with signatures of torch."""
+    cuda = mock.create_autospec(torch.cuda)
+    cudart = mock.Mock(spec=["cudaHostRegister", "cudaHostUnregister"])
+    cuda.cudart.return_value = cudart
+    torch_here = mock.Mock(cuda=cuda)
+    monkeypatch.setattr(devices, "_torch", lambda: torch_here)
+    link = devices.CudaLink()
+    entered = []
+    for guard in (cuda.device, cuda.stream):
+        guard.return_value = mock.MagicMock()
+    cuda.device.side_effect = lambda one: entered.append(one) or mock.MagicMock()
+    stream = mock.Mock(device="cuda:1")
+
+    assert link.current("cuda:1") is cuda.current_stream.return_value
+    cuda.current_stream.assert_called_once_with("cuda:1")
+    assert link.make_stream("cuda:1") is cuda.Stream.return_value
+    event = link.record(stream)
+    stream.record_event.assert_called_once_with(cuda.Event.return_value)
+    cuda.Event.assert_called_once_with(blocking=True)
+    link.wait(stream, event)
+    stream.wait_event.assert_called_once_with(stream.record_event.return_value)
+    assert entered == []  # these choose the device of the stream by themselves
+    link.finish(event)
+    stream.record_event.return_value.synchronize.assert_called_once_with()
+    assert entered == ["cuda:1"]
+
+    target, source = mock.Mock(), numbers(4)
+    link.copy(target, source, stream)
+    cuda.stream.assert_called_once_with(stream)
+    (given,), options = target.copy_.call_args
+    assert torch.equal(given, source)
+    assert options == {"non_blocking": True}
+    assert entered == ["cuda:1"] * 2
+
+    cudart.cudaHostRegister.return_value = 0
+    assert link.pin("cuda:1", 4096, 8192)
+    cudart.cudaHostRegister.assert_called_once_with(4096, 8192, 0)
+    assert not torch_here.zeros.called
+    cudart.cudaHostRegister.return_value = 2
+    torch_here.zeros.side_effect = RuntimeError("out of memory")  # what CUDA had kept
+    assert not link.pin("cuda:1", 4096, 8192)
+    torch_here.zeros.assert_called_once_with(1, device="cuda:1")
+    link.unpin("cuda:1", 4096)
+    cudart.cudaHostUnregister.assert_called_once_with(4096)
+    assert entered == ["cuda:1"] * 5
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        ([], False),
+        ([{"segment_pool_id": (0, 0)}, {}], False),
+        ([{"segment_pool_id": (0, 0)}, {"segment_pool_id": (0, 1)}], True),
+    ],
+)
+def test_a_pool_of_its_own_tells_of_a_graph(monkeypatch, segments, expected):
+    cuda = mock.create_autospec(torch.cuda)
+    monkeypatch.setattr(devices, "_torch", lambda: mock.Mock(cuda=cuda))
+    cuda.memory_snapshot.return_value = segments
+    cuda.is_initialized.return_value = True
+    cuda.is_current_stream_capturing.return_value = True
+    assert devices.keeps_graphs() is expected
+    assert devices.is_capturing()
+    cuda.is_initialized.return_value = False  # no device was used: none is asked
+    assert not devices.keeps_graphs()
+    assert not devices.is_capturing()

@@ -27,7 +27,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from mpi_ckpt import ModuleState, ObjectState, OptimizerState, PerRankState, TrainState
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import Gate, LeafSpec
+from mpi_ckpt.leaves.leaf import Gate, LeafSpec
 from mpi_ckpt.states.dtensor import local_tensor
 from mpi_ckpt.states.leaf_values import takes_bytes
 from mpi_ckpt.states.tensors import tensor_leaf

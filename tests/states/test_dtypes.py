@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt import dtypes
+from mpi_ckpt.leaves import dtypes
 
 SAFETENSORS = [
     "BOOL",

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpi_ckpt.leaf import LeafSpec, MemoryBuffer, copy_bytes
+from mpi_ckpt.leaves.leaf import LeafSpec, MemoryBuffer, copy_bytes
 
 
 def test_spec_knows_its_size_and_shows_itself():

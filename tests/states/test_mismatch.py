@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.mismatch import compare_specs, raise_mismatch
 
 A, B, C = (LeafSpec(name, "F32", (2,)) for name in "abc")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpi_ckpt.errors import CorruptGenerationError, RegistrationError, StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.unshared.rng import RNGState
 from mpi_ckpt.states.unshared.streams import built_in_streams
 from tests.making import Ranks, joined

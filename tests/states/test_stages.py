@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from mpi_ckpt import ModuleState, OptimizerState, TrainState
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.rebuilding import nodes_of, rebuild
 from tests.states.fake_mesh import each_rank, fill, join, numbers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from mpi_ckpt.errors import RegistrationError, StageError
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import SYNC_MODES, Capture, LeafState, PartsState, State
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import mpi_ckpt
-from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.state import LeafState, PartsState, State
 
 if TYPE_CHECKING:

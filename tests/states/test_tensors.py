@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states import tensors
-from mpi_ckpt.states.tensor_bytes import TensorBuffer
+from mpi_ckpt.states.buffers.tensor_bytes import TensorBuffer
 from mpi_ckpt.states.tensors import empty_tensor, tensor_leaf, tensor_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

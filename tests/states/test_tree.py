@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
 from tests.values import VALUES, alike

@@ -9,7 +9,7 @@ import torch
 
 from mpi_ckpt import OptimizerState, TrainState
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
-from mpi_ckpt.leaf import Gate, LeafSpec
+from mpi_ckpt.leaves.leaf import Gate, LeafSpec
 from mpi_ckpt.states.rebuilding import nodes_of, rebuild
 from tests.states.fake_mesh import being_rank, fill, join, numbers
 

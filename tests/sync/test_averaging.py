@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.engine.sync.sending import from_summable, to_summable
+from mpi_ckpt.leaves import dtypes
 
 EVERY_HALF = np.arange(1 << 16, dtype=np.uint16)
 

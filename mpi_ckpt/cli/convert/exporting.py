@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 import click
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.cli.command import (
     GOOD,
     MISUSED,
@@ -26,7 +25,8 @@ from mpi_ckpt.cli.generations import open_wanted
 from mpi_ckpt.cli.inspect.showing import pick_states
 from mpi_ckpt.cli.new_file import new_file
 from mpi_ckpt.cli.plain_text import bytes_text, plural
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.tensorfile import encode_header
 from mpi_ckpt.storage.reading.assembly import read_box, slabs, state_arrays

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.cli.convert.exporting import METADATA_KEY
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
-from mpi_ckpt.leaf import Leaf, LeafSpec, Place, copy_bytes
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Place, copy_bytes
 from mpi_ckpt.state import Capture, LeafState, State
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as

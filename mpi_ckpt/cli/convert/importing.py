@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.cli.screen import Screen
     from mpi_ckpt.engine.save.request import Published
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
     from mpi_ckpt.state import State
 
 _OWN_OF_ADAPTDL = "adaptdl-"

@@ -11,15 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.cli.inspect.numeric import Difference, is_numeric
+from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.storage.reading.assembly import read_box, slabs, state_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mpi_ckpt.decomposition.boxes import Box
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.storage.reading.assembly import StoredArray
     from mpi_ckpt.storage.reading.reader import GenerationReader
 

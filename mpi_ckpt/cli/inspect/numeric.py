@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt import dtypes
+from mpi_ckpt.leaves import dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,6 +23,7 @@ SYMBOLS = len(_CHARACTERS)
 """Number of files that `symbol` tells apart."""
 
 _CELLS_OF_ELEMENT_MAX = 8
+_ELSEWHERE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,13 @@ def sections_of(shape: tuple[int, ...], tiles: Sequence[tuple[Box, int]]) -> lis
 
 def symbol(file: int) -> str:
     """Return the character that stands for a file; characters repeat after ``SYMBOLS``."""
-    return _CHARACTERS[file % SYMBOLS]
+    return "." if file == _ELSEWHERE else _CHARACTERS[file % SYMBOLS]
 
 
 def draw(section: Section, width: int, height: int) -> list[str]:
     """Draw a section as lines in a frame, with the file's symbol for each tile.
+
+    Elements in no tile are points: they are on other hosts.
 
     Args:
         section: The section.
@@ -86,7 +89,7 @@ def draw(section: Section, width: int, height: int) -> list[str]:
     # Characters are about twice as high as they are wide.
     most = _CELLS_OF_ELEMENT_MAX if rows == 1 else 2
     across = min(width, columns * max(1, min(most, width // columns)))
-    cells = np.zeros((min(height, rows), across), np.int64)
+    cells = np.full((min(height, rows), across), _ELSEWHERE, np.int64)
     down_at, across_at = _samples(rows, len(cells)), _samples(columns, across)
     for box, file in section.tiles:
         top, bottom = np.searchsorted(down_at, (box.offset[0], box.end[0]))

@@ -32,7 +32,7 @@ from mpi_ckpt.cli.tables import Column
 if TYPE_CHECKING:
     from mpi_ckpt.cli.inspect.tile_maps import TileMap
     from mpi_ckpt.cli.screen import Screen
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.storage.format.manifest import Manifest, StoredState
     from mpi_ckpt.storage.reading.tile_index import LeafKey
 

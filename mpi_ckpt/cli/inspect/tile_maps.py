@@ -95,7 +95,7 @@ class TileMap:
 
 
 def map_leaves(reader: GenerationReader, states: Sequence[StoredState]) -> list[TileMap]:
-    """Return a map of each leaf of some states, in order.
+    """Return a map of each leaf of some states, in order; of what this host has of them.
 
     Raises:
         CorruptGenerationError: If a table of tiles is damaged.
@@ -105,7 +105,7 @@ def map_leaves(reader: GenerationReader, states: Sequence[StoredState]) -> list[
         TileMap(state.name, array)
         for state in states
         if not state.is_stream
-        for array in state_arrays(reader, state)
+        for array in state_arrays(reader, state, needs_all=False)
     ]
 
 

@@ -92,8 +92,8 @@ def suspects(said: str, hosts: Collection[str]) -> set[str]:
 class HostBook:
     """Records which hosts have failed, and which have survived the last attempt.
 
-    Survivors come first, in the order of the list: what they keep on their disks then need
-    not be read from the directory.
+    Survivors come first: what they keep on their disks then need not be read from the
+    directory. Hosts that were complained of come last. Else the order is that of the list.
 
     A host that was missing from the list and is back starts without failures: it was
     probably repaired.
@@ -110,7 +110,8 @@ class HostBook:
         self._warn = warn
         self._failures: Counter[str] = Counter()
         self._last: Sequence[Host] | None = None
-        self._survivors: frozenset[str] = frozenset()
+        self._used: frozenset[str] = frozenset()
+        self._blamed: frozenset[str] = frozenset()
 
     @property
     def is_known(self) -> bool:
@@ -137,14 +138,18 @@ class HostBook:
         for gone in [name for name in self._failures if name not in names]:
             del self._failures[gone]
         usable = [h for h in hosts if self._failures[h.name] <= FAILURES_FORGIVEN]
-        return sorted(usable, key=lambda host: host.name not in self._survivors)
+
+        def order(host: Host) -> int:
+            return 1 if host.name not in self._used else 2 * (host.name in self._blamed)
+
+        return sorted(usable, key=order)
 
     def note_used(self, names: Collection[str]) -> None:
         """Note the hosts of an attempt."""
-        self._survivors = frozenset(names)
+        self._used, self._blamed = frozenset(names), frozenset()
 
     def blame(self, names: Collection[str]) -> list[str]:
         """Note failed hosts; return those that are now left out."""
-        self._survivors -= frozenset(names)
+        self._blamed |= frozenset(names)
         self._failures.update(names)
         return sorted(n for n in names if self._failures[n] > FAILURES_FORGIVEN)

@@ -128,7 +128,7 @@ def repair(
 
     Args:
         handle: Communicator that lost ranks.
-        newest: Step of this rank's copy of the states; -1 for none.
+        newest: Age of this rank's copy of the states, larger for later ones; -1 for none.
         places: Number of ranks that train, if there are so many: the rest are spares.
         replace: Whether to start ranks if there are fewer.
         start_seconds: How long a new rank may take to join.

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import exchange_messages
-from mpi_ckpt.digest import BLOCK_BYTES, DIGEST_BYTES, BlockHasher, Digest
-from mpi_ckpt.engine.save.assignment import handing_order
-from mpi_ckpt.engine.save.own_tiles import runs_of
+from mpi_ckpt.engine.save.cut.assignment import handing_order
+from mpi_ckpt.engine.save.cut.own_tiles import runs_of
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.leaves.digest import BLOCK_BYTES, DIGEST_BYTES, BlockHasher, Digest
 from mpi_ckpt.storage.format.tile_table import file_order
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
+    from mpi_ckpt.leaves.leaf import Leaf
     from mpi_ckpt.storage.format.tile_table import TileEntry
 
 PIECE_BYTES = 8 << 20

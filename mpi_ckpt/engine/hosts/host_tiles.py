@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpi_ckpt.comm import agree, bcast_json, exchange_messages, gather_bytes
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.hosts.handed_tiles import (
     SteadyTiles,
     count_digests,
@@ -23,9 +22,10 @@ from mpi_ckpt.engine.hosts.handed_tiles import (
     digest_tiles,
     encode_digests,
 )
-from mpi_ckpt.engine.save.assignment import as_leaf_spec
-from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles
+from mpi_ckpt.engine.save.cut.assignment import as_leaf_spec
+from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
 from mpi_ckpt.errors import SaveError, StageError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.storage.format.layout import tile_file_name
 from mpi_ckpt.storage.format.manifest import CutLeaf, StoredFile
 from mpi_ckpt.storage.format.tile_table import file_order, plan_tile_file
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.digest import Digest
     from mpi_ckpt.engine.hosts.handed_tiles import DigestedTile
-    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
-    from mpi_ckpt.engine.save.survey import TileSurvey
+    from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.sync.captured import CapturedState
+    from mpi_ckpt.leaves.digest import Digest
     from mpi_ckpt.storage.format.tile_table import TileEntry
 
 _DOING = "describing the tiles of a host"
@@ -167,8 +167,7 @@ def survey_hosts(
     comm = session.comm
     leaders = [comm.topology.leaders[node] for node in comm.topology.node_of]
     before = None if previous is None else previous.ranks
-    window_bytes = session.options.io.window_bytes
-    ranks = survey_tiles(comm, captured, before, leaders, window_bytes)
+    ranks = survey_tiles(comm, captured, before, session.options, leaders)
     if previous is not None and ranks is before:
         return previous
     joined = {} if ranks.joined is None else ranks.joined.leaves

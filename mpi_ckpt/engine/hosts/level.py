@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import on_root
-from mpi_ckpt.engine.hosts.drain import Drain
+from mpi_ckpt.engine.hosts.copying.drain import Drain
 from mpi_ckpt.engine.hosts.opening import list_hosts, open_homes, refuse_moved
 from mpi_ckpt.engine.hosts.placement import count_copies
 from mpi_ckpt.errors import CheckpointError, OptionsError, RestoreError, SaveError

@@ -13,7 +13,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree
-from mpi_ckpt.engine.hosts.directory_copy import LocalSource
+from mpi_ckpt.engine.hosts.copying.directory_copy import LocalSource
 from mpi_ckpt.engine.hosts.host_tiles import describe_tiles, survey_hosts
 from mpi_ckpt.engine.hosts.level import HostNames
 from mpi_ckpt.engine.hosts.part_forms import compare_parts, parts_on_hosts

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.steps.stepping import StepActions, Steps
+    from mpi_ckpt.engine.steps.step_actions import StepActions
+    from mpi_ckpt.engine.steps.stepping import Steps
     from mpi_ckpt.reports import SaveReport
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import json
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, gather_bytes, meet
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:

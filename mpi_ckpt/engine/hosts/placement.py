@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.leaves.digest import digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

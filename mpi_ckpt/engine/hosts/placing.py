@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import agree, exchange_messages, meet
-from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.engine.hosts.host_tiles import HostTiles
 from mpi_ckpt.engine.hosts.share_plan import encode_bound, plan_shares
 from mpi_ckpt.engine.hosts.tile_copies import TileCopies
 from mpi_ckpt.engine.sync.captured import CapturedState, capture_states, digest_states
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.state import LeafState
 from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.format.local_set import LocalSet

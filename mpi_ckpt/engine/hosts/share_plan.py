@@ -12,7 +12,6 @@ import io
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.engine.hosts.placement import (
     count_copies,
     count_shares,
@@ -23,6 +22,7 @@ from mpi_ckpt.engine.save.shard import encode_shard, foresee_leaf_file
 from mpi_ckpt.engine.save.sharing import pick_share, split_by_bytes
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.leaves.digest import Digest, digest_bytes
 from mpi_ckpt.options import ROOT
 from mpi_ckpt.storage.format.layout import (
     shard_file_name,

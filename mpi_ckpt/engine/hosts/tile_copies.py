@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm import exchange_messages
+from mpi_ckpt.comm import exchange_messages, start_sending
 from mpi_ckpt.engine.hosts.handed_tiles import (
     HandedStream,
     hand_to_leader,
@@ -26,6 +26,8 @@ from mpi_ckpt.engine.hosts.placement import order_turns_of_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.hosts.host_tiles import DescribedTiles, OwnFile
@@ -71,6 +73,7 @@ class TileCopies:
         leader = comm.topology.leaders[int(comm.topology.node_of[comm.rank])]
         self._leader = leader
         self._passed: list[_Passed] = []
+        self._sends: list[tuple[int, NDArray[np.uint8]]] = []
         if plan is None:
             return
         here = hosts.leaders.index(comm.rank)
@@ -127,9 +130,12 @@ class TileCopies:
 
     def _sent_runs(self, passed: _Passed, file: OwnFile) -> Iterator[memoryview]:
         for piece in join_runs(self._made_runs(file), file.nbytes):
-            sends = [(rank, piece) for rank in passed.others]
-            exchange_messages(self._comm, sends, [], _DOING)
-            yield piece.data
+            # Kept until the next piece: MPI reads it even if an interrupt ends this.
+            self._sends = sends = [(rank, piece) for rank in passed.others]
+            requests = start_sending(self._comm, sends)
+            yield piece.data  # written while it is on its way
+            if requests:
+                self._comm.wait(requests, _DOING, streaming=True, buffers=sends)
 
     def _made_runs(self, file: OwnFile) -> Iterator[memoryview]:
         """Yield the file of this host, of what its ranks hand over meanwhile."""

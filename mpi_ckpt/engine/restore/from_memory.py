@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, any_of, bcast_bytes
 from mpi_ckpt.engine.restore.lent_copy import LentCopy
+from mpi_ckpt.engine.save.remembering import number_of
 from mpi_ckpt.engine.sync.sending import send_leaves
 from mpi_ckpt.errors import RestoreError
-from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.memory import MemoryCopy, round_up
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class _ReceivedCopy:
         is_whole = names == {state.name for state in found.outline.states}
         if memory is None or memory.holders != "all" or not is_whole:
             return None
-        memory.clear()
+        memory.copy = None  # but it may hold tiles of root's copy
         return cls(session, memory, found, match)
 
     def map(self, lent: LentCopy | None) -> bool:
@@ -185,6 +186,7 @@ class _ReceivedCopy:
             one.saved.name: [next(places) for _ in one.saved.specs]
             for one in self._match.states
         }
-        step = self._found.outline.step
-        self._memory.copy = MemoryCopy(step, self._found.text, held)
+        outline = self._found.outline
+        number = number_of(outline.copy)
+        self._memory.copy = MemoryCopy(outline.step, self._found.text, held, number)
         self._memory.origin = origin

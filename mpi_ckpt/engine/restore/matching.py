@@ -12,7 +12,7 @@ from mpi_ckpt.engine.overlaps import Overlap, separate_overlaps
 from mpi_ckpt.engine.registry import ADVICE, numbered_alike
 from mpi_ckpt.errors import StateMismatchError, cut_lines
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Arrival, LeafState, State
 from mpi_ckpt.states.unshared.ranked import RankedState
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.engine.outline import Outline, StateOutline
-    from mpi_ckpt.engine.restore.wanted import LeafIndex
+    from mpi_ckpt.engine.restore.cut.wanted import LeafIndex
     from mpi_ckpt.storage.format.manifest import Extent
 
 _PROBLEMS_MAX = 18
@@ -125,6 +125,20 @@ class StateMatch:
             for number, matched in enumerate(self.states)
         ]
         return replace(self, states=tuple(states)) if traded else self
+
+    def leaving(self, traded: Collection[LeafIndex]) -> StateMatch:
+        """Return the match with no destination for some leaves. Not collective."""
+        places = {
+            one.state.name: replace(
+                one.arrival,
+                leaves=[
+                    None if (number, at) in traded else leaf
+                    for at, leaf in enumerate(one.arrival.leaves)
+                ],
+            )
+            for number, one in enumerate(self.states)
+        }
+        return self.with_arrivals(places)
 
     def with_unexpected(self, names: Mapping[str, tuple[str, ...]]) -> StateMatch:
         """Return the match with more leaves that only the generation has. Not collective.

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from mpi_ckpt.comm import Deferred, agree, meet, printed_by
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.hosts.root_copies import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
-from mpi_ckpt.engine.restore.dealing import plan_deals
-from mpi_ckpt.engine.restore.from_memory import transfer_copy
+from mpi_ckpt.engine.restore.cut import copied_arrivals
+from mpi_ckpt.engine.restore.cut.dealing import plan_deals
+from mpi_ckpt.engine.restore.cut.traded_parts import transfer_parts
+from mpi_ckpt.engine.restore.cut.trading import trade_leaves
 from mpi_ckpt.engine.restore.matching import (
     OVERWRITTEN,
     StateMatch,
@@ -31,9 +32,6 @@ from mpi_ckpt.engine.restore.notices import (
     warn_of_restored,
 )
 from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
-from mpi_ckpt.engine.restore.trade_plan import Trades, plan_trades
-from mpi_ckpt.engine.restore.traded_parts import transfer_parts
-from mpi_ckpt.engine.restore.trading import trade_leaves
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -42,6 +40,7 @@ from mpi_ckpt.errors import (
     StateMismatchError,
 )
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves.digest import digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -49,7 +48,9 @@ if TYPE_CHECKING:
     from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.registry import Registry
-    from mpi_ckpt.engine.restore.dealing import Deal
+    from mpi_ckpt.engine.restore.cut.copied_tiles import HeldTiles
+    from mpi_ckpt.engine.restore.cut.dealing import Deal
+    from mpi_ckpt.engine.restore.cut.trade_plan import Trades
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, RestoreReport
@@ -108,6 +109,8 @@ class Restore:
         self._match: StateMatch | None = None
         self._deals: Mapping[str, Deal] = {}
         self._trades: Trades | None = None
+        self._held: HeldTiles | None = None
+        self._lost = ""
         self._bytes_traded = 0
         self._deferred = Deferred()
         self._resize = ResizeWatch()
@@ -135,12 +138,17 @@ class Restore:
                 from_memory=self._only is None and self._choice.is_newest,
             )
         )
+        self._held, lost = copied_arrivals.find_tiles(self._session, self._found)
+        if lost:
+            self._lost = lost
+            return self.find()  # among the files
         found, memory = self._found, self._session.memory
         if memory is not None and self._only is None and not (found and found.is_copy):
             # No rank may go back to another rank's older copy from here.
             memory.clear()
         if found is None:
             self._open.close()
+            copied_arrivals.refuse_fresh_start(self._lost)
         return found is not None
 
     @contextmanager
@@ -213,7 +221,8 @@ class Restore:
             )
             self._match = met.result
             if met.is_flagged:
-                self._trades = plan_trades(session, found, met.result)
+                args = session, found, met.result, self._held
+                self._trades = copied_arrivals.plan_arrivals(*args)
                 self._match = met.result.with_unexpected(self._trades.unwanted)
             if overlaps or not met.is_alike:
                 self._separate(overlaps, doing)
@@ -226,29 +235,25 @@ class Restore:
             ReadError: On every rank, if a reading rank cannot read.
         """
         session, match, deferred = self._session, self._matched, self._deferred
+        trades, progress = self._trades, self._clock.progress
         with self._clock.phase("transfer"):
             if self._generation.is_copy:
-                transfer_copy(session, self._generation, match, deferred)
+                args = session, self._generation, match, trades, deferred
+                copied_arrivals.bring_copy(*args, progress)
                 return
-            found = self._found = open_on_readers(session, self._generation, self._open)
-            args, trades, progress = (session, found), self._trades, self._clock.progress
-            if trades is not None:
-                progress.expect(trades.bytes_moved)
+            self._found = open_on_readers(session, self._generation, self._open)
+            source = session, self._found
+            progress.expect(0 if trades is None else trades.bytes_moved)
             # Parts come first, since bringing them overwrites nothing yet.
             match, nbytes = transfer_parts(
-                *args, match, self._deals, trades, deferred, progress
+                *source, match, self._deals, trades, deferred, progress
             )
             self._match, self._bytes_traded = match, nbytes
             whole = match if trades is None else match.without(trades.leaves)
-            changed = transfer_files(*args, whole, deferred, progress)
+            changed = transfer_files(*source, whole, deferred, progress)
             if trades is not None:
                 self._bytes_traded += trade_leaves(
-                    *args,
-                    match,
-                    trades,
-                    deferred,
-                    is_overwritten=changed,
-                    progress=progress,
+                    *source, match, trades, deferred, progress, is_overwritten=changed
                 )
 
     def adopt(self) -> None:

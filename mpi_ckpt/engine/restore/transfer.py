@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import UNTOUCHED, agree
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.restore.from_memory import copied_leaves
 from mpi_ckpt.engine.restore.host_memory import HostMemory
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
 from mpi_ckpt.engine.restore.transport import Destinations, SentTransport, SharedTransport
 from mpi_ckpt.errors import RestoreError
+from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.storage.format.manifest import StoredLeaves
 from mpi_ckpt.storage.reading.proving import read_proven, take_proven
 from mpi_ckpt.storage.reading.read_plan import plan_reads

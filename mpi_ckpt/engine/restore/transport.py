@@ -9,10 +9,10 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
-from mpi_ckpt.buckets import write_leaves
 from mpi_ckpt.comm import bcast_buffers
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.target import Target
+from mpi_ckpt.leaves.buckets import write_leaves
+from mpi_ckpt.leaves.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, bcast_bytes, on_root
 from mpi_ckpt.engine.outline import Outline, StateOutline
+from mpi_ckpt.engine.save.remembering import RememberedTiles, number_of
 from mpi_ckpt.engine.save.staging import LateCopies, Staged, StagedStream, stage
 from mpi_ckpt.engine.sync.captured import CapturedState, capture_states
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaf import Form, Leaf, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Form, Leaf, MemoryBuffer
 from mpi_ckpt.memory import MemoryCopy
 from mpi_ckpt.state import LeafState, PartsState, State
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.memory import Memory
 
 _DOING = "remembering the states"
+_NO_TILES = RememberedTiles()
 
 
 @without_collections()
@@ -37,6 +39,7 @@ def copy_into(
     threads: int,
     *,
     late: bool,
+    tiles: RememberedTiles = _NO_TILES,
 ) -> Staged | None:
     """Copy the contents of a save into the memory, on the ranks that hold a copy.
 
@@ -50,6 +53,7 @@ def copy_into(
         threads: Threads that copy.
         late: Whether root may leave the copies of leaves behind a gate to the thread that
             writes the save.
+        tiles: The copies of their tiles, which all ranks have made already.
 
     Returns:
         The copies, on ranks that hold one; None elsewhere.
@@ -64,11 +68,12 @@ def copy_into(
 
     def keep() -> Staged | None:
         if not comm.is_root and memory.holders == "root":
+            tiles.keep(memory)
             return None
-        memory.clear()
+        memory.copy = None
         taken = list(_take_here(comm, request.states, from_root))
         staged = stage(memory.arena, taken, threads=threads)
-        staged.late.when_copied(lambda: _hold(memory, request, staged))
+        staged.late.when_copied(lambda: _hold(memory, request, staged, tiles))
         if staged.late and not (late and comm.is_root):
             staged.late.copy()
             staged = replace(staged, late=LateCopies())
@@ -148,25 +153,33 @@ def _decode(state: LeafState, data: bytes) -> CapturedState:
     return CapturedState(state, structure, tuple(leaves), Form(specs))
 
 
-def _hold(memory: Memory, request: SaveRequest, staged: Staged) -> None:
+def _hold(
+    memory: Memory, request: SaveRequest, staged: Staged, tiles: RememberedTiles
+) -> None:
     outline = Outline(
         step=request.step,
         size=request.size,
         metrics=dict(request.metrics),
-        states=tuple(_outline_of(content) for content in staged.states),
+        states=tuple(_outline_of(content, tiles) for content in staged.states),
+        copy=tiles.name,
     )
     leaves = {
         content.name: [leaf.buffer.read() for leaf in _leaves_of(content)]
         for content in staged.states
     }
     text = json.dumps(outline.to_json()).encode()
-    memory.copy = MemoryCopy(request.step, text, leaves)
+    memory.copy = MemoryCopy(request.step, text, leaves, number_of(tiles.name))
+    tiles.keep(memory)
 
 
-def _outline_of(content: CapturedState | State) -> StateOutline:
-    if isinstance(content, CapturedState):
+def _outline_of(content: CapturedState | State, tiles: RememberedTiles) -> StateOutline:
+    if not isinstance(content, CapturedState):
+        return StateOutline.of_stream(content.name, _leaves_of(content)[0].spec.nbytes)
+    known = tiles.states.get(content.name)
+    if known is None:
         return StateOutline(content.name, content.structure, content.specs)
-    return StateOutline.of_stream(content.name, _leaves_of(content)[0].spec.nbytes)
+    # The structure of root, as in a file: those of other ranks may be others.
+    return StateOutline(content.name, known.structure, content.specs, cut=known.cut)
 
 
 def _leaves_of(content: CapturedState | State) -> Sequence[Leaf]:

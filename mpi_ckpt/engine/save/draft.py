@@ -9,12 +9,12 @@ import time
 from io import UnsupportedOperation
 from typing import TYPE_CHECKING, BinaryIO
 
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.save.request import Published, SaveRequest, foresee_space
 from mpi_ckpt.engine.save.reuse import SharedLeaves, has_unchanged, plan_reuse, sample
 from mpi_ckpt.engine.save.shard import with_digests, write_shard
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import RestoreError, SaveError, StageError, WriteError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.options import ROOT
 from mpi_ckpt.storage.faults import read_errors_as_save_errors
 from mpi_ckpt.storage.format.layout import (
@@ -35,7 +35,7 @@ from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX, encode, l
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.engine.save.own_tiles import TileFiles
+    from mpi_ckpt.engine.save.cut.own_tiles import TileFiles
     from mpi_ckpt.engine.save.shard import Shard, ShardImage
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, gather_bytes, on_root
-from mpi_ckpt.engine.save.carrying import CarriedTiles, hand_over
-from mpi_ckpt.engine.save.draft import Draft
-from mpi_ckpt.engine.save.own_tiles import (
+from mpi_ckpt.engine.save.cut.carrying import CarriedTiles, hand_over
+from mpi_ckpt.engine.save.cut.own_tiles import (
     CapturedTiles,
     OwnTiles,
     TileFiles,
     runs_of,
     write_own_tiles,
 )
+from mpi_ckpt.engine.save.cut.tile_history import TileHistory
+from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.shard import foresee_shard, write_shard
 from mpi_ckpt.engine.save.sharing import Task, deal_tasks, pick_share, share_out
-from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.options import ROOT
@@ -28,11 +28,11 @@ from mpi_ckpt.storage.format.layout import shard_file_name
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
+    from mpi_ckpt.engine.save.cut.tile_history import WrittenTiles
     from mpi_ckpt.engine.save.request import Published, SaveRequest
     from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.sharing import Share
-    from mpi_ckpt.engine.save.survey import TileSurvey
-    from mpi_ckpt.engine.save.tile_history import WrittenTiles
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.sync.coming import PartsInTransit
     from mpi_ckpt.reports import PhaseClock
@@ -99,8 +99,11 @@ class JointWrite:
         self._progress = clock.progress
 
         tasks: list[Task] = []
+        # The same on every rank. If root alone writes leaves that all ranks have, the
+        # others need no share, and one broadcast tells them what remains.
+        is_shared = len(writers) > 1
 
-        def begin() -> None:
+        def begin() -> list[object] | None:
             joined = None if self._survey is None else self._survey.joined
             # Tiles that are shared take no space, and only their ranks know of them.
             may_share = options.io.reuse and self._history.generation > 0
@@ -113,16 +116,20 @@ class JointWrite:
             number, job = draft.partial.generation, session.directory.job
             shares = [self._shares.get(rank, {}) for rank in range(comm.size)]
             tasks.extend(Task(number, job, share) for share in shares)
+            return None if is_shared else [number, job]
 
         try:
-            on_root(comm, "beginning a generation", begin, error=SaveError)
+            told = on_root(comm, "beginning a generation", begin, error=SaveError)
         except BaseException:
             self.drop()
             raise
         captured: Sequence[CapturedState] = request.captured
         if self._draft is not None:
             captured = self._draft.captured
-        self._task = deal_tasks(comm, tasks, options.io.window_bytes)
+        if is_shared:
+            self._task = deal_tasks(comm, tasks, options.io.window_bytes)
+        else:
+            self._task = tasks[0] if comm.is_root else Task(told[0], told[1], {})
         plain = request.plain if comm.is_root else []
         share = pick_share(captured, self._task.share)
         mine: list[CapturedState | State] = [*share, *plain, *self._tiles]

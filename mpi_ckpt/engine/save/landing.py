@@ -8,15 +8,15 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.devices import land
-from mpi_ckpt.digest import BlockHasher, Digest
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves.digest import BlockHasher, Digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mpi_ckpt.devices import Copy
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
     from mpi_ckpt.memory import Arena
 
 
@@ -35,7 +35,7 @@ def pin_for(arena: Arena, leaves: Sequence[Leaf]) -> None:
     """
     found: Any = next((leaf.buffer for leaf in leaves if is_on_device(leaf)), None)
     if found is not None:
-        arena.pin(found.link)
+        arena.pin(found.lane)
 
 
 def require_gates(leaves: Sequence[Leaf]) -> None:

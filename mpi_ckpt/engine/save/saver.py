@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.comm import abort_job, member_of
 from mpi_ckpt.engine.save.background import NICENESS_OF_COPIES, Background
 from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
+from mpi_ckpt.engine.save.cut.tile_history import TileHistory
 from mpi_ckpt.engine.save.pending import PendingSave
+from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
 from mpi_ckpt.engine.save.saving import Save
-from mpi_ckpt.engine.save.tile_history import TileHistory
 from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
 from mpi_ckpt.engine.sync.replicas import capture_on_root
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Member
     from mpi_ckpt.engine.registry import Registry
-    from mpi_ckpt.engine.save.survey import TileSurvey
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
@@ -254,15 +256,18 @@ class Saver:
         doing = "beginning to remember the states"
         begun = self.registry.begin(doing, None, begin, error=SaveError).result
         synced = capture_on_root(comm, begun.states, begun.parts, threads=threads)
+        tiles = RememberedTiles()
         if synced.is_cut:
-            memory.clear()  # a lost rank would take its tiles along
-            return
+            args, options = (comm, synced.captured), self._session.options
+            survey = survey_tiles(*args, self.workshop.survey, options)
+            self.workshop.survey = survey
+            mine = take_tiles(*args, survey, compared=False)
+            tiles = copy_tiles(comm, memory, synced.captured, mine, survey)
         captured = receive_parts(comm, synced.parts, synced.captured)
         by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in begun.states]
         request = SaveRequest(states=taken, step=step, size=comm.size)
-        threads = self._session.options.io.digest_threads
-        copy_into(memory, comm, request, threads, late=False)
+        copy_into(memory, comm, request, threads, late=False, tiles=tiles)
 
     def finish(self) -> None:
         """Finish the pending save and a copy from the hosts: nothing is under way then.
@@ -274,6 +279,7 @@ class Saver:
         """
         self.finish_pending()
         self._finish_copy()
+        self.workshop.background.join()  # it may remove what the copy replaces
 
     def _finish_copy(self) -> None:
         drain = None if self._session.hosts is None else self._session.hosts.drain

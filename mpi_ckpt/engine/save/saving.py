@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.comm import agree, choose_ranks, on_root
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
 from mpi_ckpt.engine.save.joint import JointWrite
 from mpi_ckpt.engine.save.lone import LoneWrite
+from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import SaveRequest, make_report
 from mpi_ckpt.engine.save.staging import LateCopies, stage
-from mpi_ckpt.engine.save.survey import survey_tiles, take_tiles, writers_of_tiles
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.engine.sync.coming import PartsInTransit
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts
@@ -38,11 +39,11 @@ from mpi_ckpt.reports import SyncReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpi_ckpt.engine.save.own_tiles import CapturedTiles
+    from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
+    from mpi_ckpt.engine.save.cut.survey import TileSurvey
     from mpi_ckpt.engine.save.request import Begun, Published
     from mpi_ckpt.engine.save.saver import Workshop
     from mpi_ckpt.engine.save.shard import ShardImage
-    from mpi_ckpt.engine.save.survey import TileSurvey
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import PhaseClock, SaveReport
     from mpi_ckpt.state import State
@@ -133,11 +134,7 @@ class Save:
                 synced = capture_on_root(comm, states, parts, apart, threads=threads)
             if synced.is_cut:
                 self._survey = self._workshop.survey = survey_tiles(
-                    comm,
-                    synced.captured,
-                    self._workshop.survey,
-                    writers_of_tiles(comm, options),
-                    options.io.window_bytes,
+                    comm, synced.captured, self._workshop.survey, options
                 )
                 self._tiles = take_tiles(comm, synced.captured, self._survey)
         self._note_synced(synced)
@@ -227,7 +224,7 @@ class Save:
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
             self._workshop.history = self._joint.history
-        # Otherwise Python's next garbage collection would scan these.
+        # Else Python's next garbage collection would scan these.
         self._request = replace(self._request, states=())
         self._mine, self._tiles, self._joint, self._lone = (), (), None, None
         self._synced = replace(self._synced, captured=[])
@@ -258,15 +255,19 @@ class Save:
         session, request = self._session, self._request
         if session.memory is None:
             return False
-        if request.carry is not None or self._survey is not None:
-            # A save of only some states leaves no copy, since it would be incomplete; nor
-            # does one with tiles, since a lost rank takes its tiles along.
-            session.memory.clear()
+        if request.carry is not None:
+            session.memory.clear()  # a copy of only some states would be incomplete
             return False
+        memory, comm, survey = session.memory, session.comm, self._survey
+        late = bool(session.options.asynchronous) and survey is None
         with self._clock.phase("stage"):
-            late = bool(session.options.asynchronous)
+            tiles, captured = RememberedTiles(), self._synced.captured
+            if survey is not None:
+                tiles = copy_tiles(comm, memory, captured, self._tiles, survey)
             threads = session.options.io.digest_threads
-            staged = copy_into(session.memory, session.comm, request, threads, late=late)
+            staged = copy_into(memory, comm, request, threads, late=late, tiles=tiles)
+        if survey is not None:
+            return False  # each rank writes its share from the states
         if staged is not None:
             self._request = replace(request, states=staged.states)
             self._late, self._image = staged.late, staged.image

@@ -12,9 +12,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from mpi_ckpt import dtypes
-from mpi_ckpt.buckets import are_read_together, pieces_of, plan_buckets, read_leaves
-from mpi_ckpt.digest import (
+from mpi_ckpt.engine.sync.captured import about_leaf
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.buckets import are_read_together, pieces_of, plan_buckets, read_leaves
+from mpi_ckpt.leaves.digest import (
     BLOCK_BYTES,
     DIGEST_BYTES,
     BlockHasher,
@@ -22,7 +23,6 @@ from mpi_ckpt.digest import (
     digest_bytes,
     split_blocks,
 )
-from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.storage.format.layout import shard_file_name
 from mpi_ckpt.storage.format.manifest import StoredFile, StoredLeaves
 from mpi_ckpt.storage.format.tensorfile import encode_header
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.buckets import Readable
     from mpi_ckpt.engine.sync.captured import CapturedState
-    from mpi_ckpt.leaf import Form
+    from mpi_ckpt.leaves.buckets import Readable
+    from mpi_ckpt.leaves.leaf import Form
     from mpi_ckpt.storage.writing.partial import Partial
 
 # Smaller leaves are joined before they are written, in buckets that stay in the cache.

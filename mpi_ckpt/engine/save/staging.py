@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.digest import Digest, Digests, copy_many
+from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
 from mpi_ckpt.engine.save.landing import is_on_device, land_leaves, pin_for, require_gates
-from mpi_ckpt.engine.save.own_tiles import CapturedTiles
 from mpi_ckpt.engine.save.shard import ShardImage, plan_of
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf, digest_leaves
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaves.digest import Digest, Digests, copy_many
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.state import State
 from mpi_ckpt.storage.format.manifest import STREAM
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from mpi_ckpt.engine.save.shard import ShardPlan
-    from mpi_ckpt.leaf import Gate
+    from mpi_ckpt.leaves.leaf import Gate
     from mpi_ckpt.memory import Arena
 
 # Leaves of so many bytes are worth a thread.

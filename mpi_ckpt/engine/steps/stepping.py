@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import Vote, any_of, collect, on_root
 from mpi_ckpt.elastic.preemption import PreemptionGuard
 from mpi_ckpt.elastic.requests import StopRequests
+from mpi_ckpt.elastic.walltime import fits
 from mpi_ckpt.engine.steps.interval import Interval
+from mpi_ckpt.engine.steps.step_actions import StepActions
+from mpi_ckpt.engine.steps.stop_texts import join_reasons, only_on_hosts
 from mpi_ckpt.errors import CheckpointError, CollectiveError, OptionsError
 from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
 from mpi_ckpt.reports import StopReport
 
 if TYPE_CHECKING:
     from mpi_ckpt.choice import Choice
-    from mpi_ckpt.engine.hosts.drain import Drain
+    from mpi_ckpt.engine.hosts.copying.drain import Drain
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import RestoreReport, SaveReport
@@ -34,32 +36,8 @@ _STOP, _DUE, _WRITING, _LONG, _LOCAL, _COPYING, _TRY, _FAILED = (
     1 << bit for bit in range(8)
 )
 
-_REASONS_MAX = 4
-
 # An allreduce is less than a hundredth of such a step.
 _LONG_STEP_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class StepActions:
-    """What to do at the end of a step, the same on every rank.
-
-    Attributes:
-        stop: Save, then stop.
-        save: A save is due.
-        finish: All ranks have written a pending save; it can be acknowledged.
-        remember: A copy in memory is due, and no save is being written from the previous
-            one.
-        local: A save to the hosts is due, and no save is pending once ``finish`` was done.
-        copy: All hosts have copied a generation to the directory, or should try again.
-    """
-
-    stop: bool
-    save: bool
-    finish: bool
-    remember: bool
-    local: bool
-    copy: bool
 
 
 class Steps:
@@ -94,6 +72,7 @@ class Steps:
         self._is_agreed = False
         self._reason = ""
         self._why = ""
+        self._fits = True
         self._has_warned_of_displaced = False
         self._counted = 0  # steps since the last save or restore
         self._has_warned_of_lost = False
@@ -217,6 +196,7 @@ class Steps:
             remember=memory is not None and memory.is_due(step) and not pending,
             local=is_on and self._is_local_due and (finish or not pending or is_wanted),
             copy=self._must_go_on_copying(flags, is_fresh=turn[1] == self._turns[1]),
+            last="directory" if self._fits or not is_on else "local",
         )
 
     def go_on(self) -> None:
@@ -238,8 +218,11 @@ class Steps:
         self._session.note("preempted", report.step)
         stop = StopReport(step=report.step, reason=self._why, save=report)
         if self._session.comm.is_root:
-            text = "asked to stop (%s); generation %d is saved"
-            logger.warning(text, self._why, report.generation)
+            text, hosts = "asked to stop (%s); generation %d is saved%s", ""
+            if report.level == "local" and self._session.hosts is not None:
+                place = self._session.hosts.local.path
+                hosts = only_on_hosts(place, self._session.directory.root)
+            logger.warning(text, self._why, report.generation, hosts)
         self._session.observer.note_stop(stop)
 
     def should_stop(self) -> bool:
@@ -280,10 +263,7 @@ class Steps:
         return self._turn, 0 if self._drain is None else self._drain.turn
 
     def _is_due_in_directory(self, step: int, *, is_due: bool) -> bool:
-        """Return whether to save to the directory; hosts may copy what they keep instead.
-
-        Not collective: the same on every rank.
-        """
+        """Return whether the ranks write to the directory, which hosts may do instead."""
         hosts, drain = self._session.hosts, self._drain
         if drain is None or hosts is None:
             return is_due
@@ -317,14 +297,13 @@ class Steps:
         comm, signal = self._session.comm, self._guard.reason
         mine = self._reason or (f"{signal} on {comm.name}" if signal else "")
 
-        def combine(parts: list[bytes]) -> str:
-            reasons = [part.decode() for part in parts if part]
-            more = len(reasons) - _REASONS_MAX
-            cut = "; ".join(reasons[:_REASONS_MAX])
-            return f"{cut} and {more:,} more ranks" if more > 0 else cut
+        def combine(parts: list[bytes]) -> tuple[str, bool]:
+            left = None if self._requests is None else self._requests.left_seconds()
+            return join_reasons(parts), fits(left, self._saver.durations.durable_seconds)
 
         doing = "collecting the reasons to stop"
-        self._why = collect(comm, doing, mine.encode, combine, error=CollectiveError)
+        why, self._fits = collect(comm, doing, mine.encode, combine, error=CollectiveError)
+        self._why = why
         return True
 
     def _warn_of_displaced(self) -> None:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.buckets import pieces_of, read_leaves
 from mpi_ckpt.devices import following
-from mpi_ckpt.digest import Digests, digest_bytes, digest_many
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves.buckets import pieces_of, read_leaves
+from mpi_ckpt.leaves.digest import Digests, digest_bytes, digest_many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.leaf import Form, Leaf, LeafSpec
+    from mpi_ckpt.leaves.leaf import Form, Leaf, LeafSpec
     from mpi_ckpt.state import Capture, LeafState, Structure
     from mpi_ckpt.states.unshared.ranked import RankedState
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.comm import exchange_messages, start_sending
-from mpi_ckpt.digest import Digest
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer, copy_bytes
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.digest import Digest
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer, copy_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

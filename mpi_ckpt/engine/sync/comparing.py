@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import agree, differing_digests
-from mpi_ckpt.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
 from mpi_ckpt.errors import StageError
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
 
 STRUCTURE = "(structure)"
 """Stands in reports for what of a state is not a tensor."""

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.comm import Deferred, agree, meet, on_root
-from mpi_ckpt.digest import Digest, Digests, digest_bytes
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps, separate_overlaps
 from mpi_ckpt.engine.sync.sending import average_leaves, look_at, send_leaves
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Form, Leaf, LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.digest import Digest, Digests, digest_bytes
+from mpi_ckpt.leaves.leaf import Form, Leaf, LeafSpec
 from mpi_ckpt.states.mismatch import raise_mismatch
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, gather_bytes
-from mpi_ckpt.digest import Digest, Digests
 from mpi_ckpt.engine.sync.captured import CapturedState, capture_own_parts, digest_states
 from mpi_ckpt.engine.sync.coming import ComingBytes, PartsInTransit
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaves.digest import Digest, Digests
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import PartsState
 from mpi_ckpt.states.unshared.ranked import RankedState
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, meet, printed_by
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
     capture_states,
@@ -25,6 +24,7 @@ from mpi_ckpt.engine.sync.deliveries import deliver
 from mpi_ckpt.engine.sync.parts import OwnParts, capture_apart, combine_parts
 from mpi_ckpt.engine.sync.sync_log import listed, log_sync
 from mpi_ckpt.errors import DivergedError, StageError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.reports import SyncReport
 from mpi_ckpt.state import LeafState, PartsState
 from mpi_ckpt.states.unshared.ranked import RankedState

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.buckets import plan_buckets, read_leaves, write_leaves
 from mpi_ckpt.comm import bcast_buffers, mean_buffers
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.target import Target
+from mpi_ckpt.leaves.buckets import plan_buckets, read_leaves, write_leaves
+from mpi_ckpt.leaves.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator, Deferred
-    from mpi_ckpt.leaf import Leaf
+    from mpi_ckpt.leaves.leaf import Leaf
 
 _DOING = "sending what differs"
 

@@ -10,7 +10,7 @@ from mpi_ckpt.errors import StateMismatchError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
 
 
 def spec_differences(root: Sequence[LeafSpec], own: Sequence[LeafSpec]) -> list[str]:

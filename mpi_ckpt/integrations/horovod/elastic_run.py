@@ -7,7 +7,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.comm.horovod_checks import find_horovod
+from mpi_ckpt.comm.launch import find_horovod
 from mpi_ckpt.errors import OptionsError, RegistrationError
 from mpi_ckpt.integrations.horovod.elastic_state import HorovodState, commits_of
 from mpi_ckpt.integrations.horovod.interrupts import RollBackError, roll_backs, updates

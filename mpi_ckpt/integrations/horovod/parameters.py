@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from mpi4py import MPI
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.state import Arrival, Structure
 
 __all__ = ["broadcast_optimizer_state", "broadcast_parameters"]

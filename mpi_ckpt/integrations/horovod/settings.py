@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mpi_ckpt.comm.horovod_checks import find_horovod
+from mpi_ckpt.comm.launch import find_horovod
 from mpi_ckpt.comm.ordering import find_communicator
 from mpi_ckpt.errors import OptionsError
 from mpi_ckpt.options import Options

@@ -19,6 +19,7 @@ from mpi_ckpt.errors import (
     SaveError,
     StageError,
 )
+from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.options import IO, Options
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.storage import filesystem
@@ -37,7 +38,6 @@ from mpi_ckpt.storage.owning.lock import DirectoryLock
 from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.proving import proven_blocks
 from mpi_ckpt.storage.reading.reader import GenerationReader
-from mpi_ckpt.target import Target
 
 if TYPE_CHECKING:
     from pathlib import Path

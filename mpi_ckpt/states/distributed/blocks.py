@@ -12,7 +12,7 @@ import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box, grow, wrapped
 from mpi_ckpt.errors import RegistrationError
-from mpi_ckpt.leaf import LeafSpec, Tile
+from mpi_ckpt.leaves.leaf import LeafSpec, Tile
 from mpi_ckpt.states.distributed.array_memory import memory_problem
 from mpi_ckpt.states.distributed.grids import place_in_grid
 from mpi_ckpt.states.leaf_values import memory_leaf, part_of, takes_bytes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from mpi_ckpt.leaf import TileBuffer
+    from mpi_ckpt.leaves.leaf import TileBuffer
     from mpi_ckpt.states.distributed.grids import RankGroup
 
 __all__ = ["Block"]

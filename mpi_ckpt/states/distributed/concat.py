@@ -11,13 +11,13 @@ import numpy as np
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import RegistrationError, RestoreError, StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Leaf, LeafSpec, Tile
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
+from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState
 from mpi_ckpt.states.distributed.array_memory import memory_problem
 from mpi_ckpt.states.distributed.sharded import CONCATENATED, require_arrays
 from mpi_ckpt.states.leaf_values import memory_leaf
 from mpi_ckpt.states.mismatch import raise_mismatch
-from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import TileBuffer
+    from mpi_ckpt.leaves.leaf import TileBuffer
     from mpi_ckpt.state import Structure
 
     Column = NDArray[Any] | torch.Tensor
@@ -269,7 +269,7 @@ def _like(column: Any, rows: int) -> Any:  # noqa: ANN401
     if isinstance(column, np.ndarray):
         made = np.empty(shape, column.dtype)
         return made.view(np.recarray) if type(column) is np.recarray else made
-    from mpi_ckpt.states.tensor_bytes import ordinary
+    from mpi_ckpt.states.buffers.tensor_bytes import ordinary
 
     with ordinary():
         return column.detach().new_empty(shape)

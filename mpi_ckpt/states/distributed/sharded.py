@@ -6,17 +6,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
+from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState
+from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.distributed.blocks import Block
 from mpi_ckpt.states.leaf_values import takes_bytes
-from mpi_ckpt.states.memory_layout import ReadonlyMemory
 from mpi_ckpt.states.mismatch import raise_mismatch
-from mpi_ckpt.tiles import cut_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
 
 __all__ = ["ShardedArrayState"]

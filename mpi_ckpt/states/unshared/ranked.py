@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaf import Leaf, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, MemoryBuffer
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 from mpi_ckpt.states.packed import (
     cut_part_leaves,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mpi_ckpt.comm import Communicator
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.storage.format.rank_parts import PartLeaves
 
 __all__ = ["PerRankState", "RankedState"]

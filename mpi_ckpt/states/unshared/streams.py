@@ -111,7 +111,7 @@ class _Torch:
         return self._generator.get_state().numpy().tobytes()
 
     def set(self, state: Any) -> None:  # noqa: ANN401
-        from mpi_ckpt.states.tensor_bytes import ordinary
+        from mpi_ckpt.states.buffers.tensor_bytes import ordinary
 
         with ordinary():
             data = sys.modules["torch"].frombuffer(bytearray(state), dtype=_bytes())

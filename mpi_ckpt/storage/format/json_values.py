@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mpi_ckpt import dtypes
-from mpi_ckpt.digest import DIGEST_BYTES, Digest
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, Digest
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format.strict_json import shown
 
 SIZE_MAX = 1 << 60

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.digest import DIGEST_BYTES, Digest, Digests
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, Digest, Digests
 from mpi_ckpt.storage.format.json_values import (
     SIZE_MAX,
     as_digest,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.leaf import Form
+    from mpi_ckpt.leaves.leaf import Form
 
 
 # Built as text: a dict for each of thousands of leaves takes three times as long.

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from mpi_ckpt.digest import BLOCK_BYTES, Digest, Digests
-from mpi_ckpt.leaf import Form, LeafSpec
+from mpi_ckpt.leaves.digest import BLOCK_BYTES, Digest, Digests
+from mpi_ckpt.leaves.leaf import Form, LeafSpec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping

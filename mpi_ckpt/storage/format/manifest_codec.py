@@ -13,8 +13,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from mpi_ckpt.digest import ALGORITHM, DIGEST_BYTES, digest_bytes
 from mpi_ckpt.errors import UnsupportedFormatError
+from mpi_ckpt.leaves.digest import ALGORITHM, DIGEST_BYTES, digest_bytes
 from mpi_ckpt.storage.format.json_values import (
     SIZE_MAX,
     as_hash,

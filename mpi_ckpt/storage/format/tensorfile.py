@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.errors import CorruptGenerationError, SaveError
+from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.storage.format.json_values import as_spec
 from mpi_ckpt.storage.format.strict_json import read_json, shown
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import BinaryIO
 
-    from mpi_ckpt.leaf import Leaf, LeafSpec
+    from mpi_ckpt.leaves.leaf import Leaf, LeafSpec
 
 DATA_ALIGNMENT = 4096
 HEADER_BYTES_MAX = 100_000_000

@@ -19,11 +19,11 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import BLOCK_BYTES, DIGEST_BYTES, Digest
 from mpi_ckpt.errors import SaveError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves import dtypes
+from mpi_ckpt.leaves.digest import BLOCK_BYTES, DIGEST_BYTES, Digest
+from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.storage.format.json_values import (
     SIZE_MAX,
     as_digest,

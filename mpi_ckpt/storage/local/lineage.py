@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.json_values import as_integer, as_list, as_real, as_text

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt import dtypes
 from mpi_ckpt.decomposition.boxes import Box, boxes_of_run, intersection
 from mpi_ckpt.errors import ReadError
+from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.storage.format.manifest import CutLeaf, StoredTile
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.storage.format.manifest import StoredLeaf, StoredState
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
@@ -48,7 +48,11 @@ class StoredArray:
 
 
 def stored_array(
-    reader: GenerationReader, state: str, leaf: StoredLeaf | CutLeaf
+    reader: GenerationReader,
+    state: str,
+    leaf: StoredLeaf | CutLeaf,
+    *,
+    needs_all: bool = True,
 ) -> StoredArray:
     """Return where the bytes of a leaf are.
 
@@ -58,6 +62,7 @@ def stored_array(
         reader: The open generation.
         state: Name of the leaf's state.
         leaf: A leaf of the manifest.
+        needs_all: Whether to refuse a leaf of which other hosts have some tiles.
 
     Raises:
         CorruptGenerationError: On the calling rank, if the tables of tiles are damaged.
@@ -66,7 +71,7 @@ def stored_array(
     """
     if isinstance(leaf, CutLeaf):
         tiles = reader.tiles()[state, leaf.spec.name]
-        if len(tiles) < leaf.tiles:
+        if needs_all and len(tiles) < leaf.tiles:
             raise ReadError(
                 f"state {state!r}, leaf {leaf.spec.name!r}: {len(tiles)} of its "
                 f"{leaf.tiles} tiles are in {reader.path}, the others are on other hosts",
@@ -77,13 +82,15 @@ def stored_array(
     return StoredArray(leaf.spec, (StoredTile(whole, leaf),))
 
 
-def state_arrays(reader: GenerationReader, state: StoredState) -> list[StoredArray]:
+def state_arrays(
+    reader: GenerationReader, state: StoredState, *, needs_all: bool = True
+) -> list[StoredArray]:
     """Return the whole leaves and the cut leaves of a state; see `stored_array`.
 
     Not collective. Thread-safe.
     """
     leaves: list[StoredLeaf | CutLeaf] = [*state.leaves, *state.cut]
-    return [stored_array(reader, state.name, leaf) for leaf in leaves]
+    return [stored_array(reader, state.name, leaf, needs_all=needs_all) for leaf in leaves]
 
 
 def read_box(

@@ -7,8 +7,8 @@ import errno
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError, ReadError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.format.tile_table import TABLE_BYTES_MAX

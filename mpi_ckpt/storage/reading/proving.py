@@ -10,8 +10,8 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import CorruptGenerationError
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.storage.format.manifest import StoredLeaves
 from mpi_ckpt.storage.reading.read_plan import plan_reads
 from mpi_ckpt.storage.reading.read_queue import SLOTS, ReadQueue, Slots

@@ -6,8 +6,8 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import BlockHasher
 from mpi_ckpt.errors import UnsupportedFormatError
+from mpi_ckpt.leaves.digest import BlockHasher
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format import manifest_codec
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_number

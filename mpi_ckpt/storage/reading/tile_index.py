@@ -17,7 +17,7 @@ from mpi_ckpt.storage.format.tile_table import decode_tile_header
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpi_ckpt.leaf import LeafSpec
+    from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.storage.format.manifest import Manifest, StoredFile, StoredTile
 
 LeafKey = tuple[str, str]

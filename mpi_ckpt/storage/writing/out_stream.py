@@ -12,7 +12,7 @@ import io
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import BlockHasher
+from mpi_ckpt.leaves.digest import BlockHasher
 from mpi_ckpt.storage import filesystem
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-    from mpi_ckpt.digest import Digest
+    from mpi_ckpt.leaves.digest import Digest
     from mpi_ckpt.storage.writing.outfile import OutFile
 
 _READ_BYTES = 4 << 20

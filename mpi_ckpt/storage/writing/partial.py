@@ -12,13 +12,13 @@ import io
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import split_blocks
 from mpi_ckpt.errors import (
     CheckpointError,
     FencedError,
     PublishError,
     WriteError,
 )
+from mpi_ckpt.leaves.digest import split_blocks
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage import filesystem
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    from mpi_ckpt.digest import Digest
+    from mpi_ckpt.leaves.digest import Digest
     from mpi_ckpt.storage.writing.outfile import IOMode, OutFile
 
 _STREAM_BUFFER_BYTES = 1 << 20

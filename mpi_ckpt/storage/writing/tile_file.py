@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.digest import BlockHasher, Digest, digest_bytes
+from mpi_ckpt.leaves.digest import BlockHasher, Digest, digest_bytes
 from mpi_ckpt.storage.format.manifest import StoredFile
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import socket
 import pytest
 
 from mpi_ckpt.comm import agree, collect, meet, on_root
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.errors import (
     CheckpointError,
     CorruptGenerationError,
@@ -17,6 +16,7 @@ from mpi_ckpt.errors import (
     WriteError,
 )
 from mpi_ckpt.failures import RemoteTraceback
+from mpi_ckpt.leaves.digest import digest_bytes
 from tests.ranks import assert_same, same_error
 
 HOST = socket.gethostname()

@@ -11,29 +11,27 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.draws import STRESS
 from tests.hosts import installed_mpi
-from tests.jobs import logged
+from tests.jobs import PROGRAMS, logged
 from tests.launch import REPOSITORY, environment
 from tests.programs.exact import train_alone
 from tests.waiting import limit, wait_for
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 SCRIPT = REPOSITORY / "scripts" / "virtual_slurm"
 HOSTS = REPOSITORY / "scripts" / "virtual_hosts"
 BATCH = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
-PROGRAM = REPOSITORY / "tests" / "integration" / "programs" / "exact.py"
+PROGRAM = PROGRAMS / "exact.py"
 CANNOT = 77
 NODES = 3
 PATIENCE_SECONDS = 240  # Slurm looks at its queue and its nodes only now and then
@@ -97,6 +95,18 @@ def slurm_of_hosts():
         yield made
 
 
+@pytest.fixture
+def slurm_of_disks():
+    with slurm_of(7, "--hosts") as made:
+        # A rank that waits for a lost one is deaf until it is killed.
+        conf = Path(made.env["SLURM_CONF"])
+        text = conf.read_text()
+        assert "KillWait=120" in text
+        conf.write_text(text.replace("KillWait=120", "KillWait=5"))
+        made.ask("scontrol", "reconfigure")
+        yield made
+
+
 @contextlib.contextmanager
 def slurm_of(nodes: int, *options: str):
     # Not a folder of pytest's: the names of sockets in it must stay short.
@@ -117,7 +127,13 @@ class Training:
     """tests/programs/exact.py as a job of Slurm's."""
 
     def __init__(
-        self, slurm: Slurm, folder: Path, steps: int, pace: float, *options
+        self,
+        slurm: Slurm,
+        folder: Path,
+        steps: int,
+        pace: float,
+        *options: str,
+        local: str = "",
     ) -> None:
         self.slurm = slurm
         self.folder = folder
@@ -126,7 +142,7 @@ class Training:
         slurm.env["LAUNCHER"] = launcher[installed_mpi()]
         words = ["sbatch", "--parsable", f"--chdir={folder}", f"--nodes={NODES}"]
         words += [*options, BATCH]
-        words += [sys.executable, PROGRAM, folder, steps, pace]
+        words += [sys.executable, PROGRAM, folder, steps, pace, *([local] if local else [])]
         self.job = slurm.ask(*words).strip()
 
     def starts(self) -> list[tuple[int, int]]:
@@ -134,6 +150,12 @@ class Training:
         path = self.folder / "starts"
         lines = path.read_text().splitlines() if path.exists() else []
         return [(int(line.split()[0]), int(line.split()[1])) for line in lines]
+
+    def sources(self) -> list[str]:
+        """Return where each start came from."""
+        return [
+            line.split()[2] for line in (self.folder / "starts").read_text().splitlines()
+        ]
 
     def curve(self) -> list[dict]:
         return logged(self.folder / "curve.jsonl")
@@ -309,3 +331,39 @@ def test_training_goes_on_elsewhere_when_its_hosts_lose_their_power(
     print(starts)
     assert [size for _, size in starts] == [2, 2, 2]
     assert 0 < starts[1][0] < starts[2][0]
+
+
+@pytest.mark.long  # takes minutes: Slurm starts a job again in its own time
+def test_training_goes_on_from_its_hosts_when_five_are_lost_with_their_disks(
+    slurm_of_disks, tmp_path
+):
+    """Two nodes train. One is lost; the other one has all, and a fresh one comes to it."""
+    state = slurm_of_disks.env["VIRTUAL_HOSTS"]
+    fresh = [f"host{number}" for number in range(3, 8)]
+    # Else Slurm takes two fresh ones while the one that is left still ends its job.
+    for node in fresh:
+        hold = ["scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=fresh"]
+        slurm_of_disks.ask(*hold)
+    training = Training(
+        slurm_of_disks, tmp_path, 400, 0.05, "--nodes=2", local=f"{state}/local/ckpt"
+    )
+    training.run_on(1)
+    for losses, comes in enumerate(fresh, 1):
+        done = training.curve()[-1]["step"]
+        # That of the batch script, root's, by turns with the other.
+        (lost, *_) = training.hosts(losses % 2 == 1)
+        off = slurm_of_disks.script("lose", lost)
+        assert off.returncode == 0, off.stderr
+        shutil.rmtree(f"{state}/local-of/{lost}/ckpt")
+        # As a site's own check of its nodes does, long before Slurm gives one up.
+        for node, now in ((lost, "DOWN"), (comes, "RESUME")):
+            words = [f"NodeName={node}", f"State={now}", "Reason=lost"]
+            slurm_of_disks.ask("scontrol", "update", *words)
+        training.run_on(losses + 1)
+        assert comes in training.hosts(True) + training.hosts(False)
+        # A step may be logged and not be kept yet.
+        assert training.starts()[losses][0] >= done - 1, training.told()
+        assert not list((tmp_path / "checkpoints").glob("checkpoint-*")), training.told()
+    training.check()
+    assert training.sources() == ["nothing", *["local"] * 5]
+    assert [size for _, size in training.starts()] == [2] * 6

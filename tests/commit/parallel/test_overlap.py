@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpi_ckpt import TrainState
 from mpi_ckpt.errors import RegistrationError, SaveError, StageError
-from mpi_ckpt.states.tensor_bytes import TensorBuffer
+from mpi_ckpt.states.buffers.tensor_bytes import TensorBuffer
 from tests.ranks import manager, same_error
 
 MAIN = threading.main_thread()

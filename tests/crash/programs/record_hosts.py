@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from mpi_ckpt.engine.hosts.promoting import rescue
+from mpi_ckpt.engine.hosts.copying.promoting import rescue
 from tests.crash.crashes import ROOT, Run, Scenario
 from tests.crash.hosts import Killed, ignoring_kills, local_level, place
 from tests.crash.recorder import Recorder, in_place_of_os, to_json

@@ -9,7 +9,7 @@ import pytest
 from mpi_ckpt import ArrayState, ConcatState, ShardedArrayState
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.decomposition.rank_plan import Outgoing
-from mpi_ckpt.engine.restore.trading import _Trader
+from mpi_ckpt.engine.restore.cut.trading import _Trader
 from mpi_ckpt.options import IO
 from tests.cut import drawn
 from tests.cutting import CutArray, write_cut

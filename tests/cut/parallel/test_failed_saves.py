@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from mpi_ckpt.engine.save import own_tiles
+from mpi_ckpt.engine.save.cut import own_tiles
 from mpi_ckpt.errors import (
     CheckpointError,
     DivergedError,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ConcatState, ShardedArrayState
-from mpi_ckpt.engine.save import carrying
+from mpi_ckpt.engine.save.cut import carrying
 from mpi_ckpt.errors import SaveError
 from tests.cut import cuts
 from tests.ranks import manager, same_error
@@ -67,9 +67,9 @@ def test_a_rank_that_cannot_write_or_read_fails_all(
         raise OSError(28, "No space left on device")
 
     rank = 0 if failing == "first" else peers.size - 1
-    where = "mpi_ckpt.engine.save.own_tiles.write_tile_file"
+    where = "mpi_ckpt.engine.save.cut.own_tiles.write_tile_file"
     if rank:
-        where = "mpi_ckpt.engine.save.carrying.runs_of"
+        where = "mpi_ckpt.engine.save.cut.carrying.runs_of"
     with monkeypatch.context() as patch:
         if peers.rank == rank:
             patch.setattr(where, broken)

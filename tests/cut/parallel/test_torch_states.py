@@ -15,16 +15,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpi_ckpt import (
     ArrayState,
+    CheckpointManager,
     ElasticSampler,
     EpochState,
     ModuleState,
+    Options,
     RNGState,
     TrainState,
     remaining_epochs_until,
 )
+from mpi_ckpt.elastic import Memory
 from mpi_ckpt.errors import DivergedError, StageError
 from mpi_ckpt.integrations.torch_distributed import init_process_group
-from mpi_ckpt.states.tensor_bytes import TensorBuffer
+from mpi_ckpt.states.buffers.tensor_bytes import TensorBuffer
 from tests.cut.parallel.test_progress import clocks_of
 from tests.cut.trainings import KINDS, whole_tensors
 from tests.ranks import manager, same_error
@@ -114,6 +117,28 @@ def test_a_program_goes_on_in_the_middle_of_an_epoch(peers, shared_path, options
         found, rest = second.contents()
         assert_equal(found, whole)
         assert rest == others
+        assert list(second.run()) == later
+    assert_equal(second.contents()[0], end[0])
+    assert second.contents()[1] == end[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_goes_back_to_its_copy_in_memory(peers, shared_path, kind):
+    memory = Memory()
+    first = Program(peers, kind=kind)
+    options = Options(preemption_signals=(), deadline_seconds=35)
+    kept = {"comm": peers, "options": options, "memory": memory}
+    with CheckpointManager(shared_path, first.states, **kept) as ours:
+        steps = first.run()
+        assert len(list(islice(steps, 7))) == 7
+        ours.remember(step=7)
+        later = list(steps)
+    end = first.contents()
+
+    second = Program(peers, seed=1, kind=kind)
+    with CheckpointManager(shared_path, second.states, **kept) as ours:
+        report = ours.restore()
+        assert (report.step, report.from_memory) == (7, True)
         assert list(second.run()) == later
     assert_equal(second.contents()[0], end[0])
     assert second.contents()[1] == end[1]

@@ -8,14 +8,11 @@ import pytest
 
 from mpi_ckpt import (
     ArrayState,
-    CheckpointManager,
     ConcatState,
     ObjectState,
-    Options,
     RNGState,
     ShardedArrayState,
 )
-from mpi_ckpt.elastic import Memory
 from mpi_ckpt.options import IO
 from tests.cut import cuts
 from tests.cut.parallel.test_any_cut import on_first
@@ -102,18 +99,3 @@ def test_a_save_of_other_states_carries_tiles_over(peers, shared_path):
     with manager(shared_path, *again.values(), comm=peers) as ours:
         assert ours.restore().step == 3
     holds(again, boxes, peers.size, peers.size)
-
-
-def test_a_memory_holds_no_tiles_and_a_restore_takes_the_file(peers, shared_path):
-    boxes = cuts.rows(WHOLE.shape, peers.size)[peers.rank]
-    states, memory = states_of(boxes, rank=peers.rank), Memory()
-    options = Options(preemption_signals=(), deadline_seconds=35)
-    with CheckpointManager(
-        shared_path, list(states.values()), comm=peers, options=options, memory=memory
-    ) as ours:
-        ours.save(step=1)
-        ours.remember()
-        report = ours.restore()
-        assert not report.from_memory
-        assert report.step == 1
-    holds(states, boxes, peers.size, peers.size)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.convert.foreign import open_safetensors
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.digest import Digest, digest_bytes
 from mpi_ckpt.errors import CheckpointError, UnsupportedFormatError
-from mpi_ckpt.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaves.digest import Digest, digest_bytes
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.storage.format.manifest import StoredFile
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, parse_header, read_form

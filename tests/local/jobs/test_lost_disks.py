@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.hosts import hosts_up, virtual_hosts
 from tests.jobs import PROGRAMS
 
@@ -36,13 +37,21 @@ class Hosts:
             lines = "".join(form.format(number) + "\n" for number in numbers)
             Path(self.state, f"hostfile.{name}").write_text(lines)
 
-    def train(self, upto: int, ranks: int, *, place: str = "", dies: bool = True):
+    def train(
+        self,
+        upto: int,
+        ranks: int,
+        *,
+        place: str = "",
+        dies: bool = True,
+        drain: tuple[float, ...] = (),
+    ):
         """Run the training up to a step; return what it has noted, and its messages."""
         note = self.shared / "note.json"
         note.unlink(missing_ok=True)
         words = [
             *(self.shared / "run", place or Path(self.state, "local", "ckpt"), upto),
-            *("dies" if dies else "ends", note),
+            *("dies" if dies else "ends", note, *drain),
         ]
         job = virtual_hosts(self.state, "run", "-n", ranks, "python", PROGRAM, *words)
         assert note.exists(), job.stderr
@@ -79,6 +88,25 @@ def test_disks_and_hosts_are_lost_and_the_training_goes_on(hosts):
     told, text = hosts.train(2, 2, dies=False)
     assert (told["level"], told["step"]) == ("directory", 1)
     assert "lost" not in text
+
+
+def test_a_copy_to_the_directory_is_killed_and_a_host_lost(hosts):
+    run = hosts.shared / "run"
+    hosts.train(5, 3, drain=(1.0,))
+    assert not list(run.glob("checkpoint-*"))
+    (cut_off,) = run.glob(".partial-*")
+    shutil.rmtree(hosts.disk(2))
+    told, _ = hosts.train(24, 3, drain=(1e12,))
+    assert told == {"level": "local", "step": 5, "failures": 0}
+    assert not cut_off.exists()
+    steps = [read_manifest(path).step for path in sorted(run.glob("checkpoint-*"))]
+    assert steps
+    assert set(steps) <= set(range(6, 25, 2))
+    # Other hosts, or these without their disks: what was copied is there.
+    for number in (1, 2, 3):
+        shutil.rmtree(hosts.disk(number))
+    told, _ = hosts.train(steps[-1], 3, dies=False)
+    assert (told["level"], told["step"]) == ("directory", steps[-1])
 
 
 def test_a_small_disk_on_one_host_fails_saves_and_not_the_training(hosts):

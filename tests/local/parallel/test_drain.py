@@ -9,9 +9,9 @@ import pytest
 
 from mpi_ckpt import Hooks, StopWhen
 from mpi_ckpt.engine.hosts import directory_copy, drain
-from mpi_ckpt.engine.hosts.share_writer import ShareWriter
 from mpi_ckpt.errors import FencedError, SaveError, WriteError
 from mpi_ckpt.storage.journal import read_history
+from mpi_ckpt.storage.local.host_directory import HostDirectory
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from mpi_ckpt.storage.writing.partial import Partial
@@ -154,12 +154,14 @@ def test_newer_steps_on_hosts_come_before_an_older_copy(scene, comm):
         raise Crash
 
 
-def test_one_that_is_cut_off_leaves_nothing(scene, comm):
+def test_a_host_is_lost_in_the_middle_of_a_copy_and_it_leaves_nothing(scene, comm):
     with Training(scene, drain=SLOW) as training:
         training.go_to(9)
         assert not list(scene.directory.glob("checkpoint-*"))
         raise Crash
     assert list(scene.directory.glob(".partial-*"))
+    if comm.size > 1:
+        scene.wipe(scene.hosts[-1])  # all processes have died with it
     with Training(scene) as training:
         assert (training.restored.level, training.restored.step) == ("local", 8)
         training.go_to(12)
@@ -207,6 +209,20 @@ def test_a_save_of_the_program_waits_for_the_copy(scene, comm):
         assert not list((scene.home("h0")).glob("checkpoint-*"))  # all is in the directory
 
 
+def test_the_next_save_shares_what_a_copy_has_unchanged(scene, comm):
+    with Training(scene) as training:
+        training.go_to(6)
+        training.manager.wait()
+        again = training.manager.save().wait()
+        assert again.generation == 2
+        assert again.bytes_reused > again.bytes_written / 2
+    if comm.rank == 0:
+        assert generations(scene) == {1: 6, 2: 6}
+    scene.wipe(*scene.hosts)
+    with Training(scene, hosts=elsewhere(scene)) as training:
+        assert (training.restored.level, training.restored.generation) == ("directory", 2)
+
+
 def test_the_last_save_before_a_stop_takes_its_place(scene, comm):
     asked = []
     stop = StopWhen(asked=lambda: bool(asked), wall_time=False)
@@ -220,6 +236,45 @@ def test_the_last_save_before_a_stop_takes_its_place(scene, comm):
     if comm.rank == 0:
         assert generations(scene) == {1: last}
         assert not list(scene.directory.glob(".partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("save_seconds", "level"), [(None, "local"), (1e4, "local"), (40.0, "directory")]
+)
+def test_the_last_save_goes_where_it_fits(scene, comm, caplog, save_seconds, level):
+    """The job ends in 50 s, by a clock of its own: a save takes longer, or does not."""
+    asked = []
+    stop = StopWhen(asked=lambda: 50.0 if asked else None, margin_seconds=40.0)
+    with Training(scene, drain=SLOW, stop=stop) as training:
+        if save_seconds is not None:
+            training.manager._saver.durations.note_durable(save_seconds)
+        training.go_to(7)
+        asked.append(True)
+        time.sleep(1.1)
+        with caplog.at_level(logging.WARNING):
+            assert training.go_to(40)
+        stopped_at = training.manager.steps
+    told = [line for line in caplog.messages if line.startswith("asked to stop (the job")]
+    assert len(told) == (comm.rank == 0)
+    advice = f"`mpi-ckpt rescue {scene.path}/local/{{host}} {scene.directory}`"
+    assert all((advice in line) == (level == "local") for line in told)
+    if comm.rank == 0:
+        saved = generations(scene)
+        assert saved == ({1: stopped_at} if level == "directory" else {})
+    with Training(scene) as training:
+        assert (training.restored.level, training.restored.step) == (level, stopped_at)
+
+
+def test_a_last_save_that_hosts_cannot_keep_goes_to_the_directory(scene, comm, monkeypatch):
+    def fail(*_):
+        raise WriteError("no disk", path=scene.path)
+
+    stop = StopWhen(asked=lambda: 1.0)
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr(HostDirectory, "begin", fail)
+    with Training(scene, drain=SLOW, every=None, interval=None, stop=stop) as training:
+        assert training.go_to(400)
+        assert training.manager.last_save.step == training.manager.steps
 
 
 def test_a_successor_fences_the_copy_off(scene, comm):
@@ -361,7 +416,7 @@ def test_the_ranks_write_what_hosts_could_not_keep(scene, comm, monkeypatch):
     with Training(scene, asynchronous=True) as training:
         training.go_to(5)
         if comm.rank == comm.size - 1:
-            monkeypatch.setattr(ShareWriter, "write", fail)
+            monkeypatch.setattr(HostDirectory, "begin", fail)
         training.go_until_saved()
         saved = training.manager.last_save
         assert (saved.level, saved.copied_from) == ("directory", 0)

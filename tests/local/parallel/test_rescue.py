@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from mpi_ckpt.engine.hosts import directory_copy
-from mpi_ckpt.engine.hosts.promoting import rescue
+from mpi_ckpt.engine.hosts.copying import directory_copy
+from mpi_ckpt.engine.hosts.copying.promoting import rescue
 from mpi_ckpt.errors import FencedError, LockedError, WriteError
 from mpi_ckpt.storage.directory import CheckpointDirectory
 from mpi_ckpt.storage.reading.proving import verify

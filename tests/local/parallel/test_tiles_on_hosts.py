@@ -2,6 +2,7 @@
 """Parts of ranks and state that is cut over them, on the hosts of the ranks and others."""
 
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mpi_ckpt import (
     ShardedArrayState,
 )
 from mpi_ckpt.engine.hosts import handed_tiles, tile_copies
-from mpi_ckpt.engine.hosts.promoting import rescue
+from mpi_ckpt.engine.hosts.copying.promoting import rescue
 from mpi_ckpt.errors import DivergedError, StageError, WriteError
 from mpi_ckpt.memory import Memory
 from mpi_ckpt.storage.format.tile_table import decode_tile_header
@@ -366,6 +367,25 @@ def test_a_rank_sends_its_own_part_and_no_other(scene, comm):
     assert others * nbytes <= sent <= others * nbytes + (1 << 16)
     assert others * nbytes <= came <= others * nbytes + (1 << 16)
     assert max([0, *(n for _, n in handle.messages)]) <= 8 << 20
+
+
+def test_a_leader_holds_a_few_pieces_and_no_rank_more(scene, comm):
+    """Not the parts of its ranks, nor its own, nor those that other hosts send."""
+    scene.on_hosts(["h0", "h0", *scene.hosts[2:]][: comm.size])
+    nbytes = 6 * handed_tiles.PIECE_BYTES
+    state = PerRankState("own", np.full(nbytes, comm.rank, np.uint8))
+    with CheckpointManager(
+        scene.directory, [state], options=Options(**OPTIONS), local=scene.local()
+    ) as manager:
+        manager.save(1, level="local")
+        tracemalloc.start()
+        try:
+            assert manager.save(2, level="local").generation == 2
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # A piece that is passed on, the next one, one of each rank, and one that comes.
+    assert most <= 4 * handed_tiles.PIECE_BYTES + (1 << 20)
 
 
 def test_a_copy_in_memory_has_the_parts_and_the_hosts_have_them_too(scene, comm):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ObjectState, State
-from mpi_ckpt.digest import digest_bytes
 from mpi_ckpt.engine.restore import restoring
 from mpi_ckpt.errors import (
     CorruptGenerationError,
@@ -18,6 +17,7 @@ from mpi_ckpt.errors import (
     StateMismatchError,
     UnsupportedFormatError,
 )
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.options import IO
 from tests.ranks import assert_same, manager, plain, same_error
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ObjectState
-from mpi_ckpt import target as memory_of_leaf
 from mpi_ckpt.engine.restore import host_memory, transport
 from mpi_ckpt.errors import ReadError
+from mpi_ckpt.leaves import target as memory_of_leaf
 from mpi_ckpt.memory import SharedMemory
 from mpi_ckpt.options import IO
 from mpi_ckpt.storage import filesystem

@@ -15,7 +15,7 @@ from mpi_ckpt.errors import (
     StageError,
     StateMismatchError,
 )
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 from tests.making import Ranks
 
 STRUCTURE = {"concatenated": 1}

@@ -10,7 +10,7 @@ import torch
 from mpi_ckpt import Block, ShardedArrayState
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
-from mpi_ckpt.leaf import LeafSpec
+from mpi_ckpt.leaves.leaf import LeafSpec
 
 
 def two_patches() -> dict:

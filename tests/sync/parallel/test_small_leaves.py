@@ -9,7 +9,7 @@ import pytest
 from mpi_ckpt import ArrayState
 from mpi_ckpt.engine.sync import sending
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.states.array_bytes import ArrayBuffer
+from mpi_ckpt.states.buffers.array_bytes import ArrayBuffer
 from tests.ranks import assert_same, manager, same_error
 
 KINDS = ["f4", "f8", "i2", "?", ">f4", "c8", "u1"]

@@ -17,7 +17,7 @@ from mpi_ckpt import (
 )
 from mpi_ckpt.errors import DivergedError, SaveError, StageError, StateMismatchError
 from mpi_ckpt.options import IO
-from mpi_ckpt.states.array_bytes import ArrayBuffer
+from mpi_ckpt.states.buffers.array_bytes import ArrayBuffer
 from mpi_ckpt.states.nested import NestedState
 from tests.ranks import RecordingHandle, assert_same, manager, plain, same_error
 

@@ -15,7 +15,7 @@ from mpi_ckpt.comm import (
     gather_bytes,
     mean_buffers,
 )
-from mpi_ckpt.digest import digest_bytes
+from mpi_ckpt.leaves.digest import digest_bytes
 from tests.ranks import RecordingHandle, assert_same, randoms
 
 SIZES = [
