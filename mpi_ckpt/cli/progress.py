@@ -12,11 +12,12 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
 
 from mpi_ckpt.cli.plain_text import bytes_text
 
@@ -39,7 +40,7 @@ def progress_bar(
     if console.width >= _BAR_COLUMNS_FEW:
         columns = [name, BarColumn(), DownloadColumn(binary_units=True)]
     if console.width >= _BAR_COLUMNS:
-        columns += [TransferSpeedColumn(), TimeRemainingColumn()]
+        columns += [_RateColumn(), TimeRemainingColumn()]
     bar = Progress(
         *columns,
         console=console,
@@ -51,6 +52,14 @@ def progress_bar(
     with bar:
         task = bar.add_task(doing, total=nbytes)
         yield lambda count: bar.advance(task, count)
+
+
+class _RateColumn(ProgressColumn):
+    """The rate, in the units of all other numbers: rich's own are powers of 1000."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{bytes_text(round(speed))}/s" if speed else "")
 
 
 class ProgressLines:

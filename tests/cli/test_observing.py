@@ -70,6 +70,19 @@ def test_the_best_and_the_pinned_are_marked(tmp_path):
     assert marks[2] == (False, True, "figure 3")
 
 
+@pytest.mark.parametrize("words", [["--best", "loss", "--mode", "min"], ["--sort", "loss"]])
+def test_a_metric_that_was_asked_for_is_shown_in_any_terminal(tmp_path, words):
+    fill(tmp_path / "c", 4)
+    for columns in WIDTHS:
+        code, shown = shown_in_terminal(["ls", str(tmp_path / "c"), *words], columns)
+        assert code == 0
+        head, _, *rows = plain(shown).splitlines()
+        assert "loss" in head.split()
+        (fourth,) = (row for row in rows if row.startswith("4 "))
+        assert "0.25" in fourth.split()
+        assert max(map(cell_len, plain(shown).splitlines())) <= columns
+
+
 @pytest.mark.parametrize(
     ("words", "order"),
     [

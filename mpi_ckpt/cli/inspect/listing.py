@@ -109,7 +109,8 @@ def list_generations(
         }
     )
     metrics = sorted({name for r in rows if r.manifest for name in r.manifest.metrics})
-    columns, cells = _columns(metrics), [_cells(screen, row, metrics) for row in rows]
+    columns = _columns(metrics, asked=(best, sort))
+    cells = [_cells(screen, row, metrics) for row in rows]
     if any(marks.of(row) for row in rows):
         columns.append(Column("marks", names=True))
         cells = [[*line, marks.of(row)] for line, row in zip(cells, rows, strict=True)]
@@ -189,7 +190,8 @@ def _sorted(rows: list[Row], sort: str, marks: _Marks) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def _columns(metrics: list[str]) -> list[Column]:
+def _columns(metrics: list[str], asked: tuple[str | None, ...]) -> list[Column]:
+    """Return the columns; a metric that was asked for is never left out."""
     return [
         Column("generation", names=True),
         Column("step", right=True, spare=1),
@@ -197,7 +199,10 @@ def _columns(metrics: list[str]) -> list[Column]:
         Column("size", right=True, spare=2),
         Column("shared", right=True, spare=6),
         Column("ranks", right=True, spare=5),
-        *(Column(name, right=True, foreign=True, spare=4) for name in metrics),
+        *(
+            Column(name, right=True, foreign=True, spare=0 if name in asked else 4)
+            for name in metrics
+        ),
         Column("state", states=True),
     ]
 

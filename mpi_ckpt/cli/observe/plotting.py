@@ -114,7 +114,7 @@ def _draw_durations(panel: Any, record: RunRecord) -> None:  # noqa: ANN401
             panel.vlines(times, below, top, lw=3, label=phase, color=_colour(phase))
             below = top
     panel.set_ylabel("seconds a save")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.25 * max(below, default=0.0) or 1.0)  # room for the legend
     panel.tick_params(axis="x", labelsize=7, rotation=20)
     if any(below):
         panel.legend(fontsize=7, ncols=4, loc="upper left")

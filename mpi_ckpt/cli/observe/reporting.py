@@ -41,6 +41,7 @@ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e3e
 th:first-child, td:first-child { text-align: left; }
 th { color: #5b6b7c; font-weight: 600; }
 .bar { display: inline-block; height: .7rem; background: #2f6fb2; border-radius: 2px; }
+.track { display: inline-block; width: 8rem; text-align: left; }
 .note { color: #5b6b7c; } svg { max-width: 100%; height: auto; }
 """
 
@@ -152,7 +153,7 @@ def _share(spent: float, span: float) -> str:
         return ""
     share = min(1.0, spent / span)
     bar = f'<span class="bar" style="width:{8 * share:.2f}rem"></span>'
-    return f"{100 * share:.2g} % {bar}"
+    return f'{100 * share:.2g} % <span class="track">{bar}</span>'
 
 
 def _generations(rows: Sequence[Row], pinned: dict[int, str]) -> str:

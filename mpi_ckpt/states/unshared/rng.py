@@ -91,7 +91,9 @@ class RNGState(RankedState):
         unknown = [k for k, full in named.items() if full not in (*self._own, *_GLOBAL)]
         if unknown:
             raise RegistrationError(
-                f"state {name!r}: shared names {unknown}, which are no generators of it"
+                f"state {name!r}: shared names {unknown}, which are no generators of it: "
+                "give the generators in generators={'mine': ...}, and in shared= the "
+                "names of those that are the same on all ranks, ['mine']"
             )
         self._shared = frozenset(named.values())
 

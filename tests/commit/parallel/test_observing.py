@@ -10,6 +10,7 @@ import pytest
 from mpi_ckpt import ArrayState, CheckpointManager, ConcatState, Hooks, Options
 from mpi_ckpt.engine.timeline import VARIABLE
 from tests.ranks import assert_same
+from tests.trace_format import problems_of
 
 FORMS = {
     "root": {},
@@ -99,6 +100,7 @@ def test_a_timeline_has_the_phases_of_every_rank(comm, shared_path, form, monkey
     comm.barrier()
     for name in ("timeline.json", "timeline-2.json"):
         events = json.loads((shared_path / name).read_text())
+        assert problems_of(events) == []
         spans = [event for event in events if event["ph"] == "X"]
         assert {event["pid"] for event in spans} == set(range(comm.size))
         roots = {event["name"] for event in spans if event["pid"] == 0}
