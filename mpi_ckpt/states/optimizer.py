@@ -102,6 +102,8 @@ class OptimizerState(NestedState):
         else:
             captured = super().capture()
             own = self._owned.leaves() if self._owned else []
+            if self.gate is None and not own:
+                return captured
         # Not the groups: the scheduler may change a rate that is a tensor.
         leaves = [
             leaf.behind(self.gate) if leaf.spec.name.startswith(STATE) else leaf
