@@ -33,8 +33,8 @@ from tests.launch import run_job
 SIZES = (1, 2, 4, 8, 16)
 # What a rank that is not root sends and receives, in messages.
 CUT_PHASES = {
-    "save, cut": 4,
-    "save, cut as before": 2,
+    "save, cut": 3,
+    "save, cut as before": 1,
     "restore, same boxes": 3,
     "restore, moved boxes": 5,
 }
