@@ -109,4 +109,5 @@ def _disk_rate(setting: Setting, nbytes: int) -> float:
             ceilings.write_direct(path, nbytes, depth=4)
             best = max(best, nbytes / (time.perf_counter() - start))
         path.unlink()
-    return setting.comm.bcast(best)
+    rate: float = setting.comm.bcast(best)
+    return rate

@@ -124,6 +124,8 @@ def test_a_program_goes_on_in_the_middle_of_an_epoch(peers, shared_path, options
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_goes_back_to_its_copy_in_memory(peers, shared_path, kind):
+    if kind in ("grid", "hsdp", "stage") and peers.size % 2:
+        pytest.skip("cut into halves")
     memory = Memory()
     first = Program(peers, kind=kind)
     options = Options(preemption_signals=(), deadline_seconds=35)
