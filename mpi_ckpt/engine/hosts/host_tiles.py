@@ -136,12 +136,14 @@ class DescribedTiles:
     """The tiles of a local save, before any of their bytes has moved.
 
     Attributes:
-        own: The bytes that this rank gives.
+        captured: The tiles that this rank gives.
+        own: Their bytes.
         file: The file of this host, on its leader; None elsewhere, or if it has no tiles.
         of_hosts: What `HostTiles.join` takes, on root.
         leaves: State -> its cut leaves.
     """
 
+    captured: Sequence[CapturedTiles]
     own: SteadyTiles
     file: OwnFile | None
     of_hosts: Sequence[Any]
@@ -212,7 +214,7 @@ def describe_tiles(
     is_leader = comm.rank in comm.topology.leaders
     gathered = gather_bytes(comm, text if is_leader else b"", _DOING)
     of_hosts = [json.loads(one) for one in gathered if one]
-    return DescribedTiles(SteadyTiles(mine), file, of_hosts, survey.leaves)
+    return DescribedTiles(taken, SteadyTiles(mine), file, of_hosts, survey.leaves)
 
 
 def _gather_digests(

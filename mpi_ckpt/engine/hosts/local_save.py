@@ -21,6 +21,7 @@ from mpi_ckpt.engine.hosts.placing import LocalContents, place_generation
 from mpi_ckpt.engine.hosts.share_writer import ShareWriter
 from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.sync.parts import receive_parts
 from mpi_ckpt.engine.sync.replicas import sync_states
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.saver import Workshop
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.engine.sync.captured import CapturedState
+    from mpi_ckpt.memory import Memory
     from mpi_ckpt.reports import PhaseClock
 
 logger = logging.getLogger(__name__)
@@ -120,15 +122,27 @@ class LocalSave:
         by_name = {one.name: one for one in captured}
         taken = [by_name.get(state.name, state) for state in states]
         self._contents = LocalContents(taken, synced.report.differing, step, metrics, tiles)
-        if session.memory is not None and synced.is_cut:
-            session.memory.clear()  # a lost rank would take its tiles along
-        elif session.memory is not None:
-            # INVARIANT: the copy in memory is never older than a generation on hosts: a
-            # restore takes it first.
-            request = SaveRequest(states=taken, step=step, size=comm.size, metrics=metrics)
+        if session.memory is not None:
             with self._clock.phase("stage"):
-                threads = session.options.io.digest_threads
-                copy_into(session.memory, comm, request, threads, late=False)
+                self._copy_into_memory(session.memory, synced.captured)
+
+    def _copy_into_memory(self, memory: Memory, captured: Sequence[CapturedState]) -> None:
+        """Copy the contents into the memory. Collective."""
+        # INVARIANT: the copy in memory is never older than a generation on hosts: a
+        # restore takes it first.
+        comm, contents = self._session.comm, self._contents
+        request = SaveRequest(
+            states=contents.states,
+            step=self.step,
+            size=comm.size,
+            metrics=contents.metrics,
+        )
+        remembered, survey = RememberedTiles(), self._level.survey
+        if contents.tiles is not None and survey is not None:
+            tiles = contents.tiles.captured
+            remembered = copy_tiles(comm, memory, captured, tiles, survey.ranks)
+        threads = self._session.options.io.digest_threads
+        copy_into(memory, comm, request, threads, late=False, tiles=remembered)
 
     def _describe(
         self, captured: Sequence[CapturedState], *, has_parts: bool

@@ -407,22 +407,28 @@ def test_a_copy_in_memory_has_the_parts_and_the_hosts_have_them_too(scene, comm)
     assert (restored.level, restored.step) == ("local", 1)
 
 
-def test_cut_state_leaves_no_copy_in_memory(scene, comm):
+def test_cut_state_is_in_the_memory_and_on_the_hosts(scene, comm):
     scene.on_hosts(scene.hosts)
     values, memory = CutValues(comm), Memory()
 
     def train():
         with scene.manager(values, memory=memory) as manager:
-            values.go_to(1)
-            assert manager.save(1, level="local").wait().generation
-            assert memory.step is None
+            for step in (1, 2):
+                values.go_to(step)
+                assert manager.save(step, level="local").wait().generation
+                assert memory.step == step
             raise Crash
 
     crash_after(train)
     comm.Barrier()
-    scene.saved_by[1] = comm.size
-    restored, _ = scene.run(1)
-    assert (restored.level, restored.step) == ("local", 1)
+    values = CutValues(comm)
+    with scene.manager(values, memory=memory) as manager:
+        restored = manager.restore()
+        assert (restored.level, restored.step) == ("memory", 2)
+        values.check(2, comm.size)
+    scene.saved_by[2] = comm.size
+    restored, _ = scene.run(2)
+    assert (restored.level, restored.step) == ("local", 2)
 
 
 def test_a_header_names_the_tiles_of_all_ranks_of_a_host(scene, comm):
