@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import names
+from benchmarks import ceilings, names
+from benchmarks.cases.save import raw_writes
 from benchmarks.harness import Contender, Group
 from mpi_ckpt import Local
 
@@ -28,7 +29,10 @@ def groups(setting: Setting) -> Iterator[Group]:
     local = Local(place, reserve=0, keep=1)
     behind = setting.manager("behind", asynchronous=True)
     hosts = setting.manager("hosts-behind", asynchronous=True, local=local)
+    copy = ceilings.WarmCopy(setting.state.values()) if setting.is_root else None
+    memcpy = setting.on_root(lambda: copy and copy())
     stalls = [
+        Contender(names.MEMCPY, memcpy, ceiling=True, durable=False),
         _stall(names.STALL_SYNC, setting, behind, {}),
         _stall(names.STALL_LOCAL, setting, hosts, {"level": "local"}),
     ]
@@ -40,6 +44,7 @@ def groups(setting: Setting) -> Iterator[Group]:
         "until it is durable, or kept",
         setting.nbytes,
         [
+            *raw_writes(setting),
             Contender(names.SAVE, blocking.save, setting.touch),
             Contender(
                 names.SAVE_LOCAL,
