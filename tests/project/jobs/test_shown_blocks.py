@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of the documents that need a framework run as shown, on two ranks."""
+"""The blocks of the documents that need a framework run as shown, on several ranks."""
 
 from importlib.util import find_spec
 
@@ -14,9 +14,13 @@ needs_lightning = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     "group",
-    ["plain", "horovod", "torch", pytest.param("lightning", marks=needs_lightning)],
+    [
+        *("recovery", "plain", "horovod", "torch"),
+        pytest.param("lightning", marks=needs_lightning),
+    ],
 )
-def test_blocks_run_on_two_ranks(jobs, tmp_path, group):
+def test_blocks_run_as_shown(jobs, tmp_path, group):
     pytest.importorskip("torch")
-    outcome = jobs.run(2, PROGRAMS / "shown_blocks.py", tmp_path, group)
+    ranks = 3 if group == "recovery" else 2  # two that train, and their spare
+    outcome = jobs.run(ranks, PROGRAMS / "shown_blocks.py", tmp_path, group)
     assert outcome.code == 0, outcome.text
