@@ -76,9 +76,9 @@ class Training:
         start = time.monotonic()
         while self.manager.last_save is None:
             while self.is_at_work:
-                assert time.monotonic() - start < limit(30)
+                assert time.monotonic() - start < limit(90)
                 time.sleep(0.01)
-            assert time.monotonic() - start < limit(30)
+            assert time.monotonic() - start < limit(90)
             self.go_to(self.manager.steps + 1)
 
     @property
