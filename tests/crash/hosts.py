@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt import Local
-from mpi_ckpt.errors import CheckpointError
 from tests.crash.crashes import ROOT, Scenario, assert_explained
 from tests.crash.recorder import merge
-from tests.crash.world import Saved, Training, leftovers, scratch
+from tests.crash.world import Saved, Training, fault_of_restore, leftovers, scratch
 from tests.launch import run_job
 
 if TYPE_CHECKING:
@@ -76,18 +75,8 @@ def judge_host(host: str, sandbox: Path, saves: Sequence[Saved], acked: int) -> 
     name, socket.gethostname = socket.gethostname, lambda: host
     try:
         with Training(sandbox / ROOT, local=local_level(sandbox)) as training:
-            try:
-                found = training.restore()
-            except CheckpointError as error:
-                return f"NONE {error}"
-            except ValueError as error:
-                return f"WRONG {error}"
-            if found is None and acked >= 0:
-                return f"NONE nothing found, {saves[acked]} was acknowledged"
-            if found is not None and found not in saves:
-                return f"WRONG {found} is none of {saves}"
-            if found is not None and saves.index(found) < acked:
-                return f"LOST {found} came back, {saves[acked]} was acknowledged"
+            if fault := fault_of_restore(training, saves, acked):
+                return fault
             return _go_on(training, sandbox, host)
     finally:
         socket.gethostname = name

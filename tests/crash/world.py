@@ -298,18 +298,8 @@ def judge(
             except CheckpointError as error:
                 return f"TORN {error}"
     with Training(root, cut=cut) as training:
-        try:
-            found = training.restore()
-        except CheckpointError as error:
-            return f"NONE {error}"
-        except ValueError as error:
-            return f"WRONG {error}"
-        if found is None and acked >= 0:
-            return f"NONE nothing found, {saves[acked]} was acknowledged"
-        if found is not None and found not in saves:
-            return f"WRONG {found} is none of {saves}"
-        if found is not None and saves.index(found) < acked:
-            return f"LOST {found} came back, {saves[acked]} was acknowledged"
+        if fault := fault_of_restore(training, saves, acked):
+            return fault
         left = b"" if gone_on is None else image_digest(read_image(root))
         if gone_on is not None and left in gone_on:
             return None
@@ -317,6 +307,23 @@ def judge(
         if gone_on is not None and fault is None:
             gone_on.add(left)
         return fault
+
+
+def fault_of_restore(training: Training, saves: Sequence[Saved], acked: int) -> str | None:
+    """Restore; return what is wrong with what came back, as `judge` does, if anything."""
+    try:
+        found = training.restore()
+    except CheckpointError as error:
+        return f"NONE {error}"
+    except ValueError as error:
+        return f"WRONG {error}"
+    if found is None and acked >= 0:
+        return f"NONE nothing found, {saves[acked]} was acknowledged"
+    if found is not None and found not in saves:
+        return f"WRONG {found} is none of {saves}"
+    if found is not None and saves.index(found) < acked:
+        return f"LOST {found} came back, {saves[acked]} was acknowledged"
+    return None
 
 
 def _go_on(training: Training, root: Path, step: int) -> str | None:

@@ -67,6 +67,14 @@ def alike(values, others):
     return all(map(torch.equal, values, others))
 
 
+def restored_values(comm, path, device):
+    """Return the values of another training after a restore."""
+    other = Training(device)
+    with manager(path, other.state, comm=comm) as mine:
+        mine.restore()
+    return other.values()
+
+
 @pytest.mark.parametrize(
     "options", [{}, LATER, {"io": IO(digest_threads=3)}, {"writers": "all"}]
 )
@@ -79,10 +87,7 @@ def test_a_save_has_what_the_step_before_it_made(comm, shared_path, device, opti
             mine.save()
             training.train(100)
         mine.wait()
-    other = Training(device)
-    with manager(shared_path, other.state, comm=comm) as mine:
-        mine.restore()
-    assert alike(other.values(), expected)
+    assert alike(restored_values(comm, shared_path, device), expected)
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -95,10 +100,7 @@ def test_an_overlapped_save_has_what_was_there_at_the_save(comm, shared_path, de
             mine.save(sync=sync)
             training.train(100)
         mine.wait()
-    other = Training(device)
-    with manager(shared_path, other.state, comm=comm) as mine:
-        mine.restore()
-    assert alike(other.values(), expected)
+    assert alike(restored_values(comm, shared_path, device), expected)
 
 
 def test_a_copy_in_memory_has_it_too(comm, shared_path, device):
