@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpi_ckpt.elastic.accumulator import Accumulator
-    from mpi_ckpt.elastic.collate import ElasticCollate
     from mpi_ckpt.elastic.epochs import EpochState, remaining_epochs_until
     from mpi_ckpt.elastic.preemption import PreemptionGuard
-    from mpi_ckpt.elastic.sampler import ElasticSampler
+    from mpi_ckpt.elastic.sampler import ElasticCollate, ElasticSampler
     from mpi_ckpt.engine.hosts.local_settings import Local
     from mpi_ckpt.engine.save.pending import PendingSave
     from mpi_ckpt.errors import CheckpointError
@@ -46,7 +45,7 @@ _MODULES = {
     "CheckpointError": "mpi_ckpt.errors",
     "CheckpointManager": "mpi_ckpt.manager",
     "ConcatState": "mpi_ckpt.states.distributed.concat",
-    "ElasticCollate": "mpi_ckpt.elastic.collate",
+    "ElasticCollate": "mpi_ckpt.elastic.sampler",
     "ElasticSampler": "mpi_ckpt.elastic.sampler",
     "EpochState": "mpi_ckpt.elastic.epochs",
     "GenerationInfo": "mpi_ckpt.reports",

@@ -20,8 +20,11 @@ from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.states.leaf_values import KIND, make_value
 from mpi_ckpt.states.rebuilding import nodes_of, parts_in, rebuild
 from mpi_ckpt.storage.directory.catalog import Catalog
-from mpi_ckpt.storage.directory.finding import open_chosen, open_newest_there
-from mpi_ckpt.storage.directory.opened import OpenedGeneration
+from mpi_ckpt.storage.directory.finding import (
+    OpenedGeneration,
+    open_chosen,
+    open_newest_there,
+)
 from mpi_ckpt.storage.format.layout import MANIFEST
 from mpi_ckpt.storage.format.manifest import STREAM
 from mpi_ckpt.storage.reading.assembly import (

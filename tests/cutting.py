@@ -26,8 +26,8 @@ from mpi_ckpt.storage.format.manifest import (
 from mpi_ckpt.storage.format.manifest_codec import encode
 from mpi_ckpt.storage.format.tensorfile import encode_header
 from mpi_ckpt.storage.format.tile_table import TileEntry, plan_tile_file
+from mpi_ckpt.storage.writing.outfile import write_tile_file
 from mpi_ckpt.storage.writing.partial import Partial
-from mpi_ckpt.storage.writing.tile_file import write_tile_file
 
 if TYPE_CHECKING:
     from pathlib import Path

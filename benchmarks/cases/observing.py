@@ -18,7 +18,7 @@ from benchmarks import names
 from benchmarks.cases.save import our_save
 from benchmarks.harness import Contender, Group
 from mpi_ckpt import Hooks
-from mpi_ckpt.engine.timeline import VARIABLE
+from mpi_ckpt.engine.observer import VARIABLE
 from mpi_ckpt.integrations import observe
 
 if TYPE_CHECKING:

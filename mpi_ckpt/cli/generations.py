@@ -29,8 +29,7 @@ from mpi_ckpt.storage.format.layout import (
     generation_number,
     lease_name,
 )
-from mpi_ckpt.storage.owning.lease import TERM_SECONDS
-from mpi_ckpt.storage.owning.lock import signed_job
+from mpi_ckpt.storage.owning.lock import TERM_SECONDS, signed_job
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 
 if TYPE_CHECKING:

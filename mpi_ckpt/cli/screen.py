@@ -23,7 +23,6 @@ from rich.text import Text
 
 from mpi_ckpt.cli.plain_text import age, clean, iso_date, json_text
 from mpi_ckpt.cli.progress import ProgressLines, progress_bar
-from mpi_ckpt.cli.redirection import RedirectedLog, RedirectedStream
 from mpi_ckpt.cli.tables import cut_middle, lay_out, wrap_words
 
 if TYPE_CHECKING:
@@ -33,6 +32,70 @@ if TYPE_CHECKING:
     from mpi_ckpt.cli.tables import Column
 
     Parts = Sequence[tuple[object, str]]
+
+
+class RedirectedStream(io.TextIOBase):
+    """Replaces standard output or standard error.
+
+    Args:
+        stream: The replaced stream.
+        take: Called with whole lines.
+    """
+
+    def __init__(self, stream: TextIO, take: Callable[[list[str]], None]) -> None:
+        self._stream, self._take = stream, take
+        self._begun = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """See `io.TextIOBase`."""
+        return "utf-8"
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """See `io.TextIOBase`."""
+        return "backslashreplace"
+
+    def writable(self) -> bool:
+        """See `io.TextIOBase`."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the stream's: output of a child process does not pass through here."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Take text; keep an incomplete line for later."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        if lines:
+            self._take(lines)
+        return len(text)
+
+    def finish(self) -> None:
+        """Pass on a last line without an end."""
+        if self._begun:
+            self.write("\n")
+
+
+class RedirectedLog(logging.Handler):
+    """Takes the logged warnings of the library and of the packages that it uses.
+
+    Args:
+        take: Called with the text of each.
+    """
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._take = take
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        try:
+            self._take(self.format(record))
+        except Exception:
+            self.handleError(record)
+
 
 _STYLES = {
     "newest": "bold green",

@@ -6,8 +6,10 @@ thread only.
 """
 
 from mpi_ckpt.comm.agreement import (
+    UNTOUCHED,
     Deferred,
     Meeting,
+    Vote,
     agree,
     any_of,
     collect,
@@ -15,6 +17,7 @@ from mpi_ckpt.comm.agreement import (
     differing_digests,
     meet,
     on_root,
+    printed_by,
 )
 from mpi_ckpt.comm.broadcast import bcast_buffers, bcast_on_hosts, bcast_to_hosts
 from mpi_ckpt.comm.collectives import (
@@ -36,7 +39,6 @@ from mpi_ckpt.comm.survival import (
     why_lost_ranks_end_the_job,
 )
 from mpi_ckpt.comm.topology import Topology, choose_ranks
-from mpi_ckpt.comm.vote import UNTOUCHED, Vote, printed_by
 
 __all__ = [
     "UNTOUCHED",

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.comm import absence
-from mpi_ckpt.comm.absence import LastMeeting
+from mpi_ckpt.comm import liveness
 from mpi_ckpt.comm.admission import (
     check_before,
     divide_by_host,
@@ -28,6 +27,7 @@ from mpi_ckpt.comm.busy import BusyRanks
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import (
     ROUNDS_A_LOOK,
+    LastMeeting,
     Patience,
     Tag,
     call_roll,
@@ -295,7 +295,7 @@ class Communicator:
     def _wait(self, pending: list[MPI.Request], doing: str, streaming: bool) -> None:
         patience = Patience(self.deadline_seconds, streaming=streaming)
         began, busy = time.monotonic(), self.busy_ranks
-        warn_after = absence.WARNED_SECONDS
+        warn_after = liveness.WARNED_SECONDS
         # One request at a time: each test advances all of them, and one test costs least.
         for request in pending:
             while not request.Test():
@@ -312,7 +312,7 @@ class Communicator:
                     self._give_up(doing)
                 elif waited > warn_after:
                     warn_after = math.inf
-                    absence.warn_of_wait(self, doing)
+                    liveness.warn_of_wait(self, doing)
             self.completed += 1
 
     def isend(self, data: NDArray[np.uint8], to: int) -> MPI.Request:
@@ -328,7 +328,7 @@ class Communicator:
 
     def _refuse_if_late(self, doing: str) -> None:
         if self.size > 1 and is_called(self.handle):
-            self._broken = absence.why_called_off(self)
+            self._broken = liveness.why_called_off(self)
             self._refuse_if_broken(doing)
 
     def _refuse_if_broken(self, doing: str) -> None:
@@ -340,8 +340,8 @@ class Communicator:
 
     def _give_up(self, doing: str) -> None:
         call = call_roll(self.handle)
-        self._broken = absence.what_is_missing(self, call)
-        raise absence.missed_deadline(self, call, doing, _ADVICE)
+        self._broken = liveness.what_is_missing(self, call)
+        raise liveness.missed_deadline(self, call, doing, _ADVICE)
 
 
 def open_communicators() -> list[Communicator]:

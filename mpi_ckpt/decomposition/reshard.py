@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.decomposition.alike_leaves import find_fragments_by_kind
 from mpi_ckpt.decomposition.columns import ranges
+from mpi_ckpt.decomposition.fragments import find_fragments_by_kind
 from mpi_ckpt.decomposition.rank_plan import (
     Incoming,
     Outgoing,

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 from mpi_ckpt.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from mpi_ckpt.elastic.running import run
-    from mpi_ckpt.elastic.world import World
+    from mpi_ckpt.elastic.running import World, run
     from mpi_ckpt.memory import Memory
 
 __all__ = ["Memory", "World", "run"]
 
 _MODULES = {
     "Memory": "mpi_ckpt.memory",
-    "World": "mpi_ckpt.elastic.world",
+    "World": "mpi_ckpt.elastic.running",
     "run": "mpi_ckpt.elastic.running",
 }
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.storage.format.layout import find_parts
 from mpi_ckpt.storage.format.manifest import STREAM, Extent, known_form
-from mpi_ckpt.storage.format.rank_parts import find_parts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -22,8 +22,7 @@ from mpi_ckpt.comm import (
     printed_by,
 )
 from mpi_ckpt.engine.abort import watch_errors
-from mpi_ckpt.engine.observer import Observer
-from mpi_ckpt.engine.timeline import Timeline
+from mpi_ckpt.engine.observer import Observer, Timeline
 from mpi_ckpt.engine.watchdog import Watchdog
 from mpi_ckpt.errors import CheckpointError, OptionsError
 from mpi_ckpt.leaves.digest import digest_bytes

@@ -13,8 +13,13 @@ import numpy as np
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
-from mpi_ckpt.states.buffers.array_bytes import ArrayBuffer, array_dtype, array_dtype_name
-from mpi_ckpt.states.buffers.memory_layout import Layout, overlaps_itself
+from mpi_ckpt.states.buffers.array_bytes import (
+    ArrayBuffer,
+    Layout,
+    array_dtype,
+    array_dtype_name,
+    overlaps_itself,
+)
 from mpi_ckpt.states.mismatch import are_alike, compare_specs, raise_mismatch
 
 if TYPE_CHECKING:

@@ -19,8 +19,13 @@ from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaves.leaf import Tile
 from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.states.arrays import array_leaf, empty_array
-from mpi_ckpt.states.buffers.array_bytes import LITTLE, unnamed_part
-from mpi_ckpt.states.buffers.memory_layout import Layout, layout_of, overlaps_itself
+from mpi_ckpt.states.buffers.array_bytes import (
+    LITTLE,
+    Layout,
+    layout_of,
+    overlaps_itself,
+    unnamed_part,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence

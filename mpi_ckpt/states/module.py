@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure, SyncMode
-from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
+from mpi_ckpt.states.buffers.array_bytes import ReadonlyMemory
 from mpi_ckpt.states.leaf_values import KIND, make_value
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.module_contents import (

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from mpi_ckpt.leaves.leaf import Leaf
-    from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
+    from mpi_ckpt.states.buffers.array_bytes import ReadonlyMemory
 
 EXTRA = "_extra_state"
 

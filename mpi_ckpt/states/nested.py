@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
-from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
+from mpi_ckpt.states.buffers.array_bytes import ReadonlyMemory
 from mpi_ckpt.states.leaf_values import KIND, make_value, takes_bytes
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten

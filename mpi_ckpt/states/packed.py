@@ -17,7 +17,7 @@ from mpi_ckpt.memory import round_up
 from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
-from mpi_ckpt.storage.format.rank_parts import part_leaf_name, structure_name
+from mpi_ckpt.storage.format.layout import part_leaf_name, structure_name
 from mpi_ckpt.storage.format.strict_json import read_json
 from mpi_ckpt.storage.format.tensorfile import (
     encode_form,

@@ -14,7 +14,7 @@ from mpi_ckpt.errors import CorruptGenerationError, StateMismatchError
 from mpi_ckpt.states.leaf_values import KIND
 from mpi_ckpt.states.optimizer_params import with_entries
 from mpi_ckpt.states.tree import leaf_nodes, unflatten
-from mpi_ckpt.storage.format.rank_parts import find_parts
+from mpi_ckpt.storage.format.layout import find_parts
 from mpi_ckpt.storage.format.strict_json import read_json
 
 if TYPE_CHECKING:

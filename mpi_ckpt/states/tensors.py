@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
 from mpi_ckpt.leaves.tiles import cut_leaf
+from mpi_ckpt.states.buffers.array_bytes import Layout
 from mpi_ckpt.states.buffers.device_bytes import buffer_of
-from mpi_ckpt.states.buffers.memory_layout import Layout
 from mpi_ckpt.states.buffers.tensor_bytes import is_ordinary, ordinary
 from mpi_ckpt.states.dtensor import local_pieces, local_tensor, make_like
 from mpi_ckpt.states.wrappers import is_dtensor, is_sharded

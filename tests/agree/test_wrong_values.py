@@ -24,7 +24,7 @@ from mpi_ckpt import (
     StopWhen,
     TrainState,
 )
-from mpi_ckpt.engine.instead import require_names, require_state, require_states
+from mpi_ckpt.engine.registry import require_names, require_state, require_states
 from mpi_ckpt.errors import OptionsError, RegistrationError
 
 torch = pytest.importorskip("torch")

@@ -11,11 +11,13 @@ from mpi_ckpt.cli.restart.hosting import HostBook, ask_hosts_script, parse_hosts
 from mpi_ckpt.cli.restart.launching import (
     Host,
     Launcher,
+    Salvage,
     find_launcher,
     launch_command,
+    left_behind,
     place,
+    salvage_command,
 )
-from mpi_ckpt.cli.restart.salvage import Salvage, left_behind, salvage_command
 
 
 def test_hosts_are_read_in_the_forms_of_both_mpis_and_horovod():

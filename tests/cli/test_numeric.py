@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpi_ckpt.cli.inspect.changes import structure_changes
-from mpi_ckpt.cli.inspect.numeric import Difference, is_numeric
+from mpi_ckpt.cli.inspect.changes import Difference, is_numeric, structure_changes
 from mpi_ckpt.states.tensors import _DTYPES
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.cli.inspect.sections import draw, sections_of, symbol
+from mpi_ckpt.cli.inspect.tile_maps import draw, sections_of, symbol
 from mpi_ckpt.decomposition.boxes import Box
 
 

@@ -15,9 +15,8 @@ import pytest
 
 from mpi_ckpt.errors import FencedError, LockedError, SaveError
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
-from mpi_ckpt.storage.owning import lease, lock
-from mpi_ckpt.storage.owning.lease import Lease
-from mpi_ckpt.storage.owning.lock import DirectoryLock
+from mpi_ckpt.storage.owning import lock
+from mpi_ckpt.storage.owning.lock import DirectoryLock, Lease
 from mpi_ckpt.storage.owning.ownership import Ownership
 from tests.making import save, some_states
 from tests.waiting import limit, wait_for
@@ -26,10 +25,10 @@ TERM = 1.0
 PROGRAM = """
 import errno, os, sys, time
 from pathlib import Path
-from mpi_ckpt.storage.owning import lease
+from mpi_ckpt.storage.owning import lock
 from mpi_ckpt.storage.owning import lock
 
-lease.RENEW_SECONDS, lease.TERM_SECONDS, lock._SETTLE_SECONDS = 0.05, 1.0, 0.3
+lock.RENEW_SECONDS, lock.TERM_SECONDS, lock._SETTLE_SECONDS = 0.05, 1.0, 0.3
 
 def flock(*_):
     raise OSError(errno.ENOSYS, "no locks")
@@ -53,8 +52,8 @@ def no_flock(monkeypatch):
         raise OSError(errno.EOPNOTSUPP, "no locks")
 
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "TERM_SECONDS", TERM)
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "TERM_SECONDS", TERM)
     monkeypatch.setattr(lock, "_SETTLE_SECONDS", 0.3)
 
 
@@ -88,7 +87,7 @@ def test_a_job_that_was_killed_is_waited_for_one_term(tmp_path, job):
 
 def test_a_job_that_has_closed_is_not_waited_for(tmp_path, monkeypatch):
     hold(tmp_path, "first").close()
-    monkeypatch.setattr(lease, "TERM_SECONDS", 600)
+    monkeypatch.setattr(lock, "TERM_SECONDS", 600)
     hold(tmp_path, "second").close()
     assert os.listdir(tmp_path) == [".lock"]
 
@@ -154,7 +153,7 @@ def test_jobs_with_different_options_keep_each_other_out(
     tmp_path, monkeypatch, first, second
 ):
     monkeypatch.undo()
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
     with (
         closing(DirectoryLock(tmp_path, "first", 0.2, locking=first)),
         pytest.raises(LockedError, match="job first"),
@@ -189,7 +188,7 @@ def test_a_lease_that_cannot_be_renewed_is_told_once_and_goes_on(
         tries.append(data)
         raise OSError(errno.ESTALE, "stale")
 
-    monkeypatch.setattr(lease.filesystem, "rewrite_file", fail)
+    monkeypatch.setattr(lock.filesystem, "rewrite_file", fail)
     with closing(Lease(tmp_path, "job")):
         assert wait_for(lambda: len(tries) >= 3)
     assert caplog.text.count("cannot be renewed: ESTALE") == 1

@@ -16,7 +16,7 @@ import pytest
 
 from mpi_ckpt.errors import FencedError, LockedError
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.owning import lease
+from mpi_ckpt.storage.owning import lock
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 from tests.crash.crashes import quiet_scratch
 from tests.crash.world import empty
@@ -307,8 +307,8 @@ def test_what_a_disk_lacks_is_done_without_where_that_is_asked_for(
 
 def test_a_lease_keeps_out_a_job_of_another_host(odd_disks, tmp_path, monkeypatch):
     """Each host grants flock to its own, or to nobody, and sees what the other renews."""
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "TERM_SECONDS", 2.0)
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "TERM_SECONDS", 2.0)
     first, other = [
         odd_disks(backing=tmp_path / "server", locks="kernel", **how).path
         for how in ({}, {"flock": "ENOTSUP"})

@@ -209,12 +209,12 @@ def test_an_element_saved_twice_is_refused():
 
 
 def test_leaves_that_are_cut_alike_are_planned_once(monkeypatch):
-    from mpi_ckpt.decomposition import alike_leaves
+    from mpi_ckpt.decomposition import fragments
 
     seen = []
-    find = alike_leaves.find_fragments
+    find = fragments.find_fragments
     monkeypatch.setattr(
-        alike_leaves, "find_fragments", lambda s, *rest: seen.append(s) or find(s, *rest)
+        fragments, "find_fragments", lambda s, *rest: seen.append(s) or find(s, *rest)
     )
     halves = [Box((0, 0), (2, 4)), Box((2, 0), (2, 4))]
     columns = [Box((0, 0), (4, 1)), Box((0, 1), (4, 3))]

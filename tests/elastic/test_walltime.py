@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mpi_ckpt.elastic.walltime import (
+from mpi_ckpt.elastic.requests import (
     JobEnd,
     WallTime,
     end_of_job,

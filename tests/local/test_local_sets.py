@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from mpi_ckpt import CheckpointManager, Local, Options, load
 from mpi_ckpt.errors import CheckpointError, ReadError, UnsupportedFormatError
 from mpi_ckpt.states.arrays import ArrayState
-from mpi_ckpt.storage.format.local_set import LocalSet
-from mpi_ckpt.storage.format.manifest import Manifest, StoredFile
+from mpi_ckpt.storage.format.manifest import LocalSet, Manifest, StoredFile
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from mpi_ckpt.storage.local.host_directory import HostDirectory
 from mpi_ckpt.storage.reading.proving import verify

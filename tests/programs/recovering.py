@@ -19,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpi_ckpt import ArrayState, CheckpointManager, Options, elastic
-from mpi_ckpt.comm import vote
+from mpi_ckpt.comm import agreement
 from mpi_ckpt.comm.ulfm.guard import Guard
 from mpi_ckpt.elastic import running
 from mpi_ckpt.errors import CollectiveError
@@ -83,7 +83,7 @@ def arrange(world: elastic.World) -> None:
         before(filesystem, "sync_file", lambda *_: any(ROOT.glob(".partial-00000002*/*")))
     if HOW == "ours" and world.rank == 1:
         calls = iter(range(1000))
-        before(vote.Vote, "exchange", lambda *_: next(calls) == 20)
+        before(agreement.Vote, "exchange", lambda *_: next(calls) == 20)
     if HOW == "order" and world.rank == 1:
         before(repair, "_order", lambda *_: True)
     if HOW == "shrink" and world.rank == 1:
@@ -138,7 +138,7 @@ def train(world: elastic.World) -> float:
     ) as manager:
         # In the middle of coming back, another one goes.
         if HOW == "again" and world.failures == 1 and world.rank == 1:
-            before(vote.Vote, "exchange", lambda *_: True)
+            before(agreement.Vote, "exchange", lambda *_: True)
         restored = manager.restore()
         tell(
             world,

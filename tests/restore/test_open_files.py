@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.reading.open_files import OpenFiles
+from mpi_ckpt.storage.reading.file_reader import OpenFiles
 
 NAMES = [f"{number}.bin" for number in range(10)]
 

@@ -16,7 +16,7 @@ import torch
 
 from mpi_ckpt import devices
 from mpi_ckpt.devices import Lane, following, land
-from mpi_ckpt.engine.save.landing import land_leaves
+from mpi_ckpt.engine.save.staging import land_leaves
 from mpi_ckpt.engine.sync.captured import digest_leaves
 from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.leaves.leaf import LeafSpec

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import mpi_ckpt
 from mpi_ckpt import Options, PerRankState, RNGState
-from mpi_ckpt.engine.restore.cut.saved_parts import SavedParts
+from mpi_ckpt.engine.restore.cut.dealing import SavedParts
 from mpi_ckpt.errors import CorruptGenerationError, StateMismatchError
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Capture
 from mpi_ckpt.states.packed import pack, unpack
-from mpi_ckpt.storage.format.rank_parts import (
+from mpi_ckpt.storage.format.layout import (
     find_parts,
     part_leaf_name,
     structure_name,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mpi_ckpt.errors import StageError, StateMismatchError
-from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
+from mpi_ckpt.states.buffers.array_bytes import ReadonlyMemory
 from mpi_ckpt.states.module import ModuleState
 from mpi_ckpt.states.nested import ObjectState
 

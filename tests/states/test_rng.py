@@ -10,8 +10,7 @@ import torch
 
 from mpi_ckpt.errors import CorruptGenerationError, RegistrationError, StateMismatchError
 from mpi_ckpt.leaves.leaf import LeafSpec
-from mpi_ckpt.states.unshared.rng import RNGState
-from mpi_ckpt.states.unshared.streams import built_in_streams
+from mpi_ckpt.states.unshared.rng import RNGState, built_in_streams
 from tests.making import Ranks, joined
 
 BIT_GENERATORS = ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"]

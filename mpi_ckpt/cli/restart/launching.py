@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the command by which each launcher starts a number of ranks on given hosts."""
+"""Builds the commands that start ranks, or a rescue, on given hosts with each launcher."""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from mpi_ckpt.cli.doctor.machine import ask, family_of, which
 from mpi_ckpt.storage.notes import VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
+
 
 _VERSION_SECONDS = 30.0
 
@@ -131,3 +133,46 @@ def _srun(size: int, hosts: Sequence[Host]) -> list[str]:
 
 
 _FLAGS = {"Open MPI": _open_mpi, "MPICH": _mpich, "srun": _srun}
+
+
+@dataclass(frozen=True, slots=True)
+class Salvage:
+    """What is to be copied from hosts.
+
+    Attributes:
+        local: The path that the program gives to `Local`.
+        directory: Its checkpoint directory.
+    """
+
+    local: str
+    directory: Path
+
+
+def salvage_command(
+    launcher: Launcher, size: int, hosts: Sequence[str], salvage: Salvage
+) -> list[str]:
+    """Return the command that copies, with one process on each host if they are known.
+
+    Args:
+        launcher: The launcher.
+        size: How many ranks the job had.
+        hosts: Names of the hosts; empty if the launcher finds them.
+        salvage: What is to be copied.
+    """
+    words = ("rescue", salvage.local, str(salvage.directory))
+    program = [sys.executable, "-m", "mpi_ckpt", *words]
+    places = [Host(name) for name in hosts]
+    return launch_command(launcher, len(places) or size, places, program)
+
+
+def left_behind(
+    last: Sequence[str], there: Collection[str], chosen: Collection[str]
+) -> bool:
+    """Return whether hosts of the last attempt are there, and not in the next one.
+
+    Args:
+        last: The hosts of the last attempt.
+        there: The hosts that can be used.
+        chosen: Those of the next attempt.
+    """
+    return any(name in there and name not in chosen for name in last)

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.cli.plain_text import json_text
 from mpi_ckpt.cli.restart.child import Child
 from mpi_ckpt.cli.restart.hosting import suspects
-from mpi_ckpt.cli.restart.launching import Host, Launcher, launch_command, place
+from mpi_ckpt.cli.restart.launching import (
+    Host,
+    Launcher,
+    launch_command,
+    left_behind,
+    place,
+    salvage_command,
+)
 from mpi_ckpt.cli.restart.outcome import PREEMPTED_CODE, Ending, judge, next_move
-from mpi_ckpt.cli.restart.salvage import left_behind, salvage_command
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.notes import VARIABLE, read_notes, remove_notes
 
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mpi_ckpt.cli.restart.hosting import HostBook
-    from mpi_ckpt.cli.restart.salvage import Salvage
+    from mpi_ckpt.cli.restart.launching import Salvage
 
 LOG = "attempts.jsonl"
 

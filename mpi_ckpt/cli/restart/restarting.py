@@ -13,9 +13,8 @@ import click
 from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
 from mpi_ckpt.cli.doctor.machine import which
 from mpi_ckpt.cli.restart.hosting import HostBook, ask_hosts_script, parse_hosts
-from mpi_ckpt.cli.restart.launching import find_launcher
+from mpi_ckpt.cli.restart.launching import Salvage, find_launcher
 from mpi_ckpt.cli.restart.looping import LOG, Loop, Plan, Requests
-from mpi_ckpt.cli.restart.salvage import Salvage
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:

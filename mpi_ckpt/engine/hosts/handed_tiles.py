@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import exchange_messages
-from mpi_ckpt.engine.save.cut.assignment import handing_order
+from mpi_ckpt.engine.save.cut.cut_forms import handing_order
 from mpi_ckpt.engine.save.cut.own_tiles import runs_of
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.errors import StageError

@@ -22,7 +22,7 @@ from mpi_ckpt.engine.hosts.handed_tiles import (
     digest_tiles,
     encode_digests,
 )
-from mpi_ckpt.engine.save.cut.assignment import as_leaf_spec
+from mpi_ckpt.engine.save.cut.cut_forms import as_leaf_spec
 from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
 from mpi_ckpt.errors import SaveError, StageError
 from mpi_ckpt.leaves.digest import digest_bytes

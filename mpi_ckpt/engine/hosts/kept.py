@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, any_of, bcast_buffers, collect
-from mpi_ckpt.engine.hosts.completable import HeldGeneration, Holding, choose
-from mpi_ckpt.engine.hosts.losses import what_is_lost
+from mpi_ckpt.engine.hosts.completable import HeldGeneration, Holding, choose, what_is_lost
 from mpi_ckpt.engine.hosts.root_copies import send_headers_to_root, send_to_root
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.format.manifest_codec import decode
-from mpi_ckpt.storage.local.host_reader import HostReader
+from mpi_ckpt.storage.local.host_directory import HostReader
 from mpi_ckpt.storage.local.lineage import Origin, read_lineage
 
 if TYPE_CHECKING:

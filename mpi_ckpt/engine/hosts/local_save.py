@@ -9,24 +9,26 @@ publish   all have written: each renames; all have renamed: the generation is ke
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import agree
+from mpi_ckpt.comm import agree, gather_bytes, meet
 from mpi_ckpt.engine.hosts.copying.directory_copy import LocalSource
 from mpi_ckpt.engine.hosts.host_tiles import describe_tiles, survey_hosts
 from mpi_ckpt.engine.hosts.level import HostNames
-from mpi_ckpt.engine.hosts.part_forms import compare_parts, parts_on_hosts
 from mpi_ckpt.engine.hosts.placing import LocalContents, place_generation
 from mpi_ckpt.engine.hosts.share_writer import ShareWriter
 from mpi_ckpt.engine.save.background import run_here
-from mpi_ckpt.engine.save.copies import copy_into
-from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
+from mpi_ckpt.engine.save.copies import RememberedTiles, copy_into, copy_tiles
 from mpi_ckpt.engine.save.request import SaveRequest
 from mpi_ckpt.engine.sync.parts import receive_parts
 from mpi_ckpt.engine.sync.replicas import sync_states
-from mpi_ckpt.errors import CheckpointError, SaveError
+from mpi_ckpt.errors import CheckpointError, SaveError, StageError
+from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.reports import SaveReport, SyncReport
+from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.format.layout import generation_name
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.hosts.host_tiles import DescribedTiles
     from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.engine.hosts.placing import Placed
@@ -43,8 +46,63 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.sync.captured import CapturedState
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.reports import PhaseClock
+    from mpi_ckpt.state import State
 
 logger = logging.getLogger(__name__)
+
+
+_COMPARING = "comparing the parts of ranks"
+
+
+def parts_on_hosts(session: Session, states: Sequence[State]) -> frozenset[str]:
+    """Return the names of the states whose parts stay on the hosts of their ranks.
+
+    Not collective: the same on every rank. A copy in memory must hold all parts: then root
+    has them anyway, and gives them to the hosts.
+    """
+    if session.memory is not None:
+        return frozenset()
+    return frozenset(state.name for state in states if isinstance(state, RankedState))
+
+
+def compare_parts(comm: Communicator, captured: Sequence[CapturedState]) -> None:
+    """Compare the parts that ranks have captured as cut leaves, one allreduce in all.
+
+    Collective. Main thread only.
+
+    Args:
+        comm: The communicator.
+        captured: The contents of this rank.
+
+    Raises:
+        StageError: On every rank, if the parts do not belong together.
+        DivergedError: On every rank, if something that all ranks share differs.
+    """
+    parts = [one for one in captured if isinstance(one.state, RankedState) and one.cut]
+
+    def describe() -> bytes:
+        values = []
+        for one in parts:
+            assert isinstance(one.state, RankedState)
+            with concerning(f"state {one.name!r}"):
+                # The first leaf of a part is its structure.
+                text = bytes((one.cut[0].tiles or ())[0].buffer.read())
+                values.append(one.state.alike(json.loads(text)))
+        return json.dumps(values, sort_keys=True).encode()
+
+    met = meet(comm, _COMPARING, describe, error=StageError, digest=digest_bytes)
+    if met.is_alike:
+        return
+    gathered = gather_bytes(comm, met.result, _COMPARING)
+
+    def compare() -> None:
+        of_ranks = [json.loads(one) for one in gathered]
+        for number, one in enumerate(parts if comm.is_root else ()):
+            assert isinstance(one.state, RankedState)
+            with concerning(f"state {one.name!r}"):
+                one.state.compare([values[number] for values in of_ranks])
+
+    agree(comm, _COMPARING, compare, error=StageError)
 
 
 class LocalSave:

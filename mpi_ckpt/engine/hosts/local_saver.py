@@ -7,8 +7,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.engine.hosts.local_save import LocalSave
-from mpi_ckpt.engine.hosts.part_forms import parts_on_hosts
+from mpi_ckpt.engine.hosts.local_save import LocalSave, parts_on_hosts
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.errors import CheckpointError, OptionsError, SaveError, StageError
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.hosts.level import HostLevel
     from mpi_ckpt.engine.save.saver import Saver
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.steps.step_actions import StepActions
-    from mpi_ckpt.engine.steps.stepping import Steps
+    from mpi_ckpt.engine.steps.stepping import StepActions, Steps
     from mpi_ckpt.reports import SaveReport
 
 logger = logging.getLogger(__name__)

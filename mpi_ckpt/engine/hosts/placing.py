@@ -19,8 +19,7 @@ from mpi_ckpt.errors import SaveError
 from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.state import LeafState
 from mpi_ckpt.states.unshared.ranked import RankedState
-from mpi_ckpt.storage.format.local_set import LocalSet
-from mpi_ckpt.storage.format.manifest import Manifest, StoredState
+from mpi_ckpt.storage.format.manifest import LocalSet, Manifest, StoredState
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
 from mpi_ckpt.storage.local.lineage import Origin
 

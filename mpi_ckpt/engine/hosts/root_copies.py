@@ -15,7 +15,7 @@ import numpy as np
 from mpi_ckpt.comm import agree, collect, exchange_messages
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.local.host_reader import HostReader
+from mpi_ckpt.storage.local.host_directory import HostReader
 from mpi_ckpt.storage.reading.proving import proven_blocks
 
 if TYPE_CHECKING:

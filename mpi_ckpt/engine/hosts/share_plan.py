@@ -29,9 +29,9 @@ from mpi_ckpt.storage.format.layout import (
     share_file_name,
     stream_file_name,
 )
-from mpi_ckpt.storage.format.local_set import LocalSet
 from mpi_ckpt.storage.format.manifest import (
     Extent,
+    LocalSet,
     Manifest,
     StoredFile,
     StoredLeaves,

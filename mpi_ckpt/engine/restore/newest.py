@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, contextmanager
+import logging
+import os
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mpi_ckpt.comm import agree, any_of, choose_ranks, on_root
+from mpi_ckpt.comm import agree, any_of, choose_ranks, collect, on_root
 from mpi_ckpt.engine.hosts.kept import find_kept, set_aside_bad
 from mpi_ckpt.engine.outline import Outline
-from mpi_ckpt.engine.restore.other_hosts import look_elsewhere
 from mpi_ckpt.errors import CorruptGenerationError, ReadError, RestoreError
 from mpi_ckpt.reports import GenerationInfo
 from mpi_ckpt.states.unshared.ranked import RankedState
-from mpi_ckpt.storage.directory.finding import warn_of_other_programs
+from mpi_ckpt.storage.directory.finding import describe_others, warn_of_other_programs
+from mpi_ckpt.storage.directory.recovery import Survey, survey
 from mpi_ckpt.storage.format.layout import generation_name
+from mpi_ckpt.storage.owning.lock import signed_job
+from mpi_ckpt.storage.owning.ownership import local_file_system
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
@@ -32,6 +36,83 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.directory import CheckpointDirectory
     from mpi_ckpt.storage.reading.read_plan import Window
+
+logger = logging.getLogger(__name__)
+
+
+_DOING = "looking for generations on other hosts"
+_BATCH = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "COBALT_JOBID")
+"""Set within jobs that a scheduler may start on another host next time."""
+
+
+def look_elsewhere(session: Session) -> None:
+    """Before a fresh start, ask the other hosts what is in their directory of that name.
+
+    Collective. Main thread only. Root warns if a later job could miss what this job saves.
+
+    Raises:
+        ReadError: On every rank, if another host has generations and root's host has none.
+    """
+    comm, directory = session.comm, session.directory
+    if len(comm.topology.names) < 2:
+        _warn_of_one_host(session)
+        return
+
+    def look() -> bytes:
+        if comm.is_root or comm.rank not in comm.topology.leaders:
+            return b""
+        found = Survey()
+        with suppress(ReadError):
+            found = survey(directory.root)
+        newest = max(found.generations, default=0)
+        owner = signed_job(directory.root)
+        return json.dumps([len(found.generations), newest, owner]).encode()
+
+    def judge(parts: Sequence[bytes]) -> None:
+        seen = {
+            comm.hosts[rank]: json.loads(part) for rank, part in enumerate(parts) if part
+        }
+        held = [
+            f"{count} on {host}, the newest {newest}"
+            for host, (count, newest, _) in seen.items()
+            if count
+        ]
+        mine = comm.hosts[comm.root]
+        if held:
+            raise ReadError(
+                f"root, on {mine}, finds no generation in {directory.root}, but other "
+                f"hosts have some under that name: {'; '.join(held)}. If each host has a "
+                "directory of its own, start the job with root on such a host, or copy "
+                "the generations to a directory that all hosts see; if all hosts see this "
+                "directory, root sees an old state of it: start the job again. Nothing "
+                "was changed",
+                path=directory.root,
+            )
+        unseen = [host for host, (_, _, owner) in seen.items() if owner != directory.owner]
+        if directory.owner and unseen:
+            _warn(session, f"{len(unseen)} other hosts do not see it, {unseen[0]} first")
+
+    collect(comm, _DOING, look, judge, error=RestoreError)
+
+
+def _warn_of_one_host(session: Session) -> None:
+    if not session.comm.is_root or not any(os.environ.get(name) for name in _BATCH):
+        return
+    kind = local_file_system(session.directory.root)
+    if kind:
+        _warn(session, f"it is on {kind}, which no other host sees")
+
+
+def _warn(session: Session, why: str) -> None:
+    comm, root = session.comm, session.directory.root
+    logger.warning(
+        "nothing was saved yet in %s, and it seems to be a directory of %s alone: %s. A "
+        "later job whose root is on another host would not find what this one saves "
+        "(docs/hosts.md)",
+        root,
+        comm.hosts[comm.root],
+        why,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,3 +383,68 @@ def _open_newest(
                 raise
         else:
             return reader
+
+
+def explain_choice(
+    session: Session, found: OpenGeneration, problem: CorruptGenerationError
+) -> CorruptGenerationError:
+    """Return the error for a requested generation that turned out bad.
+
+    Collective. Main thread only. It is not quarantined: the user who asked for it may want
+    to recover data from it.
+    """
+    number = found.outline.generation
+    others = on_root(
+        session.comm,
+        "listing generations",
+        lambda: describe_others(session.directory.catalog, number),
+        error=RestoreError,
+    )
+    return CorruptGenerationError(
+        f"{problem}. Generation {number} was requested, so no other is used instead; "
+        f"{others}",
+        path=problem.path,
+        generation=number,
+        failures=problem.failures,
+    )
+
+
+def go_on_from(session: Session, chosen: Outline | None) -> None:
+    """Make the next save build on the restored generation.
+
+    Not collective. Works on root only.
+
+    Args:
+        session: The manager's.
+        chosen: The requested generation; None if the newest was taken.
+    """
+    if not session.comm.is_root:
+        return
+    directory = session.directory
+    base = None if chosen is None else chosen.generation
+    if directory.base != base:
+        directory.base = base
+        directory.forget_newest()
+    if chosen is not None:
+        logger.info(
+            "restored generation %d, step %d, as requested%s",
+            chosen.generation,
+            chosen.step,
+            _newer(session, chosen.generation),
+        )
+
+
+def _newer(session: Session, chosen: int) -> str:
+    root = session.directory.root
+    newer: list[int] = []
+    with suppress(ReadError):  # the restore has succeeded
+        there = sorted(session.directory.catalog.look().generations)
+        newer = [number for number in there if number > chosen]
+    if not newer:
+        return ""
+    return (
+        f"; newer generations stay: {', '.join(map(str, newer))}. The next save gets a "
+        "higher number and is the newest from then on; until then, a restore without a "
+        f"request takes generation {newer[-1]}. To set the newer generations aside, end "
+        f"this job, then: mpi-ckpt rollback {root} {chosen}"
+    )

@@ -20,6 +20,8 @@ from mpi_ckpt.engine.restore.matching import (
     match_states,
 )
 from mpi_ckpt.engine.restore.newest import (
+    explain_choice,
+    go_on_from,
     is_lost,
     open_newest,
     open_on_readers,
@@ -31,7 +33,6 @@ from mpi_ckpt.engine.restore.notices import (
     warn_of_differences,
     warn_of_restored,
 )
-from mpi_ckpt.engine.restore.requested import explain_choice, go_on_from
 from mpi_ckpt.engine.restore.transfer import SavedBytes, transfer_files
 from mpi_ckpt.errors import (
     CorruptGenerationError,

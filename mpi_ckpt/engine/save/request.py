@@ -13,7 +13,7 @@ from mpi_ckpt.engine.save.staging import StagedStream
 from mpi_ckpt.engine.sync.captured import CapturedState
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.reports import SaveReport, SyncReport
-from mpi_ckpt.storage.owning.mounts import survived_losses
+from mpi_ckpt.storage.owning.ownership import survived_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import abort_job, member_of
 from mpi_ckpt.engine.save.background import NICENESS_OF_COPIES, Background
-from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.copies import RememberedTiles, copy_into, copy_tiles
+from mpi_ckpt.engine.save.cut.own_tiles import TileHistory
 from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
-from mpi_ckpt.engine.save.cut.tile_history import TileHistory
 from mpi_ckpt.engine.save.pending import PendingSave
-from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
 from mpi_ckpt.engine.save.saving import Save
 from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
-from mpi_ckpt.engine.sync.replicas import capture_on_root
-from mpi_ckpt.engine.sync.sync_log import SyncLog
+from mpi_ckpt.engine.sync.replicas import SyncLog, capture_on_root
 from mpi_ckpt.errors import OptionsError, RegistrationError, SaveError
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.state import LeafState

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one save in its steps: sync, stage, write, publish, prune.
 
-If root writes alone, it publishes right after writing. If several ranks write (`joint`),
-each writes its own files, and root publishes after all have agreed. Only leaves that every
-rank has proven equal are shared out: root writes plain states, and leaves that were not
-compared or had to be made equal. The ranks write the tiles of cut leaves that they have.
+If root writes alone, it publishes right after writing. If several ranks write, each by its
+`JointWrite`, root publishes after all have agreed. Only leaves that every rank has proven
+equal are shared out: root writes plain states, and leaves that were not compared or had to
+be made equal. The ranks write the tiles of cut leaves that they have.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import agree, choose_ranks, on_root
 from mpi_ckpt.engine.save.background import run_here
-from mpi_ckpt.engine.save.copies import copy_into
+from mpi_ckpt.engine.save.copies import RememberedTiles, copy_into, copy_tiles
 from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
-from mpi_ckpt.engine.save.joint import JointWrite
-from mpi_ckpt.engine.save.lone import LoneWrite
-from mpi_ckpt.engine.save.remembering import RememberedTiles, copy_tiles
 from mpi_ckpt.engine.save.request import SaveRequest, make_report
 from mpi_ckpt.engine.save.staging import LateCopies, stage
+from mpi_ckpt.engine.save.writers import JointWrite, LoneWrite
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
-from mpi_ckpt.engine.sync.coming import PartsInTransit
-from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts
+from mpi_ckpt.engine.sync.parts import PartsInTransit, parts_apart, receive_parts
 from mpi_ckpt.engine.sync.replicas import (
     SyncedStates,
     capture_on_root,

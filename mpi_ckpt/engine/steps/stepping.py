@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.comm import Vote, any_of, collect, on_root
 from mpi_ckpt.elastic.preemption import PreemptionGuard
-from mpi_ckpt.elastic.requests import StopRequests
-from mpi_ckpt.elastic.walltime import fits
+from mpi_ckpt.elastic.requests import StopRequests, fits
 from mpi_ckpt.engine.steps.interval import Interval
-from mpi_ckpt.engine.steps.step_actions import StepActions
-from mpi_ckpt.engine.steps.stop_texts import join_reasons, only_on_hosts
 from mpi_ckpt.errors import CheckpointError, CollectiveError, OptionsError
 from mpi_ckpt.pacing import ASSUMED, AutoInterval, Failures, count_failures
 from mpi_ckpt.reports import StopReport
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.hosts.copying.drain import Drain
     from mpi_ckpt.engine.save.saver import Saver
@@ -31,6 +32,56 @@ if TYPE_CHECKING:
     from mpi_ckpt.reports import RestoreReport, SaveReport
 
 logger = logging.getLogger(__name__)
+
+
+_REASONS_MAX = 4
+
+
+def join_reasons(parts: Sequence[bytes]) -> str:
+    """Return the reasons of all ranks in words; a few at most. Not collective."""
+    reasons = [part.decode() for part in parts if part]
+    more = len(reasons) - _REASONS_MAX
+    cut = "; ".join(reasons[:_REASONS_MAX])
+    return f"{cut} and {more:,} more ranks" if more > 0 else cut
+
+
+def only_on_hosts(place: str, root: Path) -> str:
+    """Return what to do about a last save that hosts alone keep. Not collective.
+
+    Args:
+        place: The path of the local level.
+        root: The checkpoint directory.
+    """
+    return (
+        " on the hosts alone, as a save to the directory would not be durable before the "
+        f"job ends. A restart on these hosts finds it; `mpi-ckpt rescue {place} {root}`, "
+        "one process on each of them, copies it to the directory"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepActions:
+    """What to do at the end of a step, the same on every rank.
+
+    Attributes:
+        stop: Save, then stop.
+        save: A save is due.
+        finish: All ranks have written a pending save; it can be acknowledged.
+        remember: A copy in memory is due, and no save is being written from the previous
+            one.
+        local: A save to the hosts is due, and no save is pending once ``finish`` was done.
+        copy: All hosts have copied a generation to the directory, or should try again.
+        last: Where the last save goes before a stop: to the hosts if it fits nowhere else.
+    """
+
+    stop: bool
+    save: bool
+    finish: bool
+    remember: bool
+    local: bool
+    copy: bool
+    last: Literal["directory", "local"] = "directory"
+
 
 _STOP, _DUE, _WRITING, _LONG, _LOCAL, _COPYING, _TRY, _FAILED = (
     1 << bit for bit in range(8)

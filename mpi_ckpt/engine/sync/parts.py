@@ -1,33 +1,311 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes the parts of states that differ between ranks on purpose.
+"""Takes the parts of states that differ between ranks on purpose, and hands them to root.
 
 Root joins the small parts of a `PartsState`. Of a `RankedState` it learns the forms and
-digests of all parts; their bytes come while root writes them (`coming`).
+digests of all parts; their bytes come while root writes them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, cycle, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
-from mpi_ckpt.comm import agree, gather_bytes
-from mpi_ckpt.engine.sync.captured import CapturedState, capture_own_parts, digest_states
-from mpi_ckpt.engine.sync.coming import ComingBytes, PartsInTransit
+import numpy as np
+
+from mpi_ckpt.comm import agree, exchange_messages, gather_bytes, start_sending
+from mpi_ckpt.engine.sync.captured import (
+    CapturedState,
+    about_leaf,
+    capture_own_parts,
+    digest_states,
+)
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.leaves.digest import Digest, Digests
-from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
+from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer, copy_bytes
 from mpi_ckpt.state import PartsState
 from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+    from mpi4py import MPI
+    from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.state import State
+
+    Message = tuple[int, NDArray[np.uint8]]
+
+
+_HANDING_PARTS = "handing over the parts of ranks"
+# Root receives and holds so many bytes at a time; a longer leaf is received alone.
+_HELD_BYTES = 8 << 20
+
+_LeafNumber = tuple[int, int]
+"""Number of a state whose parts are kept apart, and of a leaf in a rank's part of it."""
+
+
+class _Expected(NamedTuple):
+    leaf: _LeafNumber
+    state: str
+    spec: LeafSpec
+    digest: Digest
+
+
+class ComingBytes:
+    """The leaves of other ranks' parts, on root, which come as they are read.
+
+    Not collective: the other ranks send them meanwhile. Main thread only. Each leaf is read
+    once, those of a rank in the order in which they lie in a file; a leaf that is passed
+    over, since an older generation holds it, is dropped.
+
+    Args:
+        comm: The communicator.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self.rank = comm.rank
+        self._comm = comm
+        self._waiting: dict[int, deque[_Expected]] = {}
+        self._held: dict[tuple[int, _LeafNumber], NDArray[np.uint8]] = {}
+
+    def expect(
+        self, rank: int, leaf: _LeafNumber, state: str, spec: LeafSpec, digest: Digest
+    ) -> Leaf:
+        """Return a leaf whose bytes will come.
+
+        Args:
+            rank: The rank that will send it.
+            leaf: Its number.
+            state: Name of its state.
+            spec: Its form.
+            digest: That of its bytes.
+        """
+        messages = self._waiting.setdefault(rank, deque())
+        messages.append(_Expected(leaf, state, spec, digest))
+        return Leaf(spec, _ComingBuffer(self, rank, leaf))
+
+    def begin(self) -> None:
+        """Put what is expected into the order in which it comes."""
+        for rank, messages in self._waiting.items():
+            order = sorted(messages, key=lambda one: _place(one.spec))
+            self._waiting[rank] = deque(order)
+
+    def take(self, rank: int, leaf: _LeafNumber) -> memoryview:
+        """Return the bytes of a leaf.
+
+        Raises:
+            StageError: On the calling rank, if they are not those of its digest.
+        """
+        while (rank, leaf) not in self._held:
+            self._receive(rank)
+        return self._held.pop((rank, leaf)).data
+
+    def drain(self) -> None:
+        """Receive what is still to come, and drop it. Callable twice."""
+        self._held.clear()
+        for rank, messages in self._waiting.items():
+            while messages:
+                self._exchange([(rank, messages.popleft())])
+
+    def _receive(self, wanted: int) -> None:
+        """Receive the next leaf of a rank, and some more of the ranks that follow."""
+        for key in [key for key in self._held if key[0] == wanted]:
+            del self._held[key]  # passed over
+        held = sum(map(len, self._held.values()))
+        some: list[tuple[int, _Expected]] = []
+        # As they lie in the file: one of each rank, then the next of each.
+        following = [rank for rank in self._waiting if rank > wanted]
+        ranks = chain([wanted, *following], cycle(self._waiting))
+        while any(self._waiting.values()):
+            rank = next(ranks)
+            messages = self._waiting[rank]
+            nbytes = messages[0].spec.nbytes if messages else 0
+            if some and held + nbytes > _HELD_BYTES:
+                break
+            if messages:
+                some.append((rank, messages.popleft()))
+                held += nbytes
+        self._exchange(some, hold=True)
+
+    def _exchange(
+        self, some: Sequence[tuple[int, _Expected]], *, hold: bool = False
+    ) -> None:
+        rooms = [np.empty(message.spec.nbytes, np.uint8) for _, message in some]
+        receives = [(rank, room) for (rank, _), room in zip(some, rooms, strict=True)]
+        exchange_messages(self._comm, [], receives, _HANDING_PARTS)
+        if not hold:
+            return
+        for (rank, message), room in zip(some, rooms, strict=True):
+            # INVARIANT: no digest of other bytes than those written gets into a manifest.
+            if Digest.of(room.data) != message.digest:
+                raise StageError(
+                    f"state {message.state!r}, leaf {message.spec.name!r}: rank {rank} "
+                    "sent other bytes than it had when the save began"
+                )
+            self._held[rank, message.leaf] = room
+
+
+class _ComingBuffer(MemoryBuffer):
+    """Stands in for the bytes of a leaf that another rank will send."""
+
+    def __init__(self, coming: ComingBytes, rank: int, leaf: _LeafNumber) -> None:
+        super().__init__(b"")
+        self._coming, self._rank, self._leaf = coming, rank, leaf
+
+    def view(self) -> memoryview | None:
+        return None
+
+    def read(self) -> memoryview:
+        return self._coming.take(self._rank, self._leaf)
+
+    def copy_to(self, target: memoryview) -> None:
+        copy_bytes(self.read(), target)
+
+
+class PartsInTransit:
+    """The parts of states that keep them apart, on their way to root.
+
+    Main thread only.
+
+    Args:
+        comm: The communicator.
+        mine: This rank's parts, digested, in the order of the states.
+        coming: The bytes of the other ranks' parts, on root.
+        join: Returns the states with the parts of all ranks, on root; may fail.
+
+    Attributes:
+        captured: What ``join`` returned.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        mine: Sequence[CapturedState],
+        coming: ComingBytes,
+        join: Callable[[], list[CapturedState]],
+    ) -> None:
+        self._comm = comm
+        self._mine = mine
+        self._coming = coming
+        self._join = join
+        self._sends: list[Message] = []
+        self._requests: list[MPI.Request] = []
+        self._failure: BaseException | None = None
+        self.captured: list[CapturedState] = []
+
+    @classmethod
+    def none(cls, comm: Communicator) -> PartsInTransit:
+        """Return no parts. Not collective."""
+        return cls(comm, (), ComingBytes(comm), list)
+
+    def learn(self) -> None:
+        """Put together what root knows of all parts.
+
+        Not collective. Called once, within the next meeting.
+
+        Raises:
+            CheckpointError: On the calling rank, if parts do not belong together.
+        """
+        self.captured = self._join()
+
+    @property
+    def are_here(self) -> bool:
+        """Whether this rank has parts that it has not handed over."""
+        return bool(self._mine)
+
+    def _send(self) -> None:
+        """Send this rank's parts, all but the last ones wholly; root sends nothing."""
+        if self._comm.is_root:
+            return
+        mine, self._mine = self._mine, ()
+        # The first leaf of a part is its structure, which root has already.
+        leaves = [(one, leaf) for one in mine for leaf in one.leaves[1:]]
+        leaves.sort(key=lambda pair: _place(pair[1].spec))
+        sends: list[Message] = []
+        for one, leaf in leaves:
+            data = np.zeros(leaf.spec.nbytes, np.uint8)
+            if self._failure is None:
+                try:
+                    with about_leaf(one, leaf):
+                        data = np.frombuffer(leaf.buffer.read(), np.uint8)
+                except BaseException as error:
+                    self._failure = error
+            sends.append((self._comm.root, data))
+            if sum(len(data) for _, data in sends) > _HELD_BYTES:
+                exchange_messages(self._comm, sends, [], _HANDING_PARTS)
+                sends = []
+        self._sends, self._requests = sends, start_sending(self._comm, sends)
+
+    def _finish(self) -> None:
+        """Wait until root has this rank's parts; receive on root what it has not read."""
+        requests, self._requests = self._requests, []
+        if requests:
+            wait = self._comm.wait
+            wait(requests, _HANDING_PARTS, streaming=True, buffers=self._sends)
+        self._sends = []
+        self._coming.drain()
+
+    @contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Hand this rank's parts over to root, which reads those of all in the block.
+
+        Not collective: entered on every rank, at the same point of a save. Messages of this
+        rank's own in the block come after it on root.
+
+        Raises:
+            StageError: On the calling rank, if a leaf cannot be read.
+        """
+        try:
+            self._send()
+            yield
+        finally:
+            self._finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def fetch(self, contents: Sequence[CapturedState | State]) -> dict[str, CapturedState]:
+        """Hand this rank's parts over; return on root those of all, in private memory.
+
+        Not collective: called on every rank.
+
+        Args:
+            contents: What root is going to write: of the parts only these are kept.
+
+        Returns:
+            The name of a state -> its parts; nothing on other ranks.
+
+        Raises:
+            StageError: On the calling rank, if a leaf cannot be read.
+        """
+        names = {one.name for one in self.captured}
+        taken = [
+            one for one in contents if isinstance(one, CapturedState) and one.name in names
+        ]
+        copies: dict[int, Leaf] = {}
+        with self.handed_over():
+            leaves = [leaf for one in taken for leaf in one.leaves]
+            for leaf in sorted(leaves, key=lambda leaf: _place(leaf.spec)):
+                copy = MemoryBuffer.empty(leaf.spec.nbytes)
+                leaf.buffer.copy_to(copy.read())
+                copies[id(leaf)] = Leaf(leaf.spec, copy)
+        return {
+            one.name: replace(one, leaves=tuple([copies[id(leaf)] for leaf in one.leaves]))
+            for one in taken
+        }
+
+
+def _place(spec: LeafSpec) -> int:
+    """Return the key by which leaves are sorted as in a file: wide elements first."""
+    return -dtypes.element_bytes(spec.dtype)
+
 
 _DOING = "collecting the parts of states"
 

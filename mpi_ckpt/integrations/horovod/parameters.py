@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.engine.sync.replicas import sync_states
-from mpi_ckpt.errors import StageError
+from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.integrations.horovod.attach import attached
-from mpi_ckpt.integrations.horovod.differences import raise_differences, spec_differences
 from mpi_ckpt.options import Options
 from mpi_ckpt.states.nested import NestedState
 from mpi_ckpt.states.optimizer import OptimizerState
@@ -27,6 +26,40 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import Arrival, Structure
 
 __all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
+
+
+def spec_differences(root: Sequence[LeafSpec], own: Sequence[LeafSpec]) -> list[str]:
+    """Return how tensors of the same name differ in form. Not collective. Thread-safe.
+
+    Args:
+        root: Specs on root.
+        own: Specs on this rank.
+    """
+    ours = {spec.name: spec for spec in own}
+    return [
+        f"root has {spec}, this rank {ours[spec.name]}"
+        for spec in root
+        if spec.name in ours and ours[spec.name] != spec
+    ]
+
+
+def raise_differences(what: str, problems: Sequence[str]) -> None:
+    """Raise if there are differences. Not collective. Thread-safe.
+
+    Args:
+        what: Name of the broadcast values.
+        problems: All differences.
+
+    Raises:
+        StateMismatchError: On the calling rank, if the list is not empty.
+    """
+    if problems:
+        ordered = sorted(problems)
+        raise StateMismatchError(
+            f"its {what} do not fit root's; nothing was changed:\n    "
+            + "\n    ".join(ordered),
+            problems=ordered,
+        )
 
 
 def broadcast_parameters(

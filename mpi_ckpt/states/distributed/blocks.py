@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mpi_ckpt.decomposition.boxes import Box, grow, wrapped
-from mpi_ckpt.errors import RegistrationError
+from mpi_ckpt.errors import RegistrationError, StageError
 from mpi_ckpt.leaves.leaf import LeafSpec, Tile
-from mpi_ckpt.states.distributed.array_memory import memory_problem
 from mpi_ckpt.states.distributed.grids import place_in_grid
-from mpi_ckpt.states.leaf_values import memory_leaf, part_of, takes_bytes
+from mpi_ckpt.states.leaf_values import is_leaf_value, memory_leaf, part_of, takes_bytes
+from mpi_ckpt.states.wrappers import is_sharded
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,43 @@ if TYPE_CHECKING:
     from mpi_ckpt.states.distributed.grids import RankGroup
 
 __all__ = ["Block"]
+
+
+# Other subclasses hold more than numbers (a unit, a mask), which the file would lack.
+_ARRAYS = (np.ndarray, np.memmap, np.recarray)
+
+
+def memory_problem(value: object) -> str:
+    """Return why a value is no array in memory of its own, empty if it is.
+
+    Not collective.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The rest of a sentence about the value.
+    """
+    if isinstance(value, np.generic):
+        return "is a NumPy scalar: bytes cannot be put into it; give an array"
+    is_array = isinstance(value, np.ndarray)
+    if not is_leaf_value(value) or (is_array and type(value) not in _ARRAYS):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return (
+            f"is a {kind.removeprefix('builtins.')}, expected a NumPy array or a torch "
+            "tensor: give np.asarray() of it if that shares its memory"
+        )
+    if is_sharded(value):
+        return (
+            f"is a {type(value).__name__}, which knows its own place in the whole: give it "
+            "to a ModuleState, an OptimizerState, a TrainState or an ObjectState as it is"
+        )
+    try:
+        memory_leaf("it", value)
+    except StageError as error:
+        return f"has no plain memory: {error}"
+    return ""
+
 
 Ghosts = int | Sequence[int | tuple[int, int]]
 

@@ -14,7 +14,7 @@ from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
 from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState
-from mpi_ckpt.states.distributed.array_memory import memory_problem
+from mpi_ckpt.states.distributed.blocks import memory_problem
 from mpi_ckpt.states.distributed.sharded import CONCATENATED, require_arrays
 from mpi_ckpt.states.leaf_values import memory_leaf
 from mpi_ckpt.states.mismatch import raise_mismatch

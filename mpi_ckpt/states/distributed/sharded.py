@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
 from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState
-from mpi_ckpt.states.buffers.memory_layout import ReadonlyMemory
+from mpi_ckpt.states.buffers.array_bytes import ReadonlyMemory
 from mpi_ckpt.states.distributed.blocks import Block
 from mpi_ckpt.states.leaf_values import takes_bytes
 from mpi_ckpt.states.mismatch import raise_mismatch

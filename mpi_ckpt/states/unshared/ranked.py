@@ -17,14 +17,14 @@ from mpi_ckpt.states.packed import (
     part_leaves,
     unpack,
 )
-from mpi_ckpt.storage.format.rank_parts import find_parts
+from mpi_ckpt.storage.format.layout import find_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaves.leaf import LeafSpec
-    from mpi_ckpt.storage.format.rank_parts import PartLeaves
+    from mpi_ckpt.storage.format.layout import PartLeaves
 
 __all__ = ["PerRankState", "RankedState"]
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes and parses every name inside a checkpoint directory. Pure."""
+"""Makes and parses every name inside a checkpoint directory, and of its leaves. Pure."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -12,7 +13,8 @@ from mpi_ckpt.errors import RegistrationError
 from mpi_ckpt.storage.format.strict_json import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -230,3 +232,69 @@ def check_names_differ(names: Iterable[str]) -> None:
         raise RegistrationError(
             "state names collide:\n  " + "\n  ".join(faults), problems=faults
         )
+
+
+_PART = re.compile(r"rank-(\d{5,9})(?:\.json|/(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class PartLeaves:
+    """The leaves of one rank's part.
+
+    Attributes:
+        structure: Number of the leaf with the structure; None in the first form, whose
+            single leaf has all bytes.
+        numbers: Numbers of the other leaves, in saving order.
+        names: Their names within the part.
+    """
+
+    structure: int | None
+    numbers: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def structure_name(rank: int) -> str:
+    """Return the name of the leaf with the structure of a part. Not collective."""
+    return f"rank-{rank:05d}.json"
+
+
+def part_leaf_name(rank: int, name: str) -> str:
+    """Return the name of another leaf of a part. Not collective.
+
+    Args:
+        rank: The rank whose part it is.
+        name: Name of the leaf within the part; empty if the part is a single array.
+    """
+    return f"rank-{rank:05d}/{name}" if name else f"rank-{rank:05d}"
+
+
+def find_parts(names: Sequence[str]) -> list[PartLeaves]:
+    """Find the parts of all ranks, in rank order, by the names of a state's leaves.
+
+    Not collective. Thread-safe.
+
+    Returns:
+        The parts; an empty list if the leaves are not those of parts.
+    """
+    if list(names) == [part_leaf_name(rank, "") for rank in range(len(names))]:
+        return [PartLeaves(None, (rank,), ("",)) for rank in range(len(names))]
+    structures: dict[int, int] = {}
+    leaves: dict[int, dict[int, str]] = {}
+    for number, name in enumerate(names):
+        match = _PART.fullmatch(name)
+        if match is None:
+            return []
+        rank = int(match[1])
+        if name == structure_name(rank):
+            structures[rank] = number
+        elif name == part_leaf_name(rank, match[2] or ""):
+            leaves.setdefault(rank, {})[number] = match[2] or ""
+        else:
+            return []
+    if sorted(structures) != list(range(len(structures))) or leaves.keys() - structures:
+        return []
+    of_ranks = [leaves.get(rank, {}) for rank in range(len(structures))]
+    return [
+        PartLeaves(structures[rank], tuple(mine), tuple(mine.values()))
+        for rank, mine in enumerate(of_ranks)
+    ]

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpi_ckpt.leaves.digest import BLOCK_BYTES, Digest, Digests
 from mpi_ckpt.leaves.leaf import Form, LeafSpec
+from mpi_ckpt.storage.format.strict_json import as_integer, as_list, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.decomposition.boxes import Box
-    from mpi_ckpt.storage.format.local_set import LocalSet
+
 
 STREAM = "stream"
 """Name of the one leaf of what a state wrote itself."""
@@ -347,3 +348,72 @@ class Manifest:
     def state(self, name: str) -> StoredState | None:
         """Return the state of that name, None if there is none. Not collective."""
         return next((state for state in self.states if state.name == name), None)
+
+
+_NUMBER_MAX = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSet:
+    """Where the files of a local generation are, and where it stands in the history.
+
+    Attributes:
+        run: The run that saved it.
+        base: The highest number of a generation in the directory at that time.
+        directory: The checkpoint directory, as root saw it.
+        hosts: Names of the hosts; the first is that of root.
+        domains: The failure domain of each host.
+        copies: Number of hosts that hold each file.
+        holders: For each file of the manifest the indices of its hosts.
+    """
+
+    run: str
+    base: int
+    directory: str
+    hosts: tuple[str, ...]
+    domains: tuple[str, ...]
+    copies: int
+    holders: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the section of a manifest. Not collective. Thread-safe."""
+        return {
+            "run": self.run,
+            "base": self.base,
+            "directory": self.directory,
+            "hosts": self.hosts,
+            "domains": self.domains,
+            "copies": self.copies,
+            "holders": self.holders,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any, files: int) -> LocalSet:  # noqa: ANN401 (JSON)
+        """Return the section of a manifest. Not collective. Thread-safe.
+
+        Args:
+            values: The section, from a file that is not trusted.
+            files: Number of files in the manifest.
+
+        Raises:
+            ValueError: On the calling rank, if it breaks a rule.
+        """
+        hosts = tuple([as_text(host) for host in as_list(values["hosts"])])
+        domains = tuple([as_text(domain) for domain in as_list(values["domains"])])
+        holders = tuple(
+            [
+                tuple([as_integer(host, len(hosts) - 1) for host in as_list(one)])
+                for one in as_list(values["holders"])
+            ]
+        )
+        if len(domains) != len(hosts) or len(holders) != files:
+            raise ValueError("the lists of hosts do not have the right lengths")
+        return cls(
+            as_text(values["run"]),
+            as_integer(values["base"], _NUMBER_MAX),
+            as_text(values["directory"]),
+            hosts,
+            domains,
+            as_integer(values["copies"], len(hosts)),
+            holders,
+        )

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.errors import CorruptGenerationError, SaveError
 from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.memory import round_up
-from mpi_ckpt.storage.format.json_values import as_spec
-from mpi_ckpt.storage.format.strict_json import read_json, shown
+from mpi_ckpt.storage.format.strict_json import as_spec, read_json, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

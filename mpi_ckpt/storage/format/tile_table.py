@@ -24,7 +24,8 @@ from mpi_ckpt.errors import SaveError
 from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.leaves.digest import BLOCK_BYTES, DIGEST_BYTES, Digest
 from mpi_ckpt.leaves.leaf import LeafSpec
-from mpi_ckpt.storage.format.json_values import (
+from mpi_ckpt.storage.format.manifest import Extent, StoredLeaf, StoredTile
+from mpi_ckpt.storage.format.strict_json import (
     SIZE_MAX,
     as_digest,
     as_integer,
@@ -32,9 +33,9 @@ from mpi_ckpt.storage.format.json_values import (
     as_shape,
     as_spec,
     as_text,
+    read_json,
+    shown,
 )
-from mpi_ckpt.storage.format.manifest import Extent, StoredLeaf, StoredTile
-from mpi_ckpt.storage.format.strict_json import read_json, shown
 from mpi_ckpt.storage.format.tensorfile import encode_header, parse_header
 
 if TYPE_CHECKING:

@@ -26,18 +26,20 @@ from mpi_ckpt.storage.directory import CheckpointDirectory, recovery
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name
 from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX
-from mpi_ckpt.storage.owning.mounts import IN_MEMORY, local_file_system
+from mpi_ckpt.storage.owning.ownership import IN_MEMORY, local_file_system
+from mpi_ckpt.storage.reading.file_reader import prove_header
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 from mpi_ckpt.storage.writing.space import free_space
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from mpi_ckpt.storage.format.manifest import Manifest
+    from mpi_ckpt.storage.format.manifest import Manifest, StoredFile, StoredLeaf
     from mpi_ckpt.storage.writing.outfile import IOMode
     from mpi_ckpt.storage.writing.partial import Partial
 
 logger = logging.getLogger(__name__)
+
 
 _TOKEN = ".here-"
 _MEMINFO = Path("/proc/meminfo")
@@ -248,3 +250,70 @@ def _available_memory() -> float:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024.0
     return float("inf")
+
+
+class HostReader(GenerationReader):
+    """A local generation, part of which other hosts have sent.
+
+    Not collective. Bytes that were sent are proven like those of files.
+
+    Args:
+        path: Directory of the generation on this host; it need not exist.
+        manifest: Its manifest.
+        sent: Name -> bytes of files that are not on this host.
+        headers: Name -> header of files of tiles that are not on this host.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        sent: Mapping[str, memoryview],
+        headers: Mapping[str, memoryview],
+    ) -> None:
+        self._sent, self._headers = dict(sent), headers
+        super().__init__(path, manifest)
+
+    def add(self, sent: Mapping[str, memoryview]) -> None:
+        """Add bytes of files that are not on this host, before they are read."""
+        self._sent.update(sent)
+
+    def read_direct(self, file: str, into: memoryview, offset: int) -> int:
+        """See `FileReader`. Not collective. Thread-safe."""
+        data = self._sent.get(file)
+        if data is None:
+            return super().read_direct(file, into, offset)
+        part = data[offset : offset + len(into)]
+        into[: len(part)] = part
+        return len(part)
+
+    def read_header(self, file: StoredFile) -> bytes:
+        """See `FileReader`. Not collective. Thread-safe."""
+        data = self._headers.get(file.name)
+        if data is None:
+            return super().read_header(file)
+        with self._reading(file.name):
+            prove_header(file, bytes(data))
+        return bytes(data)
+
+    def read_block(self, leaf: StoredLeaf, block: int) -> memoryview:
+        """See `GenerationReader`. Not collective. Thread-safe."""
+        data = self._sent.get(leaf.extent.file)
+        if data is None:
+            return super().read_block(leaf, block)
+        start = leaf.extent.offset + block * self.manifest.block_bytes
+        end = leaf.extent.offset + leaf.extent.nbytes
+        into = data[start : min(start + self.manifest.block_bytes, end)]
+        self.prove(leaf, block, into)
+        return into
+
+    def _has_header(self, name: str) -> bool:
+        return name in self._headers or super()._has_header(name)
+
+    def _find_absent(self) -> frozenset[str]:
+        try:
+            there = set(filesystem.list_names(self.path))
+        except OSError:
+            there = set()
+        names = frozenset(file.name for file in self.manifest.files)
+        return (names - there) | self._sent.keys()

@@ -16,8 +16,13 @@ from mpi_ckpt.errors import CorruptGenerationError, ReadError, SaveError
 from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
-from mpi_ckpt.storage.format.json_values import as_integer, as_list, as_real, as_text
-from mpi_ckpt.storage.format.strict_json import read_json
+from mpi_ckpt.storage.format.strict_json import (
+    as_integer,
+    as_list,
+    as_real,
+    as_text,
+    read_json,
+)
 from mpi_ckpt.storage.owning.lock import refuse_if_taken_over
 
 if TYPE_CHECKING:

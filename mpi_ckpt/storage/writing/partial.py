@@ -24,8 +24,7 @@ from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name, partial_name
-from mpi_ckpt.storage.writing.out_stream import OutStream
-from mpi_ckpt.storage.writing.outfile import create_out_file
+from mpi_ckpt.storage.writing.outfile import OutStream, create_out_file
 from mpi_ckpt.storage.writing.space import require_space, require_visible
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState
-from mpi_ckpt.comm import absence, busy, presence
+from mpi_ckpt.comm import busy, liveness, presence
 from mpi_ckpt.errors import CollectiveError, OptionsError
 from tests.ranks import RecordingHandle, manager
 
@@ -90,7 +90,7 @@ def test_all_ranks_are_busy_and_one_waits_within(peers, checkpoints):
 
 
 def test_what_a_rank_is_busy_with_is_told(peers, checkpoints, warned, monkeypatch):
-    monkeypatch.setattr(absence, "WARNED_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "WARNED_SECONDS", 0.3)
     last = peers.size - 1
     if peers.rank == last:
         with checkpoints.busy("writing\n  VTK"):

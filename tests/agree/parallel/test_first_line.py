@@ -11,7 +11,7 @@ import time
 import pytest
 
 from mpi_ckpt import CheckpointManager, ObjectState, Options
-from mpi_ckpt.comm import absence
+from mpi_ckpt.comm import liveness
 from mpi_ckpt.errors import (
     CollectiveError,
     LaunchError,
@@ -146,7 +146,7 @@ def test_a_forked_process_is_refused_at_once(comm, shared_path):
 
 def test_who_waits_says_so_before_it_gives_up(peers, shared_path, monkeypatch, caplog):
     comm = peers
-    monkeypatch.setattr(absence, "WARNED_SECONDS", 0.2)
+    monkeypatch.setattr(liveness, "WARNED_SECONDS", 0.2)
     caplog.set_level(logging.WARNING)
     late = comm.size - 1
     with manager(shared_path / "c", ObjectState("a", 1)) as checkpoints:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, CheckpointManager, ConcatState, Hooks, Options
-from mpi_ckpt.engine.timeline import VARIABLE
+from mpi_ckpt.engine.observer import VARIABLE
 from tests.ranks import assert_same
 from tests.trace_format import problems_of
 

@@ -8,7 +8,7 @@ import pytest
 
 import mpi_ckpt
 from mpi_ckpt import ArrayState, PerRankState, RNGState
-from mpi_ckpt.engine.sync import coming
+from mpi_ckpt.engine.sync import parts
 from mpi_ckpt.errors import SaveError, StageError
 from mpi_ckpt.options import IO
 from mpi_ckpt.storage.writing.partial import Partial
@@ -40,7 +40,7 @@ def test_any_values_and_any_that_stay_the_same(
     peers, shared_path, monkeypatch, held_bytes, seed
 ):
     """What an older generation holds is passed over, between leaves that are not."""
-    monkeypatch.setattr(coming, "_HELD_BYTES", held_bytes)
+    monkeypatch.setattr(parts, "_HELD_BYTES", held_bytes)
     alone = np.random.default_rng([SEED, seed, peers.rank])
     together = np.random.default_rng([SEED, seed, peers.size])
     options = {
@@ -66,7 +66,7 @@ def test_any_values_and_any_that_stay_the_same(
 
 def test_root_never_holds_all_parts(peers, shared_path, monkeypatch):
     leaf_bytes, leaves = 1 << 20, 6
-    monkeypatch.setattr(coming, "_HELD_BYTES", 2 * leaf_bytes)
+    monkeypatch.setattr(parts, "_HELD_BYTES", 2 * leaf_bytes)
     arrays = {str(n): np.full(leaf_bytes, peers.rank, np.uint8) for n in range(leaves)}
     state = PerRankState("own", arrays)
     with manager(shared_path, state, comm=peers) as ours:
@@ -135,7 +135,7 @@ def test_part_that_cannot_be_read_fails_on_all(
     with manager(shared_path, state, comm=peers, **options) as ours:
         with monkeypatch.context() as patch:
             if peers.rank == last:
-                patch.setattr(coming, "about_leaf", unreadable)
+                patch.setattr(parts, "about_leaf", unreadable)
             if peers.size > 1:
                 with same_error(peers, StageError, f"rank {last}", "the device is gone"):
                     ours.save().wait()

@@ -9,7 +9,7 @@ import pytest
 
 from mpi_ckpt import ArrayState, CheckpointManager, ConcatState, Options, ShardedArrayState
 from mpi_ckpt.elastic import Memory
-from mpi_ckpt.engine.save import copies, remembering
+from mpi_ckpt.engine.save import copies
 from mpi_ckpt.errors import RestoreError, StageError
 from tests.cut import cuts
 from tests.cut.parallel.test_with_others import WHOLE, holds, states_of
@@ -160,7 +160,7 @@ def test_a_copy_that_fails_on_a_rank_leaves_all_or_none(
         with monkeypatch.context() as patch:
             if peers.rank == last:
                 module, name = {
-                    "tiles": (remembering, "_pack"),
+                    "tiles": (copies, "_pack"),
                     "whole": (copies, "stage"),
                 }[where]
                 patch.setattr(module, name, broken)

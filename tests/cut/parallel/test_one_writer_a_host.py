@@ -86,7 +86,7 @@ def test_root_that_cannot_share_out_fails_all(peers, shared_path, monkeypatch):
 
     ours = manager(shared_path, *states_of(peers), comm=peers)
     with monkeypatch.context() as patch:
-        patch.setattr("mpi_ckpt.engine.save.joint.share_out", broken)
+        patch.setattr("mpi_ckpt.engine.save.writers.share_out", broken)
         with same_error(peers, SaveError, "rank 0", "no shares"):
             ours.save()
     assert not list(shared_path.glob(".partial-*"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ObjectState
-from mpi_ckpt.engine.restore import host_memory, transport
+from mpi_ckpt.engine.restore import host_memory, transfer
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.leaves import target as memory_of_leaf
 from mpi_ckpt.memory import SharedMemory
@@ -36,8 +36,8 @@ def shared(monkeypatch):
 
         monkeypatch.setattr(kind, "store", store)
 
-    counted(transport.SharedTransport, "shared")
-    counted(transport.SentTransport, "sent")
+    counted(transfer.SharedTransport, "shared")
+    counted(transfer.SentTransport, "sent")
     return counts
 
 

@@ -22,7 +22,7 @@ from mpi_ckpt import (
 )
 from mpi_ckpt.comm.presence import Presence
 from mpi_ckpt.elastic import Memory
-from mpi_ckpt.engine.restore.lent_copy import LentCopy
+from mpi_ckpt.engine.restore.from_memory import LentCopy
 from mpi_ckpt.errors import OptionsError, StageError, StateMismatchError
 from mpi_ckpt.storage.format.layout import generation_name
 from tests.ranks import assert_same, same_error

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState
-from mpi_ckpt.engine.restore import other_hosts as elsewhere
+from mpi_ckpt.engine.restore import newest as elsewhere
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.storage.directory import catalog
 from mpi_ckpt.storage.directory.recovery import Survey
-from mpi_ckpt.storage.owning import mounts
+from mpi_ckpt.storage.owning import ownership
 from tests.ranks import assert_same, manager, same_error
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -113,9 +113,9 @@ def test_the_file_system_of_a_path_is_the_last_mounted_above_it(tmp_path, monkey
         "5 4 0:8 / /scratch/fast rw - nfs4 srv:/y rw",
     ]
     table.write_text("\n".join(lines))
-    monkeypatch.setattr(mounts, "_MOUNTED", table)
+    monkeypatch.setattr(ownership, "_MOUNTED", table)
     found = {
-        place: mounts.local_file_system(mounts.Path(place))
+        place: ownership.local_file_system(ownership.Path(place))
         for place in ("/", "/scratch/a/b", "/two words/x", "/scratch/fast", "/new/place")
     }
     assert found == {

@@ -27,7 +27,7 @@ from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.leaves.leaf import LeafSpec, MemoryBuffer
 from mpi_ckpt.states.packed import packed_head
 from mpi_ckpt.states.unshared.ranked import RankedState
-from mpi_ckpt.storage.format.rank_parts import find_parts
+from mpi_ckpt.storage.format.layout import find_parts
 from mpi_ckpt.storage.reading.assembly import stored_array
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import Progress
     from mpi_ckpt.state import Arrival
+    from mpi_ckpt.storage.format.layout import PartLeaves
     from mpi_ckpt.storage.format.manifest import CutLeaf, StoredLeaf, StoredTile
-    from mpi_ckpt.storage.format.rank_parts import PartLeaves
     from mpi_ckpt.storage.reading.reader import GenerationReader
 
 PartForm = list[Any]

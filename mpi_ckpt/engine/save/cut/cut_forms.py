@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins what each rank has of the cut leaves: whole shapes, owners of tiles. Pure."""
+"""Joins what each rank has of the cut leaves, and assigns each tile to a writer. Pure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from mpi_ckpt.decomposition import tiling
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.decomposition.owners import assign_owners
-from mpi_ckpt.engine.save.cut.assignment import (
-    Assignment,
-    TileNumber,
-    as_box,
-    as_leaf_spec,
-    handing_order,
-)
 from mpi_ckpt.errors import StageError, cut_lines
 from mpi_ckpt.failures import name_ranks
 from mpi_ckpt.leaves import dtypes
@@ -31,6 +24,89 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.decomposition.tiling import TilingFault
     from mpi_ckpt.engine.sync.captured import CapturedState
+
+
+class TileNumber(NamedTuple):
+    """Which of a rank's tiles: the number of its form, and of the tile in it."""
+
+    form: int
+    tile: int
+
+
+def handing_order(entry: TileEntry) -> tuple[str, str, Box]:
+    """Return the key by which both sides sort tiles that are handed over.
+
+    Not collective. Thread-safe.
+    """
+    return entry.state, entry.spec.name, entry.box
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a rank must know to write its tiles.
+
+    Attributes:
+        owned: The tiles that it writes.
+        compared: Those of its tiles that other ranks have as well.
+        rows: Number of a concatenated form -> all rows, and the first of this rank.
+        writer: The rank that writes them; maybe itself.
+        carried: Rank -> its tiles, if this rank writes those too.
+    """
+
+    owned: tuple[TileNumber, ...]
+    compared: tuple[TileNumber, ...]
+    rows: Mapping[int, tuple[int, int]]
+    writer: int
+    carried: Mapping[int, tuple[TileEntry, ...]]
+
+    def encode(self) -> bytes:
+        """Return the assignment as bytes. Not collective. Thread-safe."""
+        rows = [[form, *counts] for form, counts in self.rows.items()]
+        carried = [
+            [rank, [[one.state, one.spec.to_json(), one.box] for one in entries]]
+            for rank, entries in self.carried.items()
+        ]
+        return json.dumps([self.owned, self.compared, rows, self.writer, carried]).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Assignment:
+        """Return the assignment that `encode` encoded. Not collective. Thread-safe."""
+        owned, compared, rows, writer, carried = json.loads(data)
+        return cls(
+            tuple([TileNumber(*one) for one in owned]),
+            tuple([TileNumber(*one) for one in compared]),
+            {form: (total, first) for form, total, first in rows},
+            writer,
+            {
+                rank: tuple(
+                    [
+                        TileEntry(state, as_leaf_spec(*spec), as_box(*box))
+                        for state, spec, box in entries
+                    ]
+                )
+                for rank, entries in carried
+            },
+        )
+
+
+def as_box(offset: Sequence[int], shape: Sequence[int]) -> Box:
+    """Return a box from its JSON values. Not collective. Thread-safe."""
+    return Box(tuple(offset), tuple(shape))
+
+
+def as_leaf_spec(name: str, dtype: str, shape: Sequence[int]) -> LeafSpec:
+    """Return a spec from its JSON values; one object for equal ones.
+
+    Not collective. Thread-safe. All ranks have the same leaves, so root reads each as often
+    as there are ranks.
+    """
+    return _spec(name, dtype, tuple(shape))
+
+
+@lru_cache(maxsize=1 << 14)
+def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> LeafSpec:
+    return LeafSpec(name, dtype, shape)
+
 
 _PROBLEMS_MAX = 16
 _OUTSIDE = (

@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_parts
 from mpi_ckpt.decomposition.boxes import Box
-from mpi_ckpt.engine.save.cut.assignment import Assignment, TileNumber
-from mpi_ckpt.engine.save.cut.cut_forms import JoinedForms, encode_forms, join_forms
+from mpi_ckpt.engine.save.cut.cut_forms import (
+    Assignment,
+    JoinedForms,
+    TileNumber,
+    encode_forms,
+    join_forms,
+)
 from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
 from mpi_ckpt.engine.sync.captured import about_leaf
 from mpi_ckpt.errors import DivergedError, SaveError, StageError, cut_lines

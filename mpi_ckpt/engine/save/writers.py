@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a generation by several ranks: each its own files, root publishes."""
+"""Writes a generation: by root alone, or by several ranks of which root publishes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mpi_ckpt.engine.save.cut.own_tiles import (
     CapturedTiles,
     OwnTiles,
     TileFiles,
+    TileHistory,
     runs_of,
     write_own_tiles,
 )
-from mpi_ckpt.engine.save.cut.tile_history import TileHistory
 from mpi_ckpt.engine.save.draft import Draft
 from mpi_ckpt.engine.save.shard import foresee_shard, write_shard
 from mpi_ckpt.engine.save.sharing import Task, deal_tasks, pick_share, share_out
@@ -26,15 +26,15 @@ from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage.format.layout import shard_file_name
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from mpi_ckpt.engine.save.cut.own_tiles import WrittenTiles
     from mpi_ckpt.engine.save.cut.survey import TileSurvey
-    from mpi_ckpt.engine.save.cut.tile_history import WrittenTiles
     from mpi_ckpt.engine.save.request import Published, SaveRequest
     from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.engine.sync.coming import PartsInTransit
+    from mpi_ckpt.engine.sync.parts import PartsInTransit
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
     from mpi_ckpt.storage.writing.partial import Partial
@@ -287,3 +287,60 @@ class JointWrite:
         if self._partial is not None:
             self._partial.progress = self._progress
         return self._partial
+
+
+class LoneWrite:
+    """A generation that root alone writes. Not collective. On any thread.
+
+    Args:
+        session: The manager's.
+        clock: The save's.
+    """
+
+    def __init__(self, session: Session, clock: PhaseClock) -> None:
+        self._session = session
+        self._clock = clock
+        self._draft: Draft | None = None
+
+    def write(self, request: SaveRequest, image: ShardImage | None) -> None:
+        """Write all files but the manifest.
+
+        Args:
+            request: What to save.
+            image: As for `write_shard`.
+
+        Raises:
+            SaveError: On the calling rank; no files are left behind.
+        """
+        session = self._session
+        with self._clock.phase("write"):
+            draft = Draft.begin(session.directory, request, session.options)
+            draft.partial.progress = self._clock.progress
+            try:
+                draft.write(draft.fresh_states, request.plain, image)
+            except BaseException:
+                draft.drop()
+                raise
+        self._draft = draft
+
+    def digested(self, states: Iterable[CapturedState]) -> list[CapturedState]:
+        """Return some of the written states with their digests."""
+        assert self._draft is not None
+        found = {one.name: one for one in self._draft.digested()}
+        return [found[one.name] for one in states]
+
+    def publish(self) -> Published:
+        """Make the generation exist.
+
+        Raises:
+            SaveError: On the calling rank; nothing was published.
+        """
+        draft, self._draft = self._draft, None
+        assert draft is not None
+        with draft, self._clock.phase("publish"):
+            return draft.publish()
+
+    def drop(self) -> None:
+        """Remove the files, unless they are being written or published."""
+        if self._draft is not None:
+            self._draft.drop()
