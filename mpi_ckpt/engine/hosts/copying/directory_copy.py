@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import collect
-from mpi_ckpt.errors import CorruptGenerationError, SaveError
-from mpi_ckpt.leaves.digest import digest_bytes
+from mpi_ckpt.errors import SaveError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.format.manifest_codec import encode
+from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
 from mpi_ckpt.storage.local.lineage import CopiedGeneration, read_lineage, write_lineage
 from mpi_ckpt.storage.reading.proving import proven_blocks
 from mpi_ckpt.storage.reading.reader import GenerationReader
@@ -217,14 +217,7 @@ def _paced(runs: Iterator[memoryview], bucket: TokenBucket | None) -> Iterator[m
 def _proven_runs(reader: GenerationReader, file: StoredFile) -> Iterator[memoryview]:
     """Yield the bytes of a file in order, each block once it is proven."""
     if file.header_bytes:
-        header = filesystem.read_start(reader.path / file.name, file.header_bytes)
-        if digest_bytes(header) != file.header_digest:
-            raise CorruptGenerationError(
-                f"{reader.path / file.name}: its header does not match its digest",
-                path=reader.path / file.name,
-                generation=reader.manifest.generation,
-            )
-        yield memoryview(header)
+        yield memoryview(reader.read_header(file, HEADER_BYTES_MAX))
     leaves = [one for one in reader.leaves() if one.extent.file == file.name]
     leaves.sort(key=lambda leaf: leaf.extent.offset)
     with closing(proven_blocks(reader, leaves)) as blocks:
