@@ -61,6 +61,7 @@ class DirectoryCopy:
     Attributes:
         source: As given.
         nbytes: Bytes that this rank copies, once it has begun.
+        moved: Bytes that it has copied.
         share: They are this share of all bytes.
     """
 
@@ -71,7 +72,7 @@ class DirectoryCopy:
         self._number = 0
         self._job = ""
         self._mine: list[StoredFile] = []
-        self.nbytes = 0
+        self.nbytes = self.moved = 0
         self.share = 0.0
 
     def begin(self) -> None:
@@ -116,7 +117,7 @@ class DirectoryCopy:
         partial = self._partial or session.directory.join(self._number, self._job)
         with GenerationReader(home, self.source.manifest) as reader:
             for file in self._mine:
-                runs = _paced(_proven_runs(reader, file), bucket)
+                runs = self._passed(_proven_runs(reader, file), bucket)
                 partial.write_shard(file.name, runs, file.nbytes)
 
     def publish(self) -> tuple[Manifest, Path, int]:
@@ -148,6 +149,17 @@ class DirectoryCopy:
         """Remove what was copied. Not collective. No rank still copies."""
         if self._partial is not None:
             self._partial.drop()
+
+    def _passed(
+        self, runs: Iterator[memoryview], bucket: TokenBucket | None
+    ) -> Iterator[memoryview]:
+        """Let runs pass at the rate of a bucket, and count their bytes."""
+        with closing(runs):  # type: ignore[type-var]
+            for run in runs:
+                if bucket is not None:
+                    bucket.take(len(run))
+                yield run
+                self.moved += len(run)
 
     @property
     def _home(self) -> Path | None:
@@ -204,14 +216,6 @@ def _deal(manifest: Manifest, held: dict[int, list[int]]) -> list[int]:
         sources[file] = min(holders[file], key=lambda rank: (loads[rank], rank))
         loads[sources[file]] += sizes[file]
     return sources
-
-
-def _paced(runs: Iterator[memoryview], bucket: TokenBucket | None) -> Iterator[memoryview]:
-    with closing(runs):  # type: ignore[type-var]
-        for run in runs:
-            if bucket is not None:
-                bucket.take(len(run))
-            yield run
 
 
 def _proven_runs(reader: GenerationReader, file: StoredFile) -> Iterator[memoryview]:
