@@ -306,7 +306,7 @@ class Communicator:
                     # A late rank sees by now that the others gave up.
                     self._refuse_if_late(doing)
                 elif is_called(self.handle) or (
-                    (patience.is_over or busy.is_any)
+                    (busy.look() or patience.is_over)
                     and not busy.excuse(patience, waited, doing)
                 ):
                     self._give_up(doing)
