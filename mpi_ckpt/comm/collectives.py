@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends, averages, gathers and exchanges bytes, values and host buffers of any size.
+"""Sends, averages and exchanges bytes, values and host buffers of any size.
 
 MPI-3 libraries have counts of 32 bits, and some calls fail above 2 GiB, so no message is
 larger than ``Communicator.message_bytes``.
@@ -118,43 +118,6 @@ def bcast_json(comm: Communicator, value: Any, doing: str) -> Any:  # noqa: ANN4
     """
     data = json.dumps(value).encode() if comm.is_root else None
     return json.loads(bcast_bytes(comm, data, doing))
-
-
-def gather_bytes(comm: Communicator, data: bytes, doing: str) -> list[bytes]:
-    """Collect bytes of any length from all ranks on root.
-
-    Collective. Main thread only.
-
-    Args:
-        comm: The communicator.
-        data: This rank's bytes.
-        doing: What the ranks meet for, for the error if one never arrives.
-
-    Returns:
-        Bytes of each rank in rank order on root; an empty list elsewhere.
-
-    Raises:
-        CollectiveError: On every live rank, if one never arrives.
-    """
-    length = np.array([len(data)], np.int64)
-    lengths = np.zeros(comm.size if comm.is_root else 0, np.int64)
-    comm.wait([comm.handle.Igather(length, lengths, root=comm.root)], doing)
-    if not comm.is_root:
-        mine = np.frombuffer(data, np.uint8)
-        cuts = plan_messages([len(mine)], comm.message_bytes)
-        sends = [comm.isend(mine[p.start : p.end], comm.root) for (p,) in cuts]
-        comm.wait(sends, doing, streaming=True)
-        return []
-    gathered = [np.empty(int(n), np.uint8) for n in lengths]
-    receives = [
-        comm.irecv(gathered[rank][p.start : p.end], rank)
-        for rank in range(comm.size)
-        if rank != comm.root
-        for (p,) in plan_messages([len(gathered[rank])], comm.message_bytes)
-    ]
-    comm.wait(receives, doing, streaming=True)
-    gathered[comm.root] = np.frombuffer(data, np.uint8)
-    return [array.tobytes() for array in gathered]
 
 
 def exchange_messages(
