@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mpi_ckpt.comm.broadcast import bcast_buffers
+from mpi_ckpt.comm.rank_tree import Sends, receive
 from mpi_ckpt.comm.topology import plan_messages
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def exchange_counts(
 ) -> NDArray[np.int64]:
     """Tell each rank some numbers of its own.
 
-    Collective. Main thread only.
+    Collective. Main thread only. A rank sends log2 N messages, with what is not zero: to
+    the ranks at distances 1, 2, 4 and so on, each of which passes on what is for others.
 
     Args:
         comm: The communicator.
@@ -184,9 +186,19 @@ def exchange_counts(
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    mine = np.ascontiguousarray(counts.T)
-    theirs = np.empty_like(mine)
-    if counts.size:
-        request = comm.handle.Ialltoall(mine, theirs)
-        comm.wait([request], doing, buffers=(mine, theirs))
-    return np.ascontiguousarray(theirs.T)
+    rank, size = comm.rank, comm.size
+    rows, receivers = np.nonzero(counts)
+    given = receivers, np.full(len(rows), rank), rows, counts[rows, receivers]
+    here = np.stack(given, axis=1).astype(np.int64)
+    for bit in range((size - 1).bit_length() if len(counts) else 0):
+        # Each distance is a sum of such steps, in this order.
+        goes_on = ((here[:, 0] - rank) % size >> bit & 1).astype(bool)
+        sends = Sends(comm, doing)
+        sends.start((rank + (1 << bit)) % size, here[goes_on].tobytes())
+        (arrived,) = receive(comm, [(rank - (1 << bit)) % size], doing)
+        sends.wait()
+        more = np.frombuffer(arrived, np.int64).reshape(-1, 4)
+        here = np.concatenate([here[~goes_on], more])
+    theirs = np.zeros_like(counts)
+    theirs[here[:, 2], here[:, 1]] = here[:, 3]
+    return theirs
