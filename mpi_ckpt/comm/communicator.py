@@ -227,7 +227,7 @@ class Communicator:
 
     def note_meeting(self, doing: str) -> None:
         """Note that all ranks have taken part in a meeting. Not collective."""
-        self.last_met.note(doing)
+        self.last_met = LastMeeting(doing, time.monotonic())
         if self.size > 1:
             self.busy_ranks.listen()  # so that no unread messages pile up
 
