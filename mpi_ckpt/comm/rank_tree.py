@@ -231,7 +231,7 @@ def _open_all(comm: Communicator, parcel: Parcel, doing: str) -> list[bytes]:
     return [found[rank] for rank in range(comm.size)]
 
 
-def scatter_parts(
+def scatter_bytes(
     comm: Communicator, parts: Sequence[bytes], doing: str, *, window_bytes: int
 ) -> bytes:
     """Send each rank its own part, where root has all of them.

@@ -16,7 +16,7 @@ from mpi_ckpt.comm.rank_tree import (
     Parcel,
     gather_bytes,
     gather_findings,
-    scatter_parts,
+    scatter_bytes,
 )
 from mpi_ckpt.comm.roster import branch_of, children_of, parent_of
 
@@ -99,7 +99,7 @@ def gathered(network, parts):
 
 def scattered(network, parts, window_bytes=1 << 20):
     return network.run(
-        lambda comm: scatter_parts(
+        lambda comm: scatter_bytes(
             comm, parts if comm.rank == 0 else [], "testing", window_bytes=window_bytes
         ),
         upwards=False,

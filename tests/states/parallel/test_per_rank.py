@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ObjectState, PerRankState, RNGState
-from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.comm import deal_out
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.options import IO
 from mpi_ckpt.states.packed import pack
@@ -38,7 +38,7 @@ def scatter(communicator, parts, *, broken_at=None, window_bytes=1000):
                 raise OSError("the disk is gone")
             yield [rank], parts[rank]
 
-    return scatter_bytes(
+    return deal_out(
         communicator,
         deal(),
         "dealing",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.errors import CheckpointError
 
 
-def scatter_bytes(
+def deal_out(
     comm: Communicator,
     dealt: Iterable[tuple[Sequence[int], bytes]],
     doing: str,
