@@ -91,7 +91,7 @@ def judge_host(host: str, sandbox: Path, scenario: Scenario, acked: int) -> str 
 def judge_pairs(
     scenario: Scenario, seed: int, states: Sequence[tuple[int, Image]]
 ) -> list[str]:
-    """Start again on both hosts in each state, one of them damaged; return what is wrong."""
+    """Start again on both hosts in each state, one damaged; return what is wrong."""
     place = scratch()
     try:
         given, told = place / "given", place / "told"

@@ -87,9 +87,9 @@ def test_a_restore_of_cut_state_meets_once_a_turn(peers, shared_path):
 def test_ranks_read_the_lists_of_tiles_in_turn(peers, shared_path, monkeypatch):
     read, real = [], FileReader.read_header
 
-    def counted(self, file):
+    def counted(self, file, *most):
         read.append(file.name)
-        return real(self, file)
+        return real(self, file, *most)
 
     monkeypatch.setattr(FileReader, "read_header", counted)
     with manager(shared_path, fields(peers), comm=peers) as ours:
