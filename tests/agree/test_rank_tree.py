@@ -4,6 +4,7 @@
 import math
 import random
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("mpi4py")
 
+from mpi_ckpt.comm.agreement import _differences
 from mpi_ckpt.comm.rank_tree import (
     TOGETHER_BYTES,
     Parcel,
@@ -184,6 +186,22 @@ def test_findings_are_those_of_the_lowest_ranks(said):
     assert [text for text, _ in found][:17] == [
         f"{key} of {ranks[0]}" for key, ranks in by_key.items()
     ][:17]
+
+
+def test_of_many_lists_that_differ_the_first_are_shown_and_all_are_counted():
+    size = 64
+    found = Network(size).run(
+        lambda comm: gather_findings(
+            comm, bytes([comm.rank]), f'["{comm.rank}"]', "testing"
+        ),
+        upwards=True,
+    )[0]
+    comm = SimpleNamespace(hosts=["host"] * size)
+    lines = _differences(comm, found)
+    assert len(lines) == 17
+    assert lines[0] == "rank 1 on host has ['1'], root has ['0']"
+    assert lines[-1] == "and 47 more"
+    assert _differences(comm, []) == []
 
 
 def test_a_parcel_comes_as_it_was_sent():
