@@ -144,10 +144,10 @@ def receive(comm: Communicator, sources: Sequence[int], doing: str) -> list[byte
     return [one.data for one in arriving]
 
 
-def _receive_apart(
+def receive_apart(
     comm: Communicator, entries: Sequence[RankBytes], sources: Sequence[int], doing: str
-) -> list[Parcel]:
-    """Receive the parcels that entries announce."""
+) -> list[bytes]:
+    """Receive what entries announce. Not collective. Main thread only."""
     rooms = [np.empty(entry.nbytes, np.uint8) for entry in entries]
     requests = [
         request
@@ -155,7 +155,7 @@ def _receive_apart(
         for request in _start_receiving(comm, room, source)
     ]
     comm.wait(requests, doing, streaming=True, buffers=rooms)
-    return [Parcel.decode(room.tobytes()) for room in rooms]
+    return [room.tobytes() for room in rooms]
 
 
 class Sends:
@@ -226,8 +226,8 @@ def _open_all(comm: Communicator, parcel: Parcel, doing: str) -> list[bytes]:
         found |= {rank: data for rank, _, data in entries if data is not None}
         apart = [entry for entry in entries if entry.data is None]
         sources = [entry.rank for entry in apart]
-        parcels = _receive_apart(comm, apart, sources, doing) if apart else ()
-        entries = [entry for parcel in parcels for entry in parcel.entries]
+        encoded = receive_apart(comm, apart, sources, doing) if apart else ()
+        entries = [entry for one in encoded for entry in Parcel.decode(one).entries]
     return [found[rank] for rank in range(comm.size)]
 
 
@@ -257,7 +257,8 @@ def scatter_bytes(
     (encoded,) = receive(comm, [parent], doing)
     parcel = Parcel.decode(encoded)
     if parcel.entries[0].data is None:
-        (parcel,) = _receive_apart(comm, parcel.entries, [comm.root], doing)
+        (encoded,) = receive_apart(comm, parcel.entries, [comm.root], doing)
+        parcel = Parcel.decode(encoded)
     sends = Sends(comm, doing)
     for child in children_of(comm.rank, comm.size):
         sends.start(child, parcel.within(branch_of(child, comm.size)).encode())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("mpi4py")
 
 from mpi_ckpt.comm.agreement import _differences
+from mpi_ckpt.comm.dealing_out import _Dealer, _take
 from mpi_ckpt.comm.rank_tree import (
     TOGETHER_BYTES,
     Parcel,
@@ -149,6 +150,45 @@ def test_thousands_of_ranks_send_few_messages_each(nbytes):
         assert max(network.through[1:]) <= (rounds + 1) * TOGETHER_BYTES + nbytes
     assert up.received[0] <= rounds + apart
     assert down.sent[0] <= rounds + apart
+
+
+def dealt(network, parts, turns, window_bytes):
+    def deal_here(comm):
+        if comm.rank:
+            return _take(comm, "dealing")
+        dealer = _Dealer(comm, "dealing", window_bytes)
+        dealer.deal(iter(turns))
+        return dealer.outcome()
+
+    return network.run(deal_here, upwards=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.sampled_from([64, 8 << 20]),
+    st.sampled_from([10, 20_000, 200_000]),
+    st.sampled_from([1, 1000, 1 << 20]),
+    st.integers(0, 99),
+)
+def test_dealt_bytes_arrive_in_any_order(size, message_bytes, most, window_bytes, seed):
+    drawn = random.Random(seed)
+    parts = [drawn.randbytes(drawn.choice([0, drawn.randrange(most)])) for _ in range(size)]
+    ranks = drawn.sample(range(size), drawn.randint(0, size))
+    turns = [([rank], parts[rank]) for rank in ranks]
+    found = dealt(Network(size, message_bytes), parts, turns, window_bytes)
+    assert found == [part if rank in ranks else b"" for rank, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize(("nbytes", "most"), [(100, 300), (10_000, 800)])
+def test_root_deals_small_bytes_out_in_few_messages(nbytes, most):
+    size = 4096
+    network = Network(size)
+    parts = [bytes([rank % 251]) * nbytes for rank in range(size)]
+    turns = [([rank], part) for rank, part in enumerate(parts)]
+    assert dealt(network, parts, turns, 64 << 20) == parts
+    assert network.sent[0] < most
+    assert max(network.sent[1:]) == 15
 
 
 def test_what_many_ranks_find_differently_is_bounded():
