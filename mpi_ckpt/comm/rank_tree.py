@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.liveness import Tag
+from mpi_ckpt.comm.liveness import UNDER_WAY, Tag
 from mpi_ckpt.comm.roster import Findings, branch_of, children_of, parent_of
 from mpi_ckpt.comm.topology import plan_messages
 
@@ -173,7 +173,9 @@ class Sends:
         """Start to send bytes; those that go apart have a length that is known there."""
         head = b"" if apart else np.int64(_LENGTH_BYTES + len(data)).tobytes()
         whole = np.frombuffer(head + data, np.uint8)
-        # MPI: a posted message keeps its bytes in memory until it is sent.
+        # MPI: a posted message keeps its bytes in memory until it is sent; also if this
+        # rank fails before it waits for that.
+        UNDER_WAY.add(self)
         self.nbytes += len(whole)
         self._requests += [
             self._comm.handle.Isend(whole[piece.start : piece.end], to, Tag.TREE)
@@ -183,6 +185,7 @@ class Sends:
     def wait(self) -> None:
         """Wait until all are sent."""
         requests, self._requests, self.nbytes = self._requests, [], 0
+        UNDER_WAY.discard(self)
         if requests:
             self._comm.wait(requests, self._doing, streaming=True)
 
