@@ -25,14 +25,14 @@ from mpi_ckpt.comm.collectives import (
     bcast_json,
     exchange_counts,
     exchange_messages,
-    gather_bytes,
     mean_buffers,
     start_sending,
 )
 from mpi_ckpt.comm.communicator import Communicator
 from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
 from mpi_ckpt.comm.members import Member, member_of
-from mpi_ckpt.comm.scatter import scatter_bytes, scatter_parts
+from mpi_ckpt.comm.rank_tree import gather_bytes, scatter_parts
+from mpi_ckpt.comm.scatter import scatter_bytes
 from mpi_ckpt.comm.survival import (
     is_rank_failure,
     is_sign_of_loss,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.hooks import Hooks
     from mpi_ckpt.reports import RestoreReport, SaveReport, StopReport
     from mpi_ckpt.storage.directory import CheckpointDirectory
@@ -73,6 +74,9 @@ class Observer:
             "step": 0,
             "due": {},
             "last_save": None,
+            "kept": None,
+            "local_failures": 0,
+            "copy": None,
             "ended": None,
             "reason": "",
         }
@@ -98,16 +102,20 @@ class Observer:
         if self._clock is clock:
             self._doing, self._clock, self._since = _TRAINING, None, time.time()
 
-    def note_step(self, step: int, due: Mapping[str, float]) -> None:
+    def note_step(
+        self, step: int, due: Mapping[str, float], copy: Mapping[str, float] | None = None
+    ) -> None:
         """Note the end of a step; show it, at most once a second.
 
         Args:
             step: Steps done.
             due: When the next save is due: at a ``step``, at a ``time``, or never.
+            copy: How far hosts are in copying a save to the directory, see
+                `Drain.progress`; None if none is under way.
         """
         if not self._comm.is_root:
             return
-        self._facts["step"], self._facts["due"] = step, due
+        self._facts |= {"step": step, "due": due, "copy": copy}
         self._show_soon()
 
     def note_save(self, report: SaveReport) -> None:
@@ -126,14 +134,30 @@ class Observer:
             reused=report.bytes_reused,
             seconds=report.seconds,
             metrics=report.metrics,
+            copied_from=report.copied_from,
+            lag=report.lag,
+            skipped=report.skipped,
         )
         if self._clock is not None:
             self.pause(self._clock)
         self._facts["step"] = int(report.step)
-        if not is_local:
-            self._facts["last_save"] = _facts_of(report)
+        self._facts["kept" if is_local else "last_save"] = _facts_of(report)
+        self._facts |= {"local_failures": 0} if is_local else {"copy": None}
         self._show()
         self._call("on_save", report)
+
+    def note_failed_local(self, step: int, failures: int, error: CheckpointError) -> None:
+        """Report that hosts could not keep a save. On every rank.
+
+        Args:
+            step: Its training step.
+            failures: How many have failed in a row.
+            error: Why.
+        """
+        if self._comm.is_root:
+            self._add("failed", step=step, reason=type(error).__name__)
+            self._facts["local_failures"] = failures
+            self._show()
 
     def note_restore(self, report: RestoreReport | None) -> None:
         """Report a restore, or that there was nothing to restore. On every rank."""

@@ -14,11 +14,11 @@ from dataclasses import replace
 import pytest
 
 from tests.crash.crashes import empty, quiet_scratch
-from tests.crash.hosts import HOSTS, judge_host, saves_on_hosts
+from tests.crash.hosts import HOSTS, judge_host, judge_pairs, saves_on_hosts
 from tests.crash.replay import Model, crash_images, image_digest, write_image
 from tests.draws import JUDGED, SEED, STRESS, TIMES
 
-WAYS = ("blocking", "asynchronous")
+WAYS = ("blocking", "asynchronous", "blocking cut", "asynchronous cut")
 STATES = 5000 if STRESS else 120 * TIMES
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(1800 if STRESS else 300 * TIMES)]
@@ -34,7 +34,7 @@ def judge(scenario, states):
                 empty(sandbox)
                 write_image(image, sandbox)
                 acked = scenario.acked_after(done)
-                fault = judge_host(host, sandbox, scenario.saves, acked)
+                fault = judge_host(host, sandbox, scenario, acked)
                 if fault is not None:
                     last = scenario.ops[done - 1] if done else "nothing"
                     wrong.append(f"{fault} on {host}, after operation {done} ({last})")
@@ -61,6 +61,14 @@ def test_power_cuts_of_all_hosts(way):
     assert not wrong, "\n".join(wrong[:10])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_power_cuts_of_all_hosts_and_damage_to_one(way):
+    scenario = saves_on_hosts(way)
+    states = draw(scenario, random.Random(SEED + 1), STATES)
+    wrong = judge_pairs(scenario, SEED, states)
+    assert not wrong, "\n".join(wrong[:10])
+
+
 @pytest.mark.parametrize("forgotten", ["sync_dir", "sync_file"])
 def test_a_save_that_does_not_sync_on_a_host_is_found(forgotten):
     scenario = saves_on_hosts("blocking")
@@ -70,9 +78,14 @@ def test_a_save_that_does_not_sync_on_a_host_is_found(forgotten):
         if op.kind != forgotten or not op.path.startswith("local/host0/")
     ]
     bad = replace(scenario, ops=ops)
-    wrong = judge(bad, draw(bad, random.Random(SEED), 40))
+    states = draw(bad, random.Random(SEED), 40)
+    wrong = judge(bad, states)
     assert any(line.startswith(("LOST", "NONE")) for line in wrong)
     assert not any("on host1" in line for line in wrong)
+    # Both hosts together need it only if the other one is damaged.
+    damaged = judge_pairs(bad, SEED, states)
+    assert any(line.startswith(("LOST", "NONE")) for line in damaged)
+    assert all("of host1" in line for line in damaged)
 
 
 @pytest.mark.parametrize("way", WAYS)

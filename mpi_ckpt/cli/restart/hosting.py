@@ -118,6 +118,11 @@ class HostBook:
         """Whether there is a list of hosts at all."""
         return self._source is not None
 
+    @property
+    def listed(self) -> frozenset[str]:
+        """The hosts that the source has named last, those that are left out too."""
+        return frozenset(host.name for host in self._last or ())
+
     def usable(self) -> list[Host]:
         """Get the hosts; return those that have not failed twice.
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shares the window of a restore among the ranks of each host.
+"""Shares the windows of a restore among the ranks of each host.
 
-The rank that reads for a host reads into memory that the others of the host can read as
-well: bytes that are proven need no message on one host, and each rank copies them once.
+The rank that reads for a host puts each proven window into memory that the others of the
+host can read: no message is needed on one host. The reads themselves go to private memory,
+since shared memory has no huge pages, without which a direct read may take three times as
+long (measured; benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.comm import any_of, bcast_on_hosts, bcast_to_hosts
-from mpi_ckpt.memory import SharedMemory
+from mpi_ckpt.leaves.leaf import copy_bytes
+from mpi_ckpt.memory import SharedMemory, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.storage.reading.read_plan import Window
-    from mpi_ckpt.storage.reading.read_queue import Slots
 
 _DOING = "sharing memory on each host"
 
@@ -33,6 +35,9 @@ _LEAST_BYTES = 16 << 20
 
 _TOKEN_BYTES = 16
 _COUNT_BYTES = 8
+
+# While the ranks copy one window, the next one is put beside it.
+_PLACES = 2
 
 # A rank that waits for a window looks for it so often before it meets the others: waiting
 # in MPI takes a core, which the rank that reads needs.
@@ -43,32 +48,25 @@ _LOOKS = 150
 class HostMemory:
     """Memory of each host for the windows that pass it.
 
-    Collective, unless said otherwise. Main thread only. Its first slots belong to the queue
-    of the host's leader; windows that another host reads arrive in one more slot. Its end
-    shows that it is this memory, and how many windows the leader has proven.
+    Collective, unless said otherwise. Main thread only. Its end shows that it is this
+    memory, and the number of windows that its leader has put there.
 
     Args:
         comm: The communicator.
         windows: All windows of the restore.
         readers: The rank that reads each window; leaders of hosts only.
-        slots: The slots of each leader's queue.
     """
 
     def __init__(
-        self,
-        comm: Communicator,
-        windows: Sequence[Window],
-        readers: Sequence[int],
-        slots: Slots,
+        self, comm: Communicator, windows: Sequence[Window], readers: Sequence[int]
     ) -> None:
         topology = comm.topology
         self._comm = comm
         self._windows = windows
         self._readers = readers
-        self._numbers = _numbers_in_queues(readers)
-        self._slots = slots
         self._leader = topology.leaders[topology.node_of[comm.rank]]
-        self._end = self._slots.nbytes + self._slots.slot_bytes
+        self._place_bytes = max(window.end - window.start for window in windows)
+        self._end = round_up(_PLACES * self._place_bytes, _COUNT_BYTES)
         self._nbytes = self._end + _TOKEN_BYTES + _COUNT_BYTES
         self._token = os.urandom(_TOKEN_BYTES)
         self._shared: SharedMemory | None = None
@@ -79,11 +77,7 @@ class HostMemory:
 
     @classmethod
     def of(
-        cls,
-        comm: Communicator,
-        windows: Sequence[Window],
-        readers: Sequence[int],
-        slots: Slots,
+        cls, comm: Communicator, windows: Sequence[Window], readers: Sequence[int]
     ) -> HostMemory | None:
         """Return memory for a restore, None where sharing gains nothing.
 
@@ -95,12 +89,7 @@ class HostMemory:
         is_alone = len(comm.topology.names) == comm.size
         if is_alone or not are_leaders or nbytes < _LEAST_BYTES:
             return None
-        return cls(comm, windows, readers, slots)
-
-    @property
-    def memory(self) -> memoryview | None:
-        """On a leader the memory of the slots, if there is any. Not collective."""
-        return None if self._shared is None else self._shared.view[: self._slots.nbytes]
+        return cls(comm, windows, readers)
 
     def share(self) -> bool:
         """Let the other ranks of each host see the memory; return whether all of them do.
@@ -119,13 +108,20 @@ class HostMemory:
         self.close()
         return not lacking
 
-    def announce(self, number: int) -> None:
-        """Show the other ranks of this host that a window is proven. Not collective.
+    def put(self, number: int, proven: memoryview) -> None:
+        """Put a window there, and show the other ranks of this host that it is there.
+
+        Not collective. All ranks of this host have stored the window before the last.
 
         Args:
             number: Number of the window among all; this rank has read it.
+            proven: Its bytes.
         """
-        self._proven[0] = self._numbers[number] + 1
+        copy_bytes(proven, self._place(number))
+        self._announce(number)
+
+    def _announce(self, number: int) -> None:
+        self._there[0] = number + 1
 
     def look_for(self, number: int) -> None:
         """Sleep until a window is announced on this host, but not for long.
@@ -136,15 +132,14 @@ class HostMemory:
         if topology.node_of[reader] != topology.node_of[self._comm.rank]:
             return
         for _ in range(_LOOKS):
-            if self._proven[0] > self._numbers[number]:
+            if self._there[0] > number:
                 return
             time.sleep(_LOOK_SECONDS)
 
     def deliver(self, number: int, doing: str) -> memoryview:
-        """Bring a window to all hosts, once its reader has proven it; return its bytes.
+        """Bring a window to all hosts, once its reader has put it; return its bytes.
 
-        The bytes stay until the next call, and those of another window of the same reader
-        until that reader's queue needs the slot.
+        The bytes stay until the window after the next one is put.
 
         Args:
             number: Number of the window among all.
@@ -153,16 +148,9 @@ class HostMemory:
         Raises:
             CollectiveError: On every live rank, if one never arrives.
         """
-        assert self._shared is not None
-        start, end = self._place(number)
-        data = self._shared.view[start:end]
+        data = self._place(number)
         bcast_to_hosts(self._comm, data, doing, self._readers[number])
         return data
-
-    def forget(self, number: int) -> None:
-        """Unmap a window that this rank does not need any more. Not collective."""
-        if self._shared is not None and self._comm.rank != self._leader:
-            self._shared.forget(*self._place(number))
 
     def close(self) -> None:
         """Let nobody else attach. Not collective. Callable twice."""
@@ -170,18 +158,15 @@ class HostMemory:
             self._shared.close()
 
     @property
-    def _proven(self) -> NDArray[np.int64]:
+    def _there(self) -> NDArray[np.int64]:
         assert self._shared is not None
         return np.frombuffer(self._shared.view[-_COUNT_BYTES:], np.int64)
 
-    def _place(self, number: int) -> tuple[int, int]:
-        """Return where a window lies in the memory of this host."""
-        topology, window = self._comm.topology, self._windows[number]
-        reader = self._readers[number]
-        if topology.node_of[reader] == topology.node_of[self._comm.rank]:
-            return self._slots.room(self._numbers[number], window)
-        start, end = self._slots.room(0, window)
-        return self._slots.nbytes + start, self._slots.nbytes + end
+    def _place(self, number: int) -> memoryview:
+        """Return the memory of a window on this host."""
+        assert self._shared is not None
+        window, start = self._windows[number], number % _PLACES * self._place_bytes
+        return self._shared.view[start : start + window.end - window.start]
 
     def _attach(self, descriptor: int, token: bytes) -> None:
         leader = self._comm.visible.get(self._leader)
@@ -192,13 +177,3 @@ class HostMemory:
             self._shared = shared
         else:
             shared.close()
-
-
-def _numbers_in_queues(readers: Sequence[int]) -> list[int]:
-    """Return the number of each window among those of its reader."""
-    counts: dict[int, int] = {}
-    numbers = []
-    for reader in readers:
-        numbers.append(counts.get(reader, 0))
-        counts[reader] = numbers[-1] + 1
-    return numbers

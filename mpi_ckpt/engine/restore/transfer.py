@@ -144,9 +144,9 @@ class SharedTransport:
         self._data = memoryview(b"")
 
     def prepare(self, turn: int, proven: memoryview | None) -> None:
-        """Let the ranks of this host know that it is proven. Not collective."""
+        """Put the window where the ranks of this host see it. Not collective."""
         if proven is not None:
-            self._memory.announce(turn)
+            self._memory.put(turn, proven)
         else:
             self._memory.look_for(turn)
 
@@ -157,7 +157,6 @@ class SharedTransport:
     def store(self, turn: int) -> None:
         """Copy the window. Not collective."""
         self._places.store(self._windows[turn].blocks, self._data)
-        self._memory.forget(turn)
 
 
 class SentTransport:
@@ -271,10 +270,10 @@ def transfer_files(
     ]
     progress.expect(sum(window.end - window.start for window in windows))
     slots = Slots.of(windows, session.options.io.window_bytes)
-    memory = HostMemory.of(comm, windows, readers, slots)
+    memory = HostMemory.of(comm, windows, readers)
     with closing(_OwnWindows(found, match, mine)) as reads:
         # A rank that raised here would leave the others waiting.
-        deferred.attempt(partial(reads.start, slots, memory))
+        deferred.attempt(partial(reads.start, slots))
         if memory is not None and memory.share():
             transport = SharedTransport(memory, windows, places)
         for turn, reader in enumerate(readers):
@@ -369,14 +368,13 @@ class _OwnWindows:
         self._windows = windows
         self._queue: ReadQueue[list[Refusal]] | None = None
 
-    def start(self, slots: Slots, memory: HostMemory | None) -> None:
-        """Start to read, into the memory of the host if there is any."""
+    def start(self, slots: Slots) -> None:
+        """Start to read."""
         reader = self._found.reader
         if reader is None or not self._windows:
             return
         leaves = _stored_leaves(self._found, self._match)
-        room = None if memory is None else memory.memory
-        self._queue = read_proven(reader, leaves, self._windows, slots, room)
+        self._queue = read_proven(reader, leaves, self._windows, slots)
 
     def take(self) -> memoryview:
         """Return the bytes of the next window; errors are those of `take_proven`."""

@@ -217,7 +217,8 @@ class Steps:
         """
         self._counted += 1
         self._saver.durations.note_step(time.monotonic())
-        self._session.observer.note_step(step, self._interval.next_due(step))
+        copy = None if self._drain is None else self._drain.progress(step)
+        self._session.observer.note_step(step, self._interval.next_due(step), copy)
         self._guard.is_heeded = True
         self._session.comm.call = "step()"
         if self._vote.is_posted:

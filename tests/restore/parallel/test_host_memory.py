@@ -131,7 +131,7 @@ def test_a_window_that_is_never_announced_is_not_waited_for_long(
     peers, shared_path, monkeypatch, shared
 ):
     saved(shared_path, peers)
-    monkeypatch.setattr(host_memory.HostMemory, "announce", lambda *_: None)
+    monkeypatch.setattr(host_memory.HostMemory, "_announce", lambda *_: None)
     monkeypatch.setattr(host_memory, "_LOOKS", 3)
     restored(shared_path, peers)
     assert shared["sent"] == 0

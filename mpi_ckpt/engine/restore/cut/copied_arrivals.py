@@ -75,7 +75,7 @@ def plan_copied_trades(
     met = meet(comm, _PLANNING, plan, error=RestoreError, encode=bytes)
     leaves, unwanted = json.loads(met.message)
     window = options.io.window_bytes
-    mine = scatter_parts(comm, parts, _PLANNING, error=RestoreError, window_bytes=window)
+    mine = scatter_parts(comm, parts, _PLANNING, window_bytes=window)
     return Trades(
         leaves=frozenset(LeafIndex(*leaf) for leaf in leaves),
         unwanted={state: tuple(names) for state, names in unwanted.items()},

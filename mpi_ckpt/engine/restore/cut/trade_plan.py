@@ -101,9 +101,7 @@ def read_tile_headers(session: Session, found: OpenGeneration) -> TileHeaders:
         for rank in range(comm.size if comm.is_root else 0)
     ]
     window_bytes = session.options.io.window_bytes
-    mine = scatter_parts(
-        comm, shares, _DOING, error=RestoreError, window_bytes=window_bytes
-    )
+    mine = scatter_parts(comm, shares, _DOING, window_bytes=window_bytes)
     path = session.directory.root / generation_name(found.outline.generation)
     headers: list[bytes | None] = []
     failure: CheckpointError | None = None
@@ -275,7 +273,6 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
         comm,
         parts,
         _PLANNING,
-        error=RestoreError,
         window_bytes=options.io.window_bytes,
     )
     of_leaves, *more = split(mine)
