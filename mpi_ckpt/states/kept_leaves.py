@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_, itemgetter, methodcaller, not_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -22,12 +22,12 @@ from mpi_ckpt.leaves.buckets import Leaves
 from mpi_ckpt.leaves.leaf import Leaf
 from mpi_ckpt.state import Capture
 from mpi_ckpt.states.buffers.device_bytes import buffer_of
-from mpi_ckpt.states.buffers.tensor_bytes import is_ordinary, tensor_of
+from mpi_ckpt.states.buffers.tensor_bytes import TensorBuffer, is_ordinary
 from mpi_ckpt.states.leaf_values import KIND
 from mpi_ckpt.states.tree import flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from mpi_ckpt.leaves.leaf import LeafSpec
     from mpi_ckpt.state import Structure
@@ -42,7 +42,7 @@ _ALL_KEPT_BYTES_MAX = 256 << 20
 _PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}
 _PLAIN_VALUES = {type(None), bool, int, float, str}
 _ADDRESS, _SHAPE = torch.Tensor.data_ptr, attrgetter("shape")
-_TENSOR_FACTS = (
+_TENSOR_FACTS: tuple[Callable[[Any], Any], ...] = (
     type,
     *map(attrgetter, ("dtype", "device", "requires_grad", "is_leaf")),
     *(_ADDRESS, _SHAPE, torch.Tensor.stride, torch.Tensor.is_conj, torch.Tensor.is_neg),
@@ -86,7 +86,10 @@ class _KeptLeaves:
         small = [
             (n, leaf)
             for n, leaf, home in own
-            if leaf.spec.nbytes <= _KEPT_BYTES_MAX and tensors[home].is_cpu
+            # The buffer of a tensor on a device is made anew: it follows the work so far.
+            if leaf.spec.nbytes <= _KEPT_BYTES_MAX
+            and tensors[home].is_cpu
+            and type(leaf.buffer) is TensorBuffer
         ]
         if sum(leaf.spec.nbytes for _, leaf in small) > _ALL_KEPT_BYTES_MAX:
             small = []
@@ -95,7 +98,7 @@ class _KeptLeaves:
         kept = [None if n in made else leaf for n, (leaf, _) in numbered]
         self._kept: Any = Leaves(kept) if not made else kept
         # Views of the memory that the tensors had: their storages may have lost it since.
-        self._views = [tensor_of(leaf.buffer) for _, leaf in small]
+        self._views = [cast("TensorBuffer", leaf.buffer).tensor for _, leaf in small]
         self._addresses = list(map(_ADDRESS, self._views))
 
     def find(self, tensors: Sequence[torch.Tensor], structure: Structure) -> Capture | None:

@@ -72,7 +72,7 @@ class ModuleState(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        known = self._kept and self._kept.find()
+        known = None if self._kept is None else self._kept.find()
         if known is not None:
             return known
         # Checked at the first save; tensors replaced later are checked at the restore.
@@ -99,9 +99,9 @@ class ModuleState(LeafState):
     def _keep(self, contents: ModuleContents, captured: Capture) -> None:
         from mpi_ckpt.states.kept_leaves import KeptModule
 
-        is_plain = not (contents.computed or contents.extra_names)
-        of = KeptModule.of if is_plain else None
-        self._kept = of and of(self._module, contents.values, captured)
+        self._kept = None
+        if not (contents.computed or contents.extra_names):
+            self._kept = KeptModule.of(self._module, contents.values, captured)
 
     def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool

@@ -233,7 +233,7 @@ class OptimizerState(NestedState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        known = self._kept and self._kept.find(self._optimizer)
+        known = None if self._kept is None else self._kept.find(self._optimizer)
         if known is not None:
             return known
         if self._is_stage:

@@ -57,6 +57,11 @@ class TensorBuffer:
         self._tensor = tensor
         self._owner = owner
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor."""
+        return self._tensor
+
     def view(self) -> memoryview | None:
         """Return the live bytes if they are contiguous host memory."""
         return _as_bytes(self._tensor).data if self._is_direct() else None
@@ -124,13 +129,8 @@ class TensorBuffer:
     def stamp(self) -> int:
         """Return torch's count of changes in place; it misses those through ``.data``."""
         # Operations on a DTensor are not counted by its local part.
-        counted = (self._tensor,) if self._owner is None else (self._tensor, self._owner)
-        # Inference tensors have no count.
-        return sum(
-            tensor._version  # noqa: SLF001 (torch has no public name for it)
-            for tensor in counted
-            if not tensor.is_inference()
-        )
+        of_owner = 0 if self._owner is None else _count_of(self._owner)
+        return of_owner + _count_of(self._tensor)
 
     def place(self) -> Place:
         """Return the tensor's place in memory."""
@@ -148,9 +148,9 @@ class TensorBuffer:
         return self.place().span
 
 
-def tensor_of(buffer: TensorBuffer) -> torch.Tensor:
-    """Return the tensor of a buffer. Not collective. Thread-safe."""
-    return buffer._tensor  # noqa: SLF001 (its own)
+def _count_of(tensor: torch.Tensor) -> int:
+    # Inference tensors have no count.
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 (no public name)
 
 
 def _arrays_of(buffers: Sequence[TensorBuffer]) -> list[Any]:
