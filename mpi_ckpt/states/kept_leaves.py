@@ -147,12 +147,12 @@ class _Parts:
         try:
             is_plain = all(_FUNCTIONS(one) == _OF_MODULE for one in modules)
             kinds = {type(of(one)) for of in _PARTS for one in modules}
-        except AttributeError:  # an object with a function of its own
+            has_hooks = any(of(one) for of in _HOOKS for one in modules)
+            if not is_plain or has_hooks or not kinds <= {dict, OrderedDict}:
+                return None
+            look, tensors = _look_at(modules)
+        except AttributeError:  # a function of an object's own, a module of another kind
             return None
-        has_hooks = any(of(one) for of in _HOOKS for one in modules)
-        if not is_plain or has_hooks or not kinds <= {dict, OrderedDict}:
-            return None
-        look, tensors = _look_at(modules)
         return cls(modules, look), tensors
 
     def find(self) -> list[torch.Tensor] | None:
