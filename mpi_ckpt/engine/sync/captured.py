@@ -115,7 +115,9 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
     todo = [content for content in captured if content.digests is None]
     if not todo:
         return list(captured)
-    leaves = list(chain.from_iterable(content.leaves for content in todo))
+    leaves: Sequence[Leaf] = todo[0].leaves
+    if len(todo) > 1:
+        leaves = list(chain.from_iterable(content.leaves for content in todo))
     sizes = np.concatenate([content.form.sizes for content in todo])
     try:
         taken = digest_leaves(leaves, sizes, threads)
@@ -145,7 +147,7 @@ def digest_leaves(
         threads: Threads that hash.
     """
     return digest_many(
-        lambda first, last: read_leaves(leaves[first:last]),
+        lambda first, last: read_leaves(leaves, first, last),
         sizes,
         threads,
         pieces_of=lambda number: pieces_of(leaves[number]),

@@ -97,6 +97,11 @@ class DeviceBuffer(TensorBuffer):
         return views
 
     @staticmethod
+    def join_all(buffers: Sequence[TensorBuffer], target: memoryview) -> bool:  # noqa: ARG004
+        """Return False: their copies fly at the same time in `read_all`."""
+        return False
+
+    @staticmethod
     def write_all(buffers: Sequence[TensorBuffer], data: memoryview) -> bool:  # noqa: ARG004
         """Return False: they are written one by one."""
         return False
