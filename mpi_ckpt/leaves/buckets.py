@@ -23,6 +23,7 @@ __all__ = [
     "Readable",
     "are_read_together",
     "find_spans",
+    "fingerprint_leaves",
     "pieces_of",
     "plan_buckets",
     "read_leaves",
@@ -85,6 +86,22 @@ def read_leaves(leaves: Sequence[_HasBuffer]) -> Sequence[Readable]:
     buffers = [leaf.buffer for leaf in leaves]
     read_all = _of_all(buffers, "read_all")
     return read_all(buffers) if read_all else [buffer.read() for buffer in buffers]
+
+
+def fingerprint_leaves(leaves: Sequence[_HasBuffer]) -> list[bytes] | None:
+    """Return a fingerprint of each leaf, 16 bytes, made where its bytes are.
+
+    Not collective.
+
+    Args:
+        leaves: Whole leaves of one kind of buffer, which has ``fingerprint_all``.
+
+    Returns:
+        None if there is no memory for it.
+    """
+    buffers: Any = [leaf.buffer for leaf in leaves]
+    found: list[bytes] | None = buffers[0].fingerprint_all(buffers)
+    return found
 
 
 def pieces_of(leaf: _HasBuffer) -> Iterator[memoryview] | None:
