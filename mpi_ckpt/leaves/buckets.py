@@ -25,6 +25,7 @@ __all__ = [
     "Readable",
     "are_read_together",
     "find_spans",
+    "fingerprint_leaves",
     "join_leaves",
     "pieces_of",
     "plan_buckets",
@@ -113,6 +114,22 @@ def read_leaves(
         kind = _kind_of(buffers)
     read_all = getattr(kind, "read_all", None)
     return read_all(buffers) if read_all else [buffer.read() for buffer in buffers]
+
+
+def fingerprint_leaves(leaves: Sequence[_HasBuffer]) -> list[bytes] | None:
+    """Return a fingerprint of each leaf, 16 bytes, made where its bytes are.
+
+    Not collective.
+
+    Args:
+        leaves: Whole leaves of one kind of buffer, which has ``fingerprint_all``.
+
+    Returns:
+        None if there is no memory for it.
+    """
+    buffers: Any = [leaf.buffer for leaf in leaves]
+    found: list[bytes] | None = buffers[0].fingerprint_all(buffers)
+    return found
 
 
 def pieces_of(leaf: _HasBuffer) -> Iterator[memoryview] | None:
