@@ -228,7 +228,8 @@ KNOWN = (
         "restore, random streams",
         ("messages", "mpi_bytes", "file_bytes"),
         ("root",),
-        "root reads the streams of all ranks and sends each rank its own",
+        "root reads the streams of all ranks and sends each rank its own, those of "
+        "neighbours together if there are more than 16 ranks",
         "let one rank of each node read its ranks' parts; or counter-based streams",
         held=False,
     ),

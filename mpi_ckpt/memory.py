@@ -150,20 +150,21 @@ class SharedMemory:
     def attach(
         cls, process: int, descriptor: int, nbytes: int, access: int = mmap.ACCESS_READ
     ) -> SharedMemory:
-        """Map memory that another process has made, to read it.
+        """Map memory that another process has made.
 
         Args:
             process: Id of that process.
             descriptor: Its `descriptor`, in that process.
             nbytes: Length of the memory.
-            access: ``mmap.ACCESS_COPY`` for memory that MPI takes as its own: it may be
-                written, and nobody sees that.
+            access: ``mmap.ACCESS_WRITE`` to write to it as well; ``mmap.ACCESS_COPY`` for
+                memory that MPI takes as its own: it may be written, and nobody sees that.
 
         Raises:
             OSError: On the calling rank, if it may not, or there is no such memory.
             ValueError: On the calling rank, if the memory is shorter.
         """
-        mine = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        how = os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY
+        mine = os.open(f"/proc/{process}/fd/{descriptor}", how | os.O_CLOEXEC)
         try:
             return cls(mine, mmap.mmap(mine, nbytes, access=access))
         except BaseException:

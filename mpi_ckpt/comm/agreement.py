@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 UNTOUCHED = "published generations are untouched"
 
 _NOTHING = bytes(DIGEST_BYTES)
-# The message: the flags, then each digest and its complement. Half a digest distinguishes
+# The message: the flags, both digests, and their complements. Half a digest distinguishes
 # the few calls of ranks, and keeps the message below the smallest `message_bytes`.
-_DOING = slice(1, 3)
-_ALIKE = slice(3, 3 + 2 * DIGEST_BYTES // 8)
+_DOING, _ALIKE = 1, slice(2, 4)
+_DIGESTS, _COMPLEMENTS = slice(1, 4), slice(4, 7)
 
 
 class Joined(NamedTuple):
@@ -77,8 +77,8 @@ class Vote:
     def __init__(self, comm: Communicator, doing: str) -> None:
         self._comm = comm
         self._doing = doing
-        self._mine = np.zeros(_ALIKE.stop, np.uint64)
-        self._put(_DOING, digest_bytes(doing.encode())[:8])
+        self._mine = np.zeros(_COMPLEMENTS.stop, np.uint64)
+        self._mine[_DOING] = int.from_bytes(digest_bytes(doing.encode())[:8], "little")
         self._all = np.empty_like(self._mine)
         self._request: MPI.Request | None = None
         self._confusions = 0
@@ -103,7 +103,8 @@ class Vote:
             # MPI may still write to arrays given up after a confusion.
             self._mine, self._all = self._mine.copy(), self._all.copy()
         self._mine[0] = flags
-        self._put(_ALIKE, digest)
+        self._mine[_ALIKE] = np.frombuffer(digest, np.uint64)
+        self._mine[_COMPLEMENTS] = ~self._mine[_DIGESTS]
         self._confusions = self._comm.confusions
         self._request = self._comm.start_all_reduce(self._mine, self._all, "bor")
         UNDER_WAY.add(self)
@@ -121,10 +122,12 @@ class Vote:
         assert request is not None
         UNDER_WAY.discard(self)
         self._comm.wait([request], self._doing, buffers=(self._mine, self._all))
-        if not self._is_alike(_DOING):
+        # A bit that differs between ranks is set in the complement too, after a bitwise or.
+        of_calls, *of_values = self._all[_DIGESTS] & self._all[_COMPLEMENTS]
+        if of_calls:
             self._refuse_confusion()
         self._comm.note_meeting(self._doing)
-        return Joined(int(self._all[0]), self._is_alike(_ALIKE))
+        return Joined(int(self._all[0]), not any(of_values))
 
     def exchange(self, flags: int, digest: bytes = _NOTHING) -> Joined:
         """Vote and wait for the outcome.
@@ -136,15 +139,6 @@ class Vote:
         """
         self.post(flags, digest)
         return self.take()
-
-    def _put(self, place: slice, digest: bytes) -> None:
-        words = np.frombuffer(digest, np.uint64)
-        self._mine[place] = np.concatenate([words, ~words])
-
-    def _is_alike(self, place: slice) -> bool:
-        # After a bitwise or, a bit that differs between ranks is set in the complement too.
-        words, complements = self._all[place].reshape(2, -1)
-        return not (words & complements).any()
 
     def _refuse_confusion(self) -> None:
         comm, doing = self._comm, self._doing

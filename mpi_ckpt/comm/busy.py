@@ -246,6 +246,7 @@ class BusyRanks:
         # Who has not heard of the beginning need not hear of the end.
         news = {r: n for r, n in news.items() if n.occupation.reason or r in known}
         if news and is_passed_on(self._comm.size) and not self._is_settling:
+            self._is_sending()  # so that sent letters do not pile up
             # Also what is not new: a neighbour may have had no room for it before.
             self._send((self._heard | news).values())
 

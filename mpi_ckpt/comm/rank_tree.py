@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
-from mpi_ckpt.comm.liveness import Tag
+from mpi_ckpt.comm.liveness import UNDER_WAY, Tag
 from mpi_ckpt.comm.roster import Findings, branch_of, children_of, parent_of
 from mpi_ckpt.comm.topology import plan_messages
 
@@ -144,10 +144,10 @@ def receive(comm: Communicator, sources: Sequence[int], doing: str) -> list[byte
     return [one.data for one in arriving]
 
 
-def _receive_apart(
+def receive_apart(
     comm: Communicator, entries: Sequence[RankBytes], sources: Sequence[int], doing: str
-) -> list[Parcel]:
-    """Receive the parcels that entries announce."""
+) -> list[bytes]:
+    """Receive what entries announce. Not collective. Main thread only."""
     rooms = [np.empty(entry.nbytes, np.uint8) for entry in entries]
     requests = [
         request
@@ -155,7 +155,7 @@ def _receive_apart(
         for request in _start_receiving(comm, room, source)
     ]
     comm.wait(requests, doing, streaming=True, buffers=rooms)
-    return [Parcel.decode(room.tobytes()) for room in rooms]
+    return [room.tobytes() for room in rooms]
 
 
 class Sends:
@@ -173,7 +173,9 @@ class Sends:
         """Start to send bytes; those that go apart have a length that is known there."""
         head = b"" if apart else np.int64(_LENGTH_BYTES + len(data)).tobytes()
         whole = np.frombuffer(head + data, np.uint8)
-        # MPI: a posted message keeps its bytes in memory until it is sent.
+        # MPI: a posted message keeps its bytes in memory until it is sent; also if this
+        # rank fails before it waits for that.
+        UNDER_WAY.add(self)
         self.nbytes += len(whole)
         self._requests += [
             self._comm.handle.Isend(whole[piece.start : piece.end], to, Tag.TREE)
@@ -183,6 +185,7 @@ class Sends:
     def wait(self) -> None:
         """Wait until all are sent."""
         requests, self._requests, self.nbytes = self._requests, [], 0
+        UNDER_WAY.discard(self)
         if requests:
             self._comm.wait(requests, self._doing, streaming=True)
 
@@ -226,12 +229,12 @@ def _open_all(comm: Communicator, parcel: Parcel, doing: str) -> list[bytes]:
         found |= {rank: data for rank, _, data in entries if data is not None}
         apart = [entry for entry in entries if entry.data is None]
         sources = [entry.rank for entry in apart]
-        parcels = _receive_apart(comm, apart, sources, doing) if apart else ()
-        entries = [entry for parcel in parcels for entry in parcel.entries]
+        encoded = receive_apart(comm, apart, sources, doing) if apart else ()
+        entries = [entry for one in encoded for entry in Parcel.decode(one).entries]
     return [found[rank] for rank in range(comm.size)]
 
 
-def scatter_parts(
+def scatter_bytes(
     comm: Communicator, parts: Sequence[bytes], doing: str, *, window_bytes: int
 ) -> bytes:
     """Send each rank its own part, where root has all of them.
@@ -257,7 +260,8 @@ def scatter_parts(
     (encoded,) = receive(comm, [parent], doing)
     parcel = Parcel.decode(encoded)
     if parcel.entries[0].data is None:
-        (parcel,) = _receive_apart(comm, parcel.entries, [comm.root], doing)
+        (encoded,) = receive_apart(comm, parcel.entries, [comm.root], doing)
+        parcel = Parcel.decode(encoded)
     sends = Sends(comm, doing)
     for child in children_of(comm.rank, comm.size):
         sends.start(child, parcel.within(branch_of(child, comm.size)).encode())

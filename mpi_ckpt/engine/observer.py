@@ -22,7 +22,7 @@ from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.journal import HistoryEvent, Journal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.errors import CheckpointError
@@ -51,6 +51,8 @@ class Observer:
 
     Attributes:
         last_save: The report of the last acknowledged save; None before the first.
+        copying: Returns how far hosts are in copying a save to the directory, see
+            `Drain.progress`; None if no copy is under way. Called on any thread.
     """
 
     def __init__(
@@ -76,7 +78,6 @@ class Observer:
             "last_save": None,
             "kept": None,
             "local_failures": 0,
-            "copy": None,
             "ended": None,
             "reason": "",
         }
@@ -84,12 +85,13 @@ class Observer:
         self._doing = _TRAINING
         self._since = time.time()
         self.last_save: SaveReport | None = None
+        self.copying: Callable[[], Mapping[str, float] | None] = lambda: None
 
     def begin(self, doing: str) -> PhaseClock:
         """Note that a save or restore begins; return the clock for its phases."""
         if not self._comm.is_root:
             return PhaseClock(ended=self._timeline.add)
-        clock = PhaseClock(self._show_soon, self._timeline.add, Progress(self._show))
+        clock = PhaseClock(self.show_soon, self._timeline.add, Progress(self._show))
         self.resume(doing, clock)
         return clock
 
@@ -102,21 +104,17 @@ class Observer:
         if self._clock is clock:
             self._doing, self._clock, self._since = _TRAINING, None, time.time()
 
-    def note_step(
-        self, step: int, due: Mapping[str, float], copy: Mapping[str, float] | None = None
-    ) -> None:
+    def note_step(self, step: int, due: Mapping[str, float]) -> None:
         """Note the end of a step; show it, at most once a second.
 
         Args:
             step: Steps done.
             due: When the next save is due: at a ``step``, at a ``time``, or never.
-            copy: How far hosts are in copying a save to the directory, see
-                `Drain.progress`; None if none is under way.
         """
         if not self._comm.is_root:
             return
-        self._facts |= {"step": step, "due": due, "copy": copy}
-        self._show_soon()
+        self._facts["step"], self._facts["due"] = step, due
+        self.show_soon()
 
     def note_save(self, report: SaveReport) -> None:
         """Report an acknowledged save, or one that the hosts keep. On every rank."""
@@ -142,7 +140,8 @@ class Observer:
             self.pause(self._clock)
         self._facts["step"] = int(report.step)
         self._facts["kept" if is_local else "last_save"] = _facts_of(report)
-        self._facts |= {"local_failures": 0} if is_local else {"copy": None}
+        if is_local:
+            self._facts["local_failures"] = 0
         self._show()
         self._call("on_save", report)
 
@@ -227,7 +226,8 @@ class Observer:
                 HistoryEvent(event=event, time=time.time(), job=job, ranks=ranks, **facts)
             )
 
-    def _show_soon(self) -> None:
+    def show_soon(self) -> None:
+        """Show the status, at most once a second. On any thread."""
         if time.monotonic() - self._shown_at >= _SHOWN_SECONDS:
             self._show()
 
@@ -244,6 +244,7 @@ class Observer:
                     "job": self._directory.job,
                     "host": self._comm.hosts[self._comm.rank],
                     "ranks": self._comm.size,
+                    "copy": self.copying(),
                     "updated": time.time(),
                     "doing": self._doing,
                     "since": self._since,

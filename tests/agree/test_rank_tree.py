@@ -4,6 +4,7 @@
 import math
 import random
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("mpi4py")
 
+from mpi_ckpt.comm.agreement import _differences
+from mpi_ckpt.comm.dealing_out import _Dealer, _take
 from mpi_ckpt.comm.rank_tree import (
     TOGETHER_BYTES,
     Parcel,
     gather_bytes,
     gather_findings,
-    scatter_parts,
+    scatter_bytes,
 )
 from mpi_ckpt.comm.roster import branch_of, children_of, parent_of
 
@@ -99,7 +102,7 @@ def gathered(network, parts):
 
 def scattered(network, parts, window_bytes=1 << 20):
     return network.run(
-        lambda comm: scatter_parts(
+        lambda comm: scatter_bytes(
             comm, parts if comm.rank == 0 else [], "testing", window_bytes=window_bytes
         ),
         upwards=False,
@@ -149,6 +152,45 @@ def test_thousands_of_ranks_send_few_messages_each(nbytes):
     assert down.sent[0] <= rounds + apart
 
 
+def dealt(network, parts, turns, window_bytes):
+    def deal_here(comm):
+        if comm.rank:
+            return _take(comm, "dealing")
+        dealer = _Dealer(comm, "dealing", window_bytes)
+        dealer.deal(iter(turns))
+        return dealer.outcome()
+
+    return network.run(deal_here, upwards=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.sampled_from([64, 8 << 20]),
+    st.sampled_from([10, 20_000, 200_000]),
+    st.sampled_from([1, 1000, 1 << 20]),
+    st.integers(0, 99),
+)
+def test_dealt_bytes_arrive_in_any_order(size, message_bytes, most, window_bytes, seed):
+    drawn = random.Random(seed)
+    parts = [drawn.randbytes(drawn.choice([0, drawn.randrange(most)])) for _ in range(size)]
+    ranks = drawn.sample(range(size), drawn.randint(0, size))
+    turns = [([rank], parts[rank]) for rank in ranks]
+    found = dealt(Network(size, message_bytes), parts, turns, window_bytes)
+    assert found == [part if rank in ranks else b"" for rank, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize(("nbytes", "most"), [(100, 300), (10_000, 800)])
+def test_root_deals_small_bytes_out_in_few_messages(nbytes, most):
+    size = 4096
+    network = Network(size)
+    parts = [bytes([rank % 251]) * nbytes for rank in range(size)]
+    turns = [([rank], part) for rank, part in enumerate(parts)]
+    assert dealt(network, parts, turns, 64 << 20) == parts
+    assert network.sent[0] < most
+    assert max(network.sent[1:]) == 15
+
+
 def test_what_many_ranks_find_differently_is_bounded():
     size = 16_384
     network = Network(size)
@@ -184,6 +226,22 @@ def test_findings_are_those_of_the_lowest_ranks(said):
     assert [text for text, _ in found][:17] == [
         f"{key} of {ranks[0]}" for key, ranks in by_key.items()
     ][:17]
+
+
+def test_of_many_lists_that_differ_the_first_are_shown_and_all_are_counted():
+    size = 64
+    found = Network(size).run(
+        lambda comm: gather_findings(
+            comm, bytes([comm.rank]), f'["{comm.rank}"]', "testing"
+        ),
+        upwards=True,
+    )[0]
+    comm = SimpleNamespace(hosts=["host"] * size)
+    lines = _differences(comm, found)
+    assert len(lines) == 17
+    assert lines[0] == "rank 1 on host has ['1'], root has ['0']"
+    assert lines[-1] == "and 47 more"
+    assert _differences(comm, []) == []
 
 
 def test_a_parcel_comes_as_it_was_sent():

@@ -96,7 +96,9 @@ def judge_pairs(
     try:
         given, told = place / "given", place / "told"
         given.write_bytes(pickle.dumps((scenario, seed, states)))
-        outcome = run_job(2, [JUDGE_PAIRS, str(given), str(told)], timeout=200)
+        # An error on one rank alone ends the other by mpi4py.
+        program = ["-m", "mpi4py", JUDGE_PAIRS]
+        outcome = run_job(2, [*program, str(given), str(told)], timeout=100)
         assert outcome.code == 0, outcome.text
         wrong: list[str] = json.loads(told.read_text())
     finally:

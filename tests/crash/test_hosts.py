@@ -18,7 +18,11 @@ from tests.crash.hosts import HOSTS, judge_host, judge_pairs, saves_on_hosts
 from tests.crash.replay import Model, crash_images, image_digest, write_image
 from tests.draws import JUDGED, SEED, STRESS, TIMES
 
-WAYS = ("blocking", "asynchronous", "blocking cut", "asynchronous cut")
+# With cut state there is all that there is without, and more.
+WAYS = [
+    *("blocking cut", "asynchronous cut"),
+    *(pytest.param(way, marks=pytest.mark.long) for way in ("blocking", "asynchronous")),
+]
 STATES = 5000 if STRESS else 120 * TIMES
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(1800 if STRESS else 300 * TIMES)]
@@ -71,7 +75,7 @@ def test_power_cuts_of_all_hosts_and_damage_to_one(way):
 
 @pytest.mark.parametrize("forgotten", ["sync_dir", "sync_file"])
 def test_a_save_that_does_not_sync_on_a_host_is_found(forgotten):
-    scenario = saves_on_hosts("blocking")
+    scenario = saves_on_hosts("blocking cut")
     ops = [
         op
         for op in scenario.ops
@@ -96,7 +100,7 @@ def test_kills_between_any_two_changes_of_names(way):
         done for done, op in enumerate(scenario.ops) if op.kind in names
     ]  # before each of them
     assert sum(scenario.ops[done].kind == "rename" for done in moments) >= 20
-    if way == "blocking" and not STRESS and TIMES == 1:
+    if "blocking" in way and not STRESS and TIMES == 1:
         moments = moments[::2]
     model, states, applied = Model(scenario.base), [], 0
     for done in moments:

@@ -247,6 +247,9 @@ def _keep_equal(
 
 
 def _same_memory(leaf: Leaf, target: Leaf) -> bool:
+    place = leaf.buffer.place()
+    if place is not None and place == target.buffer.place():
+        return True  # on a device, which has no view
     source, destination = leaf.buffer.view(), target.buffer.view()
     if source is None or destination is None or not len(source):
         return False
@@ -348,7 +351,9 @@ def _transfer(
 
 
 def _with_new_digests(own: CapturedState, delivery: _Delivery) -> CapturedState:
-    digests = list(own.digests or ())
+    if own.digests is None:  # compared by fingerprints, which are needed no more
+        return replace(own, leaves=delivery.targets, fingerprints=None)
+    digests = list(own.digests)
     for number in delivery.averaged:
         digests[number] = Digest.of(delivery.targets[number].buffer.read())
     return replace(own, leaves=delivery.targets, digests=Digests.of(digests))

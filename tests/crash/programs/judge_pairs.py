@@ -37,7 +37,8 @@ def harm(sandbox: Path, rng: random.Random) -> str:
         ]
         for path in found[:1]:
             data = bytearray(path.read_bytes())
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            if data:  # a power cut may have left nothing of it
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
     return f"{what} of {host}"
 

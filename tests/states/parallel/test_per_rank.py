@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ObjectState, PerRankState, RNGState
-from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.comm import deal_out
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.options import IO
 from mpi_ckpt.states.packed import pack
@@ -38,7 +38,7 @@ def scatter(communicator, parts, *, broken_at=None, window_bytes=1000):
                 raise OSError("the disk is gone")
             yield [rank], parts[rank]
 
-    return scatter_bytes(
+    return deal_out(
         communicator,
         deal(),
         "dealing",
@@ -63,7 +63,8 @@ def test_each_rank_gets_its_own_bytes(make_communicator, message_bytes, window_b
         assert mine == parts[communicator.rank]
         assert handle.largest <= max(message_bytes, 56)
         if not communicator.is_root:
-            assert handle.sent_by("Irecv") == len(mine) + 8  # and their number
+            # And their number, its own, and those of ranks and bytes.
+            assert handle.sent_by("Irecv") == len(mine) + 8 + 24
 
 
 @pytest.mark.parametrize("message_bytes", [64, 1 << 20])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import collect
 from mpi_ckpt.errors import SaveError
+from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.format.manifest_codec import encode
@@ -61,8 +62,8 @@ class DirectoryCopy:
     Attributes:
         source: As given.
         nbytes: Bytes that this rank copies, once it has begun.
-        moved: Bytes that it has copied.
         share: They are this share of all bytes.
+        progress: Counts those that it has copied.
     """
 
     def __init__(self, session: Session, source: LocalSource) -> None:
@@ -72,8 +73,9 @@ class DirectoryCopy:
         self._number = 0
         self._job = ""
         self._mine: list[StoredFile] = []
-        self.nbytes = self.moved = 0
+        self.nbytes = 0
         self.share = 0.0
+        self.progress = Progress(session.observer.show_soon)
 
     def begin(self) -> None:
         """Begin a generation on root, and deal out the files to the hosts that hold them.
@@ -159,7 +161,7 @@ class DirectoryCopy:
                 if bucket is not None:
                     bucket.take(len(run))
                 yield run
-                self.moved += len(run)
+                self.progress.count(len(run))
 
     @property
     def _home(self) -> Path | None:

@@ -104,11 +104,10 @@ class Drain:
         """The local generations that must stay, besides those kept. Not collective."""
         return () if self._copy is None else (self._copy.source.origin.number,)
 
-    def progress(self, step: int) -> dict[str, float] | None:
-        """Return how far the copy is, for people. Not collective; each rank has its own.
+    def progress(self) -> dict[str, float] | None:
+        """Return how far the copy is, for people.
 
-        Args:
-            step: The training step by now.
+        Not collective; each rank has its own. On any thread.
 
         Returns:
             ``step`` and ``since`` (the time) of its beginning, ``bytes_done`` of the
@@ -122,9 +121,9 @@ class Drain:
         return {
             "step": source.step,
             "since": time.time() - (time.perf_counter() - self._began_at),
-            "bytes_done": 0 if copy is None else copy.moved,
+            "bytes_done": 0 if copy is None else copy.progress.moved,
             "bytes_expected": 0 if copy is None else copy.nbytes,
-            "lag": max(0, step - source.step),
+            "lag": max(0, self.step - source.step),
             "skipped": self.skipped,
             "failed": self._tries - (copy is not None),
         }

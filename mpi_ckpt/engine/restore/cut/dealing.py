@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, overload
 
-from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.comm import deal_out
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
@@ -190,7 +190,7 @@ def deal_parts(
         name = matched.state.name
         if name in traded or not _has_parts(matched):
             continue
-        part = scatter_bytes(
+        part = deal_out(
             comm,
             _turns(session, found, matched, progress) if comm.is_root else (),
             f"dealing out the parts of state {name!r}",
