@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import RegistrationError, StageError
-from mpi_ckpt.leaves.buckets import Leaves
+from mpi_ckpt.leaves.buckets import ManyLeaves
 from mpi_ckpt.leaves.leaf import Form
 from mpi_ckpt.storage.format.layout import check_state_name
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
@@ -100,7 +100,7 @@ class Capture:
 
     def __init__(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
         self.structure = structure
-        self.leaves = Leaves(leaves)
+        self.leaves = ManyLeaves(leaves)
         if len({leaf.spec.name for leaf in self.leaves}) != len(self.leaves):
             raise StageError("two leaves of a state have one name")
         self.is_lasting = False
@@ -125,7 +125,7 @@ class Capture:
             is_lasting: See the attribute.
         """
         made = cls(structure, ())
-        made.leaves = leaves if isinstance(leaves, Leaves) else Leaves(leaves)
+        made.leaves = leaves if isinstance(leaves, ManyLeaves) else ManyLeaves(leaves)
         made.cut, made.whole, made.whole_specs = (), made.leaves, specs
         made.is_lasting = is_lasting
         return made

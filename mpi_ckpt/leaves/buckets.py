@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import chain, pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "Leaves",
+    "ManyLeaves",
     "Readable",
     "are_read_together",
     "find_spans",
@@ -32,6 +33,8 @@ __all__ = [
     "read_leaves",
     "write_leaves",
 ]
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 Readable: TypeAlias = Any
 """Contiguous bytes, which ``bytes.join`` and xxhash take: a memoryview, bytes, an array."""
@@ -50,8 +53,8 @@ class _HasBuffer(Protocol):
 AnyLeaf = TypeVar("AnyLeaf", bound="_HasBuffer")
 
 
-class Leaves(tuple[AnyLeaf, ...]):
-    """Leaves that are read from save to save: what is asked of all of them is kept."""
+class ManyLeaves(tuple[AnyLeaf, ...]):
+    """ManyLeaves that are read from save to save: what is asked of all of them is kept."""
 
     @cached_property
     def buffers(self) -> list[Any]:
@@ -107,7 +110,7 @@ def read_leaves(
         first: The first of them to read.
         last: One past the last; None for all that follow.
     """
-    if isinstance(leaves, Leaves):
+    if isinstance(leaves, ManyLeaves):
         buffers, kind = leaves.buffers[first:last], leaves.kind
     else:
         buffers = [leaf.buffer for leaf in leaves[first:last]]
@@ -148,7 +151,7 @@ def pieces_of(leaf: _HasBuffer) -> Iterator[memoryview] | None:
 def are_read_together(leaves: Sequence[_HasBuffer]) -> bool:
     """Return whether `read_leaves` reads leaves at once, and may do so again.
 
-    Not collective. Leaves that arrive from elsewhere can be read only once.
+    Not collective. ManyLeaves that arrive from elsewhere can be read only once.
     """
     return _of_all([leaf.buffer for leaf in leaves], "read_all") is not None
 
@@ -156,16 +159,28 @@ def are_read_together(leaves: Sequence[_HasBuffer]) -> bool:
 def join_leaves(leaves: Sequence[_HasBuffer], target: memoryview) -> None:
     """Copy the bytes of leaves to memory, one after the other.
 
-    Not collective. A kind of buffer that has ``join_all`` copies them at once.
+    Not collective. Arrays of one dtype and shape are copied at once.
 
     Args:
         leaves: Whole leaves.
         target: As long as all of them. Memory that is used again: fresh memory for each
             bucket costs several times the copy, since the system clears its pages.
     """
-    join_all = _of_all([leaf.buffer for leaf in leaves], "join_all")
-    if not (join_all and join_all([leaf.buffer for leaf in leaves], target)):
-        target[:] = b"".join(read_leaves(leaves))
+    found = read_leaves(leaves)
+    if not _join_alike(found, target):
+        target[:] = b"".join(found)
+
+
+def _join_alike(found: Sequence[Any], target: memoryview) -> bool:
+    """Copy bytes to memory if they are arrays of one dtype and shape, which has a size."""
+    if set(map(type, found)) != {np.ndarray}:
+        return False
+    dtype, shape = found[0].dtype, found[0].shape
+    alike = set(map(_SHAPE, found)) == {shape} and set(map(_DTYPE, found)) == {dtype}
+    if alike and shape:
+        new = np.frombuffer(target, dtype).reshape(len(found) * shape[0], *shape[1:])
+        np.concatenate(found, out=new)
+    return alike and bool(shape)
 
 
 def write_leaves(leaves: Sequence[_HasBuffer], data: memoryview) -> None:

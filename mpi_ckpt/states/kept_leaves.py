@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mpi_ckpt.errors import StageError
-from mpi_ckpt.leaves.buckets import Leaves
+from mpi_ckpt.leaves.buckets import ManyLeaves
 from mpi_ckpt.leaves.leaf import Leaf
 from mpi_ckpt.state import Capture
 from mpi_ckpt.states.buffers.device_bytes import buffer_of
@@ -96,7 +96,7 @@ class _KeptLeaves:
         made = {n for n, _, _ in own} - {n for n, _ in small}
         self._made = [(n, leaf.spec, leaf.gate, home) for n, leaf, home in own if n in made]
         kept = [None if n in made else leaf for n, (leaf, _) in numbered]
-        self._kept: Any = Leaves(kept) if not made else kept
+        self._kept: Any = ManyLeaves(kept) if not made else kept
         # Views of the memory that the tensors had: their storages may have lost it since.
         self._views = [cast("TensorBuffer", leaf.buffer).tensor for _, leaf in small]
         self._addresses = list(map(_ADDRESS, self._views))

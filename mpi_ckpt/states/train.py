@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import devices
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
-from mpi_ckpt.leaves.buckets import Leaves
+from mpi_ckpt.leaves.buckets import ManyLeaves
 from mpi_ckpt.leaves.leaf import Gate, Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
@@ -86,7 +86,7 @@ class TrainState(LeafState):
         self._specs: list[Sequence[LeafSpec]] = []
         self._all_specs: tuple[LeafSpec, ...] = ()
         self._parts_joined: list[Sequence[Leaf]] = []
-        self._joined: Leaves[Leaf] = Leaves()
+        self._joined: ManyLeaves[Leaf] = ManyLeaves()
         if overlap and optimizer is None:
             raise RegistrationError(
                 f"state {name!r}: overlap=True needs the optimizer, whose step() waits for "
@@ -124,10 +124,10 @@ class TrainState(LeafState):
         is_lasting = all(one.is_lasting or not one.leaves for one in captured.values())
         joined = self._joined
         if not (is_lasting and _are_same(parts, self._parts_joined)):
-            joined = Leaves(chain.from_iterable(parts))
+            joined = ManyLeaves(chain.from_iterable(parts))
             # Others would keep memory that the program may have dropped.
             self._parts_joined = parts if is_lasting else []
-            self._joined = joined if is_lasting else Leaves()
+            self._joined = joined if is_lasting else ManyLeaves()
         return Capture.known(structure, joined, self._all_specs, is_lasting=is_lasting)
 
     def prepare(

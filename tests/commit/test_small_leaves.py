@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpi_ckpt.engine.save import shard
 from mpi_ckpt.engine.sync.captured import capture_states, digest_states
 from mpi_ckpt.leaves.buckets import (
-    Leaves,
+    ManyLeaves,
     find_spans,
     join_leaves,
     read_leaves,
@@ -71,7 +71,7 @@ def test_bytes_of_many_are_those_of_each(drawn):
         bytes(leaf.buffer.read()) for leaf in leaves
     ]
     expected = b"".join(bytes(leaf.buffer.read()) for leaf in leaves)
-    assert b"".join(read_leaves(Leaves(leaves), 1)) == expected[leaves[0].spec.nbytes :]
+    assert b"".join(read_leaves(ManyLeaves(leaves), 1)) == expected[leaves[0].spec.nbytes :]
     memory = bytearray(b"x" * len(expected))
     join_leaves(leaves, memoryview(memory))
     assert memory == expected

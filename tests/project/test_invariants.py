@@ -176,9 +176,11 @@ def test_torch_is_imported_by_states_only_and_late_but_for_tensors():
     for name, tree in MODULES.items():
         top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
         if name not in (
+            "states/kept_leaves.py",
             "states/tensors.py",
             "states/buffers/tensor_bytes.py",
             "states/buffers/device_bytes.py",
+            "states/buffers/fingerprint.py",
         ):
             assert not any("torch" in ast.unparse(node) for node in top), name
 
@@ -292,7 +294,7 @@ def test_hook_for_what_nobody_catches_is_set_in_one_module():
 def test_logging_is_never_configured():
     touched = where(
         lambda node: re.search(
-            r"basicConfig|addHandler|setLevel|dictConfig|captureWarnings|print$",
+            r"basicConfig|addHandler|setLevel|dictConfig|captureWarnings|(?<!finger)print$",
             called(node),
         ),
         besides=("cli/screen.py",),  # the one module that prints

@@ -218,27 +218,6 @@ def write_alike(arrays: Sequence[NDArray[Any]], data: memoryview) -> bool:
     return True
 
 
-def join_alike(arrays: Sequence[NDArray[Any]], target: memoryview) -> bool:
-    """Copy arrays into memory, if all are of one dtype and shape; return whether they are.
-
-    Not collective. Arrays without dimensions are left out, as by `write_alike`.
-
-    Args:
-        arrays: Arrays of any layout.
-        target: Memory for all of them, one after the other.
-    """
-    many: list[Any] = list(arrays)
-    if not many:
-        return False
-    dtype, shape = many[0].dtype, many[0].shape
-    alike = set(map(_SHAPE, many)) == {shape} and set(map(_DTYPE, many)) == {dtype}
-    if not (alike and shape and dtype in LITTLE):
-        return False
-    new = np.frombuffer(target, dtype).reshape(len(many) * shape[0], *shape[1:])
-    np.concatenate(many, out=new)
-    return True
-
-
 class _Bytes:
     """The bytes of an array's elements: one more dimension, whatever the strides."""
 
@@ -283,11 +262,6 @@ class ArrayBuffer:
         ):
             return arrays
         return [buffer.read() for buffer in buffers]
-
-    @staticmethod
-    def join_all(buffers: Sequence[ArrayBuffer], target: memoryview) -> bool:
-        """Copy arrays of one dtype and shape to memory; return False if they are not."""
-        return join_alike([buffer._array for buffer in buffers], target)  # noqa: SLF001
 
     @staticmethod
     def write_all(buffers: Sequence[ArrayBuffer], data: memoryview) -> bool:

@@ -97,11 +97,6 @@ class DeviceBuffer(TensorBuffer):
         return views
 
     @staticmethod
-    def join_all(buffers: Sequence[TensorBuffer], target: memoryview) -> bool:  # noqa: ARG004
-        """Return False: their copies fly at the same time in `read_all`."""
-        return False
-
-    @staticmethod
     def fingerprint_all(buffers: Sequence[DeviceBuffer]) -> list[bytes] | None:
         """Return a fingerprint of the bytes of each tensor, made where they are.
 

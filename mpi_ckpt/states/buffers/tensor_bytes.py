@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mpi_ckpt.leaves.leaf import Place, copy_bytes
-from mpi_ckpt.states.buffers.array_bytes import join_alike, write_alike
+from mpi_ckpt.states.buffers.array_bytes import write_alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,11 +78,6 @@ class TensorBuffer:
     def read_all(buffers: Sequence[TensorBuffer]) -> Sequence[Readable]:
         """Return the live bytes of each tensor if possible, else a copy's."""
         return _arrays_of(buffers) or [buffer.read() for buffer in buffers]
-
-    @staticmethod
-    def join_all(buffers: Sequence[TensorBuffer], target: memoryview) -> bool:
-        """Copy tensors of one dtype and shape to memory; return False if they are not."""
-        return join_alike(_arrays_of(buffers), target)
 
     @staticmethod
     def write_all(buffers: Sequence[TensorBuffer], data: memoryview) -> bool:
