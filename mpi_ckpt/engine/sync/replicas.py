@@ -371,7 +371,7 @@ def _capture(
         transit.learn()
         compared = capture_states(state for state in states if state.name not in names)
         if may_wait:
-            compared = _fingerprint(compared, threads)
+            compared = _with_fingerprints(compared, threads)
         if not (forced or (may_wait and _is_worth_waiting(compared))):
             compared = digest_rest(compared, threads)
         root_only = [
@@ -379,7 +379,7 @@ def _capture(
         ]
         of_root = capture_states(root_only if comm.is_root else ())
         if may_wait and options.io.reuse:
-            of_root = _fingerprint(of_root, threads)
+            of_root = _with_fingerprints(of_root, threads)
         return compared, [*of_root, *capture_apart(states, apart)]
 
     return meet(
@@ -392,7 +392,9 @@ def _capture(
     )
 
 
-def _fingerprint(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:
+def _with_fingerprints(
+    captured: Sequence[CapturedState], threads: int
+) -> list[CapturedState]:
     """Fingerprint what root alone will write, without a gate.
 
     What is written in another way needs digests: they say which bytes other ranks write,
