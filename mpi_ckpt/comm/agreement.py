@@ -95,7 +95,7 @@ class Vote:
 
         Args:
             flags: This rank's flags, as bits of a non-negative number below 2**64.
-            digest: 16 bytes, which the ranks compare.
+            digest: 16 bytes, which the ranks compare; empty if this rank has none.
         """
         if self._request is not None:
             # MPI may still write to arrays given up after a confusion.
@@ -137,7 +137,8 @@ class Vote:
 
     def _put(self, place: slice, digest: bytes) -> None:
         words = np.frombuffer(digest, np.uint64)
-        self._mine[place] = np.concatenate([words, ~words])
+        # Without a digest both are zeros, which differ from no digest of another rank.
+        self._mine[place] = np.concatenate([words, ~words]) if digest else 0
 
     def _is_alike(self, place: slice) -> bool:
         # After a bitwise or, a bit that differs between ranks is set in the complement too.
@@ -253,7 +254,8 @@ def meet(
         work: The work; must not communicate.
         error: Class for exceptions that this package does not define.
         safe: What is still safe if the work fails.
-        digest: Returns 16 bytes for a result, which the ranks compare.
+        digest: Returns 16 bytes for a result, which the ranks compare; nothing on a rank
+            that has nothing to compare.
         encode: Returns the bytes of its result that root sends to all. Called on root.
         flag: Returns whether a rank's result has a property that all ranks must know of.
 
