@@ -121,7 +121,7 @@ def write_direct(
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     descriptor = _open_direct(path, flags)
 
-    def write(block: mmap.mmap, first: int) -> None:
+    def write(block: memoryview, first: int) -> None:
         for offset in range(first, nbytes, depth * block_bytes):
             os.pwrite(descriptor, block, offset)
 
@@ -145,11 +145,11 @@ def read_direct(path: Path, *, block_bytes: int = _BLOCK, depth: int = 1) -> Non
     descriptor = _open_direct(path, os.O_RDONLY)
     nbytes = os.fstat(descriptor).st_size
 
-    def read(block: mmap.mmap, first: int) -> None:
+    def read(block: memoryview, first: int) -> None:
         for offset in range(first, nbytes, depth * block_bytes):
             got = 0
             while got < min(block_bytes, nbytes - offset):
-                got += os.preadv(descriptor, [memoryview(block)[got:]], offset + got)
+                got += os.preadv(descriptor, [block[got:]], offset + got)
 
     try:
         _in_flight(read, block_bytes, depth)
@@ -158,10 +158,15 @@ def read_direct(path: Path, *, block_bytes: int = _BLOCK, depth: int = 1) -> Non
 
 
 def _in_flight(
-    work: Callable[[mmap.mmap, int], None], block_bytes: int, depth: int
+    work: Callable[[memoryview, int], None], block_bytes: int, depth: int
 ) -> None:
     """Let threads work side by side, each with a block of its own."""
-    blocks = [mmap.mmap(-1, block_bytes) for _ in range(depth)]
+    memory = mmap.mmap(-1, depth * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A disk takes or gives a run of memory in one piece much faster than page by page.
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = memoryview(memory)
+    blocks = [whole[n * block_bytes :][:block_bytes] for n in range(depth)]
     if depth == 1:
         work(blocks[0], 0)
         return

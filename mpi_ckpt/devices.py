@@ -48,6 +48,9 @@ class DeviceLink(Protocol):
     def copy(self, target: Any, source: Any, stream: Any) -> None:  # noqa: ANN401
         """Give a stream the copy of a tensor into another, of the same dtype and shape."""
 
+    def calculate(self, make: Callable[[], Any], stream: Any) -> Any:  # noqa: ANN401
+        """Give a stream work that makes a small tensor; return it in host memory, made."""
+
     def pin(self, device: Any, address: int, nbytes: int) -> bool:  # noqa: ANN401
         """Let devices reach host memory by themselves; return whether they may.
 
@@ -101,6 +104,12 @@ class CudaLink:
         with cuda.device(stream.device), cuda.stream(stream):
             # torch would conjugate the target on the host, before the bytes are there.
             target.copy_(source.resolve_conj().resolve_neg(), non_blocking=True)
+
+    def calculate(self, make: Callable[[], Any], stream: Any) -> Any:  # noqa: ANN401
+        """See `DeviceLink`. Not collective."""
+        cuda = _torch().cuda
+        with cuda.device(stream.device), cuda.stream(stream):
+            return make().cpu()  # returns once the stream has done it
 
     def pin(self, device: Any, address: int, nbytes: int) -> bool:  # noqa: ANN401
         """See `DeviceLink`. Not collective."""

@@ -169,7 +169,7 @@ class CheckpointError(Exception):
         self.path = None if path is None else str(path)
         self.generation = generation
         self.errno = errno
-        self.failures = tuple(failures)
+        self.failures: Sequence[RankFailure] = failures
         self.problems = tuple(problems)
         self.printing: Printing | None = None
 

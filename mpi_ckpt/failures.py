@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import socket
 import traceback
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from mpi_ckpt import errors
 from mpi_ckpt.errors import CheckpointError, RankFailure, cut_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 __all__ = [
     *("AlikeFailures", "RemoteTraceback", "capture_failure", "concerning"),
-    *("group_failures", "merge_failures", "name_ranks", "rank_ranges"),
+    *("group_failures", "merge_failures", "name_ranks", "rank_ranges", "without_rank"),
 ]
 
 _TEXT_CHARACTERS_MAX = 8 << 10
-_TEXT_CHARACTERS_MIN = 500
-_GATHERED_CHARACTERS_MAX = 16 << 20
-"""Of all ranks together, which root holds at once; divided by their number."""
+_PROBLEMS_CHARACTERS_MAX = 8 << 20
+"""Of all failures together. Ranks that fail alike send them once, and no rank holds more
+than 34 different ones."""
+_DIFFERENT_MAX = 64
 _PROBLEMS_MAX = 1000
 _PROBLEM_CHARACTERS_MAX = 500
 _LINES_MAX = 20
@@ -71,8 +76,8 @@ def capture_failure(
     """Describe an exception of this rank. Not collective. Thread-safe."""
     # Exceptions of other packages may have any `errno` or `problems`.
     ours = error if isinstance(error, CheckpointError) else None
-    share = _GATHERED_CHARACTERS_MAX // size
-    length = min(max(share // 4, _TEXT_CHARACTERS_MIN), _TEXT_CHARACTERS_MAX)
+    length = _TEXT_CHARACTERS_MAX
+    share = _PROBLEMS_CHARACTERS_MAX // min(size, _DIFFERENT_MAX)
     known = ours or (error if isinstance(error, OSError) else None)
     return RankFailure(
         rank=rank,
@@ -84,7 +89,7 @@ def capture_failure(
         errno=known.errno if known else None,
         path=_path_of(error),
         generation=ours.generation if ours else None,
-        problems=_cut_list(ours.problems, share // 2) if ours else [],
+        problems=_cut_list(ours.problems, share) if ours else [],
         traceback=_cut("".join(traceback.format_exception(error)), length),
     )
 
@@ -127,29 +132,74 @@ def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return f"ranks {rank_ranges(ranks)} ({len(ranks):,} of {len(hosts):,}) on {on}"
 
 
-def group_failures(failures: Sequence[RankFailure]) -> list[AlikeFailures]:
-    """Group failures that several ranks share, in the order of the lowest ranks.
+def without_rank(failure: RankFailure) -> RankFailure:
+    """Return what two ranks that fail alike have in common. Pure."""
+    return replace(failure, rank=0, host="", problems=tuple(failure.problems), traceback="")
+
+
+def group_failures(
+    kinds: Sequence[tuple[RankFailure | None, Sequence[int]]],
+) -> list[AlikeFailures]:
+    """Return the failures that an error reports, in the order of the lowest ranks.
 
     Not collective. Thread-safe. If there are more than 16 kinds, the last group holds all
     the rest.
 
     Args:
-        failures: At least one, ordered by rank.
+        kinds: Each kind of failure, in this order: that of its lowest rank, which may be
+            unknown for all after the first 16; and its ranks, ascending.
     """
-    found: dict[RankFailure, list[int]] = {}
-    for failure in failures:
-        bare = replace(
-            failure, rank=0, host="", problems=tuple(failure.problems), traceback=""
-        )
-        found.setdefault(bare, []).append(failure.rank)
-    by_rank = {failure.rank: failure for failure in failures}
-    groups = [AlikeFailures(by_rank[ranks[0]], tuple(ranks)) for ranks in found.values()]
-    rest = groups[_GROUPS_MAX - 1 :]
-    if len(rest) <= 1:
-        return groups
-    ranks = tuple(sorted(rank for group in rest for rank in group.ranks))
-    untold = replace(by_rank[ranks[0]], message=_UNTOLD, problems=(), traceback="")
-    return [*groups[: _GROUPS_MAX - 1], AlikeFailures(untold, ranks)]
+    told = kinds[: _GROUPS_MAX - (len(kinds) > _GROUPS_MAX)]
+    groups = [AlikeFailures(first, tuple(ranks)) for first, ranks in told if first]
+    rest = kinds[len(told) :]
+    if rest and rest[0][0]:
+        ranks = tuple(sorted(chain.from_iterable(ranks for _, ranks in rest)))
+        first = replace(rest[0][0], message=_UNTOLD, problems=(), traceback="")
+        groups.append(AlikeFailures(first, ranks))
+    return groups
+
+
+class RankFailures(Sequence[RankFailure]):
+    """The failures of all failing ranks, in rank order, each made when it is read.
+
+    Not collective. All ranks raise the error: so many records on each would take more
+    memory on a host than the failures of the job are worth.
+
+    Args:
+        groups: As `group_failures` gives them.
+        hosts: Host names of all ranks.
+    """
+
+    def __init__(self, groups: Sequence[AlikeFailures], hosts: Sequence[str]) -> None:
+        self._groups, self._hosts = tuple(groups), hosts
+        ranks = np.concatenate([np.array(group.ranks, np.int64) for group in groups])
+        order = np.argsort(ranks)
+        self._ranks = ranks[order]
+        self._group_of = np.repeat(
+            np.arange(len(groups)), [len(group.ranks) for group in groups]
+        )[order]
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    @overload
+    def __getitem__(self, index: int) -> RankFailure: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RankFailure]: ...
+    def __getitem__(self, index: int | slice) -> RankFailure | Sequence[RankFailure]:
+        if isinstance(index, slice):
+            return tuple([self[at] for at in range(*index.indices(len(self)))])
+        rank = int(self._ranks[index])
+        first: RankFailure = self._groups[self._group_of[index]].first
+        return replace(first, rank=rank, host=self._hosts[rank])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (list(self),)
 
 
 def merge_failures(
@@ -174,12 +224,6 @@ def merge_failures(
         the first rank that failed in another way.
     """
     first = groups[0].first
-    failures = [
-        replace(group.first, rank=rank, host=hosts[rank])
-        for group in groups
-        for rank in group.ranks
-    ]
-    failures.sort(key=lambda failure: failure.rank)
     share = max(1, _LINES_MAX // len(groups) - 1)
     lines = [cut_lines(group.text(hosts), share) for group in groups]
     error = _class_of(first.kind, default)(
@@ -187,7 +231,7 @@ def merge_failures(
         path=first.path,
         generation=first.generation,
         errno=first.errno,
-        failures=failures,
+        failures=RankFailures(groups, hosts),
         # Ranks mostly find the same: each finding is reported once.
         problems=list(
             dict.fromkeys(

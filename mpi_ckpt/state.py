@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ckpt.errors import RegistrationError, StageError
+from mpi_ckpt.leaves.buckets import Leaves
 from mpi_ckpt.leaves.leaf import Form
 from mpi_ckpt.storage.format.layout import check_state_name
 from mpi_ckpt.storage.format.tensorfile import fill_leaves, read_form, write_leaves
@@ -89,15 +90,50 @@ class Capture:
         leaves: The tensors, with unique names, in the same order on every rank; a leaf
             that is cut over the ranks may be on some ranks only.
 
+    Attributes:
+        is_lasting: Whether the state keeps the leaves, and returns these same objects again
+            as long as they are right.
+
     Raises:
         StageError: On the calling rank, if two leaves have one name.
     """
 
     def __init__(self, structure: Structure, leaves: Sequence[Leaf]) -> None:
         self.structure = structure
-        self.leaves = tuple(leaves)
+        self.leaves = Leaves(leaves)
         if len({leaf.spec.name for leaf in self.leaves}) != len(self.leaves):
             raise StageError("two leaves of a state have one name")
+        self.is_lasting = False
+
+    @classmethod
+    def known(
+        cls,
+        structure: Structure,
+        leaves: Sequence[Leaf],
+        specs: tuple[LeafSpec, ...],
+        *,
+        is_lasting: bool,
+    ) -> Capture:
+        """Return a capture of whole leaves whose names have been looked at before.
+
+        Not collective.
+
+        Args:
+            structure: As that of the class.
+            leaves: As those of the class.
+            specs: Their specs.
+            is_lasting: See the attribute.
+        """
+        made = cls(structure, ())
+        made.leaves = leaves if isinstance(leaves, Leaves) else Leaves(leaves)
+        made.cut, made.whole, made.whole_specs = (), made.leaves, specs
+        made.is_lasting = is_lasting
+        return made
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the leaves. Not collective."""
+        return [leaf.spec.name for leaf in self.leaves]
 
     # Cached: a state of the same arrays as before may return the same object again.
     @cached_property

@@ -46,6 +46,8 @@ class StandIn:
         self.faults = []
         self.copied = {"to host": 0, "to device": 0}
         self.events = 0
+        self.calculated = 0
+        self.has_memory = True
         self.pinned = {}
         self.pin_calls = 0
         self.graphs = False
@@ -131,8 +133,9 @@ class StandIn:
         kept = [ours, *([weakref.ref(target)] if to_host else [])]
         # Addresses, as a device has them: they keep nothing.
         to, start, nbytes = target.data_ptr(), source.data_ptr(), source.nbytes
-        strides, shape = source.stride(), source.shape
-        is_plain, dtype = source.is_contiguous(), source.dtype
+        there = source if to_host else target
+        strides, shape, dtype = there.stride(), there.shape, there.dtype
+        offset, is_plain = there.data_ptr(), there.is_contiguous()
         sent = None if to_host else source
 
         def copy(_=sent):
@@ -141,15 +144,29 @@ class StandIn:
                 return
             if is_plain:
                 _memory_at(to, nbytes)[:] = _memory_at(start, nbytes).copy()
+                return
+            whole = torch.from_numpy(ours())
+            whole = whole[offset - whole.data_ptr() :]
+            whole = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
+            elements = whole.as_strided(shape, strides)
+            if to_host:
+                data = elements.contiguous().view(-1).view(torch.uint8).numpy()
+                _memory_at(to, nbytes)[:] = data
             else:
-                whole = torch.from_numpy(ours())
-                whole = whole[start - whole.data_ptr() :]
-                whole = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
-                elements = whole.as_strided(shape, strides).contiguous()
-                _memory_at(to, nbytes)[:] = elements.view(-1).view(torch.uint8).numpy()
+                data = torch.from_numpy(_memory_at(start, nbytes).copy())
+                elements.copy_(data.view(dtype).view(shape))
 
-        del target, source, sent
+        del target, source, sent, there
         self._give(stream, copy)
+
+    def calculate(self, make, stream):
+        if not self.has_memory:
+            raise torch.OutOfMemoryError("no memory of the stand-in is left")
+        made = []
+        self.calculated += 1
+        self._give(stream, lambda: made.append(make()))
+        self.finish(self.record(stream))
+        return made[0]
 
     def pin(self, device, address, nbytes):
         self.pin_calls += 1

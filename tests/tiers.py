@@ -34,6 +34,7 @@ ON_HOSTS = {
     "tests/cli/jobs/test_slurm.py",
     "tests/elastic/jobs/test_lost_host.py",
     "tests/local/jobs/test_lost_disks.py",
+    "tests/local/jobs/test_rescuing_loop.py",
 }
 """Files that need virtual hosts, of which a machine has one set: one worker takes all."""
 

@@ -47,6 +47,11 @@ class CommandError(Exception):
         self.kind = kind
 
 
+def misused(message: str, kind: str = "usage") -> CommandError:
+    """Return the error of a command that was given the wrong thing."""
+    return CommandError(message, code=MISUSED, kind=kind)
+
+
 def command(
     name: str, short: str, *, trouble: int = BAD, dates: bool = False
 ) -> Callable[[Callable[..., int]], click.Command]:

@@ -23,7 +23,7 @@ import stat
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.cli.command import MISUSED, CommandError
+from mpi_ckpt.cli.command import CommandError, misused
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import recovery
@@ -70,9 +70,7 @@ def kind_of(path: Path) -> Kind:
         return "file"
     except (OSError, ValueError) as error:
         why = in_words(error) if isinstance(error, OSError) else str(error)
-        raise CommandError(
-            f"{path} cannot be examined: {why}", code=MISUSED, kind="usage"
-        ) from error
+        raise misused(f"{path} cannot be examined: {why}") from error
     return _kind_of_directory(path) if stat.S_ISDIR(mode) else "file"
 
 
@@ -88,7 +86,7 @@ def directory_of_all(path: Path, command: str) -> Path:
     """
     kind = kind_of(path)
     if kind == "generation":
-        raise _misused(
+        raise misused(
             f"{path} is the directory of one generation; {command} needs the directory "
             f"that contains it: {_around(path)}"
         )
@@ -110,7 +108,7 @@ def directory_to_look_at(path: Path, wanted: str | None, command: str) -> Path:
     """
     kind = kind_of(path)
     if kind == "generation" and wanted is not None:
-        raise _misused(
+        raise misused(
             f"{path} is the directory of one generation, so {wanted} is one argument too "
             f"many: mpi-ckpt {command} {quote(str(path))}, or mpi-ckpt {command} "
             f"{quote(str(_around(path)))} {quote(wanted)}"
@@ -129,7 +127,7 @@ def require_target(path: Path) -> None:
     """
     kind = kind_of(path)
     if kind == "generation":
-        raise _misused(
+        raise misused(
             f"{path} is the directory of one generation, and nothing is saved inside it: "
             f"give the directory that contains it: {_around(path)}"
         )
@@ -184,8 +182,4 @@ def _refusal(path: Path, kind: Kind) -> CommandError:
         "foreign": f"{path} holds no generation of mpi_ckpt, only files of others",
     }
     absent = kind in ("missing", "empty", "foreign")
-    return CommandError(texts[kind], code=MISUSED, kind="absent" if absent else "usage")
-
-
-def _misused(message: str) -> CommandError:
-    return CommandError(message, code=MISUSED, kind="usage")
+    return misused(texts[kind], "absent" if absent else "usage")

@@ -16,7 +16,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.cli.command import BAD, MISUSED, CommandError
+from mpi_ckpt.cli.command import BAD, CommandError, misused
 from mpi_ckpt.cli.directory_kinds import kind_of
 from mpi_ckpt.cli.plain_text import iso_date
 from mpi_ckpt.errors import CheckpointError, CorruptGenerationError, UnsupportedFormatError
@@ -33,6 +33,8 @@ from mpi_ckpt.storage.owning.lock import TERM_SECONDS, signed_job
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mpi_ckpt.storage.format.manifest import Manifest
 
 _NOTE_BYTES_MAX = 64 << 10
@@ -104,6 +106,17 @@ def look(root: Path) -> list[Row]:
     return rows
 
 
+def newest_of(rows: Iterable[Row]) -> Row | None:
+    """Return the generation that a restore takes, if any is good."""
+    return next((row for row in rows if row.state == "newest"), None)
+
+
+def bytes_on_disk(rows: Iterable[Row]) -> int:
+    """Return the bytes of all files, each once however many names it has."""
+    inodes = {inode for row in rows for inode in row.inodes}
+    return sum(size for _, _, size in inodes)
+
+
 def state_after(path: Path, error: CheckpointError) -> str:
     """Return the state of a generation that could not be opened or read."""
     if recovery.is_gone(path):
@@ -139,11 +152,22 @@ def find_generation(root: Path, wanted: str | None) -> Path:
         hint = f"; it was set aside: {root / QUARANTINE / generation_name(number)}"
     elif number in found.rolled_back_numbers:
         hint = f"; a rollback has set it aside: mpi-ckpt rollback {quote(str(root))} --undo"
-    raise CommandError(
-        f"{root} has no generation {number}{hint}; there: {listed}{more}",
-        code=MISUSED,
-        kind="absent",
+    raise misused(
+        f"{root} has no generation {number}{hint}; there: {listed}{more}", "absent"
     )
+
+
+def find_published(root: Path, wanted: str) -> tuple[int, Path]:
+    """Return number and directory of a requested generation that restores may take.
+
+    Raises:
+        CommandError: If there is none.
+    """
+    path = find_generation(root, wanted)
+    number = generation_number(path.name)
+    if number is None:
+        raise CommandError(f"{path} is no published generation")
+    return number, path
 
 
 def parse_generation(wanted: str) -> int:
@@ -154,11 +178,9 @@ def parse_generation(wanted: str) -> int:
     """
     number = int(wanted) if wanted.isdecimal() else generation_number(wanted)
     if number is None:
-        raise CommandError(
+        raise misused(
             f"{wanted!r} is no generation: give a number such as 42, a name such as "
-            "checkpoint-00000042, or newest",
-            code=MISUSED,
-            kind="usage",
+            "checkpoint-00000042, or newest"
         )
     return number
 
@@ -261,7 +283,7 @@ def _newest(root: Path) -> Path:
             code=BAD,
             kind="damaged",
         )
-    raise CommandError(f"{root} holds no generation", code=MISUSED, kind="absent")
+    raise misused(f"{root} holds no generation", "absent")
 
 
 def _look_at(path: Path, *, newest: bool) -> Row:

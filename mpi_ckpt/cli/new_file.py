@@ -7,7 +7,7 @@ import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.cli.command import MISUSED, CommandError
+from mpi_ckpt.cli.command import misused
 from mpi_ckpt.errors import WriteError
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.faults import os_errors_as
@@ -30,11 +30,9 @@ def new_file(target: Path) -> Iterator[int]:
     """
     parent = target.absolute().parent
     if target.is_symlink() or target.exists():
-        raise CommandError(
-            f"{target} exists, and is not overwritten", code=MISUSED, kind="exists"
-        )
+        raise misused(f"{target} exists, and is not overwritten", "exists")
     if not parent.is_dir():
-        raise CommandError(f"{parent} is no directory", code=MISUSED, kind="usage")
+        raise misused(f"{parent} is no directory")
     partial = parent / f".mpi-ckpt-export-{secrets.token_hex(6)}"
     try:
         with os_errors_as(WriteError, "writing", target):

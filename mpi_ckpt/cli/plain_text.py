@@ -11,9 +11,12 @@ import math
 import time
 import unicodedata
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.reports import bytes_text as bytes_text  # for users, as in the log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # Invisible, although Unicode counts them as letters and marks.
 _INVISIBLE = frozenset(
@@ -83,6 +86,11 @@ def plural(count: int, noun: str) -> str:
     """Return a count with its noun, such as ``1 leaf``."""
     many = noun[:-1] + "ves" if noun.endswith("leaf") else noun + "s"
     return f"{count} {noun if count == 1 else many}"
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Return numbers, such as ``1, 2``; ``none`` if there is none."""
+    return ", ".join(map(str, numbers)) or "none"
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 (JSON)

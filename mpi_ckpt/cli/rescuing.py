@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mpi_ckpt.cli.command import (
-    GOOD,
-    MISUSED,
-    CommandError,
-    command,
-    directory_argument,
-)
+from mpi_ckpt.cli.command import GOOD, command, directory_argument, misused
 from mpi_ckpt.cli.plain_text import bytes_text
 from mpi_ckpt.storage.local.lineage import LINEAGE
 
@@ -39,11 +33,9 @@ def rescue(screen: Screen, place: str, directory: Path) -> int:
     Nothing is copied if DIR has a newer generation.
     """
     if not (directory / LINEAGE).exists():
-        raise CommandError(
+        raise misused(
             f"{directory} has no {LINEAGE}: give the directory of a manager that has saved "
-            "to hosts, with local=Local(...)",
-            code=MISUSED,
-            kind="usage",
+            "to hosts, with local=Local(...)"
         )
     # Here: no other command starts MPI.
     from mpi_ckpt.engine.hosts.copying import promoting

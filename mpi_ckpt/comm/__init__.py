@@ -25,14 +25,14 @@ from mpi_ckpt.comm.collectives import (
     bcast_json,
     exchange_counts,
     exchange_messages,
-    gather_bytes,
     mean_buffers,
     start_sending,
 )
 from mpi_ckpt.comm.communicator import Communicator
+from mpi_ckpt.comm.dealing_out import deal_out
 from mpi_ckpt.comm.liveness import Farewell, abort_job, is_mpi_running
 from mpi_ckpt.comm.members import Member, member_of
-from mpi_ckpt.comm.scatter import scatter_bytes, scatter_parts
+from mpi_ckpt.comm.rank_tree import gather_bytes, scatter_bytes
 from mpi_ckpt.comm.survival import (
     is_rank_failure,
     is_sign_of_loss,
@@ -60,6 +60,7 @@ __all__ = [
     "choose_ranks",
     "collect",
     "compare_texts",
+    "deal_out",
     "differing_digests",
     "exchange_counts",
     "exchange_messages",
@@ -73,7 +74,6 @@ __all__ = [
     "on_root",
     "printed_by",
     "scatter_bytes",
-    "scatter_parts",
     "start_sending",
     "why_lost_ranks_end_the_job",
 ]

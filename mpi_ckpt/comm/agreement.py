@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from mpi_ckpt.comm.broadcast import bcast_buffers
-from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
-from mpi_ckpt.comm.liveness import keep_until_release, release
+from mpi_ckpt.comm.collectives import bcast_json
+from mpi_ckpt.comm.liveness import UNDER_WAY
+from mpi_ckpt.comm.rank_tree import gather_bytes, gather_findings
 from mpi_ckpt.errors import CheckpointError, CollectiveError, Printing, RankFailure
 from mpi_ckpt.failures import (
     AlikeFailures,
@@ -29,6 +30,7 @@ from mpi_ckpt.failures import (
     group_failures,
     merge_failures,
     name_ranks,
+    without_rank,
 )
 from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 
@@ -43,10 +45,10 @@ if TYPE_CHECKING:
 UNTOUCHED = "published generations are untouched"
 
 _NOTHING = bytes(DIGEST_BYTES)
-# The message: the flags, then each digest and its complement. Half a digest distinguishes
+# The message: the flags, both digests, and their complements. Half a digest distinguishes
 # the few calls of ranks, and keeps the message below the smallest `message_bytes`.
-_DOING = slice(1, 3)
-_ALIKE = slice(3, 3 + 2 * DIGEST_BYTES // 8)
+_DOING, _ALIKE = 1, slice(2, 4)
+_DIGESTS, _COMPLEMENTS, _OF_ALIKE = slice(1, 4), slice(4, 7), slice(5, 7)
 
 
 class Joined(NamedTuple):
@@ -75,8 +77,8 @@ class Vote:
     def __init__(self, comm: Communicator, doing: str) -> None:
         self._comm = comm
         self._doing = doing
-        self._mine = np.zeros(_ALIKE.stop, np.uint64)
-        self._put(_DOING, digest_bytes(doing.encode())[:8])
+        self._mine = np.zeros(_COMPLEMENTS.stop, np.uint64)
+        self._mine[_DOING] = int.from_bytes(digest_bytes(doing.encode())[:8], "little")
         self._all = np.empty_like(self._mine)
         self._request: MPI.Request | None = None
         self._confusions = 0
@@ -101,10 +103,13 @@ class Vote:
             # MPI may still write to arrays given up after a confusion.
             self._mine, self._all = self._mine.copy(), self._all.copy()
         self._mine[0] = flags
-        self._put(_ALIKE, digest)
+        self._mine[_ALIKE] = np.frombuffer(digest or _NOTHING, np.uint64)
+        self._mine[_COMPLEMENTS] = ~self._mine[_DIGESTS]
+        if not digest:  # nothing set on either side differs from no other rank's
+            self._mine[_OF_ALIKE] = 0
         self._confusions = self._comm.confusions
         self._request = self._comm.start_all_reduce(self._mine, self._all, "bor")
-        keep_until_release(self)
+        UNDER_WAY.add(self)
 
     def take(self) -> Joined:
         """Wait for the posted vote.
@@ -117,12 +122,14 @@ class Vote:
         """
         request, self._request = self._request, None
         assert request is not None
-        release(self)
+        UNDER_WAY.discard(self)
         self._comm.wait([request], self._doing, buffers=(self._mine, self._all))
-        if not self._is_alike(_DOING):
+        # A bit that differs between ranks is set in the complement too, after a bitwise or.
+        of_calls, *of_values = self._all[_DIGESTS] & self._all[_COMPLEMENTS]
+        if of_calls:
             self._refuse_confusion()
         self._comm.note_meeting(self._doing)
-        return Joined(int(self._all[0]), self._is_alike(_ALIKE))
+        return Joined(int(self._all[0]), not any(of_values))
 
     def exchange(self, flags: int, digest: bytes = _NOTHING) -> Joined:
         """Vote and wait for the outcome.
@@ -135,27 +142,15 @@ class Vote:
         self.post(flags, digest)
         return self.take()
 
-    def _put(self, place: slice, digest: bytes) -> None:
-        words = np.frombuffer(digest, np.uint64)
-        # Without a digest both are zeros, which differ from no digest of another rank.
-        self._mine[place] = np.concatenate([words, ~words]) if digest else 0
-
-    def _is_alike(self, place: slice) -> bool:
-        # After a bitwise or, a bit that differs between ranks is set in the complement too.
-        words, complements = self._all[place].reshape(2, -1)
-        return not (words & complements).any()
-
     def _refuse_confusion(self) -> None:
         comm, doing = self._comm, self._doing
         comm.confusions += 1
-        texts = [text.decode() for text in gather_bytes(comm, doing.encode(), doing)]
-        groups: dict[str, list[int]] = {}
-        for rank, text in enumerate(texts):
-            groups.setdefault(text, []).append(rank)
+        found = gather_findings(comm, digest_bytes(doing.encode()), doing, doing)
         lines = [
-            f"{name_ranks(ranks, comm.hosts)}: {text}" for text, ranks in groups.items()
+            f"{name_ranks(ranks, comm.hosts)}: {text}"
+            for text, ranks in found[:_DIFFERENCES_MAX]
         ]
-        differing = bcast_json(comm, lines, doing)
+        differing = bcast_json(comm, [*lines, *_and_more(len(found))], doing)
         error = CollectiveError(
             f"the ranks do different things; {UNTOUCHED}. Each collective call must "
             "be made by all ranks, in the same order:\n  " + "\n  ".join(differing),
@@ -408,28 +403,28 @@ def compare_texts(comm: Communicator, doing: str, texts: Sequence[str]) -> list[
     encoded = json.dumps(list(texts)).encode()
     if not differing_digests(comm, [digest_bytes(encoded)], doing).any():
         return []
-    gathered = [json.loads(text) for text in gather_bytes(comm, encoded, doing)]
-    found: list[str] = bcast_json(comm, _differences(comm, gathered), doing)
-    return found
+    found = gather_findings(comm, digest_bytes(encoded), encoded.decode(), doing)
+    lines: list[str] = bcast_json(comm, _differences(comm, found), doing)
+    return lines
 
 
-def _differences(comm: Communicator, gathered: Sequence[Any]) -> list[str]:
+def _differences(comm: Communicator, found: Sequence[tuple[str, list[int]]]) -> list[str]:
     """Return a line for each list that differs from root's; on root, elsewhere nothing."""
-    if not gathered:
-        return []
-    roots = gathered[comm.root]
-    found: dict[str, list[int]] = {}
-    for rank, theirs in enumerate(gathered):
-        if theirs != gathered[comm.root]:
-            found.setdefault(json.dumps(theirs), []).append(rank)
-    lines = [
-        f"{name_ranks(ranks, comm.hosts)} {'has' if len(ranks) == 1 else 'have'} "
-        f"{_shortened(json.loads(theirs), roots)}, "
-        f"root has {_shortened(roots, json.loads(theirs))}"
-        for theirs, ranks in found.items()
-    ]
-    more = len(lines) - _DIFFERENCES_MAX
-    return [*lines[:_DIFFERENCES_MAX], *([f"and {more:,} more"] if more > 0 else [])]
+    (roots, _), *others = found or [("[]", [])]
+    lines = []
+    for text, ranks in others[:_DIFFERENCES_MAX]:
+        mine, theirs = json.loads(roots), json.loads(text)
+        lines.append(
+            f"{name_ranks(ranks, comm.hosts)} {'has' if len(ranks) == 1 else 'have'} "
+            f"{_shortened(theirs, mine)}, root has {_shortened(mine, theirs)}"
+        )
+    return [*lines, *_and_more(len(others))]
+
+
+def _and_more(count: int) -> list[str]:
+    """Return a line for what a list of so many does not show."""
+    more = count - _DIFFERENCES_MAX
+    return [f"and {more:,} more"] if more > 0 else []
 
 
 def _shortened(texts: Sequence[str], others: Sequence[str]) -> str:
@@ -477,14 +472,16 @@ def _exchange(
     default: type[CheckpointError],
     safe: str,
 ) -> CheckpointError:
-    mine = None
+    key, text = b"", ""
     if failure is not None:
-        mine = capture_failure(
-            failure, rank=comm.rank, size=comm.size, operation=doing
-        ).to_json()
-    gathered = gather_bytes(comm, json.dumps(mine).encode(), doing)
-    failed = [RankFailure(**record) for text in gathered if (record := json.loads(text))]
-    groups = group_failures(failed) if failed else []
+        mine = capture_failure(failure, rank=comm.rank, size=comm.size, operation=doing)
+        key = digest_bytes(json.dumps(without_rank(mine).to_json()).encode())
+        text = json.dumps(mine.to_json())
+    found = gather_findings(comm, key, text, doing)
+    kinds = [
+        (RankFailure(**json.loads(text)) if text else None, ranks) for text, ranks in found
+    ]
+    groups = group_failures(kinds)
     sent = bcast_json(comm, [[g.first.to_json(), g.ranks] for g in groups], doing)
     agreed = [AlikeFailures(RankFailure(**first), tuple(ranks)) for first, ranks in sent]
     error = merge_failures(agreed, default, safe, comm.hosts)

@@ -1,29 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes ranks wait for others that have announced to be late, and why.
 
-A busy rank makes no MPI calls, so it cannot answer. It therefore sends all other ranks one
-short message before it begins and another at the end. They look for these messages when a
-deadline has passed, and at each meeting, so that messages do not pile up.
+A busy rank makes no MPI calls, so it cannot answer. It therefore sends a short letter
+before it begins and another at the end: to all other ranks, or in a large job to its
+neighbours (`gossip`), which pass on what is new to them. Ranks look for letters at each
+meeting, so that they do not pile up, and while they wait.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import struct
 import time
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mpi_ckpt.comm.gossip import is_passed_on, neighbours_of
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import Patience, Tag, has_left, keep_forever
 from mpi_ckpt.errors import OptionsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from mpi4py import MPI
     from numpy.typing import NDArray
@@ -32,9 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_REASON_BYTES = 240
-_NUMBERS = 2
-_LETTER_BYTES = 8 * _NUMBERS + _REASON_BYTES
+# A letter: the time by the wall clock of its sender; then of each announcement its rank,
+# its number, how long ago the work began and how long it may take, and the reason.
+_SENT = struct.Struct("d")
+_ANNOUNCEMENT = struct.Struct("qqdd240s")
+# A rank keeps in mind so many busy ranks: it waits as long as any of them is busy.
+_KNOWN_MAX = 64
 # MPI: a message travels by itself once its request is done. The first message to a rank on
 # another host waits for that rank to accept the connection, perhaps in vain.
 _SENDING_SECONDS = 3.0
@@ -53,12 +59,12 @@ class Occupation:
 
     Attributes:
         reason: The reason on one line; an empty one announces the end.
-        since: When it began, by the wall clock of its host.
+        began: When it began, by the clock of this process.
         at_most_seconds: After this time the other ranks ignore it.
     """
 
     reason: str
-    since: float
+    began: float
     at_most_seconds: float
 
     @classmethod
@@ -76,41 +82,62 @@ class Occupation:
                 f"busy({reason!r}): at_most_seconds is {at_most_seconds}: must be above 0 "
                 "and finite, so that the others notice if this rank dies"
             )
-        return cls(text, time.time(), at_most_seconds)
+        return cls(text, time.monotonic(), at_most_seconds)
 
-    def encode(self) -> NDArray[np.uint8]:
-        """Return the occupation as bytes of a fixed length. Not collective."""
-        numbers = np.array([self.since, self.at_most_seconds], np.float64).tobytes()
-        reason = self.reason.encode(errors="replace")[:_REASON_BYTES]
-        letter = bytearray(numbers + reason.ljust(_REASON_BYTES, b"\0"))
-        return np.frombuffer(letter, np.uint8)
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        return time.monotonic() - self.began
 
-    @classmethod
-    def decode(cls, encoded: bytes) -> Occupation:
-        """Return the occupation that `encode` encoded. Not collective."""
-        since, most = np.frombuffer(encoded[: 8 * _NUMBERS], np.float64).tolist()
-        reason = encoded[8 * _NUMBERS :].rstrip(b"\0").decode(errors="replace")
-        return cls(reason, since, most)
+    @property
+    def is_believed(self) -> bool:
+        """Whether it has lasted no longer than announced."""
+        return self.seconds <= self.at_most_seconds
 
 
 _ENDED = Occupation("", 0.0, 0.0)
+
+
+class Announcement(NamedTuple):
+    """What a rank has announced; of two of its announcements the later has more."""
+
+    rank: int
+    number: int
+    occupation: Occupation
+
+
+def encode_letter(announcements: Iterable[Announcement]) -> NDArray[np.uint8]:
+    """Return announcements as the bytes of a letter. Not collective."""
+    letter = bytearray(_SENT.pack(time.time()))
+    for rank, number, said in announcements:
+        reason = said.reason.encode(errors="replace")
+        numbers = rank, number, said.seconds, said.at_most_seconds
+        letter += _ANNOUNCEMENT.pack(*numbers, reason)
+    return np.frombuffer(letter, np.uint8)
+
+
+def decode_letter(letter: bytes, on_its_way_max: float) -> Iterator[Announcement]:
+    """Yield the announcements that `encode_letter` encoded. Not collective.
+
+    Args:
+        letter: The bytes.
+        on_its_way_max: The most seconds that the letter was on its way.
+    """
+    (sent,) = _SENT.unpack_from(letter)
+    # Clocks of two hosts may differ.
+    on_its_way = min(max(time.time() - sent, 0.0), on_its_way_max)
+    now = time.monotonic()
+    for fields in _ANNOUNCEMENT.iter_unpack(letter[_SENT.size :]):
+        rank, number, seconds, most, encoded = fields
+        reason = encoded.rstrip(b"\0").decode(errors="replace")
+        began = now - seconds - on_its_way
+        yield Announcement(rank, number, Occupation(reason, began, most))
+
 
 # The occupations of this process, the innermost last. One list for all communicators: a
 # busy rank is late for every manager that its peers wait in.
 _OWN: list[Occupation] = []
 _OPEN: weakref.WeakSet[BusyRanks] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class _Heard:
-    """The announcement of another rank, with its beginning by this rank's own clock."""
-
-    occupation: Occupation
-    began: float
-
-    @property
-    def is_believed(self) -> bool:
-        return time.monotonic() - self.began <= self.occupation.at_most_seconds
 
 
 class BusyRanks:
@@ -124,14 +151,17 @@ class BusyRanks:
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._heard: dict[int, _Heard] = {}
+        self._heard: dict[int, Announcement] = {}
+        self._numbers = np.zeros(comm.size, np.int32)  # of each rank's last announcement
+        self._neighbours = frozenset(neighbours_of(comm.rank, comm.size))
         self._listened = time.monotonic()
         self._sends: list[tuple[MPI.Request, object]] = []
         self._is_announced = False  # whether the others know that this rank is busy
         self._is_withdrawn = False
+        self._is_settling = False
+        self._settled: set[int] = set()
         self._has_warned_of_lateness = False
-        self._announcements = 0  # how many announcements this rank has sent
-        self._received = 0
+        self._letters = 0  # how many this rank has sent
 
     def open(self) -> None:
         """Announce to these ranks too, from now on, when this one is busy.
@@ -140,9 +170,10 @@ class BusyRanks:
         """
         _OPEN.add(self)
 
-    @property
-    def is_any(self) -> bool:
-        """Whether any other rank was busy when this one last listened."""
+    def look(self) -> bool:
+        """Return whether any other rank is busy. In a large job, pass on what is new."""
+        if is_passed_on(self._comm.size):
+            self.listen()
         return bool(self._heard)
 
     @contextmanager
@@ -173,17 +204,15 @@ class BusyRanks:
                 channel.announce(_OWN[-1] if _OWN else _ENDED)
 
     def announce(self, occupation: Occupation) -> None:
-        """Announce to all others why this rank is busy. Returns within some seconds."""
+        """Announce to the others why this rank is busy. Returns within some seconds."""
         comm = self._comm
         if comm.size == 1 or not comm.is_open or not comm.can_meet():
             return
         self._is_announced = bool(occupation.reason)
-        self._announcements += 1
-        letter = occupation.encode()
-        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        self._numbers[comm.rank] += 1
+        number = int(self._numbers[comm.rank])
         try:
-            for rank in others:
-                self._sends.append((comm.handle.Isend(letter, rank, Tag.BUSY), letter))
+            self._send([Announcement(comm.rank, number, occupation)])
             patience = Patience(_SENDING_SECONDS)
             while self._is_sending() and not patience.is_over:
                 patience.go_round()
@@ -196,29 +225,52 @@ class BusyRanks:
             self._sends.clear()
 
     def listen(self) -> None:
-        """Receive the announcements of other ranks."""
-        mpi, handle, now = load_mpi(), self._comm.handle, time.monotonic()
-        status, letter = mpi.Status(), np.zeros(_LETTER_BYTES, np.uint8)
-        silent = 0
+        """Receive the announcements of other ranks; pass on what is new."""
+        mpi, handle = load_mpi(), self._comm.handle
+        status, silent = mpi.Status(), 0
+        known, news = set(self._heard), {}
         while silent < 2:  # MPI: see `is_called`
             if not handle.Iprobe(mpi.ANY_SOURCE, Tag.BUSY, status):
                 silent += 1
                 continue
-            rank = status.source
-            handle.Recv(letter, rank, Tag.BUSY)
-            self._received += 1
-            said = Occupation.decode(letter.tobytes())
-            if said.reason:
-                # Clocks of two hosts may differ, but the message arrived after the last
-                # time this rank listened.
-                age = min(max(time.time() - said.since, 0.0), now - self._listened)
-                known = self._heard.get(rank)
-                is_new = known is None or known.occupation != said
-                began = now - age if is_new or known is None else known.began
-                self._heard[rank] = _Heard(said, began)
-            else:
-                self._heard.pop(rank, None)
-        self._listened = now
+            letter = np.empty(status.Get_count(mpi.BYTE), np.uint8)
+            handle.Recv(letter, status.source, Tag.BUSY)
+            if len(letter) == _SENT.size:
+                self._settled.add(status.source)
+            # It arrived after the last time that this rank listened.
+            on_its_way_max = time.monotonic() - self._listened
+            for said in decode_letter(letter.tobytes(), on_its_way_max):
+                if self._note(said):
+                    news[said.rank] = said
+        self._listened = time.monotonic()
+        # Who has not heard of the beginning need not hear of the end.
+        news = {r: n for r, n in news.items() if n.occupation.reason or r in known}
+        if news and is_passed_on(self._comm.size) and not self._is_settling:
+            self._is_sending()  # so that sent letters do not pile up
+            # Also what is not new: a neighbour may have had no room for it before.
+            self._send((self._heard | news).values())
+
+    def _note(self, said: Announcement) -> bool:
+        """Keep an announcement in mind; return whether it is new."""
+        rank, number, occupation = said
+        if rank == self._comm.rank or number <= self._numbers[rank]:
+            return False
+        is_known = rank in self._heard
+        if occupation.reason:
+            is_full = len(self._heard) >= _KNOWN_MAX
+            if is_full and not is_known and rank not in self._neighbours:
+                return False
+            self._heard[rank] = said
+        else:
+            self._heard.pop(rank, None)
+        self._numbers[rank] = number
+        return is_known or bool(occupation.reason)
+
+    def _send(self, announcements: Iterable[Announcement]) -> None:
+        letter = encode_letter(announcements)
+        for rank in self._neighbours:
+            self._sends.append((self._comm.handle.Isend(letter, rank, Tag.BUSY), letter))
+        self._letters += 1
 
     def excuse(self, patience: Patience, waited_seconds: float, doing: str) -> bool:
         """Extend a wait as long as a rank is busy; return whether it may go on.
@@ -236,7 +288,7 @@ class BusyRanks:
             self.withdraw()
         if any(self._has_died(rank) for rank in self._heard):
             return False
-        if not any(announced.is_believed for announced in self._heard.values()):
+        if not any(said.occupation.is_believed for said in self._heard.values()):
             return not patience.is_over
         patience.renew()
         if (
@@ -269,21 +321,17 @@ class BusyRanks:
         """Return a rank's announcement in words; empty for none."""
         if rank not in self._heard:
             return ""
-        announced = self._heard[rank]
-        text = (
-            f"has been busy for {in_words(time.monotonic() - announced.began)}: "
-            f"{announced.occupation.reason}"
-        )
-        if announced.is_believed:
+        said = self._heard[rank].occupation
+        text = f"has been busy for {in_words(said.seconds)}: {said.reason}"
+        if said.is_believed:
             return text
-        return (
-            f"{text} (it had said at most {in_words(announced.occupation.at_most_seconds)})"
-        )
+        return f"{text} (it had said at most {in_words(said.at_most_seconds)})"
 
     def settle(self) -> bool:
         """Receive the messages in flight, before the communicator is freed.
 
-        Collective, on the ranks of a manager. One allreduce of 8 bytes.
+        Collective, on the ranks of a manager. One allreduce of 8 bytes; and an empty letter
+        to each neighbour, the last, if any rank has ever sent one.
 
         Returns:
             Whether no message is left in flight. If one is, a rank has left without coming
@@ -297,6 +345,7 @@ class BusyRanks:
         try:
             if self._is_announced:
                 self.announce(_ENDED)
+            self._is_settling = True
             return self._receive_all()
         except load_mpi().Exception as error:
             logger.info("a communicator is not freed: %s", error)
@@ -304,7 +353,7 @@ class BusyRanks:
 
     def _receive_all(self) -> bool:
         handle = self._comm.handle
-        mine, total = np.array([self._announcements], np.int64), np.zeros(1, np.int64)
+        mine, total = np.array([self._letters], np.int64), np.zeros(1, np.int64)
         request = handle.Iallreduce(mine, total)
         patience = Patience(min(_SETTLING_SECONDS, self._comm.deadline_seconds))
         while not request.Test():
@@ -312,7 +361,11 @@ class BusyRanks:
             if patience.is_over or (is_look and has_left(handle)):
                 keep_forever(request, mine, total)
                 return False
-        while self._received < int(total[0]) - self._announcements or self._is_sending():
+        if not total[0]:
+            return True
+        self._send([])
+        # MPI: messages of a rank come in the order in which it has sent them.
+        while not self._settled.issuperset(self._neighbours) or self._is_sending():
             self.listen()
             patience.go_round()
             if patience.is_over:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends, averages, gathers and exchanges bytes, values and host buffers of any size.
+"""Sends, averages and exchanges bytes, values and host buffers of any size.
 
 MPI-3 libraries have counts of 32 bits, and some calls fail above 2 GiB, so no message is
 larger than ``Communicator.message_bytes``.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mpi_ckpt.comm.broadcast import bcast_buffers
+from mpi_ckpt.comm.rank_tree import Sends, receive
 from mpi_ckpt.comm.topology import plan_messages
 
 if TYPE_CHECKING:
@@ -120,43 +121,6 @@ def bcast_json(comm: Communicator, value: Any, doing: str) -> Any:  # noqa: ANN4
     return json.loads(bcast_bytes(comm, data, doing))
 
 
-def gather_bytes(comm: Communicator, data: bytes, doing: str) -> list[bytes]:
-    """Collect bytes of any length from all ranks on root.
-
-    Collective. Main thread only.
-
-    Args:
-        comm: The communicator.
-        data: This rank's bytes.
-        doing: What the ranks meet for, for the error if one never arrives.
-
-    Returns:
-        Bytes of each rank in rank order on root; an empty list elsewhere.
-
-    Raises:
-        CollectiveError: On every live rank, if one never arrives.
-    """
-    length = np.array([len(data)], np.int64)
-    lengths = np.zeros(comm.size if comm.is_root else 0, np.int64)
-    comm.wait([comm.handle.Igather(length, lengths, root=comm.root)], doing)
-    if not comm.is_root:
-        mine = np.frombuffer(data, np.uint8)
-        cuts = plan_messages([len(mine)], comm.message_bytes)
-        sends = [comm.isend(mine[p.start : p.end], comm.root) for (p,) in cuts]
-        comm.wait(sends, doing, streaming=True)
-        return []
-    gathered = [np.empty(int(n), np.uint8) for n in lengths]
-    receives = [
-        comm.irecv(gathered[rank][p.start : p.end], rank)
-        for rank in range(comm.size)
-        if rank != comm.root
-        for (p,) in plan_messages([len(gathered[rank])], comm.message_bytes)
-    ]
-    comm.wait(receives, doing, streaming=True)
-    gathered[comm.root] = np.frombuffer(data, np.uint8)
-    return [array.tobytes() for array in gathered]
-
-
 def exchange_messages(
     comm: Communicator, sends: Sequence[Message], receives: Sequence[Message], doing: str
 ) -> None:
@@ -208,7 +172,8 @@ def exchange_counts(
 ) -> NDArray[np.int64]:
     """Tell each rank some numbers of its own.
 
-    Collective. Main thread only.
+    Collective. Main thread only. A rank sends log2 N messages, with what is not zero: to
+    the ranks at distances 1, 2, 4 and so on, each of which passes on what is for others.
 
     Args:
         comm: The communicator.
@@ -221,9 +186,19 @@ def exchange_counts(
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    mine = np.ascontiguousarray(counts.T)
-    theirs = np.empty_like(mine)
-    if counts.size:
-        request = comm.handle.Ialltoall(mine, theirs)
-        comm.wait([request], doing, buffers=(mine, theirs))
-    return np.ascontiguousarray(theirs.T)
+    rank, size = comm.rank, comm.size
+    rows, receivers = np.nonzero(counts)
+    given = receivers, np.full(len(rows), rank), rows, counts[rows, receivers]
+    here = np.stack(given, axis=1).astype(np.int64)
+    for bit in range((size - 1).bit_length() if len(counts) else 0):
+        # Each distance is a sum of such steps, in this order.
+        goes_on = ((here[:, 0] - rank) % size >> bit & 1).astype(bool)
+        sends = Sends(comm, doing)
+        sends.start((rank + (1 << bit)) % size, here[goes_on].tobytes())
+        (arrived,) = receive(comm, [(rank - (1 << bit)) % size], doing)
+        sends.wait()
+        more = np.frombuffer(arrived, np.int64).reshape(-1, 4)
+        here = np.concatenate([here[~goes_on], more])
+    theirs = np.zeros_like(counts)
+    theirs[here[:, 2], here[:, 1]] = here[:, 3]
+    return theirs

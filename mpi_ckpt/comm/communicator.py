@@ -227,7 +227,7 @@ class Communicator:
 
     def note_meeting(self, doing: str) -> None:
         """Note that all ranks have taken part in a meeting. Not collective."""
-        self.last_met.note(doing)
+        self.last_met = LastMeeting(doing, time.monotonic())
         if self.size > 1:
             self.busy_ranks.listen()  # so that no unread messages pile up
 
@@ -306,7 +306,7 @@ class Communicator:
                     # A late rank sees by now that the others gave up.
                     self._refuse_if_late(doing)
                 elif is_called(self.handle) or (
-                    (patience.is_over or busy.is_any)
+                    (busy.look() or patience.is_over)
                     and not busy.excuse(patience, waited, doing)
                 ):
                     self._give_up(doing)

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class Tag(IntEnum):
     DONE = 7008
     ROSTER = 7009
     DISMISSAL = 7010
+    TREE = 7011
 
 
 class Patience:
@@ -137,22 +138,13 @@ def is_done_within(request: MPI.Request, seconds: float | None) -> bool:
 # MPI: a posted operation runs even if the program gave it up or dropped its owner. Until
 # then nothing else may use its buffers: these lists keep them alive.
 _KEPT_FOREVER: list[object] = []
-_KEPT_FOR_NOW: set[object] = set()
+UNDER_WAY: set[object] = set()
+"""Owners of requests and buffers, until they have waited for them."""
 
 
 def keep_forever(*posted: object) -> None:
     """Hold requests and buffers for as long as the process lives. Not collective."""
     _KEPT_FOREVER.extend(posted)
-
-
-def keep_until_release(posted: object) -> None:
-    """Hold an owner of requests and buffers until `release`. Not collective."""
-    _KEPT_FOR_NOW.add(posted)
-
-
-def release(posted: object) -> None:
-    """Release an owner, once no message is in flight. Not collective."""
-    _KEPT_FOR_NOW.discard(posted)
 
 
 def is_called(handle: MPI.Intracomm) -> bool:
@@ -301,21 +293,22 @@ _DESCRIBED_MAX = 16
 REASON = "what takes so long"
 
 
-class LastMeeting:
-    """The last meeting of all ranks, and its time. Not collective. Not thread-safe."""
+class LastMeeting(NamedTuple):
+    """The last meeting of all ranks.
 
-    def __init__(self) -> None:
-        self._met: tuple[str, float] | None = None
+    Attributes:
+        doing: What they met for; empty if they have not met yet.
+        at: When, by `time.monotonic`.
+    """
 
-    def note(self, doing: str) -> None:
-        """Note that all ranks have taken part in a meeting."""
-        self._met = (doing, time.monotonic())
+    doing: str = ""
+    at: float = 0.0
 
     def __str__(self) -> str:
-        if self._met is None:
+        if not self.doing:
             return ""
-        doing, at = self._met
-        return f"; all ranks last met {time.monotonic() - at:.0f} s ago (for: {doing})"
+        ago = time.monotonic() - self.at
+        return f"; all ranks last met {ago:.0f} s ago (for: {self.doing})"
 
 
 def warn_of_wait(comm: Communicator, doing: str) -> None:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm.admission import check_before
 from mpi_ckpt.comm.agreement import agree
-from mpi_ckpt.comm.collectives import bcast_json, gather_bytes
+from mpi_ckpt.comm.collectives import bcast_json
 from mpi_ckpt.comm.communicator import Communicator
 from mpi_ckpt.comm.launch import check_horovod, find_horovod, load_mpi, mark_horovods
 from mpi_ckpt.comm.liveness import Tag
+from mpi_ckpt.comm.rank_tree import gather_bytes
 from mpi_ckpt.errors import LaunchError
 
 if TYPE_CHECKING:

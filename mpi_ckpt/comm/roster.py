@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
+
+TEXTS_MAX = 17
+"""How many findings travel as text; of more only the ranks are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,57 @@ class Roster:
         return cls(*columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What neighbouring ranks have found.
+
+    Attributes:
+        keys: Of each rank's finding; empty for none.
+        texts: Key -> the finding of the lowest rank with it, of the first `TEXTS_MAX` keys.
+    """
+
+    keys: RankTexts
+    texts: Mapping[str, str]
+
+    @classmethod
+    def own(cls, key: str, text: str) -> Findings:
+        """Return the finding of one rank."""
+        return cls(RankTexts.of([(key, 1)]), {key: text} if key else {})
+
+    @classmethod
+    def join(cls, findings: Sequence[Findings]) -> Findings:
+        """Return the findings of all ranks of some, in order."""
+        keys = RankTexts.of(chain.from_iterable(one.keys.each_run() for one in findings))
+        # Reversed: of each key the first text stays. A key that is among the first ones of
+        # all is among the first ones of its neighbours, so its text is here.
+        texts = {key: text for one in reversed(findings) for key, text in one.texts.items()}
+        first = [key for key in keys.texts if key][:TEXTS_MAX]
+        return cls(keys, {key: texts[key] for key in first})
+
+    def by_text(self) -> list[tuple[str, list[int]]]:
+        """Return each finding and its ranks, in the order of the lowest ranks."""
+        index_of = self.keys.index_of
+        by_key = np.argsort(index_of, kind="stable")
+        ends = np.cumsum(np.bincount(index_of, minlength=len(self.keys.texts)))
+        ranks = np.split(by_key, ends[:-1])
+        return [
+            (self.texts.get(key, ""), ranks[index].tolist())
+            for index, key in enumerate(self.keys.texts)
+            if key
+        ]
+
+    def encode(self) -> bytes:
+        """Return the findings as bytes."""
+        values = [self.keys.texts, self.keys.runs, self.texts]
+        return json.dumps(values, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Findings:
+        """Return the findings that `encode` encoded."""
+        keys, runs, texts = json.loads(encoded)
+        return cls(RankTexts(tuple(keys), tuple((key, n) for key, n in runs)), texts)
+
+
 def parent_of(rank: int) -> int | None:
     """Return the rank to which a rank sends its roster; None for rank 0, the root."""
     return rank & (rank - 1) if rank else None
@@ -113,3 +167,8 @@ def children_of(rank: int, size: int) -> list[int]:
     lowest = rank & -rank if rank else 1 << (size - 1).bit_length()
     steps = (1 << power for power in range(lowest.bit_length()) if 1 << power < lowest)
     return [rank + step for step in steps if rank + step < size]
+
+
+def branch_of(rank: int, size: int) -> range:
+    """Return a rank and all ranks that send it their rosters, directly or not."""
+    return range(rank, min(rank + (rank & -rank), size) if rank else size)

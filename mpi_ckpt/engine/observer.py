@@ -22,9 +22,10 @@ from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.journal import HistoryEvent, Journal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from mpi_ckpt.comm import Communicator
+    from mpi_ckpt.errors import CheckpointError
     from mpi_ckpt.hooks import Hooks
     from mpi_ckpt.reports import RestoreReport, SaveReport, StopReport
     from mpi_ckpt.storage.directory import CheckpointDirectory
@@ -50,6 +51,8 @@ class Observer:
 
     Attributes:
         last_save: The report of the last acknowledged save; None before the first.
+        copying: Returns how far hosts are in copying a save to the directory, see
+            `Drain.progress`; None if no copy is under way. Called on any thread.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class Observer:
             "step": 0,
             "due": {},
             "last_save": None,
+            "kept": None,
+            "local_failures": 0,
             "ended": None,
             "reason": "",
         }
@@ -80,12 +85,13 @@ class Observer:
         self._doing = _TRAINING
         self._since = time.time()
         self.last_save: SaveReport | None = None
+        self.copying: Callable[[], Mapping[str, float] | None] = lambda: None
 
     def begin(self, doing: str) -> PhaseClock:
         """Note that a save or restore begins; return the clock for its phases."""
         if not self._comm.is_root:
             return PhaseClock(ended=self._timeline.add)
-        clock = PhaseClock(self._show_soon, self._timeline.add, Progress(self._show))
+        clock = PhaseClock(self.show_soon, self._timeline.add, Progress(self._show))
         self.resume(doing, clock)
         return clock
 
@@ -108,7 +114,7 @@ class Observer:
         if not self._comm.is_root:
             return
         self._facts["step"], self._facts["due"] = step, due
-        self._show_soon()
+        self.show_soon()
 
     def note_save(self, report: SaveReport) -> None:
         """Report an acknowledged save, or one that the hosts keep. On every rank."""
@@ -126,14 +132,31 @@ class Observer:
             reused=report.bytes_reused,
             seconds=report.seconds,
             metrics=report.metrics,
+            copied_from=report.copied_from,
+            lag=report.lag,
+            skipped=report.skipped,
         )
         if self._clock is not None:
             self.pause(self._clock)
         self._facts["step"] = int(report.step)
-        if not is_local:
-            self._facts["last_save"] = _facts_of(report)
+        self._facts["kept" if is_local else "last_save"] = _facts_of(report)
+        if is_local:
+            self._facts["local_failures"] = 0
         self._show()
         self._call("on_save", report)
+
+    def note_failed_local(self, step: int, failures: int, error: CheckpointError) -> None:
+        """Report that hosts could not keep a save. On every rank.
+
+        Args:
+            step: Its training step.
+            failures: How many have failed in a row.
+            error: Why.
+        """
+        if self._comm.is_root:
+            self._add("failed", step=step, reason=type(error).__name__)
+            self._facts["local_failures"] = failures
+            self._show()
 
     def note_restore(self, report: RestoreReport | None) -> None:
         """Report a restore, or that there was nothing to restore. On every rank."""
@@ -203,7 +226,8 @@ class Observer:
                 HistoryEvent(event=event, time=time.time(), job=job, ranks=ranks, **facts)
             )
 
-    def _show_soon(self) -> None:
+    def show_soon(self) -> None:
+        """Show the status, at most once a second. On any thread."""
         if time.monotonic() - self._shown_at >= _SHOWN_SECONDS:
             self._show()
 
@@ -220,6 +244,7 @@ class Observer:
                     "job": self._directory.job,
                     "host": self._comm.hosts[self._comm.rank],
                     "ranks": self._comm.size,
+                    "copy": self.copying(),
                     "updated": time.time(),
                     "doing": self._doing,
                     "since": self._since,

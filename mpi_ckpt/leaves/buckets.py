@@ -7,8 +7,9 @@ code: of ``map``, ``bytes.join``, NumPy.
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "Leaves",
     "Readable",
     "are_read_together",
     "find_spans",
+    "fingerprint_leaves",
+    "join_leaves",
     "pieces_of",
     "plan_buckets",
     "read_leaves",
@@ -41,6 +45,23 @@ class _HasBuffer(Protocol):
 
     @property
     def buffer(self) -> Any: ...  # noqa: ANN401
+
+
+AnyLeaf = TypeVar("AnyLeaf", bound="_HasBuffer")
+
+
+class Leaves(tuple[AnyLeaf, ...]):
+    """Leaves that are read from save to save: what is asked of all of them is kept."""
+
+    @cached_property
+    def buffers(self) -> list[Any]:
+        """The buffer of each."""
+        return [leaf.buffer for leaf in self]
+
+    @cached_property
+    def kind(self) -> Any:  # noqa: ANN401
+        """The kind of their buffers, if it is one; else None."""
+        return _kind_of(self.buffers)
 
 
 def plan_buckets(
@@ -74,17 +95,41 @@ def plan_buckets(
     return buckets
 
 
-def read_leaves(leaves: Sequence[_HasBuffer]) -> Sequence[Readable]:
-    """Return the bytes of each leaf: live ones where possible, else copies.
+def read_leaves(
+    leaves: Sequence[_HasBuffer], first: int = 0, last: int | None = None
+) -> Sequence[Readable]:
+    """Return the bytes of leaves: live ones where possible, else copies.
 
     Not collective. A kind of buffer that has ``read_all`` reads them at once.
 
     Args:
         leaves: Whole leaves.
+        first: The first of them to read.
+        last: One past the last; None for all that follow.
     """
-    buffers = [leaf.buffer for leaf in leaves]
-    read_all = _of_all(buffers, "read_all")
+    if isinstance(leaves, Leaves):
+        buffers, kind = leaves.buffers[first:last], leaves.kind
+    else:
+        buffers = [leaf.buffer for leaf in leaves[first:last]]
+        kind = _kind_of(buffers)
+    read_all = getattr(kind, "read_all", None)
     return read_all(buffers) if read_all else [buffer.read() for buffer in buffers]
+
+
+def fingerprint_leaves(leaves: Sequence[_HasBuffer]) -> list[bytes] | None:
+    """Return a fingerprint of each leaf, 16 bytes, made where its bytes are.
+
+    Not collective.
+
+    Args:
+        leaves: Whole leaves of one kind of buffer, which has ``fingerprint_all``.
+
+    Returns:
+        None if there is no memory for it.
+    """
+    buffers: Any = [leaf.buffer for leaf in leaves]
+    found: list[bytes] | None = buffers[0].fingerprint_all(buffers)
+    return found
 
 
 def pieces_of(leaf: _HasBuffer) -> Iterator[memoryview] | None:
@@ -106,6 +151,21 @@ def are_read_together(leaves: Sequence[_HasBuffer]) -> bool:
     Not collective. Leaves that arrive from elsewhere can be read only once.
     """
     return _of_all([leaf.buffer for leaf in leaves], "read_all") is not None
+
+
+def join_leaves(leaves: Sequence[_HasBuffer], target: memoryview) -> None:
+    """Copy the bytes of leaves to memory, one after the other.
+
+    Not collective. A kind of buffer that has ``join_all`` copies them at once.
+
+    Args:
+        leaves: Whole leaves.
+        target: As long as all of them. Memory that is used again: fresh memory for each
+            bucket costs several times the copy, since the system clears its pages.
+    """
+    join_all = _of_all([leaf.buffer for leaf in leaves], "join_all")
+    if not (join_all and join_all([leaf.buffer for leaf in leaves], target)):
+        target[:] = b"".join(read_leaves(leaves))
 
 
 def write_leaves(leaves: Sequence[_HasBuffer], data: memoryview) -> None:
@@ -152,5 +212,9 @@ def find_spans(leaves: Sequence[_HasBuffer | None]) -> NDArray[np.uint64]:
 
 def _of_all(buffers: Sequence[Any], function: str) -> Callable[..., Any] | None:
     """Return a function of the kind of buffers for many of them, if all are of one kind."""
+    return getattr(_kind_of(buffers), function, None)
+
+
+def _kind_of(buffers: Sequence[Any]) -> Any:  # noqa: ANN401
     kinds = set(map(type, buffers))
-    return getattr(kinds.pop(), function, None) if len(kinds) == 1 else None
+    return kinds.pop() if len(kinds) == 1 else None

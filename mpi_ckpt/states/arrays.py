@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _C_ORDER = Layout()
-_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+_DTYPE, _SHAPE, _NDIM = attrgetter("dtype"), attrgetter("shape"), attrgetter("ndim")
 # The program may replace arrays at any time. The replaced ones stay in memory until the
 # next look, so they must not be large; then their number hardly matters.
 _KEPT_BYTES_MAX = 256 << 20
@@ -262,7 +262,7 @@ class _KnownArrays:
         self._names = list(arrays) if is_kept else []
         self._arrays = values if is_kept else []
         self._dtypes = list(map(_DTYPE, self._arrays))
-        self._shapes = list(map(_SHAPE, self._arrays))
+        self._shapes = _shapes_of(self._arrays)
         self.leaves = tuple(leaves) if is_kept else ()
 
     @cached_property
@@ -285,6 +285,12 @@ class _KnownArrays:
             and all(map(is_, values, self._arrays))
             and list(arrays) == self._names
             and list(map(_DTYPE, values)) == self._dtypes
-            and list(map(_SHAPE, values)) == self._shapes
+            and _shapes_of(values) == self._shapes
         )
         return self.leaves if is_known else None
+
+
+def _shapes_of(arrays: Sequence[Any]) -> list[Any]:
+    # Lengths, if there is one dimension: a tuple for each array takes twice as long.
+    is_flat = set(map(_NDIM, arrays)) == {1}
+    return list(map(len if is_flat else _SHAPE, arrays))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaves.leaf import Gate, Leaf, LeafSpec
+    from mpi_ckpt.states.kept_leaves import KeptModule
 
 __all__ = ["ModuleState"]
 
@@ -60,6 +61,7 @@ class ModuleState(LeafState):
         super().__init__(name, sync=sync)
         self._module = unwrapped(name, module)
         self._is_looked_at = False
+        self._kept: KeptModule | None = None
         self._size = 1
         self.gate: Gate | None = None
         """Passed by whoever changes the parameters; see `Leaf`."""
@@ -70,6 +72,9 @@ class ModuleState(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
+        known = None if self._kept is None else self._kept.find()
+        if known is not None:
+            return known
         # Checked at the first save; tensors replaced later are checked at the restore.
         memory = None if self._is_looked_at else ReadonlyMemory()
         contents = ModuleContents(self._module, memory)
@@ -87,7 +92,16 @@ class ModuleState(LeafState):
             leaf.behind(self.gate) if name in contents.parameters else leaf
             for name, leaf in contents.leaves.items()
         ]
-        return Capture(structure, [*leaves, *contents.extra.leaves.values()])
+        captured = Capture(structure, [*leaves, *contents.extra.leaves.values()])
+        self._keep(contents, captured)
+        return captured
+
+    def _keep(self, contents: ModuleContents, captured: Capture) -> None:
+        from mpi_ckpt.states.kept_leaves import KeptModule
+
+        self._kept = None
+        if not (contents.computed or contents.extra_names):
+            self._kept = KeptModule.of(self._module, contents.values, captured)
 
     def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool

@@ -28,17 +28,18 @@ from mpi_ckpt.states.optimizer_params import (
     with_entries,
 )
 from mpi_ckpt.states.stages import is_stage, named_contents, named_leaves
-from mpi_ckpt.states.tree import check_structure, leaf_nodes, unflatten
+from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
 from mpi_ckpt.states.wrappers import is_dtensor, parameter_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaves.leaf import Gate, Leaf, LeafSpec
     from mpi_ckpt.state import Structure, SyncMode
+    from mpi_ckpt.states.kept_leaves import KeptOptimizer
     from mpi_ckpt.states.optimizer_params import Names, Shapes
 
 __all__ = ["OptimizerState", "is_optimizer"]
@@ -222,6 +223,7 @@ class OptimizerState(NestedState):
             )
         self._module = module
         self._size = 1
+        self._kept: KeptOptimizer | None = None
         self.gate: Gate | None = None
         """Passed by ``step()`` before it changes anything; see `Leaf`."""
 
@@ -231,21 +233,36 @@ class OptimizerState(NestedState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
+        known = None if self._kept is None else self._kept.find(self._optimizer)
+        if known is not None:
+            return known
         if self._is_stage:
             captured = capture_value(named_contents(self.nested()))
             groups, state = self._optimizer.param_groups, self._optimizer.state
             own = named_leaves(groups, self._described()[1], state)
+        elif self._owned:
+            captured, own = super().capture(), self._owned.leaves()
         else:
-            captured = super().capture()
-            own = self._owned.leaves() if self._owned else []
-            if self.gate is None and not own:
-                return captured
+            return self._walk()
+        return self._gated(captured.structure, [*captured.leaves, *own])
+
+    def _walk(self) -> Capture:
+        """Capture an optimizer whose whole state this rank has, and keep the capture."""
+        from mpi_ckpt.states.kept_leaves import KeptOptimizer
+
+        found = flatten(self.nested())
+        captured = self._gated(found.structure, found.leaves.values())
+        args = self._optimizer, self._module, found.values, captured
+        self._kept = KeptOptimizer.of(*args)
+        return captured
+
+    def _gated(self, structure: Structure, leaves: Iterable[Leaf]) -> Capture:
         # Not the groups: the scheduler may change a rate that is a tensor.
-        leaves = [
+        gated = [
             leaf.behind(self.gate) if leaf.spec.name.startswith(STATE) else leaf
-            for leaf in (*captured.leaves, *own)
+            for leaf in leaves
         ]
-        return Capture(captured.structure, leaves)
+        return Capture(structure, gated)
 
     def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool

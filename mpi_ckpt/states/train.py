@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt import devices
 from mpi_ckpt.errors import RegistrationError, StateMismatchError
+from mpi_ckpt.leaves.buckets import Leaves
 from mpi_ckpt.leaves.leaf import Gate, Leaf, LeafSpec
 from mpi_ckpt.state import Arrival, Capture, Change, LeafState, Structure, SyncMode
 from mpi_ckpt.states.mismatch import raise_mismatch
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from mpi_ckpt.states.nested import Stateful
 
 __all__ = ["TrainState"]
+
+_NO_LEAVES: tuple[Leaf, ...] = ()
 
 
 class TrainState(LeafState):
@@ -77,6 +82,11 @@ class TrainState(LeafState):
         if scaler is not None:
             self._all["scaler"] = SchedulerState("scaler", scaler)
         self._scaler = scaler
+        self._renamed = {key: _RenamedLeaves(f"{key}/") for key in self._all}
+        self._specs: list[Sequence[LeafSpec]] = []
+        self._all_specs: tuple[LeafSpec, ...] = ()
+        self._parts_joined: list[Sequence[Leaf]] = []
+        self._joined: Leaves[Leaf] = Leaves()
         if overlap and optimizer is None:
             raise RegistrationError(
                 f"state {name!r}: overlap=True needs the optimizer, whose step() waits for "
@@ -99,14 +109,26 @@ class TrainState(LeafState):
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         captured = {key: part.capture() for key, part in self._parts.items()}
-        leaves = [
-            leaf.under(f"{key}/")
-            for key, content in captured.items()
-            for leaf in content.leaves
-        ]
-        return Capture(
-            {key: content.structure for key, content in captured.items()}, leaves
-        )
+        structure = {key: content.structure for key, content in captured.items()}
+        if any(content.cut for content in captured.values()):
+            leaves = [
+                leaf.under(f"{key}/")
+                for key, content in captured.items()
+                for leaf in content.leaves
+            ]
+            return Capture(structure, leaves)
+        parts = [self._renamed[key].of(content) for key, content in captured.items()]
+        specs = [self._renamed[key].specs for key in captured]
+        if not _are_same(specs, self._specs):
+            self._specs, self._all_specs = specs, tuple(chain.from_iterable(specs))
+        is_lasting = all(one.is_lasting or not one.leaves for one in captured.values())
+        joined = self._joined
+        if not (is_lasting and _are_same(parts, self._parts_joined)):
+            joined = Leaves(chain.from_iterable(parts))
+            # Others would keep memory that the program may have dropped.
+            self._parts_joined = parts if is_lasting else []
+            self._joined = joined if is_lasting else Leaves()
+        return Capture.known(structure, joined, self._all_specs, is_lasting=is_lasting)
 
     def prepare(
         self, structure: Structure, specs: Sequence[LeafSpec], *, strict: bool
@@ -210,6 +232,46 @@ class TrainState(LeafState):
             f"{key} is in the program, not saved" for key in set(self._parts) - saved
         ]
         raise_mismatch(self.name, sorted(problems))
+
+
+class _RenamedLeaves:
+    """The leaves of a part under longer names, which are kept while the part keeps its own.
+
+    Not collective.
+
+    Attributes:
+        specs: The specs of the leaves with the longer names.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._short: tuple[LeafSpec, ...] = ()
+        self._given: Sequence[Leaf] | None = None
+        self._leaves: Sequence[Leaf] = _NO_LEAVES
+        self.specs: Sequence[LeafSpec] = ()
+
+    def of(self, captured: Capture) -> Sequence[Leaf]:
+        """Return the leaves of a capture, all of them whole; the same object if kept."""
+        if not captured.leaves:
+            self._short = self.specs = ()
+            return _NO_LEAVES
+        if captured.leaves is self._given:
+            return self._leaves
+        if captured.whole_specs is not self._short:
+            self._short = captured.whole_specs
+            self.specs = [
+                LeafSpec(self._prefix + one.name, one.dtype, one.shape)
+                for one in self._short
+            ]
+        pairs = zip(self.specs, captured.leaves, strict=True)
+        leaves = [Leaf(spec, leaf.buffer, leaf.gate) for spec, leaf in pairs]
+        lasts = captured.is_lasting
+        self._given, self._leaves = (captured.leaves, leaves) if lasts else (None, ())
+        return leaves
+
+
+def _are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _bypass(

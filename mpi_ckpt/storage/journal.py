@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVENTS = ("saved", "kept", "restored", "fresh", "stopped", "ended")
+EVENTS = ("saved", "kept", "failed", "restored", "fresh", "stopped", "ended")
 """The events of a history."""
 
 _STATUS_BYTES = 4096
@@ -51,7 +51,10 @@ class HistoryEvent:
         reused: Bytes shared with older generations.
         seconds: Phase -> seconds.
         metrics: Metrics of the save.
-        reason: Why the job stopped or ended.
+        reason: Why the job stopped or ended, or why hosts could not keep a save.
+        copied_from: Number of the local generation that hosts have copied; 0 for none.
+        lag: Steps that the training had gone on by the time a copy was in the directory.
+        skipped: Due saves that were left out because this copy was under way.
     """
 
     event: str
@@ -66,6 +69,9 @@ class HistoryEvent:
     seconds: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    copied_from: int = 0
+    lag: int = 0
+    skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that say something. Not collective. Thread-safe."""
@@ -158,7 +164,10 @@ def _parse(line: bytes) -> HistoryEvent | None:
         return None
 
 
-_NUMBERS = ("step", "ranks", "generation", "saved_ranks", "nbytes", "reused")
+_NUMBERS = (
+    *("step", "ranks", "generation", "saved_ranks", "nbytes", "reused"),
+    *("copied_from", "lag", "skipped"),
+)
 _TEXTS = ("job", "reason")
 
 

@@ -214,16 +214,66 @@ def test_a_record_is_joined_and_added_up():
             event("restored", 20.0, "b", seconds={"total": 2.0}),
             event("saved", 1.0, "a", generation=1, seconds={"write": 1.0, "total": 1.5}),
             event("saved", 4.0, "a", generation=2, seconds={"write": 2.0, "total": 2.5}),
+            event("kept", 21.0, "b", generation=1, seconds={"total": 0.5}),
+            event("saved", 25.0, "b", generation=3, copied_from=1, seconds={"copy": 4.0}),
             event("ended", 26.0, "b"),
         ],
         [],
     )
     assert record.seconds_by_phase() == {
         "saved": {"write": 3.0, "total": 4.0}, "restored": {"total": 2.0},
+        "kept": {"total": 0.5}, "copied": {"copy": 4.0},
     }  # fmt: skip
     assert record.span_seconds() == 9.0
     assert record.lost_seconds() == 16.0
     assert [job[0].job for job in record.jobs] == ["a", "b"]
+
+
+@pytest.fixture
+def copied(trained):
+    """A directory whose last generation hosts have copied, after a save that failed."""
+    with closing(CheckpointDirectory(trained)):
+        journal = Journal(trained)
+        facts = {"job": "z", "ranks": 2, "step": 30, "generation": 6}
+        journal.add(HistoryEvent(event="kept", time=time.time(), **facts))
+        journal.add(
+            HistoryEvent(event="failed", time=time.time(), step=32, reason="WriteError")
+        )
+        copy = {"copied_from": 6, "lag": 7, "skipped": 2, "seconds": {"copy": 1.5}}
+        journal.add(HistoryEvent(event="saved", time=time.time(), **facts, **copy))
+    return trained
+
+
+def test_history_shows_saves_on_hosts_and_how_late_copies_came(trained, copied):
+    *_, kept, failed, saved = ask("history", copied)["events"]
+    assert (kept["event"], failed["reason"]) == ("kept", "WriteError")
+    assert (saved["copied_from"], saved["lag"], saved["skipped"]) == (6, 7, 2)
+    assert "copied_from" not in kept
+    head, _, *rows = run("history", copied, "--last", "3").stdout.splitlines()
+    assert "lag   left out" in head
+    assert "failed: WriteError" in rows[1]
+    end = head.index("left out") + len("left out")
+    assert rows[2][:end].split()[-2:] == ["7", "2"]
+    assert rows[0][:end].split()[-2:] != ["0", "0"]
+    assert "left out" not in run("history", copied, "--last", "1000").stderr
+
+
+def test_history_without_copies_has_no_columns_for_them(trained):
+    assert "lag" not in run("history", trained).stdout
+
+
+def test_a_report_tells_of_saves_on_hosts(copied, tmp_path):
+    target = tmp_path / "report.html"
+    assert run("report", copied, "-o", target).exit_code == 0
+    page = Page()
+    page.feed(target.read_text())
+    words = " ".join(" ".join(page.text).split())
+    for row in (
+        *("saves on the hosts 1", "failed saves on the hosts 1"),
+        *("saves copied from the hosts 1", "most steps that a copy came later 7"),
+        *("due saves left out 2", "copies from the hosts, copy 1.5 s"),
+    ):
+        assert row in words
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -402,6 +452,34 @@ def test_watch_shows_a_long_save(tmp_path):
     assert facts["next save"] == "-"
 
 
+KEPT = {"generation": 9, "step": 118, "seconds": 0.2, "bytes": 1 << 20}
+COPY = {
+    "step": 100, "bytes_done": 1 << 28, "bytes_expected": 1 << 30, "lag": 20, "skipped": 1,
+    "failed": 2,
+}  # fmt: skip
+
+
+def test_watch_shows_what_hosts_keep_and_copy(tmp_path):
+    root = fill(tmp_path / "c")
+    now = time.time()
+    kept, copy = {**KEPT, "time": now - 3}, {**COPY, "since": now - 16}
+    status(root, kept=kept, copy=copy, local_failures=2, updated=now)
+    facts = facts_of(root)
+    assert facts["on hosts"] == (
+        "generation 9, step 118, 3 s ago: 1.0 MiB written in 0.2 s; 2 later saves failed"
+    )
+    assert facts["copy"] == (
+        "of step 100 to the directory, for 16 s: 256.0 MiB of 1.0 GiB of root's host, "
+        "16.0 MiB/s, 48 s left; 20 steps behind, 1 due save left out, failed 2 times"
+    )
+    # Root may hold nothing of it, or wait for the next try.
+    status(root, copy={**COPY, "since": now - 16, "bytes_done": 0, "bytes_expected": 0})
+    assert facts_of(root)["copy"].startswith("of step 100 to the directory, for 16 s; 20")
+    assert "on hosts" not in facts_of(root)
+    status(root, copy=copy, kept=kept, ended=now)
+    assert "copy" not in facts_of(root)
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
@@ -420,7 +498,14 @@ def test_watch_shows_that_no_job_is_left(tmp_path, facts, said):
     assert answer["facts"]["last save"].startswith("generation 3, step 300")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"updated": "x", "ranks": [], "due": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{", '{"updated": "x", "ranks": [], "due": 3}'),
+        '{"copy": {"step": []}, "kept": [], "local_failures": "x"}',
+        '{"copy": {}, "updated": 99999999999, "kept": {}}',
+    ],
+)
 def test_watch_bears_any_status(tmp_path, text):
     root = fill(tmp_path / "c")
     (root / ".status.json").write_text(text)
@@ -459,12 +544,13 @@ def test_they_change_nothing(trained, command):
     "words",
     [("du",), ("history",), ("watch", "--once"), ("ls", "--best", "loss", "--mode", "min")],
 )
-def test_they_fit_into_terminals(trained, words, columns):
+def test_they_fit_into_terminals(copied, words, columns):
     command, *rest = words
-    status(trained, doing="saving", phase="write", bytes_done=5, bytes_expected=9)
-    code, written = shown_in_terminal([command, str(trained), *rest], columns)
+    more = {"copy": {**COPY, "since": 1.0}, "kept": {**KEPT, "time": 1.0}}
+    status(copied, doing="saving", phase="write", bytes_done=5, bytes_expected=9, **more)
+    code, written = shown_in_terminal([command, str(copied), *rest], columns)
     assert code == 0, written
-    lines = [line for line in plain(written).splitlines() if line != str(trained)]
+    lines = [line for line in plain(written).splitlines() if line != str(copied)]
     assert max(map(cell_len, lines)) <= columns
     assert "\x1b" not in plain(written)
 

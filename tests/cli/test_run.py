@@ -328,6 +328,53 @@ def test_what_hosts_keep_is_copied_when_the_loop_gives_up(site, code):
     assert ("was not copied: the rescue ended with code 1" in done.stderr) == bool(code)
 
 
+def test_a_host_that_is_gone_when_the_loop_gives_up_is_not_asked(site):
+    script = site.script(
+        "hosts",
+        """m=$(cat "$0.asked" 2>/dev/null || echo 0); m=$((m + 1)); echo $m >"$0.asked"
+        echo a:2; [ $m = 1 ] && echo b:2; true""",
+    )
+    site.job("note started 0; note restored 5; exit 9")
+    rescued = copies(site)
+    words = ("--hosts-script", script, "--rescue", "/ssd/me", "run")
+    assert site.run("--max-restarts", 0, *words).returncode == 9
+    assert [attempt["hosts"] for attempt in site.log()] == [["a", "b"]]
+    assert rescued() == ["a:1"]
+
+
+def test_a_host_that_cannot_be_reached_keeps_no_other_from_being_copied(site):
+    (site.folder / "hosts").write_text("a:2\nb:2\n")
+    site.job("note started 0; note restored 5; exit 9")
+    rescued = copies(
+        site,
+        """0$(case "$*" in *b:1*)
+        echo "ssh: connect to host b port 22: No route to host" >&2; echo 1 ;; esac)""",
+    )
+    words = ("--hostfile", site.folder / "hosts", "--rescue", "/ssd/me", "run")
+    done = site.run("--max-restarts", 0, *words)
+    assert rescued() == ["a:1,b:1", "a:1"]
+    assert "once more, without b" in done.stderr
+    assert "was not copied" not in done.stderr
+
+
+def test_a_host_is_copied_from_when_its_second_failure_leaves_it_out(site):
+    (site.folder / "hosts").write_text("a:4\nb:4\n")
+    site.job(
+        """note started 0; note restored $n
+        [ $n = 4 ] && { note finished 9; exit 0; }
+        hosts=(a b a)
+        echo "prterun noticed that process rank 3 with PID 9 on node ${hosts[n - 1]}" \\
+            "exited on" >&2
+        exit 137"""
+    )
+    rescued = copies(site)
+    words = ("--hostfile", site.folder / "hosts", "--rescue", "/ssd/me", "run")
+    assert site.run(*words).returncode == 0
+    hosts = [attempt["hosts"] for attempt in site.log()]
+    assert hosts == [["a"], ["b"], ["a"], ["b"]]
+    assert rescued() == ["a:1", "b:1", "a:1"]
+
+
 def test_nothing_is_copied_from_hosts_that_are_gone_or_of_a_job_that_finished(site):
     script = site.script(
         "hosts",

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mpi_ckpt.engine.sync.captured import capture_states, digest_states
+from mpi_ckpt.engine.sync.captured import Fingerprints, capture_states, digest_states
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.states.arrays import ArrayState
@@ -29,19 +31,39 @@ def test_every_leaf_has_its_own_digest(threads):
 
 
 def changed_summaries(other: ArrayState | ObjectState, content=None) -> list[bool]:
-    """Tell which of the three digests (forms, structure, bytes) differ."""
+    """Tell which of the four digests (forms, structure, bytes, kinds) differ."""
     first, second = digest_states(capture_states([content or state(), other]), 1)
     return [a != b for a, b in zip(first.summary(), second.summary(), strict=True)]
 
 
 def test_summary_tells_what_kind_of_difference_there_is():
-    assert changed_summaries(state()) == [False, False, False]
-    assert changed_summaries(state(a=np.arange(4.0) + 1)) == [False, False, True]
-    assert changed_summaries(state(b=np.arange(6, dtype="i2"))) == [True, False, False]
-    assert changed_summaries(state(a=np.arange(4.0).view("i8"))) == [True, False, False]
-    assert changed_summaries(state(c=np.ones(1))) == [True, False, True]
+    assert changed_summaries(state()) == [False, False, False, False]
+    assert changed_summaries(state(a=np.arange(4.0) + 1)) == [False, False, True, False]
+    assert changed_summaries(state(b=np.arange(6, dtype="i2"))) == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert changed_summaries(state(a=np.arange(4.0).view("i8"))) == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert changed_summaries(state(c=np.ones(1))) == [True, False, True, False]
     first, other = (ObjectState("o", {"n": n, "x": np.ones(2)}) for n in (1, 2))
-    assert changed_summaries(other, first) == [False, True, False]
+    assert changed_summaries(other, first) == [False, True, False, False]
+
+
+def test_summary_tells_of_which_leaves_there_are_fingerprints():
+    (content,) = digest_states(capture_states([state()]), 1)
+    some, others = (
+        replace(content, fingerprints=Fingerprints(content.digests.wholes, places))
+        for places in (b"\0\1", b"\1\0")
+    )
+    assert len({one.summary()[3] for one in (content, some, others)}) == 3
+    assert len({one.summary()[:3] for one in (content, some, others)}) == 1
 
 
 def test_nothing_is_copied():

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.engine.save.reuse import plan_reuse, sample
-from mpi_ckpt.engine.sync.captured import capture_states, digest_states
+from mpi_ckpt.engine.save.reuse import KnownLeaves, plan_reuse, sample
+from mpi_ckpt.engine.sync.captured import Fingerprints, capture_states, digest_states
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.reading.reader import read_manifest
 from tests.making import Stream, publish
@@ -73,6 +73,40 @@ def test_leaf_of_another_name_or_state_is_written_again(older):
     assert shared(plan(older, given)) == {(0, 0), (0, 1)}
     assert plan(older, arrays(), name="other").leaves == {}
     assert plan(older, arrays(), name="t").leaves == {}
+
+
+def fingerprinted(prints: bytes, places=b"\1\1\1", **changed):
+    """Return contents without digests; a byte stands for the fingerprint of each leaf."""
+    (content,) = capture_states([ArrayState("s", arrays(**changed))])
+    wholes = b"".join(bytes([one]) * 16 for one in prints)
+    return replace(content, fingerprints=Fingerprints(wholes, places))
+
+
+def test_leaves_that_keep_their_fingerprint_are_shared(older):
+    known = KnownLeaves.of(older.generation, [fingerprinted(b"abc")])
+    limits = {"generation": 2, "full_every": 10, "known": known}
+    reuse = plan_reuse(older, [fingerprinted(b"abx")], **limits)
+    assert shared(reuse) == {(0, 0), (0, 1)}
+    stored = {leaf.spec.name: leaf for leaf in older.state("s").leaves}
+    assert list(reuse.leaves[0]) == [stored["a"], stored["b"]]
+    assert plan_reuse(older, [fingerprinted(b"xyz")], **limits).files == {}
+
+
+@pytest.mark.parametrize(
+    ("generation", "content"),
+    [
+        (2, {}),  # an older generation has become the newest
+        (1, {"places": b"\1\1\0"}),  # a leaf was on the host then
+        (1, {"a": np.arange(8)}),
+        (1, {"d": np.zeros(1), "prints": b"abcd", "places": b"\1\1\1\1"}),
+    ],
+)
+def test_fingerprints_of_something_else_say_nothing(older, generation, content):
+    known = KnownLeaves.of(generation, [fingerprinted(b"abc")])
+    now = fingerprinted(**{"prints": b"abc", **content})
+    assert known.unchanged(older, now) is None
+    limits = {"generation": 2, "full_every": 10, "known": known}
+    assert plan_reuse(older, [now], **limits).leaves == {}
 
 
 def test_undigested_contents_are_not_looked_at(older):

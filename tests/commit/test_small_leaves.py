@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from mpi_ckpt.engine.save import shard
 from mpi_ckpt.engine.sync.captured import capture_states, digest_states
-from mpi_ckpt.leaves.buckets import find_spans, read_leaves, write_leaves
+from mpi_ckpt.leaves.buckets import (
+    Leaves,
+    find_spans,
+    join_leaves,
+    read_leaves,
+    write_leaves,
+)
 from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.loading import load
 from mpi_ckpt.states.arrays import ArrayState, array_leaf
@@ -64,6 +70,11 @@ def test_bytes_of_many_are_those_of_each(drawn):
     assert [b"".join([one]) for one in read_leaves(leaves)] == [
         bytes(leaf.buffer.read()) for leaf in leaves
     ]
+    expected = b"".join(bytes(leaf.buffer.read()) for leaf in leaves)
+    assert b"".join(read_leaves(Leaves(leaves), 1)) == expected[leaves[0].spec.nbytes :]
+    memory = bytearray(b"x" * len(expected))
+    join_leaves(leaves, memoryview(memory))
+    assert memory == expected
     assert find_spans(leaves).tolist() == [list(leaf.buffer.span()) for leaf in leaves]
     with_none = [None, *leaves]
     assert find_spans(with_none).tolist()[0] == [0, 0]
@@ -90,9 +101,14 @@ def test_nan_payloads_and_odd_truth_values_are_written_unchanged():
     floats = [np.zeros(3, np.float32) for _ in range(4)]
     write_leaves(leaves_of(floats), memoryview(patterns.tobytes() * 4))
     assert all(array.view(np.uint32).tolist() == patterns.tolist() for array in floats)
+    memory = bytearray(48)
+    join_leaves(leaves_of(floats), memoryview(memory))
+    assert memory == patterns.tobytes() * 4
     truths = [np.zeros(2, np.bool_) for _ in range(4)]
     write_leaves(leaves_of(truths), memoryview(b"\x01\x02" * 4))
     assert all(array.view(np.uint8).tolist() == [1, 2] for array in truths)
+    join_leaves(leaves_of(truths), memoryview(memory)[:8])
+    assert memory[:8] == b"\x01\x02" * 4
     scalars = [np.zeros((), np.float32) for _ in range(3)]
     write_leaves(leaves_of(scalars), memoryview(patterns.tobytes()))
     assert [int(array.view(np.uint32)) for array in scalars] == patterns.tolist()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import pickle
 import shutil
 import socket
 from pathlib import Path
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tests.crash.recorder import Op
+    from tests.crash.replay import Image
 
-RECORD_HOSTS = str(Path(__file__).parent / "programs" / "record_hosts.py")
+PROGRAMS = Path(__file__).parent / "programs"
+RECORD_HOSTS = str(PROGRAMS / "record_hosts.py")
+JUDGE_PAIRS = str(PROGRAMS / "judge_pairs.py")
 HOSTS = ("host0", "host1")
 
 
@@ -52,7 +56,7 @@ def recorded_on_hosts(way: str) -> list[Op]:
         out = sandbox / "records"
         disk = sandbox / "disk"
         disk.mkdir()
-        outcome = run_job(2, [RECORD_HOSTS, str(disk), str(out), way], timeout=100)
+        outcome = run_job(2, [RECORD_HOSTS, str(disk), str(out), *way.split()], timeout=100)
         assert outcome.code == 0, outcome.text
         ops = merge(json.loads(out.read_text()))
         assert_explained(Scenario(way, {}, ops), disk)
@@ -63,23 +67,43 @@ def recorded_on_hosts(way: str) -> list[Op]:
 
 def saves_on_hosts(way: str) -> Scenario:
     saves = [Saved.of(step) for step in range(1, 9)]
-    return Scenario(f"two hosts, {way}", {}, recorded_on_hosts(way), saves=saves)
+    ops = recorded_on_hosts(way)
+    return Scenario(f"two hosts, {way}", {}, ops, saves=saves, cut="cut" in way.split())
 
 
-def judge_host(host: str, sandbox: Path, saves: Sequence[Saved], acked: int) -> str | None:
+def judge_host(host: str, sandbox: Path, scenario: Scenario, acked: int) -> str | None:
     """Start again on one host alone, as a crash left its disk and the directory.
 
     Each host has all of a generation, as there are two copies on two hosts. Returns what
     `world.judge` does.
     """
+    local = local_level(sandbox)
     name, socket.gethostname = socket.gethostname, lambda: host
     try:
-        with Training(sandbox / ROOT, local=local_level(sandbox)) as training:
-            if fault := fault_of_restore(training, saves, acked):
+        with Training(sandbox / ROOT, local=local, cut=scenario.cut) as training:
+            if fault := fault_of_restore(training, scenario.saves, acked):
                 return fault
             return _go_on(training, sandbox, host)
     finally:
         socket.gethostname = name
+
+
+def judge_pairs(
+    scenario: Scenario, seed: int, states: Sequence[tuple[int, Image]]
+) -> list[str]:
+    """Start again on both hosts in each state, one damaged; return what is wrong."""
+    place = scratch()
+    try:
+        given, told = place / "given", place / "told"
+        given.write_bytes(pickle.dumps((scenario, seed, states)))
+        # An error on one rank alone ends the other by mpi4py.
+        program = ["-m", "mpi4py", JUDGE_PAIRS]
+        outcome = run_job(2, [*program, str(given), str(told)], timeout=100)
+        assert outcome.code == 0, outcome.text
+        wrong: list[str] = json.loads(told.read_text())
+    finally:
+        shutil.rmtree(place)
+    return wrong
 
 
 def _go_on(training: Training, sandbox: Path, host: str) -> str | None:

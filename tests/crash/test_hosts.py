@@ -14,11 +14,15 @@ from dataclasses import replace
 import pytest
 
 from tests.crash.crashes import empty, quiet_scratch
-from tests.crash.hosts import HOSTS, judge_host, saves_on_hosts
+from tests.crash.hosts import HOSTS, judge_host, judge_pairs, saves_on_hosts
 from tests.crash.replay import Model, crash_images, image_digest, write_image
 from tests.draws import JUDGED, SEED, STRESS, TIMES
 
-WAYS = ("blocking", "asynchronous")
+# With cut state there is all that there is without, and more.
+WAYS = [
+    *("blocking cut", "asynchronous cut"),
+    *(pytest.param(way, marks=pytest.mark.long) for way in ("blocking", "asynchronous")),
+]
 STATES = 5000 if STRESS else 120 * TIMES
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(1800 if STRESS else 300 * TIMES)]
@@ -34,7 +38,7 @@ def judge(scenario, states):
                 empty(sandbox)
                 write_image(image, sandbox)
                 acked = scenario.acked_after(done)
-                fault = judge_host(host, sandbox, scenario.saves, acked)
+                fault = judge_host(host, sandbox, scenario, acked)
                 if fault is not None:
                     last = scenario.ops[done - 1] if done else "nothing"
                     wrong.append(f"{fault} on {host}, after operation {done} ({last})")
@@ -61,18 +65,31 @@ def test_power_cuts_of_all_hosts(way):
     assert not wrong, "\n".join(wrong[:10])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_power_cuts_of_all_hosts_and_damage_to_one(way):
+    scenario = saves_on_hosts(way)
+    states = draw(scenario, random.Random(SEED + 1), STATES)
+    wrong = judge_pairs(scenario, SEED, states)
+    assert not wrong, "\n".join(wrong[:10])
+
+
 @pytest.mark.parametrize("forgotten", ["sync_dir", "sync_file"])
 def test_a_save_that_does_not_sync_on_a_host_is_found(forgotten):
-    scenario = saves_on_hosts("blocking")
+    scenario = saves_on_hosts("blocking cut")
     ops = [
         op
         for op in scenario.ops
         if op.kind != forgotten or not op.path.startswith("local/host0/")
     ]
     bad = replace(scenario, ops=ops)
-    wrong = judge(bad, draw(bad, random.Random(SEED), 40))
+    states = draw(bad, random.Random(SEED), 40)
+    wrong = judge(bad, states)
     assert any(line.startswith(("LOST", "NONE")) for line in wrong)
     assert not any("on host1" in line for line in wrong)
+    # Both hosts together need it only if the other one is damaged.
+    damaged = judge_pairs(bad, SEED, states)
+    assert any(line.startswith(("LOST", "NONE")) for line in damaged)
+    assert all("of host1" in line for line in damaged)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -83,7 +100,7 @@ def test_kills_between_any_two_changes_of_names(way):
         done for done, op in enumerate(scenario.ops) if op.kind in names
     ]  # before each of them
     assert sum(scenario.ops[done].kind == "rename" for done in moments) >= 20
-    if way == "blocking" and not STRESS and TIMES == 1:
+    if "blocking" in way and not STRESS and TIMES == 1:
         moments = moments[::2]
     model, states, applied = Model(scenario.base), [], 0
     for done in moments:

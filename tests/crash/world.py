@@ -22,6 +22,7 @@ from mpi_ckpt import (
     KeepLast,
     Local,
     Options,
+    PerRankState,
     ShardedArrayState,
     State,
 )
@@ -124,7 +125,7 @@ def pretend_hosts(comm: MPI.Intracomm) -> int:
 
 
 class Tiles:
-    """State that is cut over the ranks: rows of a field, and numbered rows.
+    """State that is cut over the ranks: rows of a field, numbered rows, and a value each.
 
     Args:
         comm: The communicator of the job.
@@ -135,11 +136,13 @@ class Tiles:
         self._mine = np.zeros_like(self._field_at(0))
         block = Block(self._mine, shape=_FIELD, offset=(self._share(_FIELD[0])[0], 0))
         self._rows = ConcatState("rows", self._rows_at(0))
-        self.states = [ShardedArrayState("field", {"x": block}), self._rows]
+        self._own = PerRankState("own", self._own_at(0), resize=_resized)
+        self.states = [ShardedArrayState("field", {"x": block}), self._rows, self._own]
 
     def move(self, step: int) -> None:
         self._mine[:] = self._field_at(step)
         self._rows.arrays = self._rows_at(step)
+        self._own.value = self._own_at(step)
 
     def problem(self, step: int) -> str | None:
         """Return the name of an array that is not that of a step."""
@@ -148,7 +151,10 @@ class Tiles:
         for name, expected in self._rows_at(step).items():
             if not np.array_equal(self._rows.arrays[name], expected):
                 return f"rows/{name}"
-        return None
+        return None if self._own.value == self._own_at(step) else "own"
+
+    def _own_at(self, step: int) -> list[int]:
+        return [self._rank, step]
 
     def _share(self, count: int) -> tuple[int, int]:
         return count * self._rank // self._size, count * (self._rank + 1) // self._size
@@ -161,6 +167,13 @@ class Tiles:
         # Another number at each step, and of each rank.
         numbers = np.arange(step % 7, 60 + step % 7)[slice(*self._share(60))]
         return {"number": numbers, "place": np.stack([numbers + step, numbers - step], 1)}
+
+
+def _resized(values: Sequence[list[int]], size: int) -> list[list[int]]:
+    """Require the values of all ranks that have saved; make those of so many."""
+    assert [rank for rank, _ in values] == list(range(len(values)))
+    (step,) = {step for _, step in values}
+    return [[rank, step] for rank in range(size)]
 
 
 class Training:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from mpi_ckpt import CheckpointManager, Options
+from mpi_ckpt.states.buffers.fingerprint import finish, row_sums
+from mpi_ckpt.states.buffers.tensor_bytes import flat_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,12 +48,14 @@ class Bench:
         directory: An empty directory, the same on each rank.
         device: Kind of the device: ``"cpu"`` for none.
         mebibytes: Size of the large tensors.
+        figures: Takes numbers by name, for programs.
     """
 
     comm: object
     directory: Path
     device: str
     mebibytes: int
+    figures: dict = field(default_factory=dict)
 
     @property
     def is_real(self):
@@ -63,6 +68,15 @@ class Bench:
     def synchronize(self):
         if self.is_real:
             torch.cuda.synchronize()
+
+    def late(self):
+        """Give the current stream 0.1 s of work."""
+        if self.is_real:
+            torch.cuda._sleep(200_000_000)
+
+    def another_stream(self):
+        """Make the work of a block that of another stream."""
+        return torch.cuda.stream(torch.cuda.Stream()) if self.is_real else nullcontext()
 
     def manager(self, *states, **options):
         options = Options(preemption_signals=(), deadline_seconds=120.0, **options)
@@ -100,6 +114,12 @@ def values(module, optimizer):
     return [tensor.detach().cpu().clone() for tensor in tensors]
 
 
+def fingerprint(tensor):
+    """Make the fingerprint of a tensor where it is."""
+    flat = flat_bytes(tensor.contiguous())
+    return finish(row_sums([flat]).cpu().numpy(), len(flat))
+
+
 def are_equal(some, others):
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
@@ -108,5 +128,5 @@ def of_environment(comm, directory):
     """Make the bench that ``DEVICE`` and ``MIB`` ask for."""
     there = "cuda" if torch.cuda.is_available() else "cpu"
     device = os.environ.get("DEVICE", there)
-    default = "4096" if device != "cpu" else "64"
+    default = "2048" if device != "cpu" else "64"
     return Bench(comm, directory, device, int(os.environ.get("MIB", default)))

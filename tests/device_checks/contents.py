@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from mpi_ckpt import ObjectState, RNGState, TrainState
+from mpi_ckpt import Block, ObjectState, RNGState, ShardedArrayState, TrainState
 from mpi_ckpt.errors import StageError
-from tests.device_checks.bench import are_equal, check, values
+from tests.device_checks.bench import are_equal, check, fingerprint, values
 
 _DTYPES = (
     *("bool", "uint8", "int8", "float16", "bfloat16", "float32", "float64", "complex64"),
@@ -60,12 +60,8 @@ def step_on_another_stream(bench):
     options = {"asynchronous": True}
     with bench.manager(TrainState(module, optimizer), **options) as checkpoints:
         for number in range(5):
-            if bench.is_real:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    torch.cuda._sleep(200_000_000)  # about 0.1 s
-                    bench.step(module, optimizer)
-                    checkpoints.save(step=number)
-            else:
+            with bench.another_stream():
+                bench.late()
                 bench.step(module, optimizer)
                 checkpoints.save(step=number)
             checkpoints.wait()
@@ -130,6 +126,100 @@ def one_bit_on_one_rank(bench):
     assert bench.comm.size == 1 or report.differing, "not seen"
     assert are_equal(wanted, values(module, optimizer)), "not healed"
     return f"{report.bytes_sent:,} bytes sent"
+
+
+@check
+def fingerprints_are_those_of_the_host(bench):
+    """A device and the host make the same of the same bytes, of any length and layout."""
+    torch.manual_seed(1)
+    count = 0
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.complex64):
+        for length in (1, 3, 16_384, 65_537, 1_048_576, 1_048_579, 5_000_001):
+            tensor = torch.randint(0, 127, (length + 1,), device=bench.device).to(dtype)
+            for one in (tensor, tensor[1:], tensor[::3]):
+                there, here = fingerprint(one), fingerprint(one.cpu())
+                assert there == here, f"{dtype}, {length} elements"
+                count += 1
+    flipped = tensor.clone()
+    flipped.view(torch.uint8)[-1] ^= 1
+    assert fingerprint(flipped) != fingerprint(tensor)
+    return f"{count} tensors"
+
+
+@check
+def sync_after_a_late_step(bench):
+    """What is compared is what a late step on another stream has made."""
+    tensor = torch.zeros(1 << 20, device=bench.device)
+    state = ObjectState("late", {"x": tensor})
+    with bench.manager(state) as checkpoints:
+        for number in range(3):
+            with bench.another_stream():
+                bench.late()
+                tensor += bench.comm.rank + 1
+                report = checkpoints.sync()
+            bench.synchronize()
+            differs = bool(report.differing)
+            assert differs == (bench.comm.size > 1), f"sync {number}"
+            assert bool((tensor == number + 1).all()), f"sync {number}: not root's"
+    return "3 syncs"
+
+
+@check
+def unchanged_leaves_are_shared(bench):
+    """A save shares what has kept its fingerprint, and writes what has changed."""
+    values = {name: torch.randn(1 << 20, device=bench.device) for name in "abc"}
+    state = ObjectState("values", values)
+    with bench.manager(state) as checkpoints:
+        checkpoints.sync()
+        checkpoints.save(step=0)
+        state.value["b"].mul_(2)
+        report = checkpoints.save(step=1)
+        wanted = [one.clone() for one in state.value.values()]
+        for one in state.value.values():
+            one.zero_()
+        checkpoints.restore()
+    assert report.bytes_reused == 2 << 22, f"{report.bytes_reused:,} bytes are shared"
+    assert are_equal(wanted, list(state.value.values())), "bytes"
+    return f"{report.bytes_reused:,} bytes shared"
+
+
+@check
+def cut_state(bench):
+    """Rows cut over the ranks, with ghost cells, come back where they were."""
+    rows = 1000 if bench.is_real else 50
+    around = torch.randn(rows + 3, 4096 + 5, device=bench.device)
+    block = Block.rows(around, bench.comm, ghosts=((1, 2), (2, 3)))
+    wanted = around[1:-2, 2:-3].clone()
+    with bench.manager(ShardedArrayState("field", {"x": block})) as checkpoints:
+        checkpoints.save(step=1)
+        around.zero_()
+        checkpoints.restore()
+    assert torch.equal(around[1:-2, 2:-3], wanted)
+    return f"{wanted.nbytes:,} bytes on this rank"
+
+
+@check
+def no_memory_left_on_the_device(bench):
+    """With no memory left on one rank, replicas are compared and saved all the same."""
+    bench.need_device()
+    state = ObjectState("values", {"x": torch.ones(1 << 22, device=bench.device)})
+    taken, size = [], 1 << 30
+    with bench.manager(state) as checkpoints:
+        checkpoints.sync()
+        torch.cuda.empty_cache()
+        bench.comm.Barrier()
+        if bench.comm.rank == bench.comm.size - 1:
+            while size >= 1 << 20:
+                try:
+                    taken.append(torch.empty(size, dtype=torch.uint8, device=bench.device))
+                except torch.OutOfMemoryError:
+                    size //= 2
+        bench.comm.Barrier()
+        report = checkpoints.sync()
+        checkpoints.save(step=1)
+        del taken
+    assert not report.differing
+    return "one sync and one save"
 
 
 @check

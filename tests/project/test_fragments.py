@@ -131,7 +131,7 @@ def test_adapters_of_the_observing_page(tmp_path):
     assert "options" in run("observing", 2, tmp_path, **nobody)
 
 
-@shows("docs/elastic.md", 0, 1, 4)
+@shows("docs/elastic.md", 0, 1, 4, 5)
 def test_elastic_page(tmp_path):
     torch = pytest.importorskip("torch")
     sampler = mpi_ckpt.ElasticSampler(8, 4)
@@ -157,6 +157,8 @@ def test_elastic_page(tmp_path):
     assert found["hard"].name == "hard samples"
     assert found["hard"].value == []
     assert found["share_out"]([[1, 2], [3]], 3) == [[1], [2], [3]]
+    yielding = run("elastic", 5, tmp_path)["share_out"]
+    assert list(yielding([[1, 2], [3], [4]], 2)) == [[1, 2, 4], [3]]
 
 
 @shows("docs/distributed.md", 0, 2)

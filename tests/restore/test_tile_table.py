@@ -166,6 +166,8 @@ def test_a_header_too_large_to_read_is_not_planned(monkeypatch):
     many = [TileEntry("s", spec, Box((n,), (1,))) for n in range(40)]
     with pytest.raises(SaveError, match="40 tiles in one file need a header of 8192"):
         plan_tile_file(many)
+    with pytest.raises(SaveError, match=r"nothing was published\. Use more hosts$"):
+        plan_tile_file(many, advice="Use more hosts")
 
 
 def forged(change: Any) -> tuple[bytes, StoredFile]:

@@ -317,7 +317,7 @@ def test_a_header_too_large_for_a_table_is_not_read(generation, monkeypatch):
     monkeypatch.setattr("mpi_ckpt.storage.reading.file_reader.TABLE_BYTES_MAX", 4095)
     with (
         GenerationReader(generation) as reader,
-        pytest.raises(CorruptGenerationError, match="4096 bytes are no header of tiles"),
+        pytest.raises(CorruptGenerationError, match="4096 bytes are no header"),
     ):
         reader.tiles()
 

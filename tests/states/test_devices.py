@@ -16,6 +16,7 @@ import torch
 
 from mpi_ckpt import devices
 from mpi_ckpt.devices import Lane, following, land
+from mpi_ckpt.engine.save.cut.own_tiles import runs_of
 from mpi_ckpt.engine.save.staging import land_leaves
 from mpi_ckpt.engine.sync.captured import digest_leaves
 from mpi_ckpt.leaves.digest import Digest
@@ -24,6 +25,8 @@ from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.memory import Arena
 from mpi_ckpt.states.buffers import device_bytes
 from mpi_ckpt.states.buffers.device_bytes import DeviceBuffer
+from mpi_ckpt.states.buffers.fingerprint import finish, row_sums
+from mpi_ckpt.states.buffers.tensor_bytes import flat_bytes
 from mpi_ckpt.states.tensors import tensor_leaf
 from tests.stand_in import StandIn, install
 
@@ -118,8 +121,8 @@ def halves_filled_early(device, monkeypatch):
 def nothing_kept(device, monkeypatch):
     real = device_bytes.DeviceBuffer._copy
 
-    def drop(buffer, source, target, data):
-        copy = real(buffer, source, target, data)
+    def drop(buffer, source, data):
+        copy = real(buffer, source, data)
         copy.begin()
         return copy._replace(begin=lambda: None)
 
@@ -188,6 +191,68 @@ def test_parts_of_a_tile_come_from_the_device(device):
     assert bytes(part.read()) == (numbers(5000) * 3)[10:20].numpy().tobytes()
     assert part.host_bytes() is None
     assert part.view() is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("turned", [False, True])
+def test_tiles_with_ghost_cells_pass_in_chunks_in_both_ways(device, rows, turned):
+    """Never more than two chunks in host memory; rows longer than a chunk are cut, too."""
+    like = numbers(rows * 6000).view(rows, 60, 100)
+    base = device.tensor(like)
+    inner = (slice(None), slice(1, -1), slice(2, -2))
+    tile, expected = base[inner], like[inner] * 2
+    if turned:
+        tile, expected = tile.transpose(0, 2), expected.transpose(0, 2)
+    with device.on(device.stream()):
+        device.work(lambda: base.mul_(2))
+        leaf = tensor_leaf("x", tile)
+    expected = expected.contiguous().numpy().tobytes()
+    sizes = [len(piece) for piece in leaf.buffer.pieces()]
+    assert sum(sizes) == len(expected)
+    assert max(sizes) <= CHUNK
+    for read in READS.values():
+        assert read(leaf) == expected
+    assert b"".join(map(bytes, runs_of(leaf))) == expected
+    around = like * 2
+    around[inner] = 0
+    leaf.buffer.write(memoryview(bytes(len(expected))))
+    assert torch.equal(base, around)  # ghost cells keep theirs
+    leaf.buffer.write(memoryview(expected))
+    assert torch.equal(base, like * 2)
+
+
+def fingerprints(leaves):
+    return DeviceBuffer.fingerprint_all([leaf.buffer for leaf in leaves])
+
+
+def test_fingerprints_are_those_after_the_work_given_before(device):
+    leaf, expected = trained_late(device)
+    with device.on(device.stream()):
+        device.work(lambda: pytest.fail("done, though nobody waits for it"))
+    again = tensor_leaf("x", torch.frombuffer(bytearray(expected), dtype=torch.float32))
+    wanted = finish(row_sums([flat_bytes(again.buffer._tensor)]).numpy(), len(expected))
+    assert elsewhere(lambda: fingerprints([leaf])) == [wanted]
+    assert device.copied == {"to host": 0, "to device": 0}
+
+
+def test_fingerprints_do_not_depend_on_layout_or_neighbours(device):
+    values = [numbers(5), numbers(0), numbers(40_000), numbers(600).view(20, 30)]
+    leaves = [tensor_leaf(str(n), device.tensor(one)) for n, one in enumerate(values)]
+    turned = tensor_leaf("turned", device.tensor(numbers(600).view(20, 30).t()).t())
+    together = fingerprints([*leaves, turned])
+    assert device.calculated == 1
+    assert together == [fingerprints([leaf])[0] for leaf in [*leaves, turned]]
+    assert together[3] == together[4]  # the same elements, turned twice
+    assert len(set(together)) == 4
+    conj = torch.complex(numbers(30), numbers(30))
+    lazy = tensor_leaf("lazy", device.tensor(conj).conj())
+    plain = tensor_leaf("plain", device.tensor(conj.conj().resolve_conj()))
+    assert fingerprints([lazy]) == fingerprints([plain])
+
+
+def test_no_fingerprint_where_no_memory_is_left(device):
+    device.has_memory = False
+    assert fingerprints([trained_late(device)[0]]) is None
 
 
 def test_one_event_for_all_leaves_of_a_capture(device):
@@ -324,6 +389,12 @@ def test_cuda_is_asked_by_the_names_that_torch_has(monkeypatch):
     link.finish(event)
     stream.record_event.return_value.synchronize.assert_called_once_with()
     assert entered == ["cuda:1"]
+
+    made = mock.Mock()
+    assert link.calculate(made, stream) is made.return_value.cpu.return_value
+    cuda.stream.assert_called_once_with(stream)
+    cuda.stream.reset_mock()
+    assert entered.pop() == "cuda:1"
 
     target, source = mock.Mock(), numbers(4)
     link.copy(target, source, stream)

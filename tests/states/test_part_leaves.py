@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import mpi_ckpt
 from mpi_ckpt import Options, PerRankState, RNGState
-from mpi_ckpt.engine.restore.cut.dealing import SavedParts
+from mpi_ckpt.engine.restore.cut.dealing import LazyParts, SavedParts
 from mpi_ckpt.errors import CorruptGenerationError, StateMismatchError
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Capture
@@ -170,16 +170,45 @@ def test_root_reads_parts_by_the_window_and_never_holds_them_all(tmp_path):
     publish(tmp_path, [joined(PerRankState("own"), values)])
     with GenerationReader(tmp_path / "checkpoint-00000001") as reader:
         parts = SavedParts(reader, "own", 2 * nbytes)
-        lengths = parts.lengths(range(count))
         tracemalloc.start()
         try:
             for rank, part in parts.read(range(count)):
-                assert len(part) == lengths[rank]
+                assert len(part) > parts.nbytes(rank) == nbytes
                 assert (unpack(part)["a"] == rank).all()
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
     assert 2 * nbytes < peak < 8 * nbytes
+
+
+def share_out(values, size):
+    """Give each rank the sum of every so manieth value."""
+    for rank in range(size):
+        yield sum(values[saved] for saved in range(rank, len(values), size))
+
+
+@pytest.mark.parametrize("is_generator", [True, False])
+def test_resize_that_yields_holds_few_values_on_root(tmp_path, is_generator):
+    count, size, nbytes = 16, 3, 1 << 20
+    values = [np.full(nbytes // 8, float(n)) for n in range(count)]
+    publish(tmp_path, [joined(PerRankState("own"), values)])
+    function = share_out if is_generator else lambda *given: list(share_out(*given))
+    state = PerRankState("own", resize=function)
+    with GenerationReader(tmp_path / "checkpoint-00000001") as reader:
+        parts = LazyParts(SavedParts(reader, "own", nbytes))
+        assert (unpack(parts[-1]) == count - 1).all()
+        assert [int(unpack(part)[0]) for part in parts[2:4]] == [2, 3]
+        tracemalloc.start()
+        try:
+            for rank, part in enumerate(state.resize(parts, size)):
+                assert (unpack(part) == sum(range(rank, count, size))).all()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    if is_generator:
+        assert peak < 10 * nbytes
+    else:  # all values, since the function takes a list
+        assert count * nbytes < peak < (count + 10) * nbytes
 
 
 def test_leaf_of_a_part_may_be_cut_into_several_tiles(tmp_path):
@@ -212,7 +241,7 @@ def test_structure_that_is_no_json_is_damage(tmp_path):
     with GenerationReader(path) as reader:
         parts = SavedParts(reader, "own", 1 << 20)
         with pytest.raises(CorruptGenerationError, match="structure of a part"):
-            parts.lengths([0])
+            list(parts.read([0]))
     with mpi_ckpt.load(tmp_path) as generation, pytest.raises(CorruptGenerationError):
         generation["own"].value()
 

@@ -14,11 +14,11 @@ import click
 
 from mpi_ckpt.cli.command import (
     GOOD,
-    MISUSED,
     CommandError,
     command,
     directory_argument,
     generation_argument,
+    misused,
 )
 from mpi_ckpt.cli.directory_kinds import directory_to_look_at
 from mpi_ckpt.cli.generations import open_wanted
@@ -95,11 +95,7 @@ def export(
     directory = directory_to_look_at(directory, generation, "export")
     form = form or _FORMATS.get(target.suffix.lower())
     if form is None:
-        raise CommandError(
-            f"{target}: give --format safetensors or --format torch",
-            code=MISUSED,
-            kind="usage",
-        )
+        raise misused(f"{target}: give --format safetensors or --format torch")
     with open_wanted(directory, generation) as reader:
         path = reader.path
         states = pick_states(reader.manifest, names)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpi_ckpt.cli.command import GOOD, MISUSED, CommandError, DirectoryPath, command
+from mpi_ckpt.cli.command import GOOD, CommandError, DirectoryPath, command, misused
 from mpi_ckpt.cli.convert.foreign import Content, FileStream, FixedState, open_safetensors
 from mpi_ckpt.cli.directory_kinds import kind_of, require_target
 from mpi_ckpt.cli.plain_text import bytes_text, plural
@@ -93,10 +93,8 @@ def import_file(
         if states is None:
             states = [_one_state(name or source.stem, form, list(content.leaves.values()))]
         elif name is not None and source.suffix == ".safetensors":
-            raise CommandError(
-                f"{source} names its states itself; --state is for files that do not",
-                code=MISUSED,
-                kind="usage",
+            raise misused(
+                f"{source} names its states itself; --state is for files that do not"
             )
         published = _publish(into, states, content, step)
     screen.data(
@@ -125,14 +123,12 @@ def import_file(
 def _require_source(source: Path) -> None:
     kind = kind_of(source)
     if kind == "missing":
-        raise CommandError(f"{source} does not exist", code=MISUSED, kind="absent")
+        raise misused(f"{source} does not exist", "absent")
     if kind in ("checkpoints", "generation"):
-        raise CommandError(
+        raise misused(
             f"{source} already belongs to mpi_ckpt: to copy one generation into another "
             f"directory, run mpi-ckpt export {quote(str(source))} --to FILE.safetensors, "
-            "and import that file",
-            code=MISUSED,
-            kind="usage",
+            "and import that file"
         )
 
 
@@ -185,10 +181,8 @@ def _from_torch(source: Path, name: str, form: str | None, *, split: bool) -> Co
     if not split:
         return Content([_state_of(name, form, value)], {})
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise CommandError(
-            f"{source} holds no dict with names as keys: there is nothing to --split",
-            code=MISUSED,
-            kind="usage",
+        raise misused(
+            f"{source} holds no dict with names as keys: there is nothing to --split"
         )
     return Content([_state_of(key, form, inner) for key, inner in value.items()], {})
 
@@ -199,11 +193,9 @@ def _state_of(name: str, form: str | None, value: Any) -> FixedState:  # noqa: A
     from mpi_ckpt.states.tree import flatten
 
     if form == "module" and not is_module(value):
-        raise CommandError(
+        raise misused(
             f"{name!r} is not a dict that holds tensors only, as a module's does; leave "
-            "out --as",
-            code=MISUSED,
-            kind="usage",
+            "out --as"
         )
     if form != "values" and is_module(value):
         structure, tensors = module_form(value)
@@ -215,12 +207,11 @@ def _state_of(name: str, form: str | None, value: Any) -> FixedState:  # noqa: A
 def _adaptdl(source: Path, *, trusted: bool) -> tuple[Content, list[str]]:
     path = _newest_of_adaptdl(source)
     if not trusted:
-        raise CommandError(
+        raise misused(
             f"{path} is a checkpoint of adaptdl: its files are pickles. Nothing is run "
             "now, but the job that loads them will run whatever they hold; if you trust "
             "the people who made them, give --trust-pickle",
-            code=MISUSED,
-            kind="untrusted",
+            "untrusted",
         )
     with os_errors_as(ReadError, "listing", path):
         names = filesystem.list_names(path)
@@ -237,11 +228,9 @@ def _newest_of_adaptdl(source: Path) -> Path:
     with os_errors_as(ReadError, "listing", source):
         names = [n for n in filesystem.list_names(source) if is_adaptdl_name(n)]
     if not names:
-        raise CommandError(
+        raise misused(
             f"{source} is a directory, but not one of adaptdl's: nothing in it has a name "
-            "such as checkpoint-0",
-            code=MISUSED,
-            kind="usage",
+            "such as checkpoint-0"
         )
     return source / max(names, key=lambda n: int(re.sub(r"\D", "", n)))
 
@@ -251,5 +240,5 @@ def _starts_like_safetensors(source: Path) -> bool:
         with os_errors_as(ReadError, "reading", source):
             start = filesystem.read_start(source, 9)
     except ValueError as error:  # a FIFO or a device
-        raise CommandError(str(error), code=MISUSED, kind="usage") from error
+        raise misused(str(error)) from error
     return source.suffix == ".safetensors" or start[8:] == b"{"

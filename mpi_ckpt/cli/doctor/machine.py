@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,10 @@ from mpi_ckpt.cli.doctor.checks import Check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+_software, _mpi, _launcher = (
+    partial(Check, area) for area in ("software", "MPI", "launcher")
+)
 
 _MPI_SECONDS = 30.0
 _MPIRUN_SECONDS = 10.0
@@ -44,7 +49,7 @@ _LAUNCHERS = (
 def check_software() -> list[Check]:
     """Check Python and the packages that this one needs."""
     return [
-        Check("software", "python", f"{platform.python_version()}, {sys.executable}"),
+        _software("python", f"{platform.python_version()}, {sys.executable}"),
         *(_package(name, needed=True) for name in ("mpi_ckpt", "numpy", "xxhash")),
         _package("torch", needed=False),
     ]
@@ -60,11 +65,10 @@ def check_mpi(environ: Mapping[str, str]) -> list[Check]:
             found |= json.loads(line)
     checks = []
     if "mpi4py" in found:
-        checks.append(Check("MPI", "mpi4py", found["mpi4py"]))
+        checks.append(_mpi("mpi4py", found["mpi4py"]))
     if "error" in found:
         checks.append(
-            Check(
-                "MPI",
+            _mpi(
                 "library",
                 "cannot be loaded",
                 "wrong",
@@ -76,7 +80,7 @@ def check_mpi(environ: Mapping[str, str]) -> list[Check]:
     if "library" in found:
         name = " ".join(str(found["library"]).partition(",")[0].split())
         text = f"{name}, MPI {found['standard']}"
-        checks.append(Check("MPI", "library", text))
+        checks.append(_mpi("library", text))
     checks.append(_thread_level(found, ended))
     checks.append(_mpirun(found, environ))
     return checks
@@ -90,12 +94,11 @@ def check_launcher(environ: Mapping[str, str]) -> list[Check]:
         if size.isdecimal():
             rank = environ.get(rank_name, "?")
             text = f"rank {rank} of {size} ({size_name})"
-            checks.append(Check("launcher", launcher, text))
+            checks.append(_launcher(launcher, text))
     sizes = {check.found.split()[3] for check in checks}
     if len(sizes) > 1:
         checks.append(
-            Check(
-                "launcher",
+            _launcher(
                 "agreement",
                 "launchers name different sizes",
                 "note",
@@ -104,8 +107,7 @@ def check_launcher(environ: Mapping[str, str]) -> list[Check]:
         )
     if not checks:
         checks.append(
-            Check(
-                "launcher",
+            _launcher(
                 "variables",
                 "none: not started by a launcher",
                 advice="a job is started with mpirun, srun or horovodrun",
@@ -113,8 +115,7 @@ def check_launcher(environ: Mapping[str, str]) -> list[Check]:
         )
     if "SLURM_JOB_ID" in environ and "SLURM_STEP_NUM_TASKS" not in environ:
         checks.append(
-            Check(
-                "launcher",
+            _launcher(
                 "Slurm",
                 f"in job {environ['SLURM_JOB_ID']}, outside of srun",
                 "note",
@@ -138,20 +139,17 @@ def family_of(text: str) -> str | None:
 
 def _package(name: str, *, needed: bool) -> Check:
     try:
-        return Check("software", name, version(name))
+        return _software(name, version(name))
     except PackageNotFoundError:
         if not needed:
-            return Check(
-                "software", name, "not installed", "ok", "only torch states need it"
-            )
+            return _software(name, "not installed", "ok", "only torch states need it")
         advice = f"pip install {name}"
-        return Check("software", name, "not installed", "wrong", advice)
+        return _software(name, "not installed", "wrong", advice)
 
 
 def _thread_level(found: Mapping[str, Any], ended: str) -> Check:
     if "thread_level" not in found:
-        return Check(
-            "MPI",
+        return _mpi(
             "start",
             ended,
             "wrong",
@@ -159,9 +157,8 @@ def _thread_level(found: Mapping[str, Any], ended: str) -> Check:
         )
     level = found["thread_level"]
     if found["funneled"]:
-        return Check("MPI", "thread level", level, advice="FUNNELED is all that is needed")
-    return Check(
-        "MPI",
+        return _mpi("thread level", level, advice="FUNNELED is all that is needed")
+    return _mpi(
         "thread level",
         level,
         "wrong",
@@ -172,8 +169,7 @@ def _thread_level(found: Mapping[str, Any], ended: str) -> Check:
 def _mpirun(found: Mapping[str, Any], environ: Mapping[str, str]) -> Check:
     path = which("mpirun", environ)
     if path is None:
-        return Check(
-            "MPI",
+        return _mpi(
             "mpirun",
             "not in PATH",
             "note",
@@ -184,17 +180,16 @@ def _mpirun(found: Mapping[str, Any], environ: Mapping[str, str]) -> Check:
     first = (re.search(r"\d+\.\d+[.\w]*", said) or [""])[0]
     text = f"{path}, {theirs or 'of an unknown MPI'} {first}".rstrip()
     if theirs is None or ours is None:
-        return Check("MPI", "mpirun", text, "note", "make sure that it fits the library")
+        return _mpi("mpirun", text, "note", "make sure that it fits the library")
     if theirs != ours:
-        return Check(
-            "MPI",
+        return _mpi(
             "mpirun",
             text,
             "wrong",
             f"mpi4py loads {ours}: each rank would be a job of its own (and be refused); "
             f"put {ours}'s mpirun first in PATH",
         )
-    return Check("MPI", "mpirun", text, advice="fits the library that mpi4py loads")
+    return _mpi("mpirun", text, advice="fits the library that mpi4py loads")
 
 
 def which(name: str, environ: Mapping[str, str]) -> Path | None:
@@ -209,32 +204,27 @@ def which(name: str, environ: Mapping[str, str]) -> Path | None:
 
 
 def ask(
-    arguments: Sequence[str], environ: Mapping[str, str], seconds: float
-) -> tuple[str, str]:
-    """Run a program; return its output and its end. Its children have ended too."""
-    return _ask(arguments, environ, seconds, subprocess.STDOUT)
-
-
-def ask_for_output(
-    arguments: Sequence[str], environ: Mapping[str, str], seconds: float
-) -> tuple[str, str]:
-    """Do the same as `ask`, but pass on the program's standard error."""
-    return _ask(arguments, environ, seconds, None)
-
-
-def _ask(
     arguments: Sequence[str],
     environ: Mapping[str, str],
     seconds: float,
-    stderr: int | None,
+    *,
+    joined: bool = True,
 ) -> tuple[str, str]:
+    """Run a program; return its output and its end. Its children have ended too.
+
+    Args:
+        arguments: The program, and its arguments.
+        environ: Its environment.
+        seconds: Its time.
+        joined: Whether its standard error is output as well; else it is this one's.
+    """
     try:
         process = subprocess.Popen(
             arguments,
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=stderr,
+            stderr=subprocess.STDOUT if joined else None,
             start_new_session=True,
         )
     except OSError as error:

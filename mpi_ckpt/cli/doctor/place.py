@@ -15,11 +15,12 @@ import stat
 import statistics
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.doctor.checks import Check
-from mpi_ckpt.cli.generations import lock_holder, look
+from mpi_ckpt.cli.generations import lock_holder, look, newest_of
 from mpi_ckpt.cli.plain_text import bytes_text
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage import filesystem
@@ -27,6 +28,8 @@ from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+_check = partial(Check, "directory")
 
 _BLOCK_BYTES = 4096
 _FSYNCS = 5
@@ -81,11 +84,6 @@ def mount_of(place: Path, table: str) -> tuple[str, str]:
         if inside and len(point) >= len(best[0]):
             best = (point, others[0], ",".join([fields[5], *others[2:]]))
     return best[1], best[2]
-
-
-def _check(name: str, found: str, verdict: str = "ok", advice: str = "") -> Check:
-    kind = {"note": "note", "wrong": "wrong"}.get(verdict, "ok")
-    return Check("directory", name, found, kind, advice)  # type: ignore[arg-type]
 
 
 def _name(directory: Path, place: Path) -> Check:
@@ -245,9 +243,10 @@ def _space(directory: Path, place: Path) -> list[Check]:
 
 def _newest_bytes(directory: Path) -> int:
     try:
-        return next((r.nbytes for r in look(directory) if r.state == "newest"), 0)
+        newest = newest_of(look(directory))
     except CheckpointError:
         return 0
+    return 0 if newest is None else newest.nbytes
 
 
 def _guard(directory: Path) -> list[Check]:

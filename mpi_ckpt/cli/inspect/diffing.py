@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, CommandError, command
+from mpi_ckpt.cli.command import BAD, GOOD, MISUSED, command, misused
 from mpi_ckpt.cli.directory_kinds import (
     directory_of_all,
     directory_to_look_at,
@@ -101,27 +101,23 @@ def diff(screen: Screen, where: tuple[str, ...], everything: bool) -> int:
 def _places(where: tuple[str, ...]) -> tuple[Path, Path]:
     if "" in where:
         text = "one of the arguments is empty: was a variable not set?"
-        raise CommandError(text, code=MISUSED, kind="usage")
+        raise misused(text)
     if len(where) == 3:
         root = directory_of_all(Path(where[0]), "diff DIR A B")
         return find_generation(root, where[1]), find_generation(root, where[2])
     if len(where) == 2:
         return _own_directory(where[0]), _own_directory(where[1])
-    raise CommandError(
-        f"diff takes DIR A B, or two directories of generations; {len(where)} given",
-        code=MISUSED,
-        kind="usage",
+    raise misused(
+        f"diff takes DIR A B, or two directories of generations; {len(where)} given"
     )
 
 
 def _own_directory(name: str) -> Path:
     path = directory_to_look_at(Path(name), None, "diff")
     if kind_of(path) != "generation":
-        raise CommandError(
+        raise misused(
             f"{name} is not the directory of a generation; to compare two of one "
-            "directory: mpi-ckpt diff DIR A B",
-            code=MISUSED,
-            kind="usage",
+            "directory: mpi-ckpt diff DIR A B"
         )
     return path
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.command import GOOD, command, directory_argument, generation_argument
 from mpi_ckpt.cli.directory_kinds import directory_of_all
-from mpi_ckpt.cli.generations import look, open_wanted
+from mpi_ckpt.cli.generations import bytes_on_disk, look, open_wanted
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.tables import Column
 
@@ -58,7 +58,7 @@ def disk_use(screen: Screen, directory: Path, generation: str | None) -> int:
     states = [_use_of_state(state, linked) for state in manifest.states]
     rows = [row for row in look(directory) if row.state != "gone"]
     generations = [_Use(row.name, row.nbytes - own, own) for row, own in _owned(rows)]
-    on_disk = sum(size for _, _, size in frozenset().union(*(r.inodes for r in rows)))
+    on_disk = bytes_on_disk(rows)
     screen.data(
         {
             "generation": manifest.generation,

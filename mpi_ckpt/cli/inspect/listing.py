@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpi_ckpt.cli.command import (
-    GOOD,
-    MISUSED,
-    CommandError,
-    command,
-    directory_argument,
-    mode_option,
-)
+from mpi_ckpt.cli.command import GOOD, command, directory_argument, misused, mode_option
 from mpi_ckpt.cli.directory_kinds import directory_of_all
-from mpi_ckpt.cli.generations import lock_holder, look
+from mpi_ckpt.cli.generations import bytes_on_disk, lock_holder, look
 from mpi_ckpt.cli.plain_text import bytes_text, plural
 from mpi_ckpt.cli.tables import Column
 from mpi_ckpt.retention import GenerationSummary, best_first, metric_names
@@ -99,7 +92,7 @@ def list_generations(
     marks = _marks(directory, rows, best, mode)
     if sort is not None:
         rows = _sorted(rows, sort, marks)
-    on_disk = sum(size for _, _, size in frozenset().union(*(r.inodes for r in rows)))
+    on_disk = bytes_on_disk(rows)
     screen.data(
         {
             "directory": str(directory),
@@ -138,11 +131,9 @@ def _marks(
     if metric is None and mode is None:
         return _Marks(pinned, [])
     if metric is None or mode is None:
-        raise CommandError(
+        raise misused(
             "give both: --best METRIC, and --mode min or --mode max, since only you know "
-            "which value is best",
-            code=MISUSED,
-            kind="usage",
+            "which value is best"
         )
     there = [
         GenerationSummary(row.manifest.generation, row.manifest.step, row.manifest.metrics)
@@ -151,11 +142,10 @@ def _marks(
     ]
     best = best_first(metric, mode, there)
     if not best:
-        raise CommandError(
+        raise misused(
             f"--best {metric}: no generation has that metric; there: "
             f"{', '.join(metric_names(there)) or 'none'}",
-            code=MISUSED,
-            kind="absent",
+            "absent",
         )
     return _Marks(pinned, best, metric)
 
@@ -164,21 +154,15 @@ def _sorted(rows: list[Row], sort: str, marks: _Marks) -> list[Row]:
     """Return the rows in another order; those without a value stay last, as they are."""
     if sort == _BY_BEST:
         if not marks.best:
-            raise CommandError(
+            raise misused(
                 "--sort alone puts the best first: give --best METRIC --mode min or max as "
-                f"well, or --sort with a metric, or one of {', '.join(_SORTS)}",
-                code=MISUSED,
-                kind="usage",
+                f"well, or --sort with a metric, or one of {', '.join(_SORTS)}"
             )
         order = {number: place for place, number in enumerate(marks.best)}
         return sorted(rows, key=lambda row: order.get(_number_of(row), len(order)))
     metrics = {name for row in rows if row.manifest for name in row.manifest.metrics}
     if sort not in (*_SORTS, *metrics):
-        raise CommandError(
-            f"--sort {sort}: sort by {', '.join([*_SORTS, *sorted(metrics)])}",
-            code=MISUSED,
-            kind="usage",
-        )
+        raise misused(f"--sort {sort}: sort by {', '.join([*_SORTS, *sorted(metrics)])}")
 
     def key(row: Row) -> tuple[bool, float]:
         manifest = row.manifest

@@ -9,16 +9,20 @@ import click
 
 from mpi_ckpt.cli.command import (
     GOOD,
-    MISUSED,
     CommandError,
     command,
     directory_argument,
     generation_argument,
+    misused,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
-from mpi_ckpt.cli.generations import find_generation, open_generation, parse_generation
+from mpi_ckpt.cli.generations import (
+    find_generation,
+    find_published,
+    open_generation,
+    parse_generation,
+)
 from mpi_ckpt.storage.directory import pins
-from mpi_ckpt.storage.format.layout import generation_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,10 +41,7 @@ def pin(screen: Screen, directory: Path, generation: str, note: str) -> int:
     cut. Pin it again to give it another note.
     """
     directory = directory_of_all(directory, "pin")
-    path = find_generation(directory, generation)
-    number = generation_number(path.name)
-    if number is None:
-        raise CommandError(f"{path} is no published generation")
+    number, path = find_published(directory, generation)
     with open_generation(path) as reader:
         step = reader.manifest.step
     if not pins.pin(directory, number, note):
@@ -67,9 +68,7 @@ def unpin(screen: Screen, directory: Path, generation: str) -> int:
         generation = find_generation(directory, generation).name
     number = parse_generation(generation)
     if not pins.unpin(directory, number):
-        raise CommandError(
-            f"generation {number} is not pinned", code=MISUSED, kind="absent"
-        )
+        raise misused(f"generation {number} is not pinned", "absent")
     screen.data({"generation": number, "pinned": False})
     screen.say(f"generation {number} is no longer pinned")
     return GOOD

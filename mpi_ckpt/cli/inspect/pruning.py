@@ -15,18 +15,17 @@ import click
 from mpi_ckpt.cli.command import (
     BAD,
     GOOD,
-    MISUSED,
-    CommandError,
     command,
     directory_argument,
     lock_directory,
+    misused,
     mode_option,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import look
 from mpi_ckpt.cli.inspect.ranking import rank
 from mpi_ckpt.cli.inspect.verifying import find_problems
-from mpi_ckpt.cli.plain_text import bytes_text, plural
+from mpi_ckpt.cli.plain_text import bytes_text, listed, plural
 from mpi_ckpt.retention import (
     GenerationSummary,
     KeepBest,
@@ -135,7 +134,7 @@ def prune(
     )
     _show(screen, plan, leftovers, dry_run=dry_run)
     if failed:
-        screen.say(f"could not be removed: {_listed(failed)}", style="bold red")
+        screen.say(f"could not be removed: {listed(failed)}", style="bold red")
     return BAD if failed else GOOD
 
 
@@ -149,24 +148,16 @@ def _policies(
         policies.append(KeepEvery(every))
     if best is not None:
         if mode is None:
-            raise CommandError(
-                f"--keep-best {best}: which value is best? give --mode min or --mode max",
-                code=MISUSED,
-                kind="usage",
+            raise misused(
+                f"--keep-best {best}: which value is best? give --mode min or --mode max"
             )
         policies.append(KeepBest(best, mode=mode))
     elif mode is not None:
-        raise CommandError(
-            f"--mode {mode}: of which metric? give --keep-best METRIC as well",
-            code=MISUSED,
-            kind="usage",
-        )
+        raise misused(f"--mode {mode}: of which metric? give --keep-best METRIC as well")
     if not policies:
-        raise CommandError(
+        raise misused(
             "give what to keep: --keep-last N, --keep-every STEPS or --keep-best METRIC; a "
-            "generation stays if any of them keeps it",
-            code=MISUSED,
-            kind="usage",
+            "generation stays if any of them keeps it"
         )
     return policies
 
@@ -208,12 +199,11 @@ def _kept(policy: RetentionPolicy, good: dict[int, Row]) -> set[int]:
     there = _summaries(good)
     # A misspelled name would remove all that it was meant to keep.
     for unmet in unmet_policies(policy, there) if there else ():
-        raise CommandError(
+        raise misused(
             f"--keep-best {unmet.metric} --mode {unmet.mode}: no generation has that "
             f"metric; there: {', '.join(metric_names(there)) or 'none'}. "
             "Nothing was removed",
-            code=MISUSED,
-            kind="absent",
+            "absent",
         )
     return select_kept(policy, there)
 
@@ -229,11 +219,11 @@ def _say_ranking(screen: Screen, plan: _PrunePlan) -> None:
             screen.say(line)
     kept = {number for ranking in plan.rankings for number in ranking.kept}
     if plan.pinned:
-        screen.say(f"also kept, as pinned: {_listed(plan.pinned)}")
+        screen.say(f"also kept, as pinned: {listed(plan.pinned)}")
         kept.update(plan.pinned)
     besides = [number for number in plan.kept if number not in kept]
     if besides:
-        screen.say(f"also kept, as the newest good generation: {_listed(besides)}")
+        screen.say(f"also kept, as the newest good generation: {listed(besides)}")
 
 
 def _proves(screen: Screen, path: Path) -> bool:
@@ -255,15 +245,11 @@ def _show(
     screen: Screen, plan: _PrunePlan, leftovers: tuple[str, ...], *, dry_run: bool
 ) -> None:
     verb, freeing = ("would go", "would free") if dry_run else ("removed", "freed")
-    screen.say(f"{verb}: {_listed(plan.removed)}")
-    screen.say(f"kept: {_listed(plan.kept)}")
+    screen.say(f"{verb}: {listed(plan.removed)}")
+    screen.say(f"kept: {listed(plan.kept)}")
     if plan.left_alone:
         screen.say(f"left alone, not good: {', '.join(plan.left_alone)}", style="yellow")
     if leftovers:
         screen.say(f"{verb}, cut off: {', '.join(leftovers)}")
     count = plural(len(plan.removed), "generation")
     screen.say(f"{count}, {freeing} {bytes_text(plan.freed)}", style="dim")
-
-
-def _listed(numbers: tuple[int, ...] | list[int]) -> str:
-    return ", ".join(map(str, numbers)) or "none"

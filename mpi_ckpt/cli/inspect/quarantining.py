@@ -18,10 +18,10 @@ from mpi_ckpt.cli.command import (
     lock_directory,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
-from mpi_ckpt.cli.generations import find_generation, look
+from mpi_ckpt.cli.generations import find_generation, find_published, look, newest_of
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.storage.directory import recovery
-from mpi_ckpt.storage.format.layout import QUARANTINE, generation_number
+from mpi_ckpt.storage.format.layout import QUARANTINE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,16 +46,13 @@ def quarantine(screen: Screen, directory: Path, generation: str, reason: str) ->
     directory = directory_of_all(directory, "quarantine")
     find_generation(directory, generation)  # before a lock file is made
     with closing(lock_directory(directory, secrets.token_hex(6))):
-        path = find_generation(directory, generation)
-        number = generation_number(path.name)
-        if number is None:
-            raise CommandError(f"{path} is no published generation")
+        number, path = find_published(directory, generation)
         problem = CorruptGenerationError(reason, path=path, generation=number)
         target = recovery.quarantine(directory, number, problem)
     if target == path:
         raise CommandError(f"{path} could not be moved; it is where it was")
-    left = [row for row in look(directory) if row.state == "newest"]
-    newest = left[0].manifest if left else None
+    left = newest_of(look(directory))
+    newest = None if left is None else left.manifest
     screen.data(
         {
             "generation": number,

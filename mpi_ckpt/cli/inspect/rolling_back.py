@@ -12,16 +12,23 @@ import click
 
 from mpi_ckpt.cli.command import (
     GOOD,
-    MISUSED,
     CommandError,
     command,
     directory_argument,
     generation_argument,
     lock_directory,
+    misused,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
-from mpi_ckpt.cli.generations import find_generation, look, open_generation
-from mpi_ckpt.cli.plain_text import bytes_text, plural
+from mpi_ckpt.cli.generations import (
+    bytes_on_disk,
+    find_generation,
+    find_published,
+    look,
+    newest_of,
+    open_generation,
+)
+from mpi_ckpt.cli.plain_text import bytes_text, listed, plural
 from mpi_ckpt.errors import CheckpointError, SaveError
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.directory.pins import bring_back_pinned
@@ -30,7 +37,6 @@ from mpi_ckpt.storage.directory.rollback import (
     last_rolled_back,
     set_newer_aside,
 )
-from mpi_ckpt.storage.format.layout import generation_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,9 +64,7 @@ def rollback(
     """
     directory = directory_of_all(directory, "rollback")
     if undo == (generation is not None):
-        raise CommandError(
-            "give the GENERATION to go back to, or --undo", code=MISUSED, kind="usage"
-        )
+        raise misused("give the GENERATION to go back to, or --undo")
     if generation is None:
         return _undo(screen, directory)
     return _go_back(screen, directory, generation)
@@ -73,10 +77,7 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         # A job that is cut off may be about to publish: after the sweep it never will.
         leftovers = bring_back_pinned(directory, recovery.survey(directory).partials)
         recovery.sweep(directory, leftovers, job)
-        path = find_generation(directory, wanted)
-        number = generation_number(path.name)
-        if number is None:
-            raise CommandError(f"{path} is no published generation")
+        number, path = find_published(directory, wanted)
         step = _step_of(path)
         try:
             moved = set_newer_aside(directory, number)
@@ -84,7 +85,6 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
             raise CommandError(_cut_off(directory, error)) from error
         following = recovery.survey(directory).next_generation
     rows = [row for row in look(directory) if row.state == "rolled back"]
-    nbytes = sum(size for _, _, size in frozenset().union(*(row.inodes for row in rows)))
     screen.data(
         {
             "generation": number,
@@ -95,7 +95,7 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         }
     )
     if moved:
-        screen.say(f"set aside: {_listed(moved)}")
+        screen.say(f"set aside: {listed(moved)}")
     else:
         screen.say(f"nothing is newer than generation {number}; nothing was done")
     screen.say(
@@ -106,24 +106,20 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         # For the user to copy: never broken over two lines.
         where = quote(str(directory))
         screen.say(f"to undo: mpi-ckpt rollback {where} --undo", "dim", whole=True)
-        free = f"to free {bytes_text(nbytes)}: rm -r {where}/.rolled-back-*"
+        free = f"to free {bytes_text(bytes_on_disk(rows))}: rm -r {where}/.rolled-back-*"
         screen.say(free, "dim", whole=True)
     return GOOD
 
 
 def _undo(screen: Screen, directory: Path) -> int:
     if not last_rolled_back(directory):
-        raise CommandError(
-            f"{directory} holds nothing that a rollback has set aside",
-            code=MISUSED,
-            kind="absent",
-        )
+        raise misused(f"{directory} holds nothing that a rollback has set aside", "absent")
     with closing(lock_directory(directory, secrets.token_hex(6))):
         there = set(recovery.survey(directory).generations)
         taken = sorted(there.intersection(last_rolled_back(directory)))
         if taken:
             raise CommandError(
-                f"{directory} holds generations {_listed(taken)} twice, published and set "
+                f"{directory} holds generations {listed(taken)} twice, published and set "
                 "aside: somebody has copied them; move one copy of each elsewhere. "
                 "Nothing was changed"
             )
@@ -132,7 +128,7 @@ def _undo(screen: Screen, directory: Path) -> int:
         except SaveError as error:
             raise CommandError(_cut_off(directory, error)) from error
     left = recovery.survey(directory).rolled_back
-    newest = next((row for row in look(directory) if row.state == "newest"), None)
+    newest = newest_of(look(directory))
     manifest = None if newest is None else newest.manifest
     screen.data(
         {
@@ -141,7 +137,7 @@ def _undo(screen: Screen, directory: Path) -> int:
             "still_aside": list(left),
         }
     )
-    screen.say(f"back: {_listed(back)}")
+    screen.say(f"back: {listed(back)}")
     if manifest is not None:
         since = ", saved since" if manifest.generation > back[-1] else ""
         screen.say(
@@ -173,7 +169,3 @@ def _cut_off(directory: Path, error: SaveError) -> str:
         f"{error}. Nothing was deleted; some may have been moved, as mpi-ckpt ls "
         f"{quote(str(directory))} shows. Run this again to go on, or with --undo to go back"
     )
-
-
-def _listed(numbers: tuple[int, ...] | list[int]) -> str:
-    return ", ".join(map(str, numbers))

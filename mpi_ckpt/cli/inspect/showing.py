@@ -11,11 +11,10 @@ import click
 
 from mpi_ckpt.cli.command import (
     GOOD,
-    MISUSED,
-    CommandError,
     command,
     directory_argument,
     generation_argument,
+    misused,
 )
 from mpi_ckpt.cli.directory_kinds import directory_to_look_at
 from mpi_ckpt.cli.generations import open_wanted
@@ -114,11 +113,9 @@ def show(
 
 def _paint(maps: list[TileMap], leaf: str | None, png: Path) -> None:
     if leaf is None or len(maps) != 1:
-        raise CommandError(
+        raise misused(
             "--png shows one leaf: give --leaf NAME, and the state with it "
-            "(--leaf STATE/NAME) if several states have such a leaf",
-            code=MISUSED,
-            kind="usage",
+            "(--leaf STATE/NAME) if several states have such a leaf"
         )
     paint_map(maps[0], png)
 
@@ -132,11 +129,10 @@ def pick_states(manifest: Manifest, names: tuple[str, ...]) -> list[StoredState]
     there = [state.name for state in manifest.states]
     for name in names:
         if name not in there:
-            raise CommandError(
+            raise misused(
                 f"generation {manifest.generation} has no state {name!r}; there: "
                 + (", ".join(map(repr, there)) or "none"),
-                code=MISUSED,
-                kind="absent",
+                "absent",
             )
     return [state for state in manifest.states if not names or state.name in names]
 

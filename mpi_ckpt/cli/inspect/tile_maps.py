@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpi_ckpt.cli.command import MISUSED, CommandError
+from mpi_ckpt.cli.command import CommandError, misused
 from mpi_ckpt.cli.new_file import new_file
 from mpi_ckpt.cli.plain_text import bytes_text, clean, plural
 from mpi_ckpt.cli.tables import Column
@@ -241,7 +241,7 @@ def pick_leaves(maps: Sequence[TileMap], wanted: str) -> list[TileMap]:
     names = [name for one in maps for name in (one.array.spec.name, one.name)]
     close = get_close_matches(wanted, names, 1)
     hint = f"did you mean {close[0]!r}?" if close else "show --all lists the leaves"
-    raise CommandError(f"there is no leaf {wanted!r}; {hint}", code=MISUSED, kind="absent")
+    raise misused(f"there is no leaf {wanted!r}; {hint}", "absent")
 
 
 def show_map(screen: Screen, one: TileMap, *, limit: int | None) -> None:

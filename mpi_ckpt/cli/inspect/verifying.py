@@ -13,11 +13,11 @@ import click
 from mpi_ckpt.cli.command import (
     BAD,
     GOOD,
-    MISUSED,
     CommandError,
     command,
     directory_argument,
     generation_argument,
+    misused,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all, directory_to_look_at
 from mpi_ckpt.cli.generations import find_generation, state_after
@@ -81,9 +81,7 @@ def verify(
     else:
         directory = directory_to_look_at(directory, generation, "verify")
     if everything and generation is not None:
-        raise CommandError(
-            "give a generation or --all, not both", code=MISUSED, kind="usage"
-        )
+        raise misused("give a generation or --all, not both")
     verdicts = _verify_chosen(screen, directory, generation, everything=everything)
     bad = [verdict for verdict in verdicts if verdict.state not in ("good", "gone")]
     screen.data(

@@ -68,7 +68,11 @@ def history(screen: Screen, directory: Path, plot: Path | None, last: int) -> in
     )
     shown = record.events[-last:]
     names = sorted({name for event in shown for name in event.metrics})
-    screen.table(_columns(names), [_cells(screen, event, names) for event in shown])
+    copies = any(event.copied_from for event in shown)
+    screen.table(
+        _columns(names, copies=copies),
+        [_cells(screen, event, names, copies=copies) for event in shown],
+    )
     if len(record.events) > last:
         screen.say(f"and {plural(len(record.events) - last, 'earlier event')}", style="dim")
     if plot is not None:
@@ -96,7 +100,7 @@ def read_record(directory: Path) -> RunRecord:
     return record
 
 
-def _columns(names: list[str]) -> list[Column]:
+def _columns(names: list[str], *, copies: bool) -> list[Column]:
     return [
         Column("when", right=True),
         Column("event"),
@@ -106,12 +110,16 @@ def _columns(names: list[str]) -> list[Column]:
         Column("moved", right=True, spare=5),
         Column("reused", right=True, spare=6),
         Column("seconds", right=True, spare=4),
+        *([Column("lag", right=True, spare=4)] if copies else []),
+        *([Column("left out", right=True, spare=5)] if copies else []),
         *(Column(name, right=True, foreign=True, spare=2) for name in names),
         Column("job", names=True, spare=7),
     ]
 
 
-def _cells(screen: Screen, event: HistoryEvent, names: list[str]) -> list[str]:
+def _cells(
+    screen: Screen, event: HistoryEvent, names: list[str], *, copies: bool
+) -> list[str]:
     values = [event.metrics.get(name) for name in names]
     ranks = str(event.ranks)
     if event.saved_ranks not in (0, event.ranks):
@@ -126,6 +134,12 @@ def _cells(screen: Screen, event: HistoryEvent, names: list[str]) -> list[str]:
         bytes_text(event.nbytes) if event.nbytes else "",
         bytes_text(event.reused) if event.reused else "",
         f"{event.seconds['total']:.3g}" if "total" in event.seconds else "",
+        *(_lag(event) if copies else []),
         *("" if value is None else f"{value:.5g}" for value in values),
         event.job,
     ]
+
+
+def _lag(event: HistoryEvent) -> list[str]:
+    """Return how many steps later a copy came, and how many due saves it left out."""
+    return [str(event.lag), str(event.skipped)] if event.copied_from else ["", ""]

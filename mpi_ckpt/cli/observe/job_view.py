@@ -68,6 +68,8 @@ class JobView:
             ("now", self._doing()),
             ("last save", self._last_save()),
             ("next save", self._next_save()),
+            *([("on hosts", kept)] if (kept := self._on_hosts()) else []),
+            *([("copy", copy)] if (copy := self._copy()) else []),
             ("free", self._free()),
         ]
 
@@ -95,7 +97,9 @@ class JobView:
         if self.is_running:
             return f"{name}, started {self._ago(status.get('started'))}"
         if status.get("ended") is None:
-            return f"{name}: gone without a word, last seen {self._ago(status['updated'])}"
+            return (
+                f"{name}: gone without a word, last seen {self._ago(status.get('updated'))}"
+            )
         why = status.get("reason") or "finished"
         return f"{name}: ended {self._ago(status['ended'])} ({why})"
 
@@ -123,12 +127,7 @@ class JobView:
     def _last_save(self) -> str:
         last = self.status.get("last_save")
         if isinstance(last, dict) and self.is_running:
-            return (
-                f"generation {last.get('generation')}, step {last.get('step')}, "
-                f"{self._ago(last.get('time'))}: "
-                f"{bytes_text(int(_number(last.get('bytes'))))} written in "
-                f"{_number(last.get('seconds')):.3g} s"
-            )
+            return self._saved(last)
         if self.manifests:
             newest = self.manifests[-1]
             return (
@@ -146,6 +145,42 @@ class JobView:
             return f"at step {int(_number(due['step']))}, in {plural(more, 'step')}"
         left = _number(due.get("time")) - self.now
         return f"in {left:.0f} s" if left > 0 else "due at the next step"
+
+    def _on_hosts(self) -> str:
+        """Return the newest save that hosts keep, and failed ones; empty without any."""
+        kept, failures = self.status.get("kept"), self.status.get("local_failures")
+        parts = [self._saved(kept)] if isinstance(kept, dict) else []
+        if count := int(_number(failures)):
+            parts.append(f"{plural(count, 'later save')} failed")
+        return "; ".join(parts)
+
+    def _copy(self) -> str:
+        """Return how far hosts are in copying a save to the directory; empty if not."""
+        copy = self.status.get("copy")
+        if not isinstance(copy, dict) or not self.is_running:
+            return ""
+        step, done, expected, lag, skipped, failed = (
+            int(_number(copy.get(name)))
+            for name in ("step", "bytes_done", "bytes_expected", "lag", "skipped", "failed")
+        )
+        spent = _number(self.status.get("updated")) - _number(copy.get("since"))
+        text = f"of step {step} to the directory, for {max(spent, 0.0):.0f} s"
+        if expected:
+            text += f": {bytes_text(done)} of {bytes_text(expected)} of root's host"
+        if done and spent > 0:
+            rate = done / spent
+            text += f", {bytes_text(int(rate))}/s, {(expected - done) / rate:.0f} s left"
+        text += f"; {plural(lag, 'step')} behind"
+        text += f", {plural(skipped, 'due save')} left out" if skipped else ""
+        return f"{text}, failed {plural(failed, 'time')}" if failed else text
+
+    def _saved(self, save: Mapping[str, Any]) -> str:
+        return (
+            f"generation {save.get('generation')}, step {save.get('step')}, "
+            f"{self._ago(save.get('time'))}: "
+            f"{bytes_text(int(_number(save.get('bytes'))))} written in "
+            f"{_number(save.get('seconds')):.3g} s"
+        )
 
     def _free(self) -> str:
         free, size = self.free

@@ -19,6 +19,8 @@ _PHASES = ("sync", "stage", "write", "publish")
 _MARKERS = {
     "saved": ("o", "save"),
     "kept": (".", "save on the hosts"),
+    "copied": ("^", "copy from the hosts"),
+    "failed": ("1", "failed save on the hosts"),
     "restored": ("v", "restore"),
     "fresh": ("*", "fresh start"),
     "stopped": ("s", "stop on request"),
@@ -74,20 +76,24 @@ def _draw_steps(panel: Any, record: RunRecord) -> None:  # noqa: ANN401 (matplot
             va="bottom",
             ha="left",
         )
-        placed = [event for event in job if event.event not in ("fresh", "ended")]
+        # A copy comes when the training is at a later step already.
+        placed = [
+            event for event in job if _kind(event) not in ("fresh", "ended", "copied")
+        ]
         line = [_when(event) for event in placed], [event.step for event in placed]
         panel.plot(*line, color="tab:blue", lw=1)
         for event in job:
-            marker, name = _MARKERS[event.event]
+            kind = _kind(event)
+            marker, name = _MARKERS[kind]
             panel.plot(
                 *([_when(event)], [event.step]),
                 marker=marker,
-                ms=4 if event.event == "saved" else 7,
-                color=_COLOURS.get(event.event, "tab:blue"),
+                ms=4 if kind == "saved" else 7,
+                color=_COLOURS.get(kind, "tab:blue"),
                 ls="",
-                label=None if event.event in seen else name,
+                label=None if kind in seen else name,
             )
-            seen.add(event.event)
+            seen.add(kind)
     panel.set_ylabel("step")
     panel.set_title("steps; above: number of ranks", fontsize=9, loc="right")
     if seen:
@@ -118,6 +124,10 @@ def _draw_durations(panel: Any, record: RunRecord) -> None:  # noqa: ANN401
     panel.tick_params(axis="x", labelsize=7, rotation=20)
     if any(below):
         panel.legend(fontsize=7, ncols=4, loc="upper left")
+
+
+def _kind(event: HistoryEvent) -> str:
+    return "copied" if event.copied_from else event.event
 
 
 def _colour(phase: str) -> str:

@@ -64,13 +64,17 @@ class RunRecord:
         return sorted({name for event in self.saves for name in event.metrics})
 
     def seconds_by_phase(self) -> dict[str, dict[str, float]]:
-        """Return for saves and restores the seconds of each phase, and the total."""
-        sums: dict[str, dict[str, float]] = {"saved": {}, "restored": {}}
+        """Return for each kind of save, and restores, the seconds by phase and in total.
+
+        ``copied`` are the saves that hosts have copied behind the training.
+        """
+        kinds = ("saved", "kept", "copied", "restored")
+        sums: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
         for event in self.events:
-            found = sums.get(event.event)
+            found = sums.get("copied" if event.copied_from else event.event)
             if found is not None:
                 _add(found, event.seconds)
-        return sums
+        return {kind: phases for kind, phases in sums.items() if phases}
 
     def span_seconds(self) -> float:
         """Return the time that jobs were running, from their first to their last event."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.journal import HistoryEvent
 
 _EVENTS_MAX = 1000
-_ACTS = {"saved": "saves", "restored": "restores"}
+_ACTS = {
+    "saved": "saves",
+    "kept": "saves on the hosts",
+    "copied": "copies from the hosts",
+    "restored": "restores",
+}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto;
        padding: 0 1rem; color: #1d2733; background: #fff; }
@@ -123,12 +129,28 @@ def _summary(record: RunRecord, rows: Sequence[Row]) -> list[list[object]]:
         ["runs", len(record.jobs)],
         ["ranks", ", ".join(map(str, sizes))],
         ["saves", len(saves)],
+        *_on_hosts(record),
         ["restores", sum(event.event == "restored" for event in record.events)],
         ["last step saved", saves[-1].step if saves else "none"],
         ["written in all", bytes_text(written)],
         ["shared with older generations", bytes_text(sum(e.reused for e in saves))],
         ["on disk now", bytes_text(on_disk)],
     ]
+
+
+def _on_hosts(record: RunRecord) -> list[list[object]]:
+    """Return rows about the saves on hosts and their copies; none without any."""
+    counts = Counter(event.event for event in record.events)
+    copies = [event for event in record.saves if event.copied_from]
+    rows: list[list[object]] = []
+    if counts["kept"] or counts["failed"]:
+        rows.append(["saves on the hosts", counts["kept"]])
+        rows.append(["failed saves on the hosts", counts["failed"]])
+    if copies:
+        rows.append(["saves copied from the hosts", len(copies)])
+        rows.append(["most steps that a copy came later", max(e.lag for e in copies)])
+        rows.append(["due saves left out", sum(e.skipped for e in copies)])
+    return rows
 
 
 def _times(record: RunRecord) -> str:
@@ -180,7 +202,17 @@ def _generations(rows: Sequence[Row], pinned: dict[int, str]) -> str:
 
 def _events(record: RunRecord) -> str:
     lines = [_event(event) for event in reversed(record.events[-_EVENTS_MAX:])]
-    head = ["when", "event", "generation", "step", "ranks", "moved", "seconds", "run"]
+    head = [
+        "when",
+        "event",
+        "generation",
+        "step",
+        "ranks",
+        "moved",
+        "seconds",
+        "lag",
+        "run",
+    ]
     more = len(record.events) - _EVENTS_MAX
     note = f'<p class="note">and {more} earlier ones</p>' if more > 0 else ""
     return _table(head, lines) + note
@@ -196,6 +228,7 @@ def _event(event: HistoryEvent) -> list[object]:
         event.ranks,
         bytes_text(event.nbytes) if event.nbytes else "",
         _value(total),
+        event.lag if event.copied_from else "",
         event.job,
     ]
 

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.cli.command import CommandError
-from mpi_ckpt.cli.doctor.machine import ask_for_output
+from mpi_ckpt.cli.doctor.machine import ask
 from mpi_ckpt.cli.restart.launching import Host
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def ask_hosts_script(
     Raises:
         CommandError: If it cannot be run, fails, hangs, or prints other text.
     """
-    printed, ended = ask_for_output([str(script)], environ, seconds)
+    printed, ended = ask([str(script)], environ, seconds, joined=False)
     if ended != "ended with code 0":
         raise CommandError(f"hosts script {script}: {ended}", kind="hosts")
     try:
@@ -117,6 +117,11 @@ class HostBook:
     def is_known(self) -> bool:
         """Whether there is a list of hosts at all."""
         return self._source is not None
+
+    @property
+    def listed(self) -> frozenset[str]:
+        """The hosts that the source has named last, those that are left out too."""
+        return frozenset(host.name for host in self._last or ())
 
     def usable(self) -> list[Host]:
         """Get the hosts; return those that have not failed twice.

@@ -6,9 +6,11 @@ from __future__ import annotations
 import secrets
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpi_ckpt.cli.command import CommandError
 from mpi_ckpt.cli.plain_text import json_text
 from mpi_ckpt.cli.restart.child import Child
 from mpi_ckpt.cli.restart.hosting import suspects
@@ -154,7 +156,6 @@ class Loop:
         self._quiet = quiet
         self._run = secrets.token_hex(4)
         self._endings: list[Ending] = []
-        self._there: frozenset[str] = frozenset()
         self.attempts: list[Attempt] = []
         self.reason = ""
 
@@ -171,7 +172,7 @@ class Loop:
             if size == 0:
                 break
             last = self.attempts[-1].hosts if self.attempts else ()
-            if left_behind(last, self._there, [host.name for host in hosts]):
+            if left_behind(last, self._book.listed, [host.name for host in hosts]):
                 self._salvage()
             ending = self._attempt(size, hosts)
             self._endings.append(ending)
@@ -186,6 +187,8 @@ class Loop:
                 self._say(f"next attempt in {move.seconds:.0f} s")
                 self._rest(move.seconds)
         if self.reason != "finished":
+            with suppress(CommandError):  # the last answer is as good as can be had
+                self._book.usable()  # some hosts may be gone since the last attempt
             self._salvage()
         return self.reason == "finished"
 
@@ -195,20 +198,32 @@ class Loop:
         if plan.salvage is None or not self.attempts:
             return
         last = self.attempts[-1]
-        hosts = [name for name in last.hosts if name in self._there]
+        hosts = [name for name in last.hosts if name in self._book.listed]
         if last.hosts and not hosts:
             self._say("none of the last hosts is there: what they keep is not copied")
             return
         self._say(f"copying what hosts keep to {plan.salvage.directory}")
-        command = salvage_command(plan.launcher, last.np, hosts, plan.salvage)
+        asked = self._requests.count
+        code, said = self._copy_from(hosts, plan.salvage)
+        gone = suspects(said, hosts)
+        if code and gone and len(gone) < len(hosts) and self._requests.count == asked:
+            self._say(f"once more, without {', '.join(sorted(gone))}")
+            hosts = [name for name in hosts if name not in gone]
+            code, _ = self._copy_from(hosts, plan.salvage)
+        if code != 0:
+            self._say(f"what hosts keep was not copied: the rescue ended with code {code}")
+
+    def _copy_from(self, hosts: Sequence[str], salvage: Salvage) -> tuple[int, str]:
+        """Run a rescue on hosts; return its exit code, and what its launcher said."""
+        plan = self._plan
+        command = salvage_command(plan.launcher, self.attempts[-1].np, hosts, salvage)
         asked = self._requests.count
         with Child(command, self._environ, quiet=self._quiet) as child:
             while (code := child.wait(_POLL_SECONDS)) is None:
                 if self._requests.count > asked:
                     asked = self._requests.count
                     child.end()
-        if code != 0:
-            self._say(f"what hosts keep was not copied: the rescue ended with code {code}")
+        return code, child.said
 
     def _choose(self) -> tuple[int, tuple[Host, ...]]:
         plan = self._plan
@@ -218,7 +233,6 @@ class Loop:
         has_said = False
         while not self.reason:
             usable = self._book.usable()
-            self._there = frozenset(host.name for host in usable)
             size, hosts = place(usable, plan.size, plan.least)
             if size:
                 return size, hosts

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.format.tile_table import TileEntry
 
 _DOING = "describing the tiles of a host"
+_ADVICE = (
+    "A host keeps the tiles of all its ranks in one file: join small arrays into larger "
+    "ones, use more hosts, or save to the directory, where each rank has a file of its own"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +250,7 @@ def _lay_out(
 ) -> OwnFile:
     ranks = [rank for rank, entries in of_ranks.items() for _ in entries]
     entries = [entry for of_rank in of_ranks.values() for entry in of_rank]
-    plan = plan_tile_file(entries)
+    plan = plan_tile_file(entries, advice=_ADVICE)
     return OwnFile(
         plan.encode([digests[number] for number in plan.order]),
         plan.nbytes,

@@ -377,6 +377,7 @@ class LocalSave:
             self._level.drain.is_owed = True
         if self._session.comm.is_root:
             _log_failure(self.step, self._level, error)
+        self._session.observer.note_failed_local(self.step, self._level.failures, error)
         self._conclude(0, 0)
 
     def drop(self) -> None:

@@ -210,7 +210,8 @@ def _send(
             leaf or Leaf(spec, MemoryBuffer.empty(spec.nbytes))
             for spec, leaf in zip(match.specs, leaves, strict=True)
         ]
-    send_leaves(session.comm, sent, session.options.io.window_bytes, deferred)
+    sizes = np.array([leaf.spec.nbytes for leaf in sent], np.int64)
+    send_leaves(session.comm, sent, sizes, session.options.io.window_bytes, deferred)
 
 
 def copied_leaves(copy: MemoryCopy | None, match: StateMatch) -> list[memoryview]:

@@ -10,7 +10,6 @@ from mpi_ckpt.comm import Deferred, agree, meet, printed_by
 from mpi_ckpt.engine.hosts.root_copies import bring_to_root
 from mpi_ckpt.engine.overlaps import differing_overlaps, find_overlaps
 from mpi_ckpt.engine.restore.cut import copied_arrivals
-from mpi_ckpt.engine.restore.cut.dealing import plan_deals
 from mpi_ckpt.engine.restore.cut.traded_parts import transfer_parts
 from mpi_ckpt.engine.restore.cut.trading import trade_leaves
 from mpi_ckpt.engine.restore.matching import (
@@ -44,13 +43,12 @@ from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaves.digest import digest_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from mpi_ckpt.choice import Choice
     from mpi_ckpt.engine.overlaps import Overlap
     from mpi_ckpt.engine.registry import Registry
     from mpi_ckpt.engine.restore.cut.copied_tiles import HeldTiles
-    from mpi_ckpt.engine.restore.cut.dealing import Deal
     from mpi_ckpt.engine.restore.cut.trade_plan import Trades
     from mpi_ckpt.engine.restore.newest import OpenGeneration
     from mpi_ckpt.engine.session import Session
@@ -108,7 +106,6 @@ class Restore:
         self._open = ExitStack()
         self._found: OpenGeneration | None = None
         self._match: StateMatch | None = None
-        self._deals: Mapping[str, Deal] = {}
         self._trades: Trades | None = None
         self._held: HeldTiles | None = None
         self._lost = ""
@@ -179,7 +176,6 @@ class Restore:
             finally:
                 # Otherwise Python's next garbage collection would scan these.
                 self._found = self._match = self._trades = None
-                self._deals = {}
 
     def match(self) -> None:
         """Find a place for every byte.
@@ -201,7 +197,6 @@ class Restore:
         def match() -> StateMatch:
             states = match_states(found.outline, found.states, strict=strict)
             matched = StateMatch(states, missing, unexpected)
-            self._deals = plan_deals(session, found, matched)
             overlaps.extend(find_overlaps(matched.leaves))
             if found.reader is not None and not matched.has_tiles:
                 found.reader.prove_rest()
@@ -246,9 +241,7 @@ class Restore:
             source = session, self._found
             progress.expect(0 if trades is None else trades.bytes_moved)
             # Parts come first, since bringing them overwrites nothing yet.
-            match, nbytes = transfer_parts(
-                *source, match, self._deals, trades, deferred, progress
-            )
+            match, nbytes = transfer_parts(*source, match, trades, deferred, progress)
             self._match, self._bytes_traded = match, nbytes
             whole = match if trades is None else match.without(trades.leaves)
             changed = transfer_files(*source, whole, deferred, progress)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mpi_ckpt.comm import UNTOUCHED, agree, bcast_buffers
+from mpi_ckpt.comm import UNTOUCHED, agree, bcast_buffers, meet
 from mpi_ckpt.engine.restore.from_memory import copied_leaves
 from mpi_ckpt.engine.restore.host_memory import HostMemory
 from mpi_ckpt.engine.restore.matching import OVERWRITTEN
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 
 _START, _IS_LAST = attrgetter("start"), attrgetter("is_last")
-_SENDING = "sending a generation"
+_READING, _SENDING = "reading a generation", "sending a generation"
+
+# How many windows ranks of one host store between two meetings.
+_MEETING_WINDOWS = 8
 
 # Smaller leaves are stored many at a time.
 _SMALL_BYTES = 64 << 10
@@ -144,9 +147,9 @@ class SharedTransport:
         self._data = memoryview(b"")
 
     def prepare(self, turn: int, proven: memoryview | None) -> None:
-        """Let the ranks of this host know that it is proven. Not collective."""
+        """Put the window where the ranks of this host see it. Not collective."""
         if proven is not None:
-            self._memory.announce(turn)
+            self._memory.put(turn, proven)
         else:
             self._memory.look_for(turn)
 
@@ -157,7 +160,6 @@ class SharedTransport:
     def store(self, turn: int) -> None:
         """Copy the window. Not collective."""
         self._places.store(self._windows[turn].blocks, self._data)
-        self._memory.forget(turn)
 
 
 class SentTransport:
@@ -271,11 +273,21 @@ def transfer_files(
     ]
     progress.expect(sum(window.end - window.start for window in windows))
     slots = Slots.of(windows, session.options.io.window_bytes)
-    memory = HostMemory.of(comm, windows, readers, slots)
+    memory = HostMemory.of(comm, windows, readers)
     with closing(_OwnWindows(found, match, mine)) as reads:
         # A rank that raised here would leave the others waiting.
-        deferred.attempt(partial(reads.start, slots, memory))
+        deferred.attempt(partial(reads.start, slots))
         if memory is not None and memory.share():
+            if memory.needs_no_meetings:
+                passage = _HostPassage(memory, windows, places, reads, progress)
+
+                def begin() -> bool:
+                    deferred.raise_failure()
+                    return passage.put_until(1)
+
+                agree(comm, _READING, begin, error=RestoreError)
+                _copy_on_host(comm, passage, len(windows))
+                return True
             transport = SharedTransport(memory, windows, places)
         for turn, reader in enumerate(readers):
 
@@ -285,7 +297,7 @@ def transfer_files(
 
             agree(
                 comm,
-                "reading a generation",
+                _READING,
                 read,
                 error=RestoreError,
                 safe=OVERWRITTEN if turn else UNTOUCHED,
@@ -296,6 +308,81 @@ def transfer_files(
             deferred.attempt(partial(transport.store, turn))
             progress.count(windows[turn].end - windows[turn].start)
     return bool(windows)
+
+
+class _HostPassage:
+    """The way of this rank through the windows that its host shares. Not collective.
+
+    Args:
+        memory: The memory of the only host.
+        windows: All windows.
+        places: The destinations on this rank.
+        reads: Reads all windows, on the rank that reads.
+        progress: Counts the bytes that this rank has stored.
+    """
+
+    def __init__(
+        self,
+        memory: HostMemory,
+        windows: Sequence[Window],
+        places: Destinations,
+        reads: _OwnWindows,
+        progress: Progress,
+    ) -> None:
+        self._memory = memory
+        self._windows = windows
+        self._places = places
+        self._reads = reads
+        self._progress = progress
+        self._put = self._stored = 0
+
+    def put_until(self, end: int) -> bool:
+        """Put windows there, on the rank that reads; return whether all before one are."""
+        end = min(end, len(self._windows))
+        while self._reads.is_reader and self._put < end:
+            if not self._memory.has_place_for(self._put):
+                return False
+            self._memory.put(self._put, self._reads.take())
+            self._reads.release()
+            self._put += 1
+        return True
+
+    def store_until(self, end: int) -> bool:
+        """Store windows as they come; return whether all before one are stored."""
+        while self._stored < end:
+            number, window = self._stored, self._windows[self._stored]
+            # While this rank stores a window, the others find the next one.
+            if not (self.put_until(number + 2) and self._memory.look_for(number)):
+                return False
+            self._places.store(window.blocks, self._memory.window(number))
+            self._memory.note_stored(number)
+            self._progress.count(window.end - window.start)
+            self._stored += 1
+        return True
+
+
+def _copy_on_host(comm: Communicator, passage: _HostPassage, windows: int) -> None:
+    """Let the ranks of the only host copy windows as they come. Collective.
+
+    They meet after several windows, and when one has waited for another for long: if that
+    has failed, all raise; if it is slow, each goes on where it was.
+
+    Args:
+        comm: The communicator.
+        passage: This rank's.
+        windows: Number of windows.
+    """
+    for end in range(_MEETING_WINDOWS, windows + _MEETING_WINDOWS, _MEETING_WINDOWS):
+        is_behind = True
+        while is_behind:
+            is_behind = meet(
+                comm,
+                _READING,
+                partial(passage.store_until, min(end, windows)),
+                error=RestoreError,
+                safe=OVERWRITTEN,
+                flag=lambda is_through: not is_through,
+            ).is_flagged
 
 
 class SavedBytes:
@@ -369,14 +456,18 @@ class _OwnWindows:
         self._windows = windows
         self._queue: ReadQueue[list[Refusal]] | None = None
 
-    def start(self, slots: Slots, memory: HostMemory | None) -> None:
-        """Start to read, into the memory of the host if there is any."""
+    @property
+    def is_reader(self) -> bool:
+        """Whether this rank reads any."""
+        return bool(self._windows)
+
+    def start(self, slots: Slots) -> None:
+        """Start to read."""
         reader = self._found.reader
         if reader is None or not self._windows:
             return
         leaves = _stored_leaves(self._found, self._match)
-        room = None if memory is None else memory.memory
-        self._queue = read_proven(reader, leaves, self._windows, slots, room)
+        self._queue = read_proven(reader, leaves, self._windows, slots)
 
     def take(self) -> memoryview:
         """Return the bytes of the next window; errors are those of `take_proven`."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi_ckpt.engine.save.cut.own_tiles import TileFiles
+    from mpi_ckpt.engine.save.reuse import KnownLeaves
     from mpi_ckpt.engine.save.shard import Shard, ShardImage
     from mpi_ckpt.options import Options
     from mpi_ckpt.state import State
@@ -93,6 +94,7 @@ class Draft:
         options: Options,
         *,
         tile_bytes: int = 0,
+        known: KnownLeaves | None = None,
     ) -> Draft:
         """Make the directory of a generation, share unchanged leaves, check the free space.
 
@@ -102,6 +104,7 @@ class Draft:
             options: They define what is shared with older generations, and which of those
                 may be removed; nothing is removed here.
             tile_bytes: Bytes of the tiles that all ranks will write.
+            known: Fingerprints of what the newest generation holds.
 
         Raises:
             SaveError: On the calling rank; no files are left behind. A WriteError with
@@ -111,8 +114,8 @@ class Draft:
         try:
             captured: Sequence[CapturedState] = request.captured
             if options.io.reuse:
-                captured = _digest_ahead(partial, directory, captured, options)
-            shared = _link_unchanged(partial, directory, request, captured, options)
+                captured = _digest_unknown(partial, directory, captured, options, known)
+            shared = _link_unchanged(partial, directory, request, captured, options, known)
             draft = cls(directory, request, options, partial, captured, shared)
             needed = foresee_space(captured, draft.fresh, request.plain)
             partial.require_space(needed.nbytes + tile_bytes, needed.files)
@@ -271,6 +274,24 @@ def _drop(partial: Partial, directory: CheckpointDirectory) -> None:
     directory.forget_newest()
 
 
+def _digest_unknown(
+    partial: Partial,
+    directory: CheckpointDirectory,
+    captured: Sequence[CapturedState],
+    options: Options,
+    known: KnownLeaves | None,
+) -> Sequence[CapturedState]:
+    """Digest leaves that may be shared, unless fingerprints say which are unchanged."""
+    older = _newest(directory, needed=False) if known and known.states else None
+    if known is None or older is None:
+        return _digest_ahead(partial, directory, captured, options)
+    is_known = [known.unchanged(older, content) is not None for content in captured]
+    rest = [one for one, is_one in zip(captured, is_known, strict=True) if not is_one]
+    digested = iter(_digest_ahead(partial, directory, rest, options))
+    pairs = zip(captured, is_known, strict=True)
+    return [one if is_one else next(digested) for one, is_one in pairs]
+
+
 def _digest_ahead(
     partial: Partial,
     directory: CheckpointDirectory,
@@ -309,6 +330,7 @@ def _link_unchanged(
     request: SaveRequest,
     captured: Sequence[CapturedState],
     options: Options,
+    known: KnownLeaves | None,
 ) -> SharedLeaves:
     """Share files of the newest generation, and return their places in the new one."""
     carry, reuse = request.carry, options.io.reuse
@@ -327,6 +349,7 @@ def _link_unchanged(
         generation=partial.generation,
         full_every=options.io.full_every,
         carried=carried,
+        known=known,
     )
     source = directory.root / generation_name(older.generation)
     needed = {name for state in carried for name in (*state.leaves.files, *state.files)}

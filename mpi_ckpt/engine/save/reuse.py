@@ -13,10 +13,12 @@ import numpy as np
 from mpi_ckpt.engine.sync.captured import CapturedState, pick_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from mpi_ckpt.engine.sync.captured import Fingerprints
+    from mpi_ckpt.leaves.leaf import Form
     from mpi_ckpt.storage.format.manifest import (
         Manifest,
         StoredFile,
@@ -27,6 +29,61 @@ if TYPE_CHECKING:
 # If less than this share of a file's data is still in use, the file is no longer shared:
 # the unused rest would waste disk space.
 _LIVE_SHARE_MIN = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class KnownLeaves:
+    """The fingerprints of leaves when this process has saved them.
+
+    A leaf with the same fingerprint has the bytes that were copied to be written then. So
+    a leaf on a device that is unchanged need not be copied to the host to be shared.
+
+    Attributes:
+        generation: The generation that has them.
+        states: State -> the form of its leaves, and their fingerprints.
+    """
+
+    generation: int = 0
+    states: Mapping[str, tuple[Form, Fingerprints]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, generation: int, captured: Iterable[CapturedState]) -> KnownLeaves:
+        """Note the states that have fingerprints. Not collective.
+
+        Args:
+            generation: The generation that holds them.
+            captured: The states as they were saved.
+        """
+        known = {
+            one.name: (one.form, one.fingerprints)
+            for one in captured
+            if one.fingerprints is not None
+        }
+        return cls(generation, known)
+
+    def unchanged(
+        self, older: Manifest, content: CapturedState
+    ) -> NDArray[np.int64] | None:
+        """Return the indices of a state's leaves that a generation holds unchanged.
+
+        Not collective.
+
+        Args:
+            older: The generation.
+            content: The state.
+
+        Returns:
+            None if fingerprints do not say.
+        """
+        known, stored = self.states.get(content.name), older.state(content.name)
+        if self.generation != older.generation or known is None or stored is None:
+            return None
+        (form, then), now = known, content.fingerprints
+        if now is None or now.places != then.places or stored.is_stream:
+            return None
+        if not content.form.specs == form.specs == stored.leaves.form.specs:
+            return None
+        return np.flatnonzero((now.rows == then.rows).all(axis=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +168,25 @@ def plan_reuse(
     generation: int,
     full_every: int,
     carried: Sequence[StoredState] = (),
+    known: KnownLeaves | None = None,
 ) -> SharedLeaves:
     """Find the leaves that an older generation holds unchanged.
 
     Not collective. Thread-safe. A leaf is unchanged if its state, name, dtype, shape and
-    digest are the same.
+    digest are the same, or its fingerprint.
 
     Args:
         older: The newest generation.
-        captured: The contents to save; only digested states are compared.
+        captured: The contents to save; only states with digests or known fingerprints are
+            compared.
         generation: Number of the new generation.
         full_every: Files written so many generations ago, or more, are not shared.
         carried: States of ``older`` that must be carried over in any case.
+        known: The fingerprints of its leaves.
     """
     files = {file.name: file for file in older.files}
     needed = {name for state in carried for name in (*state.leaves.files, *state.files)}
-    unchanged = _unchanged(older, captured)
+    unchanged = _unchanged(older, captured, known or KnownLeaves())
     live: Counter[str] = Counter()
     for leaves in [*unchanged.leaves.values(), *(state.leaves for state in carried)]:
         for name in leaves.files:
@@ -163,16 +223,24 @@ def has_unchanged(older: Manifest, captured: Sequence[CapturedState]) -> bool:
 
     Not collective. Thread-safe.
     """
-    return bool(_unchanged(older, captured).leaves)
+    return bool(_unchanged(older, captured, KnownLeaves()).leaves)
 
 
-def _unchanged(older: Manifest, captured: Sequence[CapturedState]) -> SharedLeaves:
+def _unchanged(
+    older: Manifest, captured: Sequence[CapturedState], known: KnownLeaves
+) -> SharedLeaves:
     numbers, leaves = {}, {}
     for index, content in enumerate(captured):
         stored = older.state(content.name)
-        if stored is None or content.digests is None or stored.is_stream:
+        if stored is None or stored.is_stream:
             continue
-        here, there = _alike(content, stored.leaves)
+        same = known.unchanged(older, content)
+        if same is not None:
+            here = there = same
+        elif content.digests is not None:
+            here, there = _alike(content, stored.leaves)
+        else:
+            continue
         if len(here):
             numbers[index], leaves[index] = here, stored.leaves.pick(there)
     return SharedLeaves(numbers, leaves)

@@ -16,6 +16,7 @@ from mpi_ckpt.engine.save.cut.own_tiles import TileHistory
 from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
 from mpi_ckpt.engine.save.pending import PendingSave
 from mpi_ckpt.engine.save.request import Begun, SaveRequest, require_notes
+from mpi_ckpt.engine.save.reuse import KnownLeaves
 from mpi_ckpt.engine.save.saving import Save
 from mpi_ckpt.engine.steps.interval import Durations
 from mpi_ckpt.engine.sync.parts import parts_apart, receive_parts, take_parts
@@ -49,6 +50,7 @@ class Workshop:
         sync_log: Logs what syncs have changed.
         survey: How cut leaves lay on the ranks at the last save; None for none.
         history: The tiles that this rank has in the generation saved last.
+        known: On root, the fingerprints of the leaves saved last.
     """
 
     arena: Arena
@@ -58,6 +60,7 @@ class Workshop:
     sync_log: SyncLog
     survey: TileSurvey | None = None
     history: TileHistory = field(default_factory=lambda: TileHistory(0, {}))
+    known: KnownLeaves = field(default_factory=KnownLeaves)
 
 
 class Saver:

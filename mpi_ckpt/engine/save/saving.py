@@ -20,6 +20,7 @@ from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import RememberedTiles, copy_into, copy_tiles
 from mpi_ckpt.engine.save.cut.survey import survey_tiles, take_tiles
 from mpi_ckpt.engine.save.request import SaveRequest, make_report
+from mpi_ckpt.engine.save.reuse import KnownLeaves
 from mpi_ckpt.engine.save.staging import LateCopies, stage
 from mpi_ckpt.engine.save.writers import JointWrite, LoneWrite
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
@@ -221,6 +222,9 @@ class Save:
         self._workshop.durations.note_durable(self.report.seconds["total"])
         if self._joint is not None and self._survey is not None:
             self._workshop.history = self._joint.history
+        if self.published is not None:
+            number, captured = self.published.generation, self._request.captured
+            self._workshop.known = KnownLeaves.of(number, captured)
         # Else Python's next garbage collection would scan these.
         self._request = replace(self._request, states=())
         self._mine, self._tiles, self._joint, self._lone = (), (), None, None
@@ -324,7 +328,7 @@ class Save:
             with self._parts.handed_over():
                 if not session.comm.is_root:
                     return
-                self._lone = LoneWrite(session, clock)
+                self._lone = LoneWrite(session, clock, self._workshop.known)
                 self._lone.write(replace(self._request, states=self._mine), self._image)
             if not self._synced.uncompared:
                 self.published = self._lone.publish()

@@ -8,9 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from mpi_ckpt.comm import scatter_parts
+from mpi_ckpt.comm import scatter_bytes
 from mpi_ckpt.engine.sync.captured import pick_leaves
-from mpi_ckpt.errors import SaveError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -121,5 +120,5 @@ def deal_tasks(comm: Communicator, tasks: Sequence[Task], window_bytes: int) -> 
         json.dumps([task.generation, task.job, task.share]).encode() for task in tasks
     ]
     doing = "sharing out a save"
-    mine = scatter_parts(comm, encoded, doing, error=SaveError, window_bytes=window_bytes)
+    mine = scatter_bytes(comm, encoded, doing, window_bytes=window_bytes)
     return Task(*json.loads(mine))

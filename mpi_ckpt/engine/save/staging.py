@@ -169,24 +169,38 @@ class LateCopies:
     """
 
     def __init__(self) -> None:
-        self._copies: list[_LateCopy] = []
+        self._leaves: list[Leaf] = []
+        self._places: list[memoryview] = []
+        self._stamps: list[int] = []
+        self._digests: list[Digest | None] = []
         self._copied: Callable[[], None] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._copies)
+        return bool(self._leaves)
 
     @property
     def gates(self) -> set[Gate]:
         """The gates that block changes until `copy` has ended."""
-        return {copy.leaf.gate for copy in self._copies if copy.leaf.gate is not None}
+        return {leaf.gate for leaf in self._leaves if leaf.gate is not None}
 
-    def add(self, leaf: Leaf, place: memoryview, digest: Digest | None) -> None:
-        """Add a leaf, its destination, and its digest if already taken."""
-        self._copies.append(_LateCopy(leaf, place, leaf.buffer.stamp(), digest))
+    def add(
+        self,
+        leaves: Sequence[Leaf],
+        places: Sequence[memoryview],
+        digests: Sequence[Digest | None],
+    ) -> None:
+        """Add leaves, the destination of each, and its digest if already taken.
+
+        The training waits: of thousands of leaves only the stamps are taken at once.
+        """
+        self._stamps += [leaf.buffer.stamp() for leaf in leaves]
+        self._leaves += leaves
+        self._places += places
+        self._digests += digests
 
     def when_copied(self, act: Callable[[], None]) -> None:
         """Call a function after `copy` succeeds; at once if there is nothing to copy."""
-        if self._copies:
+        if self._leaves:
             self._copied = act
         else:
             act()
@@ -198,10 +212,12 @@ class LateCopies:
             StageError: On the calling rank, with the names of leaves that other code
                 changed meanwhile without passing the gate.
         """
-        proven = [copy.make() for copy in self._copies]
+        columns = self._leaves, self._places, self._stamps, self._digests
+        copies = list(map(_LateCopy, *columns))
+        proven = [copy.make() for copy in copies]
         changed = [
             copy.leaf.spec.name
-            for copy, is_proven in zip(self._copies, proven, strict=True)
+            for copy, is_proven in zip(copies, proven, strict=True)
             if not is_proven or copy.is_stale()
         ]
         if changed:
@@ -382,11 +398,10 @@ def _copy(
 ) -> Digests | None:
     """Copy the leaves of a state, or leave them for later; return their digests."""
     taken: dict[int, Digest] = dict(enumerate(state.digests or ()))
-    gated, flying, direct = [], [], {}
-    for number, (leaf, place) in enumerate(zip(state.leaves, places, strict=True)):
-        if leaf.gate is not None:
-            gated.append(number)
-            continue
+    flying, direct = [], {}
+    gated = [n for n, leaf in enumerate(state.leaves) if leaf.gate is not None]
+    rest = sorted(set(range(len(places))) - set(gated))
+    for number, leaf, place in [(n, state.leaves[n], places[n]) for n in rest]:
         if is_on_device(leaf):
             flying.append(number)
             continue
@@ -410,8 +425,11 @@ def _copy(
         leaves = [state.leaves[number] for number in gated]
         sizes = np.array([leaf.spec.nbytes for leaf in leaves])
         taken |= dict(zip(gated, digest_leaves(leaves, sizes, threads), strict=True))
-    for number in gated:
-        late.add(state.leaves[number], places[number], taken.get(number))
+    late.add(
+        [state.leaves[number] for number in gated],
+        [places[number] for number in gated],
+        [taken.get(number) for number in gated],
+    )
     if not digested and state.digests is None:
         return None
     return Digests.of([taken[number] for number in range(len(places))])

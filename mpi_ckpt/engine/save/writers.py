@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.save.cut.own_tiles import WrittenTiles
     from mpi_ckpt.engine.save.cut.survey import TileSurvey
     from mpi_ckpt.engine.save.request import Published, SaveRequest
+    from mpi_ckpt.engine.save.reuse import KnownLeaves
     from mpi_ckpt.engine.save.shard import ShardImage
     from mpi_ckpt.engine.save.sharing import Share
     from mpi_ckpt.engine.session import Session
@@ -295,11 +296,13 @@ class LoneWrite:
     Args:
         session: The manager's.
         clock: The save's.
+        known: Fingerprints of what the newest generation holds.
     """
 
-    def __init__(self, session: Session, clock: PhaseClock) -> None:
+    def __init__(self, session: Session, clock: PhaseClock, known: KnownLeaves) -> None:
         self._session = session
         self._clock = clock
+        self._known = known
         self._draft: Draft | None = None
 
     def write(self, request: SaveRequest, image: ShardImage | None) -> None:
@@ -314,7 +317,9 @@ class LoneWrite:
         """
         session = self._session
         with self._clock.phase("write"):
-            draft = Draft.begin(session.directory, request, session.options)
+            draft = Draft.begin(
+                session.directory, request, session.options, known=self._known
+            )
             draft.partial.progress = self._clock.progress
             try:
                 draft.write(draft.fresh_states, request.plain, image)

@@ -116,6 +116,8 @@ class Steps:
         self._interval = Interval(self._every, saver.durations)
         local = None if session.hosts is None else session.hosts.local.every
         self._local = Interval(local, saver.durations)
+        if self._drain is not None:
+            session.observer.copying = self._drain.progress
         self._is_local_due = False
         self._turn = 0  # the number of saves and restores so far
         self._posted_in = (0, 0)
@@ -217,6 +219,8 @@ class Steps:
         """
         self._counted += 1
         self._saver.durations.note_step(time.monotonic())
+        if self._drain is not None:
+            self._drain.step = step
         self._session.observer.note_step(step, self._interval.next_due(step))
         self._guard.is_heeded = True
         self._session.comm.call = "step()"
@@ -318,7 +322,6 @@ class Steps:
         hosts, drain = self._session.hosts, self._drain
         if drain is None or hosts is None:
             return is_due
-        drain.step = step
         if drain.is_owed or (is_due and hosts.is_off):
             return True
         if is_due and not drain.is_wanted:

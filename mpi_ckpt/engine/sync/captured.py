@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpi_ckpt.devices import following
+from mpi_ckpt.errors import StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaves.buckets import pieces_of, read_leaves
+from mpi_ckpt.leaves.buckets import fingerprint_leaves, pieces_of, read_leaves
 from mpi_ckpt.leaves.digest import Digests, digest_bytes, digest_many
 
 if TYPE_CHECKING:
@@ -28,6 +29,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """What is compared of leaves in place of their digests.
+
+    Attributes:
+        wholes: For each leaf 16 bytes, in a row: of a leaf on a device its fingerprint, of
+            another one its digest.
+        places: For each leaf one byte: whether it is on a device.
+    """
+
+    wholes: bytes
+    places: bytes
+
+    @property
+    def rows(self) -> NDArray[np.uint64]:
+        """The 16 bytes of each leaf as a row of two numbers, for comparisons."""
+        return np.frombuffer(self.wholes, np.uint64).reshape(-1, 2)
+
+    def pick(self, numbers: Sequence[int]) -> Fingerprints:
+        """Return those of some leaves. Not collective. Thread-safe."""
+        chosen = np.asarray(numbers, np.int64)
+        places = np.frombuffer(self.places, np.uint8)[chosen]
+        return Fingerprints(self.rows[chosen].tobytes(), places.tobytes())
+
+
+@dataclass(frozen=True, slots=True)
 class CapturedState:
     """The contents of a leaf state, by reference.
 
@@ -38,6 +64,7 @@ class CapturedState:
         form: Specs of these leaves.
         digests: A digest for each of them; None as long as they were not needed.
         cut: Its leaves that are cut over the ranks, as far as this rank has them.
+        fingerprints: Of its whole leaves; None if they are compared by digests, or not yet.
     """
 
     state: LeafState
@@ -46,6 +73,18 @@ class CapturedState:
     form: Form
     digests: Digests | None = None
     cut: tuple[Leaf, ...] = ()
+    fingerprints: Fingerprints | None = None
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether it has fingerprints or digests."""
+        return self.fingerprints is not None or self.digests is not None
+
+    @property
+    def wholes(self) -> bytes:
+        """The fingerprints of its leaves, or else their digests, in a row."""
+        known = self.digests if self.fingerprints is None else self.fingerprints
+        return b"" if known is None else known.wholes
 
     @property
     def name(self) -> str:
@@ -57,15 +96,17 @@ class CapturedState:
         """The leaves' specs, in order."""
         return self.form.specs
 
-    def summary(self) -> tuple[bytes, bytes, bytes]:
-        """Return three digests: of the leaves' specs, of the structure, of the bytes.
+    def summary(self) -> tuple[bytes, bytes, bytes, bytes]:
+        """Return four digests: of specs, structure, bytes, and which have fingerprints.
 
         Not collective.
         """
+        places = b"" if self.fingerprints is None else self.fingerprints.places
         return (
             digest_bytes(self.form.text),
             digest_bytes(json.dumps(self.structure).encode()),
-            digest_bytes(b"" if self.digests is None else self.digests.wholes),
+            digest_bytes(self.wholes),
+            digest_bytes(places.lstrip(b"\0")),
         )
 
 
@@ -115,7 +156,9 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
     todo = [content for content in captured if content.digests is None]
     if not todo:
         return list(captured)
-    leaves = list(chain.from_iterable(content.leaves for content in todo))
+    leaves: Sequence[Leaf] = todo[0].leaves
+    if len(todo) > 1:
+        leaves = list(chain.from_iterable(content.leaves for content in todo))
     sizes = np.concatenate([content.form.sizes for content in todo])
     try:
         taken = digest_leaves(leaves, sizes, threads)
@@ -134,6 +177,75 @@ def digest_states(captured: Sequence[CapturedState], threads: int) -> list[Captu
     ]
 
 
+def make_comparable(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:
+    """Fingerprint the states with leaves on devices, and digest the others.
+
+    Not collective. As `digest_states`.
+    """
+    return digest_rest(fingerprint_states(captured, threads), threads)
+
+
+def digest_rest(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:
+    """Digest the states that have no fingerprints either.
+
+    Not collective. As `digest_states`.
+    """
+    rest = iter(digest_states([one for one in captured if not one.is_comparable], threads))
+    return [one if one.is_comparable else next(rest) for one in captured]
+
+
+def fingerprint_states(
+    captured: Sequence[CapturedState], threads: int
+) -> list[CapturedState]:
+    """Fingerprint the states with leaves on devices, if they have no digests yet.
+
+    Not collective. Their leaves in host memory are digested. Nothing is done if a device
+    lacks the memory for it.
+
+    Args:
+        captured: The states.
+        threads: Threads that hash.
+
+    Raises:
+        StageError: On the calling rank, if a device cannot do it.
+    """
+    places = {n: places_of(one) for n, one in enumerate(captured) if not one.is_comparable}
+    places = {number: of_state for number, of_state in places.items() if any(of_state)}
+    found = list(captured)
+    if not places:
+        return found
+    leaves = [leaf for number in places for leaf in captured[number].leaves]
+    is_there = np.frombuffer(b"".join(places.values()), np.uint8) != 0
+    try:
+        made = fingerprint_leaves([leaves[n] for n in np.flatnonzero(is_there)])
+    except Exception as error:
+        names = ", ".join(repr(captured[number].name) for number in places)
+        raise StageError(f"states {names}, on a device: {error!r}") from error
+    if made is None:
+        return found
+    others = [leaves[n] for n in np.flatnonzero(~is_there)]
+    sizes = np.array([leaf.spec.nbytes for leaf in others], np.int64)
+    rows = np.empty((len(leaves), 2), np.uint64)
+    rows[is_there] = np.frombuffer(b"".join(made), np.uint64).reshape(-1, 2)
+    rows[~is_there] = digest_leaves(others, sizes, threads).rows
+    end = 0
+    for number, of_state in places.items():
+        start, end = end, end + len(of_state)
+        known = Fingerprints(rows[start:end].tobytes(), of_state)
+        found[number] = replace(captured[number], fingerprints=known)
+    return found
+
+
+def places_of(captured: CapturedState) -> bytes:
+    """Return for each leaf one byte, whether it can be fingerprinted; nothing if none can.
+
+    Not collective.
+    """
+    buffers = [leaf.buffer for leaf in captured.leaves]
+    kinds = {kind for kind in set(map(type, buffers)) if hasattr(kind, "fingerprint_all")}
+    return bytes([type(buffer) in kinds for buffer in buffers]) if kinds else b""
+
+
 def digest_leaves(
     leaves: Sequence[Leaf], sizes: NDArray[np.int64], threads: int
 ) -> Digests:
@@ -145,7 +257,7 @@ def digest_leaves(
         threads: Threads that hash.
     """
     return digest_many(
-        lambda first, last: read_leaves(leaves[first:last]),
+        lambda first, last: read_leaves(leaves, first, last),
         sizes,
         threads,
         pieces_of=lambda number: pieces_of(leaves[number]),
@@ -172,6 +284,7 @@ def digest_of(captured: Iterable[CapturedState]) -> bytes:
 def pick_leaves(captured: CapturedState, numbers: Sequence[int]) -> CapturedState:
     """Return a state with only some of its leaves. Not collective. Thread-safe."""
     leaves, digests = captured.leaves, captured.digests
+    fingerprints = captured.fingerprints
     if len(numbers) == len(leaves):
         return captured
     return replace(
@@ -179,4 +292,5 @@ def pick_leaves(captured: CapturedState, numbers: Sequence[int]) -> CapturedStat
         leaves=tuple([leaves[n] for n in numbers]),
         form=captured.form.pick(numbers),
         digests=None if digests is None else digests.pick(numbers),
+        fingerprints=None if fingerprints is None else fingerprints.pick(numbers),
     )

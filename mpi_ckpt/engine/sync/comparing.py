@@ -4,18 +4,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpi_ckpt.comm import agree, differing_digests
-from mpi_ckpt.engine.sync.captured import CapturedState, digest_states, pick_leaves
+from mpi_ckpt.engine.sync.captured import (
+    CapturedState,
+    digest_states,
+    make_comparable,
+    pick_leaves,
+)
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaves.leaf import Leaf
@@ -29,6 +37,7 @@ _HEAD_BYTES = 4 << 10
 
 _NOTHING = bytes(DIGEST_BYTES)
 
+_DIGESTING = "digesting the states"
 _DOING = "comparing the states of all ranks"
 
 
@@ -62,8 +71,8 @@ class Comparison:
     """The result of comparing states.
 
     Attributes:
-        captured: The states; digested, except those with leaves that differ in their first
-            bytes.
+        captured: The states; with fingerprints or digests, except those with leaves that
+            differ in their first bytes.
         differences: An entry for each state that differs; the same on every rank.
         bytes_hashed: Bytes digested on this rank.
     """
@@ -73,24 +82,32 @@ class Comparison:
     bytes_hashed: int
 
 
-def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
-    """Compare digested states, after it is known that some differ.
+def compare(comm: Communicator, captured: list[CapturedState], threads: int) -> Comparison:
+    """Compare states, after it is known that some differ.
 
     Collective. Main thread only.
 
     Args:
         comm: The communicator.
-        captured: Digested states, the same in the same order on every rank.
+        captured: States with fingerprints or digests, the same in the same order on every
+            rank.
+        threads: Threads that hash.
 
     Raises:
+        StageError: On every rank, if any rank cannot read bytes.
         CollectiveError: On every live rank, if one never arrives.
     """
-    summaries = [digest for content in captured for digest in content.summary()]
-    differs = differing_digests(comm, summaries, _DOING).reshape(-1, 3)
+    differs = _compare_summaries(comm, captured)
+    if differs[:, 3].any():
+        # A rank has no fingerprint of a leaf of which others have one.
+        plain = [replace(content, fingerprints=None) for content in captured]
+        digest = partial(digest_states, plain, threads)
+        captured = agree(comm, _DIGESTING, digest, error=StageError)
+        differs = _compare_summaries(comm, captured)
     # Compare digests of single leaves where the leaves agree in name and form, but some
     # byte differs.
-    inspected = [i for i, (specs, _, data) in enumerate(differs) if data and not specs]
-    wholes = [digests.wholes for i in inspected if (digests := captured[i].digests)]
+    inspected = [i for i, (specs, _, data, _) in enumerate(differs) if data and not specs]
+    wholes = [captured[i].wholes for i in inspected]
     leaf_differs = differing_digests(comm, wholes, _DOING)
     ends = accumulate((len(captured[i].leaves) for i in inspected), initial=0)
     of_state = {
@@ -98,11 +115,19 @@ def compare(comm: Communicator, captured: list[CapturedState]) -> Comparison:
         for index, (first, last) in zip(inspected, pairwise(ends), strict=True)
     }
     found = []
-    for index, (specs, structure, _) in enumerate(differs):
+    for index, (specs, structure, *_) in enumerate(differs):
         leaves = None if specs else of_state.get(index, ())
         if specs or structure or leaves:
             found.append(StateDifference(index, bool(specs or structure), leaves))
     return Comparison(captured, found, sum(content.form.nbytes for content in captured))
+
+
+def _compare_summaries(
+    comm: Communicator, captured: Sequence[CapturedState]
+) -> NDArray[np.bool_]:
+    """Return for each state which of its four summaries differ between ranks."""
+    summaries = [digest for content in captured for digest in content.summary()]
+    return differing_digests(comm, summaries, _DOING).reshape(-1, 4)
 
 
 def compare_heads_first(
@@ -133,10 +158,10 @@ def compare_heads_first(
 
     def digest() -> list[CapturedState]:
         rests = [pick_leaves(*pair) for pair in zip(captured, others, strict=True)]
-        return digest_states(rests, threads)
+        return make_comparable(rests, threads)
 
-    rests = agree(comm, "digesting the states", digest, error=StageError)
-    compared = compare(comm, rests)
+    compared = compare(comm, agree(comm, _DIGESTING, digest, error=StageError), threads)
+    rests = compared.captured
     by_digest = {difference.index: difference for difference in compared.differences}
     found = []
     for index, differ in enumerate(plain):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from mpi_ckpt.states.mismatch import raise_mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.overlaps import Overlap
@@ -107,7 +109,17 @@ class _Delivery:
     @property
     def nbytes(self) -> int:
         """Bytes that are sent or averaged."""
-        return int(self.form.sizes[[*self.sent, *self.averaged]].sum())
+        return int(self.sent_sizes.sum() + self.form.sizes[list(self.averaged)].sum())
+
+    @property
+    def sent_leaves(self) -> Sequence[Leaf]:
+        """The leaves that root sends."""
+        return _chosen(self.targets, self.sent)
+
+    @property
+    def sent_sizes(self) -> NDArray[np.int64]:
+        """The bytes of each of them."""
+        return self.form.sizes[np.array(self.sent, np.int64)]
 
 
 def _prepare(
@@ -191,12 +203,13 @@ def _deliver(
         cut = [leaf.spec for leaf in own.cut]
         arrival = own.state.prepare(structure, [*specs, *cut], strict=True)
         arriving = arrival.leaves[: len(specs)]
-        targets = tuple([leaf for leaf in arriving if leaf is not None])
         # A restore may leave a leaf to other stages of a pipeline; a save compares it.
-        pairs = zip(specs, arriving, strict=True)
-        lacking = [f"{spec} is on root, not here" for spec, leaf in pairs if leaf is None]
-        raise_mismatch(own.name, lacking)
-        look_at([targets[n] for n in sent])
+        if not all(arriving):
+            pairs = zip(specs, arriving, strict=True)
+            lacking = [f"{spec} is on root, not here" for spec, to in pairs if to is None]
+            raise_mismatch(own.name, lacking)
+        targets = tuple(cast("Sequence[Leaf]", arriving))
+        look_at(_chosen(targets, sent), form.sizes[np.array(sent, np.int64)])
         if difference.leaves is not None:
             _keep_equal(own.leaves, targets, set() if is_root else set(sent))
     return _Delivery(
@@ -210,6 +223,11 @@ def _deliver(
     )
 
 
+def _chosen(leaves: Sequence[Leaf], numbers: Sequence[int]) -> Sequence[Leaf]:
+    # Where all differ there are none to pick out.
+    return leaves if len(numbers) == len(leaves) else [leaves[n] for n in numbers]
+
+
 def _averaged(own: CapturedState, difference: StateDifference) -> tuple[int, ...]:
     if own.state.sync_mode != "mean" or difference.form:
         return ()
@@ -221,13 +239,17 @@ def _keep_equal(
     leaves: Sequence[Leaf], targets: Sequence[Leaf], sent: Collection[int]
 ) -> None:
     """Fill targets that receive nothing with this rank's own bytes, which are equal."""
-    for number in sorted(set(range(len(leaves))) - set(sent)):
+    equal = set(range(len(leaves))) - set(sent) if len(sent) < len(leaves) else ()
+    for number in sorted(equal):
         leaf, target = leaves[number], targets[number]
         if leaf is not target and not _same_memory(leaf, target):
             target.buffer.write(leaf.buffer.read())
 
 
 def _same_memory(leaf: Leaf, target: Leaf) -> bool:
+    place = leaf.buffer.place()
+    if place is not None and place == target.buffer.place():
+        return True  # on a device, which has no view
     source, destination = leaf.buffer.view(), target.buffer.view()
     if source is None or destination is None or not len(source):
         return False
@@ -322,13 +344,16 @@ def _transfer(
             average_leaves(comm, [delivery.targets[n] for n in delivery.averaged], deferred)
             own = captured[delivery.index]
             averaged[own.name] = _with_new_digests(own, delivery)
-    sent = [delivery.targets[n] for delivery in deliveries for n in delivery.sent]
-    send_leaves(comm, sent, options.io.window_bytes, deferred)
+    sent = list(chain.from_iterable(delivery.sent_leaves for delivery in deliveries))
+    sizes = np.concatenate([delivery.sent_sizes for delivery in deliveries])
+    send_leaves(comm, sent, sizes, options.io.window_bytes, deferred)
     return averaged
 
 
 def _with_new_digests(own: CapturedState, delivery: _Delivery) -> CapturedState:
-    digests = list(own.digests or ())
+    if own.digests is None:  # compared by fingerprints, which are needed no more
+        return replace(own, leaves=delivery.targets, fingerprints=None)
+    digests = list(own.digests)
     for number in delivery.averaged:
         digests[number] = Digest.of(delivery.targets[number].buffer.read())
     return replace(own, leaves=delivery.targets, digests=Digests.of(digests))

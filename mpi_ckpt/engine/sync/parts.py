@@ -8,11 +8,11 @@ digests of all parts; their bytes come while root writes them.
 from __future__ import annotations
 
 import json
-from collections import deque
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, cycle, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,14 +32,21 @@ from mpi_ckpt.state import PartsState
 from mpi_ckpt.states.unshared.ranked import RankedState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import (
+        Callable,
+        Collection,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from mpi4py import MPI
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.engine.session import Session
-    from mpi_ckpt.state import State
+    from mpi_ckpt.state import State, Structure
 
     Message = tuple[int, NDArray[np.uint8]]
 
@@ -47,16 +54,6 @@ if TYPE_CHECKING:
 _HANDING_PARTS = "handing over the parts of ranks"
 # Root receives and holds so many bytes at a time; a longer leaf is received alone.
 _HELD_BYTES = 8 << 20
-
-_LeafNumber = tuple[int, int]
-"""Number of a state whose parts are kept apart, and of a leaf in a rank's part of it."""
-
-
-class _Expected(NamedTuple):
-    leaf: _LeafNumber
-    state: str
-    spec: LeafSpec
-    digest: Digest
 
 
 class ComingBytes:
@@ -73,98 +70,109 @@ class ComingBytes:
     def __init__(self, comm: Communicator) -> None:
         self.rank = comm.rank
         self._comm = comm
-        self._waiting: dict[int, deque[_Expected]] = {}
-        self._held: dict[tuple[int, _LeafNumber], NDArray[np.uint8]] = {}
+        # Of each rank the next one is the last.
+        self._waiting: dict[int, list[_ComingBuffer]] = {}
+        self._digests: dict[str, Digests] = {}
+        self._held: dict[_ComingBuffer, NDArray[np.uint8]] = {}
 
-    def expect(
-        self, rank: int, leaf: _LeafNumber, state: str, spec: LeafSpec, digest: Digest
-    ) -> Leaf:
+    def expect(self, rank: int, state: str, number: int, spec: LeafSpec) -> Leaf:
         """Return a leaf whose bytes will come.
 
         Args:
             rank: The rank that will send it.
-            leaf: Its number.
             state: Name of its state.
+            number: Its number among the leaves of all ranks.
             spec: Its form.
-            digest: That of its bytes.
         """
-        messages = self._waiting.setdefault(rank, deque())
-        messages.append(_Expected(leaf, state, spec, digest))
-        return Leaf(spec, _ComingBuffer(self, rank, leaf))
+        buffer = _ComingBuffer(self, rank, state, number, spec)
+        self._waiting.setdefault(rank, []).append(buffer)
+        return Leaf(spec, buffer)
 
-    def begin(self) -> None:
-        """Put what is expected into the order in which it comes."""
-        for rank, messages in self._waiting.items():
-            order = sorted(messages, key=lambda one: _place(one.spec))
-            self._waiting[rank] = deque(order)
+    def begin(self, digests: Mapping[str, Digests]) -> None:
+        """Put what is expected into the order in which it comes.
 
-    def take(self, rank: int, leaf: _LeafNumber) -> memoryview:
+        Args:
+            digests: Name of a state -> the digests of its leaves.
+        """
+        self._digests.update(digests)
+        for messages in self._waiting.values():
+            messages.sort(key=lambda one: _place(one.spec))
+            messages.reverse()
+
+    def take(self, buffer: _ComingBuffer) -> memoryview:
         """Return the bytes of a leaf.
 
         Raises:
             StageError: On the calling rank, if they are not those of its digest.
         """
-        while (rank, leaf) not in self._held:
-            self._receive(rank)
-        return self._held.pop((rank, leaf)).data
+        while buffer not in self._held:
+            self._receive(buffer.rank)
+        return self._held.pop(buffer).data
 
     def drain(self) -> None:
         """Receive what is still to come, and drop it. Callable twice."""
         self._held.clear()
-        for rank, messages in self._waiting.items():
+        for messages in self._waiting.values():
             while messages:
-                self._exchange([(rank, messages.popleft())])
+                self._exchange([messages.pop()])
+        self._waiting.clear()
 
     def _receive(self, wanted: int) -> None:
         """Receive the next leaf of a rank, and some more of the ranks that follow."""
-        for key in [key for key in self._held if key[0] == wanted]:
-            del self._held[key]  # passed over
+        for one in [one for one in self._held if one.rank == wanted]:
+            del self._held[one]  # passed over
         held = sum(map(len, self._held.values()))
-        some: list[tuple[int, _Expected]] = []
+        some: list[_ComingBuffer] = []
         # As they lie in the file: one of each rank, then the next of each.
         following = [rank for rank in self._waiting if rank > wanted]
-        ranks = chain([wanted, *following], cycle(self._waiting))
-        while any(self._waiting.values()):
-            rank = next(ranks)
-            messages = self._waiting[rank]
-            nbytes = messages[0].spec.nbytes if messages else 0
+        for rank in chain([wanted, *following], cycle(list(self._waiting))):
+            messages = self._waiting.get(rank, [])
+            nbytes = messages[-1].spec.nbytes if messages else 0
             if some and held + nbytes > _HELD_BYTES:
                 break
             if messages:
-                some.append((rank, messages.popleft()))
+                some.append(messages.pop())
                 held += nbytes
+            if not messages:
+                self._waiting.pop(rank, None)
+            if not self._waiting:
+                break
         self._exchange(some, hold=True)
 
-    def _exchange(
-        self, some: Sequence[tuple[int, _Expected]], *, hold: bool = False
-    ) -> None:
-        rooms = [np.empty(message.spec.nbytes, np.uint8) for _, message in some]
-        receives = [(rank, room) for (rank, _), room in zip(some, rooms, strict=True)]
+    def _exchange(self, some: Sequence[_ComingBuffer], *, hold: bool = False) -> None:
+        rooms = [np.empty(one.spec.nbytes, np.uint8) for one in some]
+        receives = [(one.rank, room) for one, room in zip(some, rooms, strict=True)]
         exchange_messages(self._comm, [], receives, _HANDING_PARTS)
         if not hold:
             return
-        for (rank, message), room in zip(some, rooms, strict=True):
+        for one, room in zip(some, rooms, strict=True):
             # INVARIANT: no digest of other bytes than those written gets into a manifest.
-            if Digest.of(room.data) != message.digest:
+            if Digest.of(room.data) != self._digests[one.state][one.number]:
                 raise StageError(
-                    f"state {message.state!r}, leaf {message.spec.name!r}: rank {rank} "
+                    f"state {one.state!r}, leaf {one.spec.name!r}: rank {one.rank} "
                     "sent other bytes than it had when the save began"
                 )
-            self._held[rank, message.leaf] = room
+            self._held[one] = room
 
 
 class _ComingBuffer(MemoryBuffer):
     """Stands in for the bytes of a leaf that another rank will send."""
 
-    def __init__(self, coming: ComingBytes, rank: int, leaf: _LeafNumber) -> None:
-        super().__init__(b"")
-        self._coming, self._rank, self._leaf = coming, rank, leaf
+    # Root has one for each leaf of each rank.
+    __slots__ = ("_coming", "number", "rank", "spec", "state")
+    _memory = memoryview(b"")
+
+    def __init__(
+        self, coming: ComingBytes, rank: int, state: str, number: int, spec: LeafSpec
+    ) -> None:
+        self._coming, self.rank, self.state = coming, rank, state
+        self.number, self.spec = number, spec
 
     def view(self) -> memoryview | None:
         return None
 
     def read(self) -> memoryview:
-        return self._coming.take(self._rank, self._leaf)
+        return self._coming.take(self)
 
     def copy_to(self, target: memoryview) -> None:
         copy_bytes(self.read(), target)
@@ -215,6 +223,7 @@ class PartsInTransit:
             CheckpointError: On the calling rank, if parts do not belong together.
         """
         self.captured = self._join()
+        self._join = list  # root needs the texts of all ranks no longer
 
     @property
     def are_here(self) -> bool:
@@ -424,13 +433,13 @@ def combine_parts(
     coming = ComingBytes(comm)
 
     def join() -> list[CapturedState]:
-        heads = [json.loads(head) for head, _, _ in texts]
-        captured = []
-        for number, one in enumerate(mine.kept if comm.is_root else ()):
-            with concerning(f"state {one.name!r}"):
-                of_state = [head[number] for head in heads]
-                captured.append(_capture(coming, number, one, of_state))
-        coming.begin()
+        of_all = [_PartsOfAll(coming, one) for one in mine.kept if comm.is_root]
+        # One rank after the other: the objects of a text take more room than the text.
+        for rank, (head, _, _) in enumerate(texts):
+            for one, of_rank in zip(of_all, json.loads(head), strict=True):
+                one.add(rank, *of_rank)
+        captured = [one.captured() for one in of_all]
+        coming.begin({one.name: one.digests for one in captured if one.digests is not None})
         return captured
 
     return PartsInTransit(comm, mine.kept, coming, join)
@@ -479,32 +488,65 @@ def _join(
         state.combined()
 
 
-def _capture(
-    coming: ComingBytes,
-    number: int,
-    mine: CapturedState,
-    heads: Sequence[tuple[str, list[list[object]], list[list[str]]]],
-) -> CapturedState:
-    """Return a state with the parts of all ranks. On root."""
-    state = mine.state
-    assert isinstance(state, RankedState)
-    state.compare([json.loads(text) for text, _, _ in heads])
-    leaves: list[Leaf] = []
-    digests: list[Digest] = []
-    for rank, (text, specs, blocks) in enumerate(heads):
-        of_rank = [Digest(tuple(map(bytes.fromhex, one))) for one in blocks]
-        digests += of_rank
-        if rank == coming.rank:
-            leaves += mine.leaves
-            continue
-        named = [LeafSpec.from_json(spec) for spec in specs]
-        leaves.append(Leaf(named[0], MemoryBuffer(text.encode())))
-        more = zip(named[1:], of_rank[1:], strict=True)
-        for at, (spec, digest) in enumerate(more, start=1):
-            leaves.append(coming.expect(rank, (number, at), mine.name, spec, digest))
-    form = state.form_of(tuple([leaf.spec for leaf in leaves]))
-    structure = state.form(len(heads))
-    return CapturedState(state, structure, tuple(leaves), form, Digests.of(digests))
+class _PartsOfAll:
+    """The parts of all ranks of one state, as root learns of them."""
+
+    def __init__(self, coming: ComingBytes, mine: CapturedState) -> None:
+        assert isinstance(mine.state, RankedState)
+        self._coming, self._mine, self._state = coming, mine, mine.state
+        self._structures: list[Structure] = []
+        self._leaves: list[Leaf] = []
+        self._digests: list[bytes] = []
+        self._several: dict[int, Digest] = {}
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._text, self._text_buffer = "", MemoryBuffer(b"")
+
+    def add(
+        self, rank: int, text: str, specs: Sequence[Any], blocks: Sequence[Sequence[str]]
+    ) -> None:
+        """Add the part of the next rank."""
+        structure = json.loads(text)
+        roots = self._structures[0] if self._structures else structure
+        is_alike = self._state.alike(structure) == self._state.alike(roots)
+        self._structures.append(roots if is_alike else structure)
+        first = len(self._leaves)
+        for at, one in enumerate(blocks):
+            digest = Digest(tuple(map(bytes.fromhex, one)))
+            self._digests.append(digest.whole)
+            if len(one) != 1:
+                self._several[first + at] = digest
+        if rank == self._coming.rank:
+            self._leaves += self._mine.leaves
+            return
+        named = map(self._spec, specs)
+        if text != self._text:  # those of neighbouring ranks are often equal
+            self._text, self._text_buffer = text, MemoryBuffer(text.encode())
+        self._leaves.append(Leaf(next(named), self._text_buffer))
+        for spec in named:
+            number = len(self._leaves)
+            self._leaves.append(self._coming.expect(rank, self._mine.name, number, spec))
+
+    def captured(self) -> CapturedState:
+        """Return the state with the parts of all ranks.
+
+        Raises:
+            CheckpointError: On the calling rank, if they do not belong together.
+        """
+        state = self._state
+        with concerning(f"state {state.name!r}"):
+            state.compare(self._structures)
+        leaves = tuple(self._leaves)
+        form = state.form_of(tuple([leaf.spec for leaf in leaves]))
+        digests = Digests(b"".join(self._digests), self._several)
+        return CapturedState(
+            state, state.form(len(self._structures)), leaves, form, digests
+        )
+
+    def _spec(self, values: Sequence[Any]) -> LeafSpec:
+        # Ranks have leaves of the same few types and shapes: each is in memory once.
+        name, dtype, shape = values
+        kept = self._shapes.setdefault(tuple(shape), tuple(shape))
+        return LeafSpec(name, sys.intern(dtype), kept)
 
 
 def _split(encoded: bytes) -> list[bytes]:

@@ -7,13 +7,17 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpi_ckpt.collector import without_collections
 from mpi_ckpt.comm import agree, meet, printed_by
 from mpi_ckpt.engine.sync.captured import (
     CapturedState,
     capture_states,
     digest_of,
-    digest_states,
+    digest_rest,
+    fingerprint_states,
+    places_of,
 )
 from mpi_ckpt.engine.sync.comparing import (
     Comparison,
@@ -212,16 +216,17 @@ def sync_states(
     )
     compared, rest = met.result
     rest = [*rest, *transit.captured]
-    waits = not forced and any(one.digests is None for one in compared)
+    uncompared = [one for one in compared if not one.is_comparable]
+    waits = not forced and bool(uncompared)
     if waits and met.is_alike and (also_cut or not met.is_flagged):
         contents = [*compared, *rest]
-        return SyncedStates(contents, SyncReport(), met.is_flagged, compared, transit)
+        return SyncedStates(contents, SyncReport(), met.is_flagged, uncompared, transit)
     if forced:
         comparison = compare_heads_first(comm, compared, threads)
     elif waits or (may_wait and not met.is_alike):
-        comparison = compare(comm, _digest(comm, compared, threads))
+        comparison = compare(comm, _digest(comm, compared, threads), threads)
     else:
-        comparison = _compare(comm, compared, is_alike=met.is_alike)
+        comparison = _compare(comm, compared, threads, is_alike=met.is_alike)
     synced = _make_equal(comm, comparison, rest, options, forced=forced)
     if forced and comm.is_root:
         log_sync(synced.report, states)
@@ -255,16 +260,17 @@ def compare_beside(
     met = meet(comm, doing, work, error=StageError, digest=digest_of)
     names = {one.name for one in synced.uncompared}
     rest = [one for one in synced.captured if one.name not in names]
-    comparison = _compare(comm, met.result, is_alike=met.is_alike)
+    threads = options.io.digest_threads
+    comparison = _compare(comm, met.result, threads, is_alike=met.is_alike)
     compared = _make_equal(comm, comparison, rest, options, forced=False)
     return replace(compared, is_cut=synced.is_cut)
 
 
 def _compare(
-    comm: Communicator, compared: list[CapturedState], *, is_alike: bool
+    comm: Communicator, compared: list[CapturedState], threads: int, *, is_alike: bool
 ) -> Comparison:
     if not is_alike:
-        return compare(comm, compared)
+        return compare(comm, compared, threads)
     return Comparison(compared, [], sum(one.form.nbytes for one in compared))
 
 
@@ -293,9 +299,7 @@ def _make_equal(
 def _digest(
     comm: Communicator, compared: Sequence[CapturedState], threads: int
 ) -> list[CapturedState]:
-    return agree(
-        comm, _CAPTURING, lambda: digest_states(compared, threads), error=StageError
-    )
+    return agree(comm, _CAPTURING, lambda: digest_rest(compared, threads), error=StageError)
 
 
 @without_collections()
@@ -357,19 +361,25 @@ def _capture(
 ) -> Meeting[tuple[list[CapturedState], list[CapturedState]]]:
     """Capture the compared states, and the others on root or apart.
 
-    If the compared ones have no digests yet, they are alike in form; else in all.
+    If they are alike, those with digests or fingerprints are the same on all ranks, and the
+    others have the same form.
     """
+    threads = options.io.digest_threads
     names = {state.name for state in states if _is_root_only(comm, state, forced=forced)}
 
     def capture() -> tuple[list[CapturedState], list[CapturedState]]:
         transit.learn()
         compared = capture_states(state for state in states if state.name not in names)
+        if may_wait:
+            compared = _fingerprint(compared, threads)
         if not (forced or (may_wait and _is_worth_waiting(compared))):
-            compared = digest_states(compared, options.io.digest_threads)
+            compared = digest_rest(compared, threads)
         root_only = [
             s for s in states if s.name in names and not isinstance(s, RankedState)
         ]
         of_root = capture_states(root_only if comm.is_root else ())
+        if may_wait and options.io.reuse:
+            of_root = _fingerprint(of_root, threads)
         return compared, [*of_root, *capture_apart(states, apart)]
 
     return meet(
@@ -382,20 +392,42 @@ def _capture(
     )
 
 
+def _fingerprint(captured: Sequence[CapturedState], threads: int) -> list[CapturedState]:
+    """Fingerprint what root alone will write, without a gate.
+
+    What is written in another way needs digests: they say which bytes other ranks write,
+    and whether a copy behind a gate is what was compared.
+    """
+    found = {one.name: one for one in captured if _is_for_fingerprints(one)}
+    made = fingerprint_states(list(found.values()), threads)
+    found = {one.name: one for one in made}
+    return [found.get(one.name, one) for one in captured]
+
+
+def _is_for_fingerprints(captured: CapturedState) -> bool:
+    """Return whether a state is on a device, with little in host memory and no gate."""
+    places = np.frombuffer(places_of(captured), np.uint8)
+    if not places.any() or any(leaf.gate is not None for leaf in captured.leaves):
+        return False
+    return bool(captured.form.sizes[places == 0].sum() < WAITING_BYTES_MIN)
+
+
 def _is_worth_waiting(captured: Sequence[CapturedState]) -> bool:
     """Return whether root should begin its work before the states are compared.
 
     Averages are not known before.
     """
-    if any(one.state.sync_mode == "mean" for one in captured):
+    waiting = [one for one in captured if not one.is_comparable]
+    if any(one.state.sync_mode == "mean" for one in waiting):
         return False
-    return sum(one.form.nbytes for one in captured) >= WAITING_BYTES_MIN
+    return sum(one.form.nbytes for one in waiting) >= WAITING_BYTES_MIN
 
 
 def _digest_taken(captured: Sequence[CapturedState]) -> bytes:
-    if all(one.digests is not None for one in captured):
+    if all(one.is_comparable for one in captured):
         return digest_of(captured)
-    return digest_bytes(b"".join(one.form.text for one in captured))
+    known = [digest_of([one]) if one.is_comparable else one.form.text for one in captured]
+    return digest_bytes(b"".join(known))
 
 
 def _is_root_only(comm: Communicator, state: LeafState, *, forced: bool) -> bool:

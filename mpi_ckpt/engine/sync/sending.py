@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpi_ckpt.comm import bcast_buffers, mean_buffers
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaves.buckets import plan_buckets, read_leaves, write_leaves
+from mpi_ckpt.leaves.buckets import join_leaves, plan_buckets, write_leaves
 from mpi_ckpt.leaves.target import Target
 
 if TYPE_CHECKING:
@@ -36,18 +36,21 @@ _NATIVE = {"F64": "<f8", "F32": "<f4", "C64": "<c8", "C128": "<c16"}
 _HALVES = ("F16", "C32")
 
 
-def look_at(leaves: Sequence[Leaf]) -> None:
+def look_at(leaves: Sequence[Leaf], sizes: NDArray[np.int64]) -> None:
     """Look at the memory of the large leaves that will be sent. Not collective.
 
     An error then comes in a meeting, before the first byte moves.
     """
-    for leaf in leaves:
-        if leaf.spec.nbytes > _SMALL_BYTES:
-            leaf.buffer.view()
+    for number in np.flatnonzero(sizes > _SMALL_BYTES).tolist():
+        leaves[number].buffer.view()
 
 
 def send_leaves(
-    comm: Communicator, leaves: Sequence[Leaf], window_bytes: int, deferred: Deferred
+    comm: Communicator,
+    leaves: Sequence[Leaf],
+    sizes: NDArray[np.int64],
+    window_bytes: int,
+    deferred: Deferred,
 ) -> None:
     """Send root's leaves into those of the other ranks, large ones in place if possible.
 
@@ -56,6 +59,7 @@ def send_leaves(
     Args:
         comm: The communicator.
         leaves: Leaves with the same specs on every rank.
+        sizes: The bytes of each.
         window_bytes: Limit of the memory for leaves that some rank must copy, because they
             are not contiguous host memory.
         deferred: Keeps failures to read or store bytes, for the next meeting.
@@ -63,7 +67,6 @@ def send_leaves(
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
-    sizes = np.array([leaf.spec.nbytes for leaf in leaves], np.int64)
     buckets = plan_buckets(sizes, _SMALL_BYTES, _BUCKET_BYTES)
     large = [
         _Addressee.of(leaves[first], deferred)
@@ -72,34 +75,34 @@ def send_leaves(
     ]
     for batch in _batches(comm, large, window_bytes):
         _send_batch(comm, batch, deferred)
-    small = [leaves[first:last] for first, last in buckets if last - first > 1]
+    small = [(leaves[i:j], int(sizes[i:j].sum())) for i, j in buckets if j - i > 1]
     _send_small(comm, small, deferred)
 
 
 def _send_small(
-    comm: Communicator, buckets: Sequence[Sequence[Leaf]], deferred: Deferred
+    comm: Communicator, buckets: Sequence[tuple[Sequence[Leaf], int]], deferred: Deferred
 ) -> None:
-    """Send small leaves, a few buckets at a time; receive through the same memory."""
-    receives = bool(buckets) and not comm.is_root
-    memory = memoryview(bytearray(_AT_ONCE * _BUCKET_BYTES if receives else 0))
+    """Send small leaves, a few buckets at a time, always through the same memory.
+
+    Args:
+        comm: The communicator.
+        buckets: The leaves of each, and their bytes together.
+        deferred: As for `send_leaves`.
+    """
+    memory = memoryview(bytearray(_AT_ONCE * _BUCKET_BYTES if buckets else 0))
+    move = join_leaves if comm.is_root else write_leaves
     for start in range(0, len(buckets), _AT_ONCE):
-        batch = buckets[start : start + _AT_ONCE]
-        lengths = [sum([leaf.spec.nbytes for leaf in bucket]) for bucket in batch]
-        ends = accumulate(lengths, initial=0)
-        places = [memory[first:last] for first, last in pairwise(ends)]
+        batch, end = [], 0
+        for leaves, nbytes in buckets[start : start + _AT_ONCE]:
+            batch.append((leaves, memory[end : end + nbytes]))
+            end += nbytes
+        # What root cannot read is sent as whatever the memory holds, and fails later.
+        moves = [partial(move, *pair) for pair in batch]
         if comm.is_root:
-            places = [
-                _read(bucket, nbytes, deferred)
-                for bucket, nbytes in zip(batch, lengths, strict=True)
-            ]
-        bcast_buffers(comm, places, _DOING)
+            list(map(deferred.attempt, moves))
+        bcast_buffers(comm, [place for _, place in batch], _DOING)
         if not comm.is_root:
-            deferred.attempt(partial(_store, batch, places))
-
-
-def _store(buckets: Sequence[Sequence[Leaf]], places: Sequence[memoryview]) -> None:
-    for bucket, place in zip(buckets, places, strict=True):
-        write_leaves(bucket, place)
+            list(map(deferred.attempt, moves))
 
 
 def _read(leaves: Sequence[Leaf], nbytes: int, deferred: Deferred) -> memoryview:
@@ -110,7 +113,9 @@ def _read(leaves: Sequence[Leaf], nbytes: int, deferred: Deferred) -> memoryview
         if len(leaves) == 1:
             found.append(leaves[0].buffer.read())
         else:
-            found.append(memoryview(b"".join(read_leaves(leaves))))
+            memory = memoryview(bytearray(nbytes))
+            join_leaves(leaves, memory)
+            found.append(memory)
 
     deferred.attempt(read)
     return found[0] if found else memoryview(bytes(nbytes))

@@ -48,6 +48,7 @@ _NAMES = {
     "complex128": "C128",
 }
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+_IS_CONTIGUOUS, _ARRAY = attrgetter("flags.c_contiguous"), attrgetter("_array")
 # Types of JAX and TensorFlow, if the program has imported them.
 _ML_NAMES = {
     "bfloat16": "BF16",
@@ -217,6 +218,27 @@ def write_alike(arrays: Sequence[NDArray[Any]], data: memoryview) -> bool:
     return True
 
 
+def join_alike(arrays: Sequence[NDArray[Any]], target: memoryview) -> bool:
+    """Copy arrays into memory, if all are of one dtype and shape; return whether they are.
+
+    Not collective. Arrays without dimensions are left out, as by `write_alike`.
+
+    Args:
+        arrays: Arrays of any layout.
+        target: Memory for all of them, one after the other.
+    """
+    many: list[Any] = list(arrays)
+    if not many:
+        return False
+    dtype, shape = many[0].dtype, many[0].shape
+    alike = set(map(_SHAPE, many)) == {shape} and set(map(_DTYPE, many)) == {dtype}
+    if not (alike and shape and dtype in LITTLE):
+        return False
+    new = np.frombuffer(target, dtype).reshape(len(many) * shape[0], *shape[1:])
+    np.concatenate(many, out=new)
+    return True
+
+
 class _Bytes:
     """The bytes of an array's elements: one more dimension, whatever the strides."""
 
@@ -254,11 +276,18 @@ class ArrayBuffer:
     @staticmethod
     def read_all(buffers: Sequence[ArrayBuffer]) -> Sequence[Readable]:
         """Return the live bytes of each array if possible, else a copy's."""
-        arrays: list[Any] = [buffer._array for buffer in buffers]  # noqa: SLF001 (its own)
-        contiguous = list(map(attrgetter("flags.c_contiguous"), arrays))
-        if all(contiguous) and set(map(attrgetter("dtype"), arrays)) <= LITTLE.keys():
+        arrays: list[Any] = list(map(_ARRAY, buffers))
+        if (
+            all(map(_IS_CONTIGUOUS, arrays))
+            and set(map(attrgetter("dtype"), arrays)) <= LITTLE.keys()
+        ):
             return arrays
         return [buffer.read() for buffer in buffers]
+
+    @staticmethod
+    def join_all(buffers: Sequence[ArrayBuffer], target: memoryview) -> bool:
+        """Copy arrays of one dtype and shape to memory; return False if they are not."""
+        return join_alike([buffer._array for buffer in buffers], target)  # noqa: SLF001
 
     @staticmethod
     def write_all(buffers: Sequence[ArrayBuffer], data: memoryview) -> bool:

@@ -14,13 +14,13 @@ import torch
 
 from mpi_ckpt import devices
 from mpi_ckpt.devices import Copy, Lane, land
-from mpi_ckpt.leaves.digest import split_blocks
 from mpi_ckpt.leaves.leaf import copy_bytes
 from mpi_ckpt.memory import Arena
+from mpi_ckpt.states.buffers.fingerprint import count_rows, finish, row_sums
 from mpi_ckpt.states.buffers.tensor_bytes import TensorBuffer, flat_bytes, ordinary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -97,6 +97,34 @@ class DeviceBuffer(TensorBuffer):
         return views
 
     @staticmethod
+    def join_all(buffers: Sequence[TensorBuffer], target: memoryview) -> bool:  # noqa: ARG004
+        """Return False: their copies fly at the same time in `read_all`."""
+        return False
+
+    @staticmethod
+    def fingerprint_all(buffers: Sequence[DeviceBuffer]) -> list[bytes] | None:
+        """Return a fingerprint of the bytes of each tensor, made where they are.
+
+        Returns:
+            None if a device lacks the memory for it.
+        """
+        of_lane: dict[int, list[int]] = {}
+        for number, buffer in enumerate(buffers):
+            of_lane.setdefault(id(buffer.lane), []).append(number)
+        found: dict[int, bytes] = {}
+        for numbers in of_lane.values():
+            lane, tensors = buffers[numbers[0]].lane, [buffers[n]._tensor for n in numbers]  # noqa: SLF001
+            try:
+                sums = lane.link.calculate(partial(_all_sums, tensors), lane.stream).numpy()
+            except torch.OutOfMemoryError:
+                return None
+            end = 0
+            for number, tensor in zip(numbers, tensors, strict=True):
+                start, end = end, end + count_rows(tensor.nbytes)
+                found[number] = finish(sums[start:end], tensor.nbytes)
+        return [found[number] for number in range(len(buffers))]
+
+    @staticmethod
     def write_all(buffers: Sequence[TensorBuffer], data: memoryview) -> bool:  # noqa: ARG004
         """Return False: they are written one by one."""
         return False
@@ -114,25 +142,17 @@ class DeviceBuffer(TensorBuffer):
         """
         if not self._tensor.numel():
             return []
-        with ordinary():
-            if not self._is_flat():  # in one go: torch puts the elements in order
-                like = torch.frombuffer(target, dtype=self._tensor.dtype)
-                return [self._copy(self._tensor, like.view(self._tensor.shape), target)]
-            chunks = split_blocks(target, devices.CHUNK_BYTES)
-            sources = _chunks_of(self._tensor)
-            return [
-                self._copy(source, torch.frombuffer(chunk, dtype=torch.uint8), chunk)
-                for source, chunk in zip(sources, chunks, strict=True)
-            ]
+        made, end = [], 0
+        for box in self._boxes(devices.CHUNK_BYTES):
+            start, end = end, end + box.nbytes
+            made.append(self._copy(box, target[start:end]))
+        return made
 
     def pieces(self) -> Iterator[memoryview]:
         """Yield the bytes in pieces, the next of which fly meanwhile.
 
         A piece is overwritten once the next one has been asked for.
         """
-        if not self._is_flat():
-            yield self.read()
-            return
         with (
             _two_halves(self.lane) as halves,
             closing(land(self._halved(halves))) as landed,
@@ -141,18 +161,22 @@ class DeviceBuffer(TensorBuffer):
                 yield copy.data
 
     def _halved(self, halves: Sequence[memoryview]) -> Iterator[Copy]:
-        if not self._tensor.numel():
-            return
-        with ordinary():
-            sources = _chunks_of(self._tensor)
-        for source, half in zip(sources, cycle(halves), strict=False):
-            data = half[: source.nbytes]
-            with ordinary():
-                target = torch.frombuffer(data, dtype=torch.uint8)
-            yield self._copy(source, target, data)
+        boxes = self._boxes(devices.CHUNK_BYTES)
+        for box, half in zip(boxes, cycle(halves), strict=False):
+            yield self._copy(box, half[: box.nbytes])
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, data: memoryview) -> Copy:
-        return Copy(partial(_begin, self.lane, target, source), self.lane, data)
+    def _copy(self, source: torch.Tensor, data: memoryview) -> Copy:
+        begin = partial(_begin, self.lane, _elements(data, source), source)
+        return Copy(begin, self.lane, data)
+
+    def _boxes(self, nbytes: int) -> list[torch.Tensor]:
+        """Return the elements as boxes of so many bytes at most, in order."""
+        if not self._tensor.numel():
+            return []
+        with ordinary():
+            if not self._is_flat():
+                return list(_boxes_of(self._tensor, nbytes))
+            return _slices_of(flat_bytes(self._tensor), nbytes)
 
     @property
     def takes_parts(self) -> bool:
@@ -160,11 +184,9 @@ class DeviceBuffer(TensorBuffer):
         return self._is_flat()
 
     def write(self, data: memoryview) -> None:
-        """Write bytes into the tensor."""
-        if self._is_flat():
-            self.write_part(0, data)
-        else:
-            super().write(data)
+        """Write bytes into the tensor, and return when they are there."""
+        with torch.inference_mode(self._tensor.is_inference()):
+            self._send(self._boxes(_SENT_BYTES), data)
 
     def write_part(self, start: int, data: memoryview) -> None:
         """Write some of the bytes, and return when they are there.
@@ -175,22 +197,26 @@ class DeviceBuffer(TensorBuffer):
         """
         if not len(data):
             return
-        tensor, lane = self._tensor, self.lane
+        with ordinary(), torch.inference_mode(self._tensor.is_inference()):
+            target = flat_bytes(self._tensor)[start : start + len(data)]
+            self._send(_slices_of(target, _SENT_BYTES), data)
+
+    def _send(self, boxes: Iterable[torch.Tensor], data: memoryview) -> None:
+        """Write bytes into boxes: one half is filled while the other flies."""
+        lane, end = self.lane, 0
         # In the stream of the training: neither overtakes the other.
         stream = lane.link.current(lane.device)
         events: dict[int, Any] = {}
         with _two_halves(lane) as halves:
             try:
-                for number, piece in enumerate(split_blocks(data, _SENT_BYTES)):
-                    half = halves[number % 2][: len(piece)]
+                for number, box in enumerate(boxes):
+                    start, end = end, end + box.nbytes
+                    half = halves[number % 2][: box.nbytes]
                     if number % 2 in events:
                         lane.link.finish(events[number % 2])
-                    copy_bytes(piece, half)
-                    with ordinary(), torch.inference_mode(tensor.is_inference()):
-                        source = torch.frombuffer(half, dtype=torch.uint8)
-                        first = start + number * _SENT_BYTES
-                        target = flat_bytes(tensor)[first : first + len(piece)]
-                        lane.link.copy(target, source, stream)
+                    copy_bytes(data[start:end], half)
+                    with ordinary(), torch.inference_mode(self._tensor.is_inference()):
+                        lane.link.copy(box, _elements(half, box), stream)
                     events[number % 2] = lane.link.record(stream)
             finally:
                 # INVARIANT: the halves are not given back while the device reads them.
@@ -207,9 +233,34 @@ class DeviceBuffer(TensorBuffer):
         return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
-def _chunks_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    flat, length = flat_bytes(tensor), devices.CHUNK_BYTES
-    return [flat[start : start + length] for start in range(0, len(flat), length)]
+def _all_sums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    with ordinary():
+        # Strided elements are put in order there, one tensor at a time.
+        ordered = (one.resolve_conj().resolve_neg().contiguous() for one in tensors)
+        return row_sums(flat_bytes(one) for one in ordered if one.numel())
+
+
+def _boxes_of(tensor: torch.Tensor, nbytes: int) -> Iterator[torch.Tensor]:
+    """Yield boxes of whole rows, of so many bytes at most."""
+    if tensor.nbytes <= nbytes:
+        yield tensor
+        return
+    row_bytes = tensor.nbytes // len(tensor)
+    if row_bytes > nbytes:
+        for row in tensor:
+            yield from _boxes_of(row, nbytes)
+        return
+    yield from _slices_of(tensor, nbytes // row_bytes)
+
+
+def _slices_of(tensor: torch.Tensor, rows: int) -> list[torch.Tensor]:
+    return [tensor[start : start + rows] for start in range(0, len(tensor), rows)]
+
+
+def _elements(data: memoryview, like: torch.Tensor) -> torch.Tensor:
+    """Return host memory as elements of a dtype and shape."""
+    with ordinary():
+        return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
 
 
 def _begin(lane: Lane, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mpi_ckpt.leaves.leaf import Place, copy_bytes
-from mpi_ckpt.states.buffers.array_bytes import write_alike
+from mpi_ckpt.states.buffers.array_bytes import join_alike, write_alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,6 +57,11 @@ class TensorBuffer:
         self._tensor = tensor
         self._owner = owner
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor."""
+        return self._tensor
+
     def view(self) -> memoryview | None:
         """Return the live bytes if they are contiguous host memory."""
         return _as_bytes(self._tensor).data if self._is_direct() else None
@@ -73,6 +78,11 @@ class TensorBuffer:
     def read_all(buffers: Sequence[TensorBuffer]) -> Sequence[Readable]:
         """Return the live bytes of each tensor if possible, else a copy's."""
         return _arrays_of(buffers) or [buffer.read() for buffer in buffers]
+
+    @staticmethod
+    def join_all(buffers: Sequence[TensorBuffer], target: memoryview) -> bool:
+        """Copy tensors of one dtype and shape to memory; return False if they are not."""
+        return join_alike(_arrays_of(buffers), target)
 
     @staticmethod
     def write_all(buffers: Sequence[TensorBuffer], data: memoryview) -> bool:
@@ -119,13 +129,8 @@ class TensorBuffer:
     def stamp(self) -> int:
         """Return torch's count of changes in place; it misses those through ``.data``."""
         # Operations on a DTensor are not counted by its local part.
-        counted = (self._tensor,) if self._owner is None else (self._tensor, self._owner)
-        # Inference tensors have no count.
-        return sum(
-            tensor._version  # noqa: SLF001 (torch has no public name for it)
-            for tensor in counted
-            if not tensor.is_inference()
-        )
+        of_owner = 0 if self._owner is None else _count_of(self._owner)
+        return of_owner + _count_of(self._tensor)
 
     def place(self) -> Place:
         """Return the tensor's place in memory."""
@@ -141,6 +146,11 @@ class TensorBuffer:
             start: int = tensor.data_ptr()
             return start, start + tensor.nbytes
         return self.place().span
+
+
+def _count_of(tensor: torch.Tensor) -> int:
+    # Inference tensors have no count.
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 (no public name)
 
 
 def _arrays_of(buffers: Sequence[TensorBuffer]) -> list[Any]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpi_ckpt.errors import RestoreError, StateMismatchError
@@ -20,7 +22,7 @@ from mpi_ckpt.states.packed import (
 from mpi_ckpt.storage.format.layout import find_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.leaves.leaf import LeafSpec
@@ -99,11 +101,11 @@ class RankedState(LeafState):
         """
         raise NotImplementedError
 
-    def resize(self, parts: Sequence[bytes], size: int) -> list[bytes]:
-        """Make parts for another number of ranks. Called on root only.
+    def resize(self, parts: Sequence[bytes], size: int) -> Iterator[bytes]:
+        """Yield parts for another number of ranks. Called on root only.
 
         Args:
-            parts: The parts of all saved ranks, in rank order.
+            parts: The parts of all saved ranks, in rank order; read as they are used.
             size: Number of ranks now.
         """
         raise NotImplementedError
@@ -165,7 +167,7 @@ class RankedState(LeafState):
             source = self.source(self._rank, len(found))
             if self.resizes and len(found) != self._size:
                 parts = [_part_in(leaves, part) for part in found]
-                parts = self.resize(parts, self._size)
+                parts = list(self.resize(parts, self._size))
                 part, count = parts[self._rank], len(parts)
             else:
                 part = b"" if source is None else _part_in(leaves, found[source])
@@ -225,6 +227,28 @@ def _part_in(leaves: Sequence[Leaf], part: PartLeaves) -> bytes:
     return b"".join([head, *(leaf.buffer.read() for leaf in mine)])
 
 
+class SavedValues(Sequence[Any]):
+    """The values of all saved ranks, each made when it is asked for. Not collective.
+
+    Args:
+        parts: The parts of the ranks, in rank order.
+    """
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 (a number or a slice)
+        if isinstance(index, slice):
+            return [unpack(part) for part in self._parts[index]]
+        return unpack(self._parts[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(unpack, self._parts)
+
+
 class PerRankState(RankedState):
     """A Python value that each rank has for itself: a reader's position, a cache.
 
@@ -239,7 +263,9 @@ class PerRankState(RankedState):
             tuples, sets and dicts of them. Ranks may hold values of different forms.
         resize: Function that a restore calls on root alone, if the number of ranks has
             changed, with the values of all saved ranks in rank order and the present number
-            of ranks; it returns as many values. None: as above.
+            of ranks; it returns as many values. A generator function yields them: root then
+            has in memory only what the function itself holds, since a value is read when
+            the function asks for it, and sent before the next. None: as above.
 
     Attributes:
         value: The live value. Assign to it freely between saves; a restore assigns a new
@@ -258,7 +284,7 @@ class PerRankState(RankedState):
         name: str,
         value: Any = None,  # noqa: ANN401 (any nested value)
         *,
-        resize: Callable[[list[Any], int], Sequence[Any]] | None = None,
+        resize: Callable[[Any, int], Iterable[Any]] | None = None,
     ) -> None:
         super().__init__(name)
         self.value = value
@@ -273,7 +299,7 @@ class PerRankState(RankedState):
         """See `RankedState`. Not collective."""
         return rank if rank < saved else None
 
-    def resize(self, parts: Sequence[bytes], size: int) -> list[bytes]:
+    def resize(self, parts: Sequence[bytes], size: int) -> Iterator[bytes]:
         """See `RankedState`. Root only.
 
         Raises:
@@ -281,13 +307,23 @@ class PerRankState(RankedState):
                 number of values.
         """
         assert self._resize is not None
-        values = list(self._resize([unpack(part) for part in parts], size))
-        if len(values) != size:
+        if inspect.isgeneratorfunction(self._resize):
+            made: Iterator[Any] = iter(self._resize(SavedValues(parts), size))
+        else:
+            values = list(self._resize(list(SavedValues(parts)), size))
+            self._check_count(len(values), size)
+            made = iter(values)
+        count = 0
+        for count, value in enumerate(made, start=1):
+            if count <= size:
+                yield pack(value)
+        self._check_count(count, size)
+
+    def _check_count(self, count: int, size: int) -> None:
+        if count != size:
             raise RestoreError(
-                f"state {self.name!r}: resize returned {len(values)} values for {size} "
-                "ranks"
+                f"state {self.name!r}: resize returned {count} values for {size} ranks"
             )
-        return [pack(value) for value in values]
 
     def open_part(self, part: bytes, saved: int) -> Callable[[], None]:
         """See `RankedState`. Not collective."""

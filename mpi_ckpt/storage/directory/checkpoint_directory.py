@@ -74,7 +74,7 @@ class CheckpointDirectory:
         self.root = root
         self._mode: IOMode = mode
         self._ownership = ownership
-        self._staging = Arena()
+        self._staging = Arena(huge_pages=True)
         self.job = secrets.token_hex(6)
         self.catalog = Catalog(root)
         self.has_warned_of_size = False

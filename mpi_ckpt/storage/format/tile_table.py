@@ -50,6 +50,10 @@ _FORMAT = "mpi_ckpt"
 _LEAVES = "mpi_ckpt.leaves"
 _TILES = "mpi_ckpt.tiles"
 _LENGTH_BYTES = 8
+_ADVICE = (
+    "Join small arrays into larger ones, or use more ranks; with Options(writers='node'), "
+    "writers='all' gives each rank a file of its own"
+)
 
 
 class TileEntry(NamedTuple):
@@ -103,7 +107,10 @@ class TileFilePlan:
 
 
 def plan_tile_file(
-    entries: Sequence[TileEntry], block_bytes: int = BLOCK_BYTES
+    entries: Sequence[TileEntry],
+    block_bytes: int = BLOCK_BYTES,
+    *,
+    advice: str = _ADVICE,
 ) -> TileFilePlan:
     """Lay out tiles in one file. Not collective. Thread-safe.
 
@@ -113,6 +120,7 @@ def plan_tile_file(
     Args:
         entries: The tiles; no two overlap.
         block_bytes: Block length of the digests, in bytes.
+        advice: What the user can do if there are too many tiles for one file.
 
     Raises:
         SaveError: On the calling rank, if the header would be too large to read.
@@ -127,8 +135,7 @@ def plan_tile_file(
     if len(header) > TABLE_BYTES_MAX:
         raise SaveError(
             f"{len(entries)} tiles in one file need a header of {len(header)} bytes, "
-            f"readers take at most {TABLE_BYTES_MAX}; nothing was published. "
-            "Let more ranks write (Options.writers)"
+            f"readers take at most {TABLE_BYTES_MAX}; nothing was published. {advice}"
         )
     *offsets, end = accumulate((one.nbytes for one in ordered), initial=len(header))
     return TileFilePlan(

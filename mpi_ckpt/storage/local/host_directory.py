@@ -314,11 +314,11 @@ class HostReader(GenerationReader):
         into[: len(part)] = part
         return len(part)
 
-    def read_header(self, file: StoredFile) -> bytes:
+    def read_header(self, file: StoredFile, most: int | None = None) -> bytes:
         """See `FileReader`. Not collective. Thread-safe."""
         data = self._headers.get(file.name)
         if data is None:
-            return super().read_header(file)
+            return super().read_header(file, most)
         with self._reading(file.name):
             prove_header(file, bytes(data))
         return bytes(data)

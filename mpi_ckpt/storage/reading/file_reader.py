@@ -195,8 +195,13 @@ class FileReader:
         self._counts.append(count)
         return count
 
-    def read_header(self, file: StoredFile) -> bytes:
-        """Return the proven header of a file of tiles. Not collective. Thread-safe.
+    def read_header(self, file: StoredFile, most: int | None = None) -> bytes:
+        """Return the proven header of a file. Not collective. Thread-safe.
+
+        Args:
+            file: The file.
+            most: Bytes of the largest header that is none of a damaged manifest; None for
+                that of a file of tiles.
 
         Raises:
             CorruptGenerationError: On the calling rank, if the file is missing, of another
@@ -204,8 +209,8 @@ class FileReader:
             ReadError: On the calling rank, if the operating system cannot read it.
         """
         with self._reading(file.name):
-            if file.header_bytes > TABLE_BYTES_MAX:
-                raise ValueError(f"{file.header_bytes} bytes are no header of tiles")
+            if file.header_bytes > (TABLE_BYTES_MAX if most is None else most):
+                raise ValueError(f"{file.header_bytes} bytes are no header")
             header = bytearray(file.header_bytes)
             with self._files.use(file.name) as found, memoryview(header) as into:
                 require_size(file, found.nbytes)

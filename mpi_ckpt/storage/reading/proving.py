@@ -41,7 +41,6 @@ def read_proven(
     leaves: Sequence[StoredLeaf],
     windows: Sequence[Window],
     slots: Slots,
-    memory: memoryview | None = None,
 ) -> ReadQueue[list[Refusal]]:
     """Start to read windows, and to compare each block with its saved digest.
 
@@ -52,7 +51,6 @@ def read_proven(
         leaves: The leaves of the windows.
         windows: All or some of the windows that `plan_reads` made from their extents.
         slots: As for `ReadQueue`.
-        memory: As for `ReadQueue`.
 
     Returns:
         The queue; the proof of a window is the list of its blocks that differ.
@@ -69,7 +67,7 @@ def read_proven(
                 refused.append(Refusal(block, problem))
         return refused
 
-    return ReadQueue(reader, windows, prove, slots, memory)
+    return ReadQueue(reader, windows, prove, slots)
 
 
 def _are_proven(leaves: StoredLeaves, window: Window, data: memoryview) -> bool:

@@ -81,7 +81,7 @@ class Partial:
         self._root = root
         self._check, self._sync_names = check or (lambda: None), sync_names
         self._mode: IOMode = mode
-        self._staging = staging or Arena()
+        self._staging = staging or Arena(huge_pages=True)
         self.generation = generation
         self.path = root / partial_name(generation, job)
         self.progress = Progress()

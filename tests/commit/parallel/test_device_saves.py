@@ -8,11 +8,19 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from mpi_ckpt import CheckpointManager, ObjectState, Options, TrainState
+from mpi_ckpt import (
+    Block,
+    CheckpointManager,
+    ObjectState,
+    Options,
+    ShardedArrayState,
+    TrainState,
+)
 from mpi_ckpt.engine.sync import replicas
 from mpi_ckpt.errors import StageError
 from mpi_ckpt.memory import Memory
 from mpi_ckpt.options import IO
+from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.ranks import manager, same_error
 from tests.stand_in import StandIn, install
 
@@ -154,6 +162,150 @@ def test_replicas_on_devices_are_made_equal(comm, shared_path, device):
         report = mine.sync()
     assert bool(report.differing) == (comm.size > 1)
     assert comm.size == 1 or alike(training.values(), expected)
+
+
+def large_state(device, count=200_000):
+    """Two leaves on the device, and one of the host."""
+    torch.manual_seed(5)
+    values = {name: device.tensor(torch.rand(count)) for name in ("a", "b")}
+    return ObjectState("big", {**values, "on host": torch.rand(10)}, sync="root")
+
+
+def test_equal_replicas_are_compared_without_a_copy_to_the_host(comm, shared_path, device):
+    state = large_state(device)
+    with manager(shared_path, state, comm=comm) as mine:
+        report = mine.sync()
+    assert not report.differing
+    assert device.copied == {"to host": 0, "to device": 0}
+
+
+def test_only_what_differs_is_copied(comm, shared_path, device):
+    state = large_state(device)
+    expected = state.value["b"].clone()
+    state.value["b"][1234] += comm.rank
+    with manager(shared_path, state, comm=comm) as mine:
+        report = mine.sync()
+    assert torch.equal(state.value["b"], expected)
+    if comm.size > 1:
+        assert report.differing == {"big": ("b",)}
+        way = "to host" if comm.rank == 0 else "to device"
+        assert device.copied[way] == 800_000
+        assert sum(device.copied.values()) == 800_000
+
+
+@pytest.mark.parametrize("options", [{}, LATER])
+def test_a_rank_that_writes_nothing_copies_nothing(comm, shared_path, device, options):
+    state = large_state(device)
+    expected = state.value["a"].clone()
+    with manager(shared_path, state, comm=comm, **options) as mine:
+        for _ in range(3):
+            mine.save()
+            mine.wait()
+        assert (device.copied["to host"] == 0) == (comm.rank != 0)
+        state.value["a"].zero_()
+        mine.restore()
+    assert torch.equal(state.value["a"], expected)
+
+
+def test_an_unchanged_leaf_is_shared_without_a_copy(comm, shared_path, device):
+    state = large_state(device)
+    with manager(shared_path, state, comm=comm) as mine:
+        mine.save()
+        device.copied["to host"] = 0
+        state.value["b"].add_(1)
+        report = mine.save()
+        assert report.bytes_reused == 800_000 + 40
+        # The changed one is copied once, where it is written.
+        assert device.copied["to host"] == (800_000 if comm.rank == 0 else 0)
+        again = mine.save()
+        assert again.bytes_reused == 1_600_000 + 40
+        assert device.copied["to host"] == (800_000 if comm.rank == 0 else 0)
+        expected = {name: one.clone() for name, one in state.value.items()}
+        for one in state.value.values():
+            one.zero_()
+        mine.restore()
+    assert all(torch.equal(state.value[name], one) for name, one in expected.items())
+    assert GenerationReader(report.path).manifest.generation == 2
+
+
+def test_a_copy_in_the_background_shares_what_is_unchanged(comm, shared_path, device):
+    state = large_state(device)
+    with manager(shared_path, state, comm=comm, **LATER) as mine:
+        mine.save()
+        state.value["b"].add_(1)
+        mine.save()
+        mine.wait()
+        report = mine.last_save
+        expected = state.value["b"].clone()
+        state.value["b"].zero_()
+        mine.restore()
+    assert report.bytes_reused == 800_000 + 40
+    assert torch.equal(state.value["b"], expected)
+
+
+def test_what_another_run_has_saved_is_shared_by_digest(comm, shared_path, device):
+    state = large_state(device)
+    with manager(shared_path, state, comm=comm) as mine:
+        mine.save()
+    with manager(shared_path, state, comm=comm) as mine:
+        mine.restore()
+        device.copied["to host"] = 0
+        report = mine.save()
+    assert report.bytes_reused == 1_600_000 + 40
+    assert device.copied["to host"] == (1_600_000 if comm.rank == 0 else 0)
+
+
+@pytest.mark.parametrize("way", ["sync", "save", "save later"])
+@pytest.mark.parametrize("cause", ["on the host", "no memory"])
+def test_digests_are_compared_where_a_rank_has_no_fingerprints(
+    comm, shared_path, device, cause, way
+):
+    """And not fingerprints with digests, which always differ."""
+    state = large_state(device)
+    if comm.rank == comm.size - 1 and cause == "on the host":
+        state.value = {name: one.clone() for name, one in state.value.items()}
+    if comm.rank == comm.size - 1 and cause == "no memory":
+        device.has_memory = False
+    options = LATER if way == "save later" else {}
+    with manager(shared_path, state, comm=comm, **options) as mine:
+        for bit in (0, 1):
+            state.value["a"].view(torch.int32)[7] ^= bit * (comm.rank == comm.size - 1)
+            report = mine.sync() if way == "sync" else mine.save()
+            mine.wait()
+            report = report if way == "sync" else mine.last_save.sync
+            is_seen = bool(bit) and comm.size > 1
+            assert report.differing == ({"big": ("a",)} if is_seen else {})
+
+
+def test_averages_of_leaves_on_devices(comm, shared_path, device):
+    state = large_state(device)
+    state.sync_mode = "mean"
+    state.value["a"].fill_(comm.rank)
+    with manager(shared_path, state, comm=comm) as mine:
+        mine.save()
+        state.value["a"].zero_()
+        mine.restore()
+        assert torch.all(state.value["a"] == (comm.size - 1) / 2)
+        state.value["a"].fill_(comm.rank)
+        mine.sync()
+    assert torch.all(state.value["a"] == (comm.size - 1) / 2)
+
+
+def test_state_cut_over_ranks_comes_from_devices_and_goes_there(comm, shared_path, device):
+    rows, ghosts = 50 + comm.rank, ((1, 2), (3, 0))
+    padded = device.tensor(torch.rand(rows + 3, 703, dtype=torch.float64))
+    block = Block.rows(padded, comm, ghosts=ghosts)
+    expected = padded[1:-2, 3:].clone()
+    with manager(shared_path, ShardedArrayState("field", {"x": block}), comm=comm) as mine:
+        device.work(lambda: padded.neg_())
+        report = mine.save()
+        device.copied["to device"] = 0
+        padded.zero_()
+        mine.restore()
+    assert torch.equal(padded[1:-2, 3:], -expected)
+    assert device.copied["to device"] >= expected.nbytes
+    assert report.generation == 1
+    assert sum(device.pinned.values()) <= 8 * CHUNK  # halves, and no copy of the field
 
 
 def test_a_restore_waits_for_the_work_before_it_and_is_done_after_it(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records on every rank what saves to hosts do, and a rescue: each rank is a host.
 
-Arguments: sandbox, which is empty; file for the records; "blocking" or "asynchronous".
+Arguments: sandbox, which is empty; file for the records; "blocking" or "asynchronous",
+and "cut" if there is state that is cut over the ranks.
 """
 
 import json
@@ -18,12 +19,12 @@ from tests.crash.world import Saved, pretend_hosts
 
 
 def main() -> None:
-    sandbox, out, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    sandbox, out, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     comm = MPI.COMM_WORLD
     pretend_hosts(comm)
     recorder = Recorder(sandbox)
-    run = Run(Scenario("hosts"), sandbox, recorder)
-    options = {"comm": comm, "keep": 2, "asynchronous": way == "asynchronous"}
+    run = Run(Scenario("hosts", cut="cut" in way), sandbox, recorder)
+    options = {"comm": comm, "keep": 2, "asynchronous": "asynchronous" in way}
 
     def start():
         return run.start(local=local_level(sandbox), **options)

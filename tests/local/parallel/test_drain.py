@@ -8,9 +8,9 @@ import time
 import pytest
 
 from mpi_ckpt import Hooks, StopWhen
-from mpi_ckpt.engine.hosts.copying import directory_copy, drain
+from mpi_ckpt.engine.hosts.copying import directory_copy, drain, token_bucket
 from mpi_ckpt.errors import FencedError, SaveError, WriteError
-from mpi_ckpt.storage.journal import read_history
+from mpi_ckpt.storage.journal import read_history, read_status
 from mpi_ckpt.storage.local.host_directory import HostDirectory
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
@@ -128,6 +128,10 @@ def test_due_saves_reach_the_directory_from_the_hosts(scene, comm, caplog, async
         assert [one.step for one in directory] == [20, 40]
     events = [one for one in read_history(scene.directory) if one.event == "saved"]
     assert [(one.step, one.generation) for one in events] == [(20, 1), (40, 2)]
+    assert (events[0].copied_from, events[0].lag) == (saved.copied_from, saved.lag)
+    status = read_status(scene.directory)
+    assert status["copy"] is None
+    assert (status["last_save"]["step"], status["kept"]["step"]) == (40, 40)
     scene.wipe(*scene.hosts)
     with Training(scene, hosts=elsewhere(scene)) as training:
         assert (training.restored.level, training.restored.step) == ("directory", 40)
@@ -199,6 +203,35 @@ def test_a_due_save_is_left_out_while_a_copy_is_under_way(scene, comm, caplog):
     # Hosts have newer steps than the directory: they stay.
     with Training(scene) as training:
         assert (training.restored.level, training.restored.step) == ("local", 20)
+
+
+def test_the_status_shows_how_far_a_copy_is(scene, comm, monkeypatch):
+    monkeypatch.setattr("mpi_ckpt.engine.observer._SHOWN_SECONDS", 0.0)
+    monkeypatch.setattr("mpi_ckpt.reports._NOTICED_SECONDS", 0.0)
+    seen, real = [], token_bucket.TokenBucket.take
+
+    def take(self, nbytes):
+        seen.append(read_status(scene.directory)["copy"])
+        real(self, nbytes)
+
+    with Training(scene, drain=SLOW) as training:
+        training.go_to(13)
+        copy = read_status(scene.directory)["copy"]
+        assert (copy["step"], copy["lag"], copy["skipped"]) == (6, 7, 1)
+        assert copy["failed"] == copy["bytes_done"] == 0
+        drain = training.manager._session.hosts.drain
+        assert copy["bytes_expected"] == comm.bcast(drain._copy.nbytes) > 0
+        assert time.time() - limit(90) < copy["since"] <= time.time()
+        monkeypatch.setattr(token_bucket.TokenBucket, "take", take)
+        comm.Barrier()
+        training.manager.wait()
+        comm.Barrier()
+        assert read_status(scene.directory)["copy"] is None
+    # It goes on while all wait for the rest, by the thread that copies.
+    moved = [one["bytes_done"] for one in seen if one is not None]
+    assert moved == sorted(moved)
+    if comm.rank == 0 and len(moved) > 1:
+        assert 0 < moved[-1] < copy["bytes_expected"]
 
 
 def test_hosts_keep_what_is_being_copied(scene, comm):

@@ -12,6 +12,7 @@ from mpi_ckpt import ArrayState, CheckpointManager, Options, State
 from mpi_ckpt.engine.hosts import share_writer
 from mpi_ckpt.errors import DivergedError, OptionsError, StageError, WriteError
 from mpi_ckpt.memory import Memory
+from mpi_ckpt.storage.journal import read_history, read_status
 from mpi_ckpt.storage.local import host_directory
 from mpi_ckpt.storage.writing.partial import Partial
 from tests.local.scene import Crash, Values
@@ -57,6 +58,8 @@ def test_a_fault_on_one_host_fails_the_save_on_all(
             assert not report.survives
             told = [line for line in caplog.messages if "step 2 has failed" in line]
             assert len(told) == (comm.rank == 0)
+            assert read_status(scene.directory)["local_failures"] == 1
+            comm.Barrier()
             values.go_to(3)
             report = manager.save(3, level="local").wait()
             assert (report.generation, report.local_failures) == (3, 0)
@@ -67,6 +70,11 @@ def test_a_fault_on_one_host_fails_the_save_on_all(
     comm.Barrier()
     assert not list(scene.path.glob("local/*/*/.partial-*"))
     assert not list(scene.path.glob("local/*/*/checkpoint-00000002"))
+    failed = [one for one in read_history(scene.directory) if one.event == "failed"]
+    assert [(one.step, one.reason) for one in failed] in (
+        [(2, "WriteError")], [(2, "StageError")],
+    )  # fmt: skip
+    assert read_status(scene.directory)["local_failures"] == 0
     scene.saved_by[3] = comm.size
     restored, _ = scene.run(3)
     assert (restored.level, restored.step) == ("local", 3)

@@ -46,13 +46,13 @@ class _Everything:
 def digested(monkeypatch):
     """Return how often a sync has digested replicas before any other work."""
     counted = []
-    original = replicas.digest_states
+    original = replicas.digest_rest
 
     def digest(captured, threads):
         counted.append(len(captured))
         return original(captured, threads)
 
-    monkeypatch.setattr(replicas, "digest_states", digest)
+    monkeypatch.setattr(replicas, "digest_rest", digest)
     return counted
 
 

@@ -18,6 +18,7 @@ from mpi_ckpt.errors import (
 from mpi_ckpt.storage.directory.rollback import bring_back, set_newer_aside
 from mpi_ckpt.storage.journal import read_history
 from mpi_ckpt.storage.reading.reader import read_manifest
+from tests.local.cut_values import CutValues
 from tests.local.scene import LEAVES, Crash, Values, flip
 from tests.ranks import RecordingHandle, assert_same, groupings, same_error
 
@@ -236,6 +237,7 @@ def test_no_good_copy_leads_to_the_generation_before(scene, comm, caplog):
 
 def test_renames_cut_off_anywhere_leave_this_save_or_the_one_before(scene, comm):
     """Take back the last rename on any of the hosts, as a kill between them does."""
+    scene.kind = CutValues
     for number, named in enumerate(product([False, True], repeat=comm.size)):
         last = scene.run(2 * number + 2)[1][2 * number + 2].generation
         files = {host: scene.files(host, last) for host in scene.hosts}

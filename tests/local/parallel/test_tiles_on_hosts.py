@@ -17,8 +17,9 @@ from mpi_ckpt import (
 )
 from mpi_ckpt.engine.hosts import handed_tiles, tile_copies
 from mpi_ckpt.engine.hosts.copying.promoting import rescue
-from mpi_ckpt.errors import DivergedError, StageError, WriteError
+from mpi_ckpt.errors import DivergedError, SaveError, StageError, WriteError
 from mpi_ckpt.memory import Memory
+from mpi_ckpt.storage.format import tile_table
 from mpi_ckpt.storage.format.tile_table import decode_tile_header
 from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
@@ -248,6 +249,23 @@ def test_a_fault_on_one_rank_fails_the_save_on_all(
     scene.saved_by[3] = comm.size
     restored, _ = scene.run(3, hosts=hosts)
     assert (restored.level, restored.step) == ("local", 3)
+
+
+def test_too_many_tiles_of_a_host_are_an_error_whose_advice_applies(
+    scene, comm, monkeypatch
+):
+    scene.on_hosts(scene.hosts)
+    values = CutValues(comm)
+    with scene.manager(values) as manager:
+        values.go_to(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(tile_table, "TABLE_BYTES_MAX", 4095)
+            with same_error(comm, SaveError, "in one file need a header", "use more hosts"):
+                manager.save(1, level="local")
+            with same_error(comm, SaveError, "in one file need a header", "more ranks"):
+                manager.save(1)
+        values.go_to(2)
+        assert manager.save(2, level="local").generation == 1
 
 
 def test_shared_tiles_and_streams_that_differ_are_errors(scene, comm):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Restores whose window the ranks of a host share."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,13 @@ def shared(monkeypatch):
 
     counted(transfer.SharedTransport, "shared")
     counted(transfer.SentTransport, "sent")
+    real = host_memory.HostMemory.note_stored
+
+    def note_stored(self, number):
+        counts["shared"] += 1
+        real(self, number)
+
+    monkeypatch.setattr(host_memory.HostMemory, "note_stored", note_stored)
     return counts
 
 
@@ -91,9 +100,10 @@ def test_no_descriptor_stays_open(peers, shared_path, monkeypatch):
     monkeypatch.setattr(SharedMemory, "__init__", noted)
     saved(shared_path, peers)
     restored(shared_path, peers)
-    assert len(mine) == 1
-    with pytest.raises(AssertionError):
-        _ = mine[0].descriptor
+    assert len(mine) == (1 if peers.rank == 0 else 2)
+    for memory in mine:
+        with pytest.raises(AssertionError):
+            _ = memory.descriptor
 
 
 def no_memory(*_):
@@ -127,13 +137,29 @@ def test_without_shared_memory_on_any_rank_all_are_sent_the_bytes(
     assert shared["sent"] > 0
 
 
-def test_a_window_that_is_never_announced_is_not_waited_for_long(
+def test_a_slow_rank_is_waited_for(peers, shared_path, monkeypatch, shared):
+    saved(shared_path, peers)
+    monkeypatch.setattr(host_memory, "_LOOKS", 1)
+    slow = memory_of_leaf.copy_bytes
+
+    def copy(source, target):
+        time.sleep(0.002 * (peers.rank == peers.size - 1))
+        slow(source, target)
+
+    monkeypatch.setattr(memory_of_leaf, "copy_bytes", copy)
+    restored(shared_path, peers)
+    assert shared["sent"] == 0
+
+
+def test_ranks_meet_for_each_window_where_counts_may_come_early(
     peers, shared_path, monkeypatch, shared
 ):
     saved(shared_path, peers)
-    monkeypatch.setattr(host_memory.HostMemory, "announce", lambda *_: None)
+    monkeypatch.setattr(host_memory, "_IS_ORDERED", False)
+    monkeypatch.setattr(host_memory.HostMemory, "_announce", lambda *_: None)
     monkeypatch.setattr(host_memory, "_LOOKS", 3)
     restored(shared_path, peers)
+    assert shared["shared"] > 3 * 4
     assert shared["sent"] == 0
 
 

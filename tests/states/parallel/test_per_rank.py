@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpi_ckpt import ArrayState, ObjectState, PerRankState, RNGState
-from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.comm import deal_out
 from mpi_ckpt.errors import RestoreError, StateMismatchError
 from mpi_ckpt.options import IO
 from mpi_ckpt.states.packed import pack
@@ -38,9 +38,8 @@ def scatter(communicator, parts, *, broken_at=None, window_bytes=1000):
                 raise OSError("the disk is gone")
             yield [rank], parts[rank]
 
-    return scatter_bytes(
+    return deal_out(
         communicator,
-        [len(part) for part in parts],
         deal(),
         "dealing",
         error=RestoreError,
@@ -64,7 +63,8 @@ def test_each_rank_gets_its_own_bytes(make_communicator, message_bytes, window_b
         assert mine == parts[communicator.rank]
         assert handle.largest <= max(message_bytes, 56)
         if not communicator.is_root:
-            assert handle.sent_by("Irecv") == len(mine)
+            # And their number, its own, and those of ranks and bytes.
+            assert handle.sent_by("Irecv") == len(mine) + 8 + 24
 
 
 @pytest.mark.parametrize("message_bytes", [64, 1 << 20])
@@ -142,12 +142,21 @@ def share_out(values, size):
     return [seen[rank::size] for rank in range(size)]
 
 
-def test_resize_makes_the_values_of_another_number_of_ranks(peers, fewer, shared_path):
+@pytest.mark.parametrize("yields", [False, True])
+def test_resize_makes_the_values_of_another_number_of_ranks(
+    peers, fewer, shared_path, yields
+):
     calls = []
 
-    def resize(values, size):
+    def returning(values, size):
         calls.append(len(values))
         return share_out(values, size)
+
+    def yielding(values, size):
+        calls.append(len(values))
+        yield from share_out(values, size)
+
+    resize = yielding if yields else returning
 
     mine = [10 * peers.rank, 10 * peers.rank + 1]
     with manager(shared_path, PerRankState("seen", mine, resize=resize)) as checkpoints:
@@ -171,8 +180,25 @@ def fail(values, size):
     raise ZeroDivisionError("of the user")
 
 
+def yield_one(values, size):
+    yield values[0]
+    if size == 1:
+        yield values[-1]
+
+
+def fail_late(values, size):
+    yield values[0]
+    raise ZeroDivisionError("of the user")
+
+
 @pytest.mark.parametrize(
-    ("resize", "text"), [(lose_one, "returned"), (fail, "of the user")]
+    ("resize", "text"),
+    [
+        (lose_one, "returned"),
+        (fail, "of the user"),
+        (yield_one, "returned"),
+        (fail_late, "of the user"),
+    ],
 )
 def test_resize_that_fails_fails_on_all_and_changes_nothing(
     peers, fewer, shared_path, resize, text

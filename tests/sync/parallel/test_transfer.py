@@ -12,6 +12,7 @@ from mpi_ckpt.comm import (
     bcast_json,
     compare_texts,
     differing_digests,
+    exchange_counts,
     gather_bytes,
     mean_buffers,
 )
@@ -120,6 +121,21 @@ def test_gather_bytes_of_other_lengths(make_communicator, message_bytes):
             gathered = gather_bytes(communicator, turn[communicator.rank], "testing")
         assert gathered == (turn if communicator.is_root else [])
         assert handle.largest <= message_bytes
+
+
+@pytest.mark.parametrize("message_bytes", [64, 1 << 20])
+@pytest.mark.parametrize("many", [0, 1, 3])
+def test_counts_reach_the_ranks_that_they_are_for(make_communicator, message_bytes, many):
+    communicator = make_communicator(message_bytes=message_bytes)
+    size, rank = communicator.size, communicator.rank
+    drawn = np.random.default_rng(many).integers(0, 3, (size, many, size))
+    with RecordingHandle(communicator) as handle:
+        theirs = exchange_counts(communicator, drawn[rank], "testing")
+    np.testing.assert_array_equal(theirs, drawn[:, :, rank].T)
+    assert handle.largest <= message_bytes
+    if message_bytes > 64:
+        sent = [nbytes for name, nbytes in handle.messages if name == "Isend"]
+        assert len(sent) == ((size - 1).bit_length() if many else 0)
 
 
 def test_gather_nothing(make_communicator):

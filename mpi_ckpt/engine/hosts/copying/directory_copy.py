@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.comm import collect
-from mpi_ckpt.errors import CorruptGenerationError, SaveError
-from mpi_ckpt.leaves.digest import digest_bytes
+from mpi_ckpt.errors import SaveError
+from mpi_ckpt.reports import Progress
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.format.manifest_codec import encode
+from mpi_ckpt.storage.format.tensorfile import HEADER_BYTES_MAX
 from mpi_ckpt.storage.local.lineage import CopiedGeneration, read_lineage, write_lineage
 from mpi_ckpt.storage.reading.proving import proven_blocks
 from mpi_ckpt.storage.reading.reader import GenerationReader
@@ -62,6 +63,7 @@ class DirectoryCopy:
         source: As given.
         nbytes: Bytes that this rank copies, once it has begun.
         share: They are this share of all bytes.
+        progress: Counts those that it has copied.
     """
 
     def __init__(self, session: Session, source: LocalSource) -> None:
@@ -73,6 +75,7 @@ class DirectoryCopy:
         self._mine: list[StoredFile] = []
         self.nbytes = 0
         self.share = 0.0
+        self.progress = Progress(session.observer.show_soon)
 
     def begin(self) -> None:
         """Begin a generation on root, and deal out the files to the hosts that hold them.
@@ -116,7 +119,7 @@ class DirectoryCopy:
         partial = self._partial or session.directory.join(self._number, self._job)
         with GenerationReader(home, self.source.manifest) as reader:
             for file in self._mine:
-                runs = _paced(_proven_runs(reader, file), bucket)
+                runs = self._passed(_proven_runs(reader, file), bucket)
                 partial.write_shard(file.name, runs, file.nbytes)
 
     def publish(self) -> tuple[Manifest, Path, int]:
@@ -148,6 +151,17 @@ class DirectoryCopy:
         """Remove what was copied. Not collective. No rank still copies."""
         if self._partial is not None:
             self._partial.drop()
+
+    def _passed(
+        self, runs: Iterator[memoryview], bucket: TokenBucket | None
+    ) -> Iterator[memoryview]:
+        """Let runs pass at the rate of a bucket, and count their bytes."""
+        with closing(runs):  # type: ignore[type-var]
+            for run in runs:
+                if bucket is not None:
+                    bucket.take(len(run))
+                yield run
+                self.progress.count(len(run))
 
     @property
     def _home(self) -> Path | None:
@@ -206,25 +220,10 @@ def _deal(manifest: Manifest, held: dict[int, list[int]]) -> list[int]:
     return sources
 
 
-def _paced(runs: Iterator[memoryview], bucket: TokenBucket | None) -> Iterator[memoryview]:
-    with closing(runs):  # type: ignore[type-var]
-        for run in runs:
-            if bucket is not None:
-                bucket.take(len(run))
-            yield run
-
-
 def _proven_runs(reader: GenerationReader, file: StoredFile) -> Iterator[memoryview]:
     """Yield the bytes of a file in order, each block once it is proven."""
     if file.header_bytes:
-        header = filesystem.read_start(reader.path / file.name, file.header_bytes)
-        if digest_bytes(header) != file.header_digest:
-            raise CorruptGenerationError(
-                f"{reader.path / file.name}: its header does not match its digest",
-                path=reader.path / file.name,
-                generation=reader.manifest.generation,
-            )
-        yield memoryview(header)
+        yield memoryview(reader.read_header(file, HEADER_BYTES_MAX))
     leaves = [one for one in reader.leaves() if one.extent.file == file.name]
     leaves.sort(key=lambda leaf: leaf.extent.offset)
     with closing(proven_blocks(reader, leaves)) as blocks:

@@ -104,6 +104,30 @@ class Drain:
         """The local generations that must stay, besides those kept. Not collective."""
         return () if self._copy is None else (self._copy.source.origin.number,)
 
+    def progress(self) -> dict[str, float] | None:
+        """Return how far the copy is, for people.
+
+        Not collective; each rank has its own. On any thread.
+
+        Returns:
+            ``step`` and ``since`` (the time) of its beginning, ``bytes_done`` of the
+            ``bytes_expected`` of this rank, ``lag`` in steps, due saves ``skipped``
+            meanwhile, and ``failed`` tries; None if no copy is under way.
+        """
+        copy, source = self._copy, self._newest
+        if not self.is_busy or source is None:
+            return None
+        source = source if copy is None else copy.source
+        return {
+            "step": source.step,
+            "since": time.time() - (time.perf_counter() - self._began_at),
+            "bytes_done": 0 if copy is None else copy.progress.moved,
+            "bytes_expected": 0 if copy is None else copy.nbytes,
+            "lag": max(0, self.step - source.step),
+            "skipped": self.skipped,
+            "failed": self._tries - (copy is not None),
+        }
+
     def take_wish(self) -> bool:
         """Return whether the local save that begins is to be copied. Not collective."""
         wanted, self.is_wanted = self.is_wanted, False

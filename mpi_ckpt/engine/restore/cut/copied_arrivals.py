@@ -8,7 +8,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import gather_bytes, meet, scatter_parts
+from mpi_ckpt.comm import gather_bytes, meet, scatter_bytes
 from mpi_ckpt.decomposition.reshard import plan_reshard
 from mpi_ckpt.engine.restore.cut.copied_tiles import HeldTiles, find_held
 from mpi_ckpt.engine.restore.cut.trade_plan import (
@@ -75,7 +75,7 @@ def plan_copied_trades(
     met = meet(comm, _PLANNING, plan, error=RestoreError, encode=bytes)
     leaves, unwanted = json.loads(met.message)
     window = options.io.window_bytes
-    mine = scatter_parts(comm, parts, _PLANNING, error=RestoreError, window_bytes=window)
+    mine = scatter_bytes(comm, parts, _PLANNING, window_bytes=window)
     return Trades(
         leaves=frozenset(LeafIndex(*leaf) for leaf in leaves),
         unwanted={state: tuple(names) for state, names in unwanted.items()},

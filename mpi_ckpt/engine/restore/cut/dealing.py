@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
-from mpi_ckpt.comm import scatter_bytes
+from mpi_ckpt.comm import deal_out
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import RestoreError
 from mpi_ckpt.failures import concerning
@@ -20,7 +21,7 @@ from mpi_ckpt.storage.reading.proving import proven_blocks
 from mpi_ckpt.storage.reading.read_queue import SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator
 
     from mpi_ckpt.comm import Deferred
     from mpi_ckpt.engine.restore.matching import MatchedState, StateMatch
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import Arrival
     from mpi_ckpt.storage.format.manifest import CutLeaf, StoredLeaf
     from mpi_ckpt.storage.reading.reader import GenerationReader
+
+# Of the structure of a part, about.
+_STRUCTURE_BYTES = 2 << 10
 
 
 class SavedParts:
@@ -53,18 +57,11 @@ class SavedParts:
         self._reader = reader
         self._name = name
         self._window_bytes = window_bytes
-        self._heads: dict[int, bytes] = {}
         self.found = find_parts([leaf.spec.name for leaf in self._leaves])
 
-    def lengths(self, ranks: Sequence[int]) -> list[int]:
-        """Return the lengths of some parts in bytes. Reads their structures.
-
-        Raises:
-            CorruptGenerationError: On the calling rank, if bytes are not those saved.
-            ReadError: On the calling rank, if the operating system cannot read them.
-        """
-        self._read_structures(ranks)
-        return [len(self._heads[rank]) + self._nbytes(rank) for rank in ranks]
+    def nbytes(self, rank: int) -> int:
+        """Return the bytes of a part's leaves, without their structure."""
+        return sum(self._leaves[n].spec.nbytes for n in self.found[rank].numbers)
 
     def read(self, ranks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield some parts, each with its rank, in the order of the ranks.
@@ -73,36 +70,35 @@ class SavedParts:
             CorruptGenerationError: On the calling rank, if bytes are not those saved.
             ReadError: On the calling rank, if the operating system cannot read them.
         """
-        self._read_structures(ranks)
         for some in self._windows(ranks):
+            heads = self._read_structures(some)
             numbers = [number for rank in some for number in self.found[rank].numbers]
             data = iter(self._read(numbers))
             for rank in some:
                 mine = [next(data) for _ in self.found[rank].numbers]
-                yield rank, b"".join([self._heads.pop(rank), *mine])
+                yield rank, b"".join([heads.pop(rank), *mine])
 
-    def _read_structures(self, ranks: Sequence[int]) -> None:
-        """Make the heads of some parts that have none yet."""
-        to_read: dict[int, int] = {}
-        for rank in ranks:
-            structure = self.found[rank].structure
-            if rank in self._heads:
-                continue
-            if structure is None:
-                self._heads[rank] = b""
-            else:
-                to_read[rank] = structure
-        for rank, text in zip(to_read, self._read(list(to_read.values())), strict=True):
+    def _read_structures(self, ranks: Sequence[int]) -> dict[int, bytes]:
+        """Return what comes before the leaves of some parts."""
+        heads = dict.fromkeys(ranks, b"")
+        structures = {
+            rank: structure
+            for rank in ranks
+            if (structure := self.found[rank].structure) is not None
+        }
+        texts = self._read(list(structures.values()))
+        for rank, text in zip(structures, texts, strict=True):
             part = self.found[rank]
             specs = [self._leaves[number].spec for number in part.numbers]
-            self._heads[rank] = packed_head(bytes(text), specs, part.names)
+            heads[rank] = packed_head(bytes(text), specs, part.names)
+        return heads
 
     def _windows(self, ranks: Sequence[int]) -> Iterator[list[int]]:
         """Yield runs of ranks whose parts fit into a window together."""
         some: list[int] = []
         nbytes = 0
         for rank in ranks:
-            more = self._nbytes(rank)
+            more = self.nbytes(rank) + _STRUCTURE_BYTES
             if some and nbytes + more > self._window_bytes:
                 yield some
                 some, nbytes = [], 0
@@ -110,9 +106,6 @@ class SavedParts:
             nbytes += more
         if some:
             yield some
-
-    def _nbytes(self, rank: int) -> int:
-        return sum(self._leaves[n].spec.nbytes for n in self.found[rank].numbers)
 
     def _read(self, numbers: Sequence[int]) -> list[bytearray]:
         """Return the proven bytes of some leaves."""
@@ -136,55 +129,34 @@ class SavedParts:
         return arrived
 
 
-@dataclass(frozen=True, slots=True)
-class Deal:
-    """What root sends to the ranks for one state.
+class LazyParts(Sequence[bytes]):
+    """The saved parts of a state in rank order, each read when it is asked for."""
 
-    Attributes:
-        lengths: Bytes for each rank, in rank order.
-        turns: Yields some ranks and the part for each of them.
-    """
+    def __init__(self, parts: SavedParts) -> None:
+        self._parts = parts
 
-    lengths: Sequence[int]
-    turns: Iterator[tuple[Sequence[int], bytes]]
+    def __len__(self) -> int:
+        return len(self._parts.found)
 
-    def counted(self, progress: Progress) -> Iterator[tuple[Sequence[int], bytes]]:
-        """Yield the turns, and count the bytes that they send. Not collective."""
-        progress.expect(sum(self.lengths))
-        for ranks, part in self.turns:
-            yield ranks, part
-            progress.count(len(ranks) * len(part))
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        ranks = range(len(self))[index]
+        if isinstance(ranks, range):
+            return [part for _, part in self._parts.read(ranks)]
+        ((_, part),) = self._parts.read([ranks])
+        return part
 
-
-def plan_deals(
-    session: Session, found: OpenGeneration, match: StateMatch
-) -> Mapping[str, Deal]:
-    """Plan, on root alone, which part each rank gets of each state that has parts.
-
-    Not collective. Reads the parts of states that make new parts for another number of
-    ranks.
-
-    Raises:
-        CorruptGenerationError: On the calling rank, if bytes are not those saved.
-        RestoreError: On the calling rank, if a state cannot make parts for so many ranks.
-    """
-    reader = found.reader
-    if reader is None or not session.comm.is_root:
-        return {}
-    size, window = session.comm.size, session.options.io.window_bytes
-    deals = {}
-    for matched in match.states:
-        state = matched.state
-        if isinstance(state, RankedState) and is_dealt(matched, size):
-            with concerning(f"state {state.name!r}"):
-                deals[state.name] = _plan(reader, state, size, window)
-    return deals
+    def __iter__(self) -> Iterator[bytes]:
+        return (part for _, part in self._parts.read(range(len(self))))
 
 
 def deal_parts(
     session: Session,
+    found: OpenGeneration,
     match: StateMatch,
-    deals: Mapping[str, Deal],
     traded: Collection[str],
     deferred: Deferred,
     progress: Progress,
@@ -195,8 +167,8 @@ def deal_parts(
 
     Args:
         session: The manager's.
+        found: The generation; root reads it.
         match: The states to restore.
-        deals: What `plan_deals` planned, on root; ignored elsewhere.
         traded: Names of states whose parts reach the ranks otherwise.
         deferred: Keeps the error of a part, to be raised before anything is overwritten.
         progress: Counts the bytes that root sends.
@@ -206,6 +178,7 @@ def deal_parts(
 
     Raises:
         CorruptGenerationError: On every rank, if bytes are not those saved.
+        RestoreError: On every rank, if a state cannot make parts for so many ranks.
     """
     comm = session.comm
     arrivals: dict[str, Arrival] = {}
@@ -217,11 +190,9 @@ def deal_parts(
         name = matched.state.name
         if name in traded or not _has_parts(matched):
             continue
-        deal = deals.get(name)
-        part = scatter_bytes(
+        part = deal_out(
             comm,
-            deal.lengths if deal else (),
-            deal.counted(progress) if deal else (),
+            _turns(session, found, matched, progress) if comm.is_root else (),
             f"dealing out the parts of state {name!r}",
             error=RestoreError,
             window_bytes=session.options.io.window_bytes,
@@ -281,20 +252,30 @@ def _has_parts(matched: MatchedState) -> bool:
     return isinstance(matched.state, RankedState) and matched.saved.parts is not None
 
 
-def _plan(
-    reader: GenerationReader, state: RankedState, size: int, window_bytes: int
-) -> Deal:
-    parts = SavedParts(reader, state.name, window_bytes // SLOTS)
-    saved = len(parts.found)
-    if state.resizes and saved != size:
-        read = [part for _, part in parts.read(range(saved))]
-        made = state.resize(read, size)
-        turns = (([rank], part) for rank, part in enumerate(made))
-        return Deal([len(part) for part in made], turns)
-    ranks_of = ranks_of_parts(state, size, saved)
-    sources = list(ranks_of)
-    lengths = [0] * size
-    for source, length in zip(sources, parts.lengths(sources), strict=True):
-        for rank in ranks_of[source]:
-            lengths[rank] = length
-    return Deal(lengths, ((ranks_of[n], part) for n, part in parts.read(sources)))
+def _turns(
+    session: Session, found: OpenGeneration, matched: MatchedState, progress: Progress
+) -> Iterator[tuple[Sequence[int], bytes]]:
+    """Yield some ranks and the part for each of them, on root, and count what they get.
+
+    Raises:
+        CorruptGenerationError: On the calling rank, if bytes are not those saved.
+        RestoreError: On the calling rank, if the state cannot make parts for so many ranks.
+    """
+    state, size = matched.state, session.comm.size
+    assert isinstance(state, RankedState)
+    assert found.reader is not None
+    with concerning(f"state {state.name!r}"):
+        window_bytes = session.options.io.window_bytes // SLOTS
+        parts = SavedParts(found.reader, state.name, window_bytes)
+        saved = len(parts.found)
+        if state.resizes and saved != size:
+            for rank, part in enumerate(state.resize(LazyParts(parts), size)):
+                progress.expect(len(part))
+                yield [rank], part
+                progress.count(len(part))
+            return
+        ranks_of = ranks_of_parts(state, size, saved)
+        progress.expect(sum(len(ranks) * parts.nbytes(n) for n, ranks in ranks_of.items()))
+        for source, part in parts.read(list(ranks_of)):
+            yield ranks_of[source], part
+            progress.count(len(ranks_of[source]) * parts.nbytes(source))

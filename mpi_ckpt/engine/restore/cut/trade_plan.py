@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpi_ckpt.comm import agree, choose_ranks, gather_bytes, meet, scatter_parts
+from mpi_ckpt.comm import agree, choose_ranks, gather_bytes, meet, scatter_bytes
 from mpi_ckpt.decomposition.rank_plan import RankPlan
 from mpi_ckpt.decomposition.reshard import plan_reshard
 from mpi_ckpt.engine.restore.cut.traded_parts import join_part_wants, traded_states
@@ -101,9 +101,7 @@ def read_tile_headers(session: Session, found: OpenGeneration) -> TileHeaders:
         for rank in range(comm.size if comm.is_root else 0)
     ]
     window_bytes = session.options.io.window_bytes
-    mine = scatter_parts(
-        comm, shares, _DOING, error=RestoreError, window_bytes=window_bytes
-    )
+    mine = scatter_bytes(comm, shares, _DOING, window_bytes=window_bytes)
     path = session.directory.root / generation_name(found.outline.generation)
     headers: list[bytes | None] = []
     failure: CheckpointError | None = None
@@ -271,11 +269,10 @@ def plan_trades(session: Session, found: OpenGeneration, match: StateMatch) -> T
     if met.message == _OUT_OF_SIGHT:
         agree(comm, _PLANNING, headers.refuse, error=RestoreError)
     leaves, unwanted, names = json.loads(met.message)
-    mine = scatter_parts(
+    mine = scatter_bytes(
         comm,
         parts,
         _PLANNING,
-        error=RestoreError,
         window_bytes=options.io.window_bytes,
     )
     of_leaves, *more = split(mine)

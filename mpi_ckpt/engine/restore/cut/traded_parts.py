@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpi_ckpt.comm import Deferred
-    from mpi_ckpt.engine.restore.cut.dealing import Deal
     from mpi_ckpt.engine.restore.cut.trade_plan import Trades
     from mpi_ckpt.engine.restore.matching import MatchedState, StateMatch
     from mpi_ckpt.engine.restore.newest import OpenGeneration
@@ -119,7 +118,6 @@ def transfer_parts(
     session: Session,
     found: OpenGeneration,
     match: StateMatch,
-    deals: Mapping[str, Deal],
     trades: Trades | None,
     deferred: Deferred,
     progress: Progress,
@@ -132,7 +130,6 @@ def transfer_parts(
         session: The manager's.
         found: The generation.
         match: The states to restore.
-        deals: What root deals out; empty elsewhere.
         trades: What the ranks exchange; None for nothing.
         deferred: Keeps the error of a part, to be raised before anything is overwritten.
         progress: Counts the bytes that are dealt out, on root, and those of `trade_tiles`.
@@ -146,7 +143,7 @@ def transfer_parts(
         ReadError: On every rank, if a rank cannot read.
     """
     traded = () if trades is None else trades.with_parts
-    match = deal_parts(session, match, deals, traded, deferred, progress)
+    match = deal_parts(session, found, match, traded, deferred, progress)
     if trades is None or trades.of_parts is None:
         return match, 0
     room, safe = PartRoom(trades.part_forms), (UNTOUCHED, UNTOUCHED)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 from mpi_ckpt.engine.sync.captured import CapturedState, about_leaf
+from mpi_ckpt.leaves.buckets import pieces_of
 from mpi_ckpt.leaves.digest import BLOCK_BYTES, BlockHasher, split_blocks
 from mpi_ckpt.storage.format.layout import (
     carried_file_name,
@@ -323,9 +324,14 @@ def _plan_of(entries: tuple[TileEntry, ...]) -> TileFilePlan:
 def runs_of(leaf: Leaf) -> Iterator[memoryview]:
     """Yield the bytes of a tile in C order, a copy of some rows at a time if need be.
 
-    Not collective.
+    Not collective. A run from a device is overwritten once the next one has been asked for.
     """
     buffer, shape, nbytes = leaf.buffer, leaf.spec.shape, leaf.spec.nbytes
+    pieces = pieces_of(leaf)
+    if pieces is not None:
+        for piece in pieces:
+            yield from split_blocks(piece, _CACHED_BYTES)
+        return
     if nbytes <= _COPIED_BYTES or not shape or buffer.view() is not None:
         yield from split_blocks(buffer.read(), _CACHED_BYTES)
         return

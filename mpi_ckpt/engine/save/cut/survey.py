@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_parts
+from mpi_ckpt.comm import agree, any_of, gather_bytes, scatter_bytes
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.engine.save.cut.cut_forms import (
     Assignment,
@@ -17,7 +17,7 @@ from mpi_ckpt.engine.save.cut.cut_forms import (
 )
 from mpi_ckpt.engine.save.cut.own_tiles import CapturedTiles
 from mpi_ckpt.engine.sync.captured import about_leaf
-from mpi_ckpt.errors import DivergedError, SaveError, StageError, cut_lines
+from mpi_ckpt.errors import DivergedError, StageError, cut_lines
 from mpi_ckpt.failures import name_ranks
 from mpi_ckpt.leaves.digest import DIGEST_BYTES, Digest, Digests
 from mpi_ckpt.leaves.leaf import Form, Leaf, LeafSpec
@@ -86,7 +86,7 @@ def survey_tiles(
     joined = agree(comm, _DOING, join, error=StageError)
     encoded = [] if joined is None else [one.encode() for one in joined.assignments]
     window = options.io.window_bytes
-    mine = scatter_parts(comm, encoded, _DOING, error=SaveError, window_bytes=window)
+    mine = scatter_bytes(comm, encoded, _DOING, window_bytes=window)
     (has_replicas,) = any_of(comm, _DOING, bool(joined and joined.replicas))
     return TileSurvey(forms, Assignment.decode(mine), joined, has_replicas)
 
