@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.setting import Setting
     from mpi_ckpt import SyncReport
 
-__all__ = ["groups", "sweep_sizes"]
+__all__ = ["groups", "one_hop", "sweep_sizes"]
 
 _SMALLEST_BYTES = 1 << 10
 _SWEEP_FACTOR = 16
@@ -38,7 +38,7 @@ def groups(setting: Setting) -> Iterator[Group]:
     raw = [
         Contender(names.BCAST, lambda: ceilings.bcast(comm, arrays), ceiling=True),
         Contender(names.IBCAST, lambda: ceilings.ibcast(comm, arrays), ceiling=True),
-        *_one_hop(setting, arrays),
+        *one_hop(setting),
         Contender(names.DIGEST, lambda: _digest(arrays)),
     ]
 
@@ -70,9 +70,9 @@ def _digest(arrays: list[np.ndarray]) -> None:
     digest_many(lambda i, j: arrays[i:j], sizes, Options().io.digest_threads)
 
 
-def _one_hop(setting: Setting, arrays: list[np.ndarray]) -> list[Contender]:
+def one_hop(setting: Setting) -> list[Contender]:
     """Across hosts: root sends once to the first rank of another, at line rate."""
-    comm = setting.comm
+    comm, arrays = setting.comm, list(setting.state.values())
     hosts = comm.allgather(socket.gethostname())
     there = next((rank for rank, host in enumerate(hosts) if host != hosts[0]), None)
     if there is None:

@@ -48,7 +48,7 @@ _NOTHING = bytes(DIGEST_BYTES)
 # The message: the flags, both digests, and their complements. Half a digest distinguishes
 # the few calls of ranks, and keeps the message below the smallest `message_bytes`.
 _DOING, _ALIKE = 1, slice(2, 4)
-_DIGESTS, _COMPLEMENTS = slice(1, 4), slice(4, 7)
+_DIGESTS, _COMPLEMENTS, _OF_ALIKE = slice(1, 4), slice(4, 7), slice(5, 7)
 
 
 class Joined(NamedTuple):
@@ -97,14 +97,16 @@ class Vote:
 
         Args:
             flags: This rank's flags, as bits of a non-negative number below 2**64.
-            digest: 16 bytes, which the ranks compare.
+            digest: 16 bytes, which the ranks compare; empty if this rank has none.
         """
         if self._request is not None:
             # MPI may still write to arrays given up after a confusion.
             self._mine, self._all = self._mine.copy(), self._all.copy()
         self._mine[0] = flags
-        self._mine[_ALIKE] = np.frombuffer(digest, np.uint64)
+        self._mine[_ALIKE] = np.frombuffer(digest or _NOTHING, np.uint64)
         self._mine[_COMPLEMENTS] = ~self._mine[_DIGESTS]
+        if not digest:  # nothing set on either side differs from no other rank's
+            self._mine[_OF_ALIKE] = 0
         self._confusions = self._comm.confusions
         self._request = self._comm.start_all_reduce(self._mine, self._all, "bor")
         UNDER_WAY.add(self)
@@ -247,7 +249,8 @@ def meet(
         work: The work; must not communicate.
         error: Class for exceptions that this package does not define.
         safe: What is still safe if the work fails.
-        digest: Returns 16 bytes for a result, which the ranks compare.
+        digest: Returns 16 bytes for a result, which the ranks compare; nothing on a rank
+            that has nothing to compare.
         encode: Returns the bytes of its result that root sends to all. Called on root.
         flag: Returns whether a rank's result has a property that all ranks must know of.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_DIRECTORY_SYNC",
     "append",
+    "count_names",
     "create_file",
     "leave_direct",
-    *("link_file", "list_names", "make_directories", "make_directory"),
+    *("link_file", "list_names", "make_directories", "make_directory", "map_new_file"),
     "open_for_reading",
     "overwrite_start",
     "read_at",
@@ -103,6 +105,36 @@ def create_file(path: Path, *, direct: bool = False) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def map_new_file(path: Path, nbytes: int) -> mmap.mmap:
+    """Make a file that must not exist, of so many bytes; return its bytes, writable.
+
+    Not collective. For file systems in memory: what is written there is not recorded by
+    crash tests, since nothing of it outlives a power cut.
+
+    Raises:
+        OSError: On the calling rank, if there is not enough space, with no file left.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        # Otherwise the first write to a page that does not fit would end the process.
+        os.posix_fallocate(descriptor, 0, nbytes)
+        memory = mmap.mmap(descriptor, nbytes)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+    with suppress(AttributeError, OSError):  # if this kernel supports it
+        memory.madvise(mmap.MADV_DONTFORK)
+    return memory
+
+
+def count_names(path: Path) -> int:
+    """Return how many names a file has. Not collective."""
+    return os.lstat(path).st_nlink
 
 
 def leave_direct(descriptor: int) -> None:

@@ -224,6 +224,7 @@ class HostLevel:
         reported: The losses last reported.
         drain: Copies generations to the directory; None if the ranks write there.
         survey: How cut leaves lay on the ranks at the last save; None for none.
+        is_likely_unequal: Whether the last save has made replicas equal.
         tile_memory: Memory for the files of tiles of an asynchronous save, on leaders.
     """
 
@@ -241,6 +242,7 @@ class HostLevel:
         self.reported = ""
         self.drain = None if local.drain is None else Drain(local.drain)
         self.survey: HostSurvey | None = None
+        self.is_likely_unequal = False
         self.tile_memory = Arena()
         self._unusable: Mapping[str, str] = {}
         self._source: Origin | None = None

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes one local save: the hosts' leaders write the shares that they hold.
 
-sync      make the replicas equal, as every save does
+sync      capture the contents; make the replicas equal, but for large ones
 place     all leaders plan the same generation
-write     each leader writes its files: now, or behind the training
-publish   all have written: each renames; all have renamed: the generation is kept
+write     each leader copies or writes its files; large replicas are compared in that pass
+publish   all have written the same: each renames; all have renamed: the generation is kept
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.comm import agree, gather_bytes, meet
@@ -19,14 +20,14 @@ from mpi_ckpt.engine.hosts.host_tiles import describe_tiles, survey_hosts
 from mpi_ckpt.engine.hosts.level import HostNames
 from mpi_ckpt.engine.hosts.placing import LocalContents, place_generation
 from mpi_ckpt.engine.hosts.share_writer import ShareWriter
-from mpi_ckpt.engine.save.background import run_here
 from mpi_ckpt.engine.save.copies import RememberedTiles, copy_into, copy_tiles
 from mpi_ckpt.engine.save.request import SaveRequest
+from mpi_ckpt.engine.sync.captured import digest_states
 from mpi_ckpt.engine.sync.parts import receive_parts
-from mpi_ckpt.engine.sync.replicas import sync_states
+from mpi_ckpt.engine.sync.replicas import SyncedStates, compare_beside, sync_states
 from mpi_ckpt.errors import CheckpointError, SaveError, StageError
 from mpi_ckpt.failures import concerning
-from mpi_ckpt.leaves.digest import digest_bytes
+from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.reports import SaveReport, SyncReport
 from mpi_ckpt.states.unshared.ranked import RankedState
 from mpi_ckpt.storage.format.layout import generation_name
@@ -47,10 +48,12 @@ if TYPE_CHECKING:
     from mpi_ckpt.memory import Memory
     from mpi_ckpt.reports import PhaseClock
     from mpi_ckpt.state import State
+    from mpi_ckpt.storage.format.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 
+_LENGTH_BYTES = 8
 _COMPARING = "comparing the parts of ranks"
 
 
@@ -148,7 +151,7 @@ class LocalSave:
         self._begun = begun
         self._contents = LocalContents((), (), step, dict(metrics or {}))
         self._clock = clock
-        self._synced = SyncReport()
+        self._synced = SyncedStates([], SyncReport(), is_cut=False)
         self._hosts = HostNames.of(session.comm, level.local)
         self._placed: Placed | None = None
         self._writer: ShareWriter | None = None
@@ -167,8 +170,17 @@ class LocalSave:
         comm, step, metrics = session.comm, self.step, self._contents.metrics
         with self._clock.phase("sync"):
             apart = parts_on_hosts(session, states)
+            # A copy in memory needs replicas that are equal. What hosts have copied or
+            # written of replicas that then differ is in vain, and they often differ again.
+            waits = session.memory is None and not self._level.is_likely_unequal
             synced = sync_states(
-                comm, states, session.options, parts=self._begun.parts, apart=apart
+                comm,
+                states,
+                session.options,
+                parts=self._begun.parts,
+                apart=apart,
+                may_wait=waits,
+                also_cut=waits,
             )
             tiles = None
             if synced.is_cut:
@@ -176,13 +188,21 @@ class LocalSave:
             # For a copy in memory. All leaders plan at once, so root cannot receive parts
             # while it writes them.
             captured = receive_parts(comm, synced.parts, synced.captured)
-        self._synced = synced.report
-        by_name = {one.name: one for one in captured}
-        taken = [by_name.get(state.name, state) for state in states]
-        self._contents = LocalContents(taken, synced.report.differing, step, metrics, tiles)
+        if not synced.uncompared:
+            self._level.is_likely_unequal = bool(synced.report.differing)
+        self._contents = LocalContents((), (), step, metrics, tiles)
+        self._take(replace(synced, captured=list(captured)))
         if session.memory is not None:
             with self._clock.phase("stage"):
                 self._copy_into_memory(session.memory, synced.captured)
+
+    def _take(self, synced: SyncedStates) -> None:
+        """Take the contents that a sync has returned."""
+        by_name = {one.name: one for one in synced.captured}
+        taken = [by_name.get(state.name, state) for state in self._begun.states]
+        differing = synced.report.differing
+        self._synced = synced
+        self._contents = replace(self._contents, states=taken, differed=differing)
 
     def _copy_into_memory(self, memory: Memory, captured: Sequence[CapturedState]) -> None:
         """Copy the contents into the memory. Collective."""
@@ -223,36 +243,60 @@ class LocalSave:
         self._placed = placed = place_generation(session, level, hosts, self._contents)
         if placed.plan is not None:
             host = hosts.leaders.index(session.comm.rank)
-            self._writer = ShareWriter(level, placed.plan, host, placed.sent, placed.copies)
+            threads = session.options.io.digest_threads
+            self._writer = ShareWriter(level, placed, host, threads)
 
     def write(self) -> None:
-        """Write this host's files: now, or in the background. `publish` learns the end.
+        """Copy or write this host's files; compare large replicas in the same pass.
+
+        Copies are written in the background: `publish` learns the end.
 
         Raises:
-            CheckpointError: On every rank, if a leader cannot copy its files, or a rank
-                cannot hand over its tiles.
+            CheckpointError: On every rank, if a leader cannot copy or write its files, a
+                rank cannot hand over its tiles, or replicas that are not made equal differ.
         """
-        options, clock, writer = self._session.options, self._clock, self._writer
-        copies = None if self._placed is None else self._placed.copies
-
-        def copy() -> None:
-            if writer is not None and options.asynchronous:
-                with clock.phase("stage"):
-                    writer.stage(self._workshop.arena, self._level.tile_memory)
-            elif copies is not None and options.asynchronous:
-                copies.pass_on(None)
-
-        agree(self._session.comm, "staging a local save", copy, error=SaveError)
-        if writer is not None and options.asynchronous:
+        session, synced = self._session, self._synced
+        doing = "staging a local save"
+        if not synced.uncompared:
+            agree(session.comm, doing, self._pass_once, error=SaveError)
+        else:
+            synced = compare_beside(
+                session.comm, synced, session.options, doing, self._pass_once
+            )
+            self._level.is_likely_unequal = bool(synced.report.differing)
+            self._take(synced)
+            if synced.report.differing:
+                # Root's bytes have replaced others, which this host may have copied.
+                self.drop()
+                self.place()
+                agree(session.comm, doing, self._pass_once, error=SaveError)
+        writer = self._writer
+        if writer is not None and session.options.asynchronous:
             self.work = self._workshop.background.submit(lambda: self._write_behind(writer))
-        elif writer is not None:
-            self.work = run_here(lambda: writer.write(clock))
-        elif copies is not None and not options.asynchronous:
-            self.work = run_here(lambda: copies.pass_on(None))
+
+    def _pass_once(self) -> list[CapturedState]:
+        """Copy or write what this host holds; return the replicas to compare, digested."""
+        todo, options = self._synced.uncompared, self._session.options
+        writer, placed = self._writer, self._placed
+        if writer is None:
+            if placed is not None and placed.copies is not None:
+                placed.copies.pass_on(None)
+            return digest_states(todo, options.io.digest_threads)
+        is_mapped = writer.map_files()
+        with self._clock.phase("stage"):
+            if options.asynchronous:
+                writer.stage_tiles(self._level.tile_memory)
+            if options.asynchronous or is_mapped:
+                writer.stage(self._workshop.arena)
+        if not options.asynchronous:
+            writer.write(self._clock)
+        digested = {one.name: one for one in writer.equal}
+        return [digested[one.name] for one in todo]
 
     def _write_behind(self, writer: ShareWriter) -> None:
         with self._session.watch_behind(self._clock, "saving to hosts"):
             writer.write(self._clock)
+            writer.seal(self._clock)
 
     def publish(self) -> None:
         """Agree on how the writing ended; let each leader name the generation, if well.
@@ -263,9 +307,24 @@ class LocalSave:
         comm, writer, placed = self._session.comm, self._writer, self._placed
         assert placed is not None
 
-        def finish() -> None:
+        def finish() -> bytes:
             if self.work is not None:
                 self.work.result()
+            elif writer is not None:
+                writer.seal(self._clock)
+            return b"" if writer is None else writer.sealed
+
+        def describe(sealed: bytes) -> bytes:
+            assert writer is not None
+            nbytes = writer.bytes_of(len(self._hosts.names))
+            return sealed + nbytes.to_bytes(_LENGTH_BYTES, "big")
+
+        def compare() -> None:
+            if writer is not None and writer.sealed != met.message[:DIGEST_BYTES]:
+                raise SaveError(
+                    f"{comm.name} has written other contents than root: no local "
+                    "generation can be made of that"
+                )
 
         def appear() -> None:
             if writer is not None:
@@ -274,14 +333,22 @@ class LocalSave:
         try:
             # CRASH: from here on each host has the generation or a leftover of it. A start
             # takes it if the hosts that have it hold all files together.
-            agree(comm, "writing a local generation", finish, error=SaveError)
+            met = meet(
+                *(comm, "writing a local generation", finish),
+                error=SaveError,
+                digest=lambda sealed: sealed,
+                encode=describe,
+            )
+            if not met.is_alike:
+                agree(comm, "comparing a local generation", compare, error=SaveError)
             agree(comm, "keeping a local generation", appear, error=SaveError)
         except CheckpointError as error:
             self.fail(error)
             return
         self._level.note_kept(placed.origin)
-        self._conclude(placed.origin.number, placed.nbytes)
-        self._begin_copy(placed)
+        nbytes = int.from_bytes(met.message[DIGEST_BYTES:], "big")
+        self._conclude(placed.origin.number, nbytes)
+        self._begin_copy(placed, None if writer is None else writer.manifest)
 
     def prune(self) -> None:
         """Remove generations beyond those that are kept; report the save. Not collective.
@@ -302,10 +369,7 @@ class LocalSave:
         Raises:
             CheckpointError: The error, if the ranks can no longer meet.
         """
-        if self.work is not None:
-            self.work.exception()  # no thread may write while files are removed
-        if self._writer is not None:
-            self._writer.drop()
+        self.drop()
         if self._session.comm.is_broken:
             raise error
         self._level.failures += 1
@@ -316,6 +380,13 @@ class LocalSave:
         self._session.observer.note_failed_local(self.step, self._level.failures, error)
         self._conclude(0, 0)
 
+    def drop(self) -> None:
+        """Remove what this host has written. Not collective."""
+        if self.work is not None:
+            self.work.exception()  # no thread may write while files are removed
+        if self._writer is not None:
+            self._writer.drop()
+
     def settled(self) -> SaveReport:
         """Return the report; that of a failure if local saves are switched off."""
         if self.report is None:
@@ -323,12 +394,11 @@ class LocalSave:
         assert self.report is not None
         return self.report
 
-    def _begin_copy(self, placed: Placed) -> None:
+    def _begin_copy(self, placed: Placed, manifest: Manifest | None) -> None:
         """Begin to copy the generation to the directory, if it is to be. Collective."""
-        drain, plan = self._level.drain, placed.plan
+        drain = self._level.drain
         if drain is None:
             return
-        manifest = None if plan is None else plan.manifest
         drain.note_kept(LocalSource(placed.origin, self.step, manifest))
         if self._is_copied:
             self._workshop.background.join()  # it may still remove old generations
@@ -346,13 +416,14 @@ class LocalSave:
             bytes_reused=0,
             seconds=self._clock.seconds(),
             pruned=(),
-            sync=self._synced,
+            sync=self._synced.report,
             level="local",
             survives=level.survived_losses(self._hosts) if number else frozenset(),
             local_failures=level.failures,
         )
         # Otherwise Python's next garbage collection would scan these.
         self._contents = LocalContents((), (), self.step, {})
+        self._synced = replace(self._synced, captured=[], uncompared=[])
         self._placed = self._writer = None
 
     def _path_on_root(self, number: int) -> Path:

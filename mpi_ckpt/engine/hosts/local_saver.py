@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from mpi_ckpt.engine.hosts.local_save import LocalSave, parts_on_hosts
 from mpi_ckpt.engine.save.pending import PendingSave
-from mpi_ckpt.errors import CheckpointError, OptionsError, SaveError, StageError
+from mpi_ckpt.errors import (
+    CheckpointError,
+    DivergedError,
+    OptionsError,
+    SaveError,
+    StageError,
+    StateMismatchError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -142,5 +149,8 @@ class LocalSaver:
             return
         try:
             save.write()
+        except (DivergedError, StateMismatchError):
+            save.drop()
+            raise
         except CheckpointError as error:
             save.fail(error)

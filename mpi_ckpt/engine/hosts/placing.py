@@ -14,7 +14,7 @@ from mpi_ckpt.comm import agree, exchange_messages, meet
 from mpi_ckpt.engine.hosts.host_tiles import HostTiles
 from mpi_ckpt.engine.hosts.share_plan import encode_bound, plan_shares
 from mpi_ckpt.engine.hosts.tile_copies import TileCopies
-from mpi_ckpt.engine.sync.captured import CapturedState, capture_states, digest_states
+from mpi_ckpt.engine.sync.captured import CapturedState, capture_states
 from mpi_ckpt.errors import SaveError
 from mpi_ckpt.leaves.digest import DIGEST_BYTES, digest_bytes
 from mpi_ckpt.state import LeafState
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _PLACING = "placing a local generation"
 _LENGTH_BYTES = 8
-_HEAD_BYTES = DIGEST_BYTES + 2 * _LENGTH_BYTES
+_HEAD_BYTES = DIGEST_BYTES + _LENGTH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +62,16 @@ class Placed:
 
     Attributes:
         origin: Its place in the history.
-        nbytes: Bytes that all hosts will write.
         plan: The plan, on leaders; None elsewhere.
+        equal: The contents that all ranks have, on leaders.
         sent: Name -> bytes of the files of this host that only root knew.
         copies: The files of tiles that this rank makes, sends or receives; None if there
             are none.
     """
 
     origin: Origin
-    nbytes: int
     plan: SharePlan | None
+    equal: Sequence[CapturedState] = ()
     sent: dict[str, memoryview] = field(default_factory=dict)
     copies: TileCopies | None = None
 
@@ -111,10 +111,9 @@ def place_generation(
         part = encode(_describe(session, level, contents, bound[0], equal))
         of_hosts = planner.describe_tiles()
         plans.append(planner.plan(decode(part), of_hosts, equal))
-        whole = encode(plans[0].manifest)
-        nbytes = plans[0].nbytes + len(whole) * len(hosts.names)
-        numbers = [number.to_bytes(_LENGTH_BYTES, "big") for number in (nbytes, len(part))]
-        return b"".join([digest_bytes(whole), *numbers, part, of_hosts])
+        outline = digest_bytes(encode(plans[0].outline))
+        length = len(part).to_bytes(_LENGTH_BYTES, "big")
+        return b"".join([outline, length, part, of_hosts])
 
     met = meet(comm, _PLACING, take, error=SaveError, encode=describe)
     head, rest = met.message[:_HEAD_BYTES], met.message[_HEAD_BYTES:]
@@ -125,9 +124,9 @@ def place_generation(
         if not is_leader or comm.is_root:
             return
         plans.append(planner.plan(part, of_hosts, met.result))
-        if digest_bytes(encode(plans[0].manifest)) != head[:DIGEST_BYTES]:
+        if digest_bytes(encode(plans[0].outline)) != head[:DIGEST_BYTES]:
             raise SaveError(
-                f"{comm.name} has other contents than root, or sees the hosts in other "
+                f"{comm.name} has other leaves than root, or sees the hosts in other "
                 "failure domains: no local generation can be made of that"
             )
 
@@ -137,8 +136,8 @@ def place_generation(
     mine, tiles = plans[0] if plans else None, contents.tiles
     return Placed(
         Origin(part.local.run, part.local.base, part.generation),
-        int.from_bytes(head[DIGEST_BYTES:-_LENGTH_BYTES], "big"),
         mine,
+        met.result,
         {} if mine is None else _send_bound(session, hosts, mine, bound),
         None if tiles is None else TileCopies(comm, hosts, tiles, mine),
     )
@@ -179,7 +178,7 @@ def is_bound(content: CapturedState | State) -> bool:
 
 
 def _take_equal(session: Session, contents: LocalContents) -> list[CapturedState]:
-    """Return what all ranks have, digested. On leaders."""
+    """Return what all ranks have. On leaders."""
     taken: list[CapturedState] = []
     for one in contents.states:
         if not isinstance(one, CapturedState) or is_bound(one):
@@ -189,7 +188,7 @@ def _take_equal(session: Session, contents: LocalContents) -> list[CapturedState
             taken += capture_states([one.state])
         else:
             taken.append(one)
-    return digest_states(taken, session.options.io.digest_threads)
+    return taken
 
 
 def _encode_bound(
@@ -242,7 +241,7 @@ def _send_bound(
     """Send files that only root has to the hosts that hold them too. On leaders."""
     comm = session.comm
     host = hosts.leaders.index(comm.rank)
-    sizes = {file.name: file.nbytes for file in plan.manifest.files}
+    sizes = {file.name: file.nbytes for file in plan.outline.files}
     sent: dict[str, memoryview] = {}
     sends, receives = [], []
     for name in plan.bound:

@@ -3,13 +3,15 @@
 
 Root alone knows the bytes of plain states, and with a copy in memory those of all ranks'
 parts: these files are *bound* to it. It sends their description, a small manifest, and that
-of the files of tiles, from which each leader makes the same whole manifest.
+of the files of tiles, from which each leader lays out the same files. The digests that the
+whole manifest needs are taken while the leaves are copied or written.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.engine.hosts.placement import (
@@ -18,7 +20,12 @@ from mpi_ckpt.engine.hosts.placement import (
     place_files,
     place_own_files,
 )
-from mpi_ckpt.engine.save.shard import encode_shard, foresee_leaf_file
+from mpi_ckpt.engine.save.shard import (
+    encode_shard,
+    foresee_file,
+    foresee_leaf_file,
+    plan_of,
+)
 from mpi_ckpt.engine.save.sharing import pick_share, split_by_bytes
 from mpi_ckpt.engine.sync.captured import CapturedState, digest_states
 from mpi_ckpt.errors import StageError
@@ -44,9 +51,30 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.hosts.host_tiles import HostTiles
     from mpi_ckpt.engine.hosts.level import HostNames
     from mpi_ckpt.engine.save.shard import Shard
+    from mpi_ckpt.leaves.leaf import Form
     from mpi_ckpt.state import State
 
 _NO_HEADER = digest_bytes(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The leaves of one share.
+
+    Attributes:
+        numbers: State -> indices of its leaves.
+        forms: State -> the form of these leaves.
+    """
+
+    numbers: Mapping[str, Sequence[int]]
+    forms: Mapping[str, Form]
+
+    def pick(self, equal: Sequence[CapturedState]) -> list[CapturedState]:
+        """Return these leaves of some states. Not collective. Thread-safe."""
+        return [
+            replace(one, form=self.forms[one.name])
+            for one in pick_share(equal, self.numbers)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +97,17 @@ class SharePlan:
     """A local generation as every leader plans it.
 
     Attributes:
-        manifest: Its manifest.
+        outline: Its manifest, but for the states that all ranks have.
+        names: Names of all states, in saving order.
         shares: File name -> the leaves in it, of each share.
         bound: Names of the files whose bytes only root knows.
         tiles: The files of tiles.
         holders: File name -> the hosts that hold it.
     """
 
-    manifest: Manifest
-    shares: Mapping[str, Sequence[CapturedState]]
+    outline: Manifest
+    names: Sequence[str]
+    shares: Mapping[str, Share]
     bound: tuple[str, ...]
     tiles: HostTiles
     holders: Mapping[str, tuple[int, ...]]
@@ -85,8 +115,28 @@ class SharePlan:
     @property
     def nbytes(self) -> int:
         """Bytes of all files on all hosts, without manifests."""
-        files = self.manifest.files
+        files = self.outline.files
         return sum(file.nbytes * len(self.holders[file.name]) for file in files)
+
+    def manifest(self, equal: Sequence[CapturedState]) -> Manifest:
+        """Return the whole manifest. Not collective. Thread-safe.
+
+        Args:
+            equal: The contents that all ranks have, digested.
+        """
+        outline = self.outline
+        sent = {state.name: state for state in outline.states}
+        shards = []
+        for name, share in self.shares.items():
+            shard = foresee_leaf_file(share.pick(equal), name, outline.generation)
+            shards += [shard] if shard is not None else []
+        stored = {}
+        for one in equal:
+            of_root = sent.get(one.name)
+            taken = one if of_root is None else replace(one, structure=of_root.structure)
+            stored[one.name] = _with_tiles(_stored(taken, shards), self.tiles)
+        states = tuple([stored.get(name) or sent[name] for name in self.names])
+        return replace(outline, states=states)
 
     def held_by(self, host: int) -> list[StoredFile]:
         """Return the files that a host holds. Not collective. Thread-safe.
@@ -94,7 +144,7 @@ class SharePlan:
         Args:
             host: Index of the host.
         """
-        return [one for one in self.manifest.files if host in self.holders[one.name]]
+        return [one for one in self.outline.files if host in self.holders[one.name]]
 
     def receivers(self, name: str) -> tuple[int, ...]:
         """Return the hosts to which root sends a bound file. Not collective."""
@@ -150,30 +200,27 @@ def plan_shares(
 ) -> SharePlan:
     """Make the plan of a generation from what root has sent.
 
-    Not collective. Every leader makes the same plan of it.
+    Not collective. Every leader makes the same plan of it. No digest is needed for it.
 
     Args:
         part: The manifest of the bound files alone; also the structures of states that a
             sync has made equal, and of states with tiles.
         tiles: The files of tiles of all hosts.
         names: Names of all states, in saving order.
-        equal: The digested contents that all ranks have.
+        equal: The contents that all ranks have.
         hosts: The hosts.
         copies: How many hosts shall hold each file; None for one in each domain.
     """
     assert part.local is not None
-    sent = {state.name: state for state in part.states}
-    equal = [
-        replace(one, structure=sent[one.name].structure) if one.name in sent else one
-        for one in equal
-    ]
     count = count_copies(copies, hosts.domains)
-    shares = _cut(equal, count_shares(len(hosts.names), count))
-    shards = [foresee_leaf_file(one, name, part.generation) for name, one in shares.items()]
-    made = [shard for shard in shards if shard is not None]
-    files = (*part.files, *tiles.files, *(shard.file for shard in made))
+    forms = tuple([(one.name, one.form) for one in equal])
+    shares = _cut(forms, count_shares(len(hosts.names), count))
+    made = [
+        foresee_file(plan_of(share.pick(equal)), name, part.generation)
+        for name, share in shares.items()
+    ]
+    files = (*part.files, *tiles.files, *made)
     holders = _place(files, len(part.files), tiles, hosts, count)
-    stored = {one.name: _stored(one, made) for one in equal}
     local = LocalSet(
         part.local.run,
         part.local.base,
@@ -183,14 +230,10 @@ def plan_shares(
         count,
         tuple(holders),
     )
-    states = [stored.get(name) or sent[name] for name in names]
+    states = tuple([_with_tiles(state, tiles) for state in part.states])
     return SharePlan(
-        replace(
-            part,
-            files=files,
-            states=tuple([_with_tiles(state, tiles) for state in states]),
-            local=local,
-        ),
+        replace(part, files=files, states=states, local=local),
+        names,
         shares,
         tuple(file.name for file in part.files),
         tiles,
@@ -228,20 +271,22 @@ def _with_tiles(state: StoredState, tiles: HostTiles) -> StoredState:
     return replace(state, cut=cut, files=tiles.names.get(state.name, ())) if cut else state
 
 
-def _cut(equal: Sequence[CapturedState], count: int) -> dict[str, Sequence[CapturedState]]:
+@lru_cache(maxsize=2)  # forms, and so shares, usually stay the same from save to save
+def _cut(forms: tuple[tuple[str, Form], ...], count: int) -> dict[str, Share]:
     """Cut the leaves of all states into shares of about equal size."""
     leaves = [
-        ((content.name, number), spec.nbytes)
-        for content in equal
-        for number, spec in enumerate(content.specs)
+        ((name, number), spec.nbytes)
+        for name, form in forms
+        for number, spec in enumerate(form.specs)
     ]
-    shares: dict[str, Sequence[CapturedState]] = {}
+    shares: dict[str, Share] = {}
     for part in split_by_bytes(leaves, count):
-        share: dict[str, list[int]] = {}
+        numbers: dict[str, list[int]] = {}
         for name, number in part:
-            share.setdefault(name, []).append(number)
-        if share:
-            shares[share_file_name(len(shares))] = pick_share(equal, share)
+            numbers.setdefault(name, []).append(number)
+        if numbers:
+            picked = {n: form.pick(numbers[n]) for n, form in forms if n in numbers}
+            shares[share_file_name(len(shares))] = Share(numbers, picked)
     return shares
 
 

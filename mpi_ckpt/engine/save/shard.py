@@ -320,7 +320,7 @@ def plan_of(captured: Sequence[CapturedState]) -> ShardPlan:
     return _plan_forms(tuple((content.name, content.form) for content in captured))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # a host holds several files of a local generation
 def _plan_forms(forms: tuple[tuple[str, Form], ...]) -> ShardPlan:
     # The forms, and so the plan, usually stay the same from save to save.
     return plan_shard(forms)
@@ -342,7 +342,16 @@ def _describe(
             states[content.name] = StoredLeaves(
                 content.form, (name,), file, offsets, of_state
             )
+    return Shard(foresee_file(plan, name, generation), states)
+
+
+def foresee_file(plan: ShardPlan, name: str, generation: int) -> StoredFile:
+    """Return the entry of a file in the manifest. Not collective. Thread-safe.
+
+    Args:
+        plan: Its layout.
+        name: Its name.
+        generation: The generation being written.
+    """
     header = digest_bytes(plan.header)
-    return Shard(
-        StoredFile(name, plan.nbytes, len(plan.header), header, generation), states
-    )
+    return StoredFile(name, plan.nbytes, len(plan.header), header, generation)

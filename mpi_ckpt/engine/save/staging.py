@@ -8,6 +8,7 @@ import mmap
 from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -288,8 +289,56 @@ def stage(
     """
     layout = _lay_out(states)
     memory = _take(arena, layout.nbytes, states)
-    captured = [state for state in states if isinstance(state, CapturedState)]
-    pin_for(arena, [leaf for state in captured for leaf in state.leaves])
+    return _stage_into(memory, layout, states, threads, digested)
+
+
+def stage_files(
+    arena: Arena,
+    files: Sequence[Sequence[CapturedState]],
+    threads: int,
+    places: Sequence[memoryview] = (),
+) -> list[Staged]:
+    """Copy the leaves of several files at once, none for later, and digest the copies.
+
+    Not collective.
+
+    Args:
+        arena: Holds the leaves, a file after the other; an earlier copy in it is lost.
+        files: The captured states of each.
+        threads: Threads that copy.
+        places: The memory for each file, as long as it is, instead of the arena.
+
+    Raises:
+        StageError: On the calling rank, if memory is short.
+        SaveError: On the calling rank, if the header of a file would be too large to read.
+    """
+    at_once = [[_without_gates(state) for state in states] for states in files]
+    layouts = [_lay_out(states) for states in at_once]
+    if not places:
+        sizes = [round_up(one.nbytes, mmap.PAGESIZE) for one in layouts]
+        memory = _take(arena, sum(sizes), [one for of in at_once for one in of])
+        ends = accumulate(sizes)
+        places = [memory[n - size : n] for n, size in zip(ends, sizes, strict=True)]
+    return [
+        _stage_into(place, layout, states, threads, [state.name for state in states])
+        for place, layout, states in zip(places, layouts, at_once, strict=True)
+    ]
+
+
+def _without_gates(state: CapturedState) -> CapturedState:
+    """Let the leaves of a state be copied now."""
+    if all(leaf.gate is None for leaf in state.leaves):
+        return state
+    return replace(state, leaves=tuple([replace(one, gate=None) for one in state.leaves]))
+
+
+def _stage_into(
+    memory: memoryview,
+    layout: _ArenaLayout,
+    states: Sequence[CapturedState | State],
+    threads: int,
+    digested: Collection[str],
+) -> Staged:
     late = LateCopies()
     staged: list[CapturedState | State] = []
     for index, state in enumerate(states):
@@ -412,12 +461,14 @@ def _stage_stream(state: State) -> StagedStream:
 
 
 def _take(arena: Arena, nbytes: int, states: Sequence[CapturedState | State]) -> memoryview:
+    captured = [state for state in states if isinstance(state, CapturedState)]
     try:
-        return arena.take(nbytes)
+        memory = arena.take(nbytes)
     except OSError as error:
-        captured = [state for state in states if isinstance(state, CapturedState)]
         nbytes = sum(spec.nbytes for state in captured for spec in state.specs)
         raise StageError(
             f"no memory to stage a save: {nbytes} bytes are needed ({error}); "
             "Options(asynchronous=False) saves without a copy"
         ) from error
+    pin_for(arena, [leaf for state in captured for leaf in state.leaves])
+    return memory

@@ -179,6 +179,7 @@ def sync_states(
     apart: Collection[str] = (),
     forced: bool = False,
     may_wait: bool = False,
+    also_cut: bool = False,
 ) -> SyncedStates:
     """Make states equal on all ranks, each by its own sync mode.
 
@@ -194,6 +195,7 @@ def sync_states(
             are then likely to differ, so first bytes are compared first: leaves that differ
             there need no digest. States that each rank has for itself are left alone.
         may_wait: Whether to leave the comparison of large states to `compare_beside`.
+        also_cut: Whether it may wait even if leaves are cut over the ranks.
 
     Raises:
         DivergedError: On every rank, if a state that checks is not equal everywhere.
@@ -216,12 +218,9 @@ def sync_states(
     rest = [*rest, *transit.captured]
     uncompared = [one for one in compared if not one.is_comparable]
     waits = not forced and bool(uncompared)
-    if waits and met.is_alike and not met.is_flagged:
+    if waits and met.is_alike and (also_cut or not met.is_flagged):
         contents = [*compared, *rest]
-        report = SyncReport()
-        return SyncedStates(
-            contents, report, is_cut=False, uncompared=uncompared, parts=transit
-        )
+        return SyncedStates(contents, SyncReport(), met.is_flagged, uncompared, transit)
     if forced:
         comparison = compare_heads_first(comm, compared, threads)
     elif waits or (may_wait and not met.is_alike):
@@ -263,7 +262,8 @@ def compare_beside(
     rest = [one for one in synced.captured if one.name not in names]
     threads = options.io.digest_threads
     comparison = _compare(comm, met.result, threads, is_alike=met.is_alike)
-    return _make_equal(comm, comparison, rest, options, forced=False)
+    compared = _make_equal(comm, comparison, rest, options, forced=False)
+    return replace(compared, is_cut=synced.is_cut)
 
 
 def _compare(

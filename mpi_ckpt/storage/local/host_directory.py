@@ -26,15 +26,17 @@ from mpi_ckpt.storage.directory import CheckpointDirectory, recovery
 from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.format.layout import MANIFEST, generation_name
 from mpi_ckpt.storage.format.manifest_codec import MANIFEST_BYTES_MAX
+from mpi_ckpt.storage.local.mapped_files import MappedFiles
 from mpi_ckpt.storage.owning.ownership import IN_MEMORY, local_file_system
 from mpi_ckpt.storage.reading.file_reader import prove_header
 from mpi_ckpt.storage.reading.reader import GenerationReader, read_manifest
 from mpi_ckpt.storage.writing.space import free_space
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from mpi_ckpt.storage.format.manifest import Manifest, StoredFile, StoredLeaf
+    from mpi_ckpt.storage.local.mapped_files import MappedFile
     from mpi_ckpt.storage.writing.outfile import IOMode
     from mpi_ckpt.storage.writing.partial import Partial
 
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 _TOKEN = ".here-"
 _MEMINFO = Path("/proc/meminfo")
+MAPPED_BYTES_MIN = 8 << 20
+"""Fewer bytes are written to a file system in memory as to any other."""
 
 
 class HostDirectory:
@@ -61,6 +65,7 @@ class HostDirectory:
         self.path = path
         self._directory = CheckpointDirectory(path, mode)
         self.is_in_memory = local_file_system(path) in IN_MEMORY
+        self._mapped = MappedFiles(path)
 
     @property
     def highest(self) -> int:
@@ -109,10 +114,12 @@ class HostDirectory:
                 if name.startswith(_TOKEN):
                     filesystem.remove_file(self.path / name)
         self._directory.own()
+        self._mapped.sweep()
         self._directory.catalog.look()
 
     def close(self) -> None:
         """Release the lock. Callable twice."""
+        self._mapped.close()
         self._directory.close()
 
     def generations(self) -> Iterator[tuple[GenerationReader, bytes]]:
@@ -203,6 +210,26 @@ class HostDirectory:
                 path=self.path,
             )
         return partial
+
+    def map_files(self, sizes: Sequence[int], reserve: int) -> list[MappedFile] | None:
+        """Return files to copy into, which a generation that is begun then takes in.
+
+        Args:
+            sizes: Their lengths in bytes.
+            reserve: Bytes that must stay free.
+
+        Returns:
+            The files; None if writing is faster than mapping here.
+
+        Raises:
+            SaveError: On the calling rank; a WriteError with ENOSPC if too little memory
+                would stay free.
+        """
+        if not self.is_in_memory or sum(sizes) < MAPPED_BYTES_MIN:
+            return None
+        self._require_room(self._mapped.missing(sizes), reserve)
+        with os_errors_as(WriteError, "making files in", self.path):
+            return self._mapped.take(sizes)
 
     def keep_only(self, numbers: Iterable[int]) -> None:
         """Remove all generations but some; log what cannot be removed."""
