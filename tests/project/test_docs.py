@@ -63,7 +63,7 @@ def test_the_first_pages_stay_short():
         for p in ("README.md", "ARCHITECTURE.md")
     }
     assert lines["README.md"] <= 130
-    assert lines["ARCHITECTURE.md"] <= 310
+    assert lines["ARCHITECTURE.md"] <= 330
 
 
 @pytest.mark.parametrize("document", listings.DOCUMENTS, ids=lambda path: path.name)
