@@ -63,9 +63,6 @@ def _set_other_memory(t):
 
 def _free_and_refill(t):
     freed, kept = t.param.untyped_storage(), t.param.data.clone()
-    others = {*t.net.parameters(), *t.adam.param_groups[0]["params"]} - {t.param}
-    if any(one.untyped_storage()._cdata == freed._cdata for one in others):
-        return  # a program that used them would crash
     freed.resize_(0)
     # As a rule at the address that has just become free.
     t.param.data = torch.empty_like(kept).copy_(kept)
@@ -169,6 +166,14 @@ CHANGES = {
 }
 
 
+# Memory that is taken from a tensor may be another one's by then, which a step would use.
+DRAWN = [
+    change
+    for change in CHANGES
+    if change not in ("freed and refilled", "storage moved", "resized")
+]
+
+
 def contents(state):
     try:
         captured = state.capture()
@@ -202,7 +207,7 @@ def states_of(t):
 
 @pytest.mark.parametrize("large", [False, True])
 @settings(max_examples=60)
-@given(drawn=st.lists(st.sampled_from(list(CHANGES)), min_size=1, max_size=6))
+@given(drawn=st.lists(st.sampled_from(DRAWN), min_size=1, max_size=6))
 def test_kept_captures_are_those_of_a_new_walk(large, drawn):
     with pytest.MonkeyPatch.context() as patched:
         if large:  # leaves that are made anew each time
