@@ -206,7 +206,7 @@ def states_of(t):
 
 
 @pytest.mark.parametrize("large", [False, True])
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(drawn=st.lists(st.sampled_from(DRAWN), min_size=1, max_size=6))
 def test_kept_captures_are_those_of_a_new_walk(large, drawn):
     with pytest.MonkeyPatch.context() as patched:
