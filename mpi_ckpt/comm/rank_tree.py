@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathers and deals out bytes of all ranks along a binomial tree with root at its top.
+"""Gathers and deals out bytes of all ranks along a binomial tree with rank 0 at its top.
 
 No rank sends or receives more than some messages for each doubling of the ranks: small
 bytes of neighbouring ranks travel together, up to 64 KiB. What is longer goes between its
 rank and root directly, and a note in its place goes along the tree. So a rank between holds
-no more than 64 KiB for each of its children, whatever the ranks have to say.
+no more than 64 KiB for each of its children, whatever the ranks have to say. Rank 0 is root
+but in a broadcast for Horovod, whose root may be any rank: then one more message is sent.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 TOGETHER_BYTES = 64 << 10
 """The most that a message along the tree holds."""
 
+_TOP = 0
 _NUMBERS = 2  # of an entry
 _LENGTH_BYTES = 8
 
@@ -210,19 +212,34 @@ def gather_bytes(comm: Communicator, data: bytes, doing: str) -> list[bytes]:
     mine = Parcel.of(comm.rank, data, map(Parcel.decode, arrived))
     parent = parent_of(comm.rank)
     if parent is None:
-        return _open_all(comm, mine, doing)
+        return _move(comm, _open_all(comm, mine, doing), _TOP, comm.root, doing)
     sends = Sends(comm, doing)
     if mine.nbytes <= TOGETHER_BYTES:
         sends.start(parent, mine.encode())
     else:
         sends.start(parent, mine.note().encode())
-        sends.start(comm.root, mine.encode(), apart=True)
+        sends.start(_TOP, mine.encode(), apart=True)
     sends.wait()
-    return []
+    return _move(comm, (), _TOP, comm.root, doing)
+
+
+def _move(
+    comm: Communicator, parts: Sequence[bytes], source: int, target: int, doing: str
+) -> list[bytes]:
+    """Give bytes of one rank to another, which returns them; others return none."""
+    if source != target and comm.rank == source:
+        entries = [RankBytes(at, len(part), part) for at, part in enumerate(parts)]
+        sends = Sends(comm, doing)
+        sends.start(target, Parcel(tuple(entries)).encode())
+        sends.wait()
+    elif source != target and comm.rank == target:
+        (encoded,) = receive(comm, [source], doing)
+        parts = [entry.data or b"" for entry in Parcel.decode(encoded).entries]
+    return list(parts) if comm.rank == target else []
 
 
 def _open_all(comm: Communicator, parcel: Parcel, doing: str) -> list[bytes]:
-    """Return the bytes of all ranks, once those that come apart are here. On root."""
+    """Return the bytes of all ranks, once those that come apart are here. On rank 0."""
     found: dict[int, bytes] = {}
     entries: Sequence[RankBytes] = parcel.entries
     while entries:
@@ -253,6 +270,7 @@ def scatter_bytes(
     Raises:
         CollectiveError: On every live rank, if one never arrives.
     """
+    parts = _move(comm, parts, comm.root, _TOP, doing)
     parent = parent_of(comm.rank)
     if parent is None:
         _Division(comm, parts).send_all(doing, window_bytes)
@@ -260,7 +278,7 @@ def scatter_bytes(
     (encoded,) = receive(comm, [parent], doing)
     parcel = Parcel.decode(encoded)
     if parcel.entries[0].data is None:
-        (encoded,) = receive_apart(comm, parcel.entries, [comm.root], doing)
+        (encoded,) = receive_apart(comm, parcel.entries, [_TOP], doing)
         parcel = Parcel.decode(encoded)
     sends = Sends(comm, doing)
     for child in children_of(comm.rank, comm.size):
@@ -272,18 +290,18 @@ def scatter_bytes(
 
 
 class _Division:
-    """Root's parts of all ranks, divided into parcels. On root."""
+    """The parts of all ranks, divided into parcels. On rank 0."""
 
     def __init__(self, comm: Communicator, parts: Sequence[bytes]) -> None:
         self._comm, self._parts = comm, parts
         self._ends = np.cumsum([0, *map(len, parts)])
 
     def send_all(self, doing: str, window_bytes: int) -> None:
-        """Send each child of root its parcel, and other ranks what comes to them apart."""
+        """Send each child its parcel, and other ranks what comes to them apart."""
         sends = Sends(self._comm, doing)
         for child in children_of(0, self._comm.size):
             sends.start(child, self._for(child).encode())
-        # Lower ranks first: a rank waits for its parent, and then for root.
+        # Lower ranks first: a rank waits for its parent, and then for rank 0.
         for rank in self._apart(0):
             if sends.nbytes + self._nbytes_of(rank) > window_bytes:
                 sends.wait()
@@ -291,7 +309,7 @@ class _Division:
         sends.wait()
 
     def _apart(self, rank: int) -> Iterator[int]:
-        """Yield the ranks below a rank to which root sends a parcel, ascending."""
+        """Yield the ranks below a rank to which rank 0 sends a parcel, ascending."""
         for child in children_of(rank, self._comm.size):
             if not self._is_together(child):
                 yield child
@@ -353,9 +371,9 @@ def gather_findings(
         (encoded,) = receive(comm, [child], doing)
         mine = Findings.join([mine, Findings.decode(encoded)])
     parent = parent_of(comm.rank)
-    if parent is None:
-        return mine.by_text()
-    sends = Sends(comm, doing)
-    sends.start(parent, mine.encode())
-    sends.wait()
-    return []
+    if parent is not None:
+        sends = Sends(comm, doing)
+        sends.start(parent, mine.encode())
+        sends.wait()
+    found = _move(comm, [mine.encode()], _TOP, comm.root, doing)
+    return Findings.decode(found[0]).by_text() if found else []

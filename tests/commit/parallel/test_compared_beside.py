@@ -126,7 +126,7 @@ def test_another_rank_that_cannot_read_its_replica_fails_all(
     with manager(shared_path, state, comm=peers, asynchronous=asynchronous) as mine:
         with monkeypatch.context() as patch:
             if peers.rank == last:
-                patch.setattr(replicas, "digest_states", _unreadable)
+                patch.setattr(replicas, "digest_rest", _unreadable)
                 patch.setattr("mpi_ckpt.engine.save.saving.digest_states", _unreadable)
             with same_error(peers, StageError, f"rank {last}", "unreadable"):
                 mine.save()

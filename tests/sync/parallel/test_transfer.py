@@ -16,6 +16,7 @@ from mpi_ckpt.comm import (
     gather_bytes,
     mean_buffers,
 )
+from mpi_ckpt.comm.rank_tree import gather_findings, scatter_bytes
 from mpi_ckpt.leaves.digest import digest_bytes
 from tests.ranks import RecordingHandle, assert_same, randoms
 
@@ -121,6 +122,22 @@ def test_gather_bytes_of_other_lengths(make_communicator, message_bytes):
             gathered = gather_bytes(communicator, turn[communicator.rank], "testing")
         assert gathered == (turn if communicator.is_root else [])
         assert handle.largest <= message_bytes
+
+
+@pytest.mark.parametrize("length", [3, 40_000])
+def test_root_may_be_any_rank(make_communicator, length):
+    communicator = make_communicator()
+    size, rank = communicator.size, communicator.rank
+    parts = [randoms(of).randbytes(length + of) for of in range(size)]
+    for communicator.root in range(size):
+        gathered = gather_bytes(communicator, parts[rank], "testing")
+        assert gathered == (parts if communicator.is_root else [])
+        given = parts if communicator.is_root else ()
+        mine = scatter_bytes(communicator, given, "testing", window_bytes=1 << 16)
+        assert mine == parts[rank]
+        found = gather_findings(communicator, b"%d" % (rank % 2), str(rank), "testing")
+        expected = [(str(n), list(range(n, size, 2))) for n in range(min(size, 2))]
+        assert found == (expected if communicator.is_root else [])
 
 
 @pytest.mark.parametrize("message_bytes", [64, 1 << 20])
