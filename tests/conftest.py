@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 leave_out_compiler()
+
+# A shell lets its background jobs ignore SIGINT, and what tests start inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.every_rank", "tests.tiers"]
 
