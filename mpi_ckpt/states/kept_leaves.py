@@ -118,13 +118,17 @@ class _KeptLeaves:
         return Capture.known(structure, leaves, self._specs, is_lasting=not self._made)
 
 
-def _facts_of(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
-    return [list(map(fact, tensors)) for fact in _TENSOR_FACTS]
+def _facts_of(tensors: Sequence[torch.Tensor]) -> list[list[Any]] | None:
+    try:
+        return [list(map(fact, tensors)) for fact in _TENSOR_FACTS]
+    except RuntimeError:  # a sparse one has no address, a nested one no strides
+        return None
 
 
 def _are_plain(tensors: Sequence[object]) -> bool:
     """Return whether values are tensors, of which `_TENSOR_FACTS` are all that counts."""
-    return is_ordinary() and set(map(type, tensors)) <= _PLAIN_TENSORS
+    are_plain = is_ordinary() and set(map(type, tensors)) <= _PLAIN_TENSORS
+    return are_plain and _facts_of(cast("Sequence[torch.Tensor]", tensors)) is not None
 
 
 class _Parts:

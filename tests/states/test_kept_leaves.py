@@ -129,6 +129,9 @@ CHANGES = {
     "added": lambda t: t.net[0].register_parameter("more", torch.nn.Parameter(t.param + 1)),
     "removed": lambda t: t.net[0].register_parameter("bias", None),
     "buffer added": lambda t: t.net[2].register_buffer("count", torch.ones(())),
+    "sparse and not saved": lambda t: t.net[0].register_buffer(
+        "scratch", torch.eye(3).to_sparse(), persistent=False
+    ),
     "persistent": lambda t: t.net[0].register_buffer("scratch", torch.ones(2)),
     "not persistent": lambda t: t.net[0]._non_persistent_buffers_set.add("mean"),
     "module replaced": lambda t: t.net.__setitem__(2, Block()),
@@ -277,3 +280,15 @@ def test_what_the_program_drops_is_not_kept_alive():
     gc.collect()
     assert [one() for one in dropped] == [None, None]
     assert states[0].capture().names[0] == "0.weight"
+
+
+def test_a_tensor_without_an_address_may_take_the_place_of_another():
+    training = Training()
+    state = ModuleState("module", training.net)
+    state.capture()
+    buffers = training.net[0]._buffers
+    tensors, kept = state._kept._parts.find(), state._kept._leaves
+    assert kept.find(tensors, {}) is not None
+    # As one whose object is where that of a dropped tensor was, so that no id differs.
+    others = [torch.eye(3).to_sparse() if t is buffers["mean"] else t for t in tensors]
+    assert kept.find(others, {}) is None
