@@ -12,6 +12,7 @@ from pathlib import Path
 from mpi4py import MPI
 
 from mpi_ckpt.engine.hosts.copying.promoting import rescue
+from mpi_ckpt.storage import filesystem
 from tests.crash.crashes import ROOT, Run, Scenario
 from tests.crash.hosts import Killed, ignoring_kills, local_level, place
 from tests.crash.recorder import Recorder, in_place_of_os, to_json
@@ -30,6 +31,11 @@ def main() -> None:
         return run.start(local=local_level(sandbox), **options)
 
     with in_place_of_os(recorder):
+        # What both hosts need is noted before one goes on: each notes what it has done, and
+        # the other, which finds it done, would else come first in the record.
+        if comm.rank == 0:
+            filesystem.make_directories(Path(place(sandbox)).parent)
+        comm.Barrier()
         with ignoring_kills(), start() as training:
             assert training.restore() is None
             run.save(training, 1, level="local")
