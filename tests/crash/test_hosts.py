@@ -82,14 +82,23 @@ def test_a_save_that_does_not_sync_on_a_host_is_found(forgotten):
         if op.kind != forgotten or not op.path.startswith("local/host0/")
     ]
     bad = replace(scenario, ops=ops)
-    states = draw(bad, random.Random(SEED), 40)
-    wrong = judge(bad, states)
-    assert any(line.startswith(("LOST", "NONE")) for line in wrong)
-    assert not any("on host1" in line for line in wrong)
-    # Both hosts together need it only if the other one is damaged.
-    damaged = judge_pairs(bad, SEED, states)
-    assert any(line.startswith(("LOST", "NONE")) for line in damaged)
+    alone, damaged = [], []
+    # Which of two hosts comes first differs between runs, so a few states may all be good.
+    for seed in range(SEED, SEED + 10):
+        states = draw(bad, random.Random(seed), 40)
+        alone += judge(bad, states)
+        # Both hosts together need it only if the other one is damaged.
+        damaged += judge_pairs(bad, seed, states)
+        if all(any(map(_is_loss, wrong)) for wrong in (alone, damaged)):
+            break
+    assert any(map(_is_loss, alone))
+    assert any(map(_is_loss, damaged))
+    assert not any("on host1" in line for line in alone)
     assert all("of host1" in line for line in damaged)
+
+
+def _is_loss(wrong: str) -> bool:
+    return wrong.startswith(("LOST", "NONE"))
 
 
 @pytest.mark.parametrize("way", WAYS)
