@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 120
 
 
+def write_script(path: Path, text: str) -> Path:
+    """Write lines of bash as a program; return its path."""
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 class Loop:
     """``mpi-ckpt run`` with a program in a folder."""
 

@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_, itemgetter, methodcaller, not_
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
@@ -48,6 +48,8 @@ _TENSOR_FACTS: tuple[Callable[[Any], Any], ...] = (
     *(_ADDRESS, _SHAPE, torch.Tensor.stride, torch.Tensor.is_conj, torch.Tensor.is_neg),
 )
 
+_Facts: TypeAlias = "list[list[Any]]"
+
 _VALUES, _MEMBERS = methodcaller("values"), itemgetter("params")
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 _FUNCTIONS = attrgetter(*[f"{name}.__func__" for name in _METHODS])
@@ -67,7 +69,8 @@ class _KeptLeaves:
     Not collective. Of the tensors it keeps alive no more than the memory of small ones.
 
     Args:
-        tensors: Tensors for which `_are_plain` holds, in any order.
+        tensors: Any, in any order.
+        facts: Their `_plain_facts`.
         capture: Their leaves, as captured.
         homes: For each leaf the place of its tensor; None for one that never changes.
     """
@@ -75,10 +78,11 @@ class _KeptLeaves:
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],
+        facts: _Facts,
         capture: Capture,
         homes: Sequence[int | None],
     ) -> None:
-        self._facts = _facts_of(tensors)
+        self._facts = facts
         self._specs: tuple[LeafSpec, ...] = capture.whole_specs
         leaves = capture.leaves
         numbered = list(enumerate(zip(leaves, homes, strict=True)))
@@ -118,17 +122,17 @@ class _KeptLeaves:
         return Capture.known(structure, leaves, self._specs, is_lasting=not self._made)
 
 
-def _facts_of(tensors: Sequence[torch.Tensor]) -> list[list[Any]] | None:
+def _facts_of(tensors: Sequence[torch.Tensor]) -> _Facts | None:
     try:
         return [list(map(fact, tensors)) for fact in _TENSOR_FACTS]
     except RuntimeError:  # a sparse one has no address, a nested one no strides
         return None
 
 
-def _are_plain(tensors: Sequence[object]) -> bool:
-    """Return whether values are tensors, of which `_TENSOR_FACTS` are all that counts."""
+def _plain_facts(tensors: Sequence[torch.Tensor]) -> _Facts | None:
+    """Return the `_TENSOR_FACTS` of tensors; None if others count as well."""
     are_plain = is_ordinary() and set(map(type, tensors)) <= _PLAIN_TENSORS
-    return are_plain and _facts_of(cast("Sequence[torch.Tensor]", tensors)) is not None
+    return _facts_of(tensors) if are_plain else None
 
 
 class _Parts:
@@ -211,14 +215,15 @@ class KeptModule:
             capture: Its capture.
         """
         found = _Parts.of(module)
-        if found is None or not _are_plain(found[1]):
+        if found is None:
             return None
         parts, tensors = found
+        facts = _plain_facts(tensors)
         places = {id(tensor): place for place, tensor in enumerate(tensors)}
         homes = [places.get(id(values.get(name))) for name in capture.names]
-        if None in homes:
+        if facts is None or None in homes:
             return None
-        leaves = _KeptLeaves(tensors, capture, homes)
+        leaves = _KeptLeaves(tensors, facts, capture, homes)
         return cls(parts, leaves, capture.structure)
 
     def find(self) -> Capture | None:
@@ -272,9 +277,10 @@ class KeptOptimizer:
         others = [values[name] for name, home in pairs if home is None]
         groups = capture.structure["content"]["param_groups"]
         is_known = _groups_now(optimizer, groups) is not None
-        if not is_known or not _are_plain(tensors) or any(map(torch.is_tensor, others)):
+        facts = _plain_facts(tensors)
+        if not is_known or facts is None or any(map(torch.is_tensor, others)):
             return None
-        leaves = _KeptLeaves(tensors, capture, homes)
+        leaves = _KeptLeaves(tensors, facts, capture, homes)
         return cls(parts, look, leaves, capture.structure)
 
     def find(self, optimizer: Any) -> Capture | None:  # noqa: ANN401

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import REPOSITORY
+from tests.loop import write_script
 from tests.waiting import limit, wait_for
 
 # Takes mpirun's place: leaves out its options, runs the job once.
@@ -46,10 +47,7 @@ class Site:
         self.started: list[subprocess.Popen[str]] = []
 
     def script(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        path.write_text(f"#!/bin/bash\n{text}\n")
-        path.chmod(0o755)
-        return path
+        return write_script(self.folder / name, text)
 
     def job(self, text: str) -> Path:
         return self.script("job", JOB.format(text))

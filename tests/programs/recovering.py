@@ -6,7 +6,6 @@ Adds up the same sums with any number of ranks, and tells how it came to them.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from mpi_ckpt.comm.ulfm.guard import Guard
 from mpi_ckpt.elastic import running
 from mpi_ckpt.errors import CollectiveError
 from mpi_ckpt.storage import filesystem
+from tests.event_log import note_event
 
 ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 REPLACE = "replace" in sys.argv
@@ -140,7 +140,8 @@ def train(world: elastic.World) -> float:
         if HOW == "again" and world.failures == 1 and world.rank == 1:
             before(agreement.Vote, "exchange", lambda *_: True)
         restored = manager.restore()
-        tell(
+        note_event(
+            LOG,
             world,
             size=world.size,
             spares=world.spares,
@@ -160,7 +161,7 @@ def train(world: elastic.World) -> float:
                 sys.exit(7)
             manager.step()
         save_late(world, manager) if HOW == "late" else manager.save()
-    tell(world, value=sums.arrays["x"][0], n=sums.arrays["n"][0])
+    note_event(LOG, world, value=sums.arrays["x"][0], n=sums.arrays["n"][0])
     return float(sums.arrays["x"][0])
 
 
@@ -175,12 +176,6 @@ def save_late(world: elastic.World, manager: CheckpointManager) -> None:
     except CollectiveError:
         (LOG.parent / f"gave-up-{world.rank}").touch()
         raise
-
-
-def tell(world: elastic.World, **values: object) -> None:
-    if world.rank == 0:
-        with LOG.open("a") as file:
-            file.write(json.dumps(values) + "\n")
 
 
 # The alarm that ends a new rank which does not come in tells it from the first ones. This

@@ -7,7 +7,6 @@ step adds to each row a sum over all rows: one that is lost or doubled shows in 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from mpi_ckpt import (
     elastic,
 )
 from mpi_ckpt.engine.save import copies
+from tests.event_log import note_event
 
 ROOT, LOG, KILLS = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
 REPLACE = "replace" in sys.argv
@@ -64,12 +64,6 @@ def die_in_a_copy(world: elastic.World) -> None:
     setattr(module, name, replaced)
 
 
-def tell(world: elastic.World, **values: object) -> None:
-    if world.rank == 0:
-        with LOG.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
 def train(world: elastic.World) -> None:
     first, end = (ROWS * n // world.size for n in (world.rank, world.rank + 1))
     field = np.repeat(np.arange(first, end, dtype=float)[:, None], 400, axis=1)
@@ -83,7 +77,8 @@ def train(world: elastic.World) -> None:
         ROOT, states, comm=world.comm, memory=world.memory, options=options
     ) as manager:
         restored = manager.restore()
-        tell(
+        note_event(
+            LOG,
             world,
             size=world.size,
             step=manager.steps,
@@ -106,7 +101,7 @@ def train(world: elastic.World) -> None:
         rows = world.comm.gather((field[:, 0].tolist(), states[1].arrays["i"].tolist()))
     if world.rank == 0:
         field, numbers = ([value for one in rows for value in one[k]] for k in (0, 1))
-        tell(world, field=field, rows=numbers, n=states[2].arrays["n"][0])
+        note_event(LOG, world, field=field, rows=numbers, n=states[2].arrays["n"][0])
 
 
 logging.basicConfig(format="%(message)s")

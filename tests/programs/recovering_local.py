@@ -10,7 +10,6 @@ while the hosts give a generation its name.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -33,6 +32,7 @@ from mpi_ckpt import (
     elastic,
 )
 from mpi_ckpt.storage.writing.partial import Partial
+from tests.event_log import note_event
 
 ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
 SPARES = int(sys.argv[4]) if len(sys.argv) > 4 else 0
@@ -61,12 +61,6 @@ def die_while_saving() -> None:
     Partial.appear = lambda _: die()
 
 
-def tell(world: elastic.World, **values: object) -> None:
-    if world.rank == 0:
-        with LOG.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
 def train(world: elastic.World) -> None:
     first, end = (ROWS * n // world.size for n in (world.rank, world.rank + 1))
     field = np.zeros((end - first, 50))
@@ -86,7 +80,8 @@ def train(world: elastic.World) -> None:
         restored = manager.restore()
         assert own.value == manager.steps
         assert (field == 66.0 * manager.steps).all()
-        tell(
+        note_event(
+            LOG,
             world,
             size=world.size,
             step=manager.steps,
@@ -108,7 +103,8 @@ def train(world: elastic.World) -> None:
         failures = level.failures
         copied = level.drain.is_under_way
         manager.save().wait()
-    tell(
+    note_event(
+        LOG,
         world,
         value=sums.arrays["x"][0],
         failures=failures,

@@ -495,6 +495,7 @@ class _PartsOfAll:
         assert isinstance(mine.state, RankedState)
         self._coming, self._mine, self._state = coming, mine, mine.state
         self._structures: list[Structure] = []
+        self._alike: Structure = None  # what the first rank's must be like
         self._leaves: list[Leaf] = []
         self._digests: list[bytes] = []
         self._several: dict[int, Digest] = {}
@@ -506,9 +507,12 @@ class _PartsOfAll:
     ) -> None:
         """Add the part of the next rank."""
         structure = json.loads(text)
-        roots = self._structures[0] if self._structures else structure
-        is_alike = self._state.alike(structure) == self._state.alike(roots)
-        self._structures.append(roots if is_alike else structure)
+        alike = self._state.alike(structure)
+        if not self._structures:
+            self._alike = alike
+        elif alike == self._alike:
+            structure = self._structures[0]  # in memory once
+        self._structures.append(structure)
         first = len(self._leaves)
         for at, one in enumerate(blocks):
             digest = Digest(tuple(map(bytes.fromhex, one)))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.hosts import SCRIPT, hosts_up, installed_mpi, virtual_hosts
 from tests.jobs import EXAMPLES, logged
-from tests.loop import PATIENCE_SECONDS, Loop
+from tests.loop import PATIENCE_SECONDS, Loop, write_script
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,12 +26,6 @@ def hosts() -> Iterator[str]:
         yield state
 
 
-def script(path: Path, text: str) -> Path:
-    path.write_text(f"#!/bin/bash\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
 def wait_for_step(loop: Loop, log: Path, step: int) -> None:
     loop.wait_until(lambda: any(event.get("step", 0) >= step for event in logged(log)))
 
@@ -40,11 +34,11 @@ def wait_for_step(loop: Loop, log: Path, step: int) -> None:
 @pytest.mark.timeout(4 * PATIENCE_SECONDS)
 def test_lost_rank_is_survived_in_place_and_a_lost_host_by_the_loop(hosts, tmp_path):
     known = f"export VIRTUAL_HOSTS={hosts} MPI=openmpi"
-    mpirun = script(
+    mpirun = write_script(
         tmp_path / "mpirun",
         f'{known}; exec {SCRIPT} run --with-ft ulfm --mca mtl ^ofi "$@"',
     )
-    alive = script(
+    alive = write_script(
         tmp_path / "hosts-script",
         f"{known}; for n in 1 2 3 4; do"
         f" {SCRIPT} on host$n true 2>/dev/null && echo host$n; done; true",

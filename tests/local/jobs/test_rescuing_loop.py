@@ -13,7 +13,7 @@ from mpi_ckpt.storage.reading.proving import verify
 from mpi_ckpt.storage.reading.reader import GenerationReader
 from tests.hosts import SCRIPT, hosts_up, installed_mpi, virtual_hosts
 from tests.jobs import PROGRAMS
-from tests.loop import PATIENCE_SECONDS, Loop
+from tests.loop import PATIENCE_SECONDS, Loop, write_script
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,12 +25,6 @@ PROGRAM = PROGRAMS / "local_training.py"
 def hosts() -> Iterator[str]:
     with hosts_up(3) as state:
         yield state
-
-
-def script(path: Path, text: str) -> Path:
-    path.write_text(f"#!/bin/bash\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 class Rescuing(Loop):
@@ -48,8 +42,8 @@ class Rescuing(Loop):
         self, hosts: str, folder: Path, how: str, listing: str, *words: object
     ) -> None:
         known = f"export VIRTUAL_HOSTS={hosts} MPI={installed_mpi()}"
-        listed = script(folder / "hosts-script", f"{known}\n{listing}\ntrue")
-        mpirun = script(folder / "mpirun", f'{known}; exec {SCRIPT} run "$@"')
+        listed = write_script(folder / "hosts-script", f"{known}\n{listing}\ntrue")
+        mpirun = write_script(folder / "mpirun", f'{known}; exec {SCRIPT} run "$@"')
         self.run = Path(hosts, "shared", "run")
         self.note = Path(hosts, "shared", "note.json")
         place = Path(hosts, "local", "ckpt")
