@@ -7,15 +7,20 @@ neither on the digests nor on the number of ranks.
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mpi_ckpt.leaves.leaf import LeafSpec
+import numpy as np
+
+from mpi_ckpt.leaves.leaf import Form, LeafSpec, known_form
 from mpi_ckpt.storage.format.layout import find_parts
-from mpi_ckpt.storage.format.manifest import STREAM, Extent, known_form
+from mpi_ckpt.storage.format.manifest import STREAM, Extents
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from mpi_ckpt.state import Structure
     from mpi_ckpt.storage.format.manifest import Manifest, StoredState
@@ -28,8 +33,9 @@ class StateOutline:
     Attributes:
         name: The state's name.
         structure: Its JSON values; None for a stream.
-        specs: Its whole leaves; a stream has one leaf of bytes.
-        extents: Where they are, in the same order; empty for a copy in memory.
+        form: Its whole leaves; a stream has one leaf of bytes.
+        extents: Where they are, in the same order; None for a copy in memory, and for
+            parts.
         parts: Number of its parts, if each rank gets its own, in place of its leaves; None
             for other states.
         are_parts_cut: Whether they lie in files of tiles, which all ranks can read.
@@ -39,12 +45,17 @@ class StateOutline:
 
     name: str
     structure: Structure
-    specs: tuple[LeafSpec, ...]
-    extents: tuple[Extent, ...] = ()
+    form: Form
+    extents: Extents | None = None
     parts: int | None = None
     is_stream: bool = False
     cut: tuple[LeafSpec, ...] = ()
     are_parts_cut: bool = False
+
+    @property
+    def specs(self) -> tuple[LeafSpec, ...]:
+        """Its whole leaves."""
+        return self.form.specs
 
     @property
     def leaves(self) -> tuple[LeafSpec, ...]:
@@ -54,7 +65,7 @@ class StateOutline:
     @classmethod
     def of_stream(cls, name: str, nbytes: int) -> StateOutline:
         """Make the outline of a stream in memory. Not collective."""
-        return cls(name, None, (LeafSpec(STREAM, "U8", (nbytes,)),), is_stream=True)
+        return cls(name, None, Form([LeafSpec(STREAM, "U8", (nbytes,))]), is_stream=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +145,6 @@ class Outline:
 
     def to_json(self) -> dict[str, Any]:
         """Return the outline as JSON values. Not collective. Thread-safe."""
-        numbers = {name: number for number, name in enumerate(self.files)}
         return {
             "generation": self.generation,
             "path": self.path,
@@ -148,11 +158,9 @@ class Outline:
                     state.name,
                     state.structure,
                     # In columns: with thousands of leaves that halves the work.
-                    [spec.name for spec in state.specs],
-                    [spec.dtype for spec in state.specs],
-                    [spec.shape for spec in state.specs],
-                    [numbers[extent.file] for extent in state.extents],
-                    [extent.offset for extent in state.extents],
+                    state.form.names,
+                    *_encode_kinds(state.form),
+                    *_encode_places(state.extents, self.files),
                     state.parts,
                     state.is_stream,
                     [spec.to_json() for spec in state.cut],
@@ -190,40 +198,68 @@ def _outline_of(stored: StoredState, *, deals: bool) -> StateOutline:
         names = [*stored.leaves.form.names]
         names += [leaf.spec.name for leaf in stored.cut]
         count, are_cut = len(find_parts(names)), bool(stored.cut)
-        form = stored.name, stored.structure, ()
-        return StateOutline(*form, parts=count, are_parts_cut=are_cut)
+        named = stored.name, stored.structure, Form(())
+        return StateOutline(*named, parts=count, are_parts_cut=are_cut)
     return StateOutline(
         stored.name,
         stored.structure,
-        stored.leaves.form.specs,
-        tuple(stored.leaves.extents),
+        stored.leaves.form,
+        stored.leaves.extents,
         is_stream=stored.is_stream,
         cut=tuple([replace(leaf.spec, is_cut=True) for leaf in stored.cut]),
     )
 
 
+def _encode_kinds(form: Form) -> list[Any]:
+    kinds, numbers = form.kinds
+    return [kinds, _encode_column(np.array(numbers, np.int64))]
+
+
+def _encode_places(extents: Extents | None, files: Sequence[str]) -> list[Any]:
+    """Return for each position the index of its file, and its offset."""
+    if extents is None:
+        return [None, None]
+    return [_encode_column(extents.numbered(files)), _encode_column(extents.offsets)]
+
+
+def _encode_column(column: NDArray[np.int64]) -> list[str]:
+    """Return numbers, none of them negative, as JSON values.
+
+    As text of the bytes: to write and read 20,000 numbers as JSON takes 4 ms (measured).
+    """
+    narrow = column.astype(np.min_scalar_type(int(column.max(initial=0))))
+    return [narrow.dtype.str, b64encode(narrow.tobytes()).decode()]
+
+
+def _decode_column(values: Sequence[str]) -> NDArray[np.int64]:
+    dtype, text = values
+    return np.frombuffer(b64decode(text), dtype).astype(np.int64)
+
+
 def _decode_state(
-    files: Sequence[str],
+    files: tuple[str, ...],
     name: str,
     structure: Structure,
     names: Sequence[str],
-    kinds: Sequence[str],
-    shapes: Sequence[Sequence[int]],
-    numbers: Sequence[int],
-    offsets: Sequence[int],
+    kinds: Sequence[tuple[str, Sequence[int]]],
+    numbers: Sequence[str],
+    places: Sequence[str] | None,
+    offsets: Sequence[str] | None,
     parts: int | None,
     is_stream: bool,
     cut: Sequence[Any],
     are_parts_cut: bool,
 ) -> StateOutline:
-    form = known_form(tuple(names), tuple(kinds), tuple(map(tuple, shapes)))
-    places = [files[number] for number in numbers]
-    lengths = form.sizes.tolist() if places else []
-    extents = tuple(map(Extent, places, offsets, lengths))
+    pairs = tuple([(dtype, tuple(shape)) for dtype, shape in kinds])
+    form = known_form(tuple(names), pairs, tuple(_decode_column(numbers).tolist()))
+    extents = None
+    if places is not None and offsets is not None:
+        columns = _decode_column(places), _decode_column(offsets)
+        extents = Extents(files, *columns, form.sizes)
     return StateOutline(
         name,
         structure,
-        form.specs,
+        form,
         extents,
         parts,
         is_stream,

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 from concurrent.futures import wait
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Buffer", "Form", "Gate", "Leaf", "LeafSpec", "MemoryBuffer", "Place"),
-    *("Tile", "TileBuffer", "copy_bytes"),
+    *("Tile", "TileBuffer", "copy_bytes", "known_form"),
 ]
 
 # Copies of fewer bytes are done before NumPy has made an array of them.
@@ -65,6 +65,10 @@ class LeafSpec:
         return cls(name, dtype, tuple(shape), is_cut)
 
 
+Kind: TypeAlias = "tuple[str, tuple[int, ...]]"
+"""Dtype and shape of a leaf."""
+
+
 class Form:
     """The specs of a state's leaves, and values computed from them alone. Thread-safe.
 
@@ -90,6 +94,14 @@ class Form:
         return tuple([spec.name for spec in self.specs])
 
     @cached_property
+    def kinds(self) -> tuple[tuple[Kind, ...], tuple[int, ...]]:
+        """The kinds of leaves that there are, and for each leaf the index of its kind."""
+        numbers: dict[Kind, int] = {}
+        kinds = [(spec.dtype, spec.shape) for spec in self.specs]
+        found = [numbers.setdefault(kind, len(numbers)) for kind in kinds]
+        return tuple(numbers), tuple(found)
+
+    @cached_property
     def sizes(self) -> NDArray[np.int64]:
         """The bytes of each leaf."""
         sizes = [spec.nbytes for spec in self.specs]
@@ -104,6 +116,27 @@ class Form:
     def text(self) -> bytes:
         """A text that is equal for equal specs, and different for different ones."""
         return json.dumps([spec.to_json() for spec in self.specs]).encode()
+
+
+@lru_cache(maxsize=4)
+def known_form(
+    names: tuple[str, ...], kinds: tuple[Kind, ...], numbers: tuple[int, ...]
+) -> Form:
+    """Return the form of leaves from columns; usually the previous object.
+
+    Not collective. Thread-safe. Most generations that a job reads have one form.
+
+    Args:
+        names: The name of each leaf.
+        kinds: The kinds of leaves that there are.
+        numbers: For each leaf the index of its kind.
+    """
+    return Form(
+        [
+            LeafSpec(name, *kinds[number])
+            for name, number in zip(names, numbers, strict=True)
+        ]
+    )
 
 
 class Buffer(Protocol):

@@ -6,10 +6,11 @@ import pytest
 from mpi_ckpt.engine.outline import Outline, StateOutline
 from mpi_ckpt.engine.restore.matching import compare_names
 from mpi_ckpt.errors import StateMismatchError
+from mpi_ckpt.leaves.leaf import Form
 from mpi_ckpt.state import State
 
 A, B, C = (State(name) for name in "abc")
-SAVED = tuple(StateOutline(name, None, ()) for name in "ab")
+SAVED = tuple(StateOutline(name, None, Form(())) for name in "ab")
 
 
 def compare(*wanted: State, **how) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mpi_ckpt.leaves.digest import Digest, digest_bytes
 from mpi_ckpt.leaves.leaf import LeafSpec
-from mpi_ckpt.storage.format import manifest_codec, strict_json
+from mpi_ckpt.storage.format import leaf_list, manifest_codec, strict_json
 from mpi_ckpt.storage.format.manifest import (
     Extent,
     Manifest,
@@ -21,7 +22,7 @@ from mpi_ckpt.storage.format.manifest import (
     StoredState,
 )
 from mpi_ckpt.storage.format.manifest_codec import decode, encode
-from tests.making import sealed_document
+from tests.making import sealed, sealed_document
 
 BLOCK = 8
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors")
@@ -72,13 +73,24 @@ def outcome(data: bytes) -> str:
 
 def outcome_one_by_one(data: bytes) -> str:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(manifest_codec, "_decode_columns", lambda *_: None)
+        patched.setattr(manifest_codec, "lift_leaves", lambda data: (data, {}))
         return outcome(data)
 
 
 def test_whole_manifest_is_read_in_columns(monkeypatch):
-    monkeypatch.setattr(manifest_codec, "_decode_leaf", lambda *_: 1 / 0)
+    monkeypatch.setattr(leaf_list, "_decode_leaf", lambda *_: 1 / 0)
     assert "leaf4" in outcome(sealed_document(document()))
+
+
+def test_names_that_need_no_escape_are_read_in_columns(monkeypatch):
+    found = document()
+    found["states"][0]["leaves"][0]["name"] = "größe/\u65e5\u672c \x7f'{}[],:"
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False)
+    data = sealed(text.encode()[:-1])
+    expected = outcome_one_by_one(data)
+    monkeypatch.setattr(leaf_list, "_decode_leaf", lambda *_: 1 / 0)
+    assert "größe" in expected
+    assert outcome(data) == expected
 
 
 CHANGES = st.lists(
@@ -107,6 +119,61 @@ def test_columns_and_single_leaves_give_the_same_result_or_words(changes):
             leaf[member] = value
     data = sealed_document(found)
     assert outcome(data) == outcome_one_by_one(data)
+
+
+ENTRY = json.dumps(document()["states"][0]["leaves"][1], separators=(",", ":"))
+PIECES = [
+    *(
+        b"",
+        b" ",
+        b",",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b'"',
+        b"\\",
+        b"\n",
+        b"0",
+        b"-",
+        b"\xff",
+        b"e5",
+    ),
+    *(b',"leaves":[', b'"}]', b'"leaves":[]', b'"a":1,', b'"name":"twice",', b'"cut":[],'),
+    *(b",%b" % ENTRY.encode(), b"%b," % ENTRY.encode(), b',"leaves":[%b]' % ENTRY.encode()),
+]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), st.sampled_from(PIECES))))
+@settings(max_examples=400)
+def test_text_that_was_changed_gives_the_same_result_or_words(changes):
+    text = sealed_document(document())[: -len(sealed(b""))]
+    for place, length, piece in changes:
+        at = int(place * len(text))
+        text = text[:at] + piece + text[at + length :]
+    data = sealed(text)
+    assert outcome(data) == outcome_one_by_one(data)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [{"a": 1, "leaves": [json.loads(ENTRY)]}, ["b", '","leaves":[' + ENTRY + "]"]],
+    ids=["values", "text"],
+)
+def test_list_of_leaves_in_a_structure_stays_there(structure):
+    found = document()
+    found["states"][0]["structure"] = structure
+    data = sealed_document(found)
+    assert outcome(data) == outcome_one_by_one(data)
+    assert decode(data).states[0].structure == structure
+
+
+def test_lists_without_an_end_are_searched_once():
+    text = b'{"a":1' + b',"leaves":[' * 400_000
+    started = time.process_time()
+    assert leaf_list.lift_leaves(text) == (text, {})
+    assert leaf_list.lift_leaves(text + b'"}]') == (text + b'"}]', {})
+    assert time.process_time() - started < 20  # quadratic work takes hours
 
 
 @pytest.mark.parametrize("entry", [None, [], [1] * 7, "leaf", 7, {}], ids=repr)

@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ckpt.storage.format.manifest import Extent
+from mpi_ckpt.storage.format.manifest import Extent, Extents
 from mpi_ckpt.storage.reading.read_plan import plan_reads
 
 FILES = ("c", "a", "b")
@@ -24,7 +24,8 @@ def layouts(draw):
 
 
 def plan(extents, *, block_bytes, window_bytes):
-    return plan_reads(extents, FILES, block_bytes=block_bytes, window_bytes=window_bytes)
+    columns = Extents.of(extents)
+    return plan_reads(columns, FILES, block_bytes=block_bytes, window_bytes=window_bytes)
 
 
 @given(layouts(), st.integers(1, 1000), st.integers(1, 5000))
@@ -70,7 +71,7 @@ def test_dead_bytes_between_leaves_are_skipped():
 def test_groups_hold_the_blocks_of_a_window_side_by_side(extents, window_bytes):
     for window in plan(extents, block_bytes=1000, window_bytes=window_bytes):
         groups = window.groups()
-        assert [block for group in groups for block in group] == window.blocks
+        assert [block for group in groups for block in group] == list(window.blocks)
         for group in groups:
             position = group[0].offset
             for block in group:

@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 def window(file: str, start: int, end: int) -> Window:
-    return Window(file, start, end, ())
+    return Window(file, start, end)
 
 
 def nothing(number, data):

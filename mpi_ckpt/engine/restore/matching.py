@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from mpi_ckpt.devices import following
@@ -15,13 +16,15 @@ from mpi_ckpt.failures import concerning
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, MemoryBuffer
 from mpi_ckpt.state import Arrival, LeafState, State
 from mpi_ckpt.states.unshared.ranked import RankedState
+from mpi_ckpt.storage.format.manifest import Extents
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from mpi_ckpt.engine.outline import Outline, StateOutline
     from mpi_ckpt.engine.restore.cut.wanted import LeafIndex
-    from mpi_ckpt.storage.format.manifest import Extent
+
+_TILES = attrgetter("tiles")
 
 _PROBLEMS_MAX = 18
 """Of a list that advice follows."""
@@ -59,8 +62,8 @@ class MatchedState:
         kept = [n for n in range(len(self.saved.specs)) if n not in numbers]
         saved = replace(
             self.saved,
-            specs=tuple([self.saved.specs[n] for n in kept]),
-            extents=tuple([self.saved.extents[n] for n in kept]),
+            form=self.saved.form.pick(kept),
+            extents=self.saved.extents and self.saved.extents.pick(kept),
             cut=(),
         )
         leaves = [self.arrival.leaves[n] for n in kept]
@@ -87,9 +90,10 @@ class StateMatch:
         return [spec for one in self.states for spec in one.saved.specs]
 
     @property
-    def extents(self) -> list[Extent]:
+    def extents(self) -> Extents:
         """The position of each in the files; empty for a copy in memory."""
-        return [extent for matched in self.states for extent in matched.saved.extents]
+        found = [one.saved.extents for one in self.states if one.saved.extents]
+        return Extents.chained(found)
 
     @property
     def leaves(self) -> list[Leaf | None]:
@@ -100,9 +104,7 @@ class StateMatch:
     def has_tiles(self) -> bool:
         """Whether any leaf was saved cut over the ranks, or is cut in the program."""
         return any(
-            one.saved.cut
-            or one.saved.are_parts_cut
-            or any(leaf is not None and leaf.tiles is not None for leaf in one.whole)
+            one.saved.cut or one.saved.are_parts_cut or _are_cut(one.whole)
             for one in self.states
         )
 
@@ -210,6 +212,12 @@ class StateMatch:
             for matched in self.states
         )
         return replace(self, states=states)
+
+
+def _are_cut(leaves: Sequence[Leaf | None]) -> bool:
+    """Return whether one of some leaves is cut. Not collective."""
+    found = list(map(_TILES, filter(None, leaves)))
+    return found.count(None) < len(found)
 
 
 def compare_names(

@@ -192,6 +192,7 @@ def open_newest(
     copy = memory.copy if memory is not None and from_memory else None
     with ExitStack() as stack:
         opened: list[GenerationReader] = []
+        outlined: list[Outline] = []
         kept, is_partial = None, only is not None
         if choice.is_newest and pinned is None:
             skips = comm.is_root and copy is not None
@@ -211,7 +212,10 @@ def open_newest(
             if copy is not None:
                 return copy.text
             found = kept or (opened[0] if opened else None)
-            return b"" if found is None else _outline(session, found, states)
+            if found is None:
+                return b""
+            outlined.append(_outline(session, found, states))
+            return json.dumps(outlined[0].to_json()).encode()
 
         met = registry.begin(
             f"looking for {'a generation' if choice.is_newest else choice}",
@@ -225,28 +229,39 @@ def open_newest(
             look_elsewhere(session)
             yield None
             return
-        states = tuple(met.result)
-        outline = Outline.from_json(json.loads(met.message))
-        outline = outline.only([state.name for state in states])
-        if outline.generation == 0:
-            mine = copy if copy is not None and copy.text == met.message else None
-            yield OpenGeneration(outline, states, copy=mine, text=met.message)
-            return
-        ranks = choose_ranks(session.options.io.readers, comm.topology)
+        # Only the rank that has made it can do without reading it.
+        outline = outlined[0] if outlined else Outline.from_json(json.loads(met.message))
+        outline = outline.only([state.name for state in met.result])
+        found = OpenGeneration(outline, tuple(met.result), text=met.message)
+        yield _opened(session, found, copy, kept, opened)
+
+
+def _opened(
+    session: Session,
+    found: OpenGeneration,
+    copy: MemoryCopy | None,
+    kept: KeptGeneration | None,
+    opened: Sequence[GenerationReader],
+) -> OpenGeneration:
+    """Return a source with what this rank has of it."""
+    if found.is_copy:
+        is_alike = copy is not None and copy.text == found.text
+        return replace(found, copy=copy if is_alike else None)
+    if kept is None:
+        readers = choose_ranks(session.options.io.readers, session.comm.topology)
         reader = opened[0] if opened else None
-        if kept is not None:
-            ranks, reader = kept.readers, kept.reader
-        yield OpenGeneration(outline, states, ranks, reader, kept=kept)
+    else:
+        readers, reader = kept.readers, kept.reader
+    return replace(found, readers=readers, reader=reader, kept=kept, text=b"")
 
 
 def _outline(
     session: Session, found: KeptGeneration | GenerationReader, states: Sequence[State]
-) -> bytes:
-    """Return the outline of a generation, encoded. On root."""
+) -> Outline:
+    """Return the outline of a generation. On root."""
     deals = {state.name: isinstance(state, RankedState) for state in states}
     aside = session.directory.set_aside
-    outline = Outline.of_generation(found.manifest, str(found.path), deals, aside)
-    return json.dumps(outline.to_json()).encode()
+    return Outline.of_generation(found.manifest, str(found.path), deals, dict(aside))
 
 
 def open_on_readers(

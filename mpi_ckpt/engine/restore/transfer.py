@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from functools import cached_property, partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.storage.format.manifest import StoredLeaves
 from mpi_ckpt.storage.reading.proving import read_proven, take_proven
-from mpi_ckpt.storage.reading.read_plan import plan_reads
+from mpi_ckpt.storage.reading.read_plan import Blocks, plan_reads
 from mpi_ckpt.storage.reading.read_queue import SLOTS, Slots
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.storage.reading.read_queue import ReadQueue
 
 
-_START, _IS_LAST = attrgetter("start"), attrgetter("is_last")
 _READING, _SENDING = "reading a generation", "sending a generation"
 
 # How many windows ranks of one host store between two meetings.
@@ -94,14 +92,17 @@ class Destinations:
 
     def _store_small(self, blocks: Sequence[DigestBlock], data: memoryview) -> bool:
         """Store blocks if all are small leaves without a gap; return whether they are."""
-        leaves = [self._leaves[block.leaf] for block in blocks]
-        sizes = [block.end for block in blocks]
-        is_whole = all(map(_IS_LAST, blocks)) and not any(map(_START, blocks))
-        is_dense = blocks[-1].offset + sizes[-1] - blocks[0].offset == sum(sizes)
-        if not (is_whole and is_dense) or max(sizes) > _SMALL_BYTES or None in leaves:
+        if not isinstance(blocks, Blocks) or not blocks.are_leaves:
+            return False
+        starts, ends = blocks.runs()
+        is_dense = (starts[1:] == ends[:-1]).all()
+        if not is_dense or (ends - starts).max() > _SMALL_BYTES:
+            return False
+        leaves = list(filter(None, map(self._leaves.__getitem__, blocks.leaves)))
+        if len(leaves) < len(blocks):
             return False
         try:
-            write_leaves([leaf for leaf in leaves if leaf], data[: sum(sizes)])
+            write_leaves(leaves, data[: ends[-1] - starts[0]])
         except Exception:
             return False
         return True

@@ -341,9 +341,9 @@ def _outline_of(content: CapturedState | State, tiles: RememberedTiles) -> State
         return StateOutline.of_stream(content.name, _leaves_of(content)[0].spec.nbytes)
     known = tiles.states.get(content.name)
     if known is None:
-        return StateOutline(content.name, content.structure, content.specs)
+        return StateOutline(content.name, content.structure, content.form)
     # The structure of root, as in a file: those of other ranks may be others.
-    return StateOutline(content.name, known.structure, content.specs, cut=known.cut)
+    return StateOutline(content.name, known.structure, content.form, cut=known.cut)
 
 
 def _leaves_of(content: CapturedState | State) -> Sequence[Leaf]:

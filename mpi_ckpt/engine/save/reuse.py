@@ -122,7 +122,7 @@ class SharedLeaves:
         """
         numbers, leaves = {}, {}
         for index, found in self.leaves.items():
-            inside = np.array([file in files for file in found.files], np.bool_)[found.file]
+            inside = found.extents.are_in(files)
             if inside.any():
                 numbers[index] = self.numbers[index][inside]
                 leaves[index] = found.pick(np.flatnonzero(inside))

@@ -24,7 +24,7 @@ from mpi_ckpt.leaves.digest import (
     split_blocks,
 )
 from mpi_ckpt.storage.format.layout import shard_file_name
-from mpi_ckpt.storage.format.manifest import StoredFile, StoredLeaves
+from mpi_ckpt.storage.format.manifest import Extents, StoredFile, StoredLeaves
 from mpi_ckpt.storage.format.tensorfile import encode_header
 
 if TYPE_CHECKING:
@@ -338,10 +338,9 @@ def _describe(
     for content, (first, last) in zip(captured, pairwise(ends), strict=True):
         if last > first:
             file, offsets = np.zeros(last - first, np.int64), plan.offsets[first:last]
+            extents = Extents((name,), file, offsets, content.form.sizes)
             of_state = digests if last - first == len(digests) else digests[first:last]
-            states[content.name] = StoredLeaves(
-                content.form, (name,), file, offsets, of_state
-            )
+            states[content.name] = StoredLeaves(content.form, extents, of_state)
     return Shard(foresee_file(plan, name, generation), states)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -67,28 +66,120 @@ class Extent(NamedTuple):
     nbytes: int
 
 
+class Extents(Sequence[Extent]):
+    """Positions of leaves, in columns. Not collective. Thread-safe.
+
+    Args:
+        files: Names of files.
+        file: For each position the index of its file.
+        offsets: For each its first byte in that file.
+        sizes: For each its length in bytes.
+    """
+
+    __slots__ = ("file", "files", "offsets", "sizes")
+
+    def __init__(
+        self,
+        files: tuple[str, ...],
+        file: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+    ) -> None:
+        assert len(file) == len(offsets) == len(sizes)
+        self.files = files
+        self.file = file
+        self.offsets = offsets
+        self.sizes = sizes
+
+    @classmethod
+    def of(cls, extents: Iterable[Extent]) -> Extents:
+        """Return positions as columns. Not collective. Thread-safe."""
+        extents = list(extents)
+        numbers: dict[str, int] = {}
+        file = [numbers.setdefault(extent.file, len(numbers)) for extent in extents]
+        return cls(
+            tuple(numbers),
+            np.array(file, np.int64),
+            np.array([extent.offset for extent in extents], np.int64),
+            np.array([extent.nbytes for extent in extents], np.int64),
+        )
+
+    @classmethod
+    def chained(cls, parts: Sequence[Extents]) -> Extents:
+        """Return the positions of several parts, one part after the other.
+
+        Not collective. Thread-safe.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        files = tuple(dict.fromkeys(file for part in parts for file in part.files))
+        none = np.empty(0, np.int64)
+        return cls(
+            files,
+            np.concatenate([none, *(part.numbered(files) for part in parts)]),
+            np.concatenate([none, *(part.offsets for part in parts)]),
+            np.concatenate([none, *(part.sizes for part in parts)]),
+        )
+
+    def numbered(self, files: Sequence[str]) -> NDArray[np.int64]:
+        """Return for each position the index of its file in another list of files.
+
+        Not collective. Thread-safe.
+        """
+        numbers = {name: number for number, name in enumerate(files)}
+        return np.array([numbers[name] for name in self.files], np.int64)[self.file]
+
+    def pick(self, numbers: Sequence[int] | NDArray[np.int64]) -> Extents:
+        """Return some of them, and their files. Not collective. Thread-safe."""
+        numbers = np.asarray(numbers, np.int64)
+        used, file = np.unique(self.file[numbers], return_inverse=True)
+        files = tuple([self.files[number] for number in used.tolist()])
+        return Extents(files, file, self.offsets[numbers], self.sizes[numbers])
+
+    def renamed(self, names: Mapping[str, str]) -> Extents:
+        """Return them with other names of the files. Not collective. Thread-safe."""
+        files = tuple([names[file] for file in self.files])
+        return Extents(files, self.file, self.offsets, self.sizes)
+
+    def are_in(self, files: Collection[str]) -> NDArray[np.bool_]:
+        """Return whether each is in one of some files. Not collective. Thread-safe."""
+        return np.array([file in files for file in self.files], np.bool_)[self.file]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Extent]: ...
+
+    def __getitem__(self, index: int | slice) -> Extent | list[Extent]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        file = self.files[self.file[index]]
+        return Extent(file, int(self.offsets[index]), int(self.sizes[index]))
+
+    def __iter__(self) -> Iterator[Extent]:
+        files = map(self.files.__getitem__, self.file.tolist())
+        return map(Extent, files, self.offsets.tolist(), self.sizes.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 class StoredLeaf(NamedTuple):
     """One leaf of a state: the position of its bytes, and their digest."""
 
     spec: LeafSpec
     extent: Extent
     digest: Digest
-
-
-@lru_cache(maxsize=4)
-def known_form(
-    names: tuple[str, ...], kinds: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
-) -> Form:
-    """Return the form of leaves from columns; usually the previous object.
-
-    Not collective. Thread-safe. Most generations that a job reads have one form.
-
-    Args:
-        names: The name of each.
-        kinds: Its dtype.
-        shapes: Its shape.
-    """
-    return Form(map(LeafSpec, names, kinds, shapes))
 
 
 class StoredLeaves(Sequence[StoredLeaf]):
@@ -98,40 +189,30 @@ class StoredLeaves(Sequence[StoredLeaf]):
 
     Args:
         form: Their specs.
-        files: The names of the files that hold them.
-        file: For each leaf the index of its file.
-        offsets: For each leaf its first byte in that file.
+        extents: Where their bytes are.
         digests: Their digests.
     """
 
-    __slots__ = ("digests", "file", "files", "form", "offsets")
+    __slots__ = ("digests", "extents", "form")
 
-    def __init__(
-        self,
-        form: Form,
-        files: tuple[str, ...],
-        file: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-        digests: Digests,
-    ) -> None:
-        assert len(form.specs) == len(file) == len(offsets) == len(digests)
+    def __init__(self, form: Form, extents: Extents, digests: Digests) -> None:
+        assert len(form.specs) == len(extents) == len(digests)
         self.form = form
-        self.files = files
-        self.file = file
-        self.offsets = offsets
+        self.extents = extents
         self.digests = digests
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files that hold them."""
+        return self.extents.files
 
     @classmethod
     def of(cls, leaves: Iterable[StoredLeaf]) -> StoredLeaves:
         """Return leaves as columns. Not collective. Thread-safe."""
         leaves = list(leaves)
-        numbers: dict[str, int] = {}
-        file = [numbers.setdefault(leaf.extent.file, len(numbers)) for leaf in leaves]
         return cls(
             Form([leaf.spec for leaf in leaves]),
-            tuple(numbers),
-            np.array(file, np.int64),
-            np.array([leaf.extent.offset for leaf in leaves], np.int64),
+            Extents.of([leaf.extent for leaf in leaves]),
             Digests.of([leaf.digest for leaf in leaves]),
         )
 
@@ -152,13 +233,7 @@ class StoredLeaves(Sequence[StoredLeaf]):
         assert sorted(found) == list(range(len(form.specs)))
         order = np.argsort(np.array(found, np.int64))
         every = cls.chained(parts)
-        return cls(
-            form,
-            every.files,
-            every.file[order],
-            every.offsets[order],
-            every.digests.pick(order),
-        )
+        return cls(form, every.extents.pick(order), every.digests.pick(order))
 
     @classmethod
     def chained(cls, parts: Sequence[StoredLeaves]) -> StoredLeaves:
@@ -168,16 +243,9 @@ class StoredLeaves(Sequence[StoredLeaf]):
         """
         if len(parts) == 1:
             return parts[0]
-        files = tuple(dict.fromkeys(file for part in parts for file in part.files))
-        file = [
-            np.array([files.index(f) for f in p.files], np.int64)[p.file] for p in parts
-        ]
-        none = np.empty(0, np.int64)
         return cls(
             Form(chain.from_iterable(part.form.specs for part in parts)),
-            files,
-            np.concatenate([none, *file]),
-            np.concatenate([none, *(part.offsets for part in parts)]),
+            Extents.chained([part.extents for part in parts]),
             Digests.joined(part.digests for part in parts),
         )
 
@@ -185,35 +253,22 @@ class StoredLeaves(Sequence[StoredLeaf]):
         """Return some of them. Not collective. Thread-safe."""
         if len(numbers) == len(self):
             return self
-        used, file = np.unique(self.file[numbers], return_inverse=True)
         return StoredLeaves(
             self.form.pick(numbers.tolist()),
-            tuple([self.files[number] for number in used.tolist()]),
-            file,
-            self.offsets[numbers],
+            self.extents.pick(numbers),
             self.digests.pick(numbers),
         )
 
     def renamed(self, names: Mapping[str, str]) -> StoredLeaves:
         """Return them with other names of the files. Not collective. Thread-safe."""
-        files = tuple([names[file] for file in self.files])
-        return StoredLeaves(self.form, files, self.file, self.offsets, self.digests)
-
-    @property
-    def extents(self) -> list[Extent]:
-        """Where their bytes are."""
-        places = [self.files[number] for number in self.file.tolist()]
-        return list(map(Extent, places, self.offsets.tolist(), self.form.sizes.tolist()))
+        return StoredLeaves(self.form, self.extents.renamed(names), self.digests)
 
     def bytes_of(self, files: Collection[str]) -> int:
         """Return how many of their bytes lie in some files. Not collective. Thread-safe."""
-        inside = np.isin(
-            self.file, [n for n, file in enumerate(self.files) if file in files]
-        )
-        return int(self.form.sizes[inside].sum())
+        return int(self.form.sizes[self.extents.are_in(files)].sum())
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.extents)
 
     @overload
     def __getitem__(self, index: int) -> StoredLeaf: ...
@@ -225,9 +280,9 @@ class StoredLeaves(Sequence[StoredLeaf]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
-        spec, file = self.form.specs[number], self.files[self.file[number]]
-        extent = Extent(file, int(self.offsets[number]), spec.nbytes)
-        return StoredLeaf(spec, extent, self.digests[number])
+        return StoredLeaf(
+            self.form.specs[number], self.extents[number], self.digests[number]
+        )
 
     def __iter__(self) -> Iterator[StoredLeaf]:
         return map(StoredLeaf, self.form.specs, self.extents, self.digests)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from mpi_ckpt.errors import CorruptGenerationError
 from mpi_ckpt.leaves.digest import digest_bytes
-from mpi_ckpt.storage.format.manifest import StoredLeaves
+from mpi_ckpt.storage.format.manifest import Extents, StoredLeaves
 from mpi_ckpt.storage.reading.read_plan import plan_reads
 from mpi_ckpt.storage.reading.read_queue import SLOTS, ReadQueue, Slots
 
@@ -75,12 +75,10 @@ def _are_proven(leaves: StoredLeaves, window: Window, data: memoryview) -> bool:
 
     All at once: blocks may be small, and many.
     """
-    blocks = window.blocks
-    numbers = [block.leaf for block in blocks]
+    blocks, numbers = window.blocks, window.blocks.leaves
     if len(blocks) == 1 or not leaves.digests.several.keys().isdisjoint(numbers):
         return False
-    starts = [block.offset - window.start for block in blocks]
-    ends = [start + block.end for start, block in zip(starts, blocks, strict=True)]
+    starts, ends = ((run - window.start).tolist() for run in blocks.runs())
     pieces = map(data.__getitem__, map(slice, starts, ends))
     return b"".join(map(digest_bytes, pieces)) == leaves.digests.pick(numbers).wholes
 
@@ -127,8 +125,12 @@ def proven_blocks(
             the saved one, or a file that ends too early.
         ReadError: On the calling rank, if the operating system cannot read it.
     """
+    if isinstance(leaves, StoredLeaves):
+        extents = leaves.extents
+    else:
+        extents = Extents.of([leaf.extent for leaf in leaves])
     windows = plan_reads(
-        [leaf.extent for leaf in leaves],
+        extents,
         [file.name for file in reader.manifest.files],
         block_bytes=reader.manifest.block_bytes,
         window_bytes=window_bytes,

@@ -304,7 +304,7 @@ class _Trader:
         self._memories = [tile.buffer.host_bytes() for tile in targets]
         columns = (plan.reads.file, plan.reads.start, plan.reads.end)
         self._windows = [
-            Window(trade.files[file], start, end, ())
+            Window(trade.files[file], start, end)
             for file, start, end in zip(*(c.tolist() for c in columns), strict=True)
         ]
         self._start = 0
