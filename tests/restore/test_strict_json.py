@@ -43,6 +43,8 @@ def test_json_is_read_as_it_was_written(value, ascii_only):
         (b'[{"b":{"a":1,"\\u0061":2}}]', "key 'a' twice"),
         (b"NaN", "NaN"),
         (b"[-Infinity]", "Infinity"),
+        (b"[1, -2e999]", "'-2e999' is out of range"),
+        (b"9" * 400 + b".0", "is out of range"),
         (b"9" * 5000, "5000 digits"),
         (b"[" * 100_000, "deep"),
         (b'{"a":' * 100_000, "deep"),
@@ -52,7 +54,7 @@ def test_json_is_read_as_it_was_written(value, ascii_only):
         (b'"a\nb"', "control"),
         (b"\x00", "Expecting"),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_what_is_no_strict_json_is_refused(data, why):
     with pytest.raises(ValueError, match=why):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads strict JSON (RFC 8259), and values of given kinds, from untrusted bytes. Pure.
 
-Python's reader accepts other encodings, duplicate keys (the last one wins), NaN, halves of
-surrogate pairs and, in old versions, integers that take hours to convert.
+Python's reader accepts other encodings, duplicate keys (the last one wins), NaN, numbers
+beyond every float, halves of surrogate pairs and, in old versions, integers that take hours
+to convert.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def read_json(data: bytes | bytearray) -> Any:  # noqa: ANN401 (JSON)
             text,
             object_pairs_hook=_unique_keys,
             parse_constant=_no_constant,
+            parse_float=_finite,
             # Calling it for each of thousands of numbers takes a quarter of the time.
             parse_int=_short_int if _may_have_long_integer(text) else None,
         )
@@ -87,6 +89,13 @@ def _may_have_long_integer(text: str) -> bool:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {shown(digits)} is out of range")
+    return value
 
 
 def _short_int(digits: str) -> int:
