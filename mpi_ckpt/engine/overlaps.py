@@ -180,7 +180,7 @@ def hold_both(
     image = np.zeros(max(end, other_end) - base, np.uint8)
     targets = [_within(image, base, place) for place in (first_place, second_place)]
     values = [
-        np.frombuffer(data, f"V{place.itemsize}").reshape(place.shape)
+        _as_it_lies(place, data).view(f"V{place.itemsize}").reshape(place.shape)
         for place, data in ((first_place, first), (second_place, second))
     ]
     for target, value in zip(targets, values, strict=True):
@@ -196,6 +196,17 @@ def _agree(overlap: Overlap, source: Source) -> bool:
     if first_place == second_place:
         return source.digest_of(i) == source.digest_of(j)
     return hold_both(first_place, source.bytes_of(i), second_place, source.bytes_of(j))
+
+
+def _as_it_lies(place: Place, data: memoryview) -> np.ndarray:
+    """Return the bytes of a leaf as its memory would hold them."""
+    found: np.ndarray = np.frombuffer(data, np.uint8)
+    if place.swapped:
+        found = found.reshape(-1, place.swapped)[:, ::-1].reshape(-1)
+    if place.flipped:
+        bits = np.frombuffer(bytes.fromhex(place.flipped), np.uint8)
+        found = (found.reshape(-1, place.itemsize) ^ bits).reshape(-1)
+    return found
 
 
 def _within(image: np.ndarray, base: int, place: Place) -> np.ndarray:
@@ -236,6 +247,6 @@ def _decode(text: bytes) -> list[Overlap]:
     ]
 
 
-def _to_place(values: Sequence[int | list[int]]) -> Place:
-    address, itemsize, shape, strides = values
-    return Place(address, itemsize, tuple(shape), tuple(strides))  # type: ignore[arg-type]
+def _to_place(values: Sequence[int | str | list[int]]) -> Place:
+    address, itemsize, shape, strides, *more = values
+    return Place(address, itemsize, tuple(shape), tuple(strides), *more)  # type: ignore[arg-type]

@@ -205,12 +205,18 @@ class Place(NamedTuple):
         itemsize: Bytes of an element.
         shape: Shape in elements.
         strides: Strides in bytes.
+        swapped: Bytes of each number of an element, if they lie in the opposite order of a
+            leaf's bytes; 0 if not.
+        flipped: The bits of an element, in hex, that memory holds inverted, as those of a
+            view that negates when it is read; empty for none.
     """
 
     address: int
     itemsize: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    swapped: int = 0
+    flipped: str = ""
 
     @property
     def span(self) -> tuple[int, int]:

@@ -240,7 +240,7 @@ def _lies_in(memory: ReadonlyMemory, tensor: torch.Tensor) -> bool:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for two tensors over the same memory."""
+    """Return a key that is equal for two tensors over the same memory, read alike."""
     torch = sys.modules["torch"]
     is_lazy = torch.nn.parameter.is_lazy
     # The address of a DTensor is always zero, and that of its local part says nothing on a
@@ -255,4 +255,7 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
         tensor.dtype,
         tuple(tensor.shape),
         tensor.stride(),
+        # Views that conjugate or negate when they are read have other values there.
+        tensor.is_conj(),
+        tensor.is_neg(),
     )

@@ -152,6 +152,29 @@ def test_views_of_one_memory_are_not_tied():
     assert names(Views()) == ["first", "last", "wide"]
 
 
+class Conjugates(nn.Module):
+    """Buffers that are views of one memory, and are conjugated or negated when read."""
+
+    def __init__(self, value: complex, *, views: bool) -> None:
+        super().__init__()
+        self.register_buffer("plain", torch.full((2,), value))
+        lazy = {"conj": self.plain.conj(), "neg": self.plain.conj().imag}
+        for name, view in lazy.items():
+            self.register_buffer(name, view if views else view.clone().resolve_neg())
+
+    @property
+    def numbers(self) -> list[complex]:
+        return [self.plain[0].item(), self.conj[0].item(), self.neg[0].item()]
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_views_that_are_read_in_another_way_are_not_tied(views):
+    saved, live = Conjugates(1 + 2j, views=True), Conjugates(3 - 1j, views=views)
+    assert names(saved) == ["plain", "conj", "neg"]
+    carry(module_state(saved), module_state(live))
+    assert live.numbers == [1 + 2j, 1 - 2j, -2]
+
+
 def test_empty_parameters_are_not_taken_for_tied():
     module = nn.ParameterList([torch.zeros(0), torch.zeros(0)])
     assert names(module) == ["0", "1"]

@@ -313,7 +313,11 @@ class ArrayBuffer:
     def place(self) -> Place:
         """Return the array's place in memory."""
         array = self._array
-        return Place(array.ctypes.data, array.itemsize, array.shape, array.strides)
+        swapped = 0
+        if array.dtype != self._little():
+            swapped = _number_bytes(array.dtype)
+        where = array.ctypes.data, array.itemsize, array.shape, array.strides
+        return Place(*where, swapped)
 
     def span(self) -> tuple[int, int]:
         """Return the address of its first byte, and one past the last."""
@@ -344,6 +348,12 @@ class ArrayBuffer:
             return dtype
         little: np.dtype[Any] = dtype.newbyteorder("<")
         return little
+
+
+def _number_bytes(dtype: np.dtype[Any]) -> int:
+    """Return the bytes of what a byte order is about: a number, half a complex one."""
+    parts = {"c": 2, "U": dtype.itemsize // 4}.get(dtype.kind, 1)
+    return dtype.itemsize // max(parts, 1)
 
 
 @dataclass(frozen=True, slots=True)

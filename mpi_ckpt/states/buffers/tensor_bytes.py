@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,8 @@ class TensorBuffer:
         tensor = self._tensor
         width = tensor.element_size()
         strides = tuple(width * step for step in tensor.stride())
-        return Place(tensor.data_ptr(), width, tuple(tensor.shape), strides)
+        where = tensor.data_ptr(), width, tuple(tensor.shape), strides
+        return Place(*where, flipped=_flipped(tensor))
 
     def span(self) -> tuple[int, int]:
         """Return its first byte and one past the last."""
@@ -141,6 +143,20 @@ class TensorBuffer:
             start: int = tensor.data_ptr()
             return start, start + tensor.nbytes
         return self.place().span
+
+
+def _flipped(tensor: torch.Tensor) -> str:
+    """Return which bits a lazily conjugated or negated view reads inverted, in hex."""
+    if not (tensor.is_conj() or tensor.is_neg()):
+        return ""
+    bits = bytearray(tensor.element_size())
+    part = len(bits) // (2 if tensor.is_complex() else 1)
+    sign = part - 1 if sys.byteorder == "little" else 0
+    for start in range(0, len(bits), part):
+        is_imaginary = start > 0
+        if tensor.is_neg() != (tensor.is_conj() and is_imaginary):
+            bits[start + sign] = 0x80
+    return bits.hex()
 
 
 def _count_of(tensor: torch.Tensor) -> int:
