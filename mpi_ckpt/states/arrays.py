@@ -162,7 +162,7 @@ class ArrayState(LeafState):
         strict: bool,
     ) -> Arrival:
         """See `LeafState`. Not collective."""
-        leaves, problems = self._look()
+        leaves, problems = self._look(to_fill=True)
         raise_mismatch(self.name, problems)
         ours = [leaf.spec for leaf in leaves]
         if are_alike(specs, ours):
@@ -177,12 +177,17 @@ class ArrayState(LeafState):
             unexpected=tuple(spec.name for spec in specs if spec.name not in live),
         )
 
-    def _look(self) -> tuple[Sequence[Leaf], list[str]]:
-        """Return the leaves of the live arrays, and why some of them cannot be restored."""
+    def _look(self, *, to_fill: bool = False) -> tuple[Sequence[Leaf], list[str]]:
+        """Return the leaves of the live arrays, and why some of them cannot be restored.
+
+        Arrays of a known form are asked whether they can only ``to_fill`` them: a save
+        reads them all the same.
+        """
         arrays: dict[str, Any] = self.arrays
         known = self._known.find(arrays) if self._asked is None else None
         if known is not None:
-            return known, []
+            found = map(_not_restorable, arrays, arrays.values()) if to_fill else ()
+            return known, [problem for problem in found if problem]
         specs = {spec.name: spec for spec in self._form.specs}
         problems: list[str] = []
         leaves: list[Leaf] = []
@@ -205,7 +210,7 @@ class ArrayState(LeafState):
                 problems.append(str(error))
                 continue
             leaves.append(leaf)
-            if leaf.spec is not spec:
+            if leaf.spec is not spec or to_fill:
                 problem = _not_restorable(key, array)
                 problems += [problem] if problem else []
         if self._asked is None and not problems:
@@ -232,6 +237,8 @@ def _no_array(key: str, value: object) -> str | None:
 
 def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
     problem = None
+    if array.flags.carray:
+        return None
     if not array.flags.writeable:
         problem = f"{key} is read-only: nothing could be put back into it"
     elif overlaps_itself(array.shape, array.strides, array.itemsize):

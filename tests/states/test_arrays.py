@@ -220,6 +220,26 @@ def test_read_only_arrays_are_a_mismatch_before_anything_moves():
     assert not state.arrays["x"].any()
 
 
+def stretched(value):
+    return np.lib.stride_tricks.as_strided(np.full(1, value), (3,), (0,))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_arrays_that_became_unfit_are_a_mismatch_before_anything_moves(replaced, known):
+    arrays = {"a": np.zeros(3), "b": np.zeros(3)}
+    state = ArrayState("s", arrays) if known else ArrayState("s", lambda: arrays)
+    state.form_of(state.capture().whole_specs)
+    if replaced:
+        arrays["b"] = stretched(0.0)
+        state.arrays["b"] = arrays["b"]
+    else:
+        arrays["b"].flags.writeable = False
+    with pytest.raises(StateMismatchError, match=r"b overlaps itself|b is read-only"):
+        carry(ArrayState("s", {"a": np.ones(3), "b": np.arange(3.0)}), state)
+    assert not arrays["a"].any()
+
+
 @pytest.mark.parametrize("order", "<>")
 def test_all_bits_of_a_long_double_return_in_either_byte_order(order):
     values = np.array([1, 2, 3], np.longdouble) / 7
