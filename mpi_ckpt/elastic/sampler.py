@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import sys
 from numbers import Integral
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,21 +82,24 @@ class ElasticSampler(LeafState):
     ) -> None:
         super().__init__(name, sync="check")
         numbers: dict[str, object] = {"length": length, "batch_size": batch_size}
+        numbers["seed"] = seed
         for what, number in numbers.items():
             if not isinstance(number, Integral):
+                wanted = "a whole number" if what == "seed" else "a number of samples"
                 raise OptionsError(
-                    f"{what} is of type {type(number).__name__}: a number of samples, as "
-                    "in ElasticSampler(len(dataset), batch_size=256)"
+                    f"{what} is of type {type(number).__name__}: {wanted}, as in "
+                    "ElasticSampler(len(dataset), batch_size=256)"
                 )
         if length < 1 or batch_size < 1 or not 0 <= seed < 2**32:
             raise OptionsError(
                 f"a sampler of {length} samples in batches of {batch_size} with seed "
                 f"{seed}: length and batch_size must be at least 1, seed 0 to 2^32 - 1"
             )
-        self._length = length
-        self._batch_size = batch_size
-        self._shuffle = shuffle
-        self._seed = seed
+        # Plain ones: what is saved is JSON, which lacks NumPy's numbers.
+        self._length = int(length)
+        self._batch_size = int(batch_size)
+        self._shuffle = bool(shuffle)
+        self._seed = int(seed)
         self._comm: Communicator | None = None
         self._announced_length: int | None = None
         self._iterating = 0
@@ -197,7 +201,8 @@ class ElasticSampler(LeafState):
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
         self._warn_of_unrecorded()
-        position = {"epoch": self.epoch, "consumed": self.consumed}
+        # A loop over NumPy's numbers sets one of them.
+        position = {"epoch": index(self.epoch), "consumed": index(self.consumed)}
         structure = {**self._identity(), **position, "batch_size": self._batch_size}
         return Capture(structure, ())
 

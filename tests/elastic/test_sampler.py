@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -256,6 +257,22 @@ def test_position_is_two_numbers_beside_what_the_sampler_is():
     live = ElasticSampler(10, 6, seed=3)
     carry(saved, live)
     assert (live.epoch, live.consumed) == (2, 4)
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones():
+    numbers = np.array([10, 4, 3])
+    (saved,) = job(1, *numbers[:2], seed=numbers[2], shuffle=np.bool_(1))
+    for epoch in np.arange(2):
+        saved.set_epoch(epoch)
+    saved.record_batch()
+    live = ElasticSampler(10, 4, seed=3)
+    carry(saved, live)
+    assert json.loads(json.dumps(saved.capture().structure)) == live.capture().structure
+
+
+def test_a_seed_that_is_no_number_is_refused():
+    with pytest.raises(OptionsError, match="seed is of type float"):
+        ElasticSampler(10, 4, seed=1.5)
 
 
 def test_another_data_set_or_order_is_a_mismatch_and_all_of_it_is_told():

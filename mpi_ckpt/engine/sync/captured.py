@@ -102,9 +102,11 @@ class CapturedState:
         Not collective.
         """
         places = b"" if self.fingerprints is None else self.fingerprints.places
+        with concerning(f"state {self.name!r}"):  # a value of another class than JSON's
+            structure = json.dumps(self.structure).encode()
         return (
             digest_bytes(self.form.text),
-            digest_bytes(json.dumps(self.structure).encode()),
+            digest_bytes(structure),
             digest_bytes(self.wholes),
             digest_bytes(places.lstrip(b"\0")),
         )
