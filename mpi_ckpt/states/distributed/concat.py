@@ -11,6 +11,7 @@ import numpy as np
 from mpi_ckpt.decomposition.boxes import Box
 from mpi_ckpt.errors import RegistrationError, RestoreError, StageError
 from mpi_ckpt.failures import concerning
+from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
 from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState
@@ -52,7 +53,8 @@ class ConcatState(LeafState):
             same columns, with the same dtypes and the same shapes but for the rows. A
             function that returns them is called at each save and restore.
         route: Function that a restore calls for the arrived rows, in chunks: it takes the
-            columns of a chunk, and returns the rank of each row as an array of integers.
+            columns of a chunk, which it must not change, and returns the rank of each row
+            as an array of integers.
             Rows reach their ranks in the order of the file. None: rank r of m gets the rows
             from N*r//m up to N*(r+1)//m.
 
@@ -164,9 +166,19 @@ class ConcatState(LeafState):
         for start in range(0, rows, _CHUNK_ROWS):
             end = min(start + _CHUNK_ROWS, rows)
             chunk = {key: column[start:end] for key, column in columns.items()}
+            # The memory of the rows that are being restored: a function that wraps
+            # positions in place would change them unseen.
+            before = _digests_of(chunk)
             with concerning("route()"):
-                found = self.route(chunk)
+                found = self.route(dict(chunk))
             ranks[start:end] = self._checked(found, start, end)
+            after = _digests_of(chunk)
+            changed = [key for key in after if after[key] != before[key]]
+            if changed:
+                raise RestoreError(
+                    f"state {self.name!r}: route has changed {', '.join(changed)} in rows "
+                    f"{start} to {end - 1}: let it work on a copy"
+                )
         return ranks
 
     def _checked(self, found: object, start: int, end: int) -> NDArray[np.integer[Any]]:
@@ -198,6 +210,11 @@ class ConcatState(LeafState):
             return [], problems
         # Ranks may list their columns in any order.
         return [memory_leaf(key, self.arrays[key]) for key in sorted(self.arrays)], []
+
+
+def _digests_of(columns: Columns) -> dict[str, bytes]:
+    leaves = [memory_leaf(key, column) for key, column in columns.items()]
+    return {leaf.spec.name: digest_bytes(leaf.buffer.read()) for leaf in leaves}
 
 
 def _column_problems(arrays: Columns) -> list[str]:

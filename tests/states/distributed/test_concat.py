@@ -177,6 +177,21 @@ def test_route_is_called_in_chunks_and_gives_a_rank_for_each_row(make):
     assert len(called) == 3
 
 
+@pytest.mark.parametrize("make", [np.array, torch.as_tensor])
+def test_a_route_that_changes_rows_is_an_error(make):
+    """It has the rows themselves: positions wrapped in place would come back wrapped."""
+
+    def route(chunk):
+        chunk["x"] %= 7
+        return np.zeros(len(chunk["x"]), int)
+
+    columns = {"x": make(np.arange(80_000)), "y": make(np.arange(80_000))}
+    state = bound(ConcatState("p", columns, route=route), 0, 3)
+    with pytest.raises(RestoreError, match=r"route has changed x in rows 0 to 65535"):
+        state.routed(columns)
+    assert len(state.routed({"x": make(np.arange(7)), "y": columns["y"][:7]})) == 7
+
+
 @pytest.mark.parametrize(
     ("route", "message"),
     [
