@@ -109,6 +109,7 @@ class ModuleState(LeafState):
         """See `LeafState`. Not collective."""
         saved = _Saved(self.name, structure, specs)
         live = ModuleContents(self._module, ReadonlyMemory())
+        live.tie_to({spec.name for spec in saved.tensors})
         is_part = is_stage(self._module.parameters(), self._size)
         unfit, absent = _unfit(saved, live), _absent(saved, live, is_part=is_part)
         own = self._loaded_by_themselves(saved, live, {**unfit, **absent}, strict=strict)
@@ -299,7 +300,8 @@ def _unfit(saved: _Saved, live: ModuleContents) -> dict[str, str]:
             problems[name] = (
                 f"{name} is tied to {source} in the checkpoint, which the program lacks"
             )
-        if live.ties.get(name, source) != source:
+        tied = live.ties.get(name, source)
+        if saved.ties.get(tied, tied) != source:
             problems[name] = (
                 f"{name} is tied to {live.ties[name]} in the program, to {source} in the "
                 "checkpoint"

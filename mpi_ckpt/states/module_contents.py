@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.errors import StageError
@@ -15,7 +16,7 @@ from mpi_ckpt.states.tree import Flattened, flatten
 from mpi_ckpt.states.wrappers import inner_names, is_dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     import torch
 
@@ -119,6 +120,27 @@ class ModuleContents:
             self.parameters.add(name)
         elif id(value) not in self._live and identity not in self._live:
             self.computed.append(name)
+
+    def tie_to(self, names: Collection[str]) -> None:
+        """Let leaves have the names of a checkpoint: another order has other first names.
+
+        Not collective.
+
+        Args:
+            names: Names of the saved leaves.
+        """
+        for name in names:
+            source = self.ties.get(name)
+            if source is None or source in names:
+                continue
+            leaf = self.leaves.pop(source)
+            self.leaves[name] = replace(leaf, spec=replace(leaf.spec, name=name))
+            del self.ties[name]
+            self.ties = {k: name if of == source else of for k, of in self.ties.items()}
+            self.ties[source] = name
+            if source in self.fixed:
+                self.fixed[name] = self.fixed.pop(source)
+            self.computed = [name if one == source else one for one in self.computed]
 
     def require_savable(self) -> None:
         """Refuse leaves that could be saved but not restored. Not collective.

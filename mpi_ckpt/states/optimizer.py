@@ -29,7 +29,7 @@ from mpi_ckpt.states.optimizer_params import (
 )
 from mpi_ckpt.states.stages import is_stage, named_contents, named_leaves
 from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
-from mpi_ckpt.states.wrappers import is_dtensor, parameter_names
+from mpi_ckpt.states.wrappers import is_dtensor, parameter_names, tied_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -271,7 +271,8 @@ class OptimizerState(NestedState):
         whole = with_entries(structure, [spec.name for spec in specs])
         saved = SavedParams(self.name, whole)
         saved.require_class(self._class_name)
-        order = saved.order_for(self._described(), is_stage=self._is_stage)
+        tied = {} if self._module is None else tied_names(self._module)
+        order = saved.order_for(self._described(), tied, is_stage=self._is_stage)
         moved, renamed = saved.reordered(order, specs)
         here = [spec for spec in renamed if spec is not None]
         if self._owned:

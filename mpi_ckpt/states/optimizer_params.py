@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -195,12 +196,17 @@ class SavedParams:
             raise_mismatch(self._state, [problem])
 
     def order_for(
-        self, live: tuple[Shapes, Names], *, is_stage: bool = False
+        self,
+        live: tuple[Shapes, Names],
+        tied: Mapping[str, str],
+        *,
+        is_stage: bool = False,
     ) -> list[int | None]:
         """Return for each saved parameter its place in the program.
 
         Args:
             live: Shapes and names of the program's parameters.
+            tied: Other names of them -> the name in ``live``.
             is_stage: Whether other ranks may have parameters that this one lacks.
 
         Returns:
@@ -219,9 +225,8 @@ class SavedParams:
         order: list[int | None] = []
         start = 0
         for group, (saved, ours) in enumerate(zip(self._shapes, shapes, strict=False)):
-            places = self._places(
-                group, names[group], len(ours), problems, is_stage=is_stage
-            )
+            theirs = [name and tied.get(name, name) for name in self._names[group]]
+            places = self._places(group, theirs, names[group], problems, is_stage=is_stage)
             order += [None if place is None else start + place for place in places]
             start += len(ours)
             for i, (place, shape) in enumerate(zip(places, saved, strict=False)):
@@ -285,23 +290,23 @@ class SavedParams:
     def _places(
         self,
         group: int,
+        saved: Sequence[str | None],
         live: Sequence[str | None],
-        count: int,
         problems: list[str],
         *,
         is_stage: bool,
     ) -> Sequence[int | None]:
         """Return the places of parameters in their group, by name if all have one."""
-        saved = self._names[group]
         named = [*saved, *live]
         if None in named or len({*saved}) < len(saved) or len({*live}) < len(live):
             if is_stage or self._by_name:
                 problems.append(f"group {group}: {NAMELESS}")
-            if len(saved) != count:
-                problems.append(
-                    f"group {group} is saved with {len(saved)} parameters, the program "
-                    f"has {count}"
-                )
+            if len(saved) == len(live):
+                return _partly_named(group, saved, live, problems)
+            problems.append(
+                f"group {group} is saved with {len(saved)} parameters, the program has "
+                f"{len(live)}"
+            )
             return list(range(len(saved)))
         place_of = {name: place for place, name in enumerate(live)}
         if is_stage:
@@ -318,10 +323,30 @@ class SavedParams:
             for name in live
             if name not in known
         ]
-        return [place_of.get(name, count) for name in saved]
+        return [place_of.get(name, len(live)) for name in saved]
 
     def _not_one(self) -> StateMismatchError:
         return StateMismatchError(f"state {self._state!r} was not saved from an optimizer")
+
+
+def _partly_named(
+    group: int,
+    saved: Sequence[str | None],
+    live: Sequence[str | None],
+    problems: list[str],
+) -> list[int]:
+    """Return the places of parameters, by the names that both sides have, else by order."""
+    counts = Counter(saved), Counter(live)
+    common = {name for name in saved if name and all(each[name] == 1 for each in counts)}
+    rest = iter([place for place, name in enumerate(live) if name not in common])
+    place_of = {name: place for place, name in enumerate(live)}
+    places = [place_of[name] if name in common else next(rest) for name in saved]
+    problems += [
+        f"group {group}: {name} is saved, the program has {live[place]} in its place"
+        for name, place in zip(saved, places, strict=True)
+        if name and live[place] and name != live[place]
+    ]
+    return places
 
 
 def _renamed(node: Any, names: Mapping[str, str | None]) -> Any:  # noqa: ANN401 (JSON)

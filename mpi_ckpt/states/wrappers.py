@@ -115,6 +115,17 @@ def parameter_names(module: torch.nn.Module) -> dict[int, str]:
     return {id(parameter): inner(name) for name, parameter in module.named_parameters()}
 
 
+def tied_names(module: torch.nn.Module) -> dict[str, str]:
+    """Return each name of a module's parameters -> the one in `parameter_names`.
+
+    Not collective. Which of a tied parameter's names comes first depends on the order of
+    the modules, which may be another one in the next run.
+    """
+    first, inner = parameter_names(module), inner_names(module)
+    every = module.named_parameters(remove_duplicate=False)
+    return {inner(name): first[id(parameter)] for name, parameter in every}
+
+
 def is_dtensor(tensor: object) -> bool:
     """Return whether a tensor is a DTensor, of which each rank of a mesh has a part.
 

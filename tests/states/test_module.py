@@ -101,6 +101,36 @@ def test_tied_when_saved_and_apart_now_each_get_the_value():
         assert torch.equal(weight, Tied(True, seed=1).embed.weight)
 
 
+class Named(nn.Module):
+    """Parameters in the order of their names, some of them one and the same."""
+
+    def __init__(self, names: str, *ties: str, value: float = 0.0) -> None:
+        super().__init__()
+        one_of = {name: tie for tie in ties for name in tie}
+        made = {tie: nn.Parameter(torch.full((2,), value)) for tie in ties}
+        for name in names:
+            apart = nn.Parameter(torch.full((2,), value))
+            setattr(self, name, made[one_of[name]] if name in one_of else apart)
+
+
+@pytest.mark.parametrize(
+    ("names", "ties"),
+    [("cab", ["abc"]), ("bca", ["abc"]), ("cab", ["bc"]), ("bca", ["ac"]), ("cab", [])],
+)
+def test_tied_parameters_in_another_order_or_partly_apart(names, ties):
+    live = Named(names, *ties)
+    carry(module_state(Named("abc", "abc", value=3.0)), module_state(live))
+    assert all((param == 3).all() for param in live.parameters())
+
+
+@pytest.mark.parametrize("names", ["abcd", "dcba"])
+def test_ties_across_those_of_the_checkpoint_are_a_mismatch(names):
+    live = Named(names, "ac", "bd")
+    with pytest.raises(StateMismatchError, match="is tied to"):
+        carry(module_state(Named("abcd", "ab", "cd", value=3.0)), module_state(live))
+    assert not any(param.any() for param in live.parameters())
+
+
 def test_apart_when_saved_and_tied_now_is_a_mismatch():
     live = Tied(True, seed=2)
     with pytest.raises(StateMismatchError, match=r"head\.weight is saved|tied to embed"):

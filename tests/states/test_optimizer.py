@@ -143,6 +143,66 @@ def test_state_follows_parameters_not_their_names_or_the_saved_object():
     assert saved[1].state[saved[0].first.weight]["exp_avg"].any()
 
 
+def moments(optimizer, *modules):
+    """Return what the average of each parameter is filled with."""
+    params = [param for module in modules for param in module.parameters()]
+    return [round(optimizer.state[p]["exp_avg"].flatten()[0].item(), 3) for p in params]
+
+
+def stepped(optimizer, *modules):
+    """Step with gradients of 1, 2, 3 and so on, parameter by parameter."""
+    for number, param in enumerate(p for module in modules for p in module.parameters()):
+        param.grad = torch.full_like(param, number + 1.0)
+    optimizer.step()
+
+
+def test_parameters_of_two_modules_of_which_one_is_known_are_not_mixed_up():
+    saved, live = ([nn.Linear(2, 2), nn.Linear(2, 2)] for _ in range(2))
+    optimizer = torch.optim.Adam([*saved[0].parameters(), *saved[1].parameters()])
+    stepped(optimizer, *saved)
+    other = torch.optim.Adam([*live[1].parameters(), *live[0].parameters()])
+    carry(
+        OptimizerState("o", optimizer, module=saved[0]),
+        OptimizerState("o", other, module=live[0]),
+    )
+    assert moments(other, *live) == moments(optimizer, *saved) == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_names_that_contradict_the_order_are_a_mismatch():
+    first, second = nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(2, 2)})
+    optimizers = []
+    for module in (first, second):
+        unknown = nn.Parameter(torch.zeros(1))
+        optimizers.append(torch.optim.Adam([*module.parameters(), unknown]))
+    with pytest.raises(StateMismatchError, match=r"weight is saved, the program has a\.w"):
+        carry(
+            OptimizerState("o", optimizers[0], module=first),
+            OptimizerState("o", optimizers[1], module=second),
+        )
+
+
+class TiedLayers(nn.Module):
+    """Two names for one weight, in an order that the next run may change."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(2, 2, bias=False))
+        self.embed.weight = self.head.weight
+
+
+def test_state_of_a_tied_parameter_is_found_by_any_of_its_names():
+    saved = TiedLayers("embed", "other", "head")
+    live = TiedLayers("head", "other", "embed")
+    optimizer, other = (torch.optim.Adam(m.parameters()) for m in (saved, live))
+    stepped(optimizer, saved.embed, saved.other)
+    carry(
+        OptimizerState("o", optimizer, module=saved),
+        OptimizerState("o", other, module=live),
+    )
+    assert moments(other, live.embed, live.other) == [0.1, 0.2]
+
+
 def test_groups_keep_their_own_settings():
     def grouped(lr: float) -> torch.optim.Optimizer:
         net = Net()
