@@ -34,6 +34,8 @@ Key = str | int
 Totals = dict[Key, Any]
 
 _KINDS = "biufc"
+_WIDER: dict[Any, Any] = {np.dtype(kind): np.int64 for kind in "?bBhHiI"}
+_WIDER[np.dtype(np.float16)] = np.float32
 
 
 class Update:
@@ -52,11 +54,11 @@ class Update:
         self.amount: Any = 0
 
     def __add__(self, value: Any) -> Update:  # noqa: ANN401
-        self.amount = self.amount + as_number(self.key, value)
+        self.amount = exactly(np.add, self.amount, as_number(self.key, value))
         return self
 
     def __sub__(self, value: Any) -> Update:  # noqa: ANN401
-        self.amount = self.amount - as_number(self.key, value)
+        self.amount = exactly(np.subtract, self.amount, as_number(self.key, value))
         return self
 
 
@@ -111,7 +113,33 @@ def add_all(totals: Totals, updates: Mapping[Key, Any]) -> None:
     """
     for key, value in updates.items():
         amount = as_number(key, value)
-        totals[key] = totals[key] + amount if key in totals else amount
+        totals[key] = exactly(np.add, totals[key], amount) if key in totals else amount
+
+
+def exactly(how: np.ufunc, total: Any, amount: Any) -> Any:  # noqa: ANN401
+    """Add or subtract numbers or arrays, in a wider type if theirs is too narrow.
+
+    Not collective. Thread-safe. NumPy keeps the type of arrays: counts of 8 bits start
+    anew at 256, and those in float16 stand still at 2048.
+
+    Args:
+        how: ``np.add`` or ``np.subtract``.
+        total: The first.
+        amount: The second.
+    """
+    narrow = np.result_type(total, amount) if _has_array(total, amount) else None
+    wide = _WIDER.get(narrow)
+    if wide is None:
+        return total + amount if how is np.add else total - amount
+    exact = how(total, amount, dtype=wide)
+    with np.errstate(over="ignore"):
+        found = exact.astype(narrow)
+    is_exact = np.array_equal(found, exact, equal_nan=exact.dtype.kind == "f")
+    return found if is_exact else exact
+
+
+def _has_array(*values: Any) -> bool:  # noqa: ANN401
+    return any(isinstance(value, np.ndarray) for value in values)
 
 
 def from_first_form(pairs: Any) -> Totals:  # noqa: ANN401 (JSON)
@@ -133,7 +161,8 @@ def _from_json(value: Any) -> Any:  # noqa: ANN401
 
 
 def _array_of(tensor: Any) -> Any:  # noqa: ANN401
-    tensor = tensor.detach().cpu()
+    # NumPy has no views that conjugate or negate when they are read.
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     try:
         return tensor.numpy()
     except TypeError:

@@ -225,6 +225,30 @@ def test_tensors_that_numpy_has_no_kind_for_are_summed_exactly(dtype, sums):
     assert found["n"] == 300
 
 
+@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "f2"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sums_outgrow_the_narrow_type_of_their_arrays(kind, ranks):
+    top = 2048 if kind == "f2" else np.iinfo(kind).max
+    jobs = [Accumulator() for _ in range(ranks)]
+    for one in jobs:
+        one["x"] += np.array([top, 1], kind)
+        one["x"] += torch.from_numpy(np.array([1, 1], kind))
+        one["less"] -= np.array([1, 0], kind)
+    found = totals(folded(*jobs))
+    assert found["x"].tolist() == [(top + 1) * ranks, 2 * ranks]
+    assert found["less"].tolist() == [-ranks, 0]
+    found = totals(folded(jobs[0]))
+    assert found["x"].tolist() == [(top + 1) * ranks, 2 * ranks]
+
+
+def test_views_that_are_conjugated_when_read_are_taken():
+    sums = Accumulator()
+    sums["x"] += torch.tensor([1 + 2j]).conj()
+    sums["y"] += torch.tensor([1 + 2j]).conj().imag
+    found = totals(folded(sums))
+    assert (found["x"].tolist(), found["y"].tolist()) == ([1 - 2j], [-2])
+
+
 def test_numbers_of_ml_dtypes_are_taken():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     sums = Accumulator()
