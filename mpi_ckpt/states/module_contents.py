@@ -16,7 +16,7 @@ from mpi_ckpt.states.tree import Flattened, flatten
 from mpi_ckpt.states.wrappers import inner_names, is_dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     import torch
 
@@ -195,13 +195,22 @@ def try_loading(
     """
     import torch
 
+    # torch copies no buffer without a shape.
+    is_lazy: Callable[[Any], bool] = torch.nn.parameter.is_lazy
+    lazy: dict[int, Any] = {
+        id(buffer): _without_shape(buffer) for buffer in module.buffers() if is_lazy(buffer)
+    }
     try:
-        trial = copy.deepcopy(module)
+        trial = copy.deepcopy(module, lazy)
         with torch.no_grad():
             trial.load_state_dict(dict(values), strict=strict)
     except Exception as error:
         return str(error)
     return None
+
+
+def _without_shape(like: Any) -> Any:  # noqa: ANN401 (a buffer without a shape yet)
+    return type(like)(device=like.device, dtype=like.dtype)
 
 
 def owners(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -353,6 +353,24 @@ def test_parametrized_modules_return():
     assert torch.equal(live.weight, normed(1).weight)
 
 
+@pytest.mark.parametrize("kind", [nn.LazyLinear, nn.LazyBatchNorm1d, nn.LazyInstanceNorm1d])
+@pytest.mark.parametrize("inside", [True, False])
+def test_layers_without_a_shape_yet_get_the_saved_one(kind, inside):
+    def layer():
+        if kind is nn.LazyLinear:
+            return kind(2)
+        return kind(affine=True, track_running_stats=True)
+
+    saved, live = layer(), layer()
+    saved(torch.randn(3, 4, 5))
+    if inside:
+        saved, live = nn.Sequential(saved), nn.Sequential(live)
+    carry(module_state(saved), module_state(live))
+    ours, theirs = live.state_dict(), saved.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_all_mismatches_are_told_at_once_and_nothing_is_changed():
     saved = nn.ModuleDict(
         {"same": nn.Linear(2, 2), "wide": nn.Linear(3, 2), "old": nn.Linear(1, 1)}
