@@ -44,6 +44,7 @@ class Tracked:
     def __init__(self, owner: object) -> None:
         self._owner = owner
         self._states: dict[str, tuple[Any, State]] = {}
+        self._homes: dict[str, Any] = {}
         self._values = _ValuesState(owner, self)
         self.declared: frozenset[str] = frozenset()
 
@@ -67,12 +68,15 @@ class Tracked:
     def states(self) -> list[State]:
         """Return the present states; unchanged attributes keep theirs."""
         known, self._states = self._states, {}
-        for name, value in tracked_of(self._owner).items():
+        homes, self._homes = self._homes, {}
+        attributes = tracked_of(self._owner)
+        for name, value in attributes.items():
+            home = self._homes[name] = _home_of(value, attributes)
             before = known.get(name)
-            if before is not None and before[0] is value:
+            if before is not None and before[0] is value and homes.get(name) is home:
                 self._states[name] = before
                 continue
-            made = _make_state(name, value)
+            made = _make_state(name, value, home)
             if made is not None:
                 self._states[name] = (value, made)
         # By name within a kind: ranks may set their attributes in different orders.
@@ -170,7 +174,26 @@ class _SamplerState(NestedState):
         }
 
 
-def _make_state(name: str, value: Any) -> State | None:  # noqa: ANN401 (any value)
+def _home_of(value: Any, attributes: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Return the module that names the parameters of an optimizer, if it is tracked.
+
+    Without their names, parameters in another order would get each other's state.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.optim.Optimizer):
+        return None
+    params = {id(param) for group in value.param_groups for param in group["params"]}
+    modules = [attributes[name] for name in sorted(attributes)]
+    modules = [module for module in modules if isinstance(module, torch.nn.Module)]
+    own = [m for m in modules if not params.isdisjoint(map(id, m.parameters()))]
+    return own[0] if own else None
+
+
+def _make_state(
+    name: str,
+    value: Any,  # noqa: ANN401 (any value)
+    home: Any = None,  # noqa: ANN401 (a module)
+) -> State | None:
     """Return a state for a value that is not plain; None for a plain value."""
     if isinstance(value, State):
         return value
@@ -181,7 +204,7 @@ def _make_state(name: str, value: Any) -> State | None:  # noqa: ANN401 (any val
     if torch is not None and isinstance(value, torch.nn.Module):
         return ModuleState(name, value)
     if torch is not None and isinstance(value, torch.optim.Optimizer):
-        return OptimizerState(name, value)
+        return OptimizerState(name, value, module=home)
     methods = (getattr(value, name, None) for name in ("state_dict", "load_state_dict"))
     if not isinstance(value, type) and all(callable(method) for method in methods):
         return SchedulerState(name, value)

@@ -164,6 +164,29 @@ def test_a_new_process_goes_on_from_the_last_durable_commit(comm, configured):
     assert len({index for indices in left for index in indices}) == 93
 
 
+def test_moments_follow_the_names_of_the_model_into_another_order(comm, configured):
+    """The next program gives its optimizer the same parameters in another order."""
+
+    def start(*, is_reversed):
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in "abc"})
+        params = list(model.parameters())
+        optimizer = torch.optim.Adam(params[::-1] if is_reversed else params)
+        return params, TorchState(model=model, optimizer=optimizer)
+
+    params, state = start(is_reversed=False)
+    state.sync()
+    for number, param in enumerate(params):
+        param.grad = torch.full_like(param, number + 1.0)
+    state.optimizer.step()
+    state.commit(durable=True)
+    state.close()
+    params, state = start(is_reversed=True)
+    state.sync()
+    moments = [state.optimizer.state[param]["exp_avg"].flatten()[0] for param in params]
+    assert [round(10 * moment.item()) for moment in moments] == [1, 2, 3, 4, 5, 6]
+    state.close()
+
+
 def test_a_sync_by_hand_in_mid_epoch_divides_the_rest_anew(comm):
     samples = 20 * comm.size
     with make_state(comm, sampler=ElasticSampler(range(samples))) as state:
