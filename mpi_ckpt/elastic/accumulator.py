@@ -138,6 +138,11 @@ def exactly(how: np.ufunc, total: Any, amount: Any) -> Any:  # noqa: ANN401
     return found if is_exact else exact
 
 
+def _own(key: object, value: Any) -> Any:  # noqa: ANN401
+    """Return a number, or an array with memory of its own."""
+    return copy.copy(as_number(key, value))
+
+
 def _has_array(*values: Any) -> bool:  # noqa: ANN401
     return any(isinstance(value, np.ndarray) for value in values)
 
@@ -208,7 +213,8 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         self._epochs = epochs
         self._comm: Communicator | None = None
         self._results: Totals = {}
-        add_all(self._results, initial or {})
+        # Copies: the program goes on to change its own arrays and tensors.
+        add_all(self._results, {k: _own(k, value) for k, value in (initial or {}).items()})
         self._updates: Totals = {}
         self._combined: Totals | None = None
         # Results of synchronized() in one epoch, in order; None after too many.
@@ -281,7 +287,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
 
     def __setitem__(self, key: Key, value: Any) -> None:  # noqa: ANN401
         if self._open is not None:
-            self._open[key] = as_number(key, value)
+            self._open[key] = _own(key, value)
             return
         # `a[k] += v` reads an Update, adds v to it and stores it here.
         if not isinstance(value, Update) or value.key != key:

@@ -280,6 +280,21 @@ def test_arrays_and_history_are_leaves():
     assert (other._history_epoch, other._history) == (3, sums._history)
 
 
+@pytest.mark.parametrize("make", [np.ones, torch.ones])
+def test_what_was_put_in_is_not_changed_by_the_program(make):
+    array = make(2)
+    sums = Accumulator({"first": array})
+    sums["added"] += array
+    sums._open = sums._results
+    sums["set"] = array
+    sums._open = None
+    array[:] = 7
+    found = totals(folded(sums))
+    assert {key: value.tolist() for key, value in found.items()} == {
+        "first": [1, 1], "set": [1, 1], "added": [1, 1],
+    }  # fmt: skip
+
+
 def test_what_was_read_is_not_written_to_by_a_restore():
     sums, other = Accumulator({"x": np.ones(3)}), Accumulator({"x": np.zeros(3)})
     read = other._results["x"]
