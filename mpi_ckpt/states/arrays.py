@@ -23,7 +23,7 @@ from mpi_ckpt.states.buffers.array_bytes import (
 from mpi_ckpt.states.mismatch import are_alike, compare_specs, raise_mismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 _C_ORDER = Layout()
+# The structures of arrays that are cut over the ranks; others of arrays have none.
+_OF_ARRAYS: tuple[Structure, ...] = ({"sharded": 1}, {"concatenated": 1})
 _DTYPE, _SHAPE, _NDIM = attrgetter("dtype"), attrgetter("shape"), attrgetter("ndim")
 # The program may replace arrays at any time. The replaced ones stay in memory until the
 # next look, so they must not be large; then their number hardly matters.
@@ -156,17 +158,23 @@ class ArrayState(LeafState):
 
     def prepare(
         self,
-        structure: Structure,  # noqa: ARG002
+        structure: Structure,
         specs: Sequence[LeafSpec],
         *,
         strict: bool,
     ) -> Arrival:
         """See `LeafState`. Not collective."""
         leaves, problems = self._look(to_fill=True)
+        # Of an ObjectState, for which the program has an ArrayState now.
+        others = tuple(_plain_values(structure))
+        problems += [
+            f"{place or 'a value'} is saved, and is no array: take an ObjectState"
+            for place in (others if strict else ())
+        ]
         raise_mismatch(self.name, problems)
         ours = [leaf.spec for leaf in leaves]
         if are_alike(specs, ours):
-            return Arrival(leaves, adopt=_nothing_left)
+            return Arrival(leaves, adopt=_nothing_left, unexpected=others)
         live = {leaf.spec.name: leaf for leaf in leaves}
         compare_specs(self.name, specs, ours, common=not strict)
         saved = {spec.name for spec in specs}
@@ -174,7 +182,7 @@ class ArrayState(LeafState):
             [live.get(spec.name) for spec in specs],
             adopt=_nothing_left,
             missing=tuple(name for name in live if name not in saved),
-            unexpected=tuple(spec.name for spec in specs if spec.name not in live),
+            unexpected=others + tuple(spec.name for spec in specs if spec.name not in live),
         )
 
     def _look(self, *, to_fill: bool = False) -> tuple[Sequence[Leaf], list[str]]:
@@ -247,6 +255,20 @@ def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
             "put back into it; give a copy"
         )
     return problem
+
+
+def _plain_values(structure: Structure, place: str = "") -> Iterator[str]:
+    """Yield the place of each value in a saved structure that no array holds."""
+    if structure in (None, *_OF_ARRAYS) and not place:
+        return
+    if isinstance(structure, list):
+        structure = dict(enumerate(structure))
+    if not isinstance(structure, dict):
+        yield place
+    elif not {"~", "leaf"} <= set(structure):
+        for key, item in structure.items():
+            if key != "~":
+                yield from _plain_values(item, f"{place}/{key}" if place else str(key))
 
 
 def _nothing_left() -> None:

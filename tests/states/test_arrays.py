@@ -13,6 +13,7 @@ from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.leaves.leaf import LeafSpec
 from mpi_ckpt.states.arrays import ArrayBuffer, ArrayState, array_dtype_name, empty_array
+from mpi_ckpt.states.nested import ObjectState
 from tests.making import carry
 from tests.values import values_of
 
@@ -218,6 +219,24 @@ def test_read_only_arrays_are_a_mismatch_before_anything_moves():
     with pytest.raises(StateMismatchError, match="frozen is read-only"):
         carry(ArrayState("a", {"x": np.ones(3), "frozen": np.ones(3)}), state)
     assert not state.arrays["x"].any()
+
+
+def test_values_of_an_object_that_no_array_holds_are_a_mismatch():
+    """The program took an ObjectState, and takes an ArrayState now."""
+    live = np.zeros(3)
+    state = ArrayState("s", {"a": live, "in/b": np.zeros(3)})
+    saved = {"a": np.ones(3), "in": {"b": np.ones(3)}}
+    more = ObjectState("s", {**saved, "step": 5, "names": ["x"]})
+    with pytest.raises(StateMismatchError) as caught:
+        carry(more, state)
+    for place in ("step", "names/0"):
+        assert any(f"{place} is saved, and is no array" in p for p in caught.value.problems)
+    assert not live.any()
+    captured = more.capture()
+    arrival = state.prepare(captured.structure, captured.whole_specs, strict=False)
+    assert arrival.unexpected == ("step", "names/0")
+    carry(ObjectState("s", saved), state)
+    assert live.all()
 
 
 def stretched(value):
