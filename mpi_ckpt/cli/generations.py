@@ -117,6 +117,14 @@ def bytes_on_disk(rows: Iterable[Row]) -> int:
     return sum(size for _, _, size in inodes)
 
 
+def bytes_freed(removed: Iterable[Row], rows: Iterable[Row]) -> int:
+    """Return the bytes of files that only the removed ones of these rows have."""
+    doomed = {row.name: row.inodes for row in removed}
+    kept = {inode for row in rows if row.name not in doomed for inode in row.inodes}
+    gone = {inode for inodes in doomed.values() for inode in inodes} - kept
+    return sum(size for _, _, size in gone)
+
+
 def state_after(path: Path, error: CheckpointError) -> str:
     """Return the state of a generation that could not be opened or read."""
     if recovery.is_gone(path):

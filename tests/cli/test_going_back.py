@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 
 from mpi_ckpt.choice import Choice
+from mpi_ckpt.cli.plain_text import bytes_text
 from mpi_ckpt.errors import CorruptGenerationError, NoCheckpointError
 from mpi_ckpt.retention import KeepLast
 from mpi_ckpt.storage import filesystem
@@ -57,6 +58,14 @@ def test_it_says_what_it_did_and_how_to_undo_it(tmp_path):
     text = run("rollback", root, "--undo").stdout
     assert "back: 3, 4\n" in text
     assert "a restore takes generation 4, step 400\n" in text
+
+
+def test_it_says_what_their_removal_would_free(tmp_path):
+    root = fill(tmp_path / "c", 4)
+    own = {row["name"]: row["own"] for row in ask("du", root)["generations"]}
+    assert own["checkpoint-00000004"] < ask("ls", root)["generations"][3]["bytes"]
+    text = run("rollback", root, 3).stdout
+    assert f"to free {bytes_text(own['checkpoint-00000004'])}: rm -r " in text
 
 
 def test_jobs_do_not_see_them_and_do_not_take_their_numbers(tmp_path):

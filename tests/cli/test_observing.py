@@ -521,6 +521,16 @@ def test_watch_works_before_the_first_save(manage, tmp_path):
     manager.close()
 
 
+def test_watch_does_not_take_damaged_ones_for_older_ones(tmp_path):
+    root = fill(tmp_path / "c", 10)
+    (root / "checkpoint-00000009" / "manifest.json").write_text("{}")
+    shown = run("watch", root).stdout
+    assert "cannot be read: 9; mpi-ckpt ls says why\n" in shown
+    assert "and 2 older generations\n" in shown
+    assert ask("watch", root)["unreadable"] == [9]
+    assert "cannot be read" not in run("watch", fill(tmp_path / "d", 2)).stdout
+
+
 def test_watch_sees_a_job_of_this_host_without_a_status(tmp_path):
     root = fill(tmp_path / "c")
     with closing(CheckpointDirectory(root)) as job:

@@ -22,7 +22,7 @@ from mpi_ckpt.cli.command import (
     mode_option,
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
-from mpi_ckpt.cli.generations import look
+from mpi_ckpt.cli.generations import bytes_freed, look
 from mpi_ckpt.cli.inspect.ranking import rank
 from mpi_ckpt.cli.inspect.verifying import find_problems
 from mpi_ckpt.cli.plain_text import bytes_text, listed, plural
@@ -190,7 +190,7 @@ def _plan(
         kept=tuple(number for number in good if number in kept),
         rankings=rank(policies, _summaries(good)),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
-        freed=_freed([good[number] for number in removed], everything),
+        freed=bytes_freed([good[number] for number in removed], everything),
         pinned=tuple(sorted(pinned & set(good))),
     )
 
@@ -231,14 +231,6 @@ def _proves(screen: Screen, path: Path) -> bool:
         total = reader.manifest.nbytes
         with screen.progress(path.name, total) as done:
             return not find_problems(reader, done)
-
-
-def _freed(removed: list[Row], rows: list[Row]) -> int:
-    """Count the bytes of files that no generation will use any more."""
-    gone = {row.name for row in removed}
-    stay = {inode for row in rows if row.name not in gone for inode in row.inodes}
-    doomed = {inode for row in removed for inode in row.inodes}
-    return sum(size for _, _, size in doomed - stay)
 
 
 def _show(

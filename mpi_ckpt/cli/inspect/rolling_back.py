@@ -21,7 +21,7 @@ from mpi_ckpt.cli.command import (
 )
 from mpi_ckpt.cli.directory_kinds import directory_of_all
 from mpi_ckpt.cli.generations import (
-    bytes_on_disk,
+    bytes_freed,
     find_generation,
     find_published,
     look,
@@ -84,7 +84,8 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         except SaveError as error:
             raise CommandError(_cut_off(directory, error)) from error
         following = recovery.survey(directory).next_generation
-    rows = [row for row in look(directory) if row.state == "rolled back"]
+    everything = look(directory)
+    rows = [row for row in everything if row.state == "rolled back"]
     screen.data(
         {
             "generation": number,
@@ -106,7 +107,8 @@ def _go_back(screen: Screen, directory: Path, wanted: str) -> int:
         # For the user to copy: never broken over two lines.
         where = quote(str(directory))
         screen.say(f"to undo: mpi-ckpt rollback {where} --undo", "dim", whole=True)
-        free = f"to free {bytes_text(bytes_on_disk(rows))}: rm -r {where}/.rolled-back-*"
+        freed = bytes_text(bytes_freed(rows, everything))
+        free = f"to free {freed}: rm -r {where}/.rolled-back-*"
         screen.say(free, "dim", whole=True)
     return GOOD
 

@@ -40,6 +40,7 @@ class JobView:
         status: The status that the job has left, of any age.
         manifests: The newest generations, oldest first.
         count: Number of all generations.
+        unreadable: Those among the newest whose manifest cannot be read, oldest first.
         pinned: Number -> note of the pinned generations.
         free: Bytes that are free on the file system, and its size; 0 if unknown.
     """
@@ -50,6 +51,7 @@ class JobView:
     status: Mapping[str, Any]
     manifests: list[Manifest]
     count: int
+    unreadable: tuple[int, ...] = ()
     pinned: Mapping[int, str] = field(default_factory=dict)
     free: tuple[int, int] = (0, 0)
 
@@ -82,6 +84,7 @@ class JobView:
             "status": dict(self.status),
             "generations": self.count,
             "newest": self.manifests[-1].generation if self.manifests else None,
+            "unreadable": list(self.unreadable),
             "pinned": sorted(self.pinned),
             "bytes_free": self.free[0],
             "facts": dict(self.facts()),
@@ -205,13 +208,15 @@ def view_job(directory: Path, known: dict[int, Manifest]) -> JobView:
         ReadError: If the directory cannot be listed.
     """
     found = recovery.survey(directory)
-    manifests = []
+    manifests, unreadable = [], []
     for number in reversed(found.generations[:_SHOWN]):
         if number not in known:
             with suppress(CheckpointError):
                 known[number] = read_manifest(directory / generation_name(number))
         if number in known:
             manifests.append(known[number])
+        elif not recovery.is_gone(directory / generation_name(number)):
+            unreadable.append(number)
     return JobView(
         directory=directory,
         now=time.time(),
@@ -219,6 +224,7 @@ def view_job(directory: Path, known: dict[int, Manifest]) -> JobView:
         status=read_status(directory),
         manifests=manifests,
         count=len(found.generations),
+        unreadable=tuple(unreadable),
         pinned={n: pins.read_note(directory, n) for n in sorted(found.pinned)},
         free=_free_space(directory),
     )

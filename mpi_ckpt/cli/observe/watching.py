@@ -12,7 +12,7 @@ import click
 from mpi_ckpt.cli.command import GOOD, command, directory_argument
 from mpi_ckpt.cli.directory_kinds import directory_of_all, kind_of
 from mpi_ckpt.cli.observe.job_view import view_job
-from mpi_ckpt.cli.plain_text import age, bytes_text, plural
+from mpi_ckpt.cli.plain_text import age, bytes_text, listed, plural
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
@@ -84,6 +84,11 @@ def _draw(screen: Screen, view: JobView) -> None:
             ]
         )
     screen.table(columns, rows)
-    older = view.count - len(view.manifests)
+    if view.unreadable:
+        screen.say(
+            f"cannot be read: {listed(view.unreadable)}; mpi-ckpt ls says why",
+            style="yellow",
+        )
+    older = view.count - len(view.manifests) - len(view.unreadable)
     if older > 0:
         screen.say(f"and {plural(older, 'older generation')}", style="dim")
