@@ -101,9 +101,8 @@ class Session:
                     f"the directory is {root!r}: give the path of a directory, which need "
                     "not exist"
                 )
-            # A relative path fails on a rank whose working directory was removed.
             directory = CheckpointDirectory(
-                Path(root).absolute(),
+                _absolute(Path(root)),
                 options.io.mode,
                 Ownership(
                     locking=options.lock,
@@ -256,3 +255,16 @@ class Session:
         return Watchdog(
             f"{self.comm.name}, {doing}", quiet, steps, lambda: clock.current, report
         )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.absolute()
+    except FileNotFoundError as error:
+        raise OptionsError(
+            f"the directory is {str(path)!r}, and the working directory of this process "
+            "has been removed: start the program where all ranks have one, or give a path "
+            "that begins with /",
+            path=path,
+            errno=error.errno,
+        ) from error

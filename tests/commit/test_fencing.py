@@ -246,6 +246,12 @@ def test_lock_file_that_is_gone_ends_the_right_to_save(old):
         save(old, some_states())
 
 
+def test_a_directory_that_is_gone_is_not_said_to_be_taken_over(old):
+    old.root.rename(old.root.with_name("elsewhere"))
+    with pytest.raises(FencedError, match="is gone: it was removed or moved away"):
+        save(old, some_states())
+
+
 def test_lock_file_that_cannot_be_read_fails_the_save_only(old, monkeypatch):
     def refuse(*_):
         raise OSError(5, "Input/output error")

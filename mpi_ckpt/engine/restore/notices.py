@@ -65,8 +65,9 @@ class ResizeWatch:
         unusual = any(change.is_unusual for change in changes)
         logger.log(
             logging.WARNING if unusual else logging.INFO,
-            "restored on %d ranks a generation that %d saved%s",
+            "restored on %d rank%s a generation that %d saved%s",
             report.size,
+            "s" * (report.size != 1),
             report.saved_size,
             "".join(f"; {change.text}" for change in changes),
         )

@@ -273,8 +273,8 @@ class DirectoryLock:
         has changed, and only that finds a replaced file. Its cached bytes are dropped.
 
         Raises:
-            FencedError: On the calling rank, if another job has signed the file, or it is
-                gone.
+            FencedError: On the calling rank, if another job has signed the file, or it or
+                its directory is gone.
             SaveError: On the calling rank, if it cannot be read.
         """
         with os_errors_as(SaveError, "reading the lock", self._path):
@@ -286,6 +286,13 @@ class DirectoryLock:
                 # signature stays visible.
                 if pause is not None:
                     time.sleep(pause)
+        if not found and not os.path.lexists(self._root):
+            raise FencedError(
+                f"{self._root} is gone: it was removed or moved away while this job used "
+                "it, and no save can go there: end this job, and start it again with the "
+                "directory that holds its generations now",
+                path=self._path,
+            )
         now = found.decode(errors="replace").strip() or "nobody: no lock file"
         raise _fenced(self._path, now, ", or its lock file was removed")
 

@@ -36,7 +36,8 @@ def test_a_relative_root_where_one_rank_has_no_working_directory(comm, shared_pa
         os.chdir(gone)
         gone.rmdir()
     try:
-        with same_error(comm, OptionsError, f"rank {last} of {comm.size}"):
+        named = f"rank {last} of {comm.size}"
+        with same_error(comm, OptionsError, named, "'checkpoints', and the working dir"):
             CheckpointManager("checkpoints")
     finally:
         os.chdir(before)

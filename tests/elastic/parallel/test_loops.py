@@ -11,6 +11,7 @@ from mpi_ckpt import (
     Accumulator,
     ElasticSampler,
     EpochState,
+    ObjectState,
     OptimizerState,
     TrainState,
     remaining_epochs_until,
@@ -173,6 +174,17 @@ def test_what_another_number_of_ranks_changes_is_said_once(comm, shared_path, ca
         f"of 8 samples is {share.get(comm.size)} a rank, no longer 8"
     )
     assert lines == ([] if comm.size == 1 else [expected])
+
+
+def test_a_single_rank_is_no_plural(peers, shared_path, caplog):
+    caplog.set_level(logging.INFO)
+    with manager(shared_path, ObjectState("a", 1)) as checkpoints:
+        checkpoints.save()
+    if peers.rank == 0:
+        with manager(shared_path, ObjectState("a", 1), comm=MPI.COMM_SELF) as checkpoints:
+            checkpoints.restore()
+        assert f"restored on 1 rank a generation that {peers.size} saved" in caplog.messages
+    peers.barrier()
 
 
 @pytest.mark.parametrize("rescaled", [True, False])
