@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _NOTE_BYTES_MAX = 64 << 10
 _LOCKS_BYTES = 4 << 20
+_WORD_MAX = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,9 @@ def parse_generation(wanted: str) -> int:
     Raises:
         CommandError: If it has none.
     """
-    number = int(wanted) if wanted.isdecimal() else generation_number(wanted)
+    number = None
+    if len(wanted) <= _WORD_MAX:
+        number = int(wanted) if wanted.isdecimal() else generation_number(wanted)
     if number is None:
         raise misused(
             f"{wanted!r} is no generation: give a number such as 42, a name such as "

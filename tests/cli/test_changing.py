@@ -165,7 +165,11 @@ def test_a_directory_of_somebody_else_is_left_as_it_is(tmp_path):
 def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
     root = fill(tmp_path / "c", 2)
     monkeypatch.setattr(pruning.Catalog, "remove", lambda *_: None)
-    assert ask("prune", root, "--keep-last", 1, code=1)["failed"] == [1]
+    answer = ask("prune", root, "--keep-last", 1, code=1)
+    assert (answer["failed"], answer["removed"], answer["bytes_freed"]) == ([1], [], 0)
+    told = run("prune", root, "--keep-last", 1).stdout
+    assert "removed: none\nkept: 2\n0 generations, freed 0 B\n" in told
+    assert "could not be removed: 1\n" in told
 
 
 def test_quarantine_sets_aside_with_the_reason(tmp_path):

@@ -212,6 +212,14 @@ def test_wrong_use_is_answered_with_json_and_the_same_code(place, words):
         assert result.stderr == ""
 
 
+@pytest.mark.parametrize("word", ["9" * 5000, "checkpoint-" + "9" * 5000])
+def test_a_word_without_end_is_no_generation(place, word):
+    for words in (["show", "run", word], ["diff", "run", "1", word], ["pin", "run", word]):
+        result = run(*words)
+        assert result.exit_code == 2
+        assert "is no generation" in result.stderr
+
+
 def test_the_json_of_a_program_is_its_own(place):
     result = run("run", "no-such-program", "--json")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -18,6 +18,7 @@ from mpi_ckpt.errors import (
     SaveError,
     UnsupportedFormatError,
 )
+from mpi_ckpt.loading import load
 from mpi_ckpt.storage import filesystem
 from mpi_ckpt.storage.directory import catalog, finding, recovery
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
@@ -245,6 +246,28 @@ def test_read_only_directory_can_be_restored_from(tmp_path, opened, monkeypatch,
     with pytest.raises(SaveError) as caught:
         directory.own()
     assert caught.value.errno == code
+
+
+def test_directory_without_the_right_to_make_files_is_noticed_despite_its_lock_file(
+    tmp_path, opened, monkeypatch, caplog
+):
+    publish(tmp_path)
+    with closing(CheckpointDirectory(tmp_path)) as earlier:
+        earlier.own()
+    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
+    directory = opened(tmp_path)
+    assert newest(directory) == 1
+    assert "restoring without a lock" in caplog.text
+    with pytest.raises(SaveError, match="EACCES"):
+        directory.own()
+
+
+def test_directory_that_cannot_be_looked_at_is_a_read_error(tmp_path, opened):
+    for name in ("x" * 300, f"checkpoint-{1:0300d}"):
+        with pytest.raises(ReadError, match="ENAMETOOLONG"):
+            opened(tmp_path / name).open_newest()
+        with pytest.raises(ReadError, match="ENAMETOOLONG"):
+            load(tmp_path / name)
 
 
 def test_directory_of_a_full_disk_can_be_restored_from_with_a_warning(

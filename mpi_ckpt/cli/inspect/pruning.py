@@ -6,7 +6,7 @@ from __future__ import annotations
 import operator
 import secrets
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ from mpi_ckpt.retention import (
 from mpi_ckpt.storage.directory import recovery
 from mpi_ckpt.storage.directory.catalog import Catalog
 from mpi_ckpt.storage.directory.pins import bring_back_pinned
+from mpi_ckpt.storage.format.layout import generation_name
 from mpi_ckpt.storage.reading.reader import GenerationReader
 
 if TYPE_CHECKING:
@@ -51,14 +52,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _PrunePlan:
-    """The generations to remove, keep and leave alone; freed bytes; rankings; pins."""
+    """The generations to remove, keep and leave alone; rankings; pins; what there is."""
 
     removed: tuple[int, ...]
     kept: tuple[int, ...]
     left_alone: tuple[str, ...]
-    freed: int
     rankings: list[Ranking]
     pinned: tuple[int, ...]
+    rows: list[Row]
+
+    @property
+    def freed(self) -> int:
+        """Bytes that the removal frees."""
+        gone = {generation_name(number) for number in self.removed}
+        return bytes_freed([row for row in self.rows if row.name in gone], self.rows)
 
 
 @command("prune", "Remove all generations but those that the options keep.")
@@ -119,11 +126,12 @@ def prune(
     # Failed removals were logged; those generations still exist under some name.
     stayed = set(plan.removed) & set(recovery.survey(directory).generations)
     failed = sorted(stayed) if not dry_run else []
+    plan = replace(plan, removed=tuple(n for n in plan.removed if n not in failed))
     screen.data(
         {
             "dry_run": dry_run,
             "ranked_by": [ranking.to_json() for ranking in plan.rankings],
-            "removed": [number for number in plan.removed if number not in failed],
+            "removed": list(plan.removed),
             "kept": list(plan.kept),
             "pinned": list(plan.pinned),
             "left_alone": list(plan.left_alone),
@@ -183,15 +191,14 @@ def _plan(
         if not _proves(screen, directory / good[number].name):
             del good[number]
             kept = _kept(policy, good) | (pinned & set(good))
-    removed = tuple(number for number in good if number not in kept)
     sound = {row.name for row in good.values()}
     return _PrunePlan(
-        removed=removed,
+        removed=tuple(number for number in good if number not in kept),
         kept=tuple(number for number in good if number in kept),
         rankings=rank(policies, _summaries(good)),
         left_alone=tuple(row.name for row in rows if row.name not in sound),
-        freed=bytes_freed([good[number] for number in removed], everything),
         pinned=tuple(sorted(pinned & set(good))),
+        rows=everything,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
@@ -233,7 +234,8 @@ def refuse_generation(root: Path) -> None:
         OptionsError: On the calling rank, with the directory to give.
     """
     number = generation_number(root.name)
-    if number is not None and (root / MANIFEST).is_file():
+    # An error counts as no file: listing the directory will report it.
+    if number is not None and os.path.isfile(root / MANIFEST):  # noqa: PTH113
         raise OptionsError(
             f"{root} is a generation, and not the directory of generations: give "
             f"{root.parent}; restore(generation={number}) restores this one",

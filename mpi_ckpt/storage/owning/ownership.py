@@ -7,6 +7,7 @@ writable, a file system without locks or without durable names.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import OptionsError, SaveError
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import os_errors_as
+from mpi_ckpt.storage.faults import in_words, os_errors_as
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 
 if TYPE_CHECKING:
@@ -138,6 +139,15 @@ class Ownership:
         except SaveError as error:
             self._do_without_synced_names(root, error)
         lock = DirectoryLock(root, job, locking=self.locking)
+        # A lock file that was there already shows nothing of the directory.
+        if not os.access(root, os.W_OK | os.X_OK):
+            lock.close()
+            refusal = OSError(errno.EACCES, "")
+            raise SaveError(
+                f"making files in {root} failed: {in_words(refusal)}",
+                path=root,
+                errno=refusal.errno,
+            )
         _warn_if_open_to_all(root)
         return lock
 
@@ -175,8 +185,9 @@ class Ownership:
 
 
 def _refuse_unmounted(root: Path) -> None:
-    # A directory made there would be on the wrong disk.
-    if not root.exists() and (point := unmounted_above(root)) is not None:
+    # A directory made there would be on the wrong disk. What cannot be looked at counts as
+    # missing: making it will report the error.
+    if not os.path.exists(root) and (point := unmounted_above(root)) is not None:  # noqa: PTH110
         raise SaveError(
             f"{root} lies under {point}, where /etc/fstab mounts a file system, and "
             "nothing is mounted there",
