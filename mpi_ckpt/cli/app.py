@@ -16,6 +16,7 @@ from click import Abort
 from mpi_ckpt import __version__
 from mpi_ckpt.cli.command import BAD, MISUSED
 from mpi_ckpt.cli.screen import Screen
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +62,8 @@ class _Group(click.Group):
         with Screen(as_json=_wants_json(words)) as screen:
             extra = {"obj": screen, "terminal_width": screen.help_width, **extra}
             code = self._answer(screen, words, prog_name, extra)
+        if screen.is_cut_off:
+            code = MISUSED if words[0] == "diff" else BAD
         raise SystemExit(code) from screen.fault
 
     def _answer(
@@ -83,6 +86,9 @@ class _Group(click.Group):
             return error.exit_code
         except (Abort, KeyboardInterrupt) as error:
             screen.fail(error, "interrupted", kind="interrupted", code=BAD)
+            return BAD
+        except OSError as error:  # of the output, such as that of --help
+            screen.fail(error, in_words(error), kind="OSError", code=BAD)
             return BAD
         except Exception as error:  # a fault of this package
             screen.crash(error, BAD)

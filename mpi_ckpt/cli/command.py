@@ -178,8 +178,7 @@ def _report_failure(screen: Screen, error: Exception, code: int) -> None:
     if isinstance(error, CheckpointError):
         screen.fail(error, str(error), kind=type(error).__name__, code=code)
     elif isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        screen.fail(error, f"{where}{in_words(error)}", kind="OSError", code=code)
+        screen.fail(error, f"{_place(error)}{in_words(error)}", kind="OSError", code=code)
     elif isinstance(error, MemoryError):
         text = f"there is not enough memory: {error}"
         screen.fail(error, text, kind="memory", code=code)
@@ -188,3 +187,13 @@ def _report_failure(screen: Screen, error: Exception, code: int) -> None:
         screen.fail(error, text, kind="damaged", code=code)
     else:
         screen.crash(error, code)
+
+
+def _place(error: OSError) -> str:
+    if error.filename:
+        return f"{error.filename}: "
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # a relative path cannot be found
+        return "the working directory has been removed: "
+    return ""

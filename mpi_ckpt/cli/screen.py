@@ -24,6 +24,7 @@ from rich.text import Text
 from mpi_ckpt.cli.plain_text import age, clean, iso_date, json_text
 from mpi_ckpt.cli.progress import ProgressLines, progress_bar
 from mpi_ckpt.cli.tables import cut_middle, lay_out, wrap_words
+from mpi_ckpt.storage.faults import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,7 @@ _LEAST_CELLS = 14
 _LEFT_OUT_NAMED = 8
 _NOTE_SPACE = " " * 5
 # For a terminal that supports only ASCII.
-_IN_ASCII = str.maketrans({"─": "-", "…": "~"})
+_IN_ASCII = str.maketrans("─│┌┐└┘…", "-|++++~")
 
 
 class Screen:
@@ -142,12 +143,14 @@ class Screen:
         as_json: As given.
         iso: Whether to show dates in ISO 8601 instead of ages.
         fault: The unexpected exception, if there was one.
+        is_cut_off: Whether the JSON object could not be written.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.iso = False
         self.fault: BaseException | None = None
+        self.is_cut_off = False
         self._out = _console(sys.stdout)
         self._err = _console(sys.stderr)
         self._answer = ""
@@ -170,8 +173,12 @@ class Screen:
         sys.stdout, sys.stderr = self._before
         for gate in self._redirected:
             gate.finish()
-        if self._answer:
-            self._write_lines(self._out, self._answer.split("\n"))
+        try:
+            if self._answer:
+                self._write_lines(self._out, self._answer.split("\n"))
+        except OSError as error:  # such as a full disk; a closed pipe ends the program
+            self.is_cut_off = True
+            self.notice(f"error: {in_words(error)}", "bold red")
 
     @property
     def help_width(self) -> int:
@@ -368,7 +375,9 @@ class Screen:
             console.print(text, soft_wrap=True, end="")
 
 
-def _console(stream: TextIO) -> Console:
+def _console(stream: TextIO | None) -> Console:
+    if stream is None:  # closed by the shell; a console without a file would take ours
+        stream = io.StringIO()
     with suppress(AttributeError, ValueError, io.UnsupportedOperation):
         # A name that the terminal's encoding lacks must not end the program.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]

@@ -242,6 +242,11 @@ def test_terminals_that_know_ascii_only_are_no_crash(tmp_path, monkeypatch):
     assert plain(written).isascii()
     assert "\\u91cd" in written
     assert "----" in written
+    words = ["show", str(tmp_path), "--leaf", f"{'重み' * 9}/é"]
+    drawn = plain(shown_in_terminal(words, 80)[1])
+    assert "\\u25" not in drawn
+    assert "  |0" in drawn
+    assert "  +---" in drawn
 
 
 def test_only_the_screen_prints():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.shell_completion import ShellComplete
 
 import mpi_ckpt
@@ -73,6 +74,44 @@ def test_exit_codes_reach_the_shell(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert start("verify", tmp_path / "no").returncode == 2
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_no_exit_code(tmp_path, closed):
+    root = fill(tmp_path / "c", 2)
+    words = {"ls": 0, "verify": 0, "ls --json": 0, "show --leaf nope": 2}
+    for command, code in words.items():
+        verb, *rest = command.split()
+        line = f'"$0" -m mpi_ckpt {verb} "$1" {" ".join(rest)} {closed}'
+        done = subprocess.run(
+            ["sh", "-c", line, sys.executable, str(root)],
+            env=ENVIRONMENT, capture_output=True, text=True, timeout=limit(30),
+        )  # fmt: skip
+        assert done.returncode == code, done
+        if code == 0 and ">&-" not in closed.split():
+            assert done.stdout
+        if "2>&-" in closed.split() and code:
+            assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("ls", 1), ("ls --json", 1), ("diff --json", 2), ("--help", 1), ("ls --help", 1)],
+)
+def test_an_output_that_is_full_is_told_in_a_line(tmp_path, words, code):
+    root = fill(tmp_path / "c", 2)
+    verb, *rest = words.split()
+    places = {"ls": [root], "diff": [root, 1, 2]}.get(verb, [])
+    command = [sys.executable, "-m", "mpi_ckpt", verb, *map(str, places), *rest]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=limit(30),
+        )  # fmt: skip
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == 1
+    assert "ENOSPC" in done.stderr
 
 
 def test_without_click_and_rich_it_says_what_to_install():

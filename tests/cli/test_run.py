@@ -164,7 +164,9 @@ def test_job_that_fails_at_once_ends_the_loop(site, job, words, count, reason):
 
 def test_exit_code_alone_is_taken_when_asked_for(site):
     site.job("exit 0")
-    assert site.run("--trust-exit-code").returncode == 0
+    done = site.run("--trust-exit-code", "--np", "1")
+    assert done.returncode == 0
+    assert "attempt 1: 1 rank\n" in done.stdout + done.stderr
     assert outcomes(site) == ["finished"]
 
 

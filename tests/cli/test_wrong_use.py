@@ -161,6 +161,19 @@ def test_the_working_directory_may_be_a_generations_own(place, monkeypatch):
     assert str(place / "run") in " ".join(run("ls", ".").stderr.split())
 
 
+def test_a_relative_path_without_a_working_directory_is_told_so(
+    place, tmp_path, monkeypatch
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run("ls", place / "run").exit_code == 0
+    for words in (["ls", "../run"], ["doctor", "new"]):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert "error: the working directory has been removed: ENOENT" in result.stderr
+
+
 def test_a_file_that_is_of_ours_already_is_not_imported(place):
     for path in ("run", "run/checkpoint-00000001"):
         result = run("import", path, "--into", "new")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.command import CommandError
-from mpi_ckpt.cli.plain_text import json_text
+from mpi_ckpt.cli.plain_text import json_text, plural
 from mpi_ckpt.cli.restart.child import Child
 from mpi_ckpt.cli.restart.hosting import suspects
 from mpi_ckpt.cli.restart.launching import (
@@ -256,7 +256,7 @@ class Loop:
         environ = {**self._environ, VARIABLE: str(prefix)}
         names = tuple(host.name for host in hosts)
         where = f" on {', '.join(names)}" if names else ""
-        self._say(f"attempt {number}: {size} ranks{where}")
+        self._say(f"attempt {number}: {plural(size, 'rank')}{where}")
         began, start = time.time(), time.monotonic()
         with Child(command, environ, quiet=self._quiet) as child:
             code, hung = self._watch(child, prefix)
