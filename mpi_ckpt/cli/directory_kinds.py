@@ -40,6 +40,7 @@ from mpi_ckpt.storage.format.layout import (
     leased_job,
     rolled_back_numbers,
 )
+from mpi_ckpt.storage.local.lineage import LINEAGE, NEW_LINEAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
     ]  # fmt: skip
 
 
-_OURS = (LOCK, HISTORY, STATUS)
-"""Files that a job makes before its first generation."""
+_OURS = (LOCK, HISTORY, STATUS, LINEAGE, "halt")
+"""Files that a job, or who asks it to stop, makes before its first generation."""
 
 
 def kind_of(path: Path) -> Kind:
@@ -149,9 +150,13 @@ def _kind_of_directory(path: Path) -> Kind:
         ("generation", MANIFEST in names),
         ("checkpoints", set_aside),
         ("adaptdl", found.adaptdl or is_adaptdl_name(name)),
-        ("empty", all(name in _OURS or leased_job(name) for name in names)),
+        ("empty", all(_is_ours(name) for name in names)),
     ]
     return next((kind for kind, holds in kinds if holds), "foreign")
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OURS or name.startswith(NEW_LINEAGE) or leased_job(name) is not None
 
 
 def _names_generation(name: str) -> bool:

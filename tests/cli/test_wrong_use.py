@@ -59,6 +59,9 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked" / ".lock").write_text("job x, process 1 on host\n")
     (tmp_path / "locked" / ".lease-x").write_text("0\n")
+    (tmp_path / "locked" / "lineage.json").write_text("{}")
+    (tmp_path / "locked" / ".lineage-x").write_text("{")
+    (tmp_path / "locked" / "halt").touch()
     (tmp_path / "foreign" / "src").mkdir(parents=True)
     (tmp_path / "adaptdl" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "adaptdl" / "checkpoint-2" / "net").write_bytes(b"x")
@@ -117,6 +120,12 @@ def test_a_directory_without_generations_is_refused_by_what_reads(place, command
     told = json.loads(call(command, path, "--json").stdout)["error"]
     assert (told["class"], told["kind"]) == ("CommandError", "absent")
     assert names(place) == before
+
+
+def test_a_job_is_watched_before_its_first_save(place):
+    """Hosts may keep saves by then: lineage.json says so."""
+    assert run("watch", "locked").exit_code == 0
+    assert run("watch", "foreign").exit_code == 2
 
 
 @pytest.mark.parametrize("command", TARGETS)

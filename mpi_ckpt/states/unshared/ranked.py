@@ -334,11 +334,12 @@ class PerRankState(RankedState):
                 self.value = value
             if self._rank == 0 and saved > self._size:
                 logger.warning(
-                    "state %r: the values of saved ranks %d to %d go to no rank; give "
-                    "PerRankState a resize to share them out",
+                    "state %r: the values of saved %s go to no rank; give PerRankState a "
+                    "resize to share them out",
                     self.name,
-                    self._size,
-                    saved - 1,
+                    f"rank {self._size}"
+                    if saved - 1 == self._size
+                    else f"ranks {self._size} to {saved - 1}",
                 )
 
         return take

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LINEAGE = "lineage.json"
 
 _FORMAT = "mpi_ckpt lineage 1"
-_NEW = ".lineage-"
+NEW_LINEAGE = ".lineage-"
 _BYTES_MAX = 64 << 20
 _RUNS_MAX = 64
 _COPIED_MAX = 64
@@ -193,10 +193,10 @@ def write_lineage(root: Path, lineage: Lineage, job: str) -> None:
         FencedError: On the calling rank, if another job has taken over the directory.
         SaveError: On the calling rank; the previous lineage is still there.
     """
-    path, new = root / LINEAGE, root / f"{_NEW}{job}"
+    path, new = root / LINEAGE, root / f"{NEW_LINEAGE}{job}"
     with os_errors_as(SaveError, "writing", path):
         for name in filesystem.list_names(root):
-            if name.startswith(_NEW):  # left by a job that was cut off
+            if name.startswith(NEW_LINEAGE):  # left by a job that was cut off
                 filesystem.remove_file(root / name)
         with filesystem.create_file(new) as descriptor:
             filesystem.write_all(descriptor, _encode(lineage), 0)

@@ -120,6 +120,7 @@ def test_fewer_ranks_take_the_values_of_the_first(peers, fewer, shared_path, cap
         assert is_value_of(peers.rank, state.value)
         told = [message for message in caplog.messages if "go to no rank" in message]
         assert len(told) == (peers.rank == 0)
+        assert all(f" of saved rank {peers.size - 1} go to" in message for message in told)
 
 
 def test_more_ranks_keep_what_they_have(peers, fewer, shared_path):
