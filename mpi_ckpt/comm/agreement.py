@@ -107,8 +107,8 @@ class Vote:
         self._mine[_COMPLEMENTS] = ~self._mine[_DIGESTS]
         if not digest:  # nothing set on either side differs from no other rank's
             self._mine[_OF_ALIKE] = 0
-        self._confusions = self._comm.confusions
         self._request = self._comm.start_all_reduce(self._mine, self._all, "bor")
+        self._confusions = self._comm.confusions  # if it has been started
         UNDER_WAY.add(self)
 
     def take(self) -> Joined:

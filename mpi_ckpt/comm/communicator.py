@@ -193,9 +193,9 @@ class Communicator:
             self.message_bytes = message_bytes
 
     def can_meet(self) -> bool:
-        """Return whether no deadline was missed yet. Not collective."""
+        """Return whether it is open, and no deadline was missed yet. Not collective."""
         try:
-            return self._broken is None and not is_called(self.handle)
+            return self._broken is None and self.is_open and not is_called(self.handle)
         except self._mpi.Exception as error:
             self._note_failure(error)
             return False

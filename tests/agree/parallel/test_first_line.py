@@ -112,6 +112,18 @@ def test_a_manager_that_is_closed_says_so(comm, shared_path, call):
         another.save()
 
 
+def test_closing_twice_after_a_confusion_and_a_late_step(peers, shared_path):
+    """A vote from before the confusion stays posted; no close may look at it."""
+    checkpoints = manager(shared_path / "c", ObjectState("a", 1))
+    checkpoints.step()
+    with pytest.raises(CollectiveError, match="different things"):
+        (checkpoints.restore if peers.rank else checkpoints.save)()
+    checkpoints.close()
+    with pytest.raises(CollectiveError, match="this manager is closed"):
+        checkpoints.step()
+    checkpoints.close()
+
+
 def test_another_thread_is_refused_at_once(comm, shared_path):
     caught = []
 
