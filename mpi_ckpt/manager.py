@@ -21,6 +21,7 @@ from mpi_ckpt.engine.save.saver import Saver
 from mpi_ckpt.engine.session import Session
 from mpi_ckpt.engine.steps.stepping import Steps
 from mpi_ckpt.engine.sync.replicas import sync_states
+from mpi_ckpt.errors import OptionsError
 from mpi_ckpt.options import Options
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             CheckpointError: On every rank, if any failed; a SaveError published nothing.
         """
         step = self._step if step is None else step
+        if level not in ("directory", "local"):
+            raise OptionsError(f"level={level!r}: 'directory' or 'local'")
         if level == "local":
             return self._local.save(step, metrics=metrics, sync=sync, only=only)
         if (instead := self._saver.make_way()) is not None:

@@ -6,20 +6,25 @@ from __future__ import annotations
 import base64
 import copy
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpi_ckpt.comm import any_of, collect
-from mpi_ckpt.errors import CheckpointError, StageError, StateMismatchError
+from mpi_ckpt.errors import (
+    CheckpointError,
+    RegistrationError,
+    StageError,
+    StateMismatchError,
+)
 from mpi_ckpt.state import Arrival, Capture, PartsState, Structure
 from mpi_ckpt.states.packed import make_values, pack, unpack
 from mpi_ckpt.states.tree import flatten, unflatten
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from mpi_ckpt.comm import Communicator
     from mpi_ckpt.elastic.epochs import EpochState
@@ -199,7 +204,8 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         name: As for `mpi_ckpt.State`.
 
     Raises:
-        RegistrationError: On every rank that makes it, if the name is illegal.
+        RegistrationError: On every rank that makes it, if the name is illegal, or sums to
+            start from are no dict.
     """
 
     def __init__(
@@ -210,6 +216,11 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
         name: str = "accumulator",
     ) -> None:
         super().__init__(name)
+        if initial is not None and not isinstance(initial, Mapping):
+            raise RegistrationError(
+                f"an accumulator begins with {initial!r}: give a dict of sums, or none; "
+                "its name is given by name="
+            )
         self._epochs = epochs
         self._comm: Communicator | None = None
         self._results: Totals = {}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpi_ckpt.elastic.accumulator import Accumulator
-from mpi_ckpt.errors import CheckpointError, StateMismatchError
+from mpi_ckpt.errors import CheckpointError, RegistrationError, StateMismatchError
 from tests.making import carry
 
 
@@ -314,3 +314,9 @@ def test_sums_of_the_first_form_are_read():
     assert sums._results["x"].tolist() == [1, 2]
     assert math.isnan(sums._results[3])
     assert (sums._history_epoch, sums._history) == (4, [{"x": 2}, {"x": 3}])
+
+
+@pytest.mark.parametrize("initial", ["sums", ["n"], 3])
+def test_what_is_no_dict_is_no_beginning(initial):
+    with pytest.raises(RegistrationError, match="give a dict of sums"):
+        Accumulator(initial)

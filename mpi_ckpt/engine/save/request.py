@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _MANIFEST_ENTRY_BYTES = 100
 _HEADER_ENTRY_BYTES = 50
 
+_STEP_MAX = (1 << 63) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Begun:
@@ -52,18 +54,35 @@ def require_notes(step: object, metrics: object) -> None:
             f"step is {step!r}: the number of the training step, an int; the directory is "
             "given to the manager, and save() names the generation itself"
         )
+    if abs(int(step)) > _STEP_MAX:
+        raise SaveError(f"step is {step}: a number of at most 63 bits is needed")
     if metrics is not None and not isinstance(metrics, Mapping):
         raise SaveError(
             f"metrics is {metrics!r}: a dict of numbers by name, metrics={{'loss': 0.5}}"
         )
     for name, value in (metrics or {}).items():
+        if not isinstance(name, str) or not _is_utf8(name):
+            raise SaveError(
+                f"the name of a metric is {name!r}: a text is needed, as in "
+                "metrics={'loss': 0.5}"
+            )
         try:
             float(value)
+        except OverflowError:
+            raise SaveError(f"metric {name!r} is too large for a float") from None
         except (TypeError, ValueError, RuntimeError):
             raise SaveError(
                 f"metric {name!r} is of type {type(value).__name__}: one number is needed, "
                 "such as loss.item()"
             ) from None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

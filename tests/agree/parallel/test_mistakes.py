@@ -92,6 +92,26 @@ CALLS = {
         lambda m: m.save(metrics={"loss": torch.ones(2)}),
         *(SaveError, "metric 'loss' is of type Tensor", "loss.item()"),
     ),
+    "a metric without a text for a name": (
+        lambda m: m.save(metrics={1: 0.5}),
+        *(SaveError, "the name of a metric is 1", "metrics={'loss': 0.5}"),
+    ),
+    "half a character for a name": (
+        lambda m: m.save(metrics={"\ud800": 0.5}),
+        *(SaveError, "the name of a metric is '\\ud800'"),
+    ),
+    "a metric without end": (
+        lambda m: m.save(metrics={"loss": 10**400}),
+        *(SaveError, "metric 'loss' is too large"),
+    ),
+    "a step without end": (
+        lambda m: m.save(1 << 64),
+        *(SaveError, "step is 18446744073709551616"),
+    ),
+    "a level that there is not": (
+        lambda m: m.save(level="hosts"),
+        *(OptionsError, "level='hosts'", "'directory' or 'local'"),
+    ),
     "a name for names": (
         lambda m: m.save(only="counter"),
         *(RegistrationError, "only='counter' is a text", "['counter']"),
