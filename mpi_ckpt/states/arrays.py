@@ -37,6 +37,7 @@ __all__ = [
 _C_ORDER = Layout()
 # The structures of arrays that are cut over the ranks; others of arrays have none.
 _OF_ARRAYS: tuple[Structure, ...] = ({"sharded": 1}, {"concatenated": 1})
+_IS_CARRAY = attrgetter("flags.carray")  # contiguous, aligned and writable
 _DTYPE, _SHAPE, _NDIM = attrgetter("dtype"), attrgetter("shape"), attrgetter("ndim")
 # The program may replace arrays at any time. The replaced ones stay in memory until the
 # next look, so they must not be large; then their number hardly matters.
@@ -194,8 +195,9 @@ class ArrayState(LeafState):
         arrays: dict[str, Any] = self.arrays
         known = self._known.find(arrays) if self._asked is None else None
         if known is not None:
-            found = map(_not_restorable, arrays, arrays.values()) if to_fill else ()
-            return known, [problem for problem in found if problem]
+            is_plain = not to_fill or all(map(_IS_CARRAY, arrays.values()))
+            found = () if is_plain else map(_not_restorable, arrays, arrays.values())
+            return known, list(filter(None, found))
         specs = {spec.name: spec for spec in self._form.specs}
         problems: list[str] = []
         leaves: list[Leaf] = []
