@@ -65,15 +65,24 @@ def json_text(value: dict[str, Any], *, indent: int | None = 2) -> str:
     return text.replace("\x7f", "\\u007f")
 
 
+_AHEAD = "in future"
+
+
 def age(then: float, now: float | None = None) -> str:
     """Return how long ago a time was, such as ``3 min``."""
     seconds = (time.time() if now is None else now) - then
     if seconds < 0:
-        return "in future"
+        return _AHEAD
     for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def ago(then: float, now: float | None = None) -> str:
+    """Return when a time was, such as ``3 min ago``."""
+    text = age(then, now)
+    return text if text == _AHEAD else f"{text} ago"
 
 
 def iso_date(then: float) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from mpi_ckpt.cli import generations as survey
 from mpi_ckpt.cli.inspect import verifying
-from mpi_ckpt.cli.plain_text import age, bytes_text, clean, plural
+from mpi_ckpt.cli.plain_text import age, ago, bytes_text, clean, plural
 from mpi_ckpt.errors import ReadError
 from mpi_ckpt.states.arrays import ArrayState
 from mpi_ckpt.storage.directory.checkpoint_directory import CheckpointDirectory
@@ -348,6 +348,7 @@ def test_people_are_told_sizes_ages_and_counts():
     assert [age(0, now) for now in (5, 300, 9000, 200_000, -1)] == [
         "5 s", "5 min", "2 h", "2 d", "in future",
     ]  # fmt: skip
+    assert [ago(0, now) for now in (300, -1)] == ["5 min ago", "in future"]
     assert (plural(1, "leaf"), plural(2, "leaf")) == ("1 leaf", "2 leaves")
     assert clean("a\nb\x00\ud800") == "a\\nb\\x00\\ud800"
 

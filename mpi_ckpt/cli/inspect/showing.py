@@ -25,7 +25,7 @@ from mpi_ckpt.cli.inspect.tile_maps import (
     pick_leaves,
     show_map,
 )
-from mpi_ckpt.cli.plain_text import age, bytes_text, iso_date, plural
+from mpi_ckpt.cli.plain_text import ago, bytes_text, iso_date, plural
 from mpi_ckpt.cli.tables import Column
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _show_head(screen: Screen, path: Path, manifest: Manifest) -> None:
     saved = iso_date(manifest.time)
     if not screen.iso:
         date, clock = saved.rstrip("Z").split("T")
-        saved = f"{date} {clock} UTC, {age(manifest.time)} ago"
+        saved = f"{date} {clock} UTC, {ago(manifest.time)}"
     shared = [f for f in manifest.files if f.generation != manifest.generation]
     total = sum(file.nbytes for file in manifest.files)
     files = f"{plural(len(manifest.files), 'file')}, {bytes_text(total)}"

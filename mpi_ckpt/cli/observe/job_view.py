@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpi_ckpt.cli.generations import lock_holder
-from mpi_ckpt.cli.plain_text import age, bytes_text, plural
+from mpi_ckpt.cli.plain_text import ago, bytes_text, plural
 from mpi_ckpt.errors import CheckpointError
 from mpi_ckpt.storage.directory import pins, recovery
 from mpi_ckpt.storage.format.layout import generation_name
@@ -194,7 +194,7 @@ class JobView:
         return f"{text}: {free // need:,} more whole generations" if need else text
 
     def _ago(self, then: Any) -> str:  # noqa: ANN401 (JSON)
-        return f"{age(_number(then), self.now)} ago"
+        return ago(_number(then), self.now)
 
 
 def view_job(directory: Path, known: dict[int, Manifest]) -> JobView:
