@@ -42,6 +42,10 @@ _DTYPE, _SHAPE, _NDIM = attrgetter("dtype"), attrgetter("shape"), attrgetter("nd
 # The program may replace arrays at any time. The replaced ones stay in memory until the
 # next look, so they must not be large; then their number hardly matters.
 _KEPT_BYTES_MAX = 256 << 20
+_SCALAR = (
+    "a scalar in a dict that the function makes: a restore could put nothing back into it. "
+    "Return an array that the program keeps, or take an ObjectState"
+)
 # Other subclasses hold more than numbers (a unit, a mask), and a restore would lose or mix
 # that.
 _TAKEN = (np.ndarray, np.memmap, np.matrix, np.recarray, np.ma.MaskedArray)
@@ -209,7 +213,7 @@ class ArrayState(LeafState):
                     # Arithmetic on 0-d arrays gives scalars, which cannot be restored in
                     # place.
                     array = self._kept[key] = np.array(value)
-                    problem = f"{key} is a scalar" if self._asked is not None else None
+                    problem = None if self._asked is None else f"{key} is {_SCALAR}"
                 if problem is not None:
                     problems.append(problem)
                     continue

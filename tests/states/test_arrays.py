@@ -185,6 +185,12 @@ def test_scalars_in_place_of_arrays_are_restored_too():
     assert (state.arrays["n"], state.arrays["m"]) == (2, 3)
 
 
+def test_scalars_that_a_function_returns_are_refused_with_the_ways_out():
+    state = ArrayState("a", lambda: {"x": np.zeros(2), "n": 3})
+    with pytest.raises(StageError, match=r"n is a scalar.*Return an array.*ObjectState"):
+        state.capture()
+
+
 def test_caller_keeps_a_dictionary_of_its_own():
     given = {"x": np.zeros(1)}
     state = ArrayState("a", given)
