@@ -77,9 +77,9 @@ class Choice:
             number = None if self.generation is None else index(self.generation)
             step = None if self.step is None else index(self.step)
         except TypeError:
+            name = next(iter(self._asked))
             raise OptionsError(
-                f"{next(iter(self._asked.values()))}: a generation and a step must be "
-                "integers"
+                f"{name}={getattr(self, name)!r}: a generation and a step must be integers"
             ) from None
         return Choice(number, step)
 

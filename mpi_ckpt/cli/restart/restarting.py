@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import click
@@ -34,6 +35,9 @@ _COLUMNS = (
     Column("to", right=True, spare=2),
     Column("error", names=True, spare=7),
 )
+
+_ERROR_MAX = 100
+"""The lines above the table have the whole error."""
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=True)
 _SECONDS = click.FloatRange(min=0)
@@ -233,7 +237,7 @@ def _report(screen: Screen, loop: Loop, log: Path) -> None:
                 attempt.outcome,
                 attempt.step_from,
                 attempt.step_to,
-                attempt.error.partition("\n")[0][:100],
+                shorten(attempt.error.partition("\n")[0], _ERROR_MAX, placeholder=" ..."),
             )
             for attempt in loop.attempts
         ],

@@ -226,9 +226,10 @@ def explain_absence(root: Path, found: Survey, bad: Mapping[int, str]) -> None:
 
 
 def refuse_generation(root: Path) -> None:
-    """Refuse a directory that is itself a generation. Not collective.
+    """Refuse a directory that is itself a generation, or holds those set aside.
 
-    A restore would find nothing in it, and the training would silently begin anew.
+    Not collective. A restore would find nothing in it, and the training would silently
+    begin anew.
 
     Raises:
         OptionsError: On the calling rank, with the directory to give.
@@ -239,6 +240,12 @@ def refuse_generation(root: Path) -> None:
         raise OptionsError(
             f"{root} is a generation, and not the directory of generations: give "
             f"{root.parent}; restore(generation={number}) restores this one",
+            path=root,
+        )
+    if root.name == QUARANTINE:
+        raise OptionsError(
+            f"{root} holds generations of {root.parent} that are damaged or in doubt, and "
+            f"is not the directory of a job: give {root.parent}",
             path=root,
         )
 

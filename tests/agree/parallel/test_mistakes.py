@@ -198,6 +198,16 @@ def test_a_generation_in_place_of_the_directory(comm, shared_path):
             getattr(checkpoints, call)()
 
 
+def test_the_quarantine_in_place_of_the_directory(comm, shared_path):
+    texts = [".quarantine holds generations", f"give {shared_path}"]
+    for call in ("restore", "save"):
+        with (
+            manager(shared_path / ".quarantine", counter()) as checkpoints,
+            same_error(comm, OptionsError, *texts),
+        ):
+            getattr(checkpoints, call)()
+
+
 @pytest.mark.parametrize("name", ["model.pt", "__0_0.distcp", "last.ckpt"])
 def test_the_directory_of_another_program(comm, shared_path, caplog, name):
     if comm.rank == 0:

@@ -103,7 +103,10 @@ def test_the_direction_is_that_of_the_retention(comm, saved, job, mode, number):
         ({"best": "loss"}, "no KeepBest for that metric"),
         ({"best": "loss", "mode": "up"}, "mode='min' or mode='max'"),
         ({"mode": "min"}, "give best= as well"),
-        ({"generation": "newest"}, "must be integers"),
+        (
+            {"generation": "newest"},
+            "generation='newest': a generation and a step must be integers",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_on_all_ranks(comm, saved, job, asked, told):
