@@ -121,6 +121,36 @@ def test_columns_and_single_leaves_give_the_same_result_or_words(changes):
     assert outcome(data) == outcome_one_by_one(data)
 
 
+def test_lists_around_one_that_is_read_one_by_one_are_read_in_columns(monkeypatch):
+    found = document()
+    odd = {
+        "name": "odd",
+        "structure": None,
+        "leaves": [{**found["states"][0]["leaves"][4]}],
+    }
+    odd["leaves"][0] |= {"name": '"}],', "offset": 120}
+    empty = {"name": "empty", "structure": None, "leaves": []}
+    found["states"] = [
+        empty,
+        found["states"][0],
+        odd,
+        empty | {"name": "no"},
+        found["states"][1],
+    ]
+    data, singles = sealed_document(found), []
+    expected = outcome_one_by_one(data)
+    decode_leaf = leaf_list._decode_leaf
+
+    def note(entry, *rest):
+        singles.append(entry["name"])
+        return decode_leaf(entry, *rest)
+
+    monkeypatch.setattr(leaf_list, "_decode_leaf", note)
+    assert outcome(data) == expected
+    assert "Manifest" in expected
+    assert singles == ['"}],']
+
+
 ENTRY = json.dumps(document()["states"][0]["leaves"][1], separators=(",", ":"))
 PIECES = [
     *(

@@ -162,11 +162,9 @@ class LeafRows(NamedTuple):
             is_several |= [blocks is not None for blocks in self.blocks]
         several = {}
         for number in np.flatnonzero(is_several).tolist():
-            whole, blocks = self.digests[number], self.blocks[number]
-            size = int(form.sizes[number])
-            digest = as_digest(
-                whole.decode(), (blocks or whole).decode(), size, block_bytes
-            )
+            whole, nbytes = self.digests[number].decode(), int(form.sizes[number])
+            blocks = (self.blocks[number] or self.digests[number]).decode()
+            digest = as_digest(whole, blocks, nbytes, block_bytes)
             if len(digest.blocks) > 1:
                 several[number] = digest
         return Digests(wholes, several)
@@ -209,16 +207,20 @@ def lift_leaves(data: bytes | bytearray) -> tuple[bytes, dict[str, LeafRows]]:
     mark = os.urandom(16).hex()
     parts: list[bytes | bytearray] = []
     lists: dict[str, LeafRows] = {}
-    step, at = _ENTRY.groups + 1, 0
-    while (start := data.find(_LIST_START, at)) >= 0:
+    step, at, position = _ENTRY.groups + 1, 0, 0
+    while (start := data.find(_LIST_START, position)) >= 0:
         start += len(_LIST_START)
+        if data[start : start + 1] == b"]":  # a state without leaves
+            position = start
+            continue
         end = data.find(_LIST_END, start) + len(_LIST_END) - 1
-        text = bytes(data[start : max(start, end)])
+        if end < start:
+            break
+        text, position = bytes(data[start:end]), end  # no byte is looked at twice
         # What is between the entries, then the fields of an entry, and so on.
         fields = _ENTRY.split(text) if _is_plain(text) else [text]
-        is_list = len(fields) > 1 and set(fields[step:-1:step]) <= {b","}
-        if not is_list or fields[0] or fields[-1]:
-            break  # to go on with the next list might take quadratic time
+        if fields[0] or fields[-1] or not set(fields[step:-1:step]) <= {b","}:
+            continue
         name = f"{mark}{len(lists)}"
         lists[name] = LeafRows(*[fields[1 + one :: step] for one in range(step - 1)])
         parts += [data[at:start], f'"{name}"'.encode()]
