@@ -35,7 +35,7 @@ OF_ANY_RANK = {"openat", "pwrite64", NOTHING, "preadv", "fsync", "getdents64", "
 # The history of a directory alone is written by `write`: tests/commit/test_journal.py.
 ELSEWHERE = {
     "write",
-    *("close", "fstat", "lstat", "stat", "newfstatat", "statx"),
+    *("access", "close", "fstat", "lstat", "stat", "newfstatat", "statx"),
     *("fcntl", "fadvise64", "ioctl", "lseek", "mmap", "readlink", "getcwd"),
 }
 

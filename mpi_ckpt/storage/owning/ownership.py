@@ -139,8 +139,10 @@ class Ownership:
         except SaveError as error:
             self._do_without_synced_names(root, error)
         lock = DirectoryLock(root, job, locking=self.locking)
-        # A lock file that was there already shows nothing of the directory.
-        if not os.access(root, os.W_OK | os.X_OK):
+        # A lock file that was there already shows nothing of the directory. access() asks
+        # for the real user, who may be another one than writes.
+        is_asked = os.getuid() == os.geteuid()
+        if is_asked and not os.access(root, os.W_OK | os.X_OK):
             lock.close()
             refusal = OSError(errno.EACCES, "")
             raise SaveError(
