@@ -107,7 +107,8 @@ def test_printing_by_the_hook_ends_nothing(jobs: Jobs, root: Path) -> None:
     outcome = jobs.run(2, LEAVING, root, "print_only", "all")
     assert outcome.code == 0, outcome.text
     assert outcome.out.count("went on") == 2
-    assert "ValueError: bad luck of rank 1" in outcome.err
+    # Python writes a line in pieces, between which the launcher may put those of rank 0.
+    assert "bad luck of rank 1" in outcome.err
 
 
 def test_under_mpi4py_that_ends_the_job(jobs: Jobs, root: Path) -> None:
