@@ -48,7 +48,7 @@ def _values(table: Any) -> list[tuple[str, Any]]:  # noqa: ANN401 (fields() take
 
 def encode_columns(columns: Mapping[str, NDArray[np.int64]], turns: int) -> bytes:
     """Return columns and a number, none of them negative, as bytes. Not collective."""
-    narrow = {name: column.astype(_narrowest(column)) for name, column in columns.items()}
+    narrow = {name: narrowed(column) for name, column in columns.items()}
     described = [[name, c.dtype.str, list(c.shape)] for name, c in narrow.items()]
     head = json.dumps([turns, described]).encode()
     parts = [len(head).to_bytes(8, "little"), head, *(c.tobytes() for c in narrow.values())]
@@ -70,9 +70,9 @@ def decode_columns(
     return columns, turns
 
 
-def _narrowest(column: NDArray[np.int64]) -> np.dtype[Any]:
-    """Return the smallest type for a column without negative numbers."""
-    return np.min_scalar_type(int(column.max(initial=0)))
+def narrowed(column: NDArray[np.int64]) -> NDArray[Any]:
+    """Return a column without negative numbers in its smallest type. Not collective."""
+    return column.astype(np.min_scalar_type(int(column.max(initial=0))))
 
 
 def ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpi_ckpt.decomposition.columns import narrowed
 from mpi_ckpt.leaves.leaf import Form, LeafSpec, known_form
 from mpi_ckpt.storage.format.layout import find_parts
 from mpi_ckpt.storage.format.manifest import STREAM, Extents
@@ -227,7 +228,7 @@ def _encode_column(column: NDArray[np.int64]) -> list[str]:
 
     As text of the bytes: to write and read 20,000 numbers as JSON takes 4 ms (measured).
     """
-    narrow = column.astype(np.min_scalar_type(int(column.max(initial=0))))
+    narrow = narrowed(column)
     return [narrow.dtype.str, b64encode(narrow.tobytes()).decode()]
 
 

@@ -35,8 +35,10 @@ __all__ = [
 ]
 
 _C_ORDER = Layout()
-# The structures of arrays that are cut over the ranks; others of arrays have none.
-_OF_ARRAYS: tuple[Structure, ...] = ({"sharded": 1}, {"concatenated": 1})
+SHARDED: Structure = {"sharded": 1}
+CONCATENATED: Structure = {"concatenated": 1}
+"""The structures of arrays that are cut over the ranks; others of arrays have none."""
+
 _IS_CARRAY = attrgetter("flags.carray")  # contiguous, aligned and writable
 _DTYPE, _SHAPE, _NDIM = attrgetter("dtype"), attrgetter("shape"), attrgetter("ndim")
 # The program may replace arrays at any time. The replaced ones stay in memory until the
@@ -265,7 +267,7 @@ def _not_restorable(key: str, array: NDArray[Any]) -> str | None:
 
 def _plain_values(structure: Structure, place: str = "") -> Iterator[str]:
     """Yield the place of each value in a saved structure that no array holds."""
-    if structure in (None, *_OF_ARRAYS) and not place:
+    if structure in (None, SHARDED, CONCATENATED) and not place:
         return
     if isinstance(structure, list):
         structure = dict(enumerate(structure))

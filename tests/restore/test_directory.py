@@ -248,6 +248,13 @@ def test_read_only_directory_can_be_restored_from(tmp_path, opened, monkeypatch,
     assert caught.value.errno == code
 
 
+def assert_can_only_be_read(directory, caplog, why):
+    assert newest(directory) == 1
+    assert "restoring without a lock" in caplog.text
+    with pytest.raises(SaveError, match=why):
+        directory.own()
+
+
 def test_directory_without_the_right_to_make_files_is_noticed_despite_its_lock_file(
     tmp_path, opened, monkeypatch, caplog
 ):
@@ -255,11 +262,7 @@ def test_directory_without_the_right_to_make_files_is_noticed_despite_its_lock_f
     with closing(CheckpointDirectory(tmp_path)) as earlier:
         earlier.own()
     monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
-    directory = opened(tmp_path)
-    assert newest(directory) == 1
-    assert "restoring without a lock" in caplog.text
-    with pytest.raises(SaveError, match="EACCES"):
-        directory.own()
+    assert_can_only_be_read(opened(tmp_path), caplog, "EACCES")
 
 
 def test_directory_that_cannot_be_looked_at_is_a_read_error(tmp_path, opened):
@@ -275,11 +278,7 @@ def test_directory_of_a_full_disk_can_be_restored_from_with_a_warning(
 ):
     publish(tmp_path)
     monkeypatch.setattr(lock, "os", ReadOnly(errno.ENOSPC))
-    directory = opened(tmp_path)
-    assert newest(directory) == 1
-    assert "restoring without a lock" in caplog.text
-    with pytest.raises(SaveError, match="ENOSPC"):
-        directory.own()
+    assert_can_only_be_read(opened(tmp_path), caplog, "ENOSPC")
 
 
 def test_directory_that_must_be_writable_is_refused_at_once(tmp_path, monkeypatch):

@@ -98,3 +98,5 @@ def test_large_blocks_are_sent_alone_and_small_neighbours_together():
     (window,) = plan(extents, block_bytes=large, window_bytes=4 * large)
     sent = [[block.leaf for block in group] for group in window.groups()]
     assert sent == [[0, 1], [2], [3, 4], [5]]
+    # As whole leaves they are stored many at a time, whatever brings them.
+    assert all(group.are_leaves for group in window.groups())

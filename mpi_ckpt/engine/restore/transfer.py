@@ -20,7 +20,7 @@ from mpi_ckpt.leaves.digest import Digest
 from mpi_ckpt.leaves.target import Target
 from mpi_ckpt.storage.format.manifest import StoredLeaves
 from mpi_ckpt.storage.reading.proving import read_proven, take_proven
-from mpi_ckpt.storage.reading.read_plan import Blocks, plan_reads
+from mpi_ckpt.storage.reading.read_plan import plan_reads
 from mpi_ckpt.storage.reading.read_queue import SLOTS, Slots
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mpi_ckpt.engine.session import Session
     from mpi_ckpt.reports import Progress
     from mpi_ckpt.storage.reading.proving import Refusal
-    from mpi_ckpt.storage.reading.read_plan import DigestBlock, Window
+    from mpi_ckpt.storage.reading.read_plan import Blocks, DigestBlock, Window
     from mpi_ckpt.storage.reading.read_queue import ReadQueue
 
 
@@ -69,7 +69,7 @@ class Destinations:
             self._targets[leaf] = Target(self._specs[leaf], self._leaves[leaf])
         return self._targets[leaf]
 
-    def store(self, blocks: Sequence[DigestBlock], data: memoryview | None) -> None:
+    def store(self, blocks: Blocks, data: memoryview | None) -> None:
         """Store blocks that follow one another in a file, and the leaves that they end.
 
         Args:
@@ -90,9 +90,9 @@ class Destinations:
             with concerning(self._match.name_of(leaf)):
                 raise
 
-    def _store_small(self, blocks: Sequence[DigestBlock], data: memoryview) -> bool:
+    def _store_small(self, blocks: Blocks, data: memoryview) -> bool:
         """Store blocks if all are small leaves without a gap; return whether they are."""
-        if not isinstance(blocks, Blocks) or not blocks.are_leaves:
+        if not blocks.are_leaves:
             return False
         starts, ends = blocks.runs()
         is_dense = (starts[1:] == ends[:-1]).all()
@@ -186,7 +186,7 @@ class SentTransport:
         self._windows = windows
         self._readers = readers
         self._places = places
-        self._groups: list[list[DigestBlock]] = []
+        self._groups: list[Blocks] = []
         self._buffers: list[memoryview] = []
         self._arrives: list[bool] = []
 
@@ -218,17 +218,17 @@ class SentTransport:
         for group, data, arrives in received:
             self._places.store(group, None if arrives else data)
 
-    def _place(self, group: Sequence[DigestBlock]) -> memoryview | None:
+    def _place(self, group: Blocks) -> memoryview | None:
         """Return the destination of blocks, if it is one block that arrives there."""
         return self._places.memory(group[0]) if len(group) == 1 else None
 
 
-def _room(group: Sequence[DigestBlock]) -> memoryview:
+def _room(group: Blocks) -> memoryview:
     """Return memory to receive blocks."""
     return memoryview(bytearray(_end(group) - group[0].offset))
 
 
-def _end(group: Sequence[DigestBlock]) -> int:
+def _end(group: Blocks) -> int:
     return group[-1].offset + group[-1].nbytes
 
 

@@ -15,8 +15,9 @@ from mpi_ckpt.leaves.digest import digest_bytes
 from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
 from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState
+from mpi_ckpt.states.arrays import CONCATENATED
 from mpi_ckpt.states.distributed.blocks import memory_problem
-from mpi_ckpt.states.distributed.sharded import CONCATENATED, require_arrays
+from mpi_ckpt.states.distributed.sharded import require_arrays
 from mpi_ckpt.states.leaf_values import memory_leaf
 from mpi_ckpt.states.mismatch import raise_mismatch
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
 from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.state import Arrival, Capture, LeafState
+from mpi_ckpt.states.arrays import CONCATENATED, SHARDED
 from mpi_ckpt.states.buffers.array_bytes import ReadonlyMemory
 from mpi_ckpt.states.distributed.blocks import Block
 from mpi_ckpt.states.leaf_values import takes_bytes
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from mpi_ckpt.state import Structure, SyncMode
 
 __all__ = ["ShardedArrayState"]
-
-SHARDED = {"sharded": 1}
-CONCATENATED = {"concatenated": 1}
 
 
 class ShardedArrayState(LeafState):

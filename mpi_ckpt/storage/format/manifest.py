@@ -164,15 +164,6 @@ class Extents(Sequence[Extent]):
         files = map(self.files.__getitem__, self.file.tolist())
         return map(Extent, files, self.offsets.tolist(), self.sizes.tolist())
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))
-
 
 class StoredLeaf(NamedTuple):
     """One leaf of a state: the position of its bytes, and their digest."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mpi_ckpt.errors import OptionsError, SaveError
 from mpi_ckpt.storage import filesystem
-from mpi_ckpt.storage.faults import in_words, os_errors_as
+from mpi_ckpt.storage.faults import os_errors_as
 from mpi_ckpt.storage.owning.lock import DirectoryLock
 
 if TYPE_CHECKING:
@@ -144,12 +144,8 @@ class Ownership:
         is_asked = os.getuid() == os.geteuid()
         if is_asked and not os.access(root, os.W_OK | os.X_OK):
             lock.close()
-            refusal = OSError(errno.EACCES, "")
-            raise SaveError(
-                f"making files in {root} failed: {in_words(refusal)}",
-                path=root,
-                errno=refusal.errno,
-            )
+            with os_errors_as(SaveError, "making files in", root):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         _warn_if_open_to_all(root)
         return lock
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
@@ -92,17 +93,12 @@ class Blocks(Sequence[DigestBlock]):
     def __getitem__(self, index: int | slice) -> DigestBlock | Blocks:
         if isinstance(index, slice):
             return Blocks(self.columns[:, index])
-        return next(iter(self[index : index + 1 or None]))
+        number = range(len(self))[index]
+        return next(iter(self[number : number + 1]))
 
     def __iter__(self) -> Iterator[DigestBlock]:
         *numbers, are_last = self.columns.tolist()
         return map(DigestBlock, *numbers, map(bool, are_last))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))
 
 
 NO_BLOCKS = Blocks(np.empty((6, 0), np.int64))
@@ -122,22 +118,17 @@ class Window:
         start = block.offset - self.start
         return data[start : start + block.end - block.start]
 
-    def groups(self) -> list[list[DigestBlock]]:
+    def groups(self) -> list[Blocks]:
         """Return the blocks of each message, in order. Not collective. Thread-safe.
 
         A large block is a message of its own, so that it can arrive in its destination;
         adjacent small blocks share one.
         """
-        groups: list[list[DigestBlock]] = []
-        end = -1
-        for block in self.blocks:
-            length = block.end - block.start
-            is_small = length < _FUSED_BYTES
-            if not is_small or block.offset != end:
-                groups.append([])
-            groups[-1].append(block)
-            end = block.offset + length if is_small else -1
-        return groups
+        starts, ends = self.blocks.runs()
+        is_large = ends - starts >= _FUSED_BYTES
+        is_cut = (starts[1:] != ends[:-1]) | is_large[1:] | is_large[:-1]
+        edges = [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(self.blocks)]
+        return [self.blocks[first:last] for first, last in pairwise(edges)]
 
 
 def plan_reads(
