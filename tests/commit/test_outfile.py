@@ -118,7 +118,7 @@ def test_a_failed_write_of_kept_bytes_is_raised(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 4095, 4096, 4097])
 def test_direct_files_of_several_blocks(tmp_path, extra):
-    data = os.urandom(3 * outfile._BLOCK_BYTES + extra)
+    data = os.urandom((outfile._BLOCKS + 1) * outfile._BLOCK_BYTES + extra)
     write(tmp_path / "file", [data[:5], data[5:]], "direct")
     assert (tmp_path / "file").read_bytes() == data
 

@@ -41,11 +41,13 @@ if TYPE_CHECKING:
 IOMode = Literal["auto", "direct", "buffered"]
 
 _ALIGNMENT = 4096
-_BLOCK_BYTES = 4 << 20
-# One block is filled while this many are being written: two keep a disk busy, more only
-# take cores from the training (measured; benchmarks/README.md).
+# Each block is handed to a thread: half as long ones cost a save up to a tenth more
+# (measured, as the numbers below: benchmarks/README.md, "Save").
+_BLOCK_BYTES = 8 << 20
+# Two writes keep a disk busy, more only take cores from the training.
 _IN_FLIGHT = 2
-_BLOCKS = _IN_FLIGHT + 1  # one more is being filled
+# Two writes often end together: then one more block is full, and another is being filled.
+_BLOCKS = _IN_FLIGHT + 2
 # So many writes of kept bytes may wait for a thread: none of them holds a block.
 _KEPT_WAITING = 2 * _IN_FLIGHT
 # Below this size a direct write waits for the disk; the page cache would not.
