@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import click
 
 from mpi_ckpt.cli.command import GOOD, command, directory_argument, misused
 from mpi_ckpt.cli.plain_text import bytes_text
+from mpi_ckpt.errors import OptionsError
 from mpi_ckpt.storage.local.lineage import LINEAGE
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def rescue(screen: Screen, place: str, directory: Path) -> int:
     # Here: no other command starts MPI.
     from mpi_ckpt.engine.hosts.copying import promoting
 
-    rescued = promoting.rescue(os.fspath(place), directory)
+    try:
+        rescued = promoting.rescue(place, directory)
+    except OptionsError as error:  # of LOCAL, before anything is looked at
+        raise misused(str(error)) from None
     if not rescued.is_root:
         return GOOD
     screen.data(

@@ -344,8 +344,7 @@ class Accumulator(PartsState, MutableMapping[Key, Any]):
             # As one leaf: hundreds of small results would be as many leaves.
             "history": pack(self._history) if self._history != [] else None,
         }
-        flattened = flatten(content)
-        return Capture(flattened.structure, tuple(flattened.leaves.values()))
+        return flatten(content).capture()
 
     def prepare(
         self,

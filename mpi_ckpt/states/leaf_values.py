@@ -28,7 +28,7 @@ from mpi_ckpt.states.buffers.array_bytes import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Container, Mapping, Sequence
     from types import ModuleType
 
     from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, TileBuffer
@@ -90,6 +90,32 @@ def memory_leaf(name: str, value: Any) -> Leaf:  # noqa: ANN401
         leaf: Leaf = _tensors().tensor_leaf(name, value)
         return leaf
     return array_leaf(name, value)
+
+
+def refuse_attributes(values: Mapping[str, Any]) -> None:
+    """Refuse tensors to which the program gave attributes: a new one would lack them.
+
+    Not collective. For values that a restore may have to make.
+
+    Args:
+        values: Arrays and tensors by the names of their leaves.
+
+    Raises:
+        StageError: On the calling rank, with their names.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    plain = (torch.Tensor, torch.nn.Parameter)
+    given = {n: vars(value) for n, value in values.items() if type(value) in plain}
+    for name, attributes in given.items():
+        # Private ones are notes of torch's own, such as those of its compiler.
+        if own := [repr(each) for each in attributes if not each.startswith("_")]:
+            raise StageError(
+                f"{name or 'the value'} is a tensor that was given {', '.join(own)}, which "
+                "would not come back: save that separately, for example beside the tensor "
+                "in a dict"
+            )
 
 
 def single_tile(leaf: Leaf) -> Leaf:

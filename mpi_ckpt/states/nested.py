@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mpi_ckpt.errors import RegistrationError, StageError, StateMismatchError
 from mpi_ckpt.state import Arrival, Capture, LeafState, Structure
 from mpi_ckpt.states.buffers.array_bytes import ReadonlyMemory
-from mpi_ckpt.states.leaf_values import KIND, make_value, takes_bytes
+from mpi_ckpt.states.leaf_values import KIND, make_value, refuse_attributes, takes_bytes
 from mpi_ckpt.states.mismatch import raise_mismatch
 from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
 
@@ -63,7 +63,7 @@ class NestedState(LeafState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        return capture_value(self.nested())
+        return flatten(self.nested()).capture()
 
     def prepare(
         self,
@@ -103,12 +103,6 @@ class NestedState(LeafState):
             lambda: self.accept(unflatten(structure, arriving)),
             elsewhere=lambda index: make(specs[index]),
         )
-
-
-def capture_value(value: Any) -> Capture:  # noqa: ANN401 (any nested value)
-    """Return the contents of a nested value, by reference. Not collective."""
-    flattened = flatten(value)
-    return Capture(flattened.structure, tuple(flattened.leaves.values()))
 
 
 def _is_alike(live: dict[str, Any], saved: dict[str, Any]) -> bool:
@@ -154,7 +148,9 @@ class ObjectState(NestedState):
 
     def capture(self) -> Capture:
         """See `LeafState`. Not collective."""
-        captured = super().capture()
+        flattened = flatten(self.nested())
+        refuse_attributes(flattened.values)
+        captured = flattened.capture()
         if not self._pickle and _is_pickled(captured.structure):
             raise StageError(
                 f"state {self.name!r}: a value with nothing but bytes under the key "

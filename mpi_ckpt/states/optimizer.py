@@ -18,7 +18,7 @@ from mpi_ckpt.states.leaf_values import (
     single_tile,
     takes_bytes,
 )
-from mpi_ckpt.states.nested import NestedState, capture_value, is_stateful
+from mpi_ckpt.states.nested import NestedState, is_stateful
 from mpi_ckpt.states.optimizer_params import (
     OWNED,
     STATE,
@@ -237,7 +237,7 @@ class OptimizerState(NestedState):
         if known is not None:
             return known
         if self._is_stage:
-            captured = capture_value(named_contents(self.nested()))
+            captured = flatten(named_contents(self.nested())).capture()
             groups, state = self._optimizer.param_groups, self._optimizer.state
             own = named_leaves(groups, self._described()[1], state)
         elif self._owned:

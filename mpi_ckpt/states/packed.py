@@ -15,7 +15,7 @@ from mpi_ckpt.leaves.leaf import Leaf, LeafSpec, Tile
 from mpi_ckpt.leaves.tiles import cut_leaf
 from mpi_ckpt.memory import round_up
 from mpi_ckpt.states.arrays import array_leaf
-from mpi_ckpt.states.leaf_values import make_value
+from mpi_ckpt.states.leaf_values import make_value, refuse_attributes
 from mpi_ckpt.states.tree import flatten, leaf_nodes, unflatten
 from mpi_ckpt.storage.format.layout import part_leaf_name, structure_name
 from mpi_ckpt.storage.format.strict_json import read_json
@@ -50,6 +50,7 @@ def pack(value: Any) -> bytes:  # noqa: ANN401 (any nested value)
 
 def _flatten_own(value: Any) -> Flattened:  # noqa: ANN401
     flattened = flatten(value)
+    refuse_attributes(flattened.values)
     cut = [name for name, leaf in flattened.leaves.items() if leaf.tiles is not None]
     if cut:
         raise StageError(

@@ -22,6 +22,7 @@ import numpy as np
 
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.state import Capture
 from mpi_ckpt.states.arrays import array_leaf
 from mpi_ckpt.states.leaf_values import KIND, describe, is_leaf_value
 
@@ -246,6 +247,10 @@ class Flattened:
         """Return the node of a value that was already added."""
         name = self._names.get(id(value))
         return None if name is None else self.nodes[name]
+
+    def capture(self) -> Capture:
+        """Return the structure and the leaves, by reference."""
+        return Capture(self.structure, tuple(self.leaves.values()))
 
 
 def flatten(value: Any, prefix: str = "") -> Flattened:  # noqa: ANN401 (any nested value)

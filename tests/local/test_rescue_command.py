@@ -47,5 +47,5 @@ def test_a_relative_path_of_hosts_is_refused(tmp_path):
     with pytest.raises(Crash):
         save(tmp_path)
     result = run("rescue", "disk", tmp_path / "run")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "an absolute path" in result.output

@@ -11,6 +11,7 @@ import torch
 
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.states.nested import ObjectState
+from mpi_ckpt.states.packed import pack
 from tests.making import carry
 
 
@@ -93,6 +94,32 @@ def test_live_value_is_not_touched_before_everything_has_arrived():
     live.prepare(captured.structure, specs, strict=True)
     assert live.value["a"].tolist() == [0, 0]
     assert "b" not in live.value
+
+
+def tagged(tensor):
+    tensor.tag = "weights of rank 0"
+    return tensor
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), torch.nn.Parameter(torch.ones(2))])
+def test_a_tensor_that_was_given_attributes_is_refused_unless_pickled(value):
+    value = {"model": [tagged(value)]}
+    with pytest.raises(StageError, match=r"^model/0 .* was given 'tag', .* separately"):
+        ObjectState("o", value).capture()
+    with pytest.raises(StageError, match="'tag'"):
+        pack(value)  # of a PerRankState
+    live = ObjectState("o", pickle=True)
+    carry(ObjectState("o", value, pickle=True), live)
+    assert live.value["model"][0].tag == "weights of rank 0"
+
+
+def test_a_tensor_that_the_compiler_has_marked_is_saved():
+    tensor = torch.ones(2, 2)
+    torch._dynamo.mark_dynamic(tensor, 0)
+    assert vars(tensor)
+    live = ObjectState("o")
+    carry(ObjectState("o", tensor), live)
+    assert live.value.tolist() == tensor.tolist()
 
 
 def test_unknown_types_are_refused_naming_the_place():
