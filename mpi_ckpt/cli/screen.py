@@ -179,6 +179,8 @@ class Screen:
         except OSError as error:  # such as a full disk; a closed pipe ends the program
             self.is_cut_off = True
             self.notice(f"error: {in_words(error)}", "bold red")
+        for stream in self._before:
+            _drop_unwritten(stream)
 
     @property
     def help_width(self) -> int:
@@ -384,6 +386,21 @@ def _console(stream: TextIO | None) -> Console:
     console = Console(file=stream, highlight=False, emoji=False, markup=False)
     console.width = _width(console) or console.width
     return console
+
+
+def _drop_unwritten(stream: TextIO | None) -> None:
+    """Drop what a stream refused to take, which was reported then.
+
+    Python would try to write it once more at its end, fail, and exit with 120.
+    """
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _width(console: Console) -> int | None:

@@ -109,8 +109,11 @@ def refuse_attributes(values: Mapping[str, Any]) -> None:
     plain = (torch.Tensor, torch.nn.Parameter)
     given = {n: vars(value) for n, value in values.items() if type(value) in plain}
     for name, attributes in given.items():
-        # Private ones are notes of torch's own, such as those of its compiler.
-        if own := [repr(each) for each in attributes if not each.startswith("_")]:
+        # Private ones are notes of torch's own, such as those of its compiler; a Buffer is
+        # a tensor with one more.
+        known = {"persistent"} if "_is_buffer" in attributes else set()
+        own = [repr(each) for each in attributes if each[0] != "_" and each not in known]
+        if own:
             raise StageError(
                 f"{name or 'the value'} is a tensor that was given {', '.join(own)}, which "
                 "would not come back: save that separately, for example beside the tensor "

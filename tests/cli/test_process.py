@@ -99,17 +99,18 @@ def test_a_closed_stream_changes_no_exit_code(tmp_path, closed):
     ("words", "code"),
     [("ls", 1), ("ls --json", 1), ("diff --json", 2), ("--help", 1), ("ls --help", 1)],
 )
-def test_an_output_that_is_full_is_told_in_a_line(tmp_path, words, code):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_is_full_is_told_in_a_line(tmp_path, words, code, unbuffered):
     root = fill(tmp_path / "c", 2)
     verb, *rest = words.split()
     places = {"ls": [root], "diff": [root, 1, 2]}.get(verb, [])
     command = [sys.executable, "-m", "mpi_ckpt", verb, *map(str, places), *rest]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True,
-            timeout=limit(30),
+            command, env={**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}, stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=limit(30),
         )  # fmt: skip
-    assert done.returncode == code
+    assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "ENOSPC" in done.stderr
 

@@ -170,10 +170,10 @@ def as_shape(value: object, dimensions: int = 64) -> tuple[int, ...]:
     Raises:
         ValueError: On the calling rank, for any other value.
     """
-    lengths = tuple([as_integer(length, SIZE_MAX) for length in as_list(value)])
-    if len(lengths) > dimensions:
+    lengths = as_list(value)
+    if len(lengths) > dimensions:  # counted first: a million cost a second to look at
         raise ValueError(f"{len(lengths)} dimensions, at most {dimensions} are possible")
-    return lengths
+    return tuple([as_integer(length, SIZE_MAX) for length in lengths])
 
 
 def as_spec(name: object, dtype: object, shape: object) -> LeafSpec:
