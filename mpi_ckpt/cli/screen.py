@@ -179,8 +179,7 @@ class Screen:
         except OSError as error:  # such as a full disk; a closed pipe ends the program
             self.is_cut_off = True
             self.notice(f"error: {in_words(error)}", "bold red")
-        for stream in self._before:
-            _drop_unwritten(stream)
+        sys.stdout, sys.stderr = map(_able, self._before)
 
     @property
     def help_width(self) -> int:
@@ -388,19 +387,17 @@ def _console(stream: TextIO | None) -> Console:
     return console
 
 
-def _drop_unwritten(stream: TextIO | None) -> None:
-    """Drop what a stream refused to take, which was reported then.
+def _able(stream: TextIO) -> TextIO:
+    """Return the stream, or one to nowhere if it refuses what it was given.
 
-    Python would try to write it once more at its end, fail, and exit with 120.
+    That was reported then. Python would try once more at its end, fail, and exit with 120.
     """
-    if stream is None:
-        return
-    try:
-        stream.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    if stream is not None:  # not closed by the shell
+        try:
+            stream.flush()
+        except OSError:
+            return io.StringIO()
+    return stream
 
 
 def _width(console: Console) -> int | None:
