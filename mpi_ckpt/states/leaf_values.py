@@ -111,11 +111,13 @@ def refuse_attributes(values: Mapping[str, Any]) -> None:
     for name, attributes in given.items():
         # Private ones are notes of torch's own, such as those of its compiler; a Buffer is
         # a tensor with one more.
-        known = {"persistent"} if "_is_buffer" in attributes else set()
-        own = [repr(each) for each in attributes if each[0] != "_" and each not in known]
+        own = {each for each in attributes if not each.startswith("_")}
+        if "_is_buffer" in attributes:
+            own.discard("persistent")
         if own:
+            listed = ", ".join(map(repr, sorted(own)))
             raise StageError(
-                f"{name or 'the value'} is a tensor that was given {', '.join(own)}, which "
+                f"{name or 'the value'} is a tensor that was given {listed}, which "
                 "would not come back: save that separately, for example beside the tensor "
                 "in a dict"
             )

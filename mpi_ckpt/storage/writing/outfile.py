@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 IOMode = Literal["auto", "direct", "buffered"]
 
 _ALIGNMENT = 4096
-# Each block is handed to a thread: half as long ones cost a save up to a tenth more
-# (measured, as the numbers below: benchmarks/README.md, "Save").
+# Each block is handed to a thread, so there are few. Length and number were measured
+# together, beside three of 4 MiB: benchmarks/README.md, "Save".
 _BLOCK_BYTES = 8 << 20
 # Two writes keep a disk busy, more only take cores from the training.
 _IN_FLIGHT = 2
