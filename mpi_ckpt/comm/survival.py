@@ -72,12 +72,16 @@ def is_sign_of_loss(error: BaseException, handle: MPI.Intracomm) -> bool:
         return True
     # MPI: a broken connection is sometimes reported as such.
     kind = load_mpi().Exception
-    return any(isinstance(cause, kind) for cause in _chain(error)) and _has_lost_ranks(
+    return any(isinstance(cause, kind) for cause in _chain(error)) and has_lost_ranks(
         handle
     )
 
 
-def _has_lost_ranks(handle: MPI.Intracomm) -> bool:
+def has_lost_ranks(handle: MPI.Intracomm) -> bool:
+    """Return whether this rank knows of lost ranks. Not collective. Main thread only.
+
+    All ranks know of those that an agreement on the communicator has raised for.
+    """
     failed = handle.Get_failed()
     size: int = failed.size
     failed.Free()

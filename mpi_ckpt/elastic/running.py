@@ -144,7 +144,7 @@ def run(
 
     Raises:
         CollectiveError: On every live rank that trains, after too many losses.
-        LaunchError: On the calling rank, if the job has lost ranks in an earlier run.
+        LaunchError: On the calling rank, if an earlier run lost ranks or let spares go.
         OptionsError: On every rank, if ``spares`` leaves no rank or differs between ranks.
     """
     memory = Memory() if memory is None else memory
@@ -152,7 +152,9 @@ def run(
     if reason:
         return _train_once(train, memory, comm, spares, reason)
     if _DEPARTURE.is_prepared:
-        raise LaunchError("ranks were lost in an earlier run(): call it once in a program")
+        raise LaunchError(
+            "an earlier run() lost ranks or let its spares go: call it once in a program"
+        )
     if replace or spares:
         memory.lend()
     run = _Run(
@@ -257,6 +259,7 @@ class _Run(Generic[Result]):
             ending = self._wait_or_attempt(handle, team, watched)
             seen = time.monotonic()
             if ending.is_over:
+                _DEPARTURE.prepare_if_lost(handle)
                 return self._end(handle, ending)
             _DEPARTURE.prepare(handle, watched)
             let_go(handle, watched)
@@ -302,6 +305,9 @@ class _Run(Generic[Result]):
         except BaseException:
             # Nobody will meet the spares.
             dismiss(handle, places)
+            if places < handle.size:
+                # One may be lost, and this rank need not have heard of it.
+                _DEPARTURE.prepare(handle, [])
             raise
         watched += world.watched
         if ending.loss is not None:
@@ -316,6 +322,7 @@ class _Run(Generic[Result]):
             with PreemptionGuard():
                 is_over = meet_as_spare(handle, places)
         except DismissedError:
+            _DEPARTURE.prepare(handle, [])
             is_over = True
         return _AttemptEnd(leaving=SystemExit(0), is_over=is_over)
 

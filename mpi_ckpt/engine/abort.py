@@ -185,8 +185,9 @@ class AbortOnError:
             return False
         try:
             said = self._farewell.words_of_root(_ERROR_SECONDS)
-        except Exception:
-            logger.exception("the error by which root leaves cannot be received")
+        except Exception as failure:
+            if not is_rank_failure(failure):  # else it may be root that is lost
+                logger.exception("the error by which root leaves cannot be received")
             return False
         return said == _words_of(error)
 

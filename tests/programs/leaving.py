@@ -79,6 +79,16 @@ def raise_outside() -> None:
     comm.allreduce(1)
 
 
+def be_lost() -> None:
+    """Die in a training that nobody calls again: it knows nothing of recovery."""
+    manager = make()
+    manager.save()
+    if mine:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    manager.save()
+
+
 def raise_after() -> None:
     """Leave the block by an error that is caught, and fail for good later."""
     manager = make()

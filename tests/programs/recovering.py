@@ -6,6 +6,7 @@ Adds up the same sums with any number of ranks, and tells how it came to them.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ ROOT, LOG, HOW = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 REPLACE = "replace" in sys.argv
 SPARES = int(sys.argv[-1]) if sys.argv[-1].isdecimal() else 0
 STEPS = 30
+WAITING_DIES = ("waiting", "waiting_then_errors", "both")
 STARTING = ("merge", "newcomer", "starter", "unstartable")
 
 # The package has a function of that name.
@@ -111,14 +113,15 @@ def at_step(world: elastic.World, step: int) -> None:
         raise ValueError("bad luck")
     if HOW == "errors":
         raise ValueError("the same everywhere")
-    if HOW in ("waiting", "both") and world.rank == 0:
-        os.kill(int(WAITING.read_text()), signal.SIGKILL)
-        time.sleep(0.5)
-        world.comm.Barrier()
-    elif HOW in ("waiting", "both"):
+    if HOW in WAITING_DIES:
+        if world.rank == 0:
+            os.kill(int(WAITING.read_text()), signal.SIGKILL)
+            time.sleep(0.5)
         world.comm.Barrier()
     if HOW == "both" and world.rank == 1:
         die()
+    if HOW == "waiting_then_errors":
+        raise ValueError("the same everywhere")
     if HOW == "asked" and world.rank == 0:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(int(WAITING.read_text()), number)
@@ -193,8 +196,10 @@ limit = 0 if HOW == "too_many" else 20
 if HOW == "too_many":
     HOW = "plain"
 WAITING = LOG.with_name("waiting")
-if HOW in ("waiting", "both", "asked") and MPI.COMM_WORLD.rank == 3:
+if HOW in (*WAITING_DIES, "asked") and MPI.COMM_WORLD.rank == 3:
     WAITING.write_text(str(os.getpid()))
+# What is registered first comes last, and then mpi4py's MPI_Finalize.
+atexit.register(print, "on the way to MPI_Finalize", flush=True)
 value = elastic.run(
     train, replace=REPLACE, spares=SPARES, max_recoveries=limit, start_seconds=90
 )

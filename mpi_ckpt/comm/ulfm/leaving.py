@@ -15,9 +15,12 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpi_ckpt.comm.communicator import open_communicators
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import is_done_within
+from mpi_ckpt.comm.survival import has_lost_ranks
 from mpi_ckpt.comm.ulfm.guard import Guard
 from mpi_ckpt.comm.ulfm.spawning import is_spawned, made
 
@@ -45,7 +48,7 @@ class Departure:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether ranks were lost."""
+        """Whether ranks were lost, or spares were left alone by a failed training."""
         return self._handle is not None
 
     def leave_by(self, leaving: SystemExit) -> None:
@@ -64,6 +67,18 @@ class Departure:
             # MPI: mpi4py finalizes after all functions of `atexit`.
             atexit.register(self._leave)
         self._handle, self._others = handle, others
+
+    def prepare_if_lost(self, handle: MPI.Intracomm) -> None:
+        """Arrange it if spares were lost, after all ranks have agreed on the end.
+
+        Not collective.
+
+        Args:
+            handle: Communicator of all ranks.
+        """
+        # MPI: in about every tenth job MPI_Finalize waits for a lost spare.
+        if has_lost_ranks(handle):
+            self.prepare(handle, [])
 
     def _leave(self) -> None:
         mpi = load_mpi()
@@ -88,8 +103,10 @@ class Departure:
         mpi = load_mpi()
         handle = self._handle
         assert handle is not None
+        flag = np.ones(1, np.int32)
         try:
-            is_done_within(handle.Ibarrier(), _MEETING_SECONDS)
+            # A barrier would raise for a lost spare, on this rank or on that.
+            is_done_within(handle.Iagree(flag), _MEETING_SECONDS)
         except mpi.Exception as error:
             logger.info("the other ranks were not met at the end: %s", error)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.numpy import load_file
 
+from tests.crash.rank_kills import FLAGS
+from tests.hosts import installed_mpi
 from tests.jobs import PROGRAMS
 from tests.waiting import limit
 
@@ -66,6 +68,23 @@ def test_an_error_on_one_rank_ends_the_job(
     expected = error.get(how, f"ValueError: bad luck of rank {failing}")
     assert f"\n{expected}\n" in outcome.err
     assert "the job is aborted with code 1" in outcome.err
+    assert generations(root) == ["checkpoint-00000001"]
+
+
+@pytest.mark.skipif(installed_mpi() != "openmpi", reason="only Open MPI survives a rank")
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_lost_rank_ends_a_job_that_could_go_on_and_does_not(
+    jobs: Jobs, root: Path, lost: int
+) -> None:
+    """MPI_Finalize might wait for it without end."""
+    jobs.flags = FLAGS
+    outcome = jobs.run(3, LEAVING, root, "be_lost", lost)
+    assert outcome.code == 1, outcome.text
+    assert outcome.seconds < SOON_SECONDS
+    assert "MPI_ERR_PROC_FAILED" in outcome.err
+    assert "published generations are untouched" in outcome.err
+    assert "the job is aborted with code 1" in outcome.err
+    assert "cannot be received" not in outcome.err, outcome.text
     assert generations(root) == ["checkpoint-00000001"]
 
 

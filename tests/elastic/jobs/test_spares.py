@@ -71,6 +71,20 @@ def test_a_spare_that_is_lost_or_signalled_costs_the_training_nothing(
     assert story.all("spares") == spares
     assert story.all("value") == [VALUE]
     assert story.outcome.code == 0, story.outcome.text
+    # It would wait for the dead there in one job of ten.
+    finalizes = "on the way to MPI_Finalize" in story.outcome.out
+    assert finalizes == (how == "asked"), story.outcome.text
+
+
+@survives
+def test_a_training_that_fails_after_the_loss_of_a_spare_ends(
+    ulfm: Jobs, tmp_path: Path
+) -> None:
+    story = tell(ulfm, tmp_path, "waiting_then_errors", "2", ranks=5)
+    assert story.outcome.code == 1, story.outcome.text
+    assert story.outcome.err.count("ValueError: the same everywhere") == 3
+    assert story.all("value") == []
+    assert "on the way to MPI_Finalize" not in story.outcome.out
 
 
 @survives
