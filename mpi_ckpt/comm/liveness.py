@@ -26,6 +26,7 @@ from mpi_ckpt.comm.gossip import (
     spread,
 )
 from mpi_ckpt.comm.launch import load_mpi
+from mpi_ckpt.comm.survival import has_lost_ranks, live_ranks_before
 from mpi_ckpt.errors import CollectiveError, Printing
 from mpi_ckpt.failures import name_ranks
 
@@ -48,6 +49,9 @@ ROUNDS_A_LOOK = 64
 _ROLL_CALL_SECONDS = 3.0
 # MPI: at an abort, MPICH's launcher drops output of a rank that it has not passed on yet.
 _LAST_WORDS_SECONDS = 0.5
+# It takes so long until the first rank that aborts the job has ended the next one.
+_TURN_SECONDS = 0.5
+_TURNS_MAX = 20
 
 
 class Tag(IntEnum):
@@ -232,7 +236,12 @@ class Farewell:
 def abort_job(code: int) -> None:
     """End all ranks of the job at once. Not collective. Does not return."""
     time.sleep(_LAST_WORDS_SECONDS)
-    load_mpi().COMM_WORLD.Abort(code)
+    mpi = load_mpi()
+    if has_lost_ranks(mpi.COMM_WORLD):
+        # MPI: if several ranks call it at once after one was lost, Open MPI's mpirun hangs,
+        # or returns 0.
+        time.sleep(_TURN_SECONDS * min(live_ranks_before(mpi.COMM_WORLD), _TURNS_MAX))
+    mpi.COMM_WORLD.Abort(code)
 
 
 def is_mpi_running() -> bool:

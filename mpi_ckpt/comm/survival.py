@@ -78,14 +78,38 @@ def is_sign_of_loss(error: BaseException, handle: MPI.Intracomm) -> bool:
 
 
 def has_lost_ranks(handle: MPI.Intracomm) -> bool:
-    """Return whether this rank knows of lost ranks. Not collective. Main thread only.
+    """Return whether this rank knows of ranks that the job survives. Not collective.
 
     All ranks know of those that an agreement on the communicator has raised for.
     """
-    failed = handle.Get_failed()
-    size: int = failed.size
+    return not why_lost_ranks_end_the_job() and bool(lost_ranks(handle))
+
+
+def live_ranks_before(handle: MPI.Intracomm) -> int:
+    """Return how many ranks of a lower number live, as far as this rank knows.
+
+    Not collective. Only for a job that survives lost ranks.
+
+    Args:
+        handle: The communicator.
+    """
+    ours: int = handle.rank
+    return ours - sum(rank < ours for rank in lost_ranks(handle))
+
+
+def lost_ranks(handle: MPI.Intracomm) -> list[int]:
+    """Return the lost ranks that this rank knows of.
+
+    Not collective. Only for a job that survives lost ranks.
+
+    Args:
+        handle: The communicator.
+    """
+    failed, everyone = handle.Get_failed(), handle.Get_group()
+    ranks: list[int] = failed.Translate_ranks(None, everyone)
     failed.Free()
-    return size > 0
+    everyone.Free()
+    return ranks
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

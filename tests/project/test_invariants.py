@@ -135,7 +135,7 @@ def test_world_is_only_duplicated_divided_asked_left_and_aborted():
     ]
     assert set(lines) == {
         "mpi.COMM_WORLD.Create_group", "mpi.COMM_WORLD.Get_group", "mpi.COMM_WORLD.rank",
-        "mpi.COMM_WORLD.size", "load_mpi().COMM_WORLD.Abort",
+        "mpi.COMM_WORLD.size", "mpi.COMM_WORLD.Abort",
         # When one of several members has failed, and at the end of the program.
         "self._mpi.COMM_WORLD.Ibarrier", "self._mpi.COMM_WORLD.Isend",
         "mpi.COMM_WORLD.Iprobe", "mpi.COMM_WORLD.Recv",

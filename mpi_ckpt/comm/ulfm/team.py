@@ -16,6 +16,7 @@ import numpy as np
 
 from mpi_ckpt.comm.launch import load_mpi
 from mpi_ckpt.comm.liveness import Tag, keep_forever
+from mpi_ckpt.comm.survival import lost_ranks
 from mpi_ckpt.comm.ulfm.spawning import remember
 
 if TYPE_CHECKING:
@@ -127,11 +128,7 @@ def _are_only_spares_lost(handle: MPI.Intracomm, places: int) -> bool:
     """Return whether the team is whole; lost ranks are no error of later agreements."""
     # In this order: a rank that is lost in between still is an error of the next one.
     handle.Ack_failed()
-    failed, everyone = handle.Get_failed(), handle.Get_group()
-    ranks = failed.Translate_ranks(None, everyone)
-    failed.Free()
-    everyone.Free()
-    return all(rank >= places for rank in ranks)
+    return all(rank >= places for rank in lost_ranks(handle))
 
 
 def await_dismissal(handle: MPI.Intracomm) -> None:
