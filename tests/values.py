@@ -45,10 +45,28 @@ RECORDS = st.one_of(
     hnp.array_dtypes(PLAIN_DTYPES, min_size=1, max_size=3, allow_subarrays=True),
     hnp.nested_dtypes(PLAIN_DTYPES, max_itemsize=200).filter(lambda dtype: dtype.names),
 )
+UNTITLED_RECORDS = RECORDS.filter(lambda dtype: unnamed_part(dtype) is None)
+
+
+def of_traits(dtype: np.dtype, bits: int) -> np.dtype:
+    """Return a record aligned or not, of `numpy.record` or not, and so at each depth."""
+    fields: list[Any] = [
+        (
+            n,
+            of_traits(inner.base, bits >> 2) if inner.base.names else inner.base,
+            inner.shape,
+        )
+        for n, (inner, *_) in (dtype.fields or {}).items()
+    ]
+    made = np.dtype(fields, align=bool(bits & 1))
+    return np.dtype((np.record, made)) if bits & 2 else made
+
+
 NUMPY_DTYPES = st.one_of(
     PLAIN_DTYPES,
     st.sampled_from(ML_DTYPES),
-    RECORDS.filter(lambda dtype: unnamed_part(dtype) is None),  # titles are refused
+    UNTITLED_RECORDS,  # titles are refused
+    st.builds(of_traits, UNTITLED_RECORDS, st.integers(1, 63)),
 )
 
 # All that NumPy makes a tensor's bytes of, and back.
@@ -222,8 +240,7 @@ def _tensors_alike(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _arrays_alike(value: Any, other: Any) -> bool:
     return (
-        (value.dtype, value.dtype.type is np.record)
-        == (other.dtype, other.dtype.type is np.record)
+        (value.dtype, traits(value.dtype)) == (other.dtype, traits(other.dtype))
         and value.dtype.byteorder == other.dtype.byteorder
         and value.shape == other.shape
         and values_of(value) == values_of(other)
@@ -232,6 +249,12 @@ def _arrays_alike(value: Any, other: Any) -> bool:
         )
         and order(value.shape, value.strides) == order(other.shape, other.strides)
     )
+
+
+def traits(dtype: np.dtype) -> list[Any]:
+    """Return what NumPy leaves out where it compares dtypes of records."""
+    inner = [traits(field.base) for field, *_ in (dtype.fields or {}).values()]
+    return [dtype.isalignedstruct, dtype.type, inner]
 
 
 def values_of(array: Any) -> bytes:

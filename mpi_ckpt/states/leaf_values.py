@@ -24,7 +24,9 @@ from mpi_ckpt.states.buffers.array_bytes import (
     Layout,
     layout_of,
     overlaps_itself,
+    traits_of,
     unnamed_part,
+    with_traits,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def describe(name: str, value: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN
             node["class"] = "recarray"
         array = np.array(value)
         _require_named(name, array.dtype)
-        return node, array_leaf(name, array)
+        return node | _traits_node(array.dtype), array_leaf(name, array)
     return _describe_array(name, value)
 
 
@@ -186,6 +188,11 @@ def make_value(
     array = empty_array(spec, layout)
     # Fill the base array: a subclass may interpret bytes in its own way.
     leaf = array_leaf(spec.name, array)
+    if "records" in node:
+        try:
+            array = array.view(with_traits(array.dtype, node["records"]))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StateMismatchError(f"{spec}: {error}") from None
     if node.get("class") == "recarray":
         return array.view(np.recarray), leaf
     if node.get("class") == "matrix":
@@ -227,6 +234,7 @@ def _describe_array(name: str, array: Any) -> tuple[dict[str, Any], Leaf]:  # no
     elif array.dtype.type is np.record:
         node["class"] = "records"
     _require_named(name, array.dtype)
+    node |= _traits_node(array.dtype)
     swapped = not array.dtype.isnative and not array.dtype.names
     if swapped or not array.flags.c_contiguous:
         node |= layout_of(array.strides, swapped=swapped).to_json()
@@ -244,6 +252,15 @@ def _require_named(name: str, dtype: np.dtype[Any]) -> None:
             f"{name or 'the value'}: its dtype {dtype} has {lost}, which would be lost: "
             "save a view without, or an ArrayState, whose arrays are restored in place"
         )
+
+
+def _traits_node(dtype: np.dtype[Any]) -> dict[str, Any]:
+    if dtype.names is None:
+        return {}
+    # The "class" of the node says whether the outermost one is a `numpy.record`.
+    own, *inner = traits_of(dtype)
+    traits = [own.removesuffix("record").strip(), *inner]
+    return {"records": traits} if any(traits) else {}
 
 
 def _describe_tensor(name: str, tensor: Any) -> tuple[dict[str, Any], Leaf]:  # noqa: ANN401

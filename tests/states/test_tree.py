@@ -17,9 +17,10 @@ from hypothesis import given
 
 from mpi_ckpt.errors import StageError, StateMismatchError
 from mpi_ckpt.leaves.leaf import LeafSpec
+from mpi_ckpt.states.buffers.array_bytes import array_dtype_name
 from mpi_ckpt.states.leaf_values import make_value
 from mpi_ckpt.states.tree import check_structure, flatten, leaf_nodes, unflatten
-from tests.values import VALUES, alike
+from tests.values import VALUES, alike, traits
 
 
 def through_a_file(value):
@@ -230,6 +231,40 @@ def test_arrays_of_records_that_are_no_recarrays_keep_their_elements_class():
     assert type(again) is np.ndarray
     assert again.dtype.type is np.record
     assert again[0].a == 0
+
+
+_ALIGNED = np.dtype([("a", "i1"), ("b", "f8")], align=True)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        _ALIGNED,
+        np.dtype((np.record, _ALIGNED)),
+        np.dtype([("x", "i1"), ("y", _ALIGNED, (2, 3))]),
+        np.dtype([("x", "i1"), ("y", np.dtype((np.record, _ALIGNED)))], align=True),
+        np.dtype([("x", [("y", _ALIGNED), ("z", [("a", "<i4")])])]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["array", "Fortran", "recarray", "scalar", "read-only"])
+def test_records_stay_aligned_and_of_their_class_at_every_depth(dtype, kind):
+    value = np.zeros((2, 3), dtype, order="F" if kind == "Fortran" else "C")
+    value.flags.writeable = kind != "read-only"
+    if kind == "recarray":
+        value = value.view(np.recarray)
+    value = value[0, 0] if kind == "scalar" else value
+    again = through_a_file({"x": value})["x"]
+    assert type(again) is type(value)
+    assert again.dtype == value.dtype
+    assert traits(again.dtype) == traits(value.dtype)
+
+
+@pytest.mark.parametrize("records", [[], ["", ""], ["aligned"], [7], 7, {"a": 1}, None])
+def test_traits_that_a_dtype_cannot_have_are_refused(records):
+    spec = LeafSpec("x", array_dtype_name(np.dtype([("a", "i1"), ("b", "f8")])), (2,))
+    with pytest.raises(StateMismatchError, match="x"):
+        make_value(spec, {"~": "array", "records": records})
 
 
 def test_integers_that_python_could_not_read_again_are_refused():

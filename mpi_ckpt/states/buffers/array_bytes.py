@@ -24,7 +24,7 @@ from mpi_ckpt.leaves import dtypes
 from mpi_ckpt.leaves.leaf import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -135,6 +135,59 @@ def unnamed_part(dtype: np.dtype[Any]) -> str | None:
         if found is not None:
             return f"{found} in {name!r}"
     return None
+
+
+def traits_of(dtype: np.dtype[Any]) -> list[str]:
+    """Return, of each record in a dtype, the traits that the dtype's name lacks.
+
+    Not collective. Thread-safe. NumPy treats two dtypes that differ in them as equal.
+
+    Returns:
+        "aligned", "record" (its elements are `numpy.record`), "aligned record" or "", the
+        outermost record first, each before those in its fields.
+    """
+    traits = {"aligned": dtype.isalignedstruct, "record": dtype.type is np.record}
+    found = [" ".join(trait for trait, has_it in traits.items() if has_it)]
+    for inner, *_ in (dtype.fields or {}).values():
+        element = inner.base
+        found += traits_of(element) if element.names else []
+    return found
+
+
+def with_traits(dtype: np.dtype[Any], traits: Sequence[str]) -> np.dtype[Any]:
+    """Return a dtype whose records have the traits.
+
+    Not collective. Thread-safe.
+
+    Args:
+        dtype: Dtype of a record.
+        traits: As `traits_of` returns them.
+
+    Raises:
+        ValueError: On the calling rank, if the dtype cannot have them.
+    """
+    if len(traits) != len(traits_of(dtype)):
+        raise ValueError(f"{len(traits)} traits of {len(traits_of(dtype))} records")
+    return _remade(dtype, iter(traits))
+
+
+def _remade(dtype: np.dtype[Any], traits: Iterator[str]) -> np.dtype[Any]:
+    own = set(next(traits).split())
+    if own - {"aligned", "record"}:
+        raise ValueError(f"a record is made {' and '.join(sorted(own))}")
+    formats: list[Any] = []
+    for inner, *_ in (dtype.fields or {}).values():
+        element = _remade(inner.base, traits) if inner.base.names else inner.base
+        formats.append((element, inner.shape) if inner.shape else element)
+    layout: Any = {
+        "names": dtype.names,
+        "formats": formats,
+        "offsets": [offset for _, offset, *_ in (dtype.fields or {}).values()],
+        "itemsize": dtype.itemsize,
+        "aligned": "aligned" in own,
+    }
+    made: np.dtype[Any] = np.dtype(layout)
+    return np.dtype((np.record, made)) if "record" in own else made
 
 
 @lru_cache(maxsize=256)
