@@ -254,7 +254,7 @@ def _arrays_alike(value: Any, other: Any) -> bool:
 def traits(dtype: np.dtype) -> list[Any]:
     """Return what NumPy leaves out where it compares dtypes of records."""
     inner = [traits(field.base) for field, *_ in (dtype.fields or {}).values()]
-    return [dtype.isalignedstruct, dtype.type, inner]
+    return [dtype.isalignedstruct, dtype.type is np.record, inner]
 
 
 def values_of(array: Any) -> bytes:

@@ -208,7 +208,7 @@ def test_all_ranks_hear_of_a_fault_of_any_writer_or_reader(ranks, tmp_path):
         for number in (1, 2, 3)
     ]
     rng.shuffle(drawn)
-    fired = fired_faults(ranks, drawn, 280, tmp_path)
+    fired = fired_faults(ranks, drawn, 560 // ranks, tmp_path)
     assert fired > 20
     COUNTS[f"faults of any of {ranks} ranks"] += fired
 
