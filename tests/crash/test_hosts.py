@@ -25,7 +25,7 @@ WAYS = [
 ]
 STATES = 5000 if STRESS else 120 * TIMES
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(1800 if STRESS else 300 * TIMES)]
+pytestmark = pytest.mark.timeout(1800 if STRESS else 300 * TIMES)
 
 
 def judge(scenario, states):
@@ -56,6 +56,7 @@ def draw(scenario, rng, count):
     return rng.sample(states, min(count, len(states)))
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("way", WAYS)
 def test_power_cuts_of_all_hosts(way):
     scenario = saves_on_hosts(way)
@@ -65,6 +66,7 @@ def test_power_cuts_of_all_hosts(way):
     assert not wrong, "\n".join(wrong[:10])
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("way", WAYS)
 def test_power_cuts_of_all_hosts_and_damage_to_one(way):
     scenario = saves_on_hosts(way)
@@ -101,6 +103,7 @@ def _is_loss(wrong: str) -> bool:
     return wrong.startswith(("LOST", "NONE"))
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("way", WAYS)
 def test_kills_between_any_two_changes_of_names(way):
     scenario = saves_on_hosts(way)
