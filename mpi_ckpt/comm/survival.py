@@ -78,7 +78,7 @@ def is_sign_of_loss(error: BaseException, handle: MPI.Intracomm) -> bool:
 
 
 def has_lost_ranks(handle: MPI.Intracomm) -> bool:
-    """Return whether this rank knows of ranks that the job survives. Not collective.
+    """Return whether this rank knows of lost ranks that MPI survived. Not collective.
 
     All ranks know of those that an agreement on the communicator has raised for.
     """

@@ -114,7 +114,7 @@ def array_dtype(name: str) -> np.dtype[Any]:
             raise TypeError(f"the package ml_dtypes is needed: {error}") from None
         return found
     if name.startswith("numpy:{"):
-        return _dtype_of(dtypes.parse_record(name))
+        return _dtype_of(dtypes.parse_record(name), repeat(""))
     return np.dtype(name.removeprefix("numpy:"))
 
 
@@ -168,26 +168,7 @@ def with_traits(dtype: np.dtype[Any], traits: Sequence[str]) -> np.dtype[Any]:
     """
     if len(traits) != len(traits_of(dtype)):
         raise ValueError(f"{len(traits)} traits of {len(traits_of(dtype))} records")
-    return _remade(dtype, iter(traits))
-
-
-def _remade(dtype: np.dtype[Any], traits: Iterator[str]) -> np.dtype[Any]:
-    own = set(next(traits).split())
-    if own - {"aligned", "record"}:
-        raise ValueError(f"a record is made {' and '.join(sorted(own))}")
-    formats: list[Any] = []
-    for inner, *_ in (dtype.fields or {}).values():
-        element = _remade(inner.base, traits) if inner.base.names else inner.base
-        formats.append((element, inner.shape) if inner.shape else element)
-    layout: Any = {
-        "names": dtype.names,
-        "formats": formats,
-        "offsets": [offset for _, offset, *_ in (dtype.fields or {}).values()],
-        "itemsize": dtype.itemsize,
-        "aligned": "aligned" in own,
-    }
-    made: np.dtype[Any] = np.dtype(layout)
-    return np.dtype((np.record, made)) if "record" in own else made
+    return _dtype_of(_record_of(dtype), iter(traits))
 
 
 @lru_cache(maxsize=256)
@@ -226,24 +207,28 @@ def _record_of(dtype: np.dtype[Any]) -> dtypes.Record:
     return dtypes.Record(dtype.itemsize, tuple(fields))
 
 
-def _dtype_of(record: dtypes.Record) -> np.dtype[Any]:
+def _dtype_of(record: dtypes.Record, traits: Iterator[str]) -> np.dtype[Any]:
+    own = set(next(traits).split())
+    if own - {"aligned", "record"}:
+        raise ValueError(f"a record is made {' and '.join(sorted(own))}")
     kinds = [
-        _dtype_of(field.type)
+        _dtype_of(field.type, traits)
         if isinstance(field.type, dtypes.Record)
         else np.dtype(field.type)
         for field in record.fields
     ]
-    return np.dtype(
-        {
-            "names": [field.name for field in record.fields],
-            "formats": [
-                (kind, field.shape) if field.shape else kind
-                for kind, field in zip(kinds, record.fields, strict=True)
-            ],
-            "offsets": [field.offset for field in record.fields],
-            "itemsize": record.nbytes,
-        }
-    )
+    layout: Any = {
+        "names": [field.name for field in record.fields],
+        "formats": [
+            (kind, field.shape) if field.shape else kind
+            for kind, field in zip(kinds, record.fields, strict=True)
+        ],
+        "offsets": [field.offset for field in record.fields],
+        "itemsize": record.nbytes,
+        "aligned": "aligned" in own,
+    }
+    made: np.dtype[Any] = np.dtype(layout)
+    return np.dtype((np.record, made)) if "record" in own else made
 
 
 def write_alike(arrays: Sequence[NDArray[Any]], data: memoryview) -> bool:
